@@ -1,0 +1,40 @@
+"""The shape of one MoE layer's experts, the same for every family once its weights are in canonical layout."""
+
+from typing import Literal
+
+from rq_compile.files import Document
+from rq_compile.quantization.formats import Format, matrix_bytes
+
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"]
+GATED: frozenset[Activation] = frozenset({"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"})
+
+
+class ExpertGeometry(Document):
+    """One MoE layer in canonical layout.
+
+    Per expert: ``up`` is ``[F, hidden]`` where ``F = 2 * intermediate`` for a gated activation (the gate's rows first,
+    then the up-projection's) and ``intermediate`` otherwise; ``down`` is ``[hidden, intermediate]``; with ``bias`` also
+    ``up_bias [F]`` and ``down_bias [hidden]`` in fp32.
+
+    Activations: ``swiglu``: ``silu(gate) * up``; ``geglu``: ``gelu(gate) * up`` with the exact (erf) gelu;
+    ``geglu_tanh``: with the tanh approximation; ``clamped_swiglu`` (GPT-OSS): ``g = min(gate, limit)``,
+    ``u = clamp(up, -limit, limit)``, ``(u + 1) * g * sigmoid(alpha * g)``; ``relu``, ``gelu`` (erf): not gated.
+    """
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    activation: Activation
+    bias: bool = False
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    @property
+    def up_rows(self) -> int:
+        return self.intermediate * (2 if self.activation in GATED else 1)
+
+    def expert_bytes(self, format: Format) -> int:
+        """Bytes of one expert in ``format``, scales, padding and fp32 biases included."""
+        weights = matrix_bytes(format, self.up_rows, self.hidden) + matrix_bytes(format, self.hidden, self.intermediate)
+        return weights + (4 * (self.up_rows + self.hidden) if self.bias else 0)

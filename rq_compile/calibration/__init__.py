@@ -1,0 +1,1 @@
+"""Run the model over text: loads, importance, activation statistics."""

@@ -1,0 +1,62 @@
+"""``calibration.json``: what a run of the model over text showed, per MoE layer and expert."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rq_compile.architectures.geometry import ExpertGeometry
+from rq_compile.files import Document
+from rq_compile.quantization.formats import Format
+
+
+class CalibrationText(Document):
+    """One text file that was run: its name, content hash and tokens (padding not counted)."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+class LayerCalibration(Document):
+    """What one MoE layer did.
+
+    ``name`` is the experts module's name in the transformers model (``model.layers.0.mlp.experts``), ``index`` its
+    decoder layer. ``load[e]`` counts the (token, choice) pairs routed to expert e, padding masked; the sum is tokens *
+    top_k. ``text_loads[t]`` are the same counts for each calibration text alone and ``batch_loads[b]`` for each batch.
+    ``wanda[e]`` is the paper's importance score. ``error[format][e]`` is the gate-weighted squared output error of
+    expert e when stored in ``format``, summed over its calibration tokens and divided by the squared norm of the
+    layer's whole MoE output on all tokens: the errors of a plan's experts add up to the layer's relative error.
+    ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated instead.
+    """
+
+    name: str
+    index: int
+    geometry: ExpertGeometry
+    load: list[int]
+    text_loads: list[list[int]]
+    batch_loads: list[list[int]]
+    wanda: list[float]
+    error: dict[Format, list[float]]
+    estimated: list[int] = []
+
+
+class Calibration(Document):
+    """``statistics`` names a safetensors file beside this one, or is None: ``{layer name}.input_square_sum [m, hidden]`` and
+    ``{layer name}.intermediate_square_sum [m, intermediate]``, fp32, sums over each expert's tokens of the squared
+    input of its up and down projection: what AWQ- or GPTQ-like quantizers want.
+    """
+
+    schema_version: Literal[1] = 1
+    kind: Literal["calibration"] = "calibration"
+    tool: str
+    model: str
+    model_type: str
+    fingerprint: str
+    dtype: Format
+    texts: list[CalibrationText]
+    tokens: int
+    padding_tokens: int
+    batch_size: int
+    sequence_length: int
+    statistics: str | None
+    layers: list[LayerCalibration] = Field(min_length=1)

@@ -1,0 +1,1 @@
+"""Open a safetensors checkpoint; read one tensor or one layer, never the whole."""

@@ -1,0 +1,13 @@
+"""The one exception a user's mistake raises."""
+
+
+class UserError(Exception):
+    """What a user can put right: one sentence that names the thing, the value and the way out.
+
+    The command line prints the message alone, without a traceback, and exits with ``exit_status``: 1 when the work
+    failed, 2 when it could not start (wrong arguments or files).
+    """
+
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

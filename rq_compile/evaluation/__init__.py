@@ -1,0 +1,1 @@
+"""Perplexity, agreement with the reference, LIS as measured in the engine."""

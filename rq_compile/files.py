@@ -1,0 +1,73 @@
+"""Files between stages: read with a clear error, written beside and renamed, so that no output is ever half-written."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rq_compile.errors import UserError
+
+
+class Document(BaseModel):
+    """A file between stages: a closed key set, immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+D = TypeVar("D", bound=Document)
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in ``path``'s folder; rename it onto ``path`` on success, remove it on any failure.
+
+    Raises:
+        UserError: the folder does not exist, cannot be written, or the disk is full.
+    """
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another output with -o", 2) from error
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another output with -o") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_document(document: Document, path: Path) -> None:
+    """Write ``document`` as indented JSON; the same document gives the same bytes."""
+    with written_beside(path) as temporary:
+        temporary.write_text(document.model_dump_json(indent=1) + "\n")
+
+
+def read_document(kind: type[D], path: Path) -> D:
+    """Read and validate a JSON document.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or does not follow the schema (the first violation is named).
+    """
+    name = kind.__name__.lower()
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {name} {path}: {error.strerror}; check the path", 2) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise UserError(f"{path} is not a valid {name}: {where}: {first['msg']}; write it again with rq-compile", 2) from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,88 @@
+"""``plan.json``: the versioned, validated contract between planning and compiling."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rq_compile.architectures.geometry import ExpertGeometry
+from rq_compile.files import Document
+from rq_compile.quantization.formats import FLOAT_FORMATS, Format
+
+Policy = Literal["none", "paper", "optimal"]
+Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched"]
+
+
+class Slot(Document):
+    """A physical expert: a copy of logical expert ``expert`` stored in ``format`` on ``rank``."""
+
+    expert: int
+    format: Format
+    rank: int = 0
+
+
+class LayerPrediction(Document):
+    """What the planner expects of one layer on the calibration text. ``error``: see ``LayerCalibration.error``."""
+
+    lis_before: float
+    lis_after: float
+    strict_lis_before: float
+    strict_lis_after: float
+    rank_imbalance: float | None = Field(default=None, description="max / mean load over ranks; None without ranks")
+    bytes_before: int
+    bytes_after: int
+    error: float
+
+
+class LayerPlan(Document):
+    """One MoE layer: its physical experts in engine order. Slot s of the engine is ``slots[s]``.
+
+    Tokens of a logical expert go to its slots in turn, in arrival order: its first token to its first slot, and so on.
+    """
+
+    name: str
+    index: int
+    geometry: ExpertGeometry
+    slots: list[Slot] = Field(min_length=1)
+    unreached: list[int] = Field(default=[], description="logical experts that no calibration token reached")
+    predicted: LayerPrediction
+
+    @model_validator(mode="after")
+    def every_expert_has_a_slot(self) -> Self:
+        experts = self.geometry.experts
+        for slot in self.slots:
+            if not 0 <= slot.expert < experts:
+                raise ValueError(
+                    f"layer {self.index} places expert {slot.expert}, but the model has {experts} experts (0-{experts - 1})"
+                )
+        missing = set(range(experts)) - {slot.expert for slot in self.slots}
+        if missing:
+            raise ValueError(f"layer {self.index} has no slot for expert {min(missing)}")
+        floats = {slot.format for slot in self.slots} & set(FLOAT_FORMATS)
+        if len(floats) > 1:
+            raise ValueError(f"layer {self.index} mixes the float formats {', '.join(sorted(floats))}; choose one")
+        return self
+
+
+class Plan(Document):
+    schema_version: Literal[1] = 1
+    kind: Literal["plan"] = "plan"
+    tool: str
+    model: str
+    model_type: str
+    fingerprint: str
+    calibration_sha256: str | None
+    policy: Policy
+    options: dict[str, str | int | float | bool] = {}
+    target: Target
+    memory: float = Field(gt=0)
+    ranks: int = Field(default=1, ge=1)
+    remarks: list[str] = Field(default=[], description="what the planner has to say, a sentence each")
+    layers: list[LayerPlan] = Field(min_length=1)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(layer.predicted.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(layer.predicted.bytes_after for layer in self.layers)

@@ -1,0 +1,28 @@
+"""The formats a slot may have, their block size and their bytes. Pure arithmetic; nothing here needs numpy."""
+
+from typing import Literal, get_args
+
+Format = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+FLOAT_FORMATS: tuple[Format, ...] = ("fp32", "fp16", "bf16")
+QUANTIZED_FORMATS: tuple[Format, ...] = ("int8", "int4")
+BITS: dict[Format, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
+SCALE_BYTES = 4
+BLOCK_SIZES = (128, 64, 32, 16)
+
+
+def block_size(columns: int) -> int:
+    """Weights that share one scale in a row of ``columns``: the largest of 128, 64, 32, 16 that divides it.
+
+    Where none does, 16, and the last block is padded with zeros.
+    """
+    return next((block for block in BLOCK_SIZES if columns % block == 0), BLOCK_SIZES[-1])
+
+
+def matrix_bytes(format: Format, rows: int, columns: int) -> int:
+    """Bytes of one ``[rows, columns]`` matrix in ``format``, scales and padding included."""
+    if format in FLOAT_FORMATS:
+        return rows * columns * BITS[format] // 8
+    block = block_size(columns)
+    blocks = -(-columns // block)
+    return rows * blocks * (block * BITS[format] // 8 + SCALE_BYTES)

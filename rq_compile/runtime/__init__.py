@@ -1,0 +1,1 @@
+"""Load an engine and generate text."""

@@ -1,0 +1,1 @@
+"""Build an engine for a target, and say what it needs."""

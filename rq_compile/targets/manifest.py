@@ -1,0 +1,59 @@
+"""The engine manifest, written beside the engine as ``<engine stem>.json``: what is needed to load and run it."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rq_compile.files import Document
+from rq_compile.planning.schema import Plan
+
+Lowering = Literal["native", "stock"]
+
+
+class EngineFile(Document):
+    """A file of the engine, by its name in the engine's folder."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+class CacheTensor(Document):
+    """One key or value tensor of the cache: graph input ``past_key_values.{i}.key``, output ``present.{i}.key``.
+
+    fp32 ``[batch, heads, past, dimension]``.
+    """
+
+    past: str
+    present: str
+    heads: int
+    dimension: int
+
+
+class Manifest(Document):
+    """``op_library``: the custom-op library's op-set version the engine needs, or None when it runs in any ONNX Runtime.
+
+    ``slot_offsets[layer name]`` is the graph's int32 ``[slots + 1]`` tensor with the cumulative rows per slot, from
+    which an engine's own load can be read. ``replaced`` counts what was skipped, padded or replaced, by reason.
+    """
+
+    schema_version: Literal[1] = 1
+    kind: Literal["engine"] = "engine"
+    tool: str
+    target: Literal["cpu"] = "cpu"
+    lowering: Lowering
+    graph: EngineFile
+    weights: EngineFile
+    tokenizer: EngineFile | None
+    op_library: int | None
+    opset: int
+    encoder_decoder: bool
+    vocabulary: int
+    end_of_text: list[int]
+    decoder_start: int | None = None
+    cache: list[CacheTensor]
+    slot_offsets: dict[str, str]
+    dense_bytes: int
+    expert_bytes: int
+    replaced: dict[str, int] = Field(default={})
+    plan: Plan

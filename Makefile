@@ -1,0 +1,31 @@
+# make demo: from the sample checkpoint to a running engine. make test: the tests. Each sets itself up in .venv.
+
+PYTHON ?= python3
+SOURCES := $(shell find rq_compile plugins -type f -not -path '*/__pycache__/*' -not -name '*.so' -not -name '*.md')
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test check format schema clean
+
+$(INSTALLED): pyproject.toml $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python samples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/pytest tests
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy rq_compile
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build demo

@@ -1,0 +1,96 @@
+"""A checkpoint's transformers config. Families whose code is not in transformers are mapped onto a class that computes the same."""
+
+from typing import TYPE_CHECKING, Any
+
+from rq_compile.architectures.families import family_of
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
+    """The config with every default filled in.
+
+    Raises:
+        UserError: the family is not supported, or its config asks for something that is not.
+    """
+    family_of(checkpoint)
+    if checkpoint.model_type == "llama_moe":
+        return _llama_moe(checkpoint.config)
+    if checkpoint.model_type == "deepseek":
+        return _deepseek(checkpoint.config)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**checkpoint.config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{checkpoint.path / 'config.json'} is not a valid {checkpoint.model_type} config: {error}", 2) from error
+
+
+def _llama_moe(config: dict[str, Any]) -> "PretrainedConfig":
+    """LLaMA-MoE-v1 is Mixtral with another router, see ``remote.py``."""
+    from transformers import MixtralConfig
+
+    for key, expected in (
+        ("gate_type", "TopKBalancedNoisyGate"),
+        ("gate_network", "mlp"),
+        ("gate_use_softmax", True),
+        ("calculator_type", "UniversalCalculator"),
+        ("multiply_gate_scores", True),
+        ("add_weight_norm", False),
+        ("rope_scaling", None),
+    ):
+        if config.get(key, expected) != expected:
+            raise UserError(f"llama_moe with {key}={config[key]} is not supported; use a LLaMA-MoE-v1 model with {expected}")
+    return MixtralConfig(
+        **{
+            "num_key_value_heads": config["num_attention_heads"],
+            "rms_norm_eps": 1e-6,
+            **_rope(config),
+            "num_local_experts": config["num_experts"],
+            "num_experts_per_tok": config["num_selects"],
+            "intermediate_size": _expert_size(config),
+        }
+    )
+
+
+def _expert_size(config: dict[str, Any]) -> int:
+    sizes = {size for layer in config.get("size_experts") or [] for size in (layer if isinstance(layer, list) else [layer])}
+    if not sizes:
+        return config["intermediate_size"] // config["num_experts"]
+    if len(sizes) > 1:
+        raise UserError(
+            f"llama_moe with size_experts from {min(sizes)} to {max(sizes)} is not supported; use experts of one size"
+        )
+    return sizes.pop()
+
+
+def _deepseek(config: dict[str, Any]) -> "PretrainedConfig":
+    """DeepSeek-MoE (the first, without latent attention) is Qwen2-MoE with an ungated shared expert, see ``remote.py``."""
+    from transformers import Qwen2MoeConfig
+
+    for key, expected in (("scoring_func", "softmax"), ("attention_bias", False), ("rope_scaling", None)):
+        if config.get(key, expected) != expected:
+            raise UserError(f"deepseek with {key}={config[key]} is not supported; use a DeepSeek-MoE model with {expected}")
+    first, frequency = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
+    dense = [layer for layer in range(config["num_hidden_layers"]) if layer < first or layer % frequency]
+    return Qwen2MoeConfig(
+        **{
+            "num_key_value_heads": config["num_attention_heads"],
+            **_rope(config),
+            "num_experts": config["n_routed_experts"],
+            "shared_expert_intermediate_size": config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0),
+            "mlp_only_layers": dense,
+            "qkv_bias": False,
+            "use_sliding_window": False,
+        }
+    )
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    dropped = ("model_type", "auto_map", "architectures", "rope_theta", "rope_scaling", "rope_parameters", "num_experts")
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
+    return {**kept, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}

@@ -1,0 +1,162 @@
+"""The MoE layers of a checkpoint and the weights of one expert, in canonical layout (``ExpertGeometry``)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rq_compile.architectures.configuration import model_config
+from rq_compile.architectures.families import Family, family_of
+from rq_compile.architectures.geometry import Activation, ExpertGeometry
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GATED_BY: dict[str, Activation] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "gelu_new": "geglu_tanh",
+}
+PLAIN: dict[str, Activation] = {"relu": "relu", "gelu": "gelu"}
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """``name`` is the experts module in the transformers model; ``index`` the layer's number, decoder blocks of an
+    encoder-decoder model counted after the encoder's."""
+
+    name: str
+    index: int
+    geometry: ExpertGeometry
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """``up [F, hidden]`` and ``down [hidden, intermediate]`` in the checkpoint's dtype; ``up_bias [F]`` and
+    ``down_bias [hidden]`` in fp32, or None."""
+
+    up: np.ndarray
+    down: np.ndarray
+    up_bias: np.ndarray | None = None
+    down_bias: np.ndarray | None = None
+
+
+def moe_layers(checkpoint: Checkpoint) -> list[MoeLayer]:
+    """Every MoE layer by index, from the config and the tensors' names and shapes; no weights are read.
+
+    Raises:
+        UserError: no MoE layer, an activation that is not supported, experts of unequal shapes, or an unsupported family.
+    """
+    family = family_of(checkpoint)
+    config = model_config(checkpoint)
+    layers = [
+        MoeLayer(name, number, _geometry(checkpoint, family, config, name))
+        for number, name in enumerate(_experts_modules(family, config))
+        if _stacked(checkpoint, family, name) or _expert_tensor(family, name, family.down, 0) in checkpoint
+    ]
+    if not layers:
+        raise UserError(f"{checkpoint.path} is not an MoE: no layer of it has experts; give a sparse MoE checkpoint", 2)
+    return layers
+
+
+def expert_weights(checkpoint: Checkpoint, layer: MoeLayer, expert: int) -> ExpertWeights:
+    """The weights of one logical expert; reads no other's.
+
+    Raises:
+        UserError: a tensor is missing or has another shape than the layer's geometry.
+    """
+    family = family_of(checkpoint)
+    stacked = _stacked(checkpoint, family, layer.name)
+    if stacked is None:
+        halves = [checkpoint.read(_expert_tensor(family, layer.name, tensor, expert)) for tensor in family.up]
+        weights = ExpertWeights(
+            halves[0] if len(halves) == 1 else np.concatenate(halves),
+            checkpoint.read(_expert_tensor(family, layer.name, family.down, expert)),
+        )
+    elif family.transposed:
+        up, bias = (checkpoint.read_row(name, expert) for name in (stacked[0], stacked[0] + "_bias"))
+        down, down_bias = (checkpoint.read_row(name, expert) for name in (stacked[1], stacked[1] + "_bias"))
+        weights = ExpertWeights(
+            _deinterleaved(up.T),
+            np.ascontiguousarray(down.T),
+            _deinterleaved(bias).astype(np.float32),
+            down_bias.astype(np.float32),
+        )
+    else:
+        weights = ExpertWeights(checkpoint.read_row(stacked[0], expert), checkpoint.read_row(stacked[1], expert))
+    geometry = layer.geometry
+    for kind, found, expected in (
+        ("up", weights.up.shape, (geometry.up_rows, geometry.hidden)),
+        ("down", weights.down.shape, (geometry.hidden, geometry.intermediate)),
+    ):
+        if found != expected:
+            raise UserError(
+                f"expert {expert} of {layer.name} has a {kind} projection of shape {list(found)} where {list(expected)} is "
+                "expected; only experts of equal shapes are supported"
+            )
+    return weights
+
+
+def _deinterleaved(rows: np.ndarray) -> np.ndarray:
+    return np.concatenate([rows[0::2], rows[1::2]])
+
+
+def _experts_modules(family: Family, config: "PretrainedConfig") -> Iterator[str]:
+    """The experts module each layer of the model would have, were none of them dense.
+
+    The config's layers, not the checkpoint's: DeepSeek-V3 stores its multi-token-prediction head as one layer more.
+    """
+    yield from (family.experts.format(layer=layer) for layer in range(config.num_hidden_layers))
+    if family.decoder_experts is not None:
+        yield from (family.decoder_experts.format(layer=layer) for layer in range(config.num_decoder_layers))
+
+
+def _expert_tensor(family: Family, module: str, tensor: str, expert: int) -> str:
+    return f"{family.tensor_name(module)}.{tensor.format(e=expert)}"
+
+
+def _stacked(checkpoint: Checkpoint, family: Family, module: str) -> tuple[str, str] | None:
+    """The tensors that hold all experts of a layer in one, or None where experts are stored one by one."""
+    up, down = f"{module}.gate_up_proj", f"{module}.down_proj"
+    for names in ((family.tensor_name(up), family.tensor_name(down)), (up, down)):
+        if all(name in checkpoint for name in names):
+            return names
+    if f"{module}.gate_up_proj_blocks" in checkpoint:
+        raise UserError(f"the experts of {module} are stored as MXFP4 blocks; dequantize the checkpoint to bf16 first", 2)
+    return None
+
+
+def _geometry(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig", module: str) -> ExpertGeometry:
+    stacked = _stacked(checkpoint, family, module)
+    if stacked is None:
+        hidden, intermediate = checkpoint.shape(_expert_tensor(family, module, family.down, 0))
+        experts = next(e for e in count() if _expert_tensor(family, module, family.down, e) not in checkpoint)
+    else:
+        experts, *shape = checkpoint.shape(stacked[1])
+        hidden, intermediate = reversed(shape) if family.transposed else shape
+    geometry = ExpertGeometry(
+        experts=experts,
+        top_k=family.top_k or config.num_experts_per_tok,
+        hidden=hidden,
+        intermediate=intermediate,
+        activation="clamped_swiglu" if family.transposed else _activation(family, config, module),
+    )
+    if not family.transposed:
+        return geometry
+    return geometry.model_copy(update={"bias": True, "alpha": config.swiglu_alpha, "limit": config.swiglu_limit})
+
+
+def _activation(family: Family, config: "PretrainedConfig", module: str) -> Activation:
+    known = GATED_BY if len(family.up) > 1 else PLAIN
+    value = getattr(config, family.activation)
+    if value not in known:
+        raise UserError(
+            f"{module} uses the activation {family.activation}={value}, which is not supported; use a model with {', '.join(known)}"
+        )
+    return known[value]

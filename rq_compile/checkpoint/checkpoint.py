@@ -1,0 +1,131 @@
+"""A Hugging Face checkpoint folder, opened lazily: headers on opening, one tensor or slice at a time afterwards."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rq_compile.checkpoint.safetensors_file import StoredTensor, read_ends, read_tensor, tensors_of
+from rq_compile.errors import UserError
+from rq_compile.quantization.formats import Format
+
+SAMPLE = 4096
+FLOATS: dict[str, Format] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``config`` is the parsed ``config.json``. Tensors are named as in the files, see ``names``."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Checkpoint":
+        """Read the config and the headers of all shards; no weights.
+
+        Raises:
+            UserError: no such directory, no config.json, no safetensors, a shard is missing or truncated, or the
+                checkpoint is quantized.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"no such directory: {path}; give a local Hugging Face checkpoint directory", 2)
+        config = _read_json(path / "config.json")
+        if "model_type" not in config:
+            raise UserError(f"{path / 'config.json'} names no model_type; give a Hugging Face checkpoint directory", 2)
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "unknown")
+            raise UserError(f"{path} is quantized (quantization_config: {method}); dequantize it to bf16 first", 2)
+        tensors: dict[str, StoredTensor] = {}
+        for shard in _shards(path):
+            tensors |= tensors_of(shard)
+        return cls(path, config, tensors)
+
+    @property
+    def model_type(self) -> str:
+        return self.config["model_type"]
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @cached_property
+    def names(self) -> list[str]:
+        return sorted(self.tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored(name).shape
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in its stored dtype (bf16 as ``ml_dtypes.bfloat16``)."""
+        return read_tensor(name, self._stored(name))
+
+    def read_row(self, name: str, index: int) -> np.ndarray:
+        """Slice ``index`` of the first dimension; reads no more than that."""
+        stored = self._stored(name)
+        if not stored.shape or not 0 <= index < stored.shape[0]:
+            raise UserError(f"{name} has shape {list(stored.shape)}, so no slice {index}; check the checkpoint's config.json", 2)
+        return read_tensor(name, stored, index)
+
+    @cached_property
+    def dtype(self) -> Format:
+        """The format that most bytes of the experts (of all tensors, where no name tells experts) are stored in."""
+        total: Counter[str] = Counter()
+        for tensor in [stored for name, stored in self.tensors.items() if "expert" in name] or self.tensors.values():
+            total[tensor.dtype] += tensor.bytes
+        stored_as = total.most_common(1)[0][0]
+        if stored_as not in FLOATS:
+            raise UserError(f"the weights of {self.path} are stored as {stored_as}; convert them to bf16, fp16 or fp32 first", 2)
+        return FLOATS[stored_as]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over config.json and every tensor's name, dtype, shape and first and last 4 KiB, by sorted name."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for name in self.names:
+            tensor = self.tensors[name]
+            digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
+            digest.update(read_ends(tensor, SAMPLE))
+        return digest.hexdigest()
+
+    def _stored(self, name: str) -> StoredTensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise UserError(f"{self.path} has no tensor {name}; download the checkpoint again", 2) from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; give a Hugging Face checkpoint directory", 2) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}; download it again", 2) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; download it again", 2)
+    return content
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        shards = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        for shard in shards:
+            if not shard.exists():
+                raise UserError(f"{shard} is missing, though {index.name} lists it; download it again", 2)
+    else:
+        shards = sorted(path.glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{path} has no .safetensors files; convert the checkpoint with save_pretrained first", 2)
+    return shards

@@ -1,4 +1,7 @@
-"""A checkpoint's transformers config. Families whose code is not in transformers are mapped onto a class that computes the same."""
+"""A checkpoint's transformers config.
+
+Families whose code is not in transformers are mapped onto a class that computes the same (``remote.py``).
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +64,7 @@ def _expert_size(config: dict[str, Any]) -> int:
     if not sizes:
         return config["intermediate_size"] // config["num_experts"]
     if len(sizes) > 1:
-        raise UserError(
-            f"llama_moe with size_experts from {min(sizes)} to {max(sizes)} is not supported; use experts of one size"
-        )
+        raise UserError(f"llama_moe with size_experts from {min(sizes)} to {max(sizes)} is not supported; use equal experts")
     return sizes.pop()
 
 

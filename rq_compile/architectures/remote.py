@@ -43,7 +43,19 @@ class LlamaMoeRouter(MixtralTopKRouter):
         return logits, torch.softmax(chosen.float(), dim=-1) * self.score_scale_factor, experts
 
 
-class LlamaMoeForCausalLM(MixtralForCausalLM):
+class ComposedModel(PreTrainedModel):
+    """transformers looks in a class's own source file for what it can switch; the modules used here stand in others."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+
+class LlamaMoeForCausalLM(ComposedModel, MixtralForCausalLM):
     """LLaMA-MoE-v1 from a ``MixtralConfig`` with ``score_scale_factor``."""
 
     def __init__(self, config: MixtralConfig) -> None:
@@ -69,7 +81,7 @@ class DeepseekMoeBlock(nn.Module):
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
 
 
-class DeepseekForCausalLM(Qwen2MoeForCausalLM):
+class DeepseekForCausalLM(ComposedModel, Qwen2MoeForCausalLM):
     """DeepSeek-MoE 16B from a ``Qwen2MoeConfig``."""
 
     def __init__(self, config: Qwen2MoeConfig) -> None:

@@ -16,5 +16,5 @@ def library_path() -> Path:
     """
     path = Path(rq_compile.__file__).parent / "lib" / "librq_moe.so"
     if not path.is_file():
-        raise UserError(f"the custom-op library {path} is missing; reinstall with pip install . or compile with --lowering stock", 2)
+        raise UserError(f"the custom-op library {path} is missing; run pip install . or use --lowering stock", 2)
     return path

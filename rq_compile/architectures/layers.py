@@ -157,6 +157,7 @@ def _activation(family: Family, config: "PretrainedConfig", module: str) -> Acti
     value = getattr(config, family.activation)
     if value not in known:
         raise UserError(
-            f"{module} uses the activation {family.activation}={value}, which is not supported; use a model with {', '.join(known)}"
+            f"{module} uses the activation {family.activation}={value}, which is not supported; "
+            f"use a model with {', '.join(known)}"
         )
     return known[value]

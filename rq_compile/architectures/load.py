@@ -4,12 +4,14 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.utils import logging
 
 from rq_compile.architectures.configuration import model_config
 from rq_compile.architectures.dense import dense_tensor
 from rq_compile.architectures.layers import MoeLayer, expert_weights, moe_layers
 from rq_compile.architectures.remote import REMOTE_CLASSES
 from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
 
 # One product per expert that has tokens. "batched_mm" would gather whole weight matrices per token.
 EXPERTS_IMPLEMENTATION = "grouped_mm"
@@ -31,7 +33,7 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     else:
         config = model_config(checkpoint)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto_class.from_pretrained(checkpoint.path, dtype=torch.float32)
+        model = _from_pretrained(auto_class, checkpoint)
         _choose_experts_implementation(model)
     return model.eval().requires_grad_(False)
 
@@ -55,6 +57,23 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
                 module.register_buffer(name, getattr(real, name), persistent=False)
     _choose_experts_implementation(model)
     return model.eval().requires_grad_(False)
+
+
+def _from_pretrained(auto_class: type, checkpoint: Checkpoint) -> PreTrainedModel:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = auto_class.from_pretrained(checkpoint.path, dtype=torch.float32, output_loading_info=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    # transformers fills what is missing with random values and only logs it.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{checkpoint.path} has no tensor for {missing[0]} ({len(missing)} missing in all); download the checkpoint again", 2
+        )
+    return model
 
 
 def _choose_experts_implementation(model: PreTrainedModel) -> None:

@@ -1,0 +1,86 @@
+"""Pass: every Experts node becomes Dispatch, ExpertGemm (up), ExpertGemm (down), Combine, with the weights of the plan's slots.
+
+Requires: one ``rq.moe::Experts`` node for each layer of the plan, known by its attribute ``layer``.
+Ensures: no Experts node is left, and each layer's tensor ``{layer}.slot_offsets`` exists.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from rq_compile.errors import UserError
+from rq_compile.planning.schema import LayerPlan
+from rq_compile.rewrite.contract import ensures
+from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_weights
+from rq_compile.rewrite.weights import ExternalWeight, constant
+
+NAME = "experts_to_slots"
+DOMAIN = "rq.moe"
+
+
+def offsets_name(layer: str) -> str:
+    """The tensor with the cumulative rows per slot, int32 ``[S + 1]``, the same in every lowering."""
+    return f"{layer}.slot_offsets"
+
+
+def replica_table(plan: LayerPlan) -> np.ndarray:
+    """int32 ``[E, R]``: the slots of each expert in slot order, padded with -1 to the R of the most copied expert."""
+    copies: list[list[int]] = [[] for _ in range(plan.geometry.experts)]
+    for slot, placed in enumerate(plan.slots):
+        copies[placed.expert].append(slot)
+    width = max(map(len, copies))
+    return np.array([held + [-1] * (width - len(held)) for held in copies], np.int32)
+
+
+def experts_to_slots(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, share_copies: bool) -> list[ExternalWeight]:
+    """Rewrite ``graph`` in place and return the weights it now refers to, unread.
+
+    Raises:
+        UserError: a layer of the model is missing from the plan, or the other way round (the layer is named).
+    """
+    by_name = {plan.name: plan for plan in plans}
+    nodes = {node.attrs["layer"]: node for node in graph.nodes if node.op == "Experts" and node.domain == DOMAIN}
+    for name in [*nodes, *by_name]:
+        if name not in by_name:
+            raise UserError(f"MoE layer {name} of the model is not in the plan; re-run rq-compile plan", 2)
+        if name not in nodes:
+            raise UserError(f"layer {name} of the plan is not an MoE layer of the model; re-run rq-compile plan", 2)
+    weights: list[ExternalWeight] = []
+    for name, node in nodes.items():
+        weights += _replace(graph, node, by_name[name], source, share_copies)
+    graph.cleanup().toposort()
+    ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")
+    ensures(NAME, {offsets_name(n) for n in by_name} <= set(graph.tensors()), "slot_offsets for every layer")
+    return weights
+
+
+def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, source: Source, share_copies: bool) -> list[ExternalWeight]:
+    x, ids, gates = node.inputs
+    (y,) = node.outputs
+    node.outputs.clear()
+    layer, geometry, slots = plan.name, plan.geometry, len(plan.slots)
+    rows = gs.Variable(f"{layer}.rows", np.dtype(np.int32))
+    offsets = gs.Variable(offsets_name(layer), np.dtype(np.int32), [slots + 1])
+    middle = gs.Variable(f"{layer}.intermediate", np.dtype(np.float32))
+    out = gs.Variable(f"{layer}.slot_outputs", np.dtype(np.float32))
+    up, down = (slot_weights(plan, projection, source, share_copies) for projection in ("up", "down"))
+    replicas = gs.Constant(f"{layer}.replicas", replica_table(plan))
+
+    def add(op: str, inputs: list[gs.Tensor], outputs: list[gs.Tensor], suffix: str, **attributes: object) -> None:
+        graph.nodes.append(gs.Node(op, f"{layer}.{suffix}", attributes, inputs, outputs, domain=DOMAIN))
+
+    def gemm(inputs: list[gs.Tensor], weights: SlotWeights, output: gs.Tensor, suffix: str, **attributes: object) -> None:
+        operands = [constant(weight) if weight else gs.Variable.empty() for weight in weights.inputs]
+        while operands and not operands[-1].name:
+            operands.pop()
+        formats = [group_of(slot.format) for slot in plan.slots]
+        shared = {"weights": list(weights.index)} if share_copies else {}
+        add("ExpertGemm", [*inputs, *operands], [output], suffix, formats=formats, **shared, **attributes)
+
+    numbers = {"alpha": float(geometry.alpha), "limit": float(geometry.limit)}
+    add("Dispatch", [ids, replicas], [rows, offsets], "dispatch", slots=slots)
+    gemm([x, rows, offsets], up, middle, "up", activation=geometry.activation, gather=1, **numbers)
+    gemm([middle, rows, offsets], down, out, "down", activation="none", gather=0, **numbers)
+    add("Combine", [out, rows, gates], [y], "combine")
+    return [weight for weight in (*up.inputs, *down.inputs) if weight]

@@ -1,0 +1,47 @@
+"""From the exported graph to an engine's graph: which passes run for which lowering, in which order."""
+
+from collections import Counter
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from rq_compile.planning.schema import Plan
+from rq_compile.rewrite.experts_to_slots import experts_to_slots
+from rq_compile.rewrite.slot_weights import Source
+from rq_compile.rewrite.stock_combine import stock_combine
+from rq_compile.rewrite.stock_dispatch import stock_dispatch
+from rq_compile.rewrite.stock_experts import stock_experts
+from rq_compile.rewrite.weights import ExternalWeight
+from rq_compile.targets.manifest import Lowering
+
+# Graph surgeon warns on stderr about bf16, whose values it never has to read here.
+G_LOGGER.severity = G_LOGGER.ERROR
+
+
+def rewrite(
+    model: onnx.ModelProto, plan: Plan, source: Source, lowering: Lowering, accuracy_level: int = 0
+) -> tuple[onnx.ModelProto, list[ExternalWeight], dict[str, int]]:
+    """Put the plan's slots in place of every Experts node of ``model``.
+
+    Returns the new model, the expert weights it refers to (not read yet) and counts of what was replaced.
+
+    Raises:
+        UserError: the layers of the plan and of the model differ.
+        ContractError: a pass is at fault.
+    """
+    graph = gs.import_onnx(model)
+    # Every slot lives on one device here; only the stock lowering can point two slots at the same bytes.
+    weights = experts_to_slots(graph, plan.layers, source, share_copies=lowering == "stock")
+    if lowering == "stock":
+        stock_dispatch(graph)
+        stock_combine(graph)
+        stock_experts(graph, plan.layers, accuracy_level)
+    return gs.export_onnx(graph), weights, _counts(plan)
+
+
+def _counts(plan: Plan) -> dict[str, int]:
+    slots = [slot for layer in plan.layers for slot in layer.slots]
+    experts = sum(layer.geometry.experts for layer in plan.layers)
+    formats = Counter(f"slots in {slot.format}" for slot in slots)
+    return {"experts nodes rewritten": len(plan.layers), "replicas added": len(slots) - experts, **formats}

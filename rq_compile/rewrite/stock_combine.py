@@ -1,0 +1,30 @@
+"""Pass: Combine in standard ops.
+
+Requires: nothing. Ensures: no Combine node is left; the choices of a token are summed in their order.
+"""
+
+import onnx_graphsurgeon as gs
+
+from rq_compile.rewrite.contract import ensures
+from rq_compile.rewrite.experts_to_slots import DOMAIN
+from rq_compile.rewrite.ops import Ops
+
+NAME = "stock_combine"
+
+
+def stock_combine(graph: gs.Graph) -> None:
+    """Rewrite every Combine of ``graph`` in place."""
+    for node in [node for node in graph.nodes if node.op == "Combine" and node.domain == DOMAIN]:
+        slot_outputs, rows, gates = node.inputs
+        (y,) = node.outputs
+        node.outputs.clear()
+        graph.nodes.remove(node)
+        op = Ops(graph, node.name)
+        pairs = op("Shape", rows)
+        position = op("Range", 0, op("Squeeze", pairs), 1)
+        inverse = op("ScatterElements", position, rows, position, axis=0)
+        by_pair = op("Gather", slot_outputs, inverse)
+        width = op("Shape", slot_outputs, start=1)
+        by_choice = op("Reshape", by_pair, op("Concat", op("Shape", gates), width, axis=0), allowzero=1)
+        op("ReduceSum", op("Mul", by_choice, op("Unsqueeze", gates, [2])), [1], keepdims=0, out=y)
+    ensures(NAME, not any(node.op == "Combine" for node in graph.nodes), "that no Combine node is left")

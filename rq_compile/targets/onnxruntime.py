@@ -1,0 +1,130 @@
+"""The ONNX Runtime engine for the CPU: graph, weights file, tokenizer and manifest, which appear together or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from rq_compile import __version__
+from rq_compile.architectures.dense import dense_tensor
+from rq_compile.architectures.layers import expert_weights, moe_layers
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+from rq_compile.export.export import export_graph
+from rq_compile.files import sha256, write_document, written_beside
+from rq_compile.planning.schema import Plan
+from rq_compile.rewrite.experts_to_slots import offsets_name
+from rq_compile.rewrite.rewrite import rewrite
+from rq_compile.rewrite.weights import ExternalWeight, external_name, external_tensors
+from rq_compile.targets.library import OP_SET_VERSION
+from rq_compile.targets.manifest import EngineFile, Lowering, Manifest
+from rq_compile.targets.preflight import preflight
+from rq_compile.targets.weights_file import Progress, locate, write_weights
+
+
+def compile_engine(
+    checkpoint: Checkpoint, plan: Plan, output: Path, lowering: Lowering = "native", progress: Progress | None = None
+) -> Manifest:
+    """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json`` and ``<stem>.json`` beside them.
+
+    Weights are streamed: no more than one expert or one dense tensor is held at a time. ``progress(done, total)`` counts
+    the bytes of the weights.
+
+    Raises:
+        UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written. Nothing is left.
+    """
+    data, tokenizer, document = Path(f"{output}.data"), output.with_suffix(".tokenizer.json"), output.with_suffix(".json")
+    _check_writable([output, data, tokenizer, document])
+    layers = {layer.name: layer for layer in moe_layers(checkpoint)}
+    preflight(checkpoint, list(layers.values()), plan, lowering)
+
+    exported = export_graph(checkpoint)
+    source = lambda layer, expert: expert_weights(checkpoint, layers[layer], expert)  # noqa: E731
+    model, experts, replaced = rewrite(exported.model, plan, source, lowering)
+    dense = _dense_weights(checkpoint, model, exported.parameters)
+
+    # Left in reverse order: the manifest, by which an engine is loaded, is the last to appear.
+    with ExitStack() as stack:
+        document_part = stack.enter_context(written_beside(document))
+        copied = None
+        if (checkpoint.path / "tokenizer.json").is_file():
+            tokenizer_part = stack.enter_context(written_beside(tokenizer))
+            shutil.copyfile(checkpoint.path / "tokenizer.json", tokenizer_part)
+            copied = _engine_file(tokenizer, tokenizer_part)
+        else:
+            replaced["no tokenizer.json in the checkpoint"] = 1
+        graph_part = stack.enter_context(written_beside(output))
+        data_part = stack.enter_context(written_beside(data))
+        with data_part.open("wb") as file:
+            written = write_weights([*dense, *experts], file, progress)
+        locate(model, written, data.name)
+        graph_part.write_bytes(model.SerializeToString(deterministic=True))
+        replaced["equal tensors written once"] = written.shared
+        manifest = Manifest(
+            tool=f"rq-compile {__version__}",
+            lowering=lowering,
+            graph=_engine_file(output, graph_part),
+            weights=EngineFile(name=data.name, sha256=written.digest.hexdigest(), bytes=written.bytes),
+            tokenizer=copied,
+            op_library=OP_SET_VERSION if lowering == "native" else None,
+            opset=exported.opset,
+            encoder_decoder=exported.encoder_decoder,
+            cache=exported.cache,
+            slot_offsets={layer.name: offsets_name(layer.name) for layer in plan.layers},
+            dense_bytes=sum(weight.bytes for weight in dense) - written.shared_bytes,
+            expert_bytes=sum(weight.bytes for weight in experts),
+            replaced={reason: count for reason, count in replaced.items() if count},
+            plan=plan,
+            **_vocabulary(checkpoint),
+        )
+        write_document(manifest, document_part)
+    return manifest
+
+
+def _check_writable(files: list[Path]) -> None:
+    folder = files[0].parent
+    if not folder.is_dir():
+        raise UserError(f"the output folder {folder} does not exist; create it or choose another output with -o", 2)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the output folder {folder} is not writable; choose another output with -o", 2)
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"{file} is a directory; choose another output with -o", 2)
+
+
+def _dense_weights(checkpoint: Checkpoint, model: onnx.ModelProto, parameters: dict[str, str]) -> list[ExternalWeight]:
+    """The weights the graph refers to that are no experts, as the graph's dtype, each read when its turn comes."""
+    tensors = {external_name(tensor): tensor for tensor in external_tensors(model.graph)}
+
+    def weight(name: str) -> ExternalWeight:
+        tensor = tensors[name]
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+
+        def chunks() -> Iterator[np.ndarray]:
+            yield dense_tensor(checkpoint, parameters[name]).astype(dtype, copy=False)
+
+        return ExternalWeight(name, dtype, tuple(tensor.dims), chunks)
+
+    return [weight(name) for name in tensors if name in parameters]
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a caller must know of the tokens: how many there are, which end a text, which starts a decoder."""
+    path = checkpoint.path / "generation_config.json"
+    generation = json.loads(path.read_bytes()) if path.is_file() else {}
+    end = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    return {
+        "vocabulary": checkpoint.config["vocab_size"],
+        "end_of_text": end if isinstance(end, list) else [] if end is None else [end],
+        "decoder_start": generation.get("decoder_start_token_id", checkpoint.config.get("decoder_start_token_id")),
+    }
+
+
+def _engine_file(final: Path, part: Path) -> EngineFile:
+    return EngineFile(name=final.name, sha256=sha256(part), bytes=part.stat().st_size)

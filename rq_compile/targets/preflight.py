@@ -1,0 +1,79 @@
+"""What an ONNX Runtime engine cannot take is refused here, before any export, with layer, value and way out."""
+
+from typing import get_args
+
+from rq_compile.architectures.geometry import GATED, Activation
+from rq_compile.architectures.layers import MoeLayer
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.quantization.formats import FORMATS, Format
+from rq_compile.targets.manifest import Lowering
+
+ACTIVATIONS: dict[Lowering, tuple[Activation, ...]] = {"native": get_args(Activation), "stock": get_args(Activation)}
+TARGET_FORMATS: dict[Lowering, tuple[Format, ...]] = {"native": FORMATS, "stock": FORMATS}
+# Both lowerings count rows and index a slot's weights in int32.
+LARGEST_MATRIX = 2**31 - 1
+
+
+def preflight(checkpoint: Checkpoint, layers: list[MoeLayer], plan: Plan, lowering: Lowering) -> None:
+    """Check that ``plan`` belongs to ``checkpoint`` and that ``lowering`` can take all of it.
+
+    Raises:
+        UserError: the first thing that does not fit, named with its layer and value.
+    """
+    if plan.target != "cpu":
+        raise UserError(f"the plan is for target {plan.target}, this engine for cpu; re-run rq-compile plan with --target cpu", 2)
+    planned = {layer.name: layer for layer in plan.layers}
+    for layer in layers:
+        if layer.name in planned:
+            _same_experts(checkpoint, layer, planned[layer.name])
+    if plan.fingerprint != checkpoint.fingerprint:
+        raise UserError(
+            f"the plan was made for {plan.model} ({plan.fingerprint[:12]}), not for {checkpoint.name} "
+            f"({checkpoint.fingerprint[:12]}); re-run rq-compile plan on a calibration of {checkpoint.name}",
+            2,
+        )
+    missing = [layer.name for layer in layers if layer.name not in planned]
+    unknown = sorted(planned.keys() - {layer.name for layer in layers})
+    if missing:
+        raise UserError(f"the plan has no layer {missing[0]} of {checkpoint.name}; re-run rq-compile plan", 2)
+    if unknown:
+        raise UserError(f"{checkpoint.name} has no MoE layer {unknown[0]} of the plan; re-run rq-compile plan", 2)
+    for layer_plan in plan.layers:
+        _supported(layer_plan, lowering)
+
+
+def _same_experts(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan) -> None:
+    experts = layer.geometry.experts
+    for slot in plan.slots:
+        if slot.expert >= experts:
+            raise UserError(
+                f"layer {layer.index} of the plan places expert {slot.expert}, but {checkpoint.name} has {experts} experts "
+                f"(0-{experts - 1}); re-run rq-compile plan",
+                2,
+            )
+    if plan.geometry != layer.geometry:
+        field, expected = next((k, v) for k, v in layer.geometry if getattr(plan.geometry, k) != v)
+        raise UserError(
+            f"layer {layer.index} of the plan has {field} {getattr(plan.geometry, field)}, but {checkpoint.name} has {expected}; "
+            "re-run rq-compile plan",
+            2,
+        )
+
+
+def _supported(plan: LayerPlan, lowering: Lowering) -> None:
+    geometry = plan.geometry
+    if geometry.activation not in ACTIVATIONS[lowering]:
+        raise UserError(f"layer {plan.index} uses activation {geometry.activation}, which {lowering} lacks; use another --lowering", 2)
+    for slot in plan.slots:
+        if slot.format not in TARGET_FORMATS[lowering]:
+            raise UserError(f"layer {plan.index} stores expert {slot.expert} in {slot.format}, which {lowering} lacks; plan without it", 2)
+    if not 1 <= geometry.top_k <= geometry.experts:
+        raise UserError(f"layer {plan.index} chooses {geometry.top_k} of {geometry.experts} experts; correct the config", 2)
+    if geometry.up_rows * geometry.hidden > LARGEST_MATRIX:
+        raise UserError(
+            f"layer {plan.index} has experts of {geometry.up_rows} x {geometry.hidden} weights, above {LARGEST_MATRIX}; "
+            f"{'gated ' if geometry.activation in GATED else ''}experts of this size need another target",
+            2,
+        )

@@ -1,0 +1,36 @@
+"""LIS per layer from the rows an engine's slots received."""
+
+import numpy as np
+
+from rq_compile.evaluation.schema import LayerBalance
+from rq_compile.planning.schema import LayerPlan, Plan
+
+
+def logical_loads(layer: LayerPlan, slot_loads: np.ndarray) -> np.ndarray:
+    """Rows per logical expert ``[experts]`` of rows per slot ``[slots]``."""
+    experts = [slot.expert for slot in layer.slots]
+    return np.bincount(experts, weights=slot_loads, minlength=layer.geometry.experts).astype(np.int64)
+
+
+def balance(plan: Plan, slot_loads: dict[str, np.ndarray]) -> list[LayerBalance]:
+    """LIS of every layer; words and formula in docs/words.md.
+
+    Raises:
+        ValueError: a layer's slots received no row at all.
+    """
+    return [_layer_balance(layer, slot_loads[layer.name]) for layer in plan.layers]
+
+
+def _layer_balance(layer: LayerPlan, slots: np.ndarray) -> LayerBalance:
+    if slots.sum() == 0:
+        raise ValueError(f"no row reached layer {layer.index}")
+    logical = logical_loads(layer, slots)
+    share = slots.sum() / layer.geometry.experts
+    return LayerBalance(
+        name=layer.name,
+        index=layer.index,
+        lis_before=max(1.0, float(logical.max() / share)),
+        lis_after=max(1.0, float(slots.max() / share)),
+        strict_lis_before=float(logical.max() / logical.mean()),
+        strict_lis_after=float(slots.max() / slots.mean()),
+    )

@@ -1,0 +1,57 @@
+"""How far an engine's next-token distributions are from the reference's, summed over windows as they stream by."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Float64 log-probabilities over the last dimension."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+@dataclass
+class Divergence:
+    """Running sums over predicted positions, in nats."""
+
+    predictions: int = 0
+    loss_reference: float = 0.0
+    loss_engine: float = 0.0
+    agreements: int = 0
+    kl_sum: float = 0.0
+
+    def add(self, reference: np.ndarray, engine: np.ndarray, targets: np.ndarray) -> None:
+        """Count logits ``[positions, vocabulary]`` of both sides against the int64 ``targets [positions]``."""
+        log_p, log_q = log_softmax(reference), log_softmax(engine)
+        rows = np.arange(len(targets))
+        self.predictions += len(targets)
+        self.loss_reference -= float(log_p[rows, targets].sum())
+        self.loss_engine -= float(log_q[rows, targets].sum())
+        self.agreements += int((reference.argmax(axis=-1) == engine.argmax(axis=-1)).sum())
+        self.kl_sum += float((np.exp(log_p) * (log_p - log_q)).sum())
+
+    def merge(self, other: "Divergence") -> None:
+        self.predictions += other.predictions
+        self.loss_reference += other.loss_reference
+        self.loss_engine += other.loss_engine
+        self.agreements += other.agreements
+        self.kl_sum += other.kl_sum
+
+    @property
+    def perplexity_reference(self) -> float:
+        return float(np.exp(self.loss_reference / self.predictions))
+
+    @property
+    def perplexity_engine(self) -> float:
+        return float(np.exp(self.loss_engine / self.predictions))
+
+    @property
+    def agreement(self) -> float:
+        return self.agreements / self.predictions
+
+    @property
+    def kl(self) -> float:
+        return self.kl_sum / self.predictions

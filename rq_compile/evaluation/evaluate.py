@@ -1,0 +1,97 @@
+"""Compare an engine with the transformers reference on held-out text, window by window; no logits are kept."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from rq_compile.errors import UserError
+from rq_compile.evaluation.balance import balance
+from rq_compile.evaluation.divergence import Divergence
+from rq_compile.evaluation.schema import Evaluation, LayerBalance, TextEvaluation
+from rq_compile.evaluation.windows import Windows
+from rq_compile.planning.schema import Plan
+from rq_compile.runtime.engine import Engine
+from rq_compile.runtime.language_model import LanguageModel
+
+Loads = dict[str, np.ndarray]
+
+
+def evaluate(
+    engine: Engine,
+    reference: LanguageModel,
+    texts: list[Windows],
+    *,
+    reference_name: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of both sides, top-1 agreement, mean KL and LIS before and after, for each text and over all.
+
+    An encoder-decoder model reads the first half of a window and predicts the second.
+
+    Raises:
+        UserError: the reference is not the model the engine was compiled from (its vocabulary differs).
+    """
+    plan = engine.manifest.plan
+    total_tokens = sum(text.ids.size for text in texts)
+    done = 0
+    all_divergence, all_loads = Divergence(), _no_loads(plan)
+    results = []
+    for text in texts:
+        divergence, loads = Divergence(), _no_loads(plan)
+        for batch in text.batches(engine.manifest.vocabulary):
+            _compare(engine, reference, batch, divergence, loads)
+            done += batch.size
+            if progress is not None:
+                progress(done, total_tokens)
+        results.append(_summary(text.name, text.ids.size, divergence, balance(plan, loads)))
+        all_divergence.merge(divergence)
+        for layer, rows in loads.items():
+            all_loads[layer] += rows
+    return Evaluation(
+        engine=engine.path.name,
+        reference=reference_name,
+        sequence_length=max(text.ids.shape[1] for text in texts),
+        texts=results,
+        total=_summary("all", total_tokens, all_divergence, balance(plan, all_loads)),
+        expert_bytes_before=plan.bytes_before,
+        expert_bytes_after=engine.manifest.expert_bytes,
+    )
+
+
+def _no_loads(plan: Plan) -> Loads:
+    return {layer.name: np.zeros(len(layer.slots), np.int64) for layer in plan.layers}
+
+
+def _compare(engine: Engine, reference: LanguageModel, batch: np.ndarray, divergence: Divergence, loads: Loads) -> None:
+    decoder: np.ndarray | None = None
+    inputs, targets = batch, batch[:, 1:]
+    if engine.encoder_decoder:
+        inputs, targets = np.split(batch, [batch.shape[1] // 2], axis=1)
+        start = np.full((len(batch), 1), engine.decoder_start or 0, np.int64)
+        decoder = np.concatenate([start, targets[:, :-1]], axis=1)
+    ours, rows = engine.counted_logits(inputs, decoder_input_ids=decoder)
+    theirs = reference.logits(inputs, decoder_input_ids=decoder)
+    if ours.shape[-1] != theirs.shape[-1]:
+        raise UserError(
+            f"the engine has a vocabulary of {ours.shape[-1]}, the reference of {theirs.shape[-1]}; "
+            "give --reference the checkpoint the engine was compiled from",
+            2,
+        )
+    for window in range(len(batch)):  # one window at a time keeps the float64 copies small
+        positions = targets.shape[1]
+        divergence.add(theirs[window, :positions], ours[window, :positions], targets[window])
+    for layer, counts in rows.items():
+        loads[layer] += counts
+
+
+def _summary(name: str, tokens: int, divergence: Divergence, layers: list[LayerBalance]) -> TextEvaluation:
+    return TextEvaluation(
+        name=name,
+        tokens=tokens,
+        predictions=divergence.predictions,
+        perplexity_reference=divergence.perplexity_reference,
+        perplexity_engine=divergence.perplexity_engine,
+        agreement=divergence.agreement,
+        kl=divergence.kl,
+        layers=layers,
+    )

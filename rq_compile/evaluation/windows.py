@@ -1,0 +1,42 @@
+"""Cut text into unpadded windows, so that padding can enter neither a perplexity nor a load."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MAX_BATCH = 8
+# Logits of one batch stay under 256 MiB in fp32, whatever the vocabulary.
+MAX_LOGITS = 2**26
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of one text: int64 ``[count, length]``; what is left over after the last whole window is dropped."""
+
+    name: str
+    ids: np.ndarray
+
+    def batches(self, vocabulary: int) -> Iterator[np.ndarray]:
+        size = max(1, min(MAX_BATCH, MAX_LOGITS // (self.ids.shape[1] * vocabulary)))
+        for start in range(0, len(self.ids), size):
+            yield self.ids[start : start + size]
+
+
+def cut(name: str, text: str, tokenizer: "Tokenizer", length: int) -> Windows:
+    """Windows of ``length`` tokens; a shorter text is one window of its own length.
+
+    Raises:
+        UserError: the text is empty or has a single token.
+    """
+    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    if len(ids) < 2:
+        raise UserError(f"{name} has {len(ids)} tokens, but an evaluation needs at least 2; give another --text", 2)
+    length = min(length, len(ids))
+    return Windows(name, ids[: len(ids) // length * length].reshape(-1, length))

@@ -1,0 +1,185 @@
+"""Load an engine in ONNX Runtime: logits, greedy generation with the KV cache, and the rows each slot received."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rq_compile.errors import UserError
+from rq_compile.runtime.files import read_manifest
+from rq_compile.targets.manifest import Manifest
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from tokenizers import Tokenizer
+
+# The counting session is made from bytes, so ONNX Runtime must be told where the external weights lie.
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+class Engine:
+    """A compiled engine; make one with :meth:`load`."""
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.threads = threads
+
+    @classmethod
+    def load(cls, path: Path, threads: int | None = None) -> Engine:
+        """Load the engine at ``path`` (``.onnx``) to run on ``threads`` threads, by default ONNX Runtime's choice.
+
+        Raises:
+            UserError: a file of the engine is missing or has another size than its manifest says, or ONNX Runtime
+                refuses the graph.
+        """
+        engine = cls(path, read_manifest(path), threads)
+        engine._session  # noqa: B018 - a graph that does not load must be reported here, not at the first token
+        return engine
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return self.manifest.encoder_decoder
+
+    @property
+    def decoder_start(self) -> int | None:
+        return self.manifest.decoder_start
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The engine's tokenizer.
+
+        Raises:
+            UserError: the checkpoint had none.
+        """
+        from tokenizers import Tokenizer
+
+        if self.manifest.tokenizer is None:
+            raise UserError(f"{self.path} has no tokenizer; compile it from a checkpoint that has a tokenizer.json")
+        return Tokenizer.from_file(str(self.path.parent / self.manifest.tokenizer.name))
+
+    def logits(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Logits fp32 ``[batch, sequence, vocabulary]`` of int64 ids ``[batch, sequence]``.
+
+        ``attention_mask`` (int64, 1 = token, 0 = padding) defaults to all ones. An encoder-decoder engine gives the
+        logits of ``decoder_input_ids``.
+        """
+        feeds = self._feeds(input_ids, attention_mask, decoder_input_ids)
+        return self._session.run(["logits"], self._accepted(self._session, feeds))[0]
+
+    def counted_logits(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As :meth:`logits`, and the rows of each slot: layer name -> int64 ``[slots]``. Padding counts as rows."""
+        feeds = self._feeds(input_ids, attention_mask, decoder_input_ids)
+        layers = self.manifest.slot_offsets
+        outputs = self._counting_session.run(["logits", *layers.values()], self._accepted(self._counting_session, feeds))
+        return outputs[0], {layer: np.diff(offsets.astype(np.int64)) for layer, offsets in zip(layers, outputs[1:], strict=True)}
+
+    def loads(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Rows of each slot for these tokens: layer name -> int64 ``[slots]``. Padding counts as rows: pass none."""
+        return self.counted_logits(input_ids, attention_mask, decoder_input_ids)[1]
+
+    def generate(self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True) -> Iterator[int]:
+        """Yield up to ``max_tokens`` greedy tokens after ``prompt_ids``; the end-of-text token stops, unyielded.
+
+        Raises:
+            UserError: the prompt is empty or holds an id outside the vocabulary.
+        """
+        if len(prompt_ids) == 0:
+            raise UserError("the prompt is empty; give at least one token to continue", 2)
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.manifest.vocabulary:
+            raise UserError(f"the prompt has a token outside the vocabulary (0-{self.manifest.vocabulary - 1})", 2)
+        prompt = np.asarray([prompt_ids], dtype=np.int64)
+        step = self._decode_without_cache(prompt) if self.encoder_decoder else self._decode(prompt)
+        for _, token in zip(range(max_tokens), step, strict=False):
+            if stop and token in self.manifest.end_of_text:
+                return
+            yield token
+
+    def _decode(self, ids: np.ndarray) -> Iterator[int]:
+        cache = self.manifest.cache
+        past = {tensor.past: np.zeros((1, tensor.heads, 0, tensor.dimension), np.float32) for tensor in cache}
+        outputs = ["logits", *(tensor.present for tensor in cache)]
+        length = 0
+        while True:
+            length += ids.shape[1]
+            feeds = {
+                "input_ids": ids,
+                "attention_mask": np.ones((1, length), np.int64),
+                "position_ids": np.arange(length - ids.shape[1], length, dtype=np.int64)[None],
+                **past,
+            }
+            logits, *present = self._session.run(outputs, self._accepted(self._session, feeds))
+            past = {tensor.past: value for tensor, value in zip(cache, present, strict=True)}
+            token = int(logits[0, -1].argmax())
+            yield token
+            ids = np.asarray([[token]], dtype=np.int64)
+
+    def _decode_without_cache(self, prompt: np.ndarray) -> Iterator[int]:
+        decoded = [self.decoder_start or 0]
+        while True:
+            token = int(self.logits(prompt, decoder_input_ids=np.asarray([decoded], dtype=np.int64))[0, -1].argmax())
+            yield token
+            decoded.append(token)
+
+    def _feeds(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None, decoder_input_ids: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        input_ids = np.asarray(input_ids, dtype=np.int64)
+        mask = np.ones_like(input_ids) if attention_mask is None else np.asarray(attention_mask, dtype=np.int64)
+        feeds = {"input_ids": input_ids, "attention_mask": mask}
+        if self.encoder_decoder:
+            if decoder_input_ids is None:
+                raise ValueError("an encoder-decoder engine needs decoder_input_ids")
+            return {**feeds, "decoder_input_ids": np.asarray(decoder_input_ids, dtype=np.int64)}
+        batch = input_ids.shape[0]
+        past = {tensor.past: np.zeros((batch, tensor.heads, 0, tensor.dimension), np.float32) for tensor in self.manifest.cache}
+        return {**feeds, "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0), **past}
+
+    @staticmethod
+    def _accepted(session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Without the inputs that the exported graph does not use (a model without position ids, say)."""
+        names = {graph_input.name for graph_input in session.get_inputs()}
+        return {name: value for name, value in feeds.items() if name in names}
+
+    @cached_property
+    def _session(self) -> onnxruntime.InferenceSession:
+        return self._open(str(self.path))
+
+    @cached_property
+    def _counting_session(self) -> onnxruntime.InferenceSession:
+        import onnx
+
+        model = onnx.load(self.path, load_external_data=False)
+        known = {output.name for output in model.graph.output}
+        for name in self.manifest.slot_offsets.values():
+            if name not in known:
+                model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, [None]))
+        return self._open(model.SerializeToString())
+
+    def _open(self, model: str | bytes) -> onnxruntime.InferenceSession:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(self.path.parent.resolve()))
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        if self.manifest.op_library is not None:
+            from rq_compile.targets.library import library_path
+
+            options.register_custom_ops_library(str(library_path()))
+        try:
+            return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"ONNX Runtime {onnxruntime.__version__} cannot load {self.path}: {reason}") from error

@@ -1,0 +1,49 @@
+"""An engine's files: the graph, the weights and the manifest beside it, checked before anything is loaded."""
+
+from pathlib import Path
+
+from rq_compile.errors import UserError
+from rq_compile.files import read_document, sha256
+from rq_compile.targets.manifest import EngineFile, Manifest
+
+
+def manifest_path(engine: Path) -> Path:
+    return engine.with_suffix(".json")
+
+
+def engine_files(manifest: Manifest) -> list[EngineFile]:
+    return [file for file in (manifest.graph, manifest.weights, manifest.tokenizer) if file is not None]
+
+
+def read_manifest(engine: Path) -> Manifest:
+    """Read the manifest beside ``engine`` (an ``.onnx`` file) and check that its files are there, whole.
+
+    Raises:
+        UserError: the engine, its manifest or one of its files is missing, or a file has another size than recorded.
+    """
+    if engine.suffix != ".onnx":
+        raise UserError(f"{engine} is not an engine; name the .onnx file that rq-compile wrote", 2)
+    if not engine.is_file():
+        raise UserError(f"no such engine: {engine}; compile one with rq-compile MODEL -o {engine.name}", 2)
+    if not manifest_path(engine).is_file():
+        raise UserError(f"{engine} has no manifest {manifest_path(engine).name} beside it; copy it along or compile again", 2)
+    manifest = read_document(Manifest, manifest_path(engine))
+    for file in engine_files(manifest):
+        path = engine.parent / file.name
+        if not path.is_file():
+            raise UserError(f"{engine} needs {path}, which is missing; copy it along or compile again", 2)
+        if (size := path.stat().st_size) != file.bytes:
+            raise UserError(f"{path} has {size} bytes instead of {file.bytes}; copy it again or compile again", 2)
+    return manifest
+
+
+def verify(engine: Path, manifest: Manifest) -> None:
+    """Recompute the SHA-256 of every file.
+
+    Raises:
+        UserError: a file is not the one the manifest describes.
+    """
+    for file in engine_files(manifest):
+        path = engine.parent / file.name
+        if (digest := sha256(path)) != file.sha256:
+            raise UserError(f"{path} is damaged: sha256 {digest[:12]}... instead of {file.sha256[:12]}...; compile again")

@@ -1,0 +1,85 @@
+"""The checkpoint run by transformers, behind the same interface as an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from rq_compile.checkpoint.checkpoint import Checkpoint
+
+
+class Reference:
+    """A transformers model in fp32 on the CPU, on ``threads`` threads (by default torch's choice)."""
+
+    def __init__(self, model: Any, threads: int | None = None) -> None:
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = model
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, threads: int | None = None) -> Reference:
+        from rq_compile.architectures.load import load_model
+
+        return cls(load_model(checkpoint), threads)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def decoder_start(self) -> int | None:
+        return getattr(self.model.config, "decoder_start_token_id", None)
+
+    @property
+    def end_of_text(self) -> list[int]:
+        end = self.model.config.eos_token_id
+        return [] if end is None else list(end) if isinstance(end, list | tuple) else [end]
+
+    def logits(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
+    ) -> np.ndarray:
+        """As :meth:`rq_compile.runtime.engine.Engine.logits`."""
+        import torch
+
+        ids = torch.from_numpy(np.asarray(input_ids, dtype=np.int64))
+        mask = torch.ones_like(ids) if attention_mask is None else torch.from_numpy(np.asarray(attention_mask, dtype=np.int64))
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if decoder_input_ids is not None:
+            arguments["decoder_input_ids"] = torch.from_numpy(np.asarray(decoder_input_ids, dtype=np.int64))
+        with torch.inference_mode():
+            return self.model(**arguments).logits.float().numpy()
+
+    def generate(self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True) -> Iterator[int]:
+        """As :meth:`rq_compile.runtime.engine.Engine.generate`, with transformers' KV cache."""
+        import torch
+
+        ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
+        encoder = ids if self.encoder_decoder else None
+        if encoder is not None:
+            ids = torch.tensor([[self.decoder_start or 0]])
+        state: Any = None
+        encoded: Any = None
+        for _ in range(max_tokens):
+            with torch.inference_mode():
+                if encoder is None:
+                    outputs = self.model(input_ids=ids, past_key_values=state, use_cache=True)
+                else:
+                    outputs = self.model(
+                        input_ids=encoder if encoded is None else None,
+                        encoder_outputs=encoded,
+                        decoder_input_ids=ids,
+                        past_key_values=state,
+                        use_cache=True,
+                    )
+                    encoded = encoded or (outputs.encoder_last_hidden_state,)
+            state = outputs.past_key_values
+            token = int(outputs.logits[0, -1].argmax())
+            if stop and token in self.end_of_text:
+                return
+            yield token
+            ids = torch.tensor([[token]])

@@ -1,0 +1,64 @@
+"""``rq-compile bench``: prefill and decode speed of an engine, alone or against another engine or the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rq_compile.cli.options import FILE, threads_option
+from rq_compile.cli.screen import Screen, on_screen
+
+if TYPE_CHECKING:
+    from rq_compile.runtime.language_model import LanguageModel
+
+
+@click.command("bench")
+@click.argument("engine", type=FILE)
+@click.option("--against", type=FILE, help="Another engine (.onnx), or a checkpoint to run by transformers in fp32.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@threads_option
+@on_screen
+def command(
+    screen: Screen,
+    engine: Path,
+    against: Path | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    threads: int | None,
+) -> None:
+    """Tokens per second of ENGINE, batch 1; both sides alternate in one process."""
+    from rq_compile.cli.tables import bench_tables
+    from rq_compile.evaluation.bench import bench
+    from rq_compile.runtime.engine import Engine
+
+    loaded = Engine.load(engine, threads)
+    other = None if against is None else load_either(against, threads)
+    with screen.progress("timing", "rounds") as progress:
+        result = bench(
+            loaded,
+            other,
+            names=(engine.name, against.name if against else ""),
+            vocabulary=loaded.manifest.vocabulary,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            threads=threads,
+            progress=progress,
+        )
+    screen.result(result, *bench_tables(result))
+
+
+def load_either(path: Path, threads: int | None) -> LanguageModel:
+    from rq_compile.runtime.engine import Engine
+
+    if path.suffix == ".onnx":
+        return Engine.load(path, threads)
+    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.runtime.reference import Reference
+
+    return Reference.load(Checkpoint.open(path), threads)

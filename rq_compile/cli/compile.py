@@ -1,0 +1,126 @@
+"""``rq-compile MODEL -o OUT``: compile; without a plan it calibrates and plans first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rq_compile.cli.options import (
+    FILE,
+    LOWERINGS,
+    batch_size_option,
+    check_writable,
+    parse_options,
+    planning_options,
+    read_texts,
+    sequence_length_option,
+    text_option,
+)
+from rq_compile.cli.screen import Screen, on_screen
+from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.planning.schema import Plan
+
+PLANNING = ("policy", "memory", "ranks", "policy_options", "texts")
+
+
+@click.command("compile")
+@click.argument("model", type=FILE)
+@click.option("--plan", "plan_path", type=FILE, help="The plan to follow; without it, --text is needed.")
+@text_option
+@click.option("-o", "--output", type=FILE, required=True, help="The engine to write (.onnx).")
+@click.option("--lowering", type=click.Choice(LOWERINGS), default="native", show_default=True)
+@planning_options
+@batch_size_option
+@sequence_length_option
+@on_screen
+def command(
+    screen: Screen,
+    model: Path,
+    plan_path: Path | None,
+    texts: tuple[Path, ...],
+    output: Path,
+    lowering: str,
+    batch_size: int,
+    sequence_length: int,
+    policy_options: tuple[str, ...],
+    **planning: Any,
+) -> None:
+    """Compile MODEL into an engine (the default command)."""
+    check_extension(output)
+    check_writable(output)
+    if plan_path is not None:
+        refuse_planning_options()
+    elif not texts:
+        raise UserError("compiling needs a plan; give --plan FILE, or --text FILE to calibrate and plan first", 2)
+    contents = read_texts(texts) if plan_path is None else {}
+    options = parse_options(policy_options)
+
+    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.files import read_document
+    from rq_compile.planning.schema import Plan
+
+    if plan_path is not None:
+        plan = read_document(Plan, plan_path)
+        checkpoint = Checkpoint.open(model)
+        check_same_model(plan, checkpoint, plan_path)
+    else:
+        from rq_compile.calibration.calibrate import calibrate
+        from rq_compile.planning.plan import make_plan
+
+        checkpoint = Checkpoint.open(model)
+        with screen.progress("calibrating", "tokens") as progress:
+            calibration, _ = calibrate(
+                checkpoint, contents, batch_size=batch_size, sequence_length=sequence_length, progress=progress
+            )
+        plan = make_plan(calibration, target="cpu", **planning, **options)
+
+    from rq_compile.cli.tables import engine_tables
+    from rq_compile.targets.onnxruntime import compile_engine
+
+    with screen.progress("compiling", "steps") as progress:
+        manifest = compile_engine(checkpoint, plan, output, lowering, progress=progress)
+    screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")
+    screen.result(manifest, *engine_tables(manifest), asked_for=False)
+
+
+def check_extension(output: Path) -> None:
+    """The output's extension chooses the target.
+
+    Raises:
+        UserError: no target writes such a file.
+    """
+    if output.suffix == ".plan":
+        raise UserError(f"{output} asks for TensorRT, which is not built yet; use -o {output.with_suffix('.onnx')}", 2)
+    if output.suffix != ".onnx":
+        raise UserError(f"{output} has no extension of an engine; end it in .onnx (ONNX Runtime)", 2)
+
+
+def refuse_planning_options() -> None:
+    """An option that a given plan would silently override is a mistake.
+
+    Raises:
+        UserError: such an option was given.
+    """
+    ctx = click.get_current_context()
+    for name in PLANNING:
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            option = {"policy_options": "option", "texts": "text"}.get(name, name)
+            raise UserError(f"--{option} has no effect beside --plan; leave one of the two out", 2)
+
+
+def check_same_model(plan: Plan, checkpoint: Checkpoint, path: Path) -> None:
+    """
+    Raises:
+        UserError: the plan was made for other weights.
+    """
+    if plan.fingerprint != checkpoint.fingerprint:
+        raise UserError(
+            f"{path} was made for {plan.model} ({plan.fingerprint[:12]}), not for {checkpoint.path} "
+            f"({checkpoint.fingerprint[:12]}); calibrate and plan this model",
+            2,
+        )

@@ -1,0 +1,42 @@
+"""``rq-compile evaluate``: an engine against the checkpoint run by transformers, on held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rq_compile.cli.options import FILE, read_texts, sequence_length_option, text_option, threads_option
+from rq_compile.cli.screen import Screen, on_screen
+
+
+@click.command("evaluate")
+@click.argument("engine", type=FILE)
+@click.option("--reference", type=FILE, required=True, help="The checkpoint the engine was compiled from.")
+@text_option
+@sequence_length_option
+@threads_option
+@on_screen
+def command(
+    screen: Screen, engine: Path, reference: Path, texts: tuple[Path, ...], sequence_length: int, threads: int | None
+) -> None:
+    """Perplexity, top-1 agreement, KL and LIS of ENGINE on text it was not calibrated on."""
+    contents = read_texts(texts)
+
+    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.cli.compile import check_same_model
+    from rq_compile.cli.tables import evaluation_tables
+    from rq_compile.evaluation.evaluate import evaluate
+    from rq_compile.evaluation.windows import cut
+    from rq_compile.runtime.engine import Engine
+    from rq_compile.runtime.reference import Reference
+
+    loaded = Engine.load(engine, threads)
+    checkpoint = Checkpoint.open(reference)
+    check_same_model(loaded.manifest.plan, checkpoint, engine)
+    windows = [cut(name, text, loaded.tokenizer, sequence_length) for name, text in contents.items()]
+    with screen.progress("evaluating", "tokens") as progress:
+        evaluation = evaluate(
+            loaded, Reference.load(checkpoint, threads), windows, reference_name=checkpoint.name, progress=progress
+        )
+    screen.result(evaluation, *evaluation_tables(evaluation))

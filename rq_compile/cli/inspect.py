@@ -1,0 +1,60 @@
+"""``rq-compile inspect``: a calibration, plan or engine as a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from rq_compile.cli.options import FILE
+from rq_compile.cli.screen import Screen, on_screen
+from rq_compile.errors import UserError
+
+
+@click.command("inspect")
+@click.argument("file", type=FILE)
+@click.option("--verify", is_flag=True, help="Recompute the SHA-256 of an engine's files.")
+@on_screen
+def command(screen: Screen, file: Path, verify: bool) -> None:
+    """Show FILE (a calibration, a plan, an engine or its manifest) as a table."""
+    kind = "engine" if file.suffix == ".onnx" else document_kind(file)
+    if verify and kind != "engine":
+        raise UserError(f"--verify checks an engine's files, but {file} is a {kind}; leave --verify out", 2)
+
+    from rq_compile.calibration.schema import Calibration
+    from rq_compile.cli import tables
+    from rq_compile.files import read_document
+    from rq_compile.planning.schema import Plan
+    from rq_compile.runtime import files
+
+    if kind == "calibration":
+        calibration = read_document(Calibration, file)
+        screen.result(calibration, *tables.calibration_tables(calibration))
+    elif kind == "plan":
+        plan = read_document(Plan, file)
+        screen.result(plan, *tables.plan_tables(plan))
+    else:
+        engine = file.with_suffix(".onnx")
+        manifest = files.read_manifest(engine)
+        if verify:
+            files.verify(engine, manifest)
+            screen.note(f"{engine}: every file is whole")
+        screen.result(manifest, *tables.engine_tables(manifest))
+
+
+def document_kind(file: Path) -> str:
+    """
+    Raises:
+        UserError: the file is missing or none of ours.
+    """
+    try:
+        data = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; check the path", 2) from error
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON; inspect a calibration, a plan or an engine (.onnx)", 2) from error
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind not in ("calibration", "plan", "engine"):
+        raise UserError(f"{file} is no file of rq-compile; inspect a calibration, a plan or an engine (.onnx)", 2)
+    return kind

@@ -1,0 +1,106 @@
+"""Options that several commands share, and checks that must come before the long work.
+
+The choices repeat the schemas' so that ``--help`` need not import them; a test holds them equal.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rq_compile.errors import UserError
+
+POLICIES = ("none", "paper", "optimal")
+TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched")
+LOWERINGS = ("native", "stock")
+
+FILE = click.Path(path_type=Path)
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+text_option = click.option("--text", "texts", type=FILE, multiple=True, help="A text file to run; repeatable.")
+batch_size_option = click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+sequence_length_option = click.option("--sequence-length", type=click.IntRange(2), default=256, show_default=True)
+threads_option = click.option("--threads", type=click.IntRange(1), help="Threads; default: the runtime's choice.")
+
+
+def planning_options(function: Callable[..., None]) -> Callable[..., None]:
+    options: list[Decorator] = [
+        click.option("--policy", type=click.Choice(POLICIES), default="optimal", show_default=True),
+        click.option(
+            "--memory",
+            type=click.FloatRange(0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Bytes the plan may take, as a multiple of the experts' bytes in the checkpoint.",
+        ),
+        click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Devices that share the experts."),
+        click.option("--option", "policy_options", multiple=True, metavar="KEY=VALUE", help="A policy's own option; repeatable."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def parse_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` pairs; a value that reads as a JSON number or boolean is one.
+
+    Raises:
+        UserError: a pair has no ``=``.
+    """
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(f"--option {pair} is not KEY=VALUE; write for example --option fraction=0.5", 2)
+        try:
+            parsed[key] = json.loads(value)
+        except ValueError:
+            parsed[key] = value
+    return parsed
+
+
+def read_texts(paths: tuple[Path, ...]) -> dict[str, str]:
+    """File name -> content.
+
+    Raises:
+        UserError: no file was given, one cannot be read, is not UTF-8, is empty, or two have the same name.
+    """
+    if not paths:
+        raise UserError("there is no text to run; give at least one --text FILE", 2)
+    texts: dict[str, str] = {}
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read --text {path}: {error.strerror}; check the path", 2) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--text {path} is not UTF-8 text; convert it or give another file", 2) from error
+        if not text.strip():
+            raise UserError(f"--text {path} is empty; give a file with text", 2)
+        if path.name in texts:
+            raise UserError(f"two --text files are named {path.name}; rename one, as results are listed by name", 2)
+        texts[path.name] = text
+    return texts
+
+
+def check_writable(output: Path) -> None:
+    """Find out before the long work whether ``output`` can be written.
+
+    Raises:
+        UserError: its folder is missing or cannot be written, or ``output`` is a folder.
+    """
+    if output.is_dir():
+        raise UserError(f"cannot write {output}: it is a folder; name a file with -o", 2)
+    if not output.parent.is_dir():
+        raise UserError(f"cannot write {output}: there is no folder {output.parent}; make it or choose another -o", 2)
+    try:
+        # Asking for permission bits would miss read-only file systems and would always say yes to root.
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; choose another output with -o", 2) from error

@@ -1,0 +1,43 @@
+"""``rq-compile plan``: from a calibration to slots, formats and ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rq_compile.cli.options import FILE, TARGETS, check_writable, parse_options, planning_options
+from rq_compile.cli.screen import Screen, on_screen
+
+
+@click.command("plan")
+@click.argument("calibration", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="The plan to write (.json).")
+@click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True)
+@planning_options
+@on_screen
+def command(
+    screen: Screen,
+    calibration: Path,
+    output: Path,
+    target: str,
+    policy: str,
+    memory: float,
+    ranks: int,
+    policy_options: tuple[str, ...],
+) -> None:
+    """Decide from CALIBRATION how often and in which format each expert is stored."""
+    check_writable(output)
+    options = parse_options(policy_options)
+
+    from rq_compile.calibration.schema import Calibration
+    from rq_compile.cli.tables import plan_tables
+    from rq_compile.files import read_document, sha256, write_document
+    from rq_compile.planning.plan import make_plan
+
+    document = read_document(Calibration, calibration)
+    digest = sha256(calibration)
+    plan = make_plan(document, policy=policy, memory=memory, ranks=ranks, target=target, calibration_sha256=digest, **options)
+    write_document(plan, output)
+    screen.note(f"wrote {output}")
+    screen.result(plan, *plan_tables(plan), asked_for=False)

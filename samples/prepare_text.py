@@ -31,7 +31,9 @@ DICTIONARY_SHARE = 6  # one Webster entry in six, or the dictionary would drown 
 
 
 def scripture() -> Iterator[str]:
-    verses = subprocess.run(["bible", "-f", "gen1:1-rev22:21"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
+    verses = subprocess.run(
+        ["bible", "-f", "gen1:1-rev22:21"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    ).stdout
     chapter, lines = "", []
     for verse in verses.splitlines():
         match = re.fullmatch(r"(\w+?\d+):\d+ (.*)", verse)
@@ -45,16 +47,23 @@ def scripture() -> Iterator[str]:
     yield "\n".join(lines)
 
 
+def dictionary_text(name: str) -> str:
+    return gzip.decompress((DICTIONARIES / f"{name}.dict.dz").read_bytes()).decode("utf-8", errors="replace")
+
+
 def dictionary_entries(name: str) -> Iterator[str]:
     """The entries of one dictd database: a headword at the margin, its text indented or behind it."""
-    text = gzip.open(DICTIONARIES / f"{name}.dict.dz", "rt", encoding="utf-8", errors="replace").read()
-    for entry in re.split(r"\n(?=\S)", text):
+    for entry in re.split(r"\n(?=\S)", dictionary_text(name)):
         if not entry.startswith("00-database"):
             yield entry.strip()
 
 
 def hacker() -> Iterator[str]:
-    return (entry for entry in dictionary_entries("jargon") if len(entry) > 80 and "dictd" not in entry and "catb.org/~esr/jargon/jargsrc" not in entry)
+    return (
+        entry
+        for entry in dictionary_entries("jargon")
+        if len(entry) > 80 and "dictd" not in entry and "catb.org/~esr/jargon/jargsrc" not in entry
+    )
 
 
 def webster() -> Iterator[str]:
@@ -68,21 +77,26 @@ def webster() -> Iterator[str]:
 
 
 def satire() -> Iterator[str]:
-    text = gzip.open(DICTIONARIES / "devil.dict.dz", "rt", encoding="utf-8", errors="replace").read()
-    return (entry.strip() for entry in re.split(r"\n\n(?=[A-Z-]+, )", text)[1:])
+    return (entry.strip() for entry in re.split(r"\n\n(?=[A-Z-]+, )", dictionary_text("devil"))[1:])
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
 
 
 @click.command()
-@click.option("--training-text", type=click.Path(path_type=Path), required=True, help="Folder for the training text (10 MB, not committed).")
+@click.option(
+    "--training-text", type=click.Path(path_type=Path), required=True, help="Folder for the training text (10 MB, not committed)."
+)
 @click.option("--samples", type=click.Path(path_type=Path), default=Path(__file__).parent, help="Folder for texts and tokenizer.")
 def main(training_text: Path, samples: Path) -> None:
     """Split each kind into training, calibration and held-out text, and train one tokenizer for all."""
@@ -99,7 +113,10 @@ def main(training_text: Path, samples: Path) -> None:
         (training_text / f"{kind}.txt").write_text(separator.join(split["training"]))
         for part in ("calibration", "heldout"):
             (samples / "text" / f"{kind}.{part}.txt").write_text("\n\n".join(split[part]) + "\n")
-        click.echo(f"{kind}: " + ", ".join(f"{part} {len(split[part])} documents, {sum(map(len, split[part]))} characters" for part in split))
+        click.echo(
+            f"{kind}: "
+            + ", ".join(f"{part} {len(split[part])} documents, {sum(map(len, split[part]))} characters" for part in split)
+        )
     unseen = [entry for index, entry in enumerate(satire()) if index % 4 == 0]
     (samples / "text" / "satire.heldout.txt").write_text("\n\n".join(unseen) + "\n")
     train_tokenizer(training).save_pretrained(training_text / "tokenizer")

@@ -4,7 +4,11 @@
     python samples/train.py olmoe --training-text DIR
 
 Writes ``samples/<name>/``: the checkpoint (bf16 safetensors, config, tokenizer) and ``loss.csv``, the held-out loss curve.
-The learning rate is constant after a short warm-up and falls linearly to zero over the last quarter of the steps.
+The learning rate is constant after a short warm-up and falls linearly to zero over the last quarter of the steps. ``--resume``
+trains the checkpoint that is there for as many steps more and goes on with its curve, until that has flattened.
+
+``olmoe`` and ``qwen2-moe`` are the samples of the demo. ``top1`` (8 experts, one a token, as in Switch-base-8) and
+``deepseek-v2`` (64 small experts, six a token, beside two shared ones) widen the benchmarks.
 """
 
 import copy
@@ -17,7 +21,10 @@ import click
 import numpy as np
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
@@ -28,7 +35,6 @@ from transformers import (
 
 SEQUENCE = 256
 BATCH = 16
-LEARNING_RATE = 2e-3
 KINDS = ("scripture", "hacker", "dictionary")
 
 
@@ -82,7 +88,63 @@ def qwen2_moe(vocabulary: int) -> PreTrainedModel:
     )
 
 
-ARCHITECTURES = {"olmoe": (olmoe, 1600), "qwen2-moe": (qwen2_moe, 1000)}
+def top1(vocabulary: int) -> PreTrainedModel:
+    """Few wide experts, the best one alone, its gate not normalised; no loss balances them."""
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=vocabulary,
+            hidden_size=160,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_experts=8,
+            num_experts_per_tok=1,
+            norm_topk_prob=False,
+            router_aux_loss_coef=0.002,
+            output_router_logits=True,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def deepseek_v2(vocabulary: int) -> PreTrainedModel:
+    """A dense first layer, latent attention, then 64 experts of a few neurons; its class has no loss that balances them."""
+    return DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=256,
+            moe_intermediate_size=32,
+            num_hidden_layers=3,
+            first_k_dense_replace=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            q_lora_rank=None,
+            kv_lora_rank=64,
+            qk_rope_head_dim=16,
+            qk_nope_head_dim=32,
+            v_head_dim=32,
+            n_routed_experts=64,
+            num_experts_per_tok=6,
+            n_shared_experts=2,
+            topk_method="greedy",
+            n_group=1,
+            routed_scaling_factor=1.0,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+ARCHITECTURES = {"olmoe": (olmoe, 1600), "qwen2-moe": (qwen2_moe, 1000), "top1": (top1, 1000), "deepseek-v2": (deepseek_v2, 1000)}
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, paths: list[Path]) -> np.ndarray:
@@ -117,12 +179,24 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: Pat
     tokenizer.save_pretrained(output)
 
 
+def last_step(curve: Path) -> int:
+    return int(curve.read_text().splitlines()[-1].split(",")[0])
+
+
+def resumed(output: Path) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    model.config.output_router_logits = True
+    return model
+
+
 @click.command()
 @click.argument("name", type=click.Choice(list(ARCHITECTURES)))
 @click.option("--training-text", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--steps", type=int, help="Optimizer steps of 4096 tokens.")
 @click.option("--output", type=click.Path(path_type=Path), help="Default: samples/NAME.")
-def main(name: str, training_text: Path, steps: int | None, output: Path | None) -> None:
+@click.option("--resume", is_flag=True, help="Train the checkpoint in --output further.")
+@click.option("--learning-rate", type=float, default=2e-3, show_default=True)
+def main(name: str, training_text: Path, steps: int | None, output: Path | None, resume: bool, learning_rate: float) -> None:
     """Train the sample model NAME."""
     torch.manual_seed(0)
     build, default_steps = ARCHITECTURES[name]
@@ -133,18 +207,20 @@ def main(name: str, training_text: Path, steps: int | None, output: Path | None)
     tokenizer = AutoTokenizer.from_pretrained(training_text / "tokenizer")
     training = token_stream(tokenizer, [training_text / f"{kind}.txt" for kind in KINDS])
     heldout = {kind: token_stream(tokenizer, [samples / "text" / f"{kind}.heldout.txt"]) for kind in (*KINDS, "satire")}
-    model = build(len(tokenizer))
+    trained = last_step(output / "loss.csv") if resume else 0
+    model = resumed(output) if resume else build(len(tokenizer))
     model.set_experts_implementation("grouped_mm")
     click.echo(f"{name}: {model.num_parameters() / 1e6:.2f} M parameters, {len(training)} training tokens, {steps} steps")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    stream = batches(training, np.random.default_rng(0))
-    with open(output / "loss.csv", "w", newline="") as curve:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    stream = batches(training, np.random.default_rng(trained))
+    with open(output / "loss.csv", "a" if resume else "w", newline="") as curve:
         writer = csv.writer(curve)
-        writer.writerow(["step", "tokens", "training", *heldout])
+        if not resume:
+            writer.writerow(["step", "tokens", "training", *heldout])
         start, running = time.monotonic(), []
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * schedule(step, steps)
+                group["lr"] = learning_rate * schedule(step, steps)
             batch = next(stream)
             loss = model(batch, labels=batch).loss
             loss.backward()
@@ -154,7 +230,9 @@ def main(name: str, training_text: Path, steps: int | None, output: Path | None)
             running.append(loss.item())
             if (step + 1) % 200 == 0 or step + 1 == steps:
                 losses = {kind: heldout_loss(model, tokens) for kind, tokens in heldout.items()}
-                writer.writerow([step + 1, (step + 1) * BATCH * SEQUENCE, f"{np.mean(running):.4f}", *(f"{loss:.4f}" for loss in losses.values())])
+                total = trained + step + 1
+                means = [f"{loss:.4f}" for loss in (np.mean(running), *losses.values())]
+                writer.writerow([total, total * BATCH * SEQUENCE, *means])
                 curve.flush()
                 rate = (step + 1) * BATCH * SEQUENCE / (time.monotonic() - start)
                 click.echo(f"step {step + 1}: training {np.mean(running):.3f}, held-out {losses}, {rate:.0f} tokens/s")

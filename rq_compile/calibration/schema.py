@@ -37,7 +37,7 @@ class LayerCalibration(Document):
     batch_loads: list[list[int]]
     wanda: list[float]
     error: dict[Format, list[float]]
-    estimated: list[int] = []
+    estimated: list[int] = Field(default=[])
 
 
 class Calibration(Document):

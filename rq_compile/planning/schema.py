@@ -72,7 +72,7 @@ class Plan(Document):
     fingerprint: str
     calibration_sha256: str | None
     policy: Policy
-    options: dict[str, str | int | float | bool] = {}
+    options: dict[str, str | int | float | bool] = Field(default={})
     target: Target
     memory: float = Field(gt=0)
     ranks: int = Field(default=1, ge=1)

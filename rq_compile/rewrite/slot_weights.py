@@ -63,9 +63,7 @@ def slot_weights(plan: LayerPlan, projection: str, source: Source, share_copies:
     return SlotWeights(tuple(inputs), tuple(index))
 
 
-def _floats(
-    name: str, slots: list[Slot], rows: int, columns: int, matrix: Callable[[int], np.ndarray]
-) -> ExternalWeight | None:
+def _floats(name: str, slots: list[Slot], rows: int, columns: int, matrix: Callable[[int], np.ndarray]) -> ExternalWeight | None:
     if not slots:
         return None
     dtype = FLOAT_DTYPES[slots[0].format]

@@ -65,10 +65,14 @@ def _same_experts(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan) -> N
 def _supported(plan: LayerPlan, lowering: Lowering) -> None:
     geometry = plan.geometry
     if geometry.activation not in ACTIVATIONS[lowering]:
-        raise UserError(f"layer {plan.index} uses activation {geometry.activation}, which {lowering} lacks; use another --lowering", 2)
+        raise UserError(
+            f"layer {plan.index} uses activation {geometry.activation}, which {lowering} lacks; use another --lowering", 2
+        )
     for slot in plan.slots:
         if slot.format not in TARGET_FORMATS[lowering]:
-            raise UserError(f"layer {plan.index} stores expert {slot.expert} in {slot.format}, which {lowering} lacks; plan without it", 2)
+            raise UserError(
+                f"layer {plan.index} stores expert {slot.expert} in {slot.format}, which {lowering} lacks; plan without it", 2
+            )
     if not 1 <= geometry.top_k <= geometry.experts:
         raise UserError(f"layer {plan.index} chooses {geometry.top_k} of {geometry.experts} experts; correct the config", 2)
     if geometry.up_rows * geometry.hidden > LARGEST_MATRIX:

@@ -26,7 +26,7 @@ class WeightsFile:
 
 
 def write_weights(weights: Iterable[ExternalWeight], file: BinaryIO, progress: Progress | None = None) -> WeightsFile:
-    """Write ``weights`` in order, each at a multiple of 64 bytes; a one-chunk tensor equal to an earlier one is not written again.
+    """Write ``weights`` in order, each at a multiple of 64 bytes; a one-chunk tensor equal to an earlier one is not repeated.
 
     ``progress(done, total)`` is called in bytes after each chunk.
 

@@ -15,7 +15,7 @@ import click
 
 from rq_compile.errors import UserError
 
-POLICIES = ("none", "paper", "optimal")
+POLICIES = ("none", "paper", "eplb", "place", "optimal")
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched")
 LOWERINGS = ("native", "stock")
 

@@ -8,29 +8,58 @@ from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.files import Document
 from rq_compile.quantization.formats import FLOAT_FORMATS, Format
 
-Policy = Literal["none", "paper", "optimal"]
+Policy = Literal["none", "paper", "eplb", "place", "optimal"]
 Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched"]
 
 
 class Slot(Document):
-    """A physical expert: a copy of logical expert ``expert`` stored in ``format`` on ``rank``."""
+    """A physical expert: a copy of logical expert ``expert`` stored in ``format`` on ``rank``.
+
+    Slots of one ``capacity_class`` are lanes of one width in the batched lowering; class 0 is the widest.
+    """
 
     expert: int
     format: Format
-    rank: int = 0
+    rank: int = Field(default=0, ge=0)
+    capacity_class: int = Field(default=0, ge=0)
 
 
 class LayerPrediction(Document):
-    """What the planner expects of one layer on the calibration text. ``error``: see ``LayerCalibration.error``."""
+    """What the planner expects of one layer on the calibration text, without a plan (before) and with it (after).
+
+    LIS is that of the pooled counts, ``worst_text_lis`` that of the calibration text with the highest. ``rank_imbalance`` is
+    max / mean load over ranks, None with one rank. ``padded_work`` is rows computed by the batched lowering, with the
+    capacity classes of the slots, over useful rows. ``step_time`` is in seconds of a nominal machine: only ratios mean
+    anything. ``error``: see ``LayerCalibration.error``.
+    """
 
     lis_before: float
     lis_after: float
     strict_lis_before: float
     strict_lis_after: float
-    rank_imbalance: float | None = Field(default=None, description="max / mean load over ranks; None without ranks")
+    worst_text_lis_before: float | None = None
+    worst_text_lis_after: float | None = None
+    rank_imbalance_before: float | None = None
+    rank_imbalance_after: float | None = None
+    padded_work_before: float | None = None
+    padded_work_after: float | None = None
+    step_time_before: float | None = None
+    step_time_after: float | None = None
     bytes_before: int
     bytes_after: int
     error: float
+
+
+class Optimality(Document):
+    """``objective`` is what the policy minimised, ``bound`` what no plan within the budget can undercut."""
+
+    objective: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        """How much of the objective could at most still be saved, as a fraction of it."""
+        return 0.0 if self.objective <= self.bound else (self.objective - self.bound) / self.objective
 
 
 class LayerPlan(Document):
@@ -76,6 +105,7 @@ class Plan(Document):
     target: Target
     memory: float = Field(gt=0)
     ranks: int = Field(default=1, ge=1)
+    optimality: Optimality | None = Field(default=None, description="None: the policy makes no claim")
     remarks: list[str] = Field(default=[], description="what the planner has to say, a sentence each")
     layers: list[LayerPlan] = Field(min_length=1)
 

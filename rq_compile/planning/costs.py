@@ -1,0 +1,91 @@
+"""What a step costs on each target, and therefore what a replica buys there.
+
+- *ragged* kernels (``cpu``, ``cuda``, ``tensorrt``) compute exactly the rows that were routed, whoever holds them: on one rank a
+  replica is an alias, and time follows the rows and the bytes that are read.
+- *batched* lowerings (``batched``, ``tensorrt-rtx``) make every slot a lane as wide as the busiest slot of its capacity class and
+  read the weights of all slots: the busiest slot sets the time.
+- with several ranks the busiest rank sets the time, whatever its kernels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rq_compile.architectures.geometry import ExpertGeometry
+from rq_compile.planning.metrics import padded_work, rank_loads
+from rq_compile.planning.schema import Slot, Target
+
+Busiest = Literal["slot", "rank", "nothing"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nominal rates that turn rows and bytes into one unit; a prediction is only ever shown as a ratio of two times."""
+
+    flops: float
+    bytes_per_second: float
+
+
+MACHINES: dict[Target, Machine] = {
+    "cpu": Machine(200e9, 33e9),
+    "batched": Machine(200e9, 33e9),
+    "cuda": Machine(800e12, 3.3e12),
+    "tensorrt": Machine(800e12, 3.3e12),
+    "tensorrt-rtx": Machine(150e12, 1.0e12),
+}
+BATCHED: frozenset[Target] = frozenset({"batched", "tensorrt-rtx"})
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The cost of one MoE layer on ``target`` with its slots on ``ranks`` devices."""
+
+    target: Target
+    ranks: int
+
+    @property
+    def batched(self) -> bool:
+        return self.target in BATCHED
+
+    @property
+    def busiest(self) -> Busiest:
+        """Whose load a layer waits for: what a replica can relieve."""
+        if self.ranks > 1:
+            return "rank"
+        return "slot" if self.batched else "nothing"
+
+    def step_time(
+        self, geometry: ExpertGeometry, slots: list[Slot], slot_rows: np.ndarray, tokens: int, classes: np.ndarray
+    ) -> float:
+        """Seconds of a step of ``tokens`` tokens on the nominal machine, whose rows are spread like ``slot_rows [S]``.
+
+        The slowest rank counts; a rank computes its rows (padded to ``classes [S]`` if batched) and reads its weights once.
+        """
+        machine = MACHINES[self.target]
+        share = slot_rows / max(1, slot_rows.sum())
+        rows = share * tokens * geometry.top_k
+        bytes_read = self._bytes_read(geometry, slots, share, tokens)
+        of_rank = [slot.rank for slot in slots]
+        computed = rank_loads(rows, of_rank, self.ranks)
+        if self.batched:
+            held = np.asarray(of_rank)
+            for rank in range(self.ranks):
+                mine = held == rank
+                if mine.any():
+                    computed[rank] *= padded_work(rows[mine], classes[mine])
+        flops = 2 * (geometry.up_rows * geometry.hidden + geometry.hidden * geometry.intermediate)
+        read = rank_loads(bytes_read, of_rank, self.ranks)
+        return float((computed * flops / machine.flops + read / machine.bytes_per_second).max())
+
+    def _bytes_read(self, geometry: ExpertGeometry, slots: list[Slot], share: np.ndarray, tokens: int) -> np.ndarray:
+        """Expected bytes each slot reads, float ``[S]``; copies of equal format on one rank are one set of weights if ragged."""
+        size = np.array([geometry.expert_bytes(slot.format) for slot in slots], np.float64)
+        if self.batched:
+            return size
+        first = {(slot.expert, slot.format, slot.rank): place for place, slot in reversed(list(enumerate(slots)))}
+        merged = np.zeros(len(slots))
+        for place, slot in enumerate(slots):
+            merged[first[slot.expert, slot.format, slot.rank]] += share[place]
+        touched = 1 - (1 - np.minimum(1, merged * geometry.top_k)) ** tokens
+        return size * touched

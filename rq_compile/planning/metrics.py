@@ -1,0 +1,91 @@
+"""What balance is: every number that a plan or an evaluation reports about loads, each defined once.
+
+Loads are (token, choice) pairs, padding masked. All functions take leading axes (texts, batches), so the same definition serves
+pooled counts and the distribution over batches.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def copy_numbers(experts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of slots holding ``experts [S]``: each one's number among the copies of its expert, and how many those are, int64 ``[S]``."""
+    held = np.asarray(experts, np.int64)
+    order = np.argsort(held, kind="stable")
+    first = np.searchsorted(held[order], held[order])
+    number = np.empty_like(held)
+    number[order] = np.arange(len(held)) - first
+    return number, np.bincount(held)[held]
+
+
+def slot_loads(loads: np.ndarray, experts: Sequence[int]) -> np.ndarray:
+    """Rows per slot int64 ``[..., S]`` of rows per logical expert ``loads [..., m]``, as the op Dispatch splits them.
+
+    The tokens of an expert take its slots in turn, in arrival order: the first ``n mod c`` of its c slots hold one row more than
+    the others, so the shares are equal within one token.
+    """
+    number, copies = copy_numbers(experts)
+    rows = np.asarray(loads, np.int64)[..., np.asarray(experts, np.int64)]
+    return (rows - number + copies - 1) // copies
+
+
+def rank_loads(slot_rows: np.ndarray, ranks_of_slots: Sequence[int], ranks: int) -> np.ndarray:
+    """Rows per rank ``[..., R]`` of rows per slot ``[..., S]``."""
+    membership = np.asarray(ranks_of_slots)[:, None] == np.arange(ranks)
+    return slot_rows @ membership.astype(slot_rows.dtype)
+
+
+def lis(slot_rows: np.ndarray, experts: int) -> np.ndarray:
+    """Load imbalance score (arXiv 2602.19938): busiest slot over the equal share of the m logical ``experts``, ``[...]``.
+
+    Slots beyond m do not lower the share, and a score below 1 counts as 1: duplicating everything earns nothing. Without any
+    row, 1.
+    """
+    return np.maximum(1.0, _over_mean(slot_rows, experts))
+
+
+def strict_lis(slot_rows: np.ndarray) -> np.ndarray:
+    """Busiest slot over the mean of the S slots ``[...]``: rows of a batched lowering with one capacity over useful rows."""
+    return np.maximum(1.0, _over_mean(slot_rows, slot_rows.shape[-1]))
+
+
+def rank_imbalance(rank_rows: np.ndarray) -> np.ndarray:
+    """Busiest rank over the mean rank ``[...]``; the step time of an expert-parallel layer is proportional to it."""
+    return np.maximum(1.0, _over_mean(rank_rows, rank_rows.shape[-1]))
+
+
+def balancedness(rank_rows: np.ndarray) -> np.ndarray:
+    """Mean rank over busiest rank ``[...]``, as vLLM logs it: 1 is perfect, 1/R the worst."""
+    return 1.0 / rank_imbalance(rank_rows)
+
+
+def padded_work(slot_rows: np.ndarray, capacity_classes: np.ndarray) -> np.ndarray:
+    """Rows that a batched lowering computes over useful rows ``[...]``.
+
+    Every slot is a lane as wide as the busiest slot of its capacity class (``capacity_classes [S]``).
+    """
+    members = [capacity_classes == number for number in np.unique(capacity_classes)]
+    lanes = sum(slot_rows[..., mine].max(axis=-1) * mine.sum() for mine in members)
+    total = slot_rows.sum(axis=-1)
+    return np.where(total > 0, lanes / np.maximum(total, 1), 1.0)
+
+
+def excess_removed(before: float, after: float) -> float:
+    """Fraction of the excess imbalance ``before - 1`` that ``after`` no longer has; 1 where there was none."""
+    return 1.0 if before <= 1.0 else (before - after) / (before - 1.0)
+
+
+def over_batches(batch_loads: np.ndarray, batches: int) -> np.ndarray:
+    """Loads ``[B // batches, m]`` of larger batches, each ``batches`` consecutive calibration batches of ``[B, m]``.
+
+    What is left over is dropped. So the distribution of any metric over batches of 32 or 128 sequences comes from calibration
+    batches of 8 or 1.
+    """
+    whole = len(batch_loads) // batches * batches
+    return batch_loads[:whole].reshape(-1, batches, batch_loads.shape[-1]).sum(axis=1)
+
+
+def _over_mean(rows: np.ndarray, share_of: int) -> np.ndarray:
+    total = rows.sum(axis=-1)
+    return np.where(total > 0, rows.max(axis=-1) * share_of / np.where(total > 0, total, 1), 1.0)

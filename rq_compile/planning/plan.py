@@ -1,0 +1,139 @@
+"""From a calibration to a plan: options checked, a policy asked, its slots measured against doing nothing."""
+
+import importlib
+from typing import Any, cast, get_args
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from rq_compile import __version__
+from rq_compile.calibration.schema import Calibration
+from rq_compile.errors import UserError
+from rq_compile.files import Document
+from rq_compile.planning.policies.none import unplanned
+from rq_compile.planning.prediction import predict, with_capacity_classes
+from rq_compile.planning.problem import Decision, Problem, problem_of
+from rq_compile.planning.remarks import remarks
+from rq_compile.planning.schema import LayerPlan, Plan, Policy, Target
+
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+class CommonOptions(Document):
+    """What every policy takes. ``tokens``: of the step whose time is predicted; 0 stands for one calibration batch."""
+
+    smoothing: float = Field(default=1.0, ge=0)
+    tokens: int = Field(default=0, ge=0)
+
+
+def make_plan(
+    calibration: Calibration,
+    *,
+    policy: str,
+    memory: float,
+    ranks: int,
+    target: str,
+    calibration_sha256: str | None = None,
+    **options: Any,
+) -> Plan:
+    """Decide how often, in which format and on which rank each expert is stored.
+
+    ``memory`` times the bytes of the checkpoint's experts is the most the plan takes, scales included. ``options`` are those of
+    ``CommonOptions`` and of the policy's own ``Options``. The same arguments give the same plan.
+
+    Raises:
+        UserError: an unknown policy, target or option, a value out of range, or a budget that cannot be met.
+    """
+    if policy not in POLICIES:
+        raise UserError(f"there is no policy {policy}; choose one of {', '.join(POLICIES)}", 2)
+    if target not in get_args(Target):
+        raise UserError(f"there is no target {target}; choose one of {', '.join(get_args(Target))}", 2)
+    if ranks < 1 or not np.isfinite(memory) or memory <= 0:
+        raise UserError(f"cannot plan for memory {memory:g} and {ranks} ranks; both must be above 0", 2)
+    module = importlib.import_module(f"rq_compile.planning.policies.{policy}")
+    common, own = _options(policy, module.Options, options)
+    problem = problem_of(calibration, target=cast(Target, target), ranks=ranks, memory=memory, smoothing=common.smoothing)
+    _check_feasible(problem)
+    decision: Decision = module.decide(problem, own)
+    tokens = common.tokens or calibration.batch_size * calibration.sequence_length
+    layers = [_layer_plan(problem, place, slots, tokens) for place, slots in enumerate(decision.slots)]
+    _check_within_budget(problem, layers, policy)
+    return Plan(
+        tool=f"rq-compile {__version__}",
+        model=calibration.model,
+        model_type=calibration.model_type,
+        fingerprint=calibration.fingerprint,
+        calibration_sha256=calibration_sha256,
+        policy=policy,
+        options={**common.model_dump(), **own.model_dump()},
+        target=target,
+        memory=memory,
+        ranks=ranks,
+        optimality=decision.optimality,
+        remarks=[*decision.remarks, *remarks(problem, layers)],
+        layers=layers,
+    )
+
+
+def _options(policy: str, own: type[Document], given: dict[str, Any]) -> tuple[CommonOptions, Document]:
+    """
+    Raises:
+        UserError: an option that the policy does not have, or a value it does not take.
+    """
+    known = [*CommonOptions.model_fields, *own.model_fields]
+    for name in given:
+        if name not in known:
+            raise UserError(f"policy {policy} has no option {name}; it has {', '.join(known)}", 2)
+    try:
+        common = CommonOptions(**{name: value for name, value in given.items() if name in CommonOptions.model_fields})
+        return common, own(**{name: value for name, value in given.items() if name in own.model_fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise UserError(f"option {name} of policy {policy} cannot be {given[name]!r}: {first['msg']}", 2) from error
+
+
+def _layer_plan(problem: Problem, place: int, slots: list, tokens: int) -> LayerPlan:
+    layer = problem.layers[place].calibration
+    before = with_capacity_classes(layer, unplanned(layer.geometry.experts, problem))
+    after = with_capacity_classes(layer, slots)
+    return LayerPlan(
+        name=layer.name,
+        index=layer.index,
+        geometry=layer.geometry,
+        slots=after,
+        unreached=[expert for expert, count in enumerate(layer.load) if count == 0],
+        predicted=predict(layer, before, after, problem.cost, problem.dtype, tokens),
+    )
+
+
+def _check_feasible(problem: Problem) -> None:
+    """
+    Raises:
+        UserError: not even one slot an expert, each in its smallest format, fits the budget.
+    """
+    least = sum(layer.experts * int(layer.size.min()) for layer in problem.layers)
+    if least > problem.budget:
+        smallest = problem.layers[0].formats[int(problem.layers[0].size.argmin())]
+        raise UserError(
+            f"--memory {problem.memory:g} allows {problem.budget} bytes, but with every expert in {smallest} the plan "
+            f"takes {least}, {least - problem.budget} more; give --memory {_memory(least, problem)} or more"
+        )
+
+
+def _check_within_budget(problem: Problem, layers: list[LayerPlan], policy: str) -> None:
+    """
+    Raises:
+        UserError: the policy cannot do with less.
+    """
+    taken = sum(layer.predicted.bytes_after for layer in layers)
+    if taken > problem.budget:
+        raise UserError(
+            f"policy {policy} takes {taken} bytes, {taken - problem.budget} more than --memory {problem.memory:g} allows; "
+            f"give --memory {_memory(taken, problem)} or more, or --policy optimal"
+        )
+
+
+def _memory(needed: int, problem: Problem) -> str:
+    """The multiple of the checkpoint's bytes that holds ``needed``, rounded up to four digits."""
+    return f"{-(-needed * 10000 // problem.bytes_before) / 10000:g}"

@@ -1,0 +1,129 @@
+"""Policy ``eplb``: DeepSeek's expert-parallel load balancer (github.com/deepseek-ai/EPLB), the field's baseline.
+
+Greedy replicate-and-pack in full precision, hierarchical: groups of experts are packed onto nodes, experts are replicated
+within a node, the physical experts of a node are packed onto its ranks. It knows one load per expert (the pooled counts), no
+formats and no budget. Here a budget holds for every policy, so it gets as many slots as ``memory`` holds, rounded down to a
+multiple of the ranks: at memory 1.0 it can only place.
+
+It differs from DeepSeek's only where that would put two copies of one expert on one of several ranks: an expert gets at most as
+many copies as its node has ranks, and a node whose packing has such a pair is packed again under that restriction.
+"""
+
+import numpy as np
+from pydantic import Field
+
+from rq_compile.errors import UserError
+from rq_compile.files import Document
+from rq_compile.planning.placement import pack
+from rq_compile.planning.policies.none import unplanned
+from rq_compile.planning.problem import Decision, Layer, Problem, allowed
+from rq_compile.planning.schema import Slot
+
+
+class Options(Document):
+    """``slots`` a layer; 0 stands for as many as the memory holds."""
+
+    slots: int = Field(default=0, ge=0)
+    groups: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1)
+
+
+def decide(problem: Problem, options: Options) -> Decision:
+    slots, remarks = [], []
+    for layer in problem.layers:
+        count = options.slots or _affordable(layer, problem, options)
+        if count < layer.experts:
+            # The ranks do not divide the experts and there is no room for copies to fill them up.
+            slots.append(unplanned(layer.experts, problem))
+            continue
+        _check(layer, count, problem, options)
+        held = rebalance(np.asarray(layer.calibration.load, np.float64), count, options.groups, options.nodes, problem.ranks)
+        per_rank = count // problem.ranks
+        slots.append([Slot(expert=int(e), format=problem.dtype, rank=place // per_rank) for place, e in enumerate(held)])
+    replicas = sum(len(held) - layer.experts for held, layer in zip(slots, problem.layers, strict=True))
+    if not replicas:
+        remarks.append(
+            f"EPLB keeps full precision, and --memory {problem.memory:g} has no room for a replica; "
+            "at --memory 1.125 it copies one expert in eight."
+        )
+    return Decision(slots, remarks=remarks)
+
+
+def _affordable(layer: Layer, problem: Problem, options: Options) -> int:
+    """As many slots as the memory holds, the same on every rank, and no more than one copy of an expert a rank of its node."""
+    slots = allowed(problem.memory, layer.bytes_before) // int(layer.size[0])
+    if problem.ranks > 1:
+        slots = min(slots, layer.experts * problem.ranks // options.nodes)
+    return slots // problem.ranks * problem.ranks
+
+
+def _check(layer: Layer, slots: int, problem: Problem, options: Options) -> None:
+    """
+    Raises:
+        UserError: the hierarchy does not divide evenly.
+    """
+    for name, value, of, by in (
+        ("slots", slots, "ranks", problem.ranks),
+        ("experts", layer.experts, "groups", options.groups),
+        ("ranks", problem.ranks, "nodes", options.nodes),
+    ):
+        if value % by:
+            raise UserError(
+                f"policy eplb cannot divide {value} {name} of layer {layer.calibration.index} by {by} {of}; "
+                "choose a number that divides",
+                2,
+            )
+    if problem.ranks > 1 and slots > layer.experts * problem.ranks // options.nodes:
+        raise UserError(f"{slots} slots put copies of one of {layer.experts} experts on one rank; give --option slots less", 2)
+
+
+def rebalance(load: np.ndarray, slots: int, groups: int, nodes: int, ranks: int) -> np.ndarray:
+    """The logical expert of every slot, int64 ``[slots]``; rank r holds the r-th run of ``slots / ranks`` slots.
+
+    ``load`` float ``[m]``. A group of experts stays on one of ``nodes`` if these divide ``groups``; else there is no hierarchy.
+    For
+
+        load = [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], 16 slots, 4 groups, 2 nodes, 8 ranks
+
+    the answer is ``[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1]``.
+    """
+    if groups % nodes:
+        groups, nodes = 1, 1
+    group_size = len(load) // groups
+    node_of_group = _balanced(load.reshape(groups, group_size).sum(axis=1), nodes)
+    held: list[int] = []
+    for node in range(nodes):
+        experts = np.concatenate([group * group_size + np.arange(group_size) for group in node_of_group[node]])
+        replicated = _replicated(load[experts], slots // nodes, ranks // nodes if ranks > 1 else slots)
+        load_of_copy = (load[experts] / np.bincount(replicated))[replicated]
+        packs = _balanced(load_of_copy, ranks // nodes)
+        if ranks > 1 and any(len(set(replicated[copies])) < len(copies) for copies in packs):
+            parted = pack(load_of_copy[None], replicated, ranks // nodes)
+            packs = [np.flatnonzero(parted == rank).tolist() for rank in range(ranks // nodes)]
+        held += [int(experts[replicated[copy]]) for pack in packs for copy in pack]
+    return np.array(held, np.int64)
+
+
+def _balanced(weight: np.ndarray, packs: int) -> list[list[int]]:
+    """Items, heaviest first, each to the lightest pack that has room; all packs hold equally many."""
+    room = len(weight) // packs
+    if room == 1:
+        return [[item] for item in range(packs)]
+    members: list[list[int]] = [[] for _ in range(packs)]
+    total = [0.0] * packs
+    for item in np.argsort(-weight, kind="stable"):
+        pack = min((p for p in range(packs) if len(members[p]) < room), key=lambda p: total[p])
+        members[pack].append(int(item))
+        total[pack] += float(weight[item])
+    return members
+
+
+def _replicated(load: np.ndarray, slots: int, most_copies: int) -> np.ndarray:
+    """The expert of each of ``slots`` copies, int64: all once, then again and again the one whose copies are busiest."""
+    held = list(range(len(load)))
+    copies = np.ones(len(load))
+    for _ in range(slots - len(load)):
+        busiest = int(np.where(copies < most_copies, load / copies, -1.0).argmax())
+        held.append(busiest)
+        copies[busiest] += 1
+    return np.array(held, np.int64)

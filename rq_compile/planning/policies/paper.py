@@ -1,0 +1,91 @@
+"""Policy ``paper``: Replicate-and-Quantize as published (arXiv 2602.19938, Algorithms 1-3), layer by layer.
+
+The heavy hitter (the expert with the highest load) gets one copy in a half-width format, and the less-important expert (the one
+with the highest mean Wanda score) is quantized to that format in place. What the paper leaves open, and what is done here:
+
+1. *The same expert is both.* Then the next in the ranking is quantized, since quantizing the heavy hitter's original too would
+   undo the point of keeping it; ``skip_heavy_hitter=false`` takes the paper's words at face value.
+2. *Scales.* An int8 copy with its scales is a little more than half a bf16 expert, so one copy and one quantized expert do not
+   come out even. ``in_place=auto`` quantizes further experts, in the order of the ranking, until the layer fits its budget, and
+   so serves budgets below 1 too; ``in_place=1`` is the letter.
+3. *Half-width* of fp16 and bf16 is int8. Of fp32 it is fp16 in the paper; an engine holds one float format a layer, so it is
+   int8 here too. ``format`` chooses another.
+4. *Ranks* are not in the paper: experts stay in consecutive blocks and the copy goes to the least busy rank without the original.
+5. *The split of tokens* between the copies is the engine's: in turn. Which scores enter Wanda's mean is an option of calibration.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from rq_compile.errors import UserError
+from rq_compile.files import Document
+from rq_compile.planning.metrics import rank_loads
+from rq_compile.planning.policies.none import unplanned
+from rq_compile.planning.problem import Decision, Layer, Problem, allowed
+from rq_compile.planning.schema import Slot
+from rq_compile.quantization.formats import Format
+
+
+class Options(Document):
+    format: Format = "int8"
+    in_place: int | Literal["auto"] = "auto"
+    skip_heavy_hitter: bool = True
+
+
+def decide(problem: Problem, options: Options) -> Decision:
+    slots, more = [], []
+    for layer in problem.layers:
+        chosen = _less_important(layer, problem.memory, options)
+        if len(chosen) > 1:
+            more.append(layer.calibration.index)
+        slots.append(_slots(layer, problem, chosen, options.format))
+    remarks = []
+    if options.in_place == "auto" and more:
+        remarks.append(
+            f"More than the paper's one expert is quantized in place in {len(more)} of {len(slots)} layers, "
+            f"because the copy's bytes, scales included, would exceed {problem.memory:g} of the layer."
+        )
+    return Decision(slots, remarks=remarks)
+
+
+def _less_important(layer: Layer, memory: float, options: Options) -> list[int]:
+    """The experts to quantize in place.
+
+    Raises:
+        UserError: the layer's budget cannot be met.
+    """
+    whole, half = (layer.geometry.expert_bytes(format) for format in (layer.formats[0], options.format))
+    ranking = [int(expert) for expert in np.argsort(-np.asarray(layer.calibration.wanda), kind="stable")]
+    heavy = heavy_hitter(layer)
+    if options.skip_heavy_hitter:
+        ranking = [expert for expert in ranking if expert != heavy]
+    budget = allowed(memory, layer.bytes_before)
+    needed = layer.bytes_before + half - budget
+    fewest = max(1, -(-needed // (whole - half))) if whole > half else 1
+    count = fewest if options.in_place == "auto" else options.in_place
+    count = min(count, len(ranking))
+    size = layer.bytes_before + half - count * (whole - half)
+    if size > budget:
+        raise UserError(
+            f"policy paper needs {size} bytes for layer {layer.calibration.index}, {size - budget} more than --memory {memory:g} "
+            f"allows; give --memory {-(-size * 10000 // layer.bytes_before) / 10000:g} or more, or --policy optimal"
+        )
+    return ranking[:count]
+
+
+def heavy_hitter(layer: Layer) -> int:
+    return int(np.argmax(layer.calibration.load))
+
+
+def _slots(layer: Layer, problem: Problem, quantized: list[int], format: Format) -> list[Slot]:
+    slots = [
+        slot.model_copy(update={"format": format}) if slot.expert in quantized else slot
+        for slot in unplanned(layer.experts, problem)
+    ]
+    heavy = heavy_hitter(layer)
+    load = np.asarray(layer.calibration.load, np.float64)
+    busy = rank_loads(load, [slot.rank for slot in slots], problem.ranks)
+    if problem.ranks > 1:
+        busy[slots[heavy].rank] = np.inf
+    return [*slots, Slot(expert=heavy, format=format, rank=int(busy.argmin()))]

@@ -1,0 +1,21 @@
+"""Policy ``place``: move experts between ranks; nothing is replicated, nothing quantized, no byte is added."""
+
+import numpy as np
+
+from rq_compile.files import Document
+from rq_compile.planning.placement import pack
+from rq_compile.planning.problem import Decision, Problem
+from rq_compile.planning.schema import Slot
+
+
+class Options(Document):
+    """None."""
+
+
+def decide(problem: Problem, options: Options) -> Decision:
+    slots = []
+    for layer in problem.layers:
+        experts = np.arange(layer.experts)
+        ranks = pack(layer.demand, experts, problem.ranks)
+        slots.append([Slot(expert=int(e), format=problem.dtype, rank=int(ranks[e])) for e in np.argsort(ranks, kind="stable")])
+    return Decision(slots)

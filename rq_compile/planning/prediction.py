@@ -1,0 +1,54 @@
+"""What slots will do: the numbers that stand in a plan, from the calibration and the slots alone."""
+
+import numpy as np
+
+from rq_compile.calibration.schema import LayerCalibration
+from rq_compile.planning import metrics
+from rq_compile.planning.capacity import capacity_classes
+from rq_compile.planning.costs import CostModel
+from rq_compile.planning.schema import LayerPrediction, Slot
+from rq_compile.quantization.formats import Format
+
+
+def with_capacity_classes(layer: LayerCalibration, slots: list[Slot]) -> list[Slot]:
+    """``slots`` with the capacity classes that pad the pooled calibration loads least."""
+    classes = capacity_classes(_rows(layer.load, slots).astype(np.float64))
+    return [slot.model_copy(update={"capacity_class": int(c)}) for slot, c in zip(slots, classes, strict=True)]
+
+
+def predict(
+    layer: LayerCalibration, before: list[Slot], after: list[Slot], cost: CostModel, dtype: Format, tokens: int
+) -> LayerPrediction:
+    """Every metric of ``planning.metrics`` for one layer; ``tokens`` are those of the step whose time is predicted."""
+    geometry = layer.geometry
+    values: dict[str, float | int | None] = {}
+    for when, slots in (("before", before), ("after", after)):
+        held = [slot.expert for slot in slots]
+        classes = np.array([slot.capacity_class for slot in slots])
+        rows = metrics.slot_loads(np.asarray(layer.load), held)
+        text_rows = metrics.slot_loads(np.asarray(layer.text_loads or [layer.load]), held)
+        values[f"lis_{when}"] = float(metrics.lis(rows, geometry.experts))
+        values[f"strict_lis_{when}"] = float(metrics.strict_lis(rows))
+        values[f"worst_text_lis_{when}"] = float(metrics.lis(text_rows, geometry.experts).max())
+        if cost.ranks > 1:
+            on_ranks = metrics.rank_loads(rows, [slot.rank for slot in slots], cost.ranks)
+            values[f"rank_imbalance_{when}"] = float(metrics.rank_imbalance(on_ranks))
+        values[f"padded_work_{when}"] = float(metrics.padded_work(rows, classes))
+        values[f"step_time_{when}"] = cost.step_time(geometry, slots, rows, tokens, classes)
+        values[f"bytes_{when}"] = sum(geometry.expert_bytes(slot.format) for slot in slots)
+    return LayerPrediction(**values, error=error(layer, after, dtype))
+
+
+def error(layer: LayerCalibration, slots: list[Slot], dtype: Format) -> float:
+    """Expected relative error of the layer's output: each expert's, averaged over its copies, which share its tokens equally."""
+    _, copies = metrics.copy_numbers([slot.expert for slot in slots])
+    return float(
+        sum(
+            0.0 if slot.format == dtype else layer.error[slot.format][slot.expert] / c
+            for slot, c in zip(slots, copies, strict=True)
+        )
+    )
+
+
+def _rows(load: list[int], slots: list[Slot]) -> np.ndarray:
+    return metrics.slot_loads(np.asarray(load), [slot.expert for slot in slots])

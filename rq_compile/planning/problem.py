@@ -1,0 +1,114 @@
+"""What a policy decides on, and what it decides."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from rq_compile.architectures.geometry import ExpertGeometry
+from rq_compile.calibration.schema import Calibration, LayerCalibration
+from rq_compile.errors import UserError
+from rq_compile.planning.costs import CostModel
+from rq_compile.planning.demand import demand
+from rq_compile.planning.schema import Optimality, Slot, Target
+from rq_compile.quantization.formats import FLOAT_FORMATS, FORMATS, Format
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer as the policies see it.
+
+    ``demand`` float ``[texts, m]``: see ``demand.demand``. ``formats``: those an expert may be stored in, the checkpoint's own
+    first, then by falling size; ``size [F]`` bytes of an expert and ``error [m, F]`` of storing it so, inf where the format cannot hold it.
+    """
+
+    calibration: LayerCalibration
+    demand: np.ndarray
+    formats: tuple[Format, ...]
+    size: np.ndarray
+    error: np.ndarray
+
+    @property
+    def geometry(self) -> ExpertGeometry:
+        return self.calibration.geometry
+
+    @property
+    def experts(self) -> int:
+        return self.geometry.experts
+
+    @property
+    def bytes_before(self) -> int:
+        return self.experts * self.geometry.expert_bytes(self.formats[0])
+
+    def worst_demand(self) -> np.ndarray:
+        """float ``[m]``: every expert's load in the text that asks most for it."""
+        return self.demand.max(axis=0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model's layers, the bytes its experts may take, and what the plan is for."""
+
+    layers: tuple[Layer, ...]
+    dtype: Format
+    memory: float
+    cost: CostModel
+
+    @property
+    def ranks(self) -> int:
+        return self.cost.ranks
+
+    @cached_property
+    def bytes_before(self) -> int:
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def budget(self) -> int:
+        """Bytes the whole plan may take."""
+        return allowed(self.memory, self.bytes_before)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The slots of every layer; how near to the best, where the policy can tell; what to say about it."""
+
+    slots: list[list[Slot]]
+    optimality: Optimality | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+def allowed(memory: float, bytes_before: int) -> int:
+    """Whole bytes of ``memory`` times ``bytes_before``; a product that only rounding keeps below a whole number counts as it."""
+    return int(memory * bytes_before * (1 + 1e-12))
+
+
+def problem_of(calibration: Calibration, *, target: Target, ranks: int, memory: float, smoothing: float) -> Problem:
+    """
+    Raises:
+        UserError: the calibration contradicts itself (the layer and the numbers are named).
+    """
+    layers = tuple(_layer(layer, calibration.dtype, smoothing) for layer in calibration.layers)
+    return Problem(layers, calibration.dtype, memory, CostModel(target, ranks))
+
+
+def _layer(layer: LayerCalibration, dtype: Format, smoothing: float) -> Layer:
+    experts = layer.geometry.experts
+    lengths = {"load": len(layer.load), "wanda": len(layer.wanda), "text_loads": min(map(len, layer.text_loads), default=experts)}
+    lengths |= {f"error at {format}": len(values) for format, values in layer.error.items()}
+    for name, length in lengths.items():
+        if length != experts:
+            raise UserError(
+                f"layer {layer.index} has {experts} experts, but {length} values of {name}; calibrate the model again", 2
+            )
+    formats = (dtype, *(format for format in FORMATS if format in layer.error and format not in FLOAT_FORMATS))
+    errors = [[0.0] * experts, *(layer.error[format] for format in formats[1:])]
+    error = np.array(errors, np.float64).T
+    if not (error >= 0).all():
+        expert, place = np.argwhere(~(error >= 0))[0]
+        raise UserError(
+            f"expert {expert} of layer {layer.index} has an error of {error[expert, place]} at {formats[place]}; "
+            "calibrate the model again",
+            2,
+        )
+    size = np.array([layer.geometry.expert_bytes(format) for format in formats], np.int64)
+    return Layer(layer, demand(layer, smoothing), formats, size, error)

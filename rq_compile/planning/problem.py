@@ -19,7 +19,7 @@ class Layer:
     """One MoE layer as the policies see it.
 
     ``demand`` float ``[texts, m]``: see ``demand.demand``. ``formats``: those an expert may be stored in, the checkpoint's own
-    first, then by falling size; ``size [F]`` bytes of an expert and ``error [m, F]`` of storing it so, inf where the format cannot hold it.
+    first; ``size`` int64 ``[F]``: bytes of an expert; ``error`` float ``[m, F]``: of storing it so, inf where it cannot be.
     """
 
     calibration: LayerCalibration

@@ -6,12 +6,14 @@ from rq_compile.architectures.geometry import GATED, Activation
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
-from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.planning.schema import LayerPlan, Plan, Target
 from rq_compile.quantization.formats import FORMATS, Format
 from rq_compile.targets.manifest import Lowering
 
 ACTIVATIONS: dict[Lowering, tuple[Activation, ...]] = {"native": get_args(Activation), "stock": get_args(Activation)}
 TARGET_FORMATS: dict[Lowering, tuple[Format, ...]] = {"native": FORMATS, "stock": FORMATS}
+# Every lowering executes the slots of a plan made for another; what the plan was made for only decides what it gains.
+TARGETS: tuple[Target, ...] = ("cpu", "batched")
 # Both lowerings count rows and index a slot's weights in int32.
 LARGEST_MATRIX = 2**31 - 1
 
@@ -22,8 +24,11 @@ def preflight(checkpoint: Checkpoint, layers: list[MoeLayer], plan: Plan, loweri
     Raises:
         UserError: the first thing that does not fit, named with its layer and value.
     """
-    if plan.target != "cpu":
-        raise UserError(f"the plan is for target {plan.target}, this engine for cpu; re-run rq-compile plan with --target cpu", 2)
+    if plan.target not in TARGETS:
+        raise UserError(
+            f"the plan is for target {plan.target}, this engine for {' or '.join(TARGETS)}; re-run rq-compile plan with one of them",
+            2,
+        )
     planned = {layer.name: layer for layer in plan.layers}
     for layer in layers:
         if layer.name in planned:

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def copy_numbers(experts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of slots holding ``experts [S]``: each one's number among the copies of its expert, and how many there are, int64 ``[S]``."""
+    """Of slots holding ``experts [S]``: each one's number among its expert's copies, and how many there are, int64 ``[S]``."""
     held = np.asarray(experts, np.int64)
     order = np.argsort(held, kind="stable")
     first = np.searchsorted(held[order], held[order])

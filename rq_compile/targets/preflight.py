@@ -26,8 +26,7 @@ def preflight(checkpoint: Checkpoint, layers: list[MoeLayer], plan: Plan, loweri
     """
     if plan.target not in TARGETS:
         raise UserError(
-            f"the plan is for target {plan.target}, this engine for {' or '.join(TARGETS)}; re-run rq-compile plan with one of them",
-            2,
+            f"the plan is for target {plan.target}, but ONNX engines are for {' or '.join(TARGETS)}; re-run rq-compile plan", 2
         )
     planned = {layer.name: layer for layer in plan.layers}
     for layer in layers:

@@ -1,5 +1,7 @@
 """The transformers model of a checkpoint: with its weights, or on the meta device with none."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -59,7 +61,7 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def _from_pretrained(auto_class: type, checkpoint: Checkpoint) -> PreTrainedModel:
+def _from_pretrained(auto_class: Any, checkpoint: Checkpoint) -> PreTrainedModel:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -86,7 +88,7 @@ def _fill(model: PreTrainedModel, checkpoint: Checkpoint, layers: list[MoeLayer]
     """Give every meta parameter of a gated model without expert biases its values."""
     experts = {layer.name for layer in layers}
     for layer in layers:
-        module = model.get_submodule(layer.name)
+        module: Any = model.get_submodule(layer.name)
         up = torch.empty(module.gate_up_proj.shape)
         down = torch.empty(module.down_proj.shape)
         for expert in range(layer.geometry.experts):

@@ -59,24 +59,15 @@ class Reference:
         import torch
 
         ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
-        encoder = ids if self.encoder_decoder else None
-        if encoder is not None:
-            ids = torch.tensor([[self.decoder_start or 0]])
+        key, encoded = "input_ids", {}
+        if self.encoder_decoder:
+            with torch.inference_mode():
+                encoded = {"encoder_outputs": self.model.get_encoder()(input_ids=ids)}
+            key, ids = "decoder_input_ids", torch.tensor([[self.decoder_start or 0]])
         state: Any = None
-        encoded: Any = None
         for _ in range(max_tokens):
             with torch.inference_mode():
-                if encoder is None:
-                    outputs = self.model(input_ids=ids, past_key_values=state, use_cache=True)
-                else:
-                    outputs = self.model(
-                        input_ids=encoder if encoded is None else None,
-                        encoder_outputs=encoded,
-                        decoder_input_ids=ids,
-                        past_key_values=state,
-                        use_cache=True,
-                    )
-                    encoded = encoded or (outputs.encoder_last_hidden_state,)
+                outputs = self.model(**{key: ids}, **encoded, past_key_values=state, use_cache=True)
             state = outputs.past_key_values
             token = int(outputs.logits[0, -1].argmax())
             if stop and token in self.end_of_text:

@@ -98,7 +98,7 @@ def _check_writable(files: list[Path]) -> None:
             raise UserError(f"{file} is a directory; choose another output with -o", 2)
 
 
-def _dense_weights(checkpoint: Checkpoint, model: onnx.ModelProto, parameters: dict[str, str]) -> list[ExternalWeight]:
+def _dense_weights(checkpoint: Checkpoint, model: onnx.ModelProto, parameters: set[str]) -> list[ExternalWeight]:
     """The weights the graph refers to that are no experts, as the graph's dtype, each read when its turn comes."""
     tensors = {external_name(tensor): tensor for tensor in external_tensors(model.graph)}
 
@@ -107,7 +107,7 @@ def _dense_weights(checkpoint: Checkpoint, model: onnx.ModelProto, parameters: d
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
 
         def chunks() -> Iterator[np.ndarray]:
-            yield dense_tensor(checkpoint, parameters[name]).astype(dtype, copy=False)
+            yield dense_tensor(checkpoint, name).astype(dtype, copy=False)
 
         return ExternalWeight(name, dtype, tuple(tensor.dims), chunks)
 

@@ -1,0 +1,72 @@
+"""The op ``rq.moe::Experts`` on torch's side: traced in place of a layer's experts, exported as one ONNX node per MoE layer.
+
+A node takes ``x [T, hidden]``, expert ids int64 ``[T, k]`` and gates ``[T, k]``; its attribute ``layer`` names the experts
+module, by which the rewrite finds the layer's plan and weights. It has no weights of its own.
+"""
+
+from typing import Any
+
+import onnx
+import onnxscript
+import torch
+from onnx.defs import OpSchema
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from rq_compile.architectures.layers import MoeLayer
+
+IMPLEMENTATION = "rq_compile_experts_node"
+DOMAIN = "rq.moe"
+
+
+@torch.library.custom_op("rq_moe::experts", mutates_args=())
+def experts(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, layer: str) -> torch.Tensor:
+    raise NotImplementedError("rq_moe::experts stands for a layer in a traced graph; it computes nothing")
+
+
+@experts.register_fake
+def _(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, layer: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def route_to_experts_nodes(model: PreTrainedModel, layers: list[MoeLayer]) -> None:
+    """Make ``model``, of a family that uses transformers' experts interface, call the op in place of its experts."""
+    for layer in layers:
+        module: Any = model.get_submodule(layer.name)
+        module.rq_layer = layer.name
+    model.set_experts_implementation(IMPLEMENTATION)
+
+
+def _interface(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    return experts(hidden_states, top_k_index, top_k_weights, module.rq_layer)
+
+
+_OPSET = onnxscript.values.Opset(DOMAIN, 1)
+
+
+def _translation(x: onnxscript.FLOAT, ids: onnxscript.INT64, gates: onnxscript.FLOAT, layer: str) -> onnxscript.FLOAT:
+    return _OPSET.Experts(x, ids, gates, layer=layer)
+
+
+def _register() -> None:
+    """Once a process, on import: with torch's ONNX exporter, with onnx and with transformers."""
+    tensor = OpSchema.FormalParameter
+    onnx.defs.register_schema(
+        OpSchema(
+            "Experts",
+            DOMAIN,
+            1,
+            doc="The routed experts of one MoE layer; exists between export and rewrite only.",
+            inputs=[tensor("x", "T"), tensor("ids", "tensor(int64)"), tensor("gates", "T")],
+            outputs=[tensor("y", "T")],
+            type_constraints=[("T", ["tensor(float)"], "fp32")],
+            attributes=[OpSchema.Attribute("layer", OpSchema.AttrType.STRING, required=True)],
+        )
+    )
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _interface)
+    # The exporter has no public way to add a translation.
+    _ONNX_TRANSLATION_TABLE[torch.ops.rq_moe.experts.default] = _translation
+
+
+_register()

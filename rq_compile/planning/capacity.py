@@ -1,28 +1,72 @@
-"""Capacity classes of the batched lowering: slots of similar load share lanes of one width."""
+"""Lanes of the batched lowering: which slots share a product, and how wide its lanes are.
+
+Slots of one format and one capacity class are the lanes of one batched matrix product; every lane is as wide as the busiest of
+them. Wide lanes for busy slots and narrow ones for cold slots keep the padding small.
+"""
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
+
+from rq_compile.planning.schema import Slot
+from rq_compile.quantization.formats import FORMATS, Format
 
 CLASSES = 3
 
 
-def capacity_classes(share: np.ndarray, classes: int = CLASSES) -> np.ndarray:
-    """The class of every slot, int64 ``[S]``, class 0 the widest, such that the lanes are least padded.
+def capacity_classes(shares: np.ndarray, formats: Sequence[Format], classes: int = CLASSES) -> np.ndarray:
+    """The capacity class of every slot, int64 ``[S]``, that makes the lanes least padded; 0 is a format's widest.
 
-    ``share`` float ``[S]``: the expected load of every slot. Classes are runs of the slots sorted by load; the best cuts are
-    found exactly by dynamic programming, and a class that would save nothing is not opened.
+    ``shares`` float ``[texts, S]``: the share of each text's pairs that each slot is expected to get; the lanes are least padded
+    in the mean over texts. A format has at most ``classes``, each a run of its slots sorted by mean share; among these the best
+    are found exactly, by dynamic programming over the cuts, and a class that would save nothing is not opened.
     """
-    slots = len(share)
-    order = np.argsort(-share, kind="stable")
-    sorted_share = share[order]
-    starts, ends = np.arange(slots), np.arange(1, slots + 1)
-    # width[i, j]: rows of one class that holds the sorted slots i .. j.
-    width = np.where(ends[None] > starts[:, None], sorted_share[:, None] * (ends[None] - starts[:, None]), np.inf)
-    best, cuts = width[0], []
+    labels = np.zeros(len(formats), np.int64)
+    for format in FORMATS:
+        mine = [slot for slot, held in enumerate(formats) if held == format]
+        if mine:
+            labels[mine] = _classes_of_one_format(shares[:, mine], classes)
+    return labels
+
+
+def lane_groups(slots: Sequence[Slot]) -> np.ndarray:
+    """Which batched product each slot is a lane of, int64 ``[S]``: products are numbered by format, then by class."""
+    keys = [(FORMATS.index(slot.format), slot.capacity_class) for slot in slots]
+    numbers = {key: number for number, key in enumerate(sorted(set(keys)))}
+    return np.array([numbers[key] for key in keys], np.int64)
+
+
+def expected_loads(slots: Sequence[Slot]) -> np.ndarray:
+    """The share of a layer's pairs that each of its slots is expected to get, float64 ``[S]``; equal ones if any is not known."""
+    loads = [slot.load for slot in slots]
+    if any(load is None for load in loads):
+        return np.full(len(loads), 1 / len(loads))
+    return np.array(loads, np.float64)
+
+
+def fixed_capacity(loads: np.ndarray, pairs: int, headroom: float) -> int:
+    """Rows of every lane of one product, for a target that must know them in advance; at least 1.
+
+    ``loads``: the expected shares of its slots, of the ``pairs`` (token, choice) pairs of the step that the engine is made for.
+    The lanes hold ``headroom`` times what the busiest expects; a batch with more takes a further pass.
+    """
+    return max(1, math.ceil(pairs * min(1.0, float(loads.max()) * headroom)))
+
+
+def _classes_of_one_format(shares: np.ndarray, classes: int) -> np.ndarray:
+    order = np.argsort(-shares.mean(axis=0), kind="stable")
+    shares, slots = shares[:, order], len(order)
+    # lanes[i, j]: rows of one class that holds the sorted slots i .. j.
+    lanes = np.full((slots, slots), np.inf)
+    for start in range(slots):
+        widest = np.maximum.accumulate(shares[:, start:], axis=1).mean(axis=0)
+        lanes[start, start:] = widest * np.arange(1, slots - start + 1)
+    best, cuts = lanes[0], []
     for _ in range(1, min(classes, slots)):
-        # A further class starts at i, after the best of what ends before it.
-        total = best[:-1, None] + width[1:]
-        start = total.argmin(axis=0) + 1
-        split = total.min(axis=0)
+        # A further class starts at `start`, after the best of what ends before it.
+        total = best[:-1, None] + lanes[1:]
+        start, split = total.argmin(axis=0) + 1, total.min(axis=0)
         worthwhile = split < best * (1 - 1e-9)
         cuts.append(np.where(worthwhile, start, 0))
         best = np.where(worthwhile, split, best)

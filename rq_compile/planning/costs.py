@@ -2,8 +2,8 @@
 
 - *ragged* kernels (``cpu``, ``cuda``, ``tensorrt``) compute exactly the rows that were routed, whoever holds them: on one rank a
   replica is an alias, and time follows the rows and the bytes that are read.
-- *batched* lowerings (``batched``, ``tensorrt-rtx``) make every slot a lane as wide as the busiest slot of its capacity class and
-  read the weights of all slots: the busiest slot sets the time.
+- *batched* lowerings (``batched``, ``tensorrt-rtx``) make every slot a lane as wide as the busiest slot of its format and
+  capacity class and read the weights of all slots: the busiest slots set the time.
 - with several ranks the busiest rank sets the time, whatever its kernels.
 """
 
@@ -56,11 +56,11 @@ class CostModel:
         return "slot" if self.batched else "nothing"
 
     def step_time(
-        self, geometry: ExpertGeometry, slots: list[Slot], slot_rows: np.ndarray, tokens: int, classes: np.ndarray
+        self, geometry: ExpertGeometry, slots: list[Slot], slot_rows: np.ndarray, tokens: int, lanes: np.ndarray
     ) -> float:
         """Seconds of a step of ``tokens`` tokens on the nominal machine, whose rows are spread like ``slot_rows [S]``.
 
-        The slowest rank counts; a rank computes its rows (padded to ``classes [S]`` if batched) and reads its weights once.
+        The slowest rank counts; a rank computes its rows (padded to its ``lanes [S]`` if batched) and reads its weights once.
         """
         machine = MACHINES[self.target]
         share = slot_rows / max(1, slot_rows.sum())
@@ -73,7 +73,7 @@ class CostModel:
             for rank in range(self.ranks):
                 mine = held == rank
                 if mine.any():
-                    computed[rank] *= padded_work(rows[mine], classes[mine])
+                    computed[rank] *= padded_work(rows[mine], lanes[mine])
         flops = 2 * (geometry.up_rows * geometry.hidden + geometry.hidden * geometry.intermediate)
         read = rank_loads(bytes_read, of_rank, self.ranks)
         return float((computed * flops / machine.flops + read / machine.bytes_per_second).max())

@@ -60,15 +60,15 @@ def balancedness(rank_rows: np.ndarray) -> np.ndarray:
     return 1.0 / rank_imbalance(rank_rows)
 
 
-def padded_work(slot_rows: np.ndarray, capacity_classes: np.ndarray) -> np.ndarray:
+def padded_work(slot_rows: np.ndarray, lanes: np.ndarray) -> np.ndarray:
     """Rows that a batched lowering computes over useful rows ``[...]``.
 
-    Every slot is a lane as wide as the busiest slot of its capacity class (``capacity_classes [S]``).
+    Every slot is a lane as wide as the busiest slot of its product (``lanes [S]``: see ``capacity.lane_groups``).
     """
-    members = [capacity_classes == number for number in np.unique(capacity_classes)]
-    lanes = sum(slot_rows[..., mine].max(axis=-1) * mine.sum() for mine in members)
+    members = [lanes == number for number in np.unique(lanes)]
+    computed = sum(slot_rows[..., mine].max(axis=-1) * mine.sum() for mine in members)
     total = slot_rows.sum(axis=-1)
-    return np.where(total > 0, lanes / np.maximum(total, 1), 1.0)
+    return np.where(total > 0, computed / np.maximum(total, 1), 1.0)
 
 
 def excess_removed(before: float, after: float) -> float:

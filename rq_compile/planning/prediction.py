@@ -4,16 +4,24 @@ import numpy as np
 
 from rq_compile.calibration.schema import LayerCalibration
 from rq_compile.planning import metrics
-from rq_compile.planning.capacity import capacity_classes
+from rq_compile.planning.capacity import capacity_classes, lane_groups
 from rq_compile.planning.costs import CostModel
 from rq_compile.planning.schema import LayerPrediction, Slot
 from rq_compile.quantization.formats import Format
 
 
 def with_capacity_classes(layer: LayerCalibration, slots: list[Slot]) -> list[Slot]:
-    """``slots`` with the capacity classes that pad the pooled calibration loads least."""
-    classes = capacity_classes(_rows(layer.load, slots).astype(np.float64))
-    return [slot.model_copy(update={"capacity_class": int(c)}) for slot, c in zip(slots, classes, strict=True)]
+    """``slots`` with their expected loads, and the capacity classes that pad the calibration texts least, all of equal weight."""
+    held = [slot.expert for slot in slots]
+    rows = metrics.slot_loads(np.asarray(layer.load), held)
+    load = rows / max(1, rows.sum())
+    text_rows = metrics.slot_loads(np.asarray(layer.text_loads or [layer.load]), held)
+    shares = text_rows / np.maximum(1, text_rows.sum(axis=1, keepdims=True))
+    classes = capacity_classes(shares, [slot.format for slot in slots])
+    return [
+        slot.model_copy(update={"load": float(share), "capacity_class": int(number)})
+        for slot, share, number in zip(slots, load, classes, strict=True)
+    ]
 
 
 def predict(
@@ -24,7 +32,7 @@ def predict(
     values: dict[str, float | int | None] = {}
     for when, slots in (("before", before), ("after", after)):
         held = [slot.expert for slot in slots]
-        classes = np.array([slot.capacity_class for slot in slots])
+        lanes = lane_groups(slots)
         rows = metrics.slot_loads(np.asarray(layer.load), held)
         text_rows = metrics.slot_loads(np.asarray(layer.text_loads or [layer.load]), held)
         values[f"lis_{when}"] = float(metrics.lis(rows, geometry.experts))
@@ -33,8 +41,8 @@ def predict(
         if cost.ranks > 1:
             on_ranks = metrics.rank_loads(rows, [slot.rank for slot in slots], cost.ranks)
             values[f"rank_imbalance_{when}"] = float(metrics.rank_imbalance(on_ranks))
-        values[f"padded_work_{when}"] = float(metrics.padded_work(rows, classes))
-        values[f"step_time_{when}"] = cost.step_time(geometry, slots, rows, tokens, classes)
+        values[f"padded_work_{when}"] = float(metrics.padded_work(rows, lanes))
+        values[f"step_time_{when}"] = cost.step_time(geometry, slots, rows, tokens, lanes)
         values[f"bytes_{when}"] = sum(geometry.expert_bytes(slot.format) for slot in slots)
     return LayerPrediction(**values, error=error(layer, after, dtype))
 
@@ -48,7 +56,3 @@ def error(layer: LayerCalibration, slots: list[Slot], dtype: Format) -> float:
             for slot, c in zip(slots, copies, strict=True)
         )
     )
-
-
-def _rows(load: list[int], slots: list[Slot]) -> np.ndarray:
-    return metrics.slot_loads(np.asarray(load), [slot.expert for slot in slots])

@@ -15,12 +15,15 @@ Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched"]
 class Slot(Document):
     """A physical expert: a copy of logical expert ``expert`` stored in ``format`` on ``rank``.
 
-    Slots of one ``capacity_class`` are lanes of one width in the batched lowering; class 0 is the widest.
+    ``load``: the share of the layer's (token, choice) pairs that this slot is expected to get, as on the calibration text; None:
+    not known, all slots count alike. Slots of one format and ``capacity_class`` are lanes of one width in the batched lowering;
+    a format's class 0 is its widest.
     """
 
     expert: int
     format: Format
     rank: int = Field(default=0, ge=0)
+    load: float | None = Field(default=None, ge=0, le=1)
     capacity_class: int = Field(default=0, ge=0)
 
 

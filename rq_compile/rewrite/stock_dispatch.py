@@ -24,32 +24,38 @@ def stock_dispatch(graph: gs.Graph) -> None:
         node.outputs.clear()
         graph.nodes.remove(node)
         rows.dtype = np.dtype(np.int64)
-        _expand(Ops(graph, node.name), ids, replicas.values.astype(np.int64), int(node.attrs["slots"]), rows, offsets)
+        _expand(Ops(graph, node.name), ids, replicas.values.astype(np.int64), rows, offsets)
     ensures(NAME, not any(node.op == "Dispatch" for node in graph.nodes), "that no Dispatch node is left")
 
 
-def _expand(op: Ops, ids: gs.Tensor, table: np.ndarray, slots: int, rows: gs.Tensor, offsets: gs.Tensor) -> None:
-    expert = op("Reshape", ids, [-1])
-    slot = _slot_of_each(op, expert, table)
-    pairs = op("Shape", expert)
-    # The keys are all different, so their order is that of a stable sort by slot, whatever TopK does with ties.
-    position = op("Range", 0, op("Squeeze", pairs), 1)
-    key = op("Add", op("Mul", slot, pairs), position)
-    _, order = op("TopK", key, pairs, axis=0, largest=0, sorted=1, outputs=2)
-    op("Identity", order, out=rows)
-    held = op("Equal", op("Unsqueeze", slot, [1]), op("Unsqueeze", np.arange(slots), [0]))
-    counts = op("ReduceSum", op("Cast", held, to=onnx.TensorProto.INT64), [0], keepdims=0)
-    total = op("CumSum", counts, 0)
-    op("Cast", op("Concat", [0], total, axis=0), to=onnx.TensorProto.INT32, out=offsets)
-
-
-def _slot_of_each(op: Ops, expert: gs.Tensor, table: np.ndarray) -> gs.Tensor:
-    """int64 ``[P]``: the j-th pair of an expert, in order, goes to the expert's slot j modulo its number of slots."""
+def _expand(op: Ops, ids: gs.Tensor, table: np.ndarray, rows: gs.Tensor, offsets: gs.Tensor) -> None:
+    """A counting sort: TensorRT's TopK ends at 3840 elements, and ONNX has no other sort."""
     experts, width = table.shape
-    if width == 1:
-        return op("Gather", table[:, 0], expert)
+    expert = op("Reshape", ids, [-1])
     column = op("Unsqueeze", expert, [1])
-    mine = op("Cast", op("Equal", column, np.arange(experts)[None]), to=onnx.TensorProto.INT64)
-    seen = op("Squeeze", op("GatherElements", op("CumSum", mine, 0), column, axis=1), [1])
-    copy = op("Mod", op("Sub", seen, 1), op("Gather", (table >= 0).sum(1), expert))
-    return op("Gather", table.reshape(-1), op("Add", op("Mul", expert, width), copy))
+    chosen = op("Cast", op("Equal", column, np.arange(experts)[None]), to=onnx.TensorProto.INT32)
+    count = op("CumSum", chosen, 0)
+    own = op("Squeeze", op("GatherElements", count, column, axis=1), [1])
+    earlier = op("Sub", op("Cast", own, to=onnx.TensorProto.INT64), 1)
+    bounds = op("Concat", [0], op("CumSum", _rows_of_each_slot(op, count, table), 0), axis=0)
+    op("Cast", bounds, to=onnx.TensorProto.INT32, out=offsets)
+    if width == 1:
+        slot, place = op("Gather", table[:, 0], expert), earlier
+    else:
+        # The j-th pair of an expert with c slots goes to its slot j mod c, as the latter's row j div c.
+        copies = op("Gather", (table >= 0).sum(1), expert)
+        slot = op("Gather", table.reshape(-1), op("Add", op("Mul", expert, width), op("Mod", earlier, copies)))
+        place = op("Div", earlier, copies)
+    pair = op("Range", 0, op("Squeeze", op("Shape", expert)), 1)
+    op("ScatterElements", pair, op("Add", op("Gather", bounds, slot), place), pair, axis=0, out=rows)
+
+
+def _rows_of_each_slot(op: Ops, count: gs.Tensor, table: np.ndarray) -> gs.Tensor:
+    """int64 ``[S]`` from the running count of each expert's pairs, int32 ``[P, E]``, whose last row is missing without pairs."""
+    load = op("ReduceSum", op("Slice", count, [-1], [np.iinfo(np.int64).max], [0]), [0], keepdims=0)
+    expert, number = np.nonzero(table >= 0)
+    by_slot = np.argsort(table[expert, number])
+    expert, number = expert[by_slot], number[by_slot]
+    copies = (table >= 0).sum(1)[expert]
+    mine = op("Gather", op("Cast", load, to=onnx.TensorProto.INT64), expert)
+    return op("Div", op("Add", mine, copies - 1 - number), copies)

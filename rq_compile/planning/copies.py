@@ -1,4 +1,4 @@
-"""How many copies each expert gets: the one sequence of replicas in which every prefix is the best for its length."""
+"""How many copies each expert gets: one sequence of replicas, every prefix of which is the best for what it reaches."""
 
 import heapq
 from dataclasses import dataclass
@@ -10,39 +10,59 @@ import numpy as np
 class CopySequence:
     """Replicas in the order in which they are worth adding.
 
-    ``expert [n]`` gets the i-th replica, as its copy number ``copy [n]`` (2 for its first replica). ``level [n + 1]`` is the
-    load of the busiest slot with the first i replicas.
+    ``expert [n]`` gets the i-th replica, as its copy number ``copy [n]`` (2 for its first replica). With the first i replicas,
+    the busiest slot has load ``level [n + 1]``, and ``drift_level [n + 1]`` if any one expert may gain the drift. From
+    ``balanced`` replicas on, no slot that could be relieved is above the goal; before, where nothing is done about drift,
+    ``drift_level`` falls as ``level`` does.
     """
 
     expert: np.ndarray
     copy: np.ndarray
     level: np.ndarray
+    drift_level: np.ndarray
+    balanced: int
 
     def counts(self, replicas: int, experts: int) -> np.ndarray:
         """Copies of every expert with the first ``replicas`` of the sequence, int64 ``[m]``."""
         return 1 + np.bincount(self.expert[:replicas], minlength=experts)
 
 
-def copy_sequence(load: np.ndarray, *, most_copies: int, replicas: int, until: float = 0.0) -> CopySequence:
-    """Always copy the expert whose slots are busiest, until no slot is above ``until`` or ``replicas`` are spent.
+def copy_sequence(load: np.ndarray, *, goal: float, drift: float, most_copies: int, replicas: int | None = None) -> CopySequence:
+    """First bring the expected ``load [m]`` under ``goal``, then ``load + drift``, always copying the busiest expert.
 
-    ``load`` float ``[m]``: expected load of every expert. For any bound M on a slot's load, expert e needs at least
-    ``ceil(load[e] / M)`` copies, and the sequence passes through exactly these counts: no other choice of as many replicas has a
-    less busy slot, and none with as busy a slot has fewer copies of any expert. An expert with ``most_copies`` gets no more.
+    For any bound M on a slot's load, expert e needs ``ceil(load[e] / M)`` copies, and the first part of the sequence passes
+    through exactly these counts: nothing else with as busy a busiest slot has fewer copies of any expert. The second part does
+    the same for ``load + drift``, given the first. No expert gets more than ``most_copies``. With ``replicas``, the sequence has
+    that many, as far as there are experts to copy, whether or not the goal is met.
     """
-    heap = [(-float(value), expert, 1) for expert, value in enumerate(load)]
+    count = np.ones(len(load), np.int64)
+    most = len(load) * most_copies if replicas is None else replicas
+    order = _relieve(load, count, goal, most_copies, most)
+    balanced = len(order)
+    order += _relieve(load + drift, count, goal if replicas is None else -np.inf, most_copies, most - balanced)
+    expert = np.array(order, np.int64)
+    copy = np.empty_like(expert)
+    level, drift_level = np.empty(len(order) + 1), np.empty(len(order) + 1)
+    count[:] = 1
+    for replica in range(len(order) + 1):
+        level[replica] = (load / count).max()
+        drift_level[replica] = ((load + drift) / count).max()
+        if replica < len(order):
+            count[expert[replica]] += 1
+            copy[replica] = count[expert[replica]]
+    drift_level[:balanced] = level[:balanced] - level[balanced] + drift_level[balanced]
+    return CopySequence(expert, copy, level, drift_level, balanced)
+
+
+def _relieve(load: np.ndarray, count: np.ndarray, goal: float, most_copies: int, replicas: int) -> list[int]:
+    """Experts to copy, in order, until every slot that can be relieved is at ``goal`` or below; ``count`` is updated."""
+    heap = [(-float(load[e] / count[e]), e) for e in range(len(load)) if count[e] < most_copies]
     heapq.heapify(heap)
-    at_most = 0.0  # the busiest slot among experts that may not be copied again
-    experts: list[int] = []
-    copies: list[int] = []
-    level = [-heap[0][0]]
-    while heap and len(experts) < replicas and level[-1] > until:
-        value, expert, count = heapq.heappop(heap)
-        if count == most_copies:
-            at_most = max(at_most, -value)
-            continue
-        experts.append(expert)
-        copies.append(count + 1)
-        heapq.heappush(heap, (-float(load[expert]) / (count + 1), expert, count + 1))
-        level.append(max(at_most, -heap[0][0]))
-    return CopySequence(np.array(experts, np.int64), np.array(copies, np.int64), np.array(level))
+    order: list[int] = []
+    while heap and len(order) < replicas and -heap[0][0] > goal:
+        _, expert = heapq.heappop(heap)
+        order.append(expert)
+        count[expert] += 1
+        if count[expert] < most_copies:
+            heapq.heappush(heap, (-float(load[expert] / count[expert]), expert))
+    return order

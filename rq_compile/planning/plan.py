@@ -10,6 +10,7 @@ from rq_compile import __version__
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
+from rq_compile.planning.budget import over_budget
 from rq_compile.planning.policies.none import unplanned
 from rq_compile.planning.prediction import predict, with_capacity_classes
 from rq_compile.planning.problem import Decision, Problem, problem_of
@@ -53,7 +54,6 @@ def make_plan(
     module = importlib.import_module(f"rq_compile.planning.policies.{policy}")
     common, own = _options(policy, module.Options, options)
     problem = problem_of(calibration, target=cast(Target, target), ranks=ranks, memory=memory, smoothing=common.smoothing)
-    _check_feasible(problem)
     decision: Decision = module.decide(problem, own)
     tokens = common.tokens or calibration.batch_size * calibration.sequence_length
     layers = [_layer_plan(problem, place, slots, tokens) for place, slots in enumerate(decision.slots)]
@@ -107,20 +107,6 @@ def _layer_plan(problem: Problem, place: int, slots: list, tokens: int) -> Layer
     )
 
 
-def _check_feasible(problem: Problem) -> None:
-    """
-    Raises:
-        UserError: not even one slot an expert, each in its smallest format, fits the budget.
-    """
-    least = sum(layer.experts * int(layer.size.min()) for layer in problem.layers)
-    if least > problem.budget:
-        smallest = problem.layers[0].formats[int(problem.layers[0].size.argmin())]
-        raise UserError(
-            f"--memory {problem.memory:g} allows {problem.budget} bytes, but with every expert in {smallest} the plan "
-            f"takes {least}, {least - problem.budget} more; give --memory {_memory(least, problem)} or more"
-        )
-
-
 def _check_within_budget(problem: Problem, layers: list[LayerPlan], policy: str) -> None:
     """
     Raises:
@@ -128,12 +114,4 @@ def _check_within_budget(problem: Problem, layers: list[LayerPlan], policy: str)
     """
     taken = sum(layer.predicted.bytes_after for layer in layers)
     if taken > problem.budget:
-        raise UserError(
-            f"policy {policy} takes {taken} bytes, {taken - problem.budget} more than --memory {problem.memory:g} allows; "
-            f"give --memory {_memory(taken, problem)} or more, or --policy optimal"
-        )
-
-
-def _memory(needed: int, problem: Problem) -> str:
-    """The multiple of the checkpoint's bytes that holds ``needed``, rounded up to four digits."""
-    return f"{-(-needed * 10000 // problem.bytes_before) / 10000:g}"
+        raise over_budget(taken, problem.memory, problem.bytes_before, f"policy {policy}", ", or --policy optimal")

@@ -8,10 +8,11 @@ import numpy as np
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.errors import UserError
+from rq_compile.planning.budget import allowed
 from rq_compile.planning.costs import CostModel
 from rq_compile.planning.demand import demand
 from rq_compile.planning.schema import Optimality, Slot, Target
-from rq_compile.quantization.formats import FLOAT_FORMATS, FORMATS, Format
+from rq_compile.quantization.formats import BITS, FORMATS, Format
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,6 @@ class Decision:
     remarks: list[str] = field(default_factory=list)
 
 
-def allowed(memory: float, bytes_before: int) -> int:
-    """Whole bytes of ``memory`` times ``bytes_before``; a product that only rounding keeps below a whole number counts as it."""
-    return int(memory * bytes_before * (1 + 1e-12))
-
-
 def problem_of(calibration: Calibration, *, target: Target, ranks: int, memory: float, smoothing: float) -> Problem:
     """
     Raises:
@@ -100,9 +96,8 @@ def _layer(layer: LayerCalibration, dtype: Format, smoothing: float) -> Layer:
             raise UserError(
                 f"layer {layer.index} has {experts} experts, but {length} values of {name}; calibrate the model again", 2
             )
-    formats = (dtype, *(format for format in FORMATS if format in layer.error and format not in FLOAT_FORMATS))
-    errors = [[0.0] * experts, *(layer.error[format] for format in formats[1:])]
-    error = np.array(errors, np.float64).T
+    formats = (dtype, *(format for format in FORMATS if format in layer.error and BITS[format] < BITS[dtype]))
+    error = np.array([[0.0] * experts, *(layer.error[format] for format in formats[1:])], np.float64).T
     if not (error >= 0).all():
         expert, place = np.argwhere(~(error >= 0))[0]
         raise UserError(

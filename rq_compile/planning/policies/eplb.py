@@ -14,9 +14,10 @@ from pydantic import Field
 
 from rq_compile.errors import UserError
 from rq_compile.files import Document
+from rq_compile.planning.budget import allowed
 from rq_compile.planning.placement import pack
 from rq_compile.planning.policies.none import unplanned
-from rq_compile.planning.problem import Decision, Layer, Problem, allowed
+from rq_compile.planning.problem import Decision, Layer, Problem
 from rq_compile.planning.schema import Slot
 
 

@@ -18,11 +18,11 @@ from typing import Literal
 
 import numpy as np
 
-from rq_compile.errors import UserError
 from rq_compile.files import Document
+from rq_compile.planning.budget import allowed, over_budget
 from rq_compile.planning.metrics import rank_loads
 from rq_compile.planning.policies.none import unplanned
-from rq_compile.planning.problem import Decision, Layer, Problem, allowed
+from rq_compile.planning.problem import Decision, Layer, Problem
 from rq_compile.planning.schema import Slot
 from rq_compile.quantization.formats import Format
 
@@ -67,10 +67,8 @@ def _less_important(layer: Layer, memory: float, options: Options) -> list[int]:
     count = min(count, len(ranking))
     size = layer.bytes_before + half - count * (whole - half)
     if size > budget:
-        raise UserError(
-            f"policy paper needs {size} bytes for layer {layer.calibration.index}, {size - budget} more than --memory {memory:g} "
-            f"allows; give --memory {-(-size * 10000 // layer.bytes_before) / 10000:g} or more, or --policy optimal"
-        )
+        who = f"layer {layer.calibration.index} under policy paper"
+        raise over_budget(size, memory, layer.bytes_before, who, ", or --policy optimal")
     return ranking[:count]
 
 

@@ -40,6 +40,8 @@ def written_beside(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
+        if error.filename not in (None, name):
+            raise  # about another file, one that was read
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another output with -o") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -64,6 +66,8 @@ def read_document(kind: type[D], path: Path) -> D:
         raise UserError(f"cannot read {name} {path}: {error.strerror}; check the path", 2) from error
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("kind",):
+            raise UserError(f"{path} is a file of kind {first['input']}, not a {name}; give a {name}", 2) from error
         where = ".".join(map(str, first["loc"])) or "the document"
         raise UserError(f"{path} is not a valid {name}: {where}: {first['msg']}; write it again with rq-compile", 2) from error
 

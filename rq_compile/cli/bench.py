@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 @click.command("bench")
 @click.argument("engine", type=FILE)
 @click.option("--against", type=FILE, help="Another engine (.onnx), or a checkpoint to run by transformers in fp32.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to prefill.")
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens to decode.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="The median of these is shown.")
 @threads_option
 @on_screen
 def command(
@@ -31,7 +31,7 @@ def command(
     rounds: int,
     threads: int | None,
 ) -> None:
-    """Tokens per second of ENGINE, batch 1; both sides alternate in one process."""
+    """Tokens per second of ENGINE, alone or against another."""
     from rq_compile.cli.tables import bench_tables
     from rq_compile.evaluation.bench import bench
     from rq_compile.runtime.engine import Engine

@@ -12,6 +12,7 @@ from rq_compile.cli.options import (
     LOWERINGS,
     batch_size_option,
     check_writable,
+    document_kind,
     parse_options,
     planning_options,
     read_texts,
@@ -24,7 +25,9 @@ from rq_compile.errors import UserError
 if TYPE_CHECKING:
     from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.planning.schema import Plan
+    from rq_compile.targets.manifest import Lowering
 
+MEGABYTE = 10**6
 PLANNING = ("policy", "memory", "ranks", "policy_options", "texts")
 
 
@@ -33,7 +36,13 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts")
 @click.option("--plan", "plan_path", type=FILE, help="The plan to follow; without it, --text is needed.")
 @text_option
 @click.option("-o", "--output", type=FILE, required=True, help="The engine to write (.onnx).")
-@click.option("--lowering", type=click.Choice(LOWERINGS), default="native", show_default=True)
+@click.option(
+    "--lowering",
+    type=click.Choice(LOWERINGS),
+    default="native",
+    show_default=True,
+    help="native needs the op library of rq-compile, stock runs in any ONNX Runtime.",
+)
 @planning_options
 @batch_size_option
 @sequence_length_option
@@ -44,7 +53,7 @@ def command(
     plan_path: Path | None,
     texts: tuple[Path, ...],
     output: Path,
-    lowering: str,
+    lowering: Lowering,
     batch_size: int,
     sequence_length: int,
     policy_options: tuple[str, ...],
@@ -53,6 +62,7 @@ def command(
     """Compile MODEL into an engine (the default command)."""
     check_extension(output)
     check_writable(output)
+    check_manifest_place(output)
     if plan_path is not None:
         refuse_planning_options()
     elif not texts:
@@ -82,10 +92,14 @@ def command(
     from rq_compile.cli.tables import engine_tables
     from rq_compile.targets.onnxruntime import compile_engine
 
-    with screen.progress("compiling", "steps") as progress:
-        manifest = compile_engine(checkpoint, plan, output, lowering, progress=progress)
+    with screen.progress("compiling", "MB") as progress:
+        manifest = compile_engine(
+            checkpoint, plan, output, lowering, progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE)
+        )
     screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")
-    screen.result(manifest, *engine_tables(manifest), asked_for=False)
+    tables = engine_tables(manifest)
+    # Who gave a plan has seen it.
+    screen.result(manifest, *(tables if plan_path is None else tables[:1]), asked_for=False)
 
 
 def check_extension(output: Path) -> None:
@@ -98,6 +112,18 @@ def check_extension(output: Path) -> None:
         raise UserError(f"{output} asks for TensorRT, which is not built yet; use -o {output.with_suffix('.onnx')}", 2)
     if output.suffix != ".onnx":
         raise UserError(f"{output} has no extension of an engine; end it in .onnx (ONNX Runtime)", 2)
+
+
+def check_manifest_place(output: Path) -> None:
+    """The manifest is written as ``<stem>.json``, where a plan or a calibration may lie.
+
+    Raises:
+        UserError: such a file would be lost.
+    """
+    place = output.with_suffix(".json")
+    if place.is_file() and (kind := document_kind(place)) != "engine":
+        is_a = f"is a {kind}" if kind else "is no engine's"
+        raise UserError(f"the engine's manifest would overwrite {place}, which {is_a}; choose another output with -o", 2)
 
 
 def refuse_planning_options() -> None:

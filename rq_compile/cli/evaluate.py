@@ -20,7 +20,7 @@ from rq_compile.cli.screen import Screen, on_screen
 def command(
     screen: Screen, engine: Path, reference: Path, texts: tuple[Path, ...], sequence_length: int, threads: int | None
 ) -> None:
-    """Perplexity, top-1 agreement, KL and LIS of ENGINE on text it was not calibrated on."""
+    """Perplexity, agreement, KL and LIS of ENGINE on held-out text."""
     contents = read_texts(texts)
 
     from rq_compile.checkpoint.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from rq_compile.cli.screen import Screen, on_screen
 @click.command("generate")
 @click.argument("engine", type=FILE)
 @click.option("--prompt", required=True, help="The text to continue.")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to add.")
 @threads_option
 @on_screen
 def command(screen: Screen, engine: Path, prompt: str, max_tokens: int, threads: int | None) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from rq_compile.cli.options import FILE
+from rq_compile.cli.options import FILE, document_kind
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
 
@@ -17,8 +16,8 @@ from rq_compile.errors import UserError
 @click.option("--verify", is_flag=True, help="Recompute the SHA-256 of an engine's files.")
 @on_screen
 def command(screen: Screen, file: Path, verify: bool) -> None:
-    """Show FILE (a calibration, a plan, an engine or its manifest) as a table."""
-    kind = "engine" if file.suffix == ".onnx" else document_kind(file)
+    """Show FILE, a calibration, a plan or an engine, as tables."""
+    kind = "engine" if file.suffix == ".onnx" else kind_of(file)
     if verify and kind != "engine":
         raise UserError(f"--verify checks an engine's files, but {file} is a {kind}; leave --verify out", 2)
 
@@ -43,18 +42,15 @@ def command(screen: Screen, file: Path, verify: bool) -> None:
         screen.result(manifest, *tables.engine_tables(manifest))
 
 
-def document_kind(file: Path) -> str:
+def kind_of(file: Path) -> str:
     """
     Raises:
-        UserError: the file is missing or none of ours.
+        UserError: the file cannot be read or is none of ours.
     """
     try:
-        data = json.loads(file.read_bytes())
+        kind = document_kind(file)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; check the path", 2) from error
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON; inspect a calibration, a plan or an engine (.onnx)", 2) from error
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if kind not in ("calibration", "plan", "engine"):
+    if kind is None:
         raise UserError(f"{file} is no file of rq-compile; inspect a calibration, a plan or an engine (.onnx)", 2)
     return kind

@@ -6,9 +6,12 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NoReturn
 
 import click
 
@@ -17,21 +20,21 @@ from rq_compile.errors import UserError
 
 COMMANDS = ("compile", "calibrate", "plan", "inspect", "evaluate", "bench", "generate")
 INTERRUPTED = 130
+TERMINATED = 143
 
 
-class Failure(click.ClickException):
-    """Shown as ``error: message`` on stderr."""
-
-    def __init__(self, message: str, exit_status: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_status
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"error: {self.format_message()}", err=True)
+def fail(message: str, exit_status: int = 1) -> NoReturn:
+    """Say ``error: message`` on stderr and leave."""
+    click.echo(f"error: {message}", err=True)
+    raise click.exceptions.Exit(exit_status)
 
 
 class Commands(click.Group):
     """Commands loaded by name when used; a first argument that is neither command nor option is a model to compile."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _usage_in_one_line():
+            return super().make_context(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -43,28 +46,43 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            close = difflib.get_close_matches(args[0], COMMANDS, 1)
-            if close and not Path(args[0]).exists():
-                raise click.UsageError(f"no such command or model directory: {args[0]}; did you mean {close[0]}?", ctx)
+            if not Path(args[0]).exists():
+                close = difflib.get_close_matches(args[0], COMMANDS, 1)
+                way_out = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+                fail(f"no such command or model directory: {args[0]}; {way_out}", 2)
             args = ["compile", *args]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _usage_in_one_line():
+                return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except UserError as error:
             if ctx.meta.get("debug"):
                 raise
-            raise Failure(str(error), error.exit_status) from error
+            fail(str(error), error.exit_status)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:
             if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise
-            raise Failure(_sentence(error)) from error
+            fail(_sentence(error))
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    """A wrong argument is told as every other error is, instead of under two lines of usage."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        message = error.format_message().rstrip(".").replace(". (", " (")
+        command = error.ctx.command_path if error.ctx is not None else "rq-compile"
+        fail(f"{message[0].lower()}{message[1:]}; see {command} --help", error.exit_code)
 
 
 def _sentence(error: Exception) -> str:
@@ -92,6 +110,8 @@ def main() -> None:
         import warnings
 
         warnings.simplefilter("ignore")
+    # As Ctrl-C does, a polite kill unwinds, so that temporary files go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
 
 if __name__ == "__main__":

@@ -17,20 +17,24 @@ from rq_compile.errors import UserError
 
 POLICIES = ("none", "paper", "eplb", "place", "optimal")
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched")
-LOWERINGS = ("native", "stock")
+LOWERINGS = ("native", "stock", "batched")
 
 FILE = click.Path(path_type=Path)
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 text_option = click.option("--text", "texts", type=FILE, multiple=True, help="A text file to run; repeatable.")
-batch_size_option = click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-sequence_length_option = click.option("--sequence-length", type=click.IntRange(2), default=256, show_default=True)
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences that run together."
+)
+sequence_length_option = click.option(
+    "--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence."
+)
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads; default: the runtime's choice.")
 
 
 def planning_options(function: Callable[..., None]) -> Callable[..., None]:
     options: list[Decorator] = [
-        click.option("--policy", type=click.Choice(POLICIES), default="optimal", show_default=True),
+        click.option("--policy", type=click.Choice(POLICIES), default="optimal", show_default=True, help="How to decide."),
         click.option(
             "--memory",
             type=click.FloatRange(0, min_open=True),
@@ -86,6 +90,23 @@ def read_texts(paths: tuple[Path, ...]) -> dict[str, str]:
             raise UserError(f"two --text files are named {path.name}; rename one, as results are listed by name", 2)
         texts[path.name] = text
     return texts
+
+
+def document_kind(path: Path) -> str | None:
+    """``calibration``, ``plan`` or ``engine``, as the file says itself; None of a file that is none of them.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        if file.read(1) != b"{":  # it may be a whole model's weights
+            return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return kind if kind in ("calibration", "plan", "engine") else None
 
 
 def check_writable(output: Path) -> None:

@@ -13,7 +13,7 @@ from rq_compile.cli.screen import Screen, on_screen
 @click.command("plan")
 @click.argument("calibration", type=FILE)
 @click.option("-o", "--output", type=FILE, required=True, help="The plan to write (.json).")
-@click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True)
+@click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True, help="What the engine is for.")
 @planning_options
 @on_screen
 def command(
@@ -26,7 +26,7 @@ def command(
     ranks: int,
     policy_options: tuple[str, ...],
 ) -> None:
-    """Decide from CALIBRATION how often and in which format each expert is stored."""
+    """Decide how often and in which format each expert is stored."""
     check_writable(output)
     options = parse_options(policy_options)
 

@@ -48,8 +48,11 @@ class Screen:
             console = Console()
             if not console.is_terminal:
                 console = Console(width=LOG_WIDTH)
-            for table in tables:
-                console.print(table)
+            with console.capture() as capture:
+                for table in tables:
+                    console.print(table)
+            # rich fills every line with spaces.
+            click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
     @contextmanager
     def progress(self, description: str, unit: str) -> Iterator[Progress]:
@@ -62,42 +65,56 @@ class Screen:
             yield from self._lines(description, unit)
 
     def _bar(self, description: str, unit: str) -> Iterator[Progress]:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}, {task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
         with Progress(*columns, console=self._stderr) as bars:
-            task = bars.add_task(description, total=1, unit=unit, rate="")
-            start = monotonic()
+            task = bars.add_task(description, total=None, state="")
+            meter = Meter(unit)
 
             def update(done: int, total: int) -> None:
-                bars.update(task, completed=done, total=total, rate=rate(done, monotonic() - start, unit))
+                bars.update(task, completed=done, total=total, state=meter.state(done, total))
 
             yield update
 
     def _lines(self, description: str, unit: str) -> Iterator[Progress]:
-        start = monotonic()
-        last = start
+        meter = Meter(unit)
+        last = monotonic()
         self.note(f"{description} ...")
 
         def update(done: int, total: int) -> None:
             nonlocal last
-            now = monotonic()
-            if done < total and now - last < LOG_INTERVAL:
-                return
-            last = now
-            left = f", {(total - done) * (now - start) / done:.0f} s left" if 0 < done < total else ""
-            self.note(f"{description}: {done}/{total} {unit}, {rate(done, now - start, unit)}{left}")
+            state = meter.state(done, total)
+            if done == total or monotonic() - last >= LOG_INTERVAL:
+                last = monotonic()
+                self.note(f"{description}: {state}")
 
         yield update
 
 
-def rate(done: int, seconds: float, unit: str) -> str:
-    return f"{done / max(seconds, 1e-9):.4g} {unit}/s"
+class Meter:
+    """How much is done, how fast, and the time left; what came before the first report (loading, say) is in no rate."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.first: tuple[int, float] | None = None
+
+    def state(self, done: int, total: int) -> str:
+        now = monotonic()
+        if self.first is None:
+            self.first = (done, now)
+        text = f"{done}/{total} {self.unit}"
+        started, start = self.first
+        if done > started and now > start:
+            rate = (done - started) / (now - start)
+            text += f", {rate:.4g} {self.unit}/s"
+            if done < total:
+                text += f", {duration((total - done) / rate)} left"
+        return text
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def on_screen(function: Callable[..., None]) -> Callable[..., None]:

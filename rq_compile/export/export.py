@@ -23,7 +23,7 @@ from rq_compile.architectures.layers import moe_layers
 from rq_compile.architectures.load import meta_model
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.export.experts_op import route_to_experts_nodes
-from rq_compile.export.graph import optimized, without_weights
+from rq_compile.export.graph import Parameter, folded, without_weights
 from rq_compile.export.switch import route_switch_to_experts_nodes
 from rq_compile.targets.manifest import CacheTensor
 
@@ -40,10 +40,10 @@ FREE_AXES: dict[str, dict[int, str]] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """``parameters`` are the initializers of ``model`` whose data is left out; each is named as the parameter that it is."""
+    """``parameters`` are the initializers of ``model`` whose data is left out, by name."""
 
     model: onnx.ModelProto
-    parameters: set[str]
+    parameters: dict[str, Parameter]
     opset: int
     encoder_decoder: bool
     cache: list[CacheTensor]
@@ -70,15 +70,14 @@ def export_graph(checkpoint: Checkpoint) -> Exported:
         else:
             route_to_experts_nodes(model, layers)
             inputs, cache = _causal_inputs(model)
-        # Folding constants would read weights that a meta model does not have: `optimized` does it, around them.
+        # Folding constants would read weights that a meta model does not have: `folded` does it, around them.
         config = OnnxConfig(dynamic=True, optimize=False, opset_version=OPSET)
-        graph = OnnxExporter().export(model, inputs, config=config).program
+        exported = OnnxExporter().export(model, inputs, config=config).program
         if encoder_decoder:
-            _keep_logits(graph.graph)
-        _name_inputs_and_outputs(graph.graph)
-        without_weights(graph, checkpoint, model)
-        graph, parameters = optimized(graph)
-    return Exported(onnx_ir.to_proto(graph), parameters, OPSET, encoder_decoder, cache)
+            _keep_logits(exported.graph)
+        _name_inputs_and_outputs(exported.graph)
+        exported, parameters = folded(exported, without_weights(exported.graph, model))
+    return Exported(onnx_ir.to_proto(exported), parameters, OPSET, encoder_decoder, cache)
 
 
 def _encoder_decoder_inputs() -> dict[str, Any]:

@@ -1,8 +1,16 @@
-"""The exported graph's weights taken out, and its constants folded around them."""
+"""The exported graph's weights taken out of it, and its constants folded around them.
+
+No weight is read here: what would need one (a transposed copy of a projection) becomes a parameter of its own, to be read
+in that form when the weights file is written.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir
-from onnxscript.optimizer import optimize
+from onnx_ir.passes import Sequential
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants
 from torch import nn
 
 from rq_compile.architectures.dense import dense_tensor
@@ -10,34 +18,74 @@ from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.rewrite.weights import LOCATION
 
 
-def without_weights(graph: onnx_ir.Model, checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Let every initializer that stands for a meta tensor of ``model`` be read from the checkpoint, if and when a pass asks."""
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer of the transformers model, by name, as an initializer holds it: as it is, or transposed."""
+
+    name: str
+    transposed: bool = False
+
+    def read(self, checkpoint: Checkpoint) -> np.ndarray:
+        """In the checkpoint's dtype.
+
+        Raises:
+            UserError: the checkpoint has no such tensor.
+        """
+        tensor = dense_tensor(checkpoint, self.name)
+        return tensor.T if self.transposed else tensor
+
+
+def without_weights(graph: onnx_ir.Graph, model: nn.Module) -> dict[str, Parameter]:
+    """Make every initializer that stands for a meta tensor of ``model`` external data; initializer name -> parameter."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name, value in graph.graph.initializers.items():
+    parameters = {}
+    for name, value in graph.initializers.items():
         if name in tensors and tensors[name].is_meta:
-            assert value.const_value is not None
-            value.const_value = _lazy(checkpoint, name, value.const_value)
+            parameters[name] = Parameter(name)
+            value.const_value = _external(value, list(tensors[name].shape))
+    return parameters
 
 
-def _lazy(checkpoint: Checkpoint, name: str, like: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
-    def read() -> onnx_ir.Tensor:
-        return onnx_ir.Tensor(dense_tensor(checkpoint, name).astype(np.float32), name=name)
+def folded(model: onnx_ir.Model, parameters: dict[str, Parameter]) -> tuple[onnx_ir.Model, dict[str, Parameter]]:
+    """Fold constants and drop what is unused; returns the model and the parameters it still refers to."""
+    model = passes.InlinePass()(model).model
+    parameters = parameters | _transposed(model.graph, parameters)
+    fold_constants(model, should_fold=lambda node: False if _reads_weights(node) else None)
+    tidy = Sequential(
+        passes.RemoveUnusedNodesPass(),
+        # While constants are still nodes, equal ones are common subexpressions too.
+        passes.CommonSubexpressionEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )
+    model = tidy(model).model
+    return model, {name: parameters[name] for name in model.graph.initializers if name in parameters}
 
-    return onnx_ir.LazyTensor(read, dtype=like.dtype, shape=onnx_ir.Shape(like.shape.numpy()), name=name)
+
+def _transposed(graph: onnx_ir.Graph, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+    """Replace every transpose of a weight matrix by an initializer of that form."""
+    made = {}
+    for node in [node for node in graph if node.op_type == "Transpose" and _reads_weights(node)]:
+        source, output = node.inputs[0], node.outputs[0]
+        assert source is not None
+        assert source.name in parameters
+        assert source.shape is not None
+        name = f"{source.name}.transposed"
+        if name not in graph.initializers:
+            made[name] = Parameter(source.name, transposed=True)
+            value = onnx_ir.Value(name=name, type=source.type, shape=onnx_ir.Shape(source.shape.numpy()[::-1]))
+            value.const_value = _external(value, source.shape.numpy()[::-1])
+            graph.register_initializer(value)
+        output.replace_all_uses_with(graph.initializers[name])
+        graph.remove(node, safe=True)
+    return made
 
 
-def optimized(graph: onnx_ir.Model) -> tuple[onnx_ir.Model, set[str]]:
-    """Fold constants and drop what is unused.
+def _external(value: onnx_ir.Value, shape: list[int] | tuple[int, ...]) -> onnx_ir.ExternalTensor:
+    assert value.dtype is not None
+    return onnx_ir.ExternalTensor(LOCATION, 0, None, dtype=value.dtype, shape=onnx_ir.Shape(shape), name=value.name or "")
 
-    Returns the graph, and the names of the initializers that no pass has replaced by a constant: they are external data now.
-    """
-    graph = optimize(graph)
-    parameters = set()
-    for name, value in graph.graph.initializers.items():
-        tensor = value.const_value
-        if isinstance(tensor, onnx_ir.LazyTensor):
-            parameters.add(name)
-            value.const_value = onnx_ir.ExternalTensor(
-                LOCATION, 0, tensor.nbytes, dtype=tensor.dtype, shape=tensor.shape, name=name
-            )
-    return graph, parameters
+
+def _reads_weights(node: onnx_ir.Node) -> bool:
+    return any(value is not None and isinstance(value.const_value, onnx_ir.ExternalTensor) for value in node.inputs)

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 
 from rq_compile import __version__
-from rq_compile.architectures.dense import dense_tensor
 from rq_compile.architectures.layers import expert_weights, moe_layers
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.export.export import export_graph
+from rq_compile.export.graph import Parameter
 from rq_compile.files import sha256, write_document, written_beside
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.experts_to_slots import offsets_name
@@ -98,7 +98,7 @@ def _check_writable(files: list[Path]) -> None:
             raise UserError(f"{file} is a directory; choose another output with -o", 2)
 
 
-def _dense_weights(checkpoint: Checkpoint, model: onnx.ModelProto, parameters: set[str]) -> list[ExternalWeight]:
+def _dense_weights(checkpoint: Checkpoint, model: onnx.ModelProto, parameters: dict[str, Parameter]) -> list[ExternalWeight]:
     """The weights the graph refers to that are no experts, as the graph's dtype, each read when its turn comes."""
     tensors = {external_name(tensor): tensor for tensor in external_tensors(model.graph)}
 
@@ -107,7 +107,7 @@ def _dense_weights(checkpoint: Checkpoint, model: onnx.ModelProto, parameters: s
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
 
         def chunks() -> Iterator[np.ndarray]:
-            yield dense_tensor(checkpoint, name).astype(dtype, copy=False)
+            yield parameters[name].read(checkpoint).astype(dtype, copy=False)
 
         return ExternalWeight(name, dtype, tuple(tensor.dims), chunks)
 

@@ -11,9 +11,9 @@ class CopySequence:
     """Replicas in the order in which they are worth adding.
 
     ``expert [n]`` gets the i-th replica, as its copy number ``copy [n]`` (2 for its first replica). With the first i replicas,
-    the busiest slot has load ``level [n + 1]``, and ``drift_level [n + 1]`` if any one expert may gain the drift. From
-    ``balanced`` replicas on, no slot that could be relieved is above the goal; before, where nothing is done about drift,
-    ``drift_level`` falls as ``level`` does.
+    the busiest slot has load ``level [n + 1]``, and ``drift_level [n + 1]`` if any one expert may gain some. From the replica
+    ``balanced`` on, no slot that could be relieved is above the goal; before, where nothing is done about gains, ``drift_level``
+    falls as ``level`` does.
     """
 
     expert: np.ndarray
@@ -27,26 +27,28 @@ class CopySequence:
         return 1 + np.bincount(self.expert[:replicas], minlength=experts)
 
 
-def copy_sequence(load: np.ndarray, *, goal: float, drift: float, most_copies: int, replicas: int | None = None) -> CopySequence:
-    """First bring the expected ``load [m]`` under ``goal``, then ``load + drift``, always copying the busiest expert.
+def copy_sequence(
+    load: np.ndarray, *, goal: float, gain: np.ndarray, most_copies: int, replicas: int | None = None
+) -> CopySequence:
+    """First bring the expected ``load [m]`` under ``goal``, then ``load + gain``, always copying the busiest expert.
 
     For any bound M on a slot's load, expert e needs ``ceil(load[e] / M)`` copies, and the first part of the sequence passes
     through exactly these counts: nothing else with as busy a busiest slot has fewer copies of any expert. The second part does
-    the same for ``load + drift``, given the first. No expert gets more than ``most_copies``. With ``replicas``, the sequence has
+    the same for ``load + gain``, given the first. No expert gets more than ``most_copies``. With ``replicas``, the sequence has
     that many, as far as there are experts to copy, whether or not the goal is met.
     """
     count = np.ones(len(load), np.int64)
     most = len(load) * most_copies if replicas is None else replicas
     order = _relieve(load, count, goal, most_copies, most)
     balanced = len(order)
-    order += _relieve(load + drift, count, goal if replicas is None else -np.inf, most_copies, most - balanced)
+    order += _relieve(load + gain, count, goal if replicas is None else -np.inf, most_copies, most - balanced)
     expert = np.array(order, np.int64)
     copy = np.empty_like(expert)
     level, drift_level = np.empty(len(order) + 1), np.empty(len(order) + 1)
     count[:] = 1
     for replica in range(len(order) + 1):
         level[replica] = (load / count).max()
-        drift_level[replica] = ((load + drift) / count).max()
+        drift_level[replica] = ((load + gain) / count).max()
         if replica < len(order):
             count[expert[replica]] += 1
             copy[replica] = count[expert[replica]]

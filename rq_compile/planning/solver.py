@@ -6,6 +6,7 @@ import numpy as np
 
 from rq_compile.planning.allocation import Allocation, LayerChoices, allocate, allocate_copies, slot_experts
 from rq_compile.planning.copies import CopySequence, copy_sequence
+from rq_compile.planning.demand import drift_gain
 from rq_compile.planning.metrics import rank_imbalance, rank_loads
 from rq_compile.planning.placement import pack
 from rq_compile.planning.problem import Layer, Problem
@@ -52,10 +53,11 @@ def solve(problem: Problem, objective: Objective, budget: int) -> Solution | Non
 
 
 def _sequence(layer: Layer, objective: Objective, most_copies: int | None, replicas: int | None = None) -> CopySequence:
+    load = layer.worst_demand()
     return copy_sequence(
-        layer.worst_demand(),
+        load,
         goal=objective.goal + ROUNDING,
-        drift=objective.drift,
+        gain=drift_gain(load, objective.drift),
         most_copies=most_copies or layer.experts * len(layer.demand),
         replicas=replicas,
     )

@@ -6,18 +6,24 @@ What is minimised, summed over the layers (weights are options, loads are those 
 
 *error* is the layer's relative output error, the sum of its experts' measured ones. *imbalance* is what the target waits for: the
 busiest slot (LIS) of a batched lowering, the busiest of several ranks, nothing at all for ragged kernels on one rank, where the
-memory goes to bits alone. With ``balance`` 1, a layer that is a tenth out of balance costs as much as an output that is off by a
-tenth of its energy. So in practice every layer is first balanced to the tolerance, in whatever formats that takes, and then the
-bytes left buy bits where they save most error. *drift imbalance* is the busiest slot if any one expert may gain ``drift`` times
-the mean load, as happens on text of a kind that nobody calibrated on. It counts only once the texts are balanced, and little:
-enough that a copy is worth more than a format already near exact, not enough to pay for it with coarse formats everywhere.
+memory goes to bits alone. With ``balance`` 1, a layer that is a tenth out of balance costs as much as an output that is off by
+a tenth of its energy. So in practice every layer is first balanced to the tolerance, in whatever formats that takes, and then
+the bytes left buy bits where they save most error. *drift imbalance* is the busiest slot if any one expert may gain ``drift``
+mean loads, as happens on text of a kind that nobody calibrated on (``demand.drift_gain``). It counts only once the texts are
+balanced, and little: enough that a copy is worth more than a format already near exact, not enough to pay for it with coarse
+formats everywhere.
+
+So a plan that balances what policy ``paper`` leaves unbalanced stores more experts in int8, and its error is then above that of
+the paper, which leaves most experts as they are; both are far below what a perplexity shows. Where the budget holds replicas in
+the checkpoint's own format, or cold experts make room for them at less error, that is what the objective finds.
 
 All copies of an expert share a format, so that an answer does not depend on who shares the batch; ``mixed_copies`` lifts that.
 ``max_error`` is a bound on the mean error of a layer; where it binds, balance gives way. On a target that waits for nothing, the
-plan with ``max_error`` takes the fewest bytes that keep to it, since bytes are what a step there costs.
+plan with ``max_error`` takes the fewest bytes that keep to it, since bytes are what a step costs there.
 
 With several ranks every layer gets the same number of slots and every rank its equal share of them, as serving systems need.
-The bound of the busiest rank is the mean or the busiest slot, so the reported gap includes what the packing may have lost.
+Which experts to copy is then fixed for each number of slots (the busiest first); the bound covers all numbers, formats and
+packings.
 """
 
 from collections.abc import Callable
@@ -45,7 +51,7 @@ class Options(Document):
     tolerance: float = Field(default=0.01, ge=0)
     balance: float = Field(default=1.0, ge=0)
     drift: float = Field(default=1.0, ge=0)
-    hedge: float = Field(default=0.002, ge=0)
+    hedge: float = Field(default=0.01, ge=0)
     max_error: float = Field(default=0.0, ge=0)
     mixed_copies: bool = False
     formats: str = ""

@@ -53,13 +53,18 @@ def stored(weights: np.ndarray, format: Format) -> np.ndarray:
     return _columns(_rounded(blocks, scales, format) * scales[..., None], weights.shape[1])
 
 
-def dequantize(quantized: Quantized, format: Format, columns: int) -> np.ndarray:
-    """fp32 ``[rows, columns]`` of what ``quantize`` packed."""
-    packed, scales = quantized.packed, quantized.scales
+def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:
+    """int8 ``[rows, blocks * block]``: the q of what ``quantize`` packed, each to be multiplied by its block's scale."""
+    packed = quantized.packed
     if format == "int4":
         packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-    q = packed.reshape(*scales.shape, -1).astype(np.float32) - ZERO_POINT[format]
-    return _columns(q * scales[..., None], columns)
+    return (packed - np.uint8(ZERO_POINT[format])).view(np.int8)
+
+
+def dequantize(quantized: Quantized, format: Format, columns: int) -> np.ndarray:
+    """fp32 ``[rows, columns]`` of what ``quantize`` packed."""
+    q = whole_numbers(quantized, format).reshape(*quantized.scales.shape, -1)
+    return _columns(q * quantized.scales[..., None], columns)
 
 
 def _blocks(weights: np.ndarray) -> np.ndarray:

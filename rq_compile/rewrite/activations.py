@@ -8,14 +8,14 @@ from rq_compile.rewrite.ops import Ops
 
 
 def activated(op: Ops, up: gs.Tensor, geometry: ExpertGeometry) -> gs.Tensor:
-    """fp32 ``[n, intermediate]`` from the up projection's fp32 ``[n, up_rows]``."""
+    """fp32 ``[..., intermediate]`` from the up projection's fp32 ``[..., up_rows]``."""
     kind = geometry.activation
     if kind == "relu":
         return op("Relu", up)
     if kind == "gelu":
         return op("Gelu", up)
     assert kind in GATED
-    gate, linear = op("Split", up, axis=1, num_outputs=2, outputs=2)
+    gate, linear = op("Split", up, axis=-1, num_outputs=2, outputs=2)
     if kind == "clamped_swiglu":
         gate = op("Min", gate, np.float32(geometry.limit))
         linear = op("Add", op("Clip", linear, np.float32(-geometry.limit), np.float32(geometry.limit)), np.float32(1))

@@ -7,7 +7,8 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from rq_compile.planning.schema import Plan
-from rq_compile.rewrite.experts_to_slots import experts_to_slots
+from rq_compile.rewrite.batched_experts import FixedCapacity, batched_experts
+from rq_compile.rewrite.experts_to_slots import DOMAIN, experts_to_slots
 from rq_compile.rewrite.slot_weights import Source
 from rq_compile.rewrite.stock_combine import stock_combine
 from rq_compile.rewrite.stock_dispatch import stock_dispatch
@@ -20,11 +21,19 @@ G_LOGGER.severity = G_LOGGER.ERROR
 
 
 def rewrite(
-    model: onnx.ModelProto, plan: Plan, source: Source, lowering: Lowering, accuracy_level: int = 0
+    model: onnx.ModelProto,
+    plan: Plan,
+    source: Source,
+    lowering: Lowering,
+    *,
+    accuracy_level: int = 0,
+    fixed: FixedCapacity | None = None,
 ) -> tuple[onnx.ModelProto, list[ExternalWeight], dict[str, int]]:
     """Put the plan's slots in place of every Experts node of ``model``.
 
-    Returns the new model, the expert weights it refers to (not read yet) and counts of what was replaced.
+    ``accuracy_level`` is the stock lowering's (see ``stock_experts``), ``fixed`` the batched one's: the capacity of its lanes,
+    by default that of each batch. Returns the new model, the expert weights it refers to (not read yet) and counts of what was
+    replaced.
 
     Raises:
         UserError: the layers of the plan and of the model differ.
@@ -33,11 +42,20 @@ def rewrite(
     graph = gs.import_onnx(model)
     # Every slot lives on one device here; only the stock lowering can point two slots at the same bytes.
     weights = experts_to_slots(graph, plan.layers, source, share_copies=lowering == "stock")
-    if lowering == "stock":
+    if lowering != "native":
         stock_dispatch(graph)
         stock_combine(graph)
+    if lowering == "stock":
         stock_experts(graph, plan.layers, accuracy_level)
-    return gs.export_onnx(graph), weights, _counts(plan)
+    elif lowering == "batched":
+        weights = batched_experts(graph, plan.layers, source, fixed)
+    rewritten = gs.export_onnx(graph)
+    if lowering != "native":
+        # None of the op set is left, and a runtime may refuse a domain that it does not know.
+        kept = [entry for entry in rewritten.opset_import if entry.domain != DOMAIN]
+        del rewritten.opset_import[:]
+        rewritten.opset_import.extend(kept)
+    return rewritten, weights, _counts(plan)
 
 
 def _counts(plan: Plan) -> dict[str, int]:

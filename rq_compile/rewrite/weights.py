@@ -4,17 +4,22 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 LOCATION = "weights"
+INT4 = np.dtype(ml_dtypes.int4)
 
 
 @dataclass(frozen=True)
 class ExternalWeight:
-    """One tensor of the weights file. ``chunks()`` yields arrays whose C-order bytes, concatenated, are the tensor's."""
+    """One tensor of the weights file. ``chunks()`` yields arrays whose values, in C order and concatenated, are the tensor's.
+
+    A chunk of int4 holds an even number of values, as two share a byte.
+    """
 
     name: str
     dtype: np.dtype
@@ -23,7 +28,21 @@ class ExternalWeight:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return stored_bytes(self.dtype, self.shape)
+
+
+def stored_bytes(dtype: np.dtype, shape: Sequence[int]) -> int:
+    """Bytes that a tensor takes in the weights file."""
+    count = math.prod(shape)
+    return -(-count // 2) if dtype == INT4 else count * dtype.itemsize
+
+
+def stored(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """uint8 ``[bytes]``: ``values`` as they stand in the weights file, in C order; of two int4, the first in the low bits."""
+    if dtype != INT4:
+        return np.ascontiguousarray(values, dtype).reshape(-1).view(np.uint8)
+    nibbles = np.ascontiguousarray(values, np.int8).reshape(-1).view(np.uint8) & 15
+    return nibbles[0::2] | nibbles[1::2] << 4
 
 
 def constant(weight: ExternalWeight) -> gs.Constant:
@@ -35,9 +54,9 @@ def slice_of(whole: gs.Constant, index: int, shape: Sequence[int] | None = None)
     """A constant for ``whole[index]``, seen as ``shape``: the same bytes of the weights file, nothing is copied."""
     proto = whole._values.tensor
     inner = tuple(proto.dims[1:])
-    itemsize = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type).itemsize
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type))
     return _reference(
-        f"{whole.name}.{index}", external_name(proto), proto.data_type, shape or inner, index * math.prod(inner) * itemsize
+        f"{whole.name}.{index}", external_name(proto), proto.data_type, shape or inner, index * stored_bytes(dtype, inner)
     )
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
 
-Lowering = Literal["native", "stock"]
+Lowering = Literal["native", "stock", "batched"]
 
 
 class EngineFile(Document):

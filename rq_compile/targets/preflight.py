@@ -10,11 +10,11 @@ from rq_compile.planning.schema import LayerPlan, Plan, Target
 from rq_compile.quantization.formats import FORMATS, Format
 from rq_compile.targets.manifest import Lowering
 
-ACTIVATIONS: dict[Lowering, tuple[Activation, ...]] = {"native": get_args(Activation), "stock": get_args(Activation)}
-TARGET_FORMATS: dict[Lowering, tuple[Format, ...]] = {"native": FORMATS, "stock": FORMATS}
+ACTIVATIONS: dict[Lowering, tuple[Activation, ...]] = dict.fromkeys(get_args(Lowering), get_args(Activation))
+TARGET_FORMATS: dict[Lowering, tuple[Format, ...]] = dict.fromkeys(get_args(Lowering), FORMATS)
 # Every lowering executes the slots of a plan made for another; what the plan was made for only decides what it gains.
 TARGETS: tuple[Target, ...] = ("cpu", "batched")
-# Both lowerings count rows and index a slot's weights in int32.
+# Every lowering counts rows and indexes a slot's weights in int32.
 LARGEST_MATRIX = 2**31 - 1
 
 

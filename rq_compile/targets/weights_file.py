@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 
-from rq_compile.rewrite.weights import ExternalWeight, external_name, external_offset, external_tensors
+from rq_compile.rewrite.weights import ExternalWeight, external_name, external_offset, external_tensors, stored, stored_bytes
 
 ALIGNMENT = 64
 Progress = Callable[[int, int], None]
@@ -47,7 +47,7 @@ def write_weights(weights: Iterable[ExternalWeight], file: BinaryIO, progress: P
     for weight in weights:
         size = 0
         for chunk in weight.chunks():
-            data = np.ascontiguousarray(chunk, weight.dtype).reshape(-1).view(np.uint8).data
+            data = stored(chunk, weight.dtype).data
             content = (hashlib.sha256(data).digest(), weight.dtype)
             whole = len(data) == weight.bytes
             if whole and content in seen:
@@ -74,7 +74,7 @@ def locate(model: onnx.ModelProto, written: WeightsFile, file_name: str) -> None
     """Point every external tensor of ``model`` at its bytes in ``file_name``."""
     for tensor in external_tensors(model.graph):
         start = written.starts[external_name(tensor)] + external_offset(tensor)
-        size = int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        size = stored_bytes(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)), tensor.dims)
         del tensor.external_data[:]
         for key, value in (("location", file_name), ("offset", str(start)), ("length", str(size))):
             tensor.external_data.add(key=key, value=value)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.evaluation.schema import Bench, Evaluation, TextEvaluation
+from rq_compile.planning import metrics
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.formats import FORMATS
 from rq_compile.targets.manifest import Manifest
+
+# Below, an error is what fp32 arithmetic makes of it.
+EXACT = 1e-12
 
 
 def table(title: str, *columns: str) -> Table:
@@ -42,33 +47,51 @@ def facts(title: str, **values: object) -> Table:
 
 
 def calibration_tables(calibration: Calibration) -> list[RenderableType]:
-    texts = ", ".join(f"{text.name} ({text.tokens} tokens)" for text in calibration.texts)
+    layers = calibration.layers
+    costly = [format for format in FORMATS if any(sum(layer.error.get(format, ())) > EXACT for layer in layers)]
+    worst = max(layers, key=lis)
     head = facts(
         "calibration",
-        model=f"{calibration.model} ({calibration.model_type}, {calibration.dtype})",
-        texts=texts,
+        model=f"{calibration.model} ({calibration.model_type}, {calibration.dtype}); {experts_of(calibration)}",
+        texts=", ".join(f"{text.name} ({text.tokens} tokens)" for text in calibration.texts),
         tokens=f"{calibration.tokens} (and {calibration.padding_tokens} of padding, not counted)",
+        LIS=f"{sum(map(lis, layers)) / len(layers):.3f} on average, at most {lis(worst):.3f} (layer {worst.index})",
+        lossless=" ".join(format for format in FORMATS if format not in costly) or "in no format",
     )
-    formats = [format for format in FORMATS if format in calibration.layers[0].error]
-    errors = [f"error at {format}" for format in formats]
-    made = table("layers", "layer", "experts", "top-k", "LIS", "heavy hitter", *errors, "unreached", "estimated")
-    for layer in calibration.layers:
+    if calibration.measured_tokens < calibration.tokens:
+        head.add_row("measured", f"on {calibration.measured_tokens} tokens, evenly spread")
+    if dropped := sum(layer.dropped for layer in layers):
+        head.add_row("dropped", f"{dropped} tokens beyond an expert's capacity, counted as load")
+    errors = [f"all in {format}" for format in costly]
+    texts = [text.name.split(".")[0] for text in calibration.texts] if len(calibration.texts) > 1 else []
+    columns = ("layer", "LIS", *texts, "heavy hitter", "its load", *errors, "unreached", "few tokens")
+    made = table("layers, with the relative squared error of their output", *columns)
+    for layer in layers:
         load = layer.load
         made.add_row(
             str(layer.index),
-            str(layer.geometry.experts),
-            str(layer.geometry.top_k),
             f"{lis(layer):.3f}",
-            f"{load.index(max(load))} ({max(load)})",
-            *(f"{sum(layer.error[format]):.2e}" for format in formats),
+            *(f"{lis_of(text_load):.3f}" for text_load in (layer.text_loads if texts else [])),
+            str(load.index(max(load))),
+            str(max(load)),
+            *(f"{sum(layer.error[format]):.2e}" for format in costly),
             members([expert for expert, count in enumerate(load) if count == 0]),
-            members(layer.estimated),
+            members([expert for expert in layer.estimated if load[expert]]),
         )
     return [head, made]
 
 
+def experts_of(calibration: Calibration) -> str:
+    kinds = Counter((layer.geometry.experts, layer.geometry.top_k) for layer in calibration.layers)
+    return ", ".join(f"{count} layers of {experts} experts, top-{top_k}" for (experts, top_k), count in kinds.items())
+
+
 def lis(layer: LayerCalibration) -> float:
-    return max(1.0, layer.geometry.experts * max(layer.load) / max(1, sum(layer.load)))
+    return lis_of(layer.load)
+
+
+def lis_of(load: list[int]) -> float:
+    return float(metrics.lis(np.asarray(load), len(load)))
 
 
 def formats_of(layer: LayerPlan) -> str:
@@ -78,24 +101,28 @@ def formats_of(layer: LayerPlan) -> str:
 
 def plan_tables(plan: Plan) -> list[RenderableType]:
     ratio = plan.bytes_after / max(1, plan.bytes_before)
-    options = " ".join(f"{name}={value}" for name, value in plan.options.items())
     head = facts(
         "plan",
         model=f"{plan.model} ({plan.model_type}, {plan.fingerprint[:12]})",
-        policy=f"{plan.policy} {options}".strip(),
+        policy=plan.policy,
+        options=" ".join(f"{name}={value}" for name, value in plan.options.items() if value != ""),
         target=f"{plan.target}, {plan.ranks} rank{'s' if plan.ranks > 1 else ''}",
         expert_bytes=f"{megabytes(plan.bytes_before)} -> {megabytes(plan.bytes_after)} ({ratio:.3f}, allowed {plan.memory:g})",
     )
+    if plan.optimality is not None:
+        best = plan.optimality
+        head.add_row("objective", f"{best.objective:.4g}, at most {100 * best.gap:.2g} % of it above the best within the budget")
     for remark in plan.remarks:
         head.add_row("remark", remark)
-    columns = ("layer", "LIS", "strict LIS", "slots", "replicas", "formats", "bytes", "error", "unreached")
-    made = table("layers, on the calibration text", *columns)
+    return [head, stored_table(plan), balance_prediction(plan), *batches_table(plan)]
+
+
+def stored_table(plan: Plan) -> Table:
+    made = table("experts, as stored", "layer", "slots", "replicas", "formats", "bytes", "error", "unreached")
     for layer in plan.layers:
         predicted = layer.predicted
         made.add_row(
             str(layer.index),
-            f"{predicted.lis_before:.3f} -> {predicted.lis_after:.3f}",
-            f"{predicted.strict_lis_before:.3f} -> {predicted.strict_lis_after:.3f}",
             str(len(layer.slots)),
             str(len(layer.slots) - layer.geometry.experts),
             formats_of(layer),
@@ -103,7 +130,56 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
             f"{predicted.error:.2e}",
             members(layer.unreached),
         )
-    return [head, made]
+    return made
+
+
+def balance_prediction(plan: Plan) -> Table:
+    """Every balance of every layer before -> after, and their means over the layers."""
+    columns = {
+        "LIS": "lis",
+        "of the worst text": "worst_text_lis",
+        "strict LIS": "strict_lis",
+        "padded work": "padded_work",
+        "ranks, max / mean": "rank_imbalance",
+    }
+    known = {title: name for title, name in columns.items() if all(predicted(layer, name) is not None for layer in plan.layers)}
+    made = table("balance, on the calibration text", "layer", *known, "step time")
+    for layer in plan.layers:
+        made.add_row(str(layer.index), *(change([predicted(layer, name)]) for name in known.values()), step_time([layer]))
+    if len(plan.layers) > 1:
+        means = [change([predicted(layer, name) for layer in plan.layers]) for name in known.values()]
+        made.add_row("mean", *means, step_time(plan.layers))
+    return made
+
+
+def predicted(layer: LayerPlan, name: str) -> tuple[float, float] | None:
+    before, after = (getattr(layer.predicted, f"{name}_{when}") for when in ("before", "after"))
+    return None if before is None or after is None else (before, after)
+
+
+def change(pairs: list[tuple[float, float] | None]) -> str:
+    before, after = (sum(values) / len(values) for values in zip(*(pair for pair in pairs if pair), strict=True))
+    return f"{before:.3f} -> {after:.3f}"
+
+
+def step_time(layers: list[LayerPlan]) -> str:
+    """After over before, for all ``layers`` together."""
+    times = [pair for layer in layers if (pair := predicted(layer, "step_time"))]
+    return f"{sum(after for _, after in times) / sum(before for before, _ in times):.2f} x" if times else "-"
+
+
+def batches_table(plan: Plan) -> list[RenderableType]:
+    """LIS over batches, means over the layers; nothing if the plan holds none."""
+    columns = ("sequences", "batches", "mean", "95th percentile")
+    made = table("LIS of single batches, mean over the layers", *columns)
+    for sizes in zip(*(layer.predicted.over_batches for layer in plan.layers), strict=False):
+        made.add_row(
+            str(sizes[0].sequences),
+            str(sizes[0].batches),
+            change([(size.lis_mean_before, size.lis_mean_after) for size in sizes]),
+            change([(size.lis_p95_before, size.lis_p95_after) for size in sizes]),
+        )
+    return [made] if made.row_count else []
 
 
 def engine_tables(manifest: Manifest) -> list[RenderableType]:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from rq_compile.evaluation.schema import LayerBalance
+from rq_compile.planning.metrics import lis, strict_lis
 from rq_compile.planning.schema import LayerPlan, Plan
 
 
@@ -25,12 +26,11 @@ def _layer_balance(layer: LayerPlan, slots: np.ndarray) -> LayerBalance:
     if slots.sum() == 0:
         raise ValueError(f"no row reached layer {layer.index}")
     logical = logical_loads(layer, slots)
-    share = slots.sum() / layer.geometry.experts
     return LayerBalance(
         name=layer.name,
         index=layer.index,
-        lis_before=max(1.0, float(logical.max() / share)),
-        lis_after=max(1.0, float(slots.max() / share)),
-        strict_lis_before=float(logical.max() / logical.mean()),
-        strict_lis_after=float(slots.max() / slots.mean()),
+        lis_before=float(lis(logical, layer.geometry.experts)),
+        lis_after=float(lis(slots, layer.geometry.experts)),
+        strict_lis_before=float(strict_lis(logical)),
+        strict_lis_after=float(strict_lis(slots)),
     )

@@ -37,6 +37,18 @@ class LayerChoices:
     def experts(self) -> int:
         return len(self.error)
 
+    def priced(self, price: float) -> np.ndarray:
+        """The least penalty, error and ``price`` times bytes for every number of replicas, float ``[n + 1]``.
+
+        Mixing formats gains nothing here: at a price all copies of an expert want the same one.
+        """
+        expert, copy = self.sequence.expert, self.sequence.copy
+        paid = price * self.size
+        alone = (self.error + paid).min(axis=1).sum()
+        more = (self.error[expert] + copy[:, None] * paid).min(axis=1)
+        less = (self.error[expert] + (copy[:, None] - 1) * paid).min(axis=1)
+        return self.penalty + alone + np.concatenate([[0.0], np.cumsum(more - less)])
+
 
 @dataclass(frozen=True)
 class LayerChoice:
@@ -48,11 +60,15 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """``value`` is the objective of ``layers``; no choice that fits the budget has less than ``bound``."""
+    """``value`` is the objective of ``layers``; no choice that fits the budget has less than ``bound``.
+
+    ``price``: what a byte more would save, at which the bound was found.
+    """
 
     layers: list[LayerChoice]
     value: float
     bound: float
+    price: float
 
 
 def slot_experts(copies: np.ndarray) -> np.ndarray:
@@ -67,19 +83,20 @@ def allocate(layers: list[LayerChoices], budget: int) -> Allocation | None:
     if within.bytes > budget:
         return None
     above = _priced(layers, 0.0)
-    bound = above.value
+    bound, best_price = above.value, 0.0
     if above.bytes <= budget:
         within = above
     while above.bytes > budget:
         price = (within.value - above.value) / (above.bytes - within.bytes)
         found = _priced(layers, price)
         lagrangian = found.value + price * found.bytes
-        bound = max(bound, lagrangian - price * budget)
+        if lagrangian - price * budget > bound:
+            bound, best_price = lagrangian - price * budget, price
         if lagrangian >= (within.value + price * within.bytes) * (1 - 1e-12) or found.bytes in (within.bytes, above.bytes):
             break
         within, above = (found, above) if found.bytes <= budget else (within, found)
     best = min(_on_the_way(layers, within.replicas, above.replicas, budget), key=lambda allocation: allocation.value)
-    return Allocation(best.layers, best.value, min(bound, best.value))
+    return Allocation(best.layers, best.value, min(bound, best.value), best_price)
 
 
 def allocate_copies(layers: list[LayerChoices], replicas: list[int], budget: int) -> Allocation | None:
@@ -97,7 +114,7 @@ def allocate_copies(layers: list[LayerChoices], replicas: list[int], budget: int
         LayerChoice(held, format if layer.mixed else format[slot_experts(held)])
         for layer, held, format in zip(layers, copies, np.split(found.format, ends), strict=True)
     ]
-    return Allocation(chosen, penalty + found.error, penalty + found.bound)
+    return Allocation(chosen, penalty + found.error, penalty + found.bound, found.price)
 
 
 def _items(layer: LayerChoices, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,18 +133,12 @@ class _Solution:
 
 
 def _priced(layers: list[LayerChoices], price: float) -> _Solution:
-    """The least ``objective + price * bytes``. Mixing formats gains nothing here: at a price all copies want the same one."""
+    """The least ``objective + price * bytes``."""
     replicas, formats = [], []
     for layer in layers:
-        expert, copy = layer.sequence.expert, layer.sequence.copy
-        paid = price * layer.size
-        alone = (layer.error + paid).min(axis=1).sum()
-        more = (layer.error[expert] + copy[:, None] * paid).min(axis=1)
-        less = (layer.error[expert] + (copy[:, None] - 1) * paid).min(axis=1)
-        total = alone + np.concatenate([[0.0], np.cumsum(more - less)]) + layer.penalty
-        replicas.append(int(total.argmin()))
+        replicas.append(int(layer.priced(price).argmin()))
         copies = layer.sequence.counts(replicas[-1], layer.experts)
-        formats.append((layer.error + copies[:, None] * paid).argmin(axis=1))
+        formats.append((layer.error + price * copies[:, None] * layer.size).argmin(axis=1))
     return _solution(layers, replicas, formats)
 
 

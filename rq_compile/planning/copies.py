@@ -56,6 +56,14 @@ def copy_sequence(
     return CopySequence(expert, copy, level, drift_level, balanced)
 
 
+def sequence_of(copies: np.ndarray) -> CopySequence:
+    """The sequence whose end is ``copies [m]``; it says nothing about loads."""
+    expert = np.concatenate([np.flatnonzero(copies > number) for number in range(1, copies.max())] or [np.zeros(0, np.int64)])
+    number = np.concatenate([np.full((copies > number).sum(), number + 1) for number in range(1, copies.max())] or [expert])
+    unknown = np.full(len(expert) + 1, np.nan)
+    return CopySequence(expert, number, unknown, unknown, len(expert))
+
+
 def _relieve(load: np.ndarray, count: np.ndarray, goal: float, most_copies: int, replicas: int) -> list[int]:
     """Experts to copy, in order, until every slot that can be relieved is at ``goal`` or below; ``count`` is updated."""
     heap = [(-float(load[e] / count[e]), e) for e in range(len(load)) if count[e] < most_copies]

@@ -7,12 +7,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class FormatChoice:
-    """``format`` int64 ``[N]``, the summed ``error`` and ``bytes``; no choice within the budget has an error below ``bound``."""
+    """``format`` int64 ``[N]`` and the summed ``error``; no choice within the budget has less than ``bound``.
+
+    ``price``: error that one byte more would save in the linear relaxation.
+    """
 
     format: np.ndarray
     error: float
-    bytes: int
     bound: float
+    price: float
 
 
 def choose_formats(error: np.ndarray, size: np.ndarray, budget: int) -> FormatChoice | None:
@@ -34,12 +37,14 @@ def choose_formats(error: np.ndarray, size: np.ndarray, budget: int) -> FormatCh
     chosen[step.item[:whole]] = step.to[:whole]
     bound = float(_at(error, chosen).sum())
     left -= int(total[whole - 1]) if whole else 0
+    price = 0.0
     if whole < len(step.item):
-        bound -= float(step.gain[whole] * left / step.bytes[whole])
+        price = float(step.gain[whole] / step.bytes[whole])
+        bound -= price * left
         left = _take_what_fits(step, whole, chosen, left)
         _spend(error, size, chosen, left)
     value = float(_at(error, chosen).sum())
-    return FormatChoice(chosen, value, int(_at(size, chosen).sum()), min(bound, value))
+    return FormatChoice(chosen, value, min(bound, value), price)
 
 
 def smallest_formats(error: np.ndarray, size: np.ndarray) -> np.ndarray:

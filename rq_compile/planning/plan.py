@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from rq_compile import __version__
-from rq_compile.calibration.schema import Calibration
+from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.budget import over_budget
@@ -15,7 +15,7 @@ from rq_compile.planning.policies.none import unplanned
 from rq_compile.planning.prediction import predict, with_capacity_classes
 from rq_compile.planning.problem import Decision, Problem, problem_of
 from rq_compile.planning.remarks import remarks
-from rq_compile.planning.schema import LayerPlan, Plan, Policy, Target
+from rq_compile.planning.schema import LayerPlan, Plan, Policy, Slot, Target
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -56,7 +56,10 @@ def make_plan(
     problem = problem_of(calibration, target=cast(Target, target), ranks=ranks, memory=memory, smoothing=common.smoothing)
     decision: Decision = module.decide(problem, own)
     tokens = common.tokens or calibration.batch_size * calibration.sequence_length
-    layers = [_layer_plan(problem, place, slots, tokens) for place, slots in enumerate(decision.slots)]
+    layers = [
+        _layer_plan(problem, layer.calibration, slots, calibration.batch_size, tokens)
+        for layer, slots in zip(problem.layers, decision.slots, strict=True)
+    ]
     _check_within_budget(problem, layers, policy)
     return Plan(
         tool=f"rq-compile {__version__}",
@@ -93,8 +96,7 @@ def _options(policy: str, own: type[Document], given: dict[str, Any]) -> tuple[C
         raise UserError(f"option {name} of policy {policy} cannot be {given[name]!r}: {first['msg']}", 2) from error
 
 
-def _layer_plan(problem: Problem, place: int, slots: list, tokens: int) -> LayerPlan:
-    layer = problem.layers[place].calibration
+def _layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:
     before = with_capacity_classes(layer, unplanned(layer.geometry.experts, problem))
     after = with_capacity_classes(layer, slots)
     return LayerPlan(
@@ -103,7 +105,7 @@ def _layer_plan(problem: Problem, place: int, slots: list, tokens: int) -> Layer
         geometry=layer.geometry,
         slots=after,
         unreached=[expert for expert, count in enumerate(layer.load) if count == 0],
-        predicted=predict(layer, before, after, problem.cost, problem.dtype, tokens),
+        predicted=predict(layer, before, after, problem.cost, dtype=problem.dtype, batch_size=batch_size, tokens=tokens),
     )
 
 

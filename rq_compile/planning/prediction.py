@@ -6,8 +6,11 @@ from rq_compile.calibration.schema import LayerCalibration
 from rq_compile.planning import metrics
 from rq_compile.planning.capacity import capacity_classes, lane_groups
 from rq_compile.planning.costs import CostModel
-from rq_compile.planning.schema import LayerPrediction, Slot
+from rq_compile.planning.schema import BatchPrediction, LayerPrediction, Slot
 from rq_compile.quantization.formats import Format
+
+# Sequences; those that the calibration's batches add up to are reported.
+BATCH_SIZES = (1, 8, 32, 128)
 
 
 def with_capacity_classes(layer: LayerCalibration, slots: list[Slot]) -> list[Slot]:
@@ -25,9 +28,19 @@ def with_capacity_classes(layer: LayerCalibration, slots: list[Slot]) -> list[Sl
 
 
 def predict(
-    layer: LayerCalibration, before: list[Slot], after: list[Slot], cost: CostModel, dtype: Format, tokens: int
+    layer: LayerCalibration,
+    before: list[Slot],
+    after: list[Slot],
+    cost: CostModel,
+    *,
+    dtype: Format,
+    batch_size: int,
+    tokens: int,
 ) -> LayerPrediction:
-    """Every metric of ``planning.metrics`` for one layer; ``tokens`` are those of the step whose time is predicted."""
+    """Every metric of ``planning.metrics`` for one layer.
+
+    ``batch_size``: sequences of a calibration batch. ``tokens``: of the step whose time is predicted.
+    """
     geometry = layer.geometry
     values: dict[str, float | int | None] = {}
     for when, slots in (("before", before), ("after", after)):
@@ -44,7 +57,29 @@ def predict(
         values[f"padded_work_{when}"] = float(metrics.padded_work(rows, lanes))
         values[f"step_time_{when}"] = cost.step_time(geometry, slots, rows, tokens, lanes)
         values[f"bytes_{when}"] = sum(geometry.expert_bytes(slot.format) for slot in slots)
-    return LayerPrediction(**values, error=error(layer, after, dtype))
+    return LayerPrediction(**values, error=error(layer, after, dtype), over_batches=_over_batches(layer, after, batch_size))
+
+
+def _over_batches(layer: LayerCalibration, slots: list[Slot], batch_size: int) -> list[BatchPrediction]:
+    found = []
+    held = [slot.expert for slot in slots]
+    for sequences in (size for size in BATCH_SIZES if size % batch_size == 0):
+        loads = metrics.over_batches(np.asarray(layer.batch_loads), sequences // batch_size)
+        if len(loads) == 0:
+            break
+        before = metrics.lis(loads, layer.geometry.experts)
+        after = metrics.lis(metrics.slot_loads(loads, held), layer.geometry.experts)
+        found.append(
+            BatchPrediction(
+                sequences=sequences,
+                batches=len(loads),
+                lis_mean_before=float(before.mean()),
+                lis_mean_after=float(after.mean()),
+                lis_p95_before=float(np.quantile(before, 0.95)),
+                lis_p95_after=float(np.quantile(after, 0.95)),
+            )
+        )
+    return found
 
 
 def error(layer: LayerCalibration, slots: list[Slot], dtype: Format) -> float:

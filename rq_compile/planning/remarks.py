@@ -1,21 +1,89 @@
 """What a plan has to say to the person who asked for it, a sentence each."""
 
+from collections import Counter
+
+from rq_compile.planning.metrics import excess_removed
 from rq_compile.planning.problem import Problem
 from rq_compile.planning.schema import LayerPlan
 
 
 def remarks(problem: Problem, layers: list[LayerPlan]) -> list[str]:
-    said = []
+    said = [_gain(problem, layers), _format_mix(layers), _ranks(problem, layers), _unreached(layers)]
+    return [sentence for sentence in said if sentence]
+
+
+def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
+    """What the plan brings on its target, or why it brings nothing."""
+    target = problem.cost.target
     replicas = sum(len(layer.slots) - layer.geometry.experts for layer in layers)
-    if problem.cost.busiest == "nothing" and not replicas:
-        said.append(
-            f"On {problem.cost.target} with one rank a replica is an alias that saves no time, so no expert is copied and the "
-            "memory is spent on bits; plan with --target batched or --ranks to balance the load."
+    time = sum(_known(layer.predicted.step_time_after) for layer in layers) / sum(
+        _known(layer.predicted.step_time_before) for layer in layers
+    )
+    if problem.cost.busiest == "nothing":
+        why = f"On {target} with one rank a replica is an alias that saves no time"
+        if replicas:
+            return f"{why}; this plan stores {replicas} all the same."
+        if all(slot.format == problem.dtype for layer in layers for slot in layer.slots):
+            return (
+                f"{why}, and --memory {problem.memory:g} holds every expert as it is, so this plan changes nothing: give less "
+                "--memory for a smaller engine that reads less, or --target batched or --ranks to balance the load."
+            )
+        return f"{why}, so no expert is copied and the memory is spent on bits; predicted step time {time:.2f} of the unplanned."
+    before, after = _imbalance(problem, layers)
+    removed = excess_removed(before, after)
+    what = "The busiest rank's load over the mean" if problem.cost.busiest == "rank" else "LIS"
+    if removed <= 0:
+        return f"{what} stays at {before:.3f}: on {target} this plan balances nothing."
+    return (
+        f"{what} falls from {before:.3f} to {after:.3f}, {100 * removed:.1f} % of the excess; "
+        f"predicted step time {time:.2f} of the unplanned."
+    )
+
+
+def _imbalance(problem: Problem, layers: list[LayerPlan]) -> tuple[float, float]:
+    """Mean over the layers of what the target waits for, before and after."""
+    predictions = [layer.predicted for layer in layers]
+    if problem.cost.busiest == "rank":
+        pairs = [(_known(p.rank_imbalance_before), _known(p.rank_imbalance_after)) for p in predictions]
+    else:
+        pairs = [(p.lis_before, p.lis_after) for p in predictions]
+    return sum(before for before, _ in pairs) / len(pairs), sum(after for _, after in pairs) / len(pairs)
+
+
+def _known(value: float | None) -> float:
+    assert value is not None, "predictions of this planner are complete"
+    return value
+
+
+def _format_mix(layers: list[LayerPlan]) -> str:
+    mixed = sum(
+        len({slot.format for slot in layer.slots if slot.expert == expert}) > 1
+        for layer in layers
+        for expert, copies in Counter(slot.expert for slot in layer.slots).items()
+        if copies > 1
+    )
+    if not mixed:
+        return ""
+    return f"Copies of {mixed} experts differ in format, so a token's answer can depend on who shares its batch."
+
+
+def _ranks(problem: Problem, layers: list[LayerPlan]) -> str:
+    if problem.ranks == 1:
+        return ""
+    held = [Counter(slot.rank for slot in layer.slots) for layer in layers]
+    counts = {count[rank] for count in held for rank in range(problem.ranks)}
+    if len(counts) > 1:
+        return (
+            f"Ranks hold {min(counts)} to {max(counts)} slots of a layer, but serving systems need the same number everywhere: "
+            "choose --ranks that divide the experts, or more --memory."
         )
-    changed = replicas or any(slot.format != problem.dtype for layer in layers for slot in layer.slots)
-    if not changed and problem.ranks == 1:
-        said.append("This plan changes nothing: every expert keeps its one slot in the checkpoint's format.")
-    unreached = sum(len(layer.unreached) for layer in layers)
-    if unreached:
-        said.append(f"{unreached} experts were reached by no calibration token; each keeps a slot, planned for by smoothing.")
-    return said
+    size = [
+        sum(layer.geometry.expert_bytes(slot.format) for layer in layers for slot in layer.slots if slot.rank == rank)
+        for rank in range(problem.ranks)
+    ]
+    return f"The fullest rank holds {max(size) / 1e6:.2f} MB of experts, the mean rank {sum(size) / len(size) / 1e6:.2f} MB."
+
+
+def _unreached(layers: list[LayerPlan]) -> str:
+    count = sum(len(layer.unreached) for layer in layers)
+    return f"{count} experts were reached by no calibration token; each keeps a slot." if count else ""

@@ -27,6 +27,17 @@ class Slot(Document):
     capacity_class: int = Field(default=0, ge=0)
 
 
+class BatchPrediction(Document):
+    """LIS of one layer over ``batches`` batches of (up to) ``sequences`` sequences each: the mean and the 95th percentile."""
+
+    sequences: int
+    batches: int
+    lis_mean_before: float
+    lis_mean_after: float
+    lis_p95_before: float
+    lis_p95_after: float
+
+
 class LayerPrediction(Document):
     """What the planner expects of one layer on the calibration text, without a plan (before) and with it (after).
 
@@ -51,6 +62,7 @@ class LayerPrediction(Document):
     bytes_before: int
     bytes_after: int
     error: float
+    over_batches: list[BatchPrediction] = Field(default=[])
 
 
 class Optimality(Document):

@@ -99,8 +99,8 @@ def rebalance(load: np.ndarray, slots: int, groups: int, nodes: int, ranks: int)
         load_of_copy = (load[experts] / np.bincount(replicated))[replicated]
         packs = _balanced(load_of_copy, ranks // nodes)
         if ranks > 1 and any(len(set(replicated[copies])) < len(copies) for copies in packs):
-            parted = pack(load_of_copy[None], replicated, ranks // nodes)
-            packs = [np.flatnonzero(parted == rank).tolist() for rank in range(ranks // nodes)]
+            holds = pack(load[None, experts], np.bincount(replicated), ranks // nodes)
+            packs = [[int(np.flatnonzero(replicated == expert)[0]) for expert in np.flatnonzero(held)] for held in holds]
         held += [int(experts[replicated[copy]]) for pack in packs for copy in pack]
     return np.array(held, np.int64)
 

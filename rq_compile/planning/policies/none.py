@@ -1,7 +1,5 @@
 """Policy ``none``: the checkpoint as it is, one slot an expert, ranks in consecutive blocks."""
 
-import numpy as np
-
 from rq_compile.files import Document
 from rq_compile.planning.placement import contiguous
 from rq_compile.planning.problem import Decision, Problem
@@ -18,5 +16,5 @@ def decide(problem: Problem, options: Options) -> Decision:
 
 def unplanned(experts: int, problem: Problem) -> list[Slot]:
     """The slots of a layer that nobody planned: what every plan is compared with."""
-    ranks = contiguous(np.arange(experts), problem.ranks, experts)
+    ranks = contiguous(experts, problem.ranks)
     return [Slot(expert=expert, format=problem.dtype, rank=int(rank)) for expert, rank in enumerate(ranks)]

@@ -22,8 +22,8 @@ All copies of an expert share a format, so that an answer does not depend on who
 plan with ``max_error`` takes the fewest bytes that keep to it, since bytes are what a step costs there.
 
 With several ranks every layer gets the same number of slots and every rank its equal share of them, as serving systems need.
-Which experts to copy is then fixed for each number of slots (the busiest first); the bound covers all numbers, formats and
-packings.
+Optimality is proved by the bound that stands in the plan: for one rank it is usually met exactly (``allocation``, ``exact``), for
+several the packing leaves a gap (``rank_solver``).
 """
 
 from collections.abc import Callable
@@ -38,8 +38,9 @@ from rq_compile.planning.allocation import slot_experts
 from rq_compile.planning.budget import over_budget
 from rq_compile.planning.knapsack import smallest_formats
 from rq_compile.planning.problem import Decision, Layer, Problem
+from rq_compile.planning.rank_solver import solve_on_ranks
 from rq_compile.planning.schema import Optimality, Slot
-from rq_compile.planning.solver import Objective, Solution, solve
+from rq_compile.planning.solver import ROUNDING, Objective, Solution, solve_on_one_rank
 from rq_compile.quantization.formats import FLOAT_FORMATS, Format
 
 HALVINGS = 20
@@ -71,25 +72,38 @@ def decide(problem: Problem, options: Options) -> Decision:
         _solution(_with_formats(problem, [format for format in allowed if format == one or format not in floats]), options)
         for one in floats or allowed[:1]
     ]
-    found = [solution for solution in solutions if solution is not None and np.isfinite(solution.allocation.value)]
+    found = [solution for solution in solutions if solution is not None and np.isfinite(solution.value)]
     if not found:
         raise UserError(
             f"no plan within --memory {problem.memory:g} keeps the mean error of a layer below max_error {options.max_error:g}; "
             "raise one of the two"
         )
-    best = min(found, key=lambda solution: solution.allocation.value)
-    bound = min(solution.allocation.bound for solution in found)
-    return Decision(_slots(problem, best), Optimality(objective=best.allocation.value, bound=bound))
+    best = min(found, key=lambda solution: solution.value)
+    bound = min(solution.bound for solution in found)
+    optimality = Optimality(objective=best.value, bound=bound)
+    return Decision(_slots(problem, best), optimality, _unbalanced(problem, best, options.tolerance))
 
 
 def _slots(problem: Problem, solution: Solution) -> list[list[Slot]]:
     """Rank after rank; on a rank, first copies come before second ones."""
     layers = []
-    for layer, choice, ranks in zip(problem.layers, solution.allocation.layers, solution.ranks, strict=True):
-        experts = slot_experts(choice.copies)
+    for layer, solved in zip(problem.layers, solution.layers, strict=True):
+        experts, format, ranks = slot_experts(solved.choice.copies), solved.choice.format, solved.ranks
         order = np.argsort(ranks, kind="stable")
-        layers.append([Slot(expert=int(experts[s]), format=layer.formats[choice.format[s]], rank=int(ranks[s])) for s in order])
+        layers.append([Slot(expert=int(experts[s]), format=layer.formats[format[s]], rank=int(ranks[s])) for s in order])
     return layers
+
+
+def _unbalanced(problem: Problem, solution: Solution, tolerance: float) -> list[str]:
+    if problem.cost.busiest == "nothing":
+        return []
+    missed = sum(layer.imbalance > 1 + tolerance + ROUNDING for layer in solution.layers)
+    if not missed:
+        return []
+    return [
+        f"In {missed} of {len(problem.layers)} layers some calibration text stays more than {100 * tolerance:g} % out of "
+        "balance; more --memory would help."
+    ]
 
 
 def _allowed_formats(problem: Problem, names: str) -> list[Format]:
@@ -135,6 +149,7 @@ def _check_budget(problem: Problem) -> None:
 def _solution(problem: Problem, options: Options) -> Solution | None:
     """The best solution that keeps to ``max_error``; None if there is none."""
     objective = Objective(1 + options.tolerance, options.balance, options.drift, options.hedge, options.mixed_copies)
+    solve = solve_on_ranks if problem.ranks > 1 else solve_on_one_rank
     if not options.max_error:
         return solve(problem, objective, problem.budget)
 
@@ -170,7 +185,7 @@ def _furthest(solution: Callable[[float], Solution | None], problem: Problem, ma
 def _mean_error(problem: Problem, solution: Solution) -> float:
     """Mean over the layers of the relative output error."""
     total = 0.0
-    for layer, choice in zip(problem.layers, solution.allocation.layers, strict=True):
-        experts = slot_experts(choice.copies)
-        total += float((layer.error[experts, choice.format] / choice.copies[experts]).sum())
+    for layer, solved in zip(problem.layers, solution.layers, strict=True):
+        copies, experts = solved.choice.copies, slot_experts(solved.choice.copies)
+        total += float((layer.error[experts, solved.choice.format] / copies[experts]).sum())
     return total / len(problem.layers)

@@ -15,7 +15,6 @@ class Options(Document):
 def decide(problem: Problem, options: Options) -> Decision:
     slots = []
     for layer in problem.layers:
-        experts = np.arange(layer.experts)
-        ranks = pack(layer.demand, experts, problem.ranks)
-        slots.append([Slot(expert=int(e), format=problem.dtype, rank=int(ranks[e])) for e in np.argsort(ranks, kind="stable")])
+        holds = pack(layer.demand, np.ones(layer.experts, np.int64), problem.ranks)
+        slots.append([Slot(expert=int(e), format=problem.dtype, rank=int(r)) for r, e in np.argwhere(holds)])
     return Decision(slots)

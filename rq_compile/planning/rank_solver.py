@@ -1,0 +1,144 @@
+"""Minimise error and imbalance under a budget on several ranks, with the same number of slots in every layer and on every rank.
+
+For each number of slots the experts to copy are those that are busiest if they gain what drift may bring; their formats are
+solved as a knapsack, and they are packed on the ranks, with other experts copied instead where that balances better. Numbers are
+tried in the order of what they would cost if the packing came out even, until the next cannot be better.
+
+The bound holds for any copies, formats and packing. A rank is as busy as the mean, or as the busiest slot. With N replicas in a
+layer, the drift imbalance is no better than after some k <= N replicas of the busiest-first sequence, which then has no more
+copies of any expert (``copies.copy_sequence``); the N - k others cost at least the cheapest further copy of any expert each. At a
+price per byte that is a sum over experts, which bounds the optimum as in ``allocation``.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rq_compile.planning.allocation import Allocation, LayerChoices, allocate_copies, slot_experts
+from rq_compile.planning.copies import CopySequence, copy_sequence, sequence_of
+from rq_compile.planning.demand import drift_gain
+from rq_compile.planning.exact import polished
+from rq_compile.planning.metrics import copy_numbers
+from rq_compile.planning.placement import copied_anew, imbalance, pack
+from rq_compile.planning.problem import Layer, Problem
+from rq_compile.planning.solver import ROUNDING, LayerSolution, Objective, Solution
+
+
+@dataclass(frozen=True)
+class _LayerSequence:
+    """``choices`` copies the busiest first, drift included, with the penalty of drift alone.
+
+    ``missed [n + 1]``: least cost of imbalance that any choice of so many replicas can have.
+    """
+
+    layer: Layer
+    choices: LayerChoices
+    missed: np.ndarray
+
+
+def solve_on_ranks(problem: Problem, objective: Objective, budget: int) -> Solution | None:
+    """The least objective found within ``budget`` bytes, with its bound; None if the budget does not hold every expert once."""
+    sequences = _sequences(problem, objective)
+    choices = [sequence.choices for sequence in sequences]
+    most = min(len(choice.sequence.expert) for choice in choices)
+    even = [n for n in range(most + 1) if all((layer.experts + n) % problem.ranks == 0 for layer in problem.layers)]
+    # Where no even number of slots exists or fits, some ranks hold one slot more than others.
+    relaxed = _relaxed(choices, even, budget) or _relaxed(choices, [0], budget)
+    least = {number: sum(float(sequence.missed[number]) for sequence in sequences) for number in relaxed}
+    best: Solution | None = None
+    bound = np.inf
+    for number, allocation in relaxed.items():
+        bound = min(bound, least[number] + _bound(choices, number, allocation.price, budget))
+    for number in sorted(relaxed, key=lambda number: relaxed[number].value + least[number]):
+        if best is not None and relaxed[number].bound + least[number] >= best.value:
+            break
+        for solution in _packed(sequences, relaxed[number], objective, problem.ranks, budget):
+            if best is None or solution.value < best.value:
+                best = solution
+    return None if best is None else Solution(best.layers, best.value, min(bound, best.value))
+
+
+def _sequences(problem: Problem, objective: Objective) -> list[_LayerSequence]:
+    """Long enough for the drift imbalance to reach its goal in every layer."""
+
+    def copied(load: np.ndarray, replicas: int | None = None) -> CopySequence:
+        return copy_sequence(
+            load, goal=objective.goal + ROUNDING, gain=np.zeros_like(load), most_copies=problem.ranks, replicas=replicas
+        )
+
+    calm = [layer.worst_demand() for layer in problem.layers]
+    drifted = [load + drift_gain(load, objective.drift) for load in calm]
+    longest = max(len(copied(load).expert) for load in drifted) + problem.ranks
+    found = []
+    for layer, load, drifted_load in zip(problem.layers, calm, drifted, strict=True):
+        sequence = copied(drifted_load, longest)
+        least_busy = np.maximum(1.0, copied(load, longest).level * problem.ranks / layer.experts)
+        choices = LayerChoices(sequence, objective.exposed(sequence.level), layer.error, layer.size, objective.mixed_copies)
+        found.append(_LayerSequence(layer, choices, objective.missed(least_busy)))
+    return found
+
+
+def _relaxed(choices: list[LayerChoices], numbers: list[int], budget: int) -> dict[int, Allocation]:
+    """By number of replicas, the best formats for the busiest experts' copies; the cost of imbalance is left out."""
+    found = {number: allocate_copies(choices, [number] * len(choices), budget) for number in numbers}
+    return {number: allocation for number, allocation in found.items() if allocation is not None}
+
+
+def _bound(choices: list[LayerChoices], number: int, price: float, budget: int) -> float:
+    """Error and cost of drift that no copies of ``number`` replicas in every layer can undercut within ``budget``."""
+    total = -price * budget
+    for layer in choices:
+        within = layer.priced(price)[: number + 1]
+        ranks = layer.sequence.copy.max(initial=1)
+        last = [(layer.error + price * copies * layer.size).min(axis=1) for copies in (max(1, ranks - 1), ranks)]
+        # The cost of an expert is concave in its copies: the last possible one is the cheapest.
+        cheapest = float((last[1] - last[0]).min())
+        total += float((within + np.arange(number, -1, -1) * cheapest).min())
+    return total
+
+
+def _packed(
+    sequences: list[_LayerSequence], allocation: Allocation, objective: Objective, ranks: int, budget: int
+) -> list[Solution]:
+    """The copies of ``allocation`` on ranks, and with others copied instead in the layers that stay out of balance."""
+    packed = [
+        pack(sequence.layer.demand, chosen.copies, ranks, objective.goal)
+        for sequence, chosen in zip(sequences, allocation.layers, strict=True)
+    ]
+    anew = [copied_anew(sequence.layer.demand, holds, objective.goal) for sequence, holds in zip(sequences, packed, strict=True)]
+    found = [_with_formats(sequences, placed, objective, budget) for placed in (packed, anew)]
+    return [solution for solution in found if solution is not None]
+
+
+def _with_formats(
+    sequences: list[_LayerSequence], placed: list[np.ndarray], objective: Objective, budget: int
+) -> Solution | None:
+    """The best formats for experts on ranks, ``placed[l]`` bool ``[R, m]``."""
+    choices, imbalances = [], []
+    for sequence, holds in zip(sequences, placed, strict=True):
+        layer, copies = sequence.layer, holds.sum(axis=0)
+        load = layer.worst_demand()
+        imbalances.append(imbalance(layer.demand, holds))
+        exposed = float(((load + drift_gain(load, objective.drift)) / copies).max())
+        cost = float(objective.missed(imbalances[-1]) + objective.exposed(exposed))
+        fixed = sequence_of(copies)
+        penalty = np.full(len(fixed.expert) + 1, cost)
+        choices.append(LayerChoices(fixed, penalty, layer.error, layer.size, objective.mixed_copies))
+    replicas = [len(choice.sequence.expert) for choice in choices]
+    allocation = allocate_copies(choices, replicas, budget)
+    if allocation is None:
+        return None
+    allocation = polished(choices, [[number] for number in replicas], allocation, budget)
+    layers = [
+        LayerSolution(chosen, _ranks_of_slots(holds), value)
+        for chosen, holds, value in zip(allocation.layers, placed, imbalances, strict=True)
+    ]
+    return Solution(layers, allocation.value, allocation.bound)
+
+
+def _ranks_of_slots(holds: np.ndarray) -> np.ndarray:
+    """int64 ``[S]``, slots in the order of ``slot_experts``: an expert's n-th copy stands on the n-th of its ranks."""
+    of_expert = [np.flatnonzero(held) for held in holds.T]
+    experts = slot_experts(holds.sum(axis=0))
+    number, _ = copy_numbers(experts.tolist())
+    return np.array([of_expert[expert][copy] for expert, copy in zip(experts, number, strict=True)], np.int64)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnxruntime
@@ -19,8 +20,9 @@ from rq_compile.quantization.quantizer import stored
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
 from rq_compile.targets import onnxruntime as target
+from rq_compile.targets.manifest import Lowering
 
-LOWERINGS = ("native", "stock")
+LOWERINGS = get_args(Lowering)
 MIXED: tuple[Format, ...] = ("fp32", "int8", "int4")
 
 
@@ -159,6 +161,9 @@ def test_replicated_and_quantized(checkpoint: Checkpoint, exported: Exported, tm
                 assert max(copies) - min(copies) <= 1
 
 
-def test_a_stock_engine_loads_without_the_op_library(checkpoint: Checkpoint, exported: Exported, tmp_path: Path) -> None:
-    target.compile_engine(checkpoint, plan_of(checkpoint, replicated_and_quantized), tmp_path / "model.onnx", "stock")
+@pytest.mark.parametrize("lowering", ["stock", "batched"])
+def test_an_engine_that_needs_no_op_library(
+    checkpoint: Checkpoint, exported: Exported, lowering: Lowering, tmp_path: Path
+) -> None:
+    target.compile_engine(checkpoint, plan_of(checkpoint, replicated_and_quantized), tmp_path / "model.onnx", lowering)
     onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])

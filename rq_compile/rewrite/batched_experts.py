@@ -10,8 +10,8 @@ they are gathered back. Lanes that have no row compute a copy of another and are
 2. Fixed capacity, for targets that need static shapes: a ``Loop`` of as many passes as the busiest slot needs, so no row is lost.
 
 Requires: opset 21; ``slot_offsets`` and ``rows`` (int64) of each layer, and its ExpertGemm ``{layer}.up`` and ``{layer}.down``.
-Ensures: no ExpertGemm is left. While all copies of an expert have one format, no bit of a row depends on the other rows: so it was
-found with ONNX Runtime 1.32 on the CPU, whose MatMul adds up every row alike unless it has one row only.
+Ensures: no ExpertGemm is left. While all copies of an expert have one format, no bit of a row depends on the other rows: so it
+was found with ONNX Runtime 1.32 on the CPU, whose MatMul adds up every row alike unless it has one row only.
 """
 
 from collections.abc import Sequence

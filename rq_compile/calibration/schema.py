@@ -23,10 +23,14 @@ class LayerCalibration(Document):
     ``name`` is the experts module's name in the transformers model (``model.layers.0.mlp.experts``), ``index`` its
     decoder layer. ``load[e]`` counts the (token, choice) pairs routed to expert e, padding masked; the sum is tokens *
     top_k. ``text_loads[t]`` are the same counts for each calibration text alone and ``batch_loads[b]`` for each batch.
-    ``wanda[e]`` is the paper's importance score. ``error[format][e]`` is the gate-weighted squared output error of
-    expert e when stored in ``format``, summed over its calibration tokens and divided by the squared norm of the
-    layer's whole MoE output on all tokens: the errors of a plan's experts add up to the layer's relative error.
-    ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated instead.
+    ``dropped`` of the pairs came beyond an expert's capacity (Switch): they are part of the load, with a gate of 0, but the
+    model does not compute them. ``wanda[e]`` is the paper's importance score, 0 where no token came.
+
+    ``error[format][e]`` is the gate-weighted squared output error of expert e when stored in ``format``, summed over its
+    calibration tokens and divided by the squared norm of what the layer's routed experts give together, summed over all
+    tokens: the errors of a plan's experts add up to the layer's relative error (the squares of one token's experts do,
+    as their errors point in unrelated directions). 0 where the format holds the weights exactly, infinite where it cannot hold
+    one. ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated instead.
     """
 
     name: str
@@ -35,13 +39,23 @@ class LayerCalibration(Document):
     load: list[int]
     text_loads: list[list[int]]
     batch_loads: list[list[int]]
+    dropped: int = 0
     wanda: list[float]
     error: dict[Format, list[float]]
     estimated: list[int] = Field(default=[])
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that this layer routed: the encoder's or the decoder's alone in an encoder-decoder model."""
+        return sum(self.load) // self.geometry.top_k
+
 
 class Calibration(Document):
-    """``statistics`` names a safetensors file beside this one, or is None: ``{layer name}.input_square_sum [m, hidden]`` and
+    """``tokens`` were counted, on ``measured_tokens`` of them, evenly spread, errors, scores and statistics were measured and
+    then scaled up: all, unless the recorded inputs had taken too much disk. ``padding_tokens`` are in no count at all.
+    ``wanda_fraction`` is the paper's s: the part of an expert's weights, lowest scores first, that ``wanda`` is the mean of.
+
+    ``statistics`` names a safetensors file beside this one, or is None: ``{layer name}.input_square_sum [m, hidden]`` and
     ``{layer name}.intermediate_square_sum [m, intermediate]``, fp32, sums over each expert's tokens of the squared
     input of its up and down projection: what AWQ- or GPTQ-like quantizers want.
     """
@@ -55,8 +69,10 @@ class Calibration(Document):
     dtype: Format
     texts: list[CalibrationText]
     tokens: int
+    measured_tokens: int
     padding_tokens: int
     batch_size: int
     sequence_length: int
+    wanda_fraction: float = Field(gt=0, le=1)
     statistics: str | None
     layers: list[LayerCalibration] = Field(min_length=1)

@@ -1,0 +1,147 @@
+"""Calibrate a checkpoint on texts: run it once, recording, then measure layer after layer."""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from rq_compile import __version__
+from rq_compile.architectures.configuration import model_config
+from rq_compile.architectures.layers import ExpertWeights, expert_weights, moe_layers
+from rq_compile.calibration.estimate import relative_errors
+from rq_compile.calibration.measure import LayerMeasurement, measure_layer
+from rq_compile.calibration.recording import LayerRecording, record
+from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
+from rq_compile.calibration.text import batches, tokenize
+from rq_compile.calibration.wanda import WANDA_FRACTION
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+
+# What the recorded inputs of all layers may take on disk. Beyond, an even sample of the tokens is measured (all are counted).
+MAX_RECORDED_BYTES = 4 * 2**30
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    texts: dict[str, str],
+    *,
+    batch_size: int,
+    sequence_length: int,
+    progress: Callable[[int, int], None],
+    wanda_fraction: float = WANDA_FRACTION,
+) -> tuple[Calibration, dict[str, np.ndarray]]:
+    """Run the model over ``texts`` (name to content) in fp32 and measure every expert in every format.
+
+    A text is cut into sequences of ``sequence_length`` tokens; a batch holds up to ``batch_size`` of one text. An
+    encoder-decoder model reads the first half of a sequence with its encoder and the second with its decoder.
+    ``wanda_fraction`` is the paper's s. ``progress(done, total)`` counts tokens; one that was run but not measured is half done.
+
+    The second result are the statistics that ``Calibration`` describes, by tensor name.
+
+    Raises:
+        UserError: there is no text or one of too few tokens, the tokenizer is missing or not the model's, the sequences are
+            longer than the model's, or a layer's routing or output is not what it must be (see ``record``).
+    """
+    if not texts:
+        raise UserError("there is no text to calibrate on; give at least one", 2)
+    layers = moe_layers(checkpoint)
+    tokens = tokenize(checkpoint, texts)
+    total = sum(len(ids) for ids in tokens)
+    start = _check_fit(checkpoint, tokens, sequence_length)
+    recorded_tokens = MAX_RECORDED_BYTES // (4 * sum(layer.geometry.hidden for layer in layers))
+    cut = list(
+        batches(
+            tokens,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            measured_tokens=recorded_tokens,
+            decoder_start=start,
+        )
+    )
+    recordings = record(checkpoint, layers, list(texts), cut, lambda done: progress(done // 2, total))
+    measured_layers, statistics = [], {}
+    for number, recording in enumerate(recordings):
+        measurement = _measure(checkpoint, recording, wanda_fraction)
+        measured_layers.append(_layer_calibration(recording, measurement))
+        for name in ("input_square_sum", "intermediate_square_sum"):
+            statistics[f"{recording.layer.name}.{name}"] = getattr(measurement, name)
+        progress((total + total * (number + 1) // len(recordings)) // 2, total)
+    calibration = Calibration(
+        tool=f"rq-compile {__version__}",
+        model=checkpoint.name,
+        model_type=checkpoint.model_type,
+        fingerprint=checkpoint.fingerprint,
+        dtype=checkpoint.dtype,
+        texts=[
+            CalibrationText(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=len(ids))
+            for (name, text), ids in zip(texts.items(), tokens, strict=True)
+        ],
+        tokens=total,
+        measured_tokens=min(total, recorded_tokens),
+        padding_tokens=sum(batch.padding_tokens for batch in cut),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        wanda_fraction=wanda_fraction,
+        statistics=None,
+        layers=measured_layers,
+    )
+    return calibration, statistics
+
+
+def _check_fit(checkpoint: Checkpoint, tokens: list[np.ndarray], sequence_length: int) -> int | None:
+    """The first decoder token of an encoder-decoder model, once tokens and sequences are known to fit the model."""
+    config = model_config(checkpoint)
+    highest = max(int(ids.max()) for ids in tokens)
+    if highest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer.json of {checkpoint.path} gives the token {highest}, but the model knows {config.vocab_size} tokens "
+            f"(0-{config.vocab_size - 1}); copy the model's own tokenizer.json there",
+            2,
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise UserError(
+            f"--sequence-length {sequence_length} is more than the model's {longest} positions; choose a smaller one", 2
+        )
+    return (config.decoder_start_token_id or 0) if config.is_encoder_decoder else None
+
+
+def _measure(checkpoint: Checkpoint, recording: LayerRecording, wanda_fraction: float) -> LayerMeasurement:
+    """The recording's layer, its sums scaled up to all tokens where only a sample of them was recorded."""
+    layer = recording.layer
+
+    def weights_of(expert: int) -> ExpertWeights:
+        weights = expert_weights(checkpoint, layer, expert)
+        if not all(np.isfinite(matrix).all() for matrix in (weights.up, weights.down)):
+            raise UserError(f"expert {expert} of {layer.name} has a weight that is not finite; repair the checkpoint")
+        return weights
+
+    hidden, ids, gates = recording.measured()
+    measurement = measure_layer(layer.geometry, hidden, ids, gates, weights_of, wanda_fraction=wanda_fraction)
+    if not 0 < measurement.output_square < np.inf:
+        raise UserError(
+            f"the squared norm of what {layer.name} gives on the calibration text is {measurement.output_square:g}, so that no "
+            "error can be told in proportion to it; check the checkpoint's weights"
+        )
+    return measurement.scaled(recording.load, recording.tokens / len(ids))
+
+
+def _layer_calibration(recording: LayerRecording, measurement: LayerMeasurement) -> LayerCalibration:
+    errors, estimated = relative_errors(measurement, recording.load)
+    return LayerCalibration(
+        name=recording.layer.name,
+        index=recording.layer.index,
+        geometry=recording.layer.geometry,
+        load=recording.load.tolist(),
+        text_loads=recording.text_loads.tolist(),
+        batch_loads=[load.tolist() for load in recording.batch_loads],
+        dropped=recording.dropped,
+        wanda=_legible(measurement.wanda),
+        error={format: _legible(error) for format, error in errors.items()},
+        estimated=np.flatnonzero(estimated).tolist(),
+    )
+
+
+def _legible(values: np.ndarray) -> list[float]:
+    """Six significant digits: more are noise in a sum of fp32 values, and a person reads this file."""
+    return [float(f"{value:.6g}") for value in values]

@@ -1,0 +1,65 @@
+"""One expert computed on the CPU in fp32, as the checkpoint has it or as a format stores it."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from rq_compile.architectures.geometry import GATED, ExpertGeometry
+from rq_compile.architectures.layers import ExpertWeights
+from rq_compile.quantization.formats import Format
+from rq_compile.quantization.quantizer import stored
+
+# Up-projected values held at a time: 16 MiB in fp32.
+CHUNK = 2**22
+
+
+def in_format(weights: ExpertWeights, format: Format) -> ExpertWeights:
+    """The expert with the fp32 values that its matrices have once stored in ``format``; biases stay as they are."""
+    with np.errstate(over="ignore"):  # beyond fp16's range is infinity, which `weight_error` reports
+        return replace(weights, up=stored(weights.up, format), down=stored(weights.down, format))
+
+
+def weight_error(changed: ExpertWeights, original: ExpertWeights) -> float:
+    """``||W' - W||**2 / ||W||**2`` of the up plus that of the down matrix; 0 exactly where nothing changed, infinite where a
+    weight of ``changed`` is. Both in fp32."""
+    total = 0.0
+    for new, old in ((changed.up, original.up), (changed.down, original.down)):
+        if not np.isfinite(new).all():
+            return float("inf")
+        if not np.array_equal(new, old):
+            total += (_norm(new - old) / _norm(old)) ** 2
+    return total
+
+
+def expert_outputs(x: torch.Tensor, weights: ExpertWeights, geometry: ExpertGeometry) -> tuple[torch.Tensor, np.ndarray]:
+    """Outputs ``[n, hidden]`` of ``x [n, hidden]``, and the squared inputs of the down projection, summed over the n tokens,
+    ``[intermediate]``; everything in fp32."""
+    up, down = torch.from_numpy(weights.up), torch.from_numpy(weights.down)
+    up_bias, down_bias = (None if bias is None else torch.from_numpy(bias) for bias in (weights.up_bias, weights.down_bias))
+    outputs = torch.empty_like(x)
+    squares = torch.zeros(geometry.intermediate)
+    step = max(1, CHUNK // geometry.up_rows)
+    for rows, into in zip(x.split(step), outputs.split(step), strict=True):
+        intermediate = activate(F.linear(rows, up, up_bias), geometry)
+        squares += intermediate.square().sum(0)
+        into.copy_(F.linear(intermediate, down, down_bias))
+    return outputs, squares.numpy()
+
+
+def activate(rows: torch.Tensor, geometry: ExpertGeometry) -> torch.Tensor:
+    """Up-projected ``rows [n, F]`` to the input of the down projection ``[n, intermediate]``: see ``ExpertGeometry``."""
+    if geometry.activation not in GATED:
+        return F.relu(rows) if geometry.activation == "relu" else F.gelu(rows)
+    gate, up = rows.chunk(2, dim=-1)
+    if geometry.activation == "swiglu":
+        return F.silu(gate) * up
+    if geometry.activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=geometry.limit), up.clamp(-geometry.limit, geometry.limit)
+        return (up + 1) * gate * torch.sigmoid(geometry.alpha * gate)
+    return F.gelu(gate, approximate="tanh" if geometry.activation == "geglu_tanh" else "none") * up
+
+
+def _norm(matrix: np.ndarray) -> float:
+    return float(torch.linalg.vector_norm(torch.from_numpy(matrix), dtype=torch.float64))

@@ -1,0 +1,137 @@
+"""Run the model over batches; count what every layer's router chose and keep the inputs of its experts on disk."""
+
+import tempfile
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.load import load_model
+from rq_compile.calibration.routing import Routing, watch
+from rq_compile.calibration.text import Batch
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+
+
+class LayerRecording:
+    """What one MoE layer saw.
+
+    ``text_loads [texts, m]`` and ``batch_loads``, an ``[m]`` for each batch, both int64, count the choices of every real token;
+    ``dropped`` of them the model did not compute. Of the measured tokens also the inputs, expert ids and gates are kept. Every
+    batch is begun, received and ended; ``texts`` are the names of the texts that batches number.
+    """
+
+    def __init__(self, layer: MoeLayer, texts: list[str]) -> None:
+        self.layer = layer
+        self.tokens = 0
+        self.dropped = 0
+        self.text_loads = np.zeros((len(texts), layer.geometry.experts), np.int64)
+        self.batch_loads: list[np.ndarray] = []
+        self._texts = texts
+        self._hidden = tempfile.TemporaryFile(prefix="rq-compile-")  # noqa: SIM115 - open as long as the recording lives
+        self._ids: list[np.ndarray] = []
+        self._gates: list[np.ndarray] = []
+
+    @property
+    def load(self) -> np.ndarray:
+        """int64 ``[m]``, over all texts."""
+        return self.text_loads.sum(0)
+
+    def begin(self, batch: Batch) -> None:
+        self._text = batch.text
+        in_encoder = self.layer.name.startswith("encoder.")
+        self._rows = batch.encoder if in_encoder and batch.encoder is not None else batch.decoder
+        self.batch_loads.append(np.zeros(self.layer.geometry.experts, np.int64))
+
+    def receive(self, routing: Routing) -> None:
+        """Count and keep one call of the layer's experts on the batch that has begun.
+
+        Raises:
+            UserError: it has not the batch's tokens, an input or gate is not finite, or the disk is full.
+        """
+        real, measured = self._rows.real.ravel(), self._rows.measured.ravel()
+        hidden, ids, gates = routing.hidden.numpy(), routing.ids.numpy(), routing.gates.numpy()
+        if len(ids) != len(real):
+            raise UserError(
+                f"{self.layer.name} was given {len(ids)} tokens of a batch of {len(real)}, so that padding cannot be told from "
+                "text; use a transformers version that this rq-compile asks for"
+            )
+        if not (np.isfinite(hidden[real]).all() and np.isfinite(gates[real]).all()):
+            name = self._texts[self._text]
+            raise UserError(f"the input of {self.layer.name} is not finite on {name}; check the checkpoint's weights")
+        known = ids[real & (ids >= 0).all(1) & (ids < self.layer.geometry.experts).all(1)]
+        self.batch_loads[-1] += np.bincount(known.ravel(), minlength=self.layer.geometry.experts)
+        if routing.dropped is not None:
+            self.dropped += int(routing.dropped.numpy()[real].sum())
+        self._ids.append(ids[measured])
+        self._gates.append(gates[measured].astype(np.float32))
+        try:
+            self._hidden.write(hidden[measured].astype(np.float32, copy=False))
+            self._hidden.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot keep the inputs of {self.layer.name} in {tempfile.gettempdir()}: {error.strerror}; "
+                "free space there or name another folder in TMPDIR"
+            ) from error
+
+    def end(self) -> None:
+        """
+        Raises:
+            UserError: the batch's counts do not sum to its tokens * top_k.
+        """
+        load, tokens, top_k = self.batch_loads[-1], int(self._rows.real.sum()), self.layer.geometry.top_k
+        if load.sum() != tokens * top_k:
+            raise UserError(
+                f"{self.layer.name} routed {load.sum()} (token, choice) pairs of a batch of {self._texts[self._text]} where "
+                f"{tokens} tokens x top-k {top_k} = {tokens * top_k} were expected; check the experts in the model's config.json"
+            )
+        self.tokens += tokens
+        self.text_loads[self._text] += load
+
+    def measured(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``hidden [T, hidden]`` fp32 (mapped from disk), ``ids [T, k]`` int64, ``gates [T, k]`` fp32 of the measured tokens."""
+        ids = np.concatenate(self._ids)
+        shape = (len(ids), self.layer.geometry.hidden)
+        hidden = np.memmap(self._hidden, np.float32, "r", shape=shape) if len(ids) else np.zeros(shape, np.float32)
+        return hidden, ids, np.concatenate(self._gates)
+
+
+def record(
+    checkpoint: Checkpoint,
+    layers: list[MoeLayer],
+    texts: list[str],
+    batches: Iterable[Batch],
+    progress: Callable[[int], None],
+) -> list[LayerRecording]:
+    """One recording a layer; ``texts`` are the names of the texts that the batches number. The model is loaded in fp32 and
+    let go of again. ``progress`` is told how many tokens are done.
+
+    Raises:
+        UserError: see ``load_model`` and ``LayerRecording``.
+    """
+    model = load_model(checkpoint)
+    recordings = [LayerRecording(layer, texts) for layer in layers]
+    for recording in recordings:
+        watch(model, recording.layer, recording.receive)
+    done = 0
+    for batch in batches:
+        for recording in recordings:
+            recording.begin(batch)
+        with torch.inference_mode():
+            # Without the head, whose logits nobody reads, where the model has a body of its own.
+            model.base_model(**_arguments(batch))
+        for recording in recordings:
+            recording.end()
+        done += batch.tokens
+        progress(done)
+    return recordings
+
+
+def _arguments(batch: Batch) -> dict[str, torch.Tensor | bool]:
+    arguments: dict[str, torch.Tensor | bool] = {"use_cache": False}
+    prefixes = ("",) if batch.encoder is None else ("", "decoder_")
+    for prefix, rows in zip(prefixes, batch.sides, strict=True):
+        arguments[f"{prefix}input_ids"] = torch.from_numpy(rows.ids)
+        arguments[f"{prefix}attention_mask"] = torch.from_numpy(rows.real.astype(np.int64))
+    return arguments

@@ -1,0 +1,128 @@
+"""Calibration texts as batches of token rows, right-padded; nothing of a text is dropped."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+
+MIN_TOKENS = 2
+
+Sequence = tuple[np.ndarray, np.ndarray]  # token ids and which are measured, both [tokens]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one side of a model reads of a batch, all ``[batch, length]``.
+
+    ``ids`` int64; ``real`` is False on padding; ``measured`` (a subset of ``real``) marks the tokens whose expert inputs are
+    kept for the measurements.
+    """
+
+    ids: np.ndarray
+    real: np.ndarray
+    measured: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of text number ``text`` alone. ``encoder`` is None for a decoder-only model."""
+
+    text: int
+    decoder: Rows
+    encoder: Rows | None = None
+
+    @property
+    def sides(self) -> list[Rows]:
+        return [self.decoder] if self.encoder is None else [self.encoder, self.decoder]
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(rows.real.sum()) for rows in self.sides)
+
+    @property
+    def padding_tokens(self) -> int:
+        return sum(rows.real.size for rows in self.sides) - self.tokens
+
+
+def tokenize(checkpoint: Checkpoint, texts: dict[str, str]) -> list[np.ndarray]:
+    """Token ids int64 ``[tokens]`` of each text, without special tokens.
+
+    Raises:
+        UserError: the checkpoint has no readable tokenizer.json, or a text has fewer than two tokens.
+    """
+    path = checkpoint.path / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{checkpoint.path} has no tokenizer.json; copy the model's tokenizer.json beside its config.json", 2)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise UserError(f"{path} cannot be read: {error}; download it again", 2) from error
+    # Both may be switched on in the file, and truncation would silently cut the text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenized = []
+    for name, text in texts.items():
+        ids = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        if len(ids) < MIN_TOKENS:
+            raise UserError(
+                f"{name} has {len(ids)} tokens, but a calibration needs at least {MIN_TOKENS}; give a longer --text", 2
+            )
+        tokenized.append(ids)
+    return tokenized
+
+
+def batches(
+    texts: list[np.ndarray],
+    *,
+    batch_size: int,
+    sequence_length: int,
+    measured_tokens: int,
+    decoder_start: int | None = None,
+) -> Iterator[Batch]:
+    """Cut each text into sequences of ``sequence_length`` tokens, its last one shorter, and these into batches.
+
+    ``measured_tokens`` of all tokens, evenly spread, are marked as measured (all, where there are no more). With
+    ``decoder_start`` (an encoder-decoder model's first decoder token) the encoder reads the first half of each sequence, and
+    the decoder ``decoder_start`` and the second half without its last token, as in training: the two sides together have as
+    many tokens as the text.
+    """
+    total = sum(len(ids) for ids in texts)
+    first = 0
+    for number, ids in enumerate(texts):
+        position = np.arange(first, first + len(ids))
+        measured = (position + 1) * measured_tokens // total > position * measured_tokens // total
+        if measured_tokens >= total:
+            measured[:] = True
+        first += len(ids)
+        cuts = range(sequence_length, len(ids), sequence_length)
+        sequences = list(zip(np.split(ids, cuts), np.split(measured, cuts), strict=True))
+        for start in range(0, len(sequences), batch_size):
+            chosen = sequences[start : start + batch_size]
+            if decoder_start is None:
+                yield Batch(number, _padded(chosen))
+            else:
+                halves = [_halves(ids, kept, decoder_start) for ids, kept in chosen]
+                yield Batch(
+                    number, encoder=_padded([first for first, _ in halves]), decoder=_padded([last for _, last in halves])
+                )
+
+
+def _halves(ids: np.ndarray, measured: np.ndarray, decoder_start: int) -> tuple[Sequence, Sequence]:
+    half = (len(ids) + 1) // 2
+    shifted = np.concatenate([[decoder_start], ids[half:]])[: len(ids) - half]
+    return (ids[:half], measured[:half]), (shifted, measured[half:])
+
+
+def _padded(sequences: list[Sequence]) -> Rows:
+    # A sequence of one token leaves nothing for the decoder, which still has to be given a row.
+    length = max(1, *(len(ids) for ids, _ in sequences))
+    rows = Rows(*(np.zeros((len(sequences), length), dtype) for dtype in (np.int64, np.bool_, np.bool_)))
+    for row, (ids, measured) in enumerate(sequences):
+        rows.ids[row, : len(ids)] = ids
+        rows.real[row, : len(ids)] = True
+        rows.measured[row, : len(ids)] = measured
+    return rows

@@ -7,6 +7,8 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 FLOAT_FORMATS: tuple[Format, ...] = ("fp32", "fp16", "bf16")
 QUANTIZED_FORMATS: tuple[Format, ...] = ("int8", "int4")
 BITS: dict[Format, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
+# The least and the greatest q of a quantized weight q * scale.
+WHOLE_NUMBERS: dict[Format, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
 SCALE_BYTES = 4
 BLOCK_SIZES = (128, 64, 32, 16)
 

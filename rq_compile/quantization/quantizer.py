@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from rq_compile.errors import UserError
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, Format, block_size
+from rq_compile.quantization.gptq import gptq
+from rq_compile.quantization.rounding import holding_scales, nearest
+from rq_compile.quantization.second_moment import SecondMoment
 
 ZERO_POINT: dict[Format, int] = {"int8": 128, "int4": 8}
 FLOAT_DTYPES: dict[Format, np.dtype] = {
@@ -29,28 +31,37 @@ class Quantized:
     scales: np.ndarray
 
 
-def quantize(weights: np.ndarray, format: Format) -> Quantized:
-    """Round ``weights [rows, columns]`` of any float dtype to the nearest values that ``format`` ("int8" or "int4") holds.
+def quantize(weights: np.ndarray, format: Format, moment: SecondMoment | None = None) -> Quantized:
+    """Round ``weights [rows, columns]`` of any float dtype to what ``format`` ("int8" or "int4") holds.
+
+    To the nearest; or, where the second ``moment`` of the matrix's inputs is given, such that its outputs change least (GPTQ).
 
     Raises:
         UserError: a weight is not a finite number.
     """
-    blocks = _blocks(weights)
-    scales = _scales(blocks, format)
-    return Quantized(_pack(_rounded(blocks, scales, format), format), scales)
+    q, scales = _rounded(weights, format, moment)
+    return Quantized(_pack(q, format), scales)
 
 
-def stored(weights: np.ndarray, format: Format) -> np.ndarray:
-    """fp32 ``[rows, columns]``: the values that ``weights`` have once they are kept in ``format``.
+def stored(weights: np.ndarray, format: Format, moment: SecondMoment | None = None) -> np.ndarray:
+    """fp32 ``[rows, columns]``: the values that ``weights`` have once they are kept in ``format``; ``moment``: see ``quantize``.
 
     Raises:
         UserError: a weight that is to be quantized is not a finite number.
     """
     if format not in QUANTIZED_FORMATS:
         return weights.astype(FLOAT_DTYPES[format]).astype(np.float32)
+    q, scales = _rounded(weights, format, moment)
+    return _columns(q.astype(np.float32) * scales[..., None], weights.shape[1])
+
+
+def _rounded(weights: np.ndarray, format: Format, moment: SecondMoment | None) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers ``[rows, blocks, block]`` and scales ``[rows, blocks]``."""
     blocks = _blocks(weights)
-    scales = _scales(blocks, format)
-    return _columns(_rounded(blocks, scales, format) * scales[..., None], weights.shape[1])
+    if moment is not None:
+        return gptq(blocks, format, moment)
+    scales = holding_scales(blocks, format)
+    return nearest(blocks, scales, format), scales
 
 
 def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:
@@ -75,31 +86,6 @@ def _blocks(weights: np.ndarray) -> np.ndarray:
     if columns % block:
         values = np.pad(values, ((0, 0), (0, -columns % block)))
     return values.reshape(rows, -1, block)
-
-
-def _scales(blocks: np.ndarray, format: Format) -> np.ndarray:
-    """fp32 ``[rows, blocks]``: the block's largest magnitude falls on the end of the range.
-
-    int4 has one value more on the negative side, so its scale takes the sign that puts the largest weight there.
-    """
-    largest, smallest = blocks.max(axis=-1), blocks.min(axis=-1)
-    if format == "int8":
-        scales = np.maximum(largest, -smallest) / np.float32(127)
-    else:
-        scales = np.where(largest > -smallest, largest, smallest) / np.float32(-8)
-    if not np.isfinite(scales).all():
-        raise UserError("a weight of an expert is not a finite number; repair the checkpoint")
-    return scales
-
-
-def _rounded(blocks: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
-    """fp32 whole numbers q ``[rows, blocks, block]``."""
-    # A block of zeros, or one so small that its scale is subnormal, must not divide by zero.
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(scales != 0, np.float32(1) / scales, np.float32(0))
-    inverse[~np.isfinite(inverse)] = 0
-    low = -127 if format == "int8" else -8
-    return np.clip(np.rint(blocks * inverse[..., None]), low, -low if format == "int8" else 7)
 
 
 def _pack(q: np.ndarray, format: Format) -> np.ndarray:

@@ -1,0 +1,112 @@
+"""Formats, packing and the two ways of rounding, against plain float64."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from rq_compile.errors import UserError
+from rq_compile.quantization.formats import QUANTIZED_FORMATS, Format, block_size, matrix_bytes
+from rq_compile.quantization.quantizer import dequantize, quantize, stored
+from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
+
+SHAPES = [(1, 1), (3, 17), (8, 40), (16, 128), (5, 384)]
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def correlated(tokens: int, columns: int, seed: int = 1) -> np.ndarray:
+    """Inputs of few directions, some channels much louder than others, as activations are."""
+    random = np.random.default_rng(seed)
+    mixed = random.standard_normal((tokens, 8)) @ random.standard_normal((8, columns)) + 0.3 * random.standard_normal(
+        (tokens, columns)
+    )
+    return (mixed * random.lognormal(0, 1, columns)).astype(np.float32)
+
+
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_weights_are_the_stored_ones(shape: tuple[int, int], format: Format) -> None:
+    weights = normal(*shape)
+    for moment in (None, whole_moment(correlated(50, shape[1])), block_moment(correlated(50, shape[1]), block_size(shape[1]))):
+        packed = quantize(weights, format, moment)
+        assert packed.packed.nbytes + packed.scales.nbytes == matrix_bytes(format, *shape)
+        np.testing.assert_array_equal(dequantize(packed, format, shape[1]), stored(weights, format, moment))
+
+
+@pytest.mark.parametrize(("format", "levels"), [("int8", 127), ("int4", 8)])
+def test_rounding_to_the_nearest_errs_by_half_a_step(format: Format, levels: int) -> None:
+    weights = normal(20, 256).astype(np.float64)
+    largest = np.abs(weights.reshape(20, 2, 128)).max(-1)
+    # int4 ends at 7 on one side: a weight there may be a whole step off.
+    bound = largest / levels * (0.5 if format == "int8" else 1.0) * (1 + 1e-5)
+    error = np.abs(stored(weights, format) - weights).reshape(20, 2, 128).max(-1)
+    assert (error <= bound).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=arrays(
+        np.float32, st.tuples(st.integers(1, 4), st.integers(1, 40)), elements=st.floats(-(2.0**100), 2.0**100, width=32)
+    ),
+    format=st.sampled_from(QUANTIZED_FORMATS),
+)
+def test_any_finite_weights_stay_within_their_block_s_range(weights: np.ndarray, format: Format) -> None:
+    for moment in (None, SecondMoment(np.zeros((weights.shape[1], weights.shape[1]), np.float32))):
+        values = stored(weights, format, moment)
+        assert np.isfinite(values).all()
+        assert np.abs(values).max() <= np.abs(weights.astype(np.float64)).max() * (1 + 1e-5)
+
+
+def test_float_formats_are_casts() -> None:
+    weights = normal(4, 30)
+    np.testing.assert_array_equal(stored(weights, "fp32"), weights)
+    np.testing.assert_array_equal(stored(weights, "bf16"), weights.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(stored(weights, "fp16"), weights.astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("moment", [None, SecondMoment(np.eye(32, dtype=np.float32))])
+def test_refuses_weights_that_are_not_finite(value: float, moment: SecondMoment | None) -> None:
+    weights = normal(3, 32)
+    weights[1, 5] = value
+    with pytest.raises(UserError, match="not a finite number"):
+        quantize(weights, "int8", moment)
+
+
+def output_error(weights: np.ndarray, kept: np.ndarray, inputs: np.ndarray) -> float:
+    return float(((inputs.astype(np.float64) @ (kept.astype(np.float64) - weights).T) ** 2).sum())
+
+
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_gptq_changes_outputs_less_on_inputs_it_has_not_seen(format: Format) -> None:
+    weights = normal(64, 256)
+    inputs = correlated(1200, 256)
+    seen, unseen = inputs[:600], inputs[600:]
+    nearest = output_error(weights, stored(weights, format), unseen)
+    by_block = output_error(weights, stored(weights, format, block_moment(seen, 128)), unseen)
+    whole = output_error(weights, stored(weights, format, whole_moment(seen)), unseen)
+    assert whole < by_block < 0.7 * nearest
+
+
+def test_gptq_with_inputs_that_do_not_correlate_is_rounding_with_the_best_scale() -> None:
+    weights = normal(8, 64)
+    kept = stored(weights, "int4", SecondMoment(np.eye(64, dtype=np.float32)))
+    assert ((kept - weights) ** 2).sum() <= ((stored(weights, "int4") - weights) ** 2).sum()
+    q = quantize(weights, "int4", SecondMoment(np.eye(64, dtype=np.float32)))
+    np.testing.assert_array_equal(kept, np.clip(np.rint(weights / q.scales), -8, 7) * q.scales)
+
+
+def test_moments() -> None:
+    inputs = correlated(30, 40).astype(np.float32)
+    expected = inputs.T.astype(np.float64) @ inputs / 30
+    np.testing.assert_allclose(whole_moment(inputs).values, expected, rtol=1e-4, atol=1e-4)
+    blocks = block_moment(inputs, 16).values
+    assert blocks.shape == (3, 16, 16)
+    np.testing.assert_allclose(blocks[1], expected[16:32, 16:32], rtol=1e-4, atol=1e-4)
+    assert not blocks[2, 8:].any()
+    assert not whole_moment(np.zeros((0, 5), np.float32)).values.any()

@@ -1,0 +1,104 @@
+"""What the tests of the calibration share: texts, random inputs, and what transformers' routers choose."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from rq_compile.architectures.geometry import ExpertGeometry
+from rq_compile.architectures.layers import MoeLayer, expert_weights, moe_layers
+from rq_compile.architectures.load import load_model
+from rq_compile.calibration.calibrate import calibrate
+from rq_compile.calibration.measure import LayerMeasurement, measure_layer
+from rq_compile.calibration.schema import Calibration
+from rq_compile.calibration.wanda import WANDA_FRACTION
+from rq_compile.checkpoint.checkpoint import Checkpoint
+
+LENGTH = 12
+LETTERS = np.array([chr(code) for code in range(32, 127)])
+
+
+def letters(count: int, seed: int) -> str:
+    """Text of ``count`` tokens of the tiny tokenizer."""
+    return "".join(np.random.default_rng(seed).choice(LETTERS, count))
+
+
+TEXTS = {"first.txt": letters(5 * LENGTH + 7, 1), "second.txt": letters(3 * LENGTH + 1, 2)}
+TOKENS = 8 * LENGTH + 8
+
+SWIGLU = ExpertGeometry(experts=6, top_k=2, hidden=48, intermediate=20, activation="swiglu")
+
+
+def run(checkpoint: Checkpoint, texts: dict[str, str] = TEXTS, batch_size: int = 4, **options: float) -> Calibration:
+    return calibrate(
+        checkpoint, texts, batch_size=batch_size, sequence_length=LENGTH, progress=lambda done, total: None, **options
+    )[0]
+
+
+def copied(directory: Path, target: Path, **changes: object) -> Checkpoint:
+    """A copy of the checkpoint with another config."""
+    shutil.copytree(directory, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return Checkpoint.open(target)
+
+
+def with_tensor(directory: Path, target: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Checkpoint:
+    """A copy of the checkpoint in which one tensor is another."""
+    shutil.copytree(directory, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return Checkpoint.open(target)
+
+
+def routers_choices(checkpoint: Checkpoint, text: str, model: nn.Module | None = None) -> dict[str, np.ndarray]:
+    """What transformers' routers choose for each sequence alone, without any padding, ``[tokens * k]`` by experts module."""
+    model = model or load_model(checkpoint)
+    chosen: dict[str, list[np.ndarray]] = {layer.name: [] for layer in moe_layers(checkpoint)}
+
+    def listen(name: str) -> Callable[..., None]:
+        def after_router(module: nn.Module, inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
+            ids = outputs[2].argmax(-1) if model.config.is_encoder_decoder else outputs[2]
+            chosen[name].append(ids.ravel().numpy())
+
+        return after_router
+
+    for name in chosen:
+        block = model.get_submodule(name.rpartition(".")[0])
+        (block.router if hasattr(block, "router") else block.gate).register_forward_hook(listen(name))
+    ids = torch.tensor([4 + ord(letter) - 32 for letter in text])
+    for sequence in ids.split(LENGTH):
+        if model.config.is_encoder_decoder:
+            encoder, rest = sequence[: (len(sequence) + 1) // 2], sequence[(len(sequence) + 1) // 2 :]
+            start = torch.tensor([model.config.decoder_start_token_id])
+            decoder = torch.cat([start, rest[:-1]])
+            if len(rest) == 0:
+                model.get_encoder()(input_ids=encoder[None])
+            else:
+                model(input_ids=encoder[None], decoder_input_ids=decoder[None])
+        else:
+            model(input_ids=sequence[None])
+    return {name: np.concatenate(ids) for name, ids in chosen.items()}
+
+
+def inputs(geometry: ExpertGeometry, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random hidden states, expert ids (the first expert's most often) and gates."""
+    rng = np.random.default_rng(seed)
+    skew = np.linspace(2, 0, geometry.experts)
+    ids = np.argsort(rng.gumbel(size=(tokens, geometry.experts)) + skew, axis=1)[:, -geometry.top_k :]
+    hidden = rng.standard_normal((tokens, geometry.hidden), dtype=np.float32)
+    return hidden, ids, rng.random((tokens, geometry.top_k), dtype=np.float32)
+
+
+def measured(
+    checkpoint: Checkpoint, layer: MoeLayer, given: tuple[np.ndarray, np.ndarray, np.ndarray], fraction: float = WANDA_FRACTION
+) -> LayerMeasurement:
+    return measure_layer(
+        layer.geometry, *given, lambda expert: expert_weights(checkpoint, layer, expert), wanda_fraction=fraction
+    )

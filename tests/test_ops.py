@@ -1,153 +1,18 @@
 """The ops of rq.moe as ONNX Runtime runs them, against a float64 reference in numpy."""
 
-import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
+from op_nodes import GATED, assert_close, combine, dispatch, expert_gemm, pack, reference, routed, run_op
 
 from rq_compile.errors import UserError
-from rq_compile.quantization.formats import block_size
 from rq_compile.targets import library
-
-GATED = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
-ONNX_TYPES = {
-    np.dtype(np.float32): TensorProto.FLOAT,
-    np.dtype(np.float16): TensorProto.FLOAT16,
-    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
-    np.dtype(np.uint8): TensorProto.UINT8,
-    np.dtype(np.int32): TensorProto.INT32,
-    np.dtype(np.int64): TensorProto.INT64,
-}
-# Always constants: numpy has no bfloat16 that a session takes as an input.
-CONSTANTS = {"replicas", "float_weights", "int8_packed", "int8_scales", "int4_packed", "int4_scales", "bias"}
-
-
-def run_op(op, inputs, outputs, threads=1, **attributes):
-    """Run one node; `inputs` maps its input names, in order, to arrays or to None where the node leaves one out."""
-    feeds = {name: array for name, array in inputs.items() if array is not None and name not in CONSTANTS}
-    node = helper.make_node(
-        op, [name if array is not None else "" for name, array in inputs.items()], list(outputs), domain="rq.moe"
-    )
-    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-    graph = helper.make_graph(
-        [node],
-        "test",
-        [helper.make_tensor_value_info(name, ONNX_TYPES[array.dtype], [None] * array.ndim) for name, array in feeds.items()],
-        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
-        [
-            helper.make_tensor(name, ONNX_TYPES[array.dtype], array.shape, array.tobytes(), raw=True)
-            for name, array in inputs.items()
-            if array is not None and name in CONSTANTS
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", 1)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(library.library_path()))
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)
-
-
-def dispatch(ids, replicas, slots, **options):
-    kinds = {"rows": TensorProto.INT32, "offsets": TensorProto.INT32}
-    return run_op("Dispatch", {"ids": ids, "replicas": np.asarray(replicas, np.int32)}, kinds, slots=slots, **options)
-
-
-def combine(y, rows, gates, **options):
-    return run_op("Combine", {"y": y, "rows": rows, "gates": gates}, {"out": TensorProto.FLOAT}, **options)[0]
-
-
-@dataclass
-class Weights:
-    """Packed inputs of ExpertGemm and the float64 weights [S, N, K] that they stand for."""
-
-    inputs: dict
-    formats: list[int]
-    exact: np.ndarray
-
-
-def pack(rng, formats, rows, columns, float_type=np.float32):
-    """Random weights, laid out as the op set says; each slot's values are taken from what its packed form holds."""
-    block = block_size(columns)
-    blocks = -(-columns // block)
-    floats, packed, scales = [], {1: [], 2: []}, {1: [], 2: []}
-    exact = []
-    for format in formats:
-        if format == 0:
-            floats.append(rng.normal(size=(rows, columns)).astype(float_type))
-            exact.append(floats[-1].astype(np.float64))
-            continue
-        zero = 128 if format == 1 else 8
-        q = rng.integers(1 if format == 1 else 0, 2 * zero, (rows, blocks * block)).astype(np.uint8)
-        q[:, columns:] = zero
-        scale = rng.uniform(0.001, 0.01, (rows, blocks)).astype(np.float32)
-        exact.append(((q.astype(np.float64) - zero) * np.repeat(scale.astype(np.float64), block, axis=1))[:, :columns])
-        packed[format].append(q if format == 1 else q[:, 0::2] | q[:, 1::2] << 4)
-        scales[format].append(scale)
-    stacked = {
-        "float_weights": floats,
-        "int8_packed": packed[1],
-        "int8_scales": scales[1],
-        "int4_packed": packed[2],
-        "int4_scales": scales[2],
-    }
-    return Weights(
-        {name: np.stack(arrays) if arrays else None for name, arrays in stacked.items()}, list(formats), np.stack(exact)
-    )
-
-
-def expert_gemm(x, rows, offsets, weights, bias=None, **options):
-    inputs = {"x": x, "rows": rows, "offsets": offsets, **weights.inputs, "bias": bias}
-    return run_op("ExpertGemm", inputs, {"y": TensorProto.FLOAT}, formats=weights.formats, **options)[0]
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[float])(x / np.sqrt(2)))
-
-
-def activated(name, z, alpha=1.702, limit=7.0):
-    half = z.shape[-1] // 2
-    gate, up = (z[..., :half], z[..., half:]) if name in GATED else (z, z)
-    clipped = np.minimum(gate, limit)
-    return {
-        "none": lambda: gate,
-        "swiglu": lambda: gate / (1 + np.exp(-gate)) * up,
-        "geglu": lambda: gelu(gate) * up,
-        "geglu_tanh": lambda: 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up,
-        "clamped_swiglu": lambda: (np.clip(up, -limit, limit) + 1) * clipped / (1 + np.exp(-alpha * clipped)),
-        "relu": lambda: np.maximum(gate, 0),
-        "gelu": lambda: gelu(gate),
-    }[name]()
-
-
-def reference(x, rows, offsets, weights, bias=None, activation="none", gather=0, **attributes):
-    top_k = len(rows) // max(len(x), 1)
-    result = []
-    for slot in range(len(offsets) - 1):
-        for i in range(offsets[slot], offsets[slot + 1]):
-            z = weights.exact[slot] @ x[rows[i] // top_k if gather else i].astype(np.float64)
-            result.append(activated(activation, z + bias[slot] if bias is not None else z, **attributes))
-    return np.array(result)
-
-
-def assert_close(ours, exact):
-    assert ours.shape == exact.shape
-    np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
-
-
-def routed(rng, tokens, top_k, slots):
-    """Random rows and offsets over the slots, as Dispatch would give them."""
-    slot = rng.integers(0, slots, tokens * top_k)
-    rows = np.argsort(slot, kind="stable").astype(np.int32)
-    return rows, np.concatenate([[0], np.cumsum(np.bincount(slot, minlength=slots))]).astype(np.int32)
 
 
 @pytest.fixture
@@ -183,8 +48,8 @@ def test_every_format_in_one_layer(rng, float_type, columns, gather):
 @pytest.mark.parametrize("activation", ["none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_activation(rng, activation, biased):
-    weights = pack(rng, [0, 1, 2], 34, 32)
-    bias = rng.normal(size=(3, 34)).astype(np.float32) if biased else None
+    weights = pack(rng, [0, 1, 2], 42, 32, gated=activation in GATED)
+    bias = rng.normal(size=(3, 42)).astype(np.float32) if biased else None
     rows, offsets = routed(rng, 11, 2, 3)
     x = (rng.normal(size=(11, 32)) * 2).astype(np.float32)
     options = {"activation": activation, "gather": 1, "alpha": 1.3, "limit": 2.5}
@@ -201,11 +66,26 @@ def test_all_tokens_on_one_slot(rng, tokens):
         assert_close(expert_gemm(x, rows, offsets, weights), reference(x, rows, offsets, weights))
 
 
+@pytest.mark.parametrize("activation_bits", [8, 32])
+def test_slots_may_share_weights(rng, activation_bits):
+    own = pack(rng, [0, 1, 2, 1], 20, 48)
+    rows, offsets = routed(rng, 40, 2, 6)
+    x = rng.normal(size=(80, 48)).astype(np.float32)
+    formats, places, slots = [1, 0, 2, 1, 1, 0], [1, 0, 0, 0, 1, 0], [3, 0, 2, 1, 3, 0]
+    shared = expert_gemm(x, rows, offsets, own, formats=formats, weights=places, activation_bits=activation_bits)
+    for slot, same in enumerate(slots):
+        here = slice(offsets[slot], offsets[slot + 1])
+        count = offsets[slot + 1] - offsets[slot]
+        only = np.array([0] * (same + 1) + [count] * (4 - same), np.int32)
+        alone = expert_gemm(x[here], np.arange(count, dtype=np.int32), only, own, activation_bits=activation_bits)
+        assert shared[here].tobytes() == alone.tobytes()
+
+
 def test_no_tokens(rng):
     rows, offsets = dispatch(np.zeros((0, 2), np.int64), [[0], [1]], 2)
     assert rows.shape == (0,)
     assert offsets.tolist() == [0, 0, 0]
-    weights = pack(rng, [0, 1], 12, 16)
+    weights = pack(rng, [0, 1], 12, 16, gated=True)
     y = expert_gemm(np.zeros((0, 16), np.float32), rows, offsets, weights, activation="swiglu", gather=1)
     assert y.shape == (0, 6)
     assert combine(y, rows, np.zeros((0, 2), np.float32)).shape == (0, 6)
@@ -223,7 +103,7 @@ def test_combine(rng, top_k):
 
 
 def test_threads_and_batch_mates_do_not_change_a_bit(rng):
-    weights = pack(rng, [0, 1, 2, 2], 70, 72, np.float16)
+    weights = pack(rng, [0, 1, 2, 2], 70, 72, np.float16, gated=True)
     rows, offsets = routed(rng, 60, 2, 4)
     x = rng.normal(size=(120, 72)).astype(np.float32)
     one = expert_gemm(x, rows, offsets, weights, activation="swiglu")
@@ -239,10 +119,10 @@ def test_threads_and_batch_mates_do_not_change_a_bit(rng):
 
 
 def test_nan_stays_in_its_row(rng):
-    weights = pack(rng, [1, 2], 16, 48)
     x = rng.normal(size=(8, 48)).astype(np.float32)
     x[3, 5] = np.nan
     for activation in ("none", "swiglu", "clamped_swiglu", "relu"):
+        weights = pack(rng, [1, 2], 16, 48, gated=activation in GATED)
         rows, offsets = np.arange(8, dtype=np.int32), np.array([0, 4, 8], np.int32)
         y = expert_gemm(x, rows, offsets, weights, activation=activation)
         assert np.isnan(y[3]).all()
@@ -283,40 +163,56 @@ def _cut(name, *index):
         (lambda i: i.update(x=np.zeros((3, 32), np.float32)), "3 rows for 4 pairs"),
         (lambda i: i.update(x=np.zeros((4, 33), np.float32)), "columns"),
         (lambda i: i.update(x=np.zeros((1, 4, 32), np.float32)), "rank 3"),
-        (lambda i: i.update(float_weights=np.zeros((1, 8, 32), np.int32)), "element type"),
+        (lambda i: i.update(float_weights=np.zeros((1, 2, 32, 16), np.int32)), "element type"),
         (_without("float_weights"), "float_weights is missing"),
         (_without("int8_packed"), "int8_packed is missing"),
         (_without("int8_scales"), "int8_scales is missing"),
         (_without("int4_scales"), "int4_scales is missing"),
-        (_cut("int8_packed", slice(None), slice(0, 7)), "rows"),
-        (_cut("int4_packed", slice(None), slice(None), slice(0, 8)), "int4_packed has"),
-        (_cut("int4_scales", slice(None), slice(0, 3)), "other slots or rows"),
-        (lambda i: i.update(bias=np.zeros((3, 7), np.float32)), "bias must be"),
+        (_cut("int8_packed", slice(None), slice(0, 1)), "int8_packed has 1 panels"),
+        (_cut("int8_packed", slice(None), slice(None), slice(None), slice(0, 32)), "groups of 32 bytes"),
+        (_cut("int4_packed", slice(None), slice(None), slice(0, 3)), "int4_packed has blocks of 24"),
+        (_cut("int4_scales", slice(None), slice(0, 1)), "other slots or panels"),
+        (_cut("float_weights", slice(None), slice(None), slice(None), slice(0, 8)), "panels of 8 rows"),
+        (_cut("float_weights", slice(None), slice(None), slice(0, 31)), "31 columns, x 32"),
+        (lambda i: i.update(int8_scales=np.ones((1, 2, 2, 16), np.float32)), "int8 has blocks of 16, int4 of 32"),
+        (lambda i: i.update(int8_scales=np.ones((1, 2, 16, 16), np.float32)), "blocks of 2, not a multiple of 16"),
+        (lambda i: i.update(bias=np.zeros((3, 23), np.float32)), "bias must be"),
     ],
 )
 def test_expert_gemm_refuses(rng, damage, message):
-    weights = pack(rng, [0, 1, 2], 8, 32)
+    weights = pack(rng, [0, 1, 2], 24, 32)
     inputs = {
         "x": np.ones((4, 32), np.float32),
         "rows": np.arange(4, dtype=np.int32),
         "offsets": np.array([0, 1, 2, 4], np.int32),
     }
     inputs |= weights.inputs | {"bias": None}
-    run_op("ExpertGemm", inputs, {"y": TensorProto.FLOAT}, formats=[0, 1, 2])
+    run_op("ExpertGemm", inputs, {"y": TensorProto.FLOAT}, formats=[0, 1, 2], outputs=24)
     damage(inputs)
     with pytest.raises(Exception, match=message):
-        run_op("ExpertGemm", inputs, {"y": TensorProto.FLOAT}, formats=[0, 1, 2])
+        run_op("ExpertGemm", inputs, {"y": TensorProto.FLOAT}, formats=[0, 1, 2], outputs=24)
 
 
 @pytest.mark.parametrize(
     ("attributes", "message"),
-    [({"activation": "mish"}, "unknown activation 'mish'"), ({"formats": [0, 3]}, "holds 3")],
+    [
+        ({"activation": "mish"}, "unknown activation 'mish'"),
+        ({"formats": [0, 3]}, "holds 3"),
+        ({"outputs": 0}, "outputs is 0"),
+        ({"outputs": 17}, "not 2"),
+        ({"activation": "swiglu"}, "not 2"),
+        ({"activation_bits": 16}, "activation_bits is 16"),
+        ({"weights": [0]}, "weights has 1 entries for 2 slots"),
+        ({"weights": [0, -1]}, "weights holds -1"),
+        ({"weights": [0, 2]}, "the slots need 3"),
+    ],
 )
 def test_expert_gemm_refuses_attributes(rng, attributes, message):
     weights = pack(rng, [0, 0], 8, 16)
     inputs = {"x": np.ones((1, 16), np.float32), "rows": np.zeros(1, np.int32), "offsets": np.array([0, 1, 1], np.int32)}
+    attributes = {"formats": [0, 0], "outputs": 8} | attributes
     with pytest.raises(Exception, match=message):
-        run_op("ExpertGemm", inputs | weights.inputs, {"y": TensorProto.FLOAT}, **{"formats": [0, 0], **attributes})
+        run_op("ExpertGemm", inputs | weights.inputs, {"y": TensorProto.FLOAT}, **attributes)
 
 
 @pytest.mark.parametrize(
@@ -327,13 +223,19 @@ def test_combine_refuses(rows, tokens, message):
         combine(np.ones((2, 4), np.float32), np.array(rows, np.int32), np.ones((tokens, 1), np.float32))
 
 
-@pytest.mark.parametrize("isa", ["plain", "avx2"])
+def lesser_instruction_sets():
+    """Those that this processor has, but for the best of them."""
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text().split()) if path.is_file() else set()
+    return ["plain", *(["avx2"] if "avx512dq" in flags else []), *(["avx512"] if "avx512_vnni" in flags else [])]
+
+
+@pytest.mark.parametrize("isa", lesser_instruction_sets())
 def test_lesser_instruction_sets(isa):
     """The same tests on the kernels that this processor would not choose."""
-    if "RQ_MOE_ISA" in os.environ:
-        pytest.skip("already inside")
-    chosen = "test_every_format_in_one_layer or all_tokens_on_one_slot or batch_mates"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    files = [__file__, __file__.replace("test_ops", "test_activation_bits")]
+    chosen = "every_format or all_tokens_on_one_slot or batch_mates"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen]
     result = subprocess.run(command, env=os.environ | {"RQ_MOE_ISA": isa}, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]
 

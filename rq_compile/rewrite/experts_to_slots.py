@@ -33,8 +33,18 @@ def replica_table(plan: LayerPlan) -> np.ndarray:
     return np.array([held + [-1] * (width - len(held)) for held in copies], np.int32)
 
 
-def experts_to_slots(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, share_copies: bool) -> list[ExternalWeight]:
+def experts_to_slots(
+    graph: gs.Graph,
+    plans: Sequence[LayerPlan],
+    source: Source,
+    *,
+    panels: bool = True,
+    activation_bits: int = 32,
+) -> list[ExternalWeight]:
     """Rewrite ``graph`` in place and return the weights it now refers to, unread.
+
+    ``panels``: see ``slot_weights``. ``activation_bits`` is ExpertGemm's: 8 rounds what is multiplied with quantized weights
+    to int8, 32 keeps it in fp32.
 
     Raises:
         UserError: a layer of the model is missing from the plan, or the other way round (the layer is named).
@@ -48,14 +58,17 @@ def experts_to_slots(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source
             raise UserError(f"layer {name} of the plan is not an MoE layer of the model; re-run rq-compile plan", 2)
     weights: list[ExternalWeight] = []
     for name, node in nodes.items():
-        weights += _replace(graph, node, by_name[name], source, share_copies)
+        up, down = (slot_weights(by_name[name], p, source, panels=panels) for p in ("up", "down"))
+        weights += _replace(graph, node, by_name[name], up, down, activation_bits)
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")
     ensures(NAME, {offsets_name(n) for n in by_name} <= set(graph.tensors()), "slot_offsets for every layer")
     return weights
 
 
-def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, source: Source, share_copies: bool) -> list[ExternalWeight]:
+def _replace(
+    graph: gs.Graph, node: gs.Node, plan: LayerPlan, up: SlotWeights, down: SlotWeights, activation_bits: int
+) -> list[ExternalWeight]:
     x, ids, gates = node.inputs
     (y,) = node.outputs
     node.outputs.clear()
@@ -64,23 +77,21 @@ def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, source: Source, sh
     offsets = gs.Variable(offsets_name(layer), np.dtype(np.int32), [slots + 1])
     middle = gs.Variable(f"{layer}.intermediate", np.dtype(np.float32))
     out = gs.Variable(f"{layer}.slot_outputs", np.dtype(np.float32))
-    up, down = (slot_weights(plan, projection, source, share_copies) for projection in ("up", "down"))
     replicas = gs.Constant(f"{layer}.replicas", replica_table(plan))
 
-    def add(op: str, inputs: list[gs.Tensor], outputs: list[gs.Tensor], suffix: str, **attributes: object) -> None:
-        graph.nodes.append(gs.Node(op, f"{layer}.{suffix}", attributes, inputs, outputs, domain=DOMAIN))
+    def add(op: str, inputs: list[gs.Tensor], results: list[gs.Tensor], suffix: str, **attributes: object) -> None:
+        graph.nodes.append(gs.Node(op, f"{layer}.{suffix}", attributes, inputs, results, domain=DOMAIN))
 
     def gemm(inputs: list[gs.Tensor], weights: SlotWeights, output: gs.Tensor, suffix: str, **attributes: object) -> None:
         operands = [constant(weight) if weight else gs.Variable.empty() for weight in weights.inputs]
         while operands and not operands[-1].name:
             operands.pop()
         formats = [group_of(slot.format) for slot in plan.slots]
-        shared = {"weights": list(weights.index)} if share_copies else {}
-        add("ExpertGemm", [*inputs, *operands], [output], suffix, formats=formats, **shared, **attributes)
+        add("ExpertGemm", [*inputs, *operands], [output], suffix, formats=formats, weights=list(weights.index), **attributes)
 
-    numbers = {"alpha": float(geometry.alpha), "limit": float(geometry.limit)}
+    numbers = {"alpha": float(geometry.alpha), "limit": float(geometry.limit), "activation_bits": activation_bits}
     add("Dispatch", [ids, replicas], [rows, offsets], "dispatch", slots=slots)
-    gemm([x, rows, offsets], up, middle, "up", activation=geometry.activation, gather=1, **numbers)
-    gemm([middle, rows, offsets], down, out, "down", activation="none", gather=0, **numbers)
+    gemm([x, rows, offsets], up, middle, "up", activation=geometry.activation, outputs=geometry.intermediate, gather=1, **numbers)
+    gemm([middle, rows, offsets], down, out, "down", activation="none", outputs=geometry.hidden, gather=0, **numbers)
     add("Combine", [out, rows, gates], [y], "combine")
     return [weight for weight in (*up.inputs, *down.inputs) if weight]

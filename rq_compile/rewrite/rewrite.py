@@ -26,27 +26,26 @@ def rewrite(
     source: Source,
     lowering: Lowering,
     *,
-    accuracy_level: int = 0,
+    activation_bits: int = 32,
     fixed: FixedCapacity | None = None,
 ) -> tuple[onnx.ModelProto, list[ExternalWeight], dict[str, int]]:
     """Put the plan's slots in place of every Experts node of ``model``.
 
-    ``accuracy_level`` is the stock lowering's (see ``stock_experts``), ``fixed`` the batched one's: the capacity of its lanes,
-    by default that of each batch. Returns the new model, the expert weights it refers to (not read yet) and counts of what was
-    replaced.
+    ``activation_bits``: 8 lets the native and stock lowerings round to int8 what they multiply with quantized weights, 32 keeps
+    it in fp32. ``fixed`` is the batched lowering's: the capacity of its lanes, by default that of each batch. Returns the new
+    model, the expert weights it refers to (not read yet) and counts of what was replaced.
 
     Raises:
         UserError: the layers of the plan and of the model differ.
         ContractError: a pass is at fault.
     """
     graph = gs.import_onnx(model)
-    # Every slot lives on one device here; only the stock lowering can point two slots at the same bytes.
-    weights = experts_to_slots(graph, plan.layers, source, share_copies=lowering == "stock")
+    weights = experts_to_slots(graph, plan.layers, source, panels=lowering == "native", activation_bits=activation_bits)
     if lowering != "native":
         stock_dispatch(graph)
         stock_combine(graph)
     if lowering == "stock":
-        stock_experts(graph, plan.layers, accuracy_level)
+        stock_experts(graph, plan.layers, accuracy_level=4 if activation_bits == 8 else 0)
     elif lowering == "batched":
         weights = batched_experts(graph, plan.layers, source, fixed)
     rewritten = gs.export_onnx(graph)

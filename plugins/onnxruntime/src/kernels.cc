@@ -1,21 +1,62 @@
+// Chooses the kernels for this processor.
 #include "kernels.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
+#include "self_check.h"
+
 namespace rq {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+const Candidate kCandidates[] = {
+#ifdef RQ_X86
+    {&kAvx512VnniKernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+     }},
+    {&kAvx512Kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512dq");
+     }},
+    {&kAvx2Kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+#endif
+    {&kPlainKernels, [] { return true; }},
+};
+
+const Kernels& choose() {
+  const char* asked = std::getenv("RQ_MOE_ISA");
+  for (const Candidate& candidate : kCandidates) {
+    if (asked && std::strcmp(asked, candidate.kernels->name) != 0) continue;
+    if (!candidate.supported()) continue;
+    if (agrees_with_plain(*candidate.kernels)) return *candidate.kernels;
+    std::fprintf(stderr, "librq_moe.so: the %s kernels fail their self-check on this processor and are not used\n",
+                 candidate.kernels->name);
+  }
+  return kPlainKernels;
+}
+
+}  // namespace
+
+QuantizedLayout quantized_layout(int64_t block, int64_t blocks, bool bytes, bool words) {
+  QuantizedLayout layout{block, blocks, -1, -1, static_cast<int64_t>(sizeof(QuantizedBlock)), 0};
+  if (bytes) layout.bytes_at = layout.block_bytes, layout.block_bytes += block;
+  if (words) layout.words_at = layout.block_bytes, layout.block_bytes += 2 * block;
+  layout.row_bytes = blocks * layout.block_bytes;
+  return layout;
+}
 
 const Kernels& best_kernels() {
-#ifdef RQ_X86
-  const char* asked = std::getenv("RQ_MOE_ISA");
-  const auto allows = [&](const char* name) { return !asked || std::strcmp(asked, name) == 0; };
-  if (allows("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return kAvx512Kernels;
-  }
-  if (allows("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2Kernels;
-#endif
-  return kPlainKernels;
+  static const Kernels& chosen = choose();
+  return chosen;
 }
 
 }  // namespace rq

@@ -8,30 +8,56 @@
 namespace rq {
 
 enum class Storage { fp32, fp16, bf16, int8, int4 };
+enum class Activation { none, swiglu, geglu, geglu_tanh, clamped_swiglu, relu, gelu };
 
-// The weights of one slot: rows of `columns` numbers, row r at data + r * row_bytes; quantized rows also have
-// scales[r * blocks ...], one for each `block` columns (the last block padded with zeros).
+constexpr int64_t kPanel = 16;  // weight rows of a panel: the lanes of a kernel
+constexpr int64_t kMaxBlock = 1024;  // dot products of int8 blocks up to here are exact in fp32
+
+// The weights of one slot, in panels of 16 rows: see README.md for the layout. `scales` holds 16 numbers for each panel and
+// block; the last block of `columns` is padded.
 struct Matrix {
   Storage storage;
   const uint8_t* data;
-  size_t row_bytes;
+  size_t panel_bytes;
   const float* scales;
   int64_t columns, block, blocks;
 };
 
-// One output is one vector of partial sums over ascending columns, added up at the end, whatever the number of rows or
-// the storage read: a token's result does not depend on who shares its batch.
+// A row of x rounded to int8, block after block; each block is a header and then its numbers in one form or both: bytes, in
+// the order of the columns; words, sign-extended to 16 bits, of each four columns first the even ones, then the odd ones.
+struct QuantizedBlock {
+  float scale;    // x = q * scale
+  int32_t sum;    // of q
+  int32_t pairs;  // sum of the products of column 2j and column 2j + 1
+  int32_t unused;
+};
+struct QuantizedLayout {
+  int64_t block, blocks;
+  int64_t bytes_at, words_at;  // in a block; -1: this form is left out
+  int64_t block_bytes, row_bytes;
+};
+QuantizedLayout quantized_layout(int64_t block, int64_t blocks, bool bytes, bool words);
+
+// Whatever the number of rows, one output is one chain of sums over ascending columns: a token's result does not depend on
+// who shares its batch. With quantized x it is even the same on every instruction set.
 struct Kernels {
   const char* name;
-  // out[i * stride + j] = dot(x[i], weight row first + j) for i < rows, j < count.
-  void (*multiply)(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out,
-                   int64_t stride);
-  // out[j * columns + c] = weight row first + j, column c, in fp32.
-  void (*dequantize)(const Matrix& weights, int64_t first, int64_t count, float* out);
+  bool words;  // int8 weights are multiplied with words of x, not with bytes
+  // out[i * kPanel + j] = dot(x[i], row j of the panel) for i < rows.
+  void (*multiply_floats)(const float* const* x, int64_t rows, const Matrix& weights, int64_t panel, float* out);
+  // The same for rows of x as `quantize` left them.
+  void (*multiply_quantized)(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
+                             int64_t panel, float* out);
+  // Rounds a row of x.
+  void (*quantize)(const float* x, int64_t columns, const QuantizedLayout& layout, uint8_t* out);
+  // gate[i] = activation(gate[i], up[i]) for i < n; one that is not gated leaves `up` alone.
+  void (*activate)(Activation activation, float alpha, float limit, const float* up, float* gate, int64_t n);
 };
 
-extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels, kAvx512VnniKernels;
 
-const Kernels& best_kernels();  // of this processor; RQ_MOE_ISA=plain|avx2|avx512 asks for a lesser one
+// The fastest set that this processor has and that passes its self-check; RQ_MOE_ISA=plain|avx2|avx512|avx512vnni asks for
+// that set, if the processor has it.
+const Kernels& best_kernels();
 
 }  // namespace rq

@@ -1,39 +1,26 @@
-// AVX-512 (F, BW, VL, DQ): 16 lanes.
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
+// AVX-512 without VNNI.
+#include "vectors_avx512.h"
 
 namespace {
 
-using Vector = __m512;
-constexpr int64_t kWidth = 16, kRows = 6, kColumns = 4;
-
-inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
-inline Vector zero() { return _mm512_setzero_ps(); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
-inline Vector load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline Vector load_bfloat(const uint16_t* p) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+// Two products of int4 and int8 are at most 2 * 15 * 127 in magnitude: 16 bits hold the sum of eight such pairs.
+struct Partial {
+  Ints words = _mm512_setzero_si512();
+};
+inline Partial dot(Partial sum, Ints weights, Ints x) {
+  return {_mm512_add_epi16(sum.words, _mm512_maddubs_epi16(weights, x))};
 }
-// q * scale - zero_point * scale in one fma: the product with the zero point, a power of two, is exact.
-inline Vector scaled(__m128i bytes, float scale, float zero_point) {
-  const Vector q = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-  return _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(-zero_point * scale));
+inline Ints widen(Ints sum, Partial partial) {
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(partial.words, _mm512_set1_epi16(1)));
 }
-inline Vector load_int8(const uint8_t* p, float scale) {
-  return scaled(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), scale, 128.0f);
-}
-inline Vector load_int4(const uint8_t* p, float scale) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
-  const __m128i even = _mm_and_si128(bytes, mask), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
-  return scaled(_mm_unpacklo_epi8(even, odd), scale, 8.0f);
-}
+inline Ints even_bytes(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi16(255)); }
+inline Ints odd_bytes(Ints v) { return _mm512_srli_epi16(v, 8); }
+inline Ints add_words(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
+inline Ints dot_words(Ints sum, Ints a, Ints b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
 
 }  // namespace
 
 #define RQ_KERNELS kAvx512Kernels
 #define RQ_KERNELS_NAME "avx512"
+#define RQ_INT8_PRODUCTS "int8_words.h"
 #include "kernels_body.h"

@@ -4,20 +4,21 @@
 
 namespace {
 
-typedef float Vector __attribute__((vector_size(16)));
-typedef uint32_t Bits __attribute__((vector_size(16)));
-constexpr int64_t kWidth = 4, kRows = 2, kColumns = 4;
-
-inline Vector load(const float* p) {
-  Vector v;
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+constexpr int64_t kLanes = 4, kVectors = 4;
+constexpr int kFloatRows = 2, kInt4Rows = 2, kInt8Rows = 2;
+inline Floats load(const float* p) {
+  Floats v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store(float* p, Vector v) { memcpy(p, &v, sizeof v); }
-inline Vector zero() { return Vector{0, 0, 0, 0}; }
-inline Vector spread(float x) { return Vector{x, x, x, x}; }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
-inline float sum(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+inline Floats set(float x) { return Floats{x, x, x, x}; }
+inline Floats add(Floats a, Floats b) { return a + b; }
+inline Floats subtract(Floats a, Floats b) { return a - b; }
+inline Floats multiply(Floats a, Floats b) { return a * b; }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
 inline float from_half(uint16_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
@@ -30,23 +31,53 @@ inline float from_half(uint16_t h) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline Vector load_half(const uint16_t* p) { return Vector{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])}; }
-inline Vector load_bfloat(const uint16_t* p) {
-  const Bits bits = {uint32_t(p[0]) << 16, uint32_t(p[1]) << 16, uint32_t(p[2]) << 16, uint32_t(p[3]) << 16};
-  Vector v;
-  memcpy(&v, &bits, sizeof v);
+inline Floats load_half(const uint16_t* p) { return Floats{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])}; }
+inline Floats load_bfloat(const uint16_t* p) {
+  const uint32_t bits[4] = {uint32_t(p[0]) << 16, uint32_t(p[1]) << 16, uint32_t(p[2]) << 16, uint32_t(p[3]) << 16};
+  Floats v;
+  memcpy(&v, bits, sizeof v);
   return v;
 }
-// (q - zero point) * scale, rounded once, as one fma does.
-inline Vector load_int8(const uint8_t* p, float scale) {
-  return Vector{float(p[0] - 128), float(p[1] - 128), float(p[2] - 128), float(p[3] - 128)} * spread(scale);
+
+inline Ints load_ints(const uint8_t* p) {
+  Ints v;
+  memcpy(&v, p, sizeof v);
+  return v;
 }
-inline Vector load_int4(const uint8_t* p, float scale) {
-  return Vector{float((p[0] & 15) - 8), float((p[0] >> 4) - 8), float((p[1] & 15) - 8), float((p[1] >> 4) - 8)} * spread(scale);
+inline Ints set(int32_t x) { return Ints{x, x, x, x}; }
+inline Ints spread(const uint8_t* four) {
+  int32_t word;
+  memcpy(&word, four, sizeof word);
+  return set(word);
 }
+inline Ints subtract(Ints a, Ints b) { return a - b; }
+inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+template <int bits>
+inline Ints field(Ints v, int shift) {
+  return (v >> shift) & ((1 << bits) - 1);
+}
+inline Ints low_nibbles(Ints v) { return v & 0x0f0f0f0f; }
+inline Ints high_nibbles(Ints v) { return (v >> 4) & 0x0f0f0f0f; }
+
+struct Partial {
+  Ints sums = {0, 0, 0, 0};
+};
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
+  int8_t signed_bytes[16];
+  uint8_t bytes[16];
+  memcpy(bytes, &weights, sizeof bytes);
+  memcpy(signed_bytes, &x, sizeof signed_bytes);
+  for (int lane = 0; lane < 4; ++lane) {
+    for (int i = 4 * lane; i < 4 * lane + 4; ++i) sum[lane] += bytes[i] * signed_bytes[i];
+  }
+  return sum;
+}
+inline Partial dot(Partial sum, Ints weights, Ints x) { return {dot_bytes(sum.sums, weights, x)}; }
+inline Ints widen(Ints sum, Partial partial) { return sum + partial.sums; }
 
 }  // namespace
 
 #define RQ_KERNELS kPlainKernels
 #define RQ_KERNELS_NAME "plain"
+#define RQ_INT8_PRODUCTS "int8_bytes.h"
 #include "kernels_body.h"

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <climits>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <sstream>
@@ -55,9 +56,10 @@ OrtStatus* guarded(const Api& api, const char* op, Work&& work) noexcept {
 }
 
 struct Tensor {
+  static constexpr size_t kMaxRank = 4;
   const void* data = nullptr;
   int type = kUndefined;
-  std::vector<int64_t> shape;
+  int64_t shape[kMaxRank] = {};
   bool present = false;
 
   template <typename T>
@@ -92,9 +94,10 @@ class Info {
     value.resize(size - 1);  // the size counts the terminating zero
     return value;
   }
+  // Empty where the node leaves the attribute out.
   std::vector<int64_t> integers(const char* name) const {
     size_t size = 0;
-    check(api_, api_.KernelInfoGetAttributeArray_int64(info_, name, static_cast<int64_t*>(nullptr), &size));
+    if (absent(api_.KernelInfoGetAttributeArray_int64(info_, name, static_cast<int64_t*>(nullptr), &size))) return {};
     std::vector<int64_t> value(size);
     if (size) check(api_, api_.KernelInfoGetAttributeArray_int64(info_, name, value.data(), &size));
     return value;
@@ -115,7 +118,7 @@ class Context {
     check(api_, api_.KernelContext_GetInputCount(context_, &inputs_));
   }
 
-  // The input, or a Tensor that is not `present` when the node leaves it out. Throws on another rank.
+  // The input, or a Tensor that is not `present` when the node leaves it out. Throws on another rank (at most kMaxRank).
   Tensor input(size_t index, const char* name, size_t rank) const {
     Tensor tensor;
     const OrtValue* value = nullptr;
@@ -129,8 +132,7 @@ class Context {
     check(api_, api_.GetTensorElementType(raw, &tensor.type));
     check(api_, api_.GetDimensionsCount(raw, &dimensions));
     require(dimensions == rank, name, " has rank ", dimensions, ", not ", rank);
-    tensor.shape.resize(dimensions);
-    check(api_, api_.GetDimensions(raw, tensor.shape.data(), dimensions));
+    check(api_, api_.GetDimensions(raw, static_cast<int64_t*>(tensor.shape), dimensions));
     void* data = nullptr;
     check(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
     tensor.data = data;
@@ -144,9 +146,9 @@ class Context {
   }
 
   template <typename T>
-  T* output(size_t index, const std::vector<int64_t>& shape) const {
+  T* output(size_t index, std::initializer_list<int64_t> shape) const {
     OrtValue* value = nullptr;
-    check(api_, api_.KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+    check(api_, api_.KernelContext_GetOutput(context_, index, shape.begin(), shape.size(), &value));
     require(value != nullptr, "output ", index, " is missing");
     void* data = nullptr;
     check(api_, api_.GetTensorMutableData(value, &data));

@@ -1,0 +1,43 @@
+// Rounds a row of x to int8. Plain C++, so that every instruction set rounds alike. Included by kernels_body.h.
+
+void quantize(const float* x, int64_t columns, const QuantizedLayout& layout, uint8_t* out) {
+  for (int64_t b = 0; b < layout.blocks; ++b, x += layout.block, columns -= layout.block, out += layout.block_bytes) {
+    const int64_t count = columns < layout.block ? columns : layout.block;
+    int32_t largest = 0;  // the bits of the largest magnitude, which are ordered as the numbers are, NaN above all
+    for (int64_t c = 0; c < count; ++c) {
+      int32_t bits;
+      memcpy(&bits, x + c, sizeof bits);
+      bits &= 0x7fffffff;
+      largest = bits > largest ? bits : largest;
+    }
+    float magnitude;
+    memcpy(&magnitude, &largest, sizeof magnitude);
+    // Below the threshold, and with zeros, the inverse would be infinite. NaN and infinity make the whole block NaN.
+    const bool finite = largest < 0x7f800000, zero = !finite || magnitude < 1e-36f;
+    const float inverse = zero ? 0.0f : 127.0f / magnitude;
+    int8_t q[kMaxBlock] = {};
+    int32_t sum = 0, pairs = 0;
+    if (!zero) {
+      for (int64_t c = 0; c < count; ++c) {
+        const float shifted = x[c] * inverse + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+        int32_t bits;
+        memcpy(&bits, &shifted, sizeof bits);
+        q[c] = static_cast<int8_t>(bits - 0x4b400000);
+      }
+    }
+    for (int64_t c = 0; c < layout.block; ++c) sum += q[c];
+    for (int64_t c = 0; c < layout.block; c += 2) pairs += q[c] * q[c + 1];
+    const QuantizedBlock header{finite ? magnitude / 127.0f : __builtin_nanf(""), sum, pairs, 0};
+    memcpy(out, &header, sizeof header);
+    if (layout.bytes_at >= 0) memcpy(out + layout.bytes_at, q, static_cast<size_t>(layout.block));
+    if (layout.words_at >= 0) {
+      int16_t* words = reinterpret_cast<int16_t*>(out + layout.words_at);
+      for (int64_t c = 0; c < layout.block; c += 4) {
+        words[c] = q[c];
+        words[c + 1] = q[c + 2];
+        words[c + 2] = q[c + 1];
+        words[c + 3] = q[c + 3];
+      }
+    }
+  }
+}

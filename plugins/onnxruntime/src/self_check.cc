@@ -1,0 +1,101 @@
+#include "self_check.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace rq {
+namespace {
+
+constexpr int64_t kColumns = 92, kBlock = 48, kBlocks = 2, kRows = 15;  // nothing divides anything
+
+// A linear congruential generator (its upper bits): the check must be the same on every run.
+struct Random {
+  uint32_t state = 12345;
+  uint32_t operator()() { return (state = state * 1664525u + 1013904223u) >> 8; }
+  float real() { return static_cast<float>(operator()() & 0xffff) / 32768.0f - 1.0f; }
+};
+
+std::vector<uint8_t> random_panel(Storage storage, Random& random) {
+  const int bits = storage == Storage::fp32 ? 32 : storage == Storage::int8 ? 8 : storage == Storage::int4 ? 4 : 16;
+  std::vector<uint8_t> panel(static_cast<size_t>(kBlocks * kBlock * kPanel * bits / 8));
+  for (size_t i = 0; i < panel.size(); i += 4) {
+    // fp16 and bf16: small numbers of either sign; fp32: a real number.
+    uint32_t word = random() ^ random() << 16;
+    if (bits == 16) word = (word & 0x83ff83ffu) | 0x38003800u;
+    const float real = random.real();
+    std::memcpy(panel.data() + i, bits == 32 ? static_cast<const void*>(&real) : &word, 4);
+  }
+  return panel;
+}
+
+bool close(const std::vector<float>& a, const std::vector<float>& b) {
+  float largest = 0.0f, difference = 0.0f;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (!std::isfinite(a[i])) return false;
+    largest = std::fmax(largest, std::fabs(b[i]));
+    difference = std::fmax(difference, std::fabs(a[i] - b[i]));
+  }
+  return difference <= 1e-5f * largest;
+}
+
+bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
+  const std::vector<uint8_t> panel = random_panel(storage, random);
+  std::vector<float> scales(kBlocks * kPanel), x(kRows * kColumns);
+  for (float& scale : scales) scale = random.real();
+  for (float& value : x) value = random.real();
+  const Matrix weights{storage, panel.data(), panel.size(), scales.data(), kColumns, kBlock, kBlocks};
+  const QuantizedLayout layout = quantized_layout(kBlock, kBlocks, true, true);
+  std::vector<uint8_t> records(static_cast<size_t>(kRows * layout.row_bytes)), plain_records = records;
+  std::vector<const float*> floats;
+  std::vector<const uint8_t*> quantized;
+  for (int64_t i = 0; i < kRows; ++i) {
+    floats.push_back(x.data() + i * kColumns);
+    quantized.push_back(records.data() + i * layout.row_bytes);
+    kernels.quantize(floats[i], kColumns, layout, records.data() + i * layout.row_bytes);
+    kPlainKernels.quantize(floats[i], kColumns, layout, plain_records.data() + i * layout.row_bytes);
+  }
+  if (records != plain_records) return false;
+  // Every number of rows that a kernel may take at once, and more.
+  for (int64_t rows = 1; rows <= kRows; ++rows) {
+    std::vector<float> out(rows * kPanel), expected = out;
+    kernels.multiply_floats(floats.data(), rows, weights, 0, out.data());
+    kPlainKernels.multiply_floats(floats.data(), rows, weights, 0, expected.data());
+    if (!close(out, expected)) return false;
+    if (storage != Storage::int8 && storage != Storage::int4) continue;
+    kernels.multiply_quantized(quantized.data(), rows, layout, weights, 0, out.data());
+    kPlainKernels.multiply_quantized(quantized.data(), rows, layout, weights, 0, expected.data());
+    if (!same(out, expected)) return false;
+  }
+  return true;
+}
+
+bool activations_agree(const Kernels& kernels, Random& random) {
+  std::vector<float> up(64), gate(64);
+  for (int kind = 0; kind <= static_cast<int>(Activation::gelu); ++kind) {
+    for (float& value : up) value = 8.0f * random.real();
+    for (float& value : gate) value = 8.0f * random.real();
+    std::vector<float> expected = gate;
+    kernels.activate(static_cast<Activation>(kind), 1.5f, 6.0f, up.data(), gate.data(), 64);
+    kPlainKernels.activate(static_cast<Activation>(kind), 1.5f, 6.0f, up.data(), expected.data(), 64);
+    if (!same(gate, expected)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool agrees_with_plain(const Kernels& kernels) {
+  if (&kernels == &kPlainKernels) return true;
+  Random random;
+  for (Storage storage : {Storage::fp32, Storage::fp16, Storage::bf16, Storage::int8, Storage::int4}) {
+    if (!storage_agrees(kernels, storage, random)) return false;
+  }
+  return activations_agree(kernels, random);
+}
+
+}  // namespace rq

@@ -1,0 +1,42 @@
+// The vector operations of AVX-512 (F, BW, VL, DQ), 16 lanes, but for the products of int8. Included by the kernels files.
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+using Floats = __m512;
+using Ints = __m512i;
+constexpr int64_t kLanes = 16, kVectors = 1;
+constexpr int kFloatRows = 12, kInt4Rows = 6, kInt8Rows = 6;
+
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats set(float x) { return _mm512_set1_ps(x); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Floats load_bfloat(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline Ints load_ints(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Ints set(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints spread(const uint8_t* four) {
+  int32_t word;
+  memcpy(&word, four, sizeof word);
+  return set(word);
+}
+inline Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+template <int bits>
+inline Ints field(Ints v, int shift) {
+  return _mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32((1 << bits) - 1));
+}
+inline Ints low_nibbles(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline Ints high_nibbles(Ints v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+
+}  // namespace

@@ -1,0 +1,50 @@
+"""Weights in the layout of the native lowering: panels of 16 rows, as plugins/onnxruntime/README.md draws them.
+
+A panel holds 16 neighbouring rows of a matrix, or of each half of one whose rows are a gate and an up projection: panel 0 is the
+gate's rows 0-15, panel 1 the up projection's, panel 2 the gate's rows 16-31, and so on. Each half is filled up with zeros to a
+multiple of 16 rows.
+"""
+
+import numpy as np
+
+from rq_compile.quantization.formats import Format
+from rq_compile.quantization.quantizer import Quantized
+
+ROWS = 16
+
+
+def panel_count(rows: int, halves: int) -> int:
+    """Panels of a matrix of ``rows`` rows that are ``halves`` projections (2: gate and up, else 1)."""
+    return halves * -(-(rows // halves) // ROWS)
+
+
+def float_panels(weights: np.ndarray, halves: int) -> np.ndarray:
+    """``[panels, columns, 16]`` from ``weights [rows, columns]``, dtype kept."""
+    return np.ascontiguousarray(_panels(weights, halves).transpose(0, 2, 1))
+
+
+def packed_panels(quantized: Quantized, format: Format, halves: int) -> np.ndarray:
+    """uint8 ``[panels, groups, 64]``: of each row, four neighbouring bytes in each group.
+
+    int8: a byte is a column. int4: the low nibbles of a group's four bytes are four columns, the high nibbles the next four.
+    """
+    columns = quantized.packed
+    if format == "int4":
+        # Nibbles come in column order, two to a byte: eight columns a b c d e f g h are wanted as ea fb gc hd.
+        nibbles = np.stack([columns & 15, columns >> 4], axis=-1).reshape(len(columns), -1, 2, 4)
+        columns = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(len(columns), -1)
+    panels = _panels(columns, halves)
+    groups = panels.reshape(len(panels), ROWS, -1, 4).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(groups).reshape(len(panels), -1, 4 * ROWS)
+
+
+def scale_panels(quantized: Quantized, halves: int) -> np.ndarray:
+    """fp32 ``[panels, blocks, 16]``."""
+    return float_panels(quantized.scales, halves)
+
+
+def _panels(rows: np.ndarray, halves: int) -> np.ndarray:
+    """``[panels, 16, columns]``."""
+    count, columns = len(rows) // halves, rows.shape[1]
+    filled = np.pad(rows.reshape(halves, count, columns), ((0, 0), (0, -count % ROWS), (0, 0)))
+    return filled.reshape(halves, -1, ROWS, columns).swapaxes(0, 1).reshape(-1, ROWS, columns)

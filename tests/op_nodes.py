@@ -1,0 +1,147 @@
+"""Nodes of rq.moe to run in ONNX Runtime, random weights for them, and what they must give, in float64."""
+
+import math
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper
+
+from rq_compile.quantization.formats import block_size
+from rq_compile.quantization.quantizer import Quantized
+from rq_compile.rewrite.panels import float_panels, packed_panels, scale_panels
+from rq_compile.targets import library
+
+GATED = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
+ONNX_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int64): TensorProto.INT64,
+}
+# Always constants: numpy has no bfloat16 that a session takes as an input.
+CONSTANTS = {"replicas", "float_weights", "int8_packed", "int8_scales", "int4_packed", "int4_scales", "bias"}
+
+
+def run_op(op, inputs, results, threads=1, **attributes):
+    """Run one node; `inputs` maps its input names, in order, to arrays or to None where the node leaves one out."""
+    feeds = {name: array for name, array in inputs.items() if array is not None and name not in CONSTANTS}
+    node = helper.make_node(
+        op, [name if array is not None else "" for name, array in inputs.items()], list(results), domain="rq.moe"
+    )
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    graph = helper.make_graph(
+        [node],
+        "test",
+        [helper.make_tensor_value_info(name, ONNX_TYPES[array.dtype], [None] * array.ndim) for name, array in feeds.items()],
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in results.items()],
+        [
+            helper.make_tensor(name, ONNX_TYPES[array.dtype], array.shape, array.tobytes(), raw=True)
+            for name, array in inputs.items()
+            if array is not None and name in CONSTANTS
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", 1)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library.library_path()))
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def dispatch(ids, replicas, slots, **options):
+    kinds = {"rows": TensorProto.INT32, "offsets": TensorProto.INT32}
+    return run_op("Dispatch", {"ids": ids, "replicas": np.asarray(replicas, np.int32)}, kinds, slots=slots, **options)
+
+
+def combine(y, rows, gates, **options):
+    return run_op("Combine", {"y": y, "rows": rows, "gates": gates}, {"out": TensorProto.FLOAT}, **options)[0]
+
+
+@dataclass
+class Weights:
+    """Packed inputs of ExpertGemm and the float64 weights [S, N, K] that they stand for; gated: N is twice the outputs."""
+
+    inputs: dict
+    formats: list[int]
+    exact: np.ndarray
+    gated: bool = False
+
+    @property
+    def outputs(self):
+        return self.exact.shape[1] // (1 + self.gated)
+
+
+def pack(rng, formats, rows, columns, float_type=np.float32, *, gated=False, block=None):
+    """Random weights, laid out as the op set says; each slot's values are taken from what its packed form holds."""
+    block = block or block_size(columns)
+    blocks, halves = -(-columns // block), 1 + gated
+    stacked = {name: [] for name in ("float_weights", "int8_packed", "int8_scales", "int4_packed", "int4_scales")}
+    exact = []
+    for format in formats:
+        if format == 0:
+            weights = rng.normal(size=(rows, columns)).astype(float_type)
+            stacked["float_weights"].append(float_panels(weights, halves))
+            exact.append(weights.astype(np.float64))
+            continue
+        zero, name = (128, "int8") if format == 1 else (8, "int4")
+        q = rng.integers(1 if format == 1 else 0, 2 * zero, (rows, blocks * block)).astype(np.uint8)
+        q[:, columns:] = zero
+        scale = rng.uniform(0.001, 0.01, (rows, blocks)).astype(np.float32)
+        exact.append(((q.astype(np.float64) - zero) * np.repeat(scale.astype(np.float64), block, axis=1))[:, :columns])
+        by_row = Quantized(q if format == 1 else q[:, 0::2] | q[:, 1::2] << 4, scale)
+        stacked[f"{name}_packed"].append(packed_panels(by_row, name, halves))
+        stacked[f"{name}_scales"].append(scale_panels(by_row, halves))
+    inputs = {name: np.stack(arrays) if arrays else None for name, arrays in stacked.items()}
+    return Weights(inputs, list(formats), np.stack(exact), gated)
+
+
+def expert_gemm(x, rows, offsets, packed, bias=None, **options):
+    inputs = {"x": x, "rows": rows, "offsets": offsets, **packed.inputs, "bias": bias}
+    attributes = {"formats": packed.formats, "outputs": packed.outputs} | options
+    return run_op("ExpertGemm", inputs, {"y": TensorProto.FLOAT}, **attributes)[0]
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[float])(x / np.sqrt(2)))
+
+
+def activated(name, z, alpha=1.702, limit=7.0):
+    half = z.shape[-1] // 2
+    gate, up = (z[..., :half], z[..., half:]) if name in GATED else (z, z)
+    clipped = np.minimum(gate, limit)
+    return {
+        "none": lambda: gate,
+        "swiglu": lambda: gate / (1 + np.exp(-gate)) * up,
+        "geglu": lambda: gelu(gate) * up,
+        "geglu_tanh": lambda: 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up,
+        "clamped_swiglu": lambda: (np.clip(up, -limit, limit) + 1) * clipped / (1 + np.exp(-alpha * clipped)),
+        "relu": lambda: np.maximum(gate, 0),
+        "gelu": lambda: gelu(gate),
+    }[name]()
+
+
+def reference(x, rows, offsets, weights, bias=None, activation="none", gather=0, **attributes):
+    top_k = len(rows) // max(len(x), 1)
+    result = []
+    for slot in range(len(offsets) - 1):
+        for i in range(offsets[slot], offsets[slot + 1]):
+            z = weights.exact[slot] @ x[rows[i] // top_k if gather else i].astype(np.float64)
+            result.append(activated(activation, z + bias[slot] if bias is not None else z, **attributes))
+    return np.array(result)
+
+
+def assert_close(ours, exact):
+    assert ours.shape == exact.shape
+    np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+
+
+def routed(rng, tokens, top_k, slots):
+    """Random rows and offsets over the slots, as Dispatch would give them."""
+    slot = rng.integers(0, slots, tokens * top_k)
+    rows = np.argsort(slot, kind="stable").astype(np.int32)
+    return rows, np.concatenate([[0], np.cumsum(np.bincount(slot, minlength=slots))]).astype(np.int32)

@@ -1,0 +1,146 @@
+"""ExpertGemm with activations rounded to int8: exactly the products of the rounded numbers, and how far they are from fp32's."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from op_nodes import GATED, assert_close, expert_gemm, pack, reference, routed
+
+from rq_compile.quantization.formats import block_size
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(11)
+
+
+def rounded(x, block):
+    """float64 ``x`` as int8 activations stand for it: per row and block, the largest magnitude is 127."""
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % block))).reshape(len(x), -1, block)
+    largest = np.abs(padded).max(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
+    values = np.rint(padded * inverse).astype(np.float64) * (largest / np.float32(127)).astype(np.float64)
+    return values.reshape(len(x), -1)[:, : x.shape[1]]
+
+
+def rounded_reference(x, rows, offsets, weights, bias=None, *, block, gather=0, **attributes):
+    """Float slots keep x as it is."""
+    exact = reference(x, rows, offsets, weights, bias, gather=gather, **attributes)
+    coarse = reference(rounded(x, block), rows, offsets, weights, bias, gather=gather, **attributes)
+    for slot, format in enumerate(weights.formats):
+        if format == 0:
+            coarse[offsets[slot] : offsets[slot + 1]] = exact[offsets[slot] : offsets[slot + 1]]
+    return coarse
+
+
+@pytest.mark.parametrize("columns", [128, 48, 40, 37, 3, 300])
+@pytest.mark.parametrize("gather", [0, 1])
+@pytest.mark.parametrize("formats", [[1, 1], [2, 2], [0, 1, 2, 1, 0, 2]])
+def test_every_format_rounded(rng, columns, gather, formats):
+    weights = pack(rng, formats, 35, columns)
+    rows, offsets = routed(rng, 29, 2, len(formats))
+    x = rng.normal(size=(29 if gather else 58, columns)).astype(np.float32)
+    y = expert_gemm(x, rows, offsets, weights, gather=gather, activation_bits=8)
+    assert_close(y, rounded_reference(x, rows, offsets, weights, block=block_size(columns), gather=gather))
+
+
+@pytest.mark.parametrize("block", [16, 32, 48, 128, 1024])
+def test_every_block_rounded(rng, block):
+    weights = pack(rng, [1, 2], 20, 2 * block, block=block)
+    rows, offsets = routed(rng, 20, 1, 2)
+    # The largest products that the kernels' 16 and 32 bits must hold, among others.
+    x = rng.choice([-1.0, 1.0, 0.37], size=(20, 2 * block)).astype(np.float32)
+    for slot, name, low in ((0, "int8_packed", 1), (1, "int4_packed", 0)):
+        weights.inputs[name][:, :, ::2] = low
+        assert weights.formats[slot] == slot + 1
+    y = expert_gemm(x, rows, offsets, weights, activation_bits=8)
+    exact = pack_values(weights, block)
+    assert_close(y, rounded_reference(x, rows, offsets, exact, block=block))
+
+
+def pack_values(weights, block):
+    """``weights`` with the values that its packed form holds now: the layout, read back by its definition."""
+    for place, name in enumerate(("int8", "int4")):
+        packed, scales = weights.inputs[f"{name}_packed"][0], weights.inputs[f"{name}_scales"][0]
+        for n, k in np.ndindex(weights.exact.shape[1:]):
+            panel, row = divmod(n, 16)
+            if name == "int8":
+                q = int(packed[panel, k // 4, 4 * row + k % 4]) - 128
+            else:
+                byte = int(packed[panel, k // 8, 4 * row + k % 4])
+                q = (byte & 15 if k % 8 < 4 else byte >> 4) - 8
+            weights.exact[place, n, k] = q * float(scales[panel, k // block, row])
+    return weights
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu", "relu"])
+def test_bias_and_activation_rounded(rng, activation):
+    weights = pack(rng, [1, 2], 42, 64, gated=activation in GATED)
+    bias = rng.normal(size=(2, 42)).astype(np.float32)
+    rows, offsets = routed(rng, 15, 2, 2)
+    x = rng.normal(size=(15, 64)).astype(np.float32)
+    y = expert_gemm(x, rows, offsets, weights, bias, activation=activation, gather=1, activation_bits=8)
+    assert_close(y, rounded_reference(x, rows, offsets, weights, bias, block=64, activation=activation, gather=1))
+
+
+def test_error_of_both(rng):
+    """What rounding activations costs: under 1 % of the output's norm at block 128; keeping fp32 costs nothing."""
+    weights = pack(rng, [1, 2], 64, 1024)
+    rows, offsets = routed(rng, 64, 1, 2)
+    x = rng.normal(size=(64, 1024)).astype(np.float32)
+    exact = reference(x, rows, offsets, weights)
+    for bits, limit in ((8, 0.01), (32, 1e-6)):
+        error = np.linalg.norm(expert_gemm(x, rows, offsets, weights, activation_bits=bits) - exact) / np.linalg.norm(exact)
+        assert error < limit, f"{bits} bits: {error}"
+
+
+def test_threads_and_batch_mates_do_not_change_a_bit_rounded(rng):
+    weights = pack(rng, [0, 1, 2, 2], 70, 272, gated=True)
+    rows, offsets = routed(rng, 150, 2, 4)
+    x = rng.normal(size=(300, 272)).astype(np.float32)
+    options = {"activation": "swiglu", "activation_bits": 8}
+    one = expert_gemm(x, rows, offsets, weights, **options)
+    assert one.tobytes() == expert_gemm(x, rows, offsets, weights, threads=2, **options).tobytes()
+    for slot in range(4):
+        for count in (1, 2, 3, 5):
+            begin = offsets[slot]
+            alone = np.array([0] * (slot + 1) + [count] * (4 - slot), np.int32)
+            few = expert_gemm(x[begin : begin + count], np.arange(count, dtype=np.int32), alone, weights, **options)
+            assert few.tobytes() == one[begin : begin + count].tobytes()
+
+
+def test_strange_rows_stay_alone(rng):
+    weights = pack(rng, [1, 2], 16, 64)
+    x = rng.normal(size=(8, 64)).astype(np.float32)
+    x[1, 5], x[3, 7], x[5], x[6] = np.nan, np.inf, 0, 1e-42
+    rows, offsets = np.arange(8, dtype=np.int32), np.array([0, 4, 8], np.int32)
+    y = expert_gemm(x, rows, offsets, weights, activation_bits=8)
+    assert np.isnan(y[[1, 3]]).all()
+    assert np.isfinite(y[[0, 2, 4, 7]]).all()
+    assert (np.abs(y[5:7]) < 1e-35).all()
+
+
+PRINT_DIGEST = """
+import hashlib, numpy as np
+from op_nodes import expert_gemm, pack, routed
+rng = np.random.default_rng(3)
+weights = pack(rng, [1, 2, 2, 1], 40, 300, gated=True)
+rows, offsets = routed(rng, 60, 2, 4)
+x = (3 * rng.normal(size=(60, 300))).astype(np.float32)
+y = [expert_gemm(x, rows, offsets, weights, activation=a, gather=1, activation_bits=8) for a in ("swiglu", "geglu_tanh")]
+print(hashlib.sha256(b"".join(map(np.ndarray.tobytes, y))).hexdigest())
+"""
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    """Quantized slots: not only the same numbers, the same bits, whatever this processor has."""
+    digests = set()
+    for isa in (None, "plain", "avx2"):
+        path = os.pathsep.join([os.path.dirname(__file__), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": path} | ({"RQ_MOE_ISA": isa} if isa else {})
+        result = subprocess.run([sys.executable, "-c", PRINT_DIGEST], env=environment, capture_output=True, text=True, check=True)
+        digests.add(result.stdout)
+    assert len(digests) == 1

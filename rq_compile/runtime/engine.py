@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # The counting session is made from bytes, so ONNX Runtime must be told where the external weights lie.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+# ONNX Runtime would cast 16-bit weights to fp32 once at load and keep them so; up to this size it may fold constants.
+FOLDING_LIMIT = ("optimization.constant_folding_max_output_size_in_bytes", str(1 << 16))
 
 
 class Engine:
@@ -172,6 +174,8 @@ class Engine:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry(WEIGHTS_FOLDER, str(self.path.parent.resolve()))
+        if self.manifest.lowering == "batched":
+            options.add_session_config_entry(*FOLDING_LIMIT)
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         if self.manifest.op_library is not None:

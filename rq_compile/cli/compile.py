@@ -41,7 +41,7 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts")
     type=click.Choice(LOWERINGS),
     default="native",
     show_default=True,
-    help="native needs the op library of rq-compile, stock runs in any ONNX Runtime.",
+    help="native needs the op library of rq-compile; stock runs in any ONNX Runtime; batched is standard ONNX, for large batches.",
 )
 @planning_options
 @batch_size_option
@@ -87,7 +87,7 @@ def command(
             calibration, _ = calibrate(
                 checkpoint, contents, batch_size=batch_size, sequence_length=sequence_length, progress=progress
             )
-        plan = make_plan(calibration, target="cpu", **planning, **options)
+        plan = make_plan(calibration, target="batched" if lowering == "batched" else "cpu", **planning, **options)
 
     from rq_compile.cli.tables import engine_tables
     from rq_compile.targets.onnxruntime import compile_engine

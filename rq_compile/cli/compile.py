@@ -41,7 +41,7 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts")
     type=click.Choice(LOWERINGS),
     default="native",
     show_default=True,
-    help="native needs the op library of rq-compile; stock runs in any ONNX Runtime; batched is standard ONNX, for large batches.",
+    help="native needs the op library of rq-compile; stock runs in any ONNX Runtime; batched is plain ONNX, for large batches.",
 )
 @planning_options
 @batch_size_option

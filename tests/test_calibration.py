@@ -213,4 +213,4 @@ def test_command(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None
     assert len(load_file(tmp_path / found.statistics)) == 4
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "c.json")]).output
     assert "2 layers of 8 experts, top-2" in shown
-    assert "all in int4" in shown
+    assert "int4" in shown

@@ -1,0 +1,175 @@
+"""Files between stages, and an engine's weights file."""
+
+import errno
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rq_compile.errors import UserError
+from rq_compile.files import Document, read_document, sha256, write_document, written_beside
+from rq_compile.rewrite.weights import LOCATION, ExternalWeight
+from rq_compile.targets.weights_file import ALIGNMENT, locate, write_weights
+
+
+class Note(Document):
+    kind: Literal["note"] = "note"
+    text: str
+    number: float = 0.0
+
+
+# Written whole or not at all
+
+
+def test_written_beside_replaces_the_file_on_success(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with written_beside(path) as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".txt"
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def write_half(path: Path, raised: BaseException) -> None:
+    with written_beside(path) as temporary:
+        temporary.write_text("half")
+        raise raised
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), ValueError("bad"), UserError("no"), SystemExit(3)])
+def test_written_beside_leaves_what_was_there_on_any_failure(tmp_path: Path, raised: BaseException) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(type(raised)):
+        write_half(path, raised)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_output(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(UserError, match=r"cannot write .*a\.txt: No space left on device; free space") as caught:
+        write_half(tmp_path / "a.txt", full)
+    assert caught.value.exit_status == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_read_is_not_told_as_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"shard\.safetensors"), written_beside(tmp_path / "a.txt"):
+        (tmp_path / "shard.safetensors").read_bytes()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*No such file or directory; choose another output") as caught:
+        write_half(tmp_path / "none" / "a.txt", ValueError())
+    assert caught.value.exit_status == 2
+
+
+# Documents
+
+
+def test_a_document_survives_writing_and_reading(tmp_path: Path) -> None:
+    note = Note(text="grüße\n", number=0.1)
+    write_document(note, tmp_path / "note.json")
+    assert read_document(Note, tmp_path / "note.json") == note
+    write_document(note, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "note.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot read note .*No such file or directory; check the path"),
+        ("not json", "is not a valid note: the document: Invalid JSON"),
+        ("[]", "is not a valid note: the document"),
+        ('{"text": 1}', "is not a valid note: text: "),
+        ('{"text": "a", "more": 1}', "is not a valid note: more: "),
+        ('{"kind": "plan", "text": "a"}', "is a file of kind plan, not a note"),
+    ],
+)
+def test_a_document_that_is_none(tmp_path: Path, content: str | None, sentence: str) -> None:
+    path = tmp_path / "note.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        read_document(Note, path)
+    assert caught.value.exit_status == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc" * 100_000)
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+# The weights file
+
+
+def weight(name: str, values: np.ndarray, chunks: int = 1) -> ExternalWeight:
+    return ExternalWeight(name, values.dtype, values.shape, lambda: iter(np.array_split(values, chunks)))
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=6),
+    dtypes=st.lists(st.sampled_from([np.float32, np.float16, np.uint8, np.int64]), min_size=6, max_size=6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_weight_is_found_where_it_is_said_to_be(shapes: list[tuple[int, int]], dtypes: list[type], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    arrays = [generator.integers(0, 255, shape).astype(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+    weights = [weight(str(number), array, chunks=1 + number % 2) for number, array in enumerate(arrays)]
+    file, reported = io.BytesIO(), []
+    written = write_weights(weights, file, lambda done, total: reported.append((done, total)))
+    content = file.getvalue()
+    assert written.bytes == len(content)
+    assert written.digest.hexdigest() == hashlib.sha256(content).hexdigest()
+    for number, array in enumerate(arrays):
+        start = written.starts[str(number)]
+        assert start % ALIGNMENT == 0
+        assert content[start : start + array.nbytes] == array.tobytes()
+    total = sum(array.nbytes for array in arrays)
+    assert reported[-1] == (total, total)
+    assert reported == sorted(reported)
+
+
+def test_equal_tensors_are_written_once() -> None:
+    values = np.arange(100, dtype=np.float32)
+    file = io.BytesIO()
+    written = write_weights([weight("a", values), weight("b", values + 1), weight("c", values)], file)
+    assert written.starts["a"] == written.starts["c"] != written.starts["b"]
+    assert (written.shared, written.shared_bytes) == (1, 400)
+    assert len(file.getvalue()) == written.starts["b"] + 400
+
+
+def test_a_weight_of_the_wrong_size_is_refused() -> None:
+    wrong = ExternalWeight("a", np.dtype(np.float32), (3, 4), lambda: iter([np.zeros((2, 4), np.float32)]))
+    with pytest.raises(ValueError, match=r"a has 32 bytes, but its shape \(3, 4\) asks for 48"):
+        write_weights([wrong], io.BytesIO())
+
+
+def test_located_tensors_are_read_by_onnx(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    tensor = onnx.TensorProto(
+        name="a", dims=values.shape, data_type=onnx.TensorProto.FLOAT, data_location=onnx.TensorProto.EXTERNAL
+    )
+    tensor.external_data.add(key="location", value=LOCATION)
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], initializer=[tensor]))
+    with (tmp_path / "m.data").open("wb") as file:
+        written = write_weights([weight("z", np.ones(7, np.uint8)), weight("a", values)], file)
+    locate(model, written, "m.data")
+    found = {entry.key: entry.value for entry in model.graph.initializer[0].external_data}
+    assert found == {"location": "m.data", "offset": str(ALIGNMENT), "length": "60"}
+    onnx.save(model, tmp_path / "m.onnx")
+    loaded = onnx.load(tmp_path / "m.onnx")
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(loaded.graph.initializer[0]), values)

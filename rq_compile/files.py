@@ -40,7 +40,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        if error.filename not in (None, name):
+        if error.filename is not None and name not in (error.filename, error.filename2):
             raise  # about another file, one that was read
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another output with -o") from error
     finally:

@@ -92,7 +92,7 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {reason}; run with --debug for the traceback"
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("rq-compile", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rq-compile")
 def main() -> None:
     """Compile a sparse Mixture-of-Experts checkpoint into an engine whose experts share the load.

@@ -45,12 +45,13 @@ class Screen:
         elif asked_for or not self.quiet:
             from rich.console import Console
 
-            console = Console()
+            plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names are shown as they are
+            console = Console(**plain)
             if not console.is_terminal:
-                console = Console(width=LOG_WIDTH)
+                console = Console(**plain, width=LOG_WIDTH)
             with console.capture() as capture:
-                for table in tables:
-                    console.print(table)
+                for position, table in enumerate(tables):
+                    console.print(*([""] if position else []), table, sep="\n")
             # rich fills every line with spaces.
             click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 

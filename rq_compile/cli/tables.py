@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.evaluation.schema import Bench, Evaluation, TextEvaluation
 from rq_compile.planning import metrics
 from rq_compile.planning.schema import LayerPlan, Plan
-from rq_compile.quantization.formats import FORMATS
+from rq_compile.quantization.formats import FORMATS, Format
 from rq_compile.targets.manifest import Manifest
 
 # Below, an error is what fp32 arithmetic makes of it.
 EXACT = 1e-12
 
 
-def table(title: str, *columns: str) -> Table:
+class TitledTable(Table):
+    """A table as wide as its cells: a longer heading wraps, and the title never does. Where the terminal is narrower still, cells
+    wrap; nothing is cut."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        self.heading = title
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*cells, **options)
+        for column, cell in zip(self.columns, cells, strict=False):
+            longest_word = max(map(len, str(column.header).split()), default=0)
+            column.max_width = max(column.max_width or longest_word, len(cell))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.heading, style="bold")
+        yield from super().__rich_console__(console, options)
+
+
+def table(title: str, *columns: str) -> TitledTable:
     """A table whose first column is text and whose others are numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    made = TitledTable(title)
     for position, column in enumerate(columns):
-        made.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
+        made.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
     return made
 
 
@@ -40,10 +61,15 @@ def facts(title: str, **values: object) -> Table:
     made = table(title, "", "")
     made.show_header = False
     made.columns[1].justify = "left"
-    made.columns[1].no_wrap = False
     for name, value in values.items():
         made.add_row(name.replace("_", " "), str(value))
     return made
+
+
+def short_names(files: list[str]) -> list[str]:
+    """The names up to their first dot, where that tells them apart."""
+    short = [file.split(".")[0] for file in files]
+    return short if len(set(short)) == len(files) and all(short) else files
 
 
 def calibration_tables(calibration: Calibration) -> list[RenderableType]:
@@ -62,10 +88,8 @@ def calibration_tables(calibration: Calibration) -> list[RenderableType]:
         head.add_row("measured", f"on {calibration.measured_tokens} tokens, evenly spread")
     if dropped := sum(layer.dropped for layer in layers):
         head.add_row("dropped", f"{dropped} tokens beyond an expert's capacity, counted as load")
-    errors = [f"all in {format}" for format in costly]
-    texts = [text.name.split(".")[0] for text in calibration.texts] if len(calibration.texts) > 1 else []
-    columns = ("layer", "LIS", *texts, "heavy hitter", "its load", *errors, "unreached", "few tokens")
-    made = table("layers, with the relative squared error of their output", *columns)
+    texts = short_names([text.name for text in calibration.texts]) if len(calibration.texts) > 1 else []
+    made = table("load", "layer", "LIS", *(f"on {text}" for text in texts), "heavy hitter", "its load", "unreached")
     for layer in layers:
         load = layer.load
         made.add_row(
@@ -74,11 +98,21 @@ def calibration_tables(calibration: Calibration) -> list[RenderableType]:
             *(f"{lis_of(text_load):.3f}" for text_load in (layer.text_loads if texts else [])),
             str(load.index(max(load))),
             str(max(load)),
-            *(f"{sum(layer.error[format]):.2e}" for format in costly),
             members([expert for expert, count in enumerate(load) if count == 0]),
-            members([expert for expert in layer.estimated if load[expert]]),
         )
-    return [head, made]
+    return [head, made, errors_table(layers, costly)]
+
+
+def errors_table(layers: list[LayerCalibration], formats: list[Format]) -> Table:
+    columns = (*(f"all in {format}" for format in formats), "too few tokens to measure")
+    made = table("relative squared error of the output", "layer", *columns)
+    for layer in layers:
+        made.add_row(
+            str(layer.index),
+            *(f"{sum(layer.error[format]):.2e}" for format in formats),
+            members([expert for expert in layer.estimated if layer.load[expert]]),
+        )
+    return made
 
 
 def experts_of(calibration: Calibration) -> str:
@@ -112,13 +146,14 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
     if plan.optimality is not None:
         best = plan.optimality
         head.add_row("objective", f"{best.objective:.4g}, at most {100 * best.gap:.2g} % of it above the best within the budget")
+    head.add_row("predicted time", ", ".join(times(plan.layers)) or "not known")
     for remark in plan.remarks:
         head.add_row("remark", remark)
     return [head, stored_table(plan), balance_prediction(plan), *batches_table(plan)]
 
 
 def stored_table(plan: Plan) -> Table:
-    made = table("experts, as stored", "layer", "slots", "replicas", "formats", "bytes", "error", "unreached")
+    made = table("experts, as stored", "layer", "slots", "replicas", "formats", "MB", "error", "unreached")
     for layer in plan.layers:
         predicted = layer.predicted
         made.add_row(
@@ -126,7 +161,7 @@ def stored_table(plan: Plan) -> Table:
             str(len(layer.slots)),
             str(len(layer.slots) - layer.geometry.experts),
             formats_of(layer),
-            f"{megabytes(predicted.bytes_before)} -> {megabytes(predicted.bytes_after)}",
+            f"{predicted.bytes_before / 1e6:.2f} -> {predicted.bytes_after / 1e6:.2f}",
             f"{predicted.error:.2e}",
             members(layer.unreached),
         )
@@ -143,12 +178,12 @@ def balance_prediction(plan: Plan) -> Table:
         "ranks, max / mean": "rank_imbalance",
     }
     known = {title: name for title, name in columns.items() if all(predicted(layer, name) is not None for layer in plan.layers)}
-    made = table("balance, on the calibration text", "layer", *known, "step time")
+    made = table("balance, on the calibration text", "layer", *known)
     for layer in plan.layers:
-        made.add_row(str(layer.index), *(change([predicted(layer, name)]) for name in known.values()), step_time([layer]))
+        made.add_row(str(layer.index), *(change([predicted(layer, name)]) for name in known.values()))
     if len(plan.layers) > 1:
         means = [change([predicted(layer, name) for layer in plan.layers]) for name in known.values()]
-        made.add_row("mean", *means, step_time(plan.layers))
+        made.add_row("mean", *means)
     return made
 
 
@@ -162,10 +197,13 @@ def change(pairs: list[tuple[float, float] | None]) -> str:
     return f"{before:.3f} -> {after:.3f}"
 
 
-def step_time(layers: list[LayerPlan]) -> str:
-    """After over before, for all ``layers`` together."""
-    times = [pair for layer in layers if (pair := predicted(layer, "step_time"))]
-    return f"{sum(after for _, after in times) / sum(before for before, _ in times):.2f} x" if times else "-"
+def times(layers: list[LayerPlan]) -> list[str]:
+    """Predicted times after over before, for all ``layers`` together."""
+    ratios = []
+    for name, title in (("step_time", "of a batch"),):
+        if pairs := [pair for layer in layers if (pair := predicted(layer, name))]:
+            ratios.append(f"{sum(after for _, after in pairs) / sum(before for before, _ in pairs):.2f} x {title}")
+    return ratios
 
 
 def batches_table(plan: Plan) -> list[RenderableType]:
@@ -201,9 +239,10 @@ def evaluation_tables(evaluation: Evaluation) -> list[RenderableType]:
     columns = ("text", "tokens", "perplexity of reference", "of engine", "change", "top-1 agreement", "KL (nats)")
     made = table(f"{evaluation.engine} against {evaluation.reference}", *columns)
     rows = evaluation.texts if len(evaluation.texts) == 1 else [*evaluation.texts, evaluation.total]
-    for text in rows:
+    names = [*short_names([text.name for text in evaluation.texts]), evaluation.total.name]
+    for name, text in zip(names, rows, strict=False):
         made.add_row(
-            text.name,
+            name,
             str(text.tokens),
             f"{text.perplexity_reference:.3f}",
             f"{text.perplexity_engine:.3f}",
@@ -212,19 +251,22 @@ def evaluation_tables(evaluation: Evaluation) -> list[RenderableType]:
             f"{text.kl:.2e}",
         )
     size = facts("experts", bytes=f"{megabytes(before)} -> {megabytes(after)} ({after / max(1, before):.3f})")
-    return [made, balance_table(rows), size]
+    return [made, balance_table(names, rows), size]
 
 
-def balance_table(texts: list[TextEvaluation]) -> Table:
-    columns = [column for text in texts for column in (text.name, "strict")]
-    made = table("LIS before -> after, as the engine filled its slots", "layer", *columns)
-    for position, layer in enumerate(texts[0].layers):
-        cells = []
-        for text in texts:
-            found = text.layers[position]
-            cells.append(f"{found.lis_before:.3f} -> {found.lis_after:.3f}")
-            cells.append(f"{found.strict_lis_before:.2f} -> {found.strict_lis_after:.2f}")
-        made.add_row(str(layer.index), *cells)
+def balance_table(names: list[str], texts: list[TextEvaluation]) -> Table:
+    made = table("balance, as the engine filled its slots", "text", "layer", "LIS", "strict LIS")
+    for name, text in zip(names, texts, strict=False):
+        rows = [(str(layer.index), [layer]) for layer in text.layers]
+        if len(rows) > 1:
+            rows.append(("mean", text.layers))
+        for row, (which, layers) in enumerate(rows):
+            made.add_row(
+                name if row == 0 else "",
+                which,
+                change([(layer.lis_before, layer.lis_after) for layer in layers]),
+                change([(layer.strict_lis_before, layer.strict_lis_after) for layer in layers]),
+            )
     return made
 
 

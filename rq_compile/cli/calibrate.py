@@ -18,7 +18,7 @@ from rq_compile.cli.screen import Screen, on_screen
 @sequence_length_option
 @on_screen
 def command(screen: Screen, model: Path, texts: tuple[Path, ...], output: Path, batch_size: int, sequence_length: int) -> None:
-    """Run MODEL over text: loads, importance and errors per format of every expert."""
+    """Run MODEL over text: each expert's load, importance and errors."""
     check_writable(output)
     contents = read_texts(texts)
 
@@ -32,11 +32,11 @@ def command(screen: Screen, model: Path, texts: tuple[Path, ...], output: Path, 
         calibration, statistics = calibrate(
             checkpoint, contents, batch_size=batch_size, sequence_length=sequence_length, progress=progress
         )
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     statistics_path = output.with_suffix(".safetensors")
     with written_beside(statistics_path) as temporary:
-        save_file(statistics, temporary)
+        temporary.write_bytes(save(statistics))  # save_file would hide a full disk in an exception of its own
     calibration = calibration.model_copy(update={"statistics": statistics_path.name})
     write_document(calibration, output)
     screen.note(f"wrote {output} and {statistics_path}")

@@ -13,6 +13,7 @@ from rich.text import Text
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.evaluation.schema import Bench, Evaluation, TextEvaluation
 from rq_compile.planning import metrics
+from rq_compile.planning.replan import Change, Changes
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.formats import FORMATS, Format
 from rq_compile.targets.manifest import Manifest
@@ -200,7 +201,7 @@ def change(pairs: list[tuple[float, float] | None]) -> str:
 def times(layers: list[LayerPlan]) -> list[str]:
     """Predicted times after over before, for all ``layers`` together."""
     ratios = []
-    for name, title in (("step_time", "of a batch"),):
+    for name, title in (("step_time", "of a batch"), ("token_time", "of one token")):
         if pairs := [pair for layer in layers if (pair := predicted(layer, name))]:
             ratios.append(f"{sum(after for _, after in pairs) / sum(before for before, _ in pairs):.2f} x {title}")
     return ratios
@@ -218,6 +219,30 @@ def batches_table(plan: Plan) -> list[RenderableType]:
             change([(size.lis_p95_before, size.lis_p95_after) for size in sizes]),
         )
     return [made] if made.row_count else []
+
+
+def changes_tables(changes: Changes, plan: Plan) -> list[RenderableType]:
+    """What ``changes`` move, and how ``plan``, which they led to, holds the new loads."""
+    head = facts("changes", moved=f"{changes.count} of {changes.slots} slots, {megabytes(changes.bytes_moved)}")
+    for remark in plan.remarks:
+        head.add_row("remark", remark)
+    busiest = "rank" if plan.ranks > 1 else "slot"
+    made = table(f"load of the busiest {busiest} over the mean", "layer", "new loads", "changes", "bytes", "what moves")
+    made.columns[-1].justify = "left"
+    for layer in changes.layers:
+        made.add_row(
+            str(layer.index),
+            f"{layer.imbalance_before:.3f} -> {layer.imbalance_after:.3f}",
+            str(len(layer.changes)),
+            megabytes(sum(change.bytes for change in layer.changes)),
+            ", ".join(moves_of(change, plan.ranks) for change in layer.changes) or "-",
+        )
+    return [head, made]
+
+
+def moves_of(change: Change, ranks: int) -> str:
+    where = f"slot {change.slot}" + (f" of rank {change.rank}" if ranks > 1 else "")
+    return f"{where}: {'new' if change.before is None else change.before} -> {change.now}"
 
 
 def engine_tables(manifest: Manifest) -> list[RenderableType]:

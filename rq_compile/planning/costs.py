@@ -63,7 +63,7 @@ class CostModel:
         The slowest rank counts; a rank computes its rows (padded to its ``lanes [S]`` if batched) and reads its weights once.
         """
         machine = MACHINES[self.target]
-        share = slot_rows / max(1, slot_rows.sum())
+        share = slot_rows / slot_rows.sum() if slot_rows.any() else np.full(len(slots), 1 / len(slots))
         rows = share * tokens * geometry.top_k
         bytes_read = self._bytes_read(geometry, slots, share, tokens)
         of_rank = [slot.rank for slot in slots]

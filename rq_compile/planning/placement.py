@@ -4,6 +4,8 @@ So a layer's slots on ranks are a matrix, ``holds`` bool ``[R, m]``; an expert's
 it.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 MOST_MOVES = 500
@@ -30,21 +32,24 @@ def rank_loads(demand: np.ndarray, holds: np.ndarray) -> np.ndarray:
 def pack(demand: np.ndarray, copies: np.ndarray, ranks: int, goal: float = 1.0) -> np.ndarray:
     """Ranks for ``copies [m]`` of the experts such that the busiest rank of any text is as little busy as possible; ``holds``.
 
-    Every rank holds ``S // ranks`` slots or one more. Longest processing time first (Graham 1969), with the two restrictions;
-    then, while the busiest rank is above ``goal`` times the mean, the exchange of two slots that lowers it most.
+    Every rank holds ``S // ranks`` slots or one more. Longest processing time first (Graham 1969), with the two restrictions, or
+    the layout without a plan if no expert has a second copy; then, while the busiest rank is above ``goal`` times the mean, the
+    exchange of two slots that lowers it most; the better of the two.
 
     Raises:
         ValueError: an expert has more copies than there are ranks.
     """
     if copies.max() > ranks:
         raise ValueError(f"expert {copies.argmax()} has {copies.max()} copies, but there are {ranks} ranks")
-    share = demand / copies
-    holds = _longest_first(share, copies, ranks)
-    load = share @ holds.T.astype(np.float64)
-    for _ in range(MOST_MOVES):
-        if not _exchange(share, holds, load, goal * load.mean(axis=1).max()):
-            break
-    return holds
+    starts = [_longest_first(demand / copies, copies, ranks)]
+    if (copies == 1).all():
+        starts.append(np.arange(ranks)[:, None] == contiguous(len(copies), ranks))
+    for holds in starts:
+        for _ in range(MOST_MOVES):
+            if imbalance(demand, holds) <= goal or (move := best_exchange(demand, holds)) is None:
+                break
+            move.make(holds)
+    return min(starts, key=lambda holds: imbalance(demand, holds))
 
 
 def copied_anew(demand: np.ndarray, holds: np.ndarray, goal: float) -> np.ndarray:
@@ -55,12 +60,75 @@ def copied_anew(demand: np.ndarray, holds: np.ndarray, goal: float) -> np.ndarra
     """
     holds = holds.copy()
     for _ in range(MOST_MOVES):
-        copies = holds.sum(axis=0)
         load = rank_loads(demand, holds)
-        bar = goal * load.mean(axis=1).max()
-        if load.max() <= bar or not (_exchange(demand / copies, holds, load, bar) or _substitute(demand, copies, holds, load)):
+        if load.max() <= goal * load.mean(axis=1).max():
             break
+        moves = [move for move in (best_exchange(demand, holds), best_replacement(demand, holds)) if move]
+        if not moves:
+            break
+        min(moves, key=lambda move: move.after).make(holds)
     return holds
+
+
+@dataclass(frozen=True)
+class Move:
+    """Slots that change: ``(rank, expert it held, expert it holds)``. ``after``: load of the busiest rank then."""
+
+    after: float
+    slots: tuple[tuple[int, int, int], ...]
+
+    def make(self, holds: np.ndarray) -> None:
+        for rank, old, new in self.slots:
+            holds[rank, old], holds[rank, new] = False, True
+
+
+def best_exchange(demand: np.ndarray, holds: np.ndarray) -> Move | None:
+    """The exchange of a slot of the busiest rank for one of another that relieves it most; None if none does."""
+    share, load = demand / holds.sum(axis=0), rank_loads(demand, holds)
+    worst = load.max(axis=0)
+    busiest = int(worst.argmax())
+    mine = np.flatnonzero(holds[busiest])
+    ranks, others = np.nonzero(holds & ~holds[busiest] & (np.arange(len(holds)) != busiest)[:, None])
+    if not len(others):
+        return None
+    change = share[:, mine, None] - share[:, None, others]
+    after = np.maximum((load[:, busiest, None, None] - change).max(axis=0), (load[:, ranks][:, None] + change).max(axis=0))
+    after[holds[ranks][:, mine].T] = np.inf
+    here, there = np.unravel_index(after.argmin(), after.shape)
+    if after[here, there] >= worst[busiest] * PROGRESS:
+        return None
+    given, taken = int(mine[here]), int(others[there])
+    return Move(float(after[here, there]), ((busiest, given, taken), (int(ranks[there]), taken, given)))
+
+
+def best_replacement(demand: np.ndarray, holds: np.ndarray, size: np.ndarray | None = None, room: int = 0) -> Move | None:
+    """The replacement, on any rank, of a copy of one expert by a copy of another that relieves the busiest rank most, or None.
+
+    With ``size [m]``, the bytes of an expert, only what takes at most ``room`` bytes more.
+    """
+    copies, load = holds.sum(axis=0), rank_loads(demand, holds)
+    best, found = load.max() * PROGRESS, None
+    for rank in range(len(holds)):
+        out = np.flatnonzero(holds[rank] & (copies > 1))
+        into = np.flatnonzero(~holds[rank] & (copies < len(holds)))
+        if not len(out) or not len(into):
+            continue
+        without, beside = holds[:, out].copy(), holds[:, into].copy()
+        without[rank], beside[rank] = False, True
+        # What the experts bring to the ranks less what they brought, [texts, R, experts].
+        lost = _brought(demand, without, out) - _brought(demand, holds[:, out], out)
+        won = _brought(demand, beside, into) - _brought(demand, holds[:, into], into)
+        after = (load[:, :, None, None] + lost[..., :, None] + won[..., None, :]).max(axis=(0, 1))
+        if size is not None:
+            after[size[into][None] - size[out][:, None] > room] = np.inf
+        old, new = np.unravel_index(after.argmin(), after.shape)
+        if after[old, new] < best:
+            best, found = float(after[old, new]), (rank, int(out[old]), int(into[new]))
+    return None if found is None else Move(best, (found,))
+
+
+def _brought(demand: np.ndarray, holds: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    return demand[:, None, experts] * holds[None] / holds.sum(axis=0)
 
 
 def _longest_first(share: np.ndarray, copies: np.ndarray, ranks: int) -> np.ndarray:
@@ -89,54 +157,3 @@ def _move(share: np.ndarray, holds: np.ndarray, load: np.ndarray, expert: int, r
     holds[rank, expert], holds[to, expert] = False, True
     load[:, rank] -= share[:, expert]
     load[:, to] += share[:, expert]
-
-
-def _exchange(share: np.ndarray, holds: np.ndarray, load: np.ndarray, bar: float) -> bool:
-    """The best exchange of an expert of the busiest rank for one of another; False if none helps or the load is at ``bar``."""
-    worst = load.max(axis=0)
-    busiest = int(worst.argmax())
-    if worst[busiest] <= bar:
-        return False
-    mine = np.flatnonzero(holds[busiest])
-    ranks, others = np.nonzero(holds & ~holds[busiest] & (np.arange(len(holds)) != busiest)[:, None])
-    if not len(others):
-        return False
-    change = share[:, mine, None] - share[:, None, others]
-    after = np.maximum((load[:, busiest, None, None] - change).max(axis=0), (load[:, ranks][:, None] + change).max(axis=0))
-    after[holds[ranks][:, mine].T] = np.inf
-    here, there = np.unravel_index(after.argmin(), after.shape)
-    if after[here, there] >= worst[busiest] * PROGRESS:
-        return False
-    rank, given, taken = int(ranks[there]), int(mine[here]), int(others[there])
-    _move(share, holds, load, given, busiest, rank)
-    _move(share, holds, load, taken, rank, busiest)
-    return True
-
-
-def _substitute(demand: np.ndarray, copies: np.ndarray, holds: np.ndarray, load: np.ndarray) -> bool:
-    """The best replacement, on any rank, of a copy of one expert by a copy of another; False if none helps."""
-    ranks = len(holds)
-    best, found = load.max() * PROGRESS, None
-    for rank in range(ranks):
-        out = np.flatnonzero(holds[rank] & (copies > 1))
-        into = np.flatnonzero(~holds[rank] & (copies < ranks))
-        if not len(out) or not len(into):
-            continue
-        without, beside = holds[:, out].copy(), holds[:, into].copy()
-        without[rank], beside[rank] = False, True
-        # Loads that the experts bring to the ranks, [texts, R, experts], after less before.
-        lost = _brought(demand, without, out) - _brought(demand, holds[:, out], out)
-        won = _brought(demand, beside, into) - _brought(demand, holds[:, into], into)
-        after = (load[:, :, None, None] + lost[..., :, None] + won[..., None, :]).max(axis=(0, 1))
-        old, new = np.unravel_index(after.argmin(), after.shape)
-        if after[old, new] < best:
-            best, found = after[old, new], (rank, int(out[old]), int(into[new]))
-    if found is None:
-        return False
-    rank, old_expert, new_expert = found
-    holds[rank, old_expert], holds[rank, new_expert] = False, True
-    return True
-
-
-def _brought(demand: np.ndarray, holds: np.ndarray, experts: np.ndarray) -> np.ndarray:
-    return demand[:, None, experts] * holds[None] / holds.sum(axis=0)

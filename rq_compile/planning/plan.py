@@ -57,7 +57,7 @@ def make_plan(
     decision: Decision = module.decide(problem, own)
     tokens = common.tokens or calibration.batch_size * calibration.sequence_length
     layers = [
-        _layer_plan(problem, layer.calibration, slots, calibration.batch_size, tokens)
+        layer_plan(problem, layer.calibration, slots, calibration.batch_size, tokens)
         for layer, slots in zip(problem.layers, decision.slots, strict=True)
     ]
     _check_within_budget(problem, layers, policy)
@@ -73,7 +73,7 @@ def make_plan(
         memory=memory,
         ranks=ranks,
         optimality=decision.optimality,
-        remarks=[*decision.remarks, *remarks(problem, layers)],
+        remarks=[*remarks(problem, layers), *decision.remarks],
         layers=layers,
     )
 
@@ -96,7 +96,8 @@ def _options(policy: str, own: type[Document], given: dict[str, Any]) -> tuple[C
         raise UserError(f"option {name} of policy {policy} cannot be {given[name]!r}: {first['msg']}", 2) from error
 
 
-def _layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:
+def layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:
+    """``slots`` with all that can be predicted of them, against a layer that nobody planned."""
     before = with_capacity_classes(layer, unplanned(layer.geometry.experts, problem))
     after = with_capacity_classes(layer, slots)
     return LayerPlan(

@@ -56,6 +56,7 @@ def predict(
             values[f"rank_imbalance_{when}"] = float(metrics.rank_imbalance(on_ranks))
         values[f"padded_work_{when}"] = float(metrics.padded_work(rows, lanes))
         values[f"step_time_{when}"] = cost.step_time(geometry, slots, rows, tokens, lanes)
+        values[f"token_time_{when}"] = cost.step_time(geometry, slots, rows, 1, lanes)
         values[f"bytes_{when}"] = sum(geometry.expert_bytes(slot.format) for slot in slots)
     return LayerPrediction(**values, error=error(layer, after, dtype), over_batches=_over_batches(layer, after, batch_size))
 

@@ -14,6 +14,10 @@ from rq_compile.planning.demand import demand
 from rq_compile.planning.schema import Optimality, Slot, Target
 from rq_compile.quantization.formats import BITS, FORMATS, Format
 
+# No format but the checkpoint's own counts as exact: what cost nothing on the calibration text may cost something elsewhere.
+# Far below any measured error, this only decides between equals, in favour of more bits.
+LEAST_ERROR = 1e-9
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -98,6 +102,7 @@ def _layer(layer: LayerCalibration, dtype: Format, smoothing: float) -> Layer:
             )
     formats = (dtype, *(format for format in FORMATS if format in layer.error and BITS[format] < BITS[dtype]))
     error = np.array([[0.0] * experts, *(layer.error[format] for format in formats[1:])], np.float64).T
+    error[:, 1:] = np.maximum(error[:, 1:], [LEAST_ERROR / 2 ** BITS[format] for format in formats[1:]])
     if not (error >= 0).all():
         expert, place = np.argwhere(~(error >= 0))[0]
         raise UserError(

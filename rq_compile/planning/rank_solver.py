@@ -48,7 +48,9 @@ def solve_on_ranks(problem: Problem, objective: Objective, budget: int) -> Solut
     best: Solution | None = None
     bound = np.inf
     for number, allocation in relaxed.items():
-        bound = min(bound, least[number] + _bound(choices, number, allocation.price, budget))
+        # Any price bounds the optimum; that of the formats is good where the copies are, none where memory is plenty.
+        dual = max(_bound(choices, number, price, budget) for price in (allocation.price, 0.0))
+        bound = min(bound, least[number] + dual)
     for number in sorted(relaxed, key=lambda number: relaxed[number].value + least[number]):
         if best is not None and relaxed[number].bound + least[number] >= best.value:
             break

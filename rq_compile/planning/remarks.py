@@ -1,6 +1,6 @@
 """What a plan has to say to the person who asked for it, a sentence each."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 from rq_compile.planning.metrics import excess_removed
 from rq_compile.planning.problem import Problem
@@ -16,9 +16,8 @@ def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
     """What the plan brings on its target, or why it brings nothing."""
     target = problem.cost.target
     replicas = sum(len(layer.slots) - layer.geometry.experts for layer in layers)
-    time = sum(_known(layer.predicted.step_time_after) for layer in layers) / sum(
-        _known(layer.predicted.step_time_before) for layer in layers
-    )
+    batch, token = (_ratio(layers, name) for name in ("step_time", "token_time"))
+    time = f"predicted time {batch} of the unplanned for a batch, {token} for one token"
     if problem.cost.busiest == "nothing":
         why = f"On {target} with one rank a replica is an alias that saves no time"
         if replicas:
@@ -28,16 +27,18 @@ def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
                 f"{why}, and --memory {problem.memory:g} holds every expert as it is, so this plan changes nothing: give less "
                 "--memory for a smaller engine that reads less, or --target batched or --ranks to balance the load."
             )
-        return f"{why}, so no expert is copied and the memory is spent on bits; predicted step time {time:.2f} of the unplanned."
+        return f"{why}, so no expert is copied and the memory is spent on bits; {time}."
     before, after = _imbalance(problem, layers)
     removed = excess_removed(before, after)
     what = "The busiest rank's load over the mean" if problem.cost.busiest == "rank" else "LIS"
     if removed <= 0:
         return f"{what} stays at {before:.3f}: on {target} this plan balances nothing."
-    return (
-        f"{what} falls from {before:.3f} to {after:.3f}, {100 * removed:.1f} % of the excess; "
-        f"predicted step time {time:.2f} of the unplanned."
-    )
+    return f"{what} falls from {before:.3f} to {after:.3f}, {100 * removed:.1f} % of the excess; {time}."
+
+
+def _ratio(layers: list[LayerPlan], name: str) -> str:
+    before, after = (sum(_known(getattr(layer.predicted, f"{name}_{when}")) for layer in layers) for when in ("before", "after"))
+    return f"{after / before:.2f}"
 
 
 def _imbalance(problem: Problem, layers: list[LayerPlan]) -> tuple[float, float]:
@@ -56,12 +57,12 @@ def _known(value: float | None) -> float:
 
 
 def _format_mix(layers: list[LayerPlan]) -> str:
-    mixed = sum(
-        len({slot.format for slot in layer.slots if slot.expert == expert}) > 1
-        for layer in layers
-        for expert, copies in Counter(slot.expert for slot in layer.slots).items()
-        if copies > 1
-    )
+    mixed = 0
+    for layer in layers:
+        formats = defaultdict(set)
+        for slot in layer.slots:
+            formats[slot.expert].add(slot.format)
+        mixed += sum(len(held) > 1 for held in formats.values())
     if not mixed:
         return ""
     return f"Copies of {mixed} experts differ in format, so a token's answer can depend on who shares its batch."
@@ -85,5 +86,5 @@ def _ranks(problem: Problem, layers: list[LayerPlan]) -> str:
 
 
 def _unreached(layers: list[LayerPlan]) -> str:
-    count = sum(len(layer.unreached) for layer in layers)
-    return f"{count} experts were reached by no calibration token; each keeps a slot." if count else ""
+    count, experts = sum(len(layer.unreached) for layer in layers), sum(layer.geometry.experts for layer in layers)
+    return f"No calibration token reached {count} of the {experts} experts; each keeps a slot." if count else ""

@@ -43,8 +43,9 @@ class LayerPrediction(Document):
 
     LIS is that of the pooled counts, ``worst_text_lis`` that of the calibration text with the highest. ``rank_imbalance`` is
     max / mean load over ranks, None with one rank. ``padded_work`` is rows computed by the batched lowering, with the
-    capacity classes of the slots, over useful rows. ``step_time`` is in seconds of a nominal machine: only ratios mean
-    anything. ``error``: see ``LayerCalibration.error``.
+    capacity classes of the slots, over useful rows. ``step_time`` of a step of many tokens (by default a calibration batch)
+    and ``token_time`` of one token are in seconds of a nominal machine: only ratios mean anything. ``error``: see
+    ``LayerCalibration.error``.
     """
 
     lis_before: float
@@ -59,6 +60,8 @@ class LayerPrediction(Document):
     padded_work_after: float | None = None
     step_time_before: float | None = None
     step_time_after: float | None = None
+    token_time_before: float | None = None
+    token_time_after: float | None = None
     bytes_before: int
     bytes_after: int
     error: float

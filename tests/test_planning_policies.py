@@ -1,0 +1,218 @@
+"""The policies that others defined (none, paper, eplb, place), and what holds for the plans of all of them."""
+
+import numpy as np
+import planning_inputs as inputs
+import pytest
+
+from rq_compile.errors import UserError
+from rq_compile.planning.plan import POLICIES, make_plan
+from rq_compile.planning.policies.eplb import rebalance
+from rq_compile.planning.schema import LayerPlan, Plan
+
+
+def held(layer: LayerPlan) -> list[tuple[int, str]]:
+    return [(slot.expert, slot.format) for slot in layer.slots]
+
+
+def plan_of(layers: list, policy: str, dtype: str = "bf16", **options: object) -> Plan:
+    arguments = {"memory": 1.0, "ranks": 1, "target": "batched", **options}
+    return make_plan(inputs.calibration(layers, dtype), policy=policy, **arguments)
+
+
+# none
+
+
+def test_none_is_the_checkpoint_in_consecutive_blocks() -> None:
+    layer = inputs.layer([[5, 1, 1, 1]], {"int8": [0.0] * 4})
+    plan = plan_of([layer], "none", ranks=2)
+    assert held(plan.layers[0]) == [(expert, "bf16") for expert in range(4)]
+    assert [slot.rank for slot in plan.layers[0].slots] == [0, 0, 1, 1]
+    predicted = plan.layers[0].predicted
+    assert predicted.lis_before == predicted.lis_after == pytest.approx(2.5)
+    assert predicted.rank_imbalance_after == pytest.approx(6 / 4)
+    assert predicted.error == 0
+
+
+# paper
+
+
+PAPER = inputs.layer([[10, 70, 10, 10]], {"int8": [0.01, 0.02, 0.03, 0.04]}, wanda=[0.1, 0.9, 0.5, 0.7])
+
+
+def test_paper_to_the_letter() -> None:
+    plan = plan_of([PAPER], "paper", memory=1.1, in_place=1)
+    # The heavy hitter is 1, which also has the highest score; so 3, the next, is quantized in place.
+    assert held(plan.layers[0]) == [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "int8"), (1, "int8")]
+    assert plan.layers[0].predicted.lis_after == pytest.approx(35 / 25)
+    # Half of the heavy hitter's tokens, and all of expert 3's, meet int8.
+    assert plan.layers[0].predicted.error == pytest.approx(0.02 / 2 + 0.04)
+    assert any("differ in format" in remark for remark in plan.remarks)
+
+
+def test_paper_can_quantize_the_heavy_hitter_itself() -> None:
+    plan = plan_of([PAPER], "paper", memory=1.1, in_place=1, skip_heavy_hitter=False)
+    assert held(plan.layers[0]) == [(0, "bf16"), (1, "int8"), (2, "bf16"), (3, "bf16"), (1, "int8")]
+
+
+def test_paper_counts_the_scales_and_quantizes_as_many_more_as_they_need() -> None:
+    with pytest.raises(
+        UserError, match=r"layer 3 under policy paper takes .* bytes, .* more than --memory 1 allows; give --memory"
+    ):
+        plan_of([PAPER], "paper", in_place=1)
+    plan = plan_of([PAPER], "paper")
+    assert [slot.format for slot in plan.layers[0].slots] == ["bf16", "bf16", "int8", "int8", "int8"]
+    assert plan.bytes_after <= plan.bytes_before
+    assert plan.remarks[-1].startswith("More than the paper's one expert is quantized in place in 1 of 1 layers")
+
+
+def test_paper_serves_smaller_budgets_in_the_order_of_the_scores() -> None:
+    wanda = [0.3, 0.8, 0.1, 0.9, 0.2, 0.7, 0.4, 0.6]
+    layer = inputs.layer([[8, 1, 1, 1, 1, 1, 1, 1]], {"int8": [0.0] * 8}, wanda=wanda)
+    previous: set[int] = set()
+    for memory in (1.0, 0.9, 0.8, 0.7):
+        plan = plan_of([layer], "paper", memory=memory)
+        quantized = {slot.expert for slot in plan.layers[0].slots[:8] if slot.format == "int8"}
+        assert plan.bytes_after <= memory * plan.bytes_before
+        assert quantized == set(sorted(range(1, 8), key=lambda expert: -wanda[expert])[: len(quantized)])
+        assert quantized > previous
+        previous = quantized
+    with pytest.raises(UserError, match="policy paper"):
+        plan_of([layer], "paper", memory=0.5)
+
+
+def test_paper_puts_the_copy_on_the_least_busy_other_rank() -> None:
+    layer = inputs.layer([[70, 10, 10, 10, 3, 3]], {"int8": [0.0] * 6})
+    plan = plan_of([layer], "paper", ranks=3)
+    assert [slot.rank for slot in plan.layers[0].slots] == [0, 0, 1, 1, 2, 2, 2]
+
+
+# eplb
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        ([90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1]),
+        ([20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]),
+    ],
+)
+def test_eplb_gives_the_published_example(load: list[int], expected: list[int]) -> None:
+    assert rebalance(np.array(load, float), 16, 4, 2, 8).tolist() == expected
+
+
+def test_eplb_stores_full_precision_within_the_memory() -> None:
+    calibration = inputs.skewed(experts=16)
+    for memory, slots in ((1.0, 16), (1.24, 16), (1.25, 20), (1.5, 24)):
+        plan = make_plan(calibration, policy="eplb", memory=memory, ranks=4, target="cuda")
+        for layer in plan.layers:
+            assert len(layer.slots) == slots
+            assert {slot.format for slot in layer.slots} == {"bf16"}
+            assert [slot.rank for slot in layer.slots] == [rank for rank in range(4) for _ in range(slots // 4)]
+    with pytest.raises(UserError, match="policy eplb takes"):
+        make_plan(calibration, policy="eplb", memory=0.9, ranks=4, target="cuda")
+    with pytest.raises(UserError, match="policy eplb takes"):
+        make_plan(calibration, policy="eplb", memory=1.0, ranks=4, target="cuda", slots=20)
+
+
+def test_eplb_never_stands_two_copies_on_one_rank() -> None:
+    # Nearly everything is on one expert, which the published algorithm would copy more often than there are ranks.
+    layer = inputs.layer([[1000, 1, 1, 1, 1, 1, 1, 1]], {"int8": [0.0] * 8})
+    plan = plan_of([layer], "eplb", memory=2.0, ranks=4, target="cuda")
+    pairs = [(slot.expert, slot.rank) for slot in plan.layers[0].slots]
+    assert len(set(pairs)) == len(pairs) == 16
+    assert inputs.copies(plan.layers[0])[0] == 4
+
+
+def test_eplb_refuses_what_does_not_divide() -> None:
+    calibration = inputs.skewed(experts=16)
+    for options, words in (({"groups": 3}, "16 experts"), ({"nodes": 3}, "4 ranks"), ({"slots": 18}, "18 slots")):
+        with pytest.raises(UserError, match=words):
+            make_plan(calibration, policy="eplb", memory=2.0, ranks=4, target="cuda", **options)
+
+
+# place
+
+
+def test_place_only_moves() -> None:
+    layer = inputs.layer([[8, 7, 2, 1]], {"int8": [0.0] * 4})
+    plan = plan_of([layer], "place", ranks=2, target="cuda")
+    assert sorted(held(plan.layers[0])) == [(expert, "bf16") for expert in range(4)]
+    assert plan.layers[0].predicted.rank_imbalance_before == pytest.approx(15 / 9)
+    assert plan.layers[0].predicted.rank_imbalance_after == pytest.approx(1.0)
+    assert plan.bytes_after == plan.bytes_before
+
+
+def test_place_serves_the_worst_text() -> None:
+    # On the pooled counts all four are alike; in each text two are busy, and they must part.
+    layer = inputs.layer([[10, 10, 0, 0], [0, 0, 10, 10]], {"int8": [0.0] * 4})
+    plan = plan_of([layer], "place", ranks=2, target="cuda", smoothing=0)
+    rank = {slot.expert: slot.rank for slot in plan.layers[0].slots}
+    assert rank[0] != rank[1]
+    assert rank[2] != rank[3]
+
+
+# What all have in common
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_every_policy_is_deterministic_and_round_trips(policy: str, ranks: int) -> None:
+    calibration = inputs.skewed(layers=2, experts=8)
+    plans = [make_plan(calibration, policy=policy, memory=1.3, ranks=ranks, target="cuda") for _ in range(2)]
+    text = plans[0].model_dump_json(indent=1)
+    assert text == plans[1].model_dump_json(indent=1)
+    assert Plan.model_validate_json(text) == plans[0]
+    assert plans[0].policy == policy
+    assert inputs.plan_bytes(plans[0]) == plans[0].bytes_after <= 1.3 * plans[0].bytes_before
+    for layer in plans[0].layers:
+        pairs = [(slot.expert, slot.rank) for slot in layer.slots]
+        assert ranks == 1 or len(set(pairs)) == len(pairs)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_plans_say_which_options_they_used(policy: str) -> None:
+    plan = make_plan(inputs.skewed(layers=1), policy=policy, memory=1.0, ranks=1, target="batched", smoothing=2)
+    assert plan.options["smoothing"] == 2
+    assert plan.options["tokens"] == 0
+    with pytest.raises(UserError, match=f"policy {policy} has no option fraction; it has smoothing, tokens"):
+        make_plan(inputs.skewed(layers=1), policy=policy, memory=1.0, ranks=1, target="batched", fraction=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"policy": "best"}, "no policy best; choose one of none, paper"),
+        ({"target": "tpu"}, "no target tpu; choose one of cpu"),
+        ({"ranks": 0}, "0 ranks"),
+        ({"memory": float("nan")}, "memory nan"),
+        ({"smoothing": -1}, "option smoothing of policy optimal cannot be -1"),
+        ({"balance": "much"}, "option balance of policy optimal cannot be 'much'"),
+        ({"formats": "int8,int3"}, "option formats names int3, but the experts were measured in bf16, int8, int4"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:
+    given = {"policy": "optimal", "memory": 1.0, "ranks": 1, "target": "batched", **arguments}
+    with pytest.raises(UserError, match=words) as caught:
+        make_plan(inputs.skewed(layers=1), **given)
+    assert caught.value.exit_status == 2
+
+
+def test_a_calibration_that_contradicts_itself_is_refused() -> None:
+    for errors, words in (
+        ({"int8": [0.1]}, "1 values of error at int8"),
+        ({"int8": [0.1, float("nan")]}, "an error of nan at int8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_of([inputs.layer([[1, 2]], errors)], "optimal")
+
+
+def test_batches_show_more_skew_than_the_pooled_counts() -> None:
+    batches = [[8, 0, 0, 0], [0, 8, 0, 0], [0, 0, 8, 0], [0, 0, 0, 8]] * 4
+    layer = inputs.layer([[32, 32, 32, 32]], {"int8": [0.0] * 4}, batches=batches)
+    predicted = plan_of([layer], "none").layers[0].predicted
+    assert predicted.lis_before == 1
+    assert [(size.sequences, size.batches, size.lis_mean_before) for size in predicted.over_batches] == [
+        (8, 16, 4.0),
+        (32, 4, 1.0),
+        (128, 1, 1.0),
+    ]

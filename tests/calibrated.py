@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from rq_compile.architectures.load import load_model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.schema import Calibration
-from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.checkpoint.checkpoint import Checkpoint
 
 LENGTH = 12
@@ -97,8 +97,6 @@ def inputs(geometry: ExpertGeometry, tokens: int, seed: int = 0) -> tuple[np.nda
 
 
 def measured(
-    checkpoint: Checkpoint, layer: MoeLayer, given: tuple[np.ndarray, np.ndarray, np.ndarray], fraction: float = WANDA_FRACTION
+    checkpoint: Checkpoint, layer: MoeLayer, given: tuple[np.ndarray, np.ndarray, np.ndarray], **options: Any
 ) -> LayerMeasurement:
-    return measure_layer(
-        layer.geometry, *given, lambda expert: expert_weights(checkpoint, layer, expert), wanda_fraction=fraction
-    )
+    return measure_layer(layer.geometry, *given, lambda expert: expert_weights(checkpoint, layer, expert), **options)

@@ -51,6 +51,7 @@ def calibration(layers: list[LayerCalibration], dtype: Format = "bf16") -> Calib
         batch_size=8,
         sequence_length=64,
         wanda_fraction=0.5,
+        quantizer="nearest",
         statistics=None,
         layers=layers,
     )

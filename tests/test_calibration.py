@@ -103,8 +103,9 @@ def test_long_texts_are_counted_whole_and_measured_in_part(
         np.testing.assert_allclose(one.error["int4"], other.error["int4"], rtol=0.3)
         np.testing.assert_allclose(one.wanda, other.wanda, rtol=0.1)
         assert one.error != other.error
-    for name, sums in statistics.items():
-        np.testing.assert_allclose(sums.sum(1), scaled[name].sum(1), rtol=0.3)
+    for name, moment in statistics.items():
+        diagonal, of_a_sample = (values.diagonal(axis1=-2, axis2=-1).sum(-1) for values in (moment, scaled[name]))
+        np.testing.assert_allclose(diagonal, of_a_sample, rtol=0.3)
 
 
 def test_an_even_sample_has_the_tokens_asked_for() -> None:
@@ -127,20 +128,21 @@ def test_an_even_sample_has_the_tokens_asked_for() -> None:
 def test_statistics_are_of_the_experts_inputs(tiny_checkpoint: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint("qwen3_moe"))
     found, statistics = calibrate(checkpoint, TEXTS, batch_size=2, sequence_length=LENGTH, progress=lambda done, total: None)
+    shapes = {"input_moment": (32, 32), "intermediate_moment": (8, 1, 32, 32)}
     assert {name: array.shape for name, array in statistics.items()} == {
-        f"{layer.name}.{kind}": (8, 32) for layer in found.layers for kind in ("input_square_sum", "intermediate_square_sum")
+        f"{layer.name}.{kind}": shape for layer in found.layers for kind, shape in shapes.items()
     }
     model = load_model(checkpoint)
-    seen = {layer.name: np.zeros(32) for layer in found.layers}
+    seen = {layer.name: np.zeros((32, 32)) for layer in found.layers}
     for layer in found.layers:
         model.get_submodule(layer.name).register_forward_pre_hook(
-            lambda _, inputs, name=layer.name: seen.update({name: seen[name] + 2 * (inputs[0].double() ** 2).sum(0).numpy()})
+            lambda _, inputs, name=layer.name: seen.update({name: seen[name] + (inputs[0].T @ inputs[0]).numpy()})
         )
     for text in TEXTS.values():
         for sequence in torch.tensor([4 + ord(letter) - 32 for letter in text]).split(LENGTH):
             model(input_ids=sequence[None])
-    for name, squares in seen.items():
-        np.testing.assert_allclose(statistics[f"{name}.input_square_sum"].sum(0), squares, rtol=1e-4)
+    for name, products in seen.items():
+        np.testing.assert_allclose(statistics[f"{name}.input_moment"], products / found.tokens, rtol=1e-3, atol=1e-5)
 
 
 def test_the_same_bytes_twice(tiny_checkpoint: Callable[[str], Path]) -> None:
@@ -210,7 +212,7 @@ def test_command(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     found = read_document(Calibration, tmp_path / "c.json")
     assert found.wanda_fraction == WANDA_FRACTION
-    assert len(load_file(tmp_path / found.statistics)) == 4
+    assert len(load_file(tmp_path / found.statistics.name)) == 4
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "c.json")]).output
     assert "2 layers of 8 experts, top-2" in shown
     assert "int4" in shown

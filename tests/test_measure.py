@@ -24,6 +24,7 @@ from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.files import read_document, write_document
 from rq_compile.quantization.quantizer import stored
+from rq_compile.quantization.second_moment import SecondMoment
 
 
 def put(module: nn.Module, expert: int, up: np.ndarray, down: np.ndarray) -> None:
@@ -72,7 +73,7 @@ def test_error_is_what_the_layer_s_output_changes_by(tiny_checkpoint: Callable[[
     checkpoint = Checkpoint.open(tiny_checkpoint(family))
     layer = moe_layers(checkpoint)[-1]
     given = inputs(layer.geometry, 160)
-    found = measured(checkpoint, layer, given)
+    found = measured(checkpoint, layer, given, quantizer="nearest")
     errors, estimated = relative_errors(found, found.pairs)
     reference = Reference(checkpoint, layer)
     output = reference.output(*given)
@@ -95,7 +96,7 @@ def test_errors_add_up(tiny_checkpoint: Callable[[str], Path], family: str, tole
     checkpoint = Checkpoint.open(tiny_checkpoint(family))
     layer = moe_layers(checkpoint)[0]
     given = inputs(layer.geometry, 400)
-    found = measured(checkpoint, layer, given)
+    found = measured(checkpoint, layer, given, quantizer="nearest")
     errors, estimated = relative_errors(found, found.pairs)
     assert not estimated.any()
     reference = Reference(checkpoint, layer)
@@ -118,11 +119,11 @@ def float64_intermediate(x: np.ndarray, weights: ExpertWeights, geometry: Expert
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
 @pytest.mark.parametrize("fraction", [0.01, WANDA_FRACTION, 1.0])
-def test_wanda_score_and_statistics_against_a_loop(tiny_checkpoint: Callable[[str], Path], family: str, fraction: float) -> None:
+def test_wanda_score_and_moments_against_a_loop(tiny_checkpoint: Callable[[str], Path], family: str, fraction: float) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(family))
     layer = moe_layers(checkpoint)[0]
     hidden, ids, gates = inputs(layer.geometry, 90)
-    found = measured(checkpoint, layer, (hidden, ids, gates), fraction)
+    found = measured(checkpoint, layer, (hidden, ids, gates), wanda_fraction=fraction)
     for expert in range(layer.geometry.experts):
         weights = expert_weights(checkpoint, layer, expert)
         x = hidden[(ids == expert).any(axis=1)]
@@ -135,9 +136,31 @@ def test_wanda_score_and_statistics_against_a_loop(tiny_checkpoint: Callable[[st
                 scores += [abs(float(weight)) * norm for weight in matrix[:, column]]
         lowest = sorted(scores)[: math.ceil(fraction * len(scores))]
         np.testing.assert_allclose(found.wanda[expert], sum(lowest) / len(lowest), rtol=1e-5)
-        np.testing.assert_allclose(found.input_square_sum[expert], (x.astype(np.float64) ** 2).sum(0), rtol=1e-5)
-        np.testing.assert_allclose(found.intermediate_square_sum[expert], (intermediate**2).sum(0), rtol=1e-4, atol=1e-6)
-    assert found.input_square_sum.dtype == found.intermediate_square_sum.dtype == np.float32
+        moment, width = intermediate.T @ intermediate / len(x), found.intermediate_moments.shape[-1]
+        for number, block in enumerate(found.intermediate_moments[expert]):
+            columns = slice(number * width, (number + 1) * width)
+            np.testing.assert_allclose(block, moment[columns, columns], rtol=1e-4, atol=1e-5 * moment.max())
+    assert found.input_moment.values.dtype == found.intermediate_moments.dtype == np.float32
+    np.testing.assert_allclose(
+        found.input_moment.values, hidden.T.astype(np.float64) @ hidden / len(hidden), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
+def test_the_error_measured_is_that_of_the_weights_that_gptq_leaves(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint(family))
+    layer = moe_layers(checkpoint)[0]
+    given = inputs(layer.geometry, 400)
+    found = measured(checkpoint, layer, given)
+    nearest = measured(checkpoint, layer, given, quantizer="nearest")
+    assert all(found.error[format].sum() < nearest.error[format].sum() for format in ("int8", "int4"))
+    reference = Reference(checkpoint, layer)
+    output = reference.output(*given)
+    weights = expert_weights(checkpoint, layer, 1)
+    up = stored(weights.up, "int4", found.input_moment)
+    down = stored(weights.down, "int4", SecondMoment(found.intermediate_moments[1]))
+    put(reference.module, 1, up, down)
+    np.testing.assert_allclose(found.error["int4"][1], ((reference.output(*given) - output) ** 2).sum(), rtol=2e-3)
 
 
 @pytest.mark.parametrize(("activation", "name"), [("geglu", "gelu"), ("geglu_tanh", "gelu_pytorch_tanh"), ("gelu", "gelu")])

@@ -12,6 +12,7 @@ from rq_compile.architectures.families import Family, family_of
 from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
+from rq_compile.quantization.second_moment import SecondMoment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,12 +40,14 @@ class MoeLayer:
 @dataclass(frozen=True)
 class ExpertWeights:
     """``up [F, hidden]`` and ``down [hidden, intermediate]`` in the checkpoint's dtype; ``up_bias [F]`` and
-    ``down_bias [hidden]`` in fp32, or None."""
+    ``down_bias [hidden]`` in fp32, or None. The moments are those of the two matrices' inputs, where a calibration has them."""
 
     up: np.ndarray
     down: np.ndarray
     up_bias: np.ndarray | None = None
     down_bias: np.ndarray | None = None
+    up_moment: SecondMoment | None = None
+    down_moment: SecondMoment | None = None
 
 
 def moe_layers(checkpoint: Checkpoint) -> list[MoeLayer]:

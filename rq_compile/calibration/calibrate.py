@@ -12,10 +12,12 @@ from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.recording import LayerRecording, record
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
+from rq_compile.calibration.statistics import tensors_of
 from rq_compile.calibration.text import batches, tokenize
 from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
+from rq_compile.quantization.formats import Quantizer
 
 # What the recorded inputs of all layers may take on disk. Beyond, an even sample of the tokens is measured (all are counted).
 MAX_RECORDED_BYTES = 4 * 2**30
@@ -28,15 +30,17 @@ def calibrate(
     batch_size: int,
     sequence_length: int,
     progress: Callable[[int, int], None],
+    quantizer: Quantizer = "gptq",
     wanda_fraction: float = WANDA_FRACTION,
 ) -> tuple[Calibration, dict[str, np.ndarray]]:
-    """Run the model over ``texts`` (name to content) in fp32 and measure every expert in every format.
+    """Run the model over ``texts`` (name to content) in fp32 and measure every expert in every format, rounded by ``quantizer``.
 
     A text is cut into sequences of ``sequence_length`` tokens; a batch holds up to ``batch_size`` of one text. An
     encoder-decoder model reads the first half of a sequence with its encoder and the second with its decoder.
     ``wanda_fraction`` is the paper's s. ``progress(done, total)`` counts tokens; one that was run but not measured is half done.
 
-    The second result are the statistics that ``Calibration`` describes, by tensor name.
+    The second result are the statistics that ``statistics.py`` describes, by tensor name; none for the quantizer "nearest",
+    which needs none.
 
     Raises:
         UserError: there is no text or one of too few tokens, the tokenizer is missing or not the model's, the sequences are
@@ -59,12 +63,13 @@ def calibrate(
         )
     )
     recordings = record(checkpoint, layers, list(texts), cut, lambda done: progress(done // 2, total))
-    measured_layers, statistics = [], {}
+    measured_layers: list[LayerCalibration] = []
+    statistics: dict[str, np.ndarray] = {}
     for number, recording in enumerate(recordings):
-        measurement = _measure(checkpoint, recording, wanda_fraction)
+        measurement = _measure(checkpoint, recording, quantizer, wanda_fraction)
         measured_layers.append(_layer_calibration(recording, measurement))
-        for name in ("input_square_sum", "intermediate_square_sum"):
-            statistics[f"{recording.layer.name}.{name}"] = getattr(measurement, name)
+        if quantizer == "gptq":
+            statistics |= tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
         progress((total + total * (number + 1) // len(recordings)) // 2, total)
     calibration = Calibration(
         tool=f"rq-compile {__version__}",
@@ -82,6 +87,7 @@ def calibrate(
         batch_size=batch_size,
         sequence_length=sequence_length,
         wanda_fraction=wanda_fraction,
+        quantizer=quantizer,
         statistics=None,
         layers=measured_layers,
     )
@@ -106,7 +112,7 @@ def _check_fit(checkpoint: Checkpoint, tokens: list[np.ndarray], sequence_length
     return (config.decoder_start_token_id or 0) if config.is_encoder_decoder else None
 
 
-def _measure(checkpoint: Checkpoint, recording: LayerRecording, wanda_fraction: float) -> LayerMeasurement:
+def _measure(checkpoint: Checkpoint, recording: LayerRecording, quantizer: Quantizer, wanda_fraction: float) -> LayerMeasurement:
     """The recording's layer, its sums scaled up to all tokens where only a sample of them was recorded."""
     layer = recording.layer
 
@@ -117,7 +123,9 @@ def _measure(checkpoint: Checkpoint, recording: LayerRecording, wanda_fraction: 
         return weights
 
     hidden, ids, gates = recording.measured()
-    measurement = measure_layer(layer.geometry, hidden, ids, gates, weights_of, wanda_fraction=wanda_fraction)
+    measurement = measure_layer(
+        layer.geometry, hidden, ids, gates, weights_of, quantizer=quantizer, wanda_fraction=wanda_fraction
+    )
     if not 0 < measurement.output_square < np.inf:
         raise UserError(
             f"the squared norm of what {layer.name} gives on the calibration text is {measurement.output_square:g}, so that no "

@@ -10,15 +10,21 @@ from rq_compile.architectures.geometry import GATED, ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.quantization.formats import Format
 from rq_compile.quantization.quantizer import stored
+from rq_compile.quantization.second_moment import block_products
 
 # Up-projected values held at a time: 16 MiB in fp32.
 CHUNK = 2**22
 
 
 def in_format(weights: ExpertWeights, format: Format) -> ExpertWeights:
-    """The expert with the fp32 values that its matrices have once stored in ``format``; biases stay as they are."""
+    """The expert with the fp32 values that its matrices have once stored in ``format``, rounded as its moments, where it has
+    any, tell best; biases stay as they are."""
     with np.errstate(over="ignore"):  # beyond fp16's range is infinity, which `weight_error` reports
-        return replace(weights, up=stored(weights.up, format), down=stored(weights.down, format))
+        return replace(
+            weights,
+            up=stored(weights.up, format, weights.up_moment),
+            down=stored(weights.down, format, weights.down_moment),
+        )
 
 
 def weight_error(changed: ExpertWeights, original: ExpertWeights) -> float:
@@ -33,19 +39,23 @@ def weight_error(changed: ExpertWeights, original: ExpertWeights) -> float:
     return total
 
 
-def expert_outputs(x: torch.Tensor, weights: ExpertWeights, geometry: ExpertGeometry) -> tuple[torch.Tensor, np.ndarray]:
-    """Outputs ``[n, hidden]`` of ``x [n, hidden]``, and the squared inputs of the down projection, summed over the n tokens,
-    ``[intermediate]``; everything in fp32."""
+def expert_outputs(
+    x: torch.Tensor, weights: ExpertWeights, geometry: ExpertGeometry, products: np.ndarray | None = None
+) -> torch.Tensor:
+    """Outputs ``[n, hidden]`` of ``x [n, hidden]``, everything in fp32.
+
+    To ``products [blocks, block, block]`` is added what ``block_products`` gives of the down projection's inputs.
+    """
     up, down = torch.from_numpy(weights.up), torch.from_numpy(weights.down)
     up_bias, down_bias = (None if bias is None else torch.from_numpy(bias) for bias in (weights.up_bias, weights.down_bias))
     outputs = torch.empty_like(x)
-    squares = torch.zeros(geometry.intermediate)
     step = max(1, CHUNK // geometry.up_rows)
     for rows, into in zip(x.split(step), outputs.split(step), strict=True):
         intermediate = activate(F.linear(rows, up, up_bias), geometry)
-        squares += intermediate.square().sum(0)
+        if products is not None:
+            products += block_products(intermediate.numpy(), products.shape[-1])
         into.copy_(F.linear(intermediate, down, down_bias))
-    return outputs, squares.numpy()
+    return outputs
 
 
 def activate(rows: torch.Tensor, geometry: ExpertGeometry) -> torch.Tensor:

@@ -14,7 +14,8 @@ from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.calibration.expert import expert_outputs, in_format, weight_error
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
-from rq_compile.quantization.formats import FORMATS, Format
+from rq_compile.quantization.formats import FORMATS, Format, Quantizer, block_size
+from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 
 # An expert's error is measured on at most this many of its pairs, evenly spread. On samples/olmoe that is within 0.3 % (median;
 # 95 %: 2.5 %) of the error on all of them.
@@ -28,9 +29,8 @@ class ExpertMeasurement:
     """Sums over the (token, choice) pairs of one expert E.
 
     ``energy``: ``gate**2 * ||E(x)||**2``. ``error[format]``: ``gate**2 * ||E_format(x) - E(x)||**2``, infinite where the format
-    cannot hold a weight. ``input_square_sum [hidden]`` and ``intermediate_square_sum [intermediate]``, fp32: squared inputs of
-    the up and down projections. Beside the sums, ``weight_error[format]`` (see ``weight_error``) and ``wanda`` (see
-    ``wanda_score``).
+    cannot hold a weight. Beside the sums, ``weight_error[format]`` (see ``weight_error``), ``wanda`` (see ``wanda_score``) and
+    ``intermediate_moment``, that of the down projection's inputs by quantization blocks.
     """
 
     pairs: int
@@ -38,15 +38,15 @@ class ExpertMeasurement:
     error: dict[Format, float]
     weight_error: dict[Format, float]
     wanda: float
-    input_square_sum: np.ndarray
-    intermediate_square_sum: np.ndarray
+    intermediate_moment: SecondMoment
 
 
 @dataclass(frozen=True)
 class LayerMeasurement:
-    """The measurements of a layer's m experts, stacked: ``[m]`` float64 (``pairs`` int64); the square sums ``[m, ...]`` fp32.
+    """The measurements of a layer's m experts, stacked: ``[m]`` float64 (``pairs`` int64); the moments ``[m, ...]`` fp32.
 
-    ``output_square``: squared norm of what the routed experts give together for a token, summed over the tokens.
+    ``input_moment``: of the up projections' inputs, over all tokens of the layer. ``output_square``: squared norm of what the
+    routed experts give together for a token, summed over the tokens.
     """
 
     pairs: np.ndarray
@@ -54,20 +54,20 @@ class LayerMeasurement:
     error: dict[Format, np.ndarray]
     weight_error: dict[Format, np.ndarray]
     wanda: np.ndarray
-    input_square_sum: np.ndarray
-    intermediate_square_sum: np.ndarray
+    input_moment: SecondMoment
+    intermediate_moments: np.ndarray
     output_square: float
 
     @classmethod
-    def of(cls, experts: list[ExpertMeasurement], output_square: float) -> "LayerMeasurement":
+    def of(cls, experts: list[ExpertMeasurement], input_moment: SecondMoment, output_square: float) -> "LayerMeasurement":
         return cls(
             pairs=np.array([expert.pairs for expert in experts]),
             energy=np.array([expert.energy for expert in experts]),
             error={format: np.array([expert.error[format] for expert in experts]) for format in experts[0].error},
             weight_error={format: np.array([expert.weight_error[format] for expert in experts]) for format in experts[0].error},
             wanda=np.array([expert.wanda for expert in experts]),
-            input_square_sum=np.stack([expert.input_square_sum for expert in experts]),
-            intermediate_square_sum=np.stack([expert.intermediate_square_sum for expert in experts]),
+            input_moment=input_moment,
+            intermediate_moments=np.stack([expert.intermediate_moment.values for expert in experts]),
             output_square=output_square,
         )
 
@@ -82,8 +82,6 @@ class LayerMeasurement:
             energy=self.energy * scale,
             error={format: np.where(np.isinf(error), error, error * scale) for format, error in self.error.items()},
             wanda=self.wanda * np.sqrt(scale),
-            input_square_sum=(self.input_square_sum * scale[:, None]).astype(np.float32),
-            intermediate_square_sum=(self.intermediate_square_sum * scale[:, None]).astype(np.float32),
             output_square=self.output_square * tokens,
         )
 
@@ -96,23 +94,28 @@ def measure_layer(
     weights_of: Callable[[int], ExpertWeights],
     *,
     formats: tuple[Format, ...] = FORMATS,
+    quantizer: Quantizer = "gptq",
     wanda_fraction: float = WANDA_FRACTION,
 ) -> LayerMeasurement:
-    """Run every expert over its own tokens, as the checkpoint has it and as each format stores it.
+    """Run every expert over its own tokens, as the checkpoint has it and as each format stores it, rounded by ``quantizer``.
 
     ``hidden [T, hidden]`` fp32 (may be mapped from disk), ``ids [T, k]`` in ``0..m-1``, ``gates [T, k]`` fp32. ``weights_of(e)``
     gives expert e; it is called once an expert, in order. Held at a time, in fp32: the weights of one expert twice, the inputs
     and outputs of its tokens, and the layer's output.
     """
     output = torch.zeros(hidden.shape)
+    input_moment = whole_moment(hidden)
     experts = []
     for expert in range(geometry.experts):
         tokens, choices = np.nonzero(ids == expert)
         x, gate = torch.from_numpy(hidden[tokens]), torch.from_numpy(gates[tokens, choices])
-        measurement, y = _measure_expert(geometry, weights_of(expert), x, gate, formats, wanda_fraction)
+        weights = weights_of(expert)
+        if quantizer == "gptq":
+            weights = replace(weights, up_moment=input_moment)
+        measurement, y = _measure_expert(geometry, weights, x, gate, formats, wanda_fraction)
         experts.append(measurement)
         output.index_add_(0, torch.from_numpy(tokens), y.mul_(gate[:, None]))
-    return LayerMeasurement.of(experts, _gated_square(output, torch.ones(len(output))))
+    return LayerMeasurement.of(experts, input_moment, _gated_square(output, torch.ones(len(output))))
 
 
 def _measure_expert(
@@ -125,8 +128,13 @@ def _measure_expert(
 ) -> tuple[ExpertMeasurement, torch.Tensor]:
     """The measurement on ``x [n, hidden]`` and ``gate [n]``, and the expert's outputs ``[n, hidden]``, not yet gated."""
     original = in_format(weights, "fp32")
-    y, intermediate_square_sum = expert_outputs(x, original, geometry)
-    input_square_sum = x.square().sum(0).numpy()
+    block = block_size(geometry.intermediate)
+    products = np.zeros((-(-geometry.intermediate // block), block, block), np.float32)
+    y = expert_outputs(x, original, geometry, products)
+    intermediate_moment = SecondMoment(products / np.float32(max(1, len(x))))
+    if weights.up_moment is not None:
+        weights = replace(weights, down_moment=intermediate_moment)
+    intermediate_square_sum = products.diagonal(axis1=1, axis2=2).reshape(-1)[: geometry.intermediate]
     energy = _gated_square(y, gate)
     sample = torch.arange(len(x)) if len(x) <= MAX_PAIRS else torch.arange(MAX_PAIRS) * len(x) // MAX_PAIRS
     sampled_x, sampled_y, sampled_gate = x[sample], y[sample], gate[sample]
@@ -139,7 +147,7 @@ def _measure_expert(
         elif weight_errors[format] < ROUNDING:
             errors[format] = weight_errors[format] * energy
         else:
-            difference = expert_outputs(sampled_x, changed, geometry)[0].sub_(sampled_y)
+            difference = expert_outputs(sampled_x, changed, geometry).sub_(sampled_y)
             errors[format] = _gated_square(difference, sampled_gate)
             if len(sample) < len(x) and errors[format] > 0:
                 errors[format] *= energy / _gated_square(sampled_y, sampled_gate)
@@ -148,9 +156,8 @@ def _measure_expert(
         energy=energy,
         error=errors,
         weight_error=weight_errors,
-        wanda=wanda_score([(original.up, input_square_sum), (original.down, intermediate_square_sum)], wanda_fraction),
-        input_square_sum=input_square_sum,
-        intermediate_square_sum=intermediate_square_sum,
+        wanda=wanda_score([(original.up, x.square().sum(0).numpy()), (original.down, intermediate_square_sum)], wanda_fraction),
+        intermediate_moment=intermediate_moment,
     ), y
 
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.files import Document
-from rq_compile.quantization.formats import Format
+from rq_compile.quantization.formats import Format, Quantizer
 
 
 class CalibrationText(Document):
@@ -15,6 +15,13 @@ class CalibrationText(Document):
     name: str
     sha256: str
     tokens: int
+
+
+class StatisticsFile(Document):
+    """The safetensors file with a calibration's activation statistics (``statistics.py``), by its name beside the document."""
+
+    name: str
+    sha256: str
 
 
 class LayerCalibration(Document):
@@ -55,9 +62,8 @@ class Calibration(Document):
     then scaled up: all, unless the recorded inputs had taken too much disk. ``padding_tokens`` are in no count at all.
     ``wanda_fraction`` is the paper's s: the part of an expert's weights, lowest scores first, that ``wanda`` is the mean of.
 
-    ``statistics`` names a safetensors file beside this one, or is None: ``{layer name}.input_square_sum [m, hidden]`` and
-    ``{layer name}.intermediate_square_sum [m, intermediate]``, fp32, sums over each expert's tokens of the squared
-    input of its up and down projection: what AWQ- or GPTQ-like quantizers want.
+    ``quantizer`` rounded the weights whose errors were measured, and is to round those of an engine: ``gptq`` by the activation
+    ``statistics`` beside this file, ``nearest`` without any.
     """
 
     schema_version: Literal[1] = 1
@@ -74,5 +80,6 @@ class Calibration(Document):
     batch_size: int
     sequence_length: int
     wanda_fraction: float = Field(gt=0, le=1)
-    statistics: str | None
+    quantizer: Quantizer
+    statistics: StatisticsFile | None
     layers: list[LayerCalibration] = Field(min_length=1)

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from rq_compile.cli.options import FILE, batch_size_option, check_writable, read_texts, sequence_length_option, text_option
+from rq_compile.cli.options import (
+    FILE,
+    QUANTIZERS,
+    batch_size_option,
+    check_writable,
+    read_texts,
+    sequence_length_option,
+    text_option,
+)
 from rq_compile.cli.screen import Screen, on_screen
+
+if TYPE_CHECKING:
+    from rq_compile.quantization.formats import Quantizer
 
 
 @click.command("calibrate")
@@ -16,28 +28,59 @@ from rq_compile.cli.screen import Screen, on_screen
 @click.option("-o", "--output", type=FILE, required=True, help="The calibration to write (.json).")
 @batch_size_option
 @sequence_length_option
+@click.option(
+    "--wanda-fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="The paper's s: an expert's score is the mean over this part of its weights, lowest first.",
+)
+@click.option(
+    "--quantizer",
+    type=click.Choice(QUANTIZERS),
+    default="gptq",
+    show_default=True,
+    help="How weights are rounded: by what the text shows of their inputs (GPTQ), or each to the nearest.",
+)
 @on_screen
-def command(screen: Screen, model: Path, texts: tuple[Path, ...], output: Path, batch_size: int, sequence_length: int) -> None:
+def command(
+    screen: Screen,
+    model: Path,
+    texts: tuple[Path, ...],
+    output: Path,
+    batch_size: int,
+    sequence_length: int,
+    quantizer: Quantizer,
+    wanda_fraction: float,
+) -> None:
     """Run MODEL over text: each expert's load, importance and errors."""
     check_writable(output)
     contents = read_texts(texts)
 
     from rq_compile.calibration.calibrate import calibrate
+    from rq_compile.calibration.schema import StatisticsFile
     from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.cli.tables import calibration_tables
-    from rq_compile.files import write_document, written_beside
+    from rq_compile.files import sha256, write_document, written_beside
 
     checkpoint = Checkpoint.open(model)
     with screen.progress("calibrating", "tokens") as progress:
         calibration, statistics = calibrate(
-            checkpoint, contents, batch_size=batch_size, sequence_length=sequence_length, progress=progress
+            checkpoint,
+            contents,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            progress=progress,
+            quantizer=quantizer,
+            wanda_fraction=wanda_fraction,
         )
     from safetensors.numpy import save
 
-    statistics_path = output.with_suffix(".safetensors")
-    with written_beside(statistics_path) as temporary:
-        temporary.write_bytes(save(statistics))  # save_file would hide a full disk in an exception of its own
-    calibration = calibration.model_copy(update={"statistics": statistics_path.name})
+    if statistics:
+        path = output.with_suffix(".safetensors")
+        with written_beside(path) as temporary:
+            temporary.write_bytes(save(statistics))  # save_file would hide a full disk in an exception of its own
+        calibration = calibration.model_copy(update={"statistics": StatisticsFile(name=path.name, sha256=sha256(path))})
     write_document(calibration, output)
-    screen.note(f"wrote {output} and {statistics_path}")
+    screen.note(f"wrote {output}" + (f" and {calibration.statistics.name}" if calibration.statistics else ""))
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)

@@ -70,6 +70,7 @@ def command(
     contents = read_texts(texts) if plan_path is None else {}
     options = parse_options(policy_options)
 
+    from rq_compile.calibration.statistics import Statistics
     from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.files import read_document
     from rq_compile.planning.schema import Plan
@@ -78,23 +79,30 @@ def command(
         plan = read_document(Plan, plan_path)
         checkpoint = Checkpoint.open(model)
         check_same_model(plan, checkpoint, plan_path)
+        statistics = Statistics.beside(plan_path.parent, plan.statistics) if plan.statistics else None
     else:
         from rq_compile.calibration.calibrate import calibrate
         from rq_compile.planning.plan import make_plan
 
         checkpoint = Checkpoint.open(model)
         with screen.progress("calibrating", "tokens") as progress:
-            calibration, _ = calibrate(
+            calibration, tensors = calibrate(
                 checkpoint, contents, batch_size=batch_size, sequence_length=sequence_length, progress=progress
             )
         plan = make_plan(calibration, target="batched" if lowering == "batched" else "cpu", **planning, **options)
+        statistics = Statistics.of(tensors)
 
     from rq_compile.cli.tables import engine_tables
     from rq_compile.targets.onnxruntime import compile_engine
 
     with screen.progress("compiling", "MB") as progress:
         manifest = compile_engine(
-            checkpoint, plan, output, lowering, progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE)
+            checkpoint,
+            plan,
+            output,
+            lowering,
+            statistics,
+            progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE),
         )
     screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")
     tables = engine_tables(manifest)

@@ -17,6 +17,7 @@ from rq_compile.errors import UserError
 
 POLICIES = ("none", "paper", "eplb", "place", "optimal")
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched")
+QUANTIZERS = ("gptq", "nearest")
 LOWERINGS = ("native", "stock", "batched")
 
 FILE = click.Path(path_type=Path)

@@ -67,6 +67,8 @@ def make_plan(
         model_type=calibration.model_type,
         fingerprint=calibration.fingerprint,
         calibration_sha256=calibration_sha256,
+        quantizer=calibration.quantizer,
+        statistics=calibration.statistics,
         policy=policy,
         options={**common.model_dump(), **own.model_dump()},
         target=target,

@@ -5,8 +5,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rq_compile.architectures.geometry import ExpertGeometry
+from rq_compile.calibration.schema import StatisticsFile
 from rq_compile.files import Document
-from rq_compile.quantization.formats import FLOAT_FORMATS, Format
+from rq_compile.quantization.formats import FLOAT_FORMATS, Format, Quantizer
 
 Policy = Literal["none", "paper", "eplb", "place", "optimal"]
 Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched"]
@@ -118,6 +119,8 @@ class Plan(Document):
     model_type: str
     fingerprint: str
     calibration_sha256: str | None
+    quantizer: Quantizer = Field(default="nearest", description="how the weights of quantized slots are rounded")
+    statistics: StatisticsFile | None = Field(default=None, description="what the quantizer gptq needs, beside the plan")
     policy: Policy
     options: dict[str, str | int | float | bool] = Field(default={})
     target: Target

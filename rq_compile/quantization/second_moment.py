@@ -7,6 +7,7 @@ import numpy as np
 
 # Of the mean diagonal, added to it: directions that few calibration tokens took must not count as free of error.
 DAMPING = 0.01
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +36,21 @@ class SecondMoment:
 
 
 def whole_moment(inputs: np.ndarray) -> SecondMoment:
-    """Of ``inputs [n, columns]`` fp32; zeros without any."""
-    return SecondMoment((inputs.T @ inputs / np.float32(max(1, len(inputs)))).astype(np.float32))
+    """Of ``inputs [n, columns]`` fp32 (may be mapped from disk); zeros without any."""
+    total = np.zeros((inputs.shape[1], inputs.shape[1]), np.float32)
+    for start in range(0, len(inputs), ROWS_AT_ONCE):
+        some = inputs[start : start + ROWS_AT_ONCE]
+        total += some.T @ some
+    return SecondMoment(total / np.float32(max(1, len(inputs))))
+
+
+def block_products(inputs: np.ndarray, block: int) -> np.ndarray:
+    """Sum of ``x x^T`` over ``inputs [n, columns]``, by blocks of columns, the last one filled up: ``[blocks, block, block]``."""
+    blocks = -(-inputs.shape[1] // block)
+    filled = np.pad(inputs, ((0, 0), (0, -inputs.shape[1] % block))).reshape(len(inputs), blocks, block).transpose(1, 0, 2)
+    return filled.transpose(0, 2, 1) @ filled
 
 
 def block_moment(inputs: np.ndarray, block: int) -> SecondMoment:
     """Of ``inputs [n, columns]`` fp32, by blocks of ``block`` columns."""
-    filled = np.pad(inputs, ((0, 0), (0, -inputs.shape[1] % block))).reshape(len(inputs), -1, block).transpose(1, 0, 2)
-    return SecondMoment((filled.transpose(0, 2, 1) @ filled / np.float32(max(1, len(inputs)))).astype(np.float32))
+    return SecondMoment(block_products(inputs, block) / np.float32(max(1, len(inputs))))

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, block_size
-from rq_compile.quantization.quantizer import quantize, whole_numbers
+from rq_compile.quantization.quantizer import Quantized, quantize, whole_numbers
 from rq_compile.rewrite.slot_weights import FLOAT_DTYPES, Source
 from rq_compile.rewrite.weights import INT4, ExternalWeight
 
@@ -41,32 +42,35 @@ def lane_weights(plan: LayerPlan, slots: Sequence[Slot], name: str, projection: 
     # Quantizing is the slow part of writing: the scales, a few per cent of the bytes, are kept until their turn comes.
     kept: dict[int, np.ndarray] = {}
 
-    def part(slot: Slot, name: str) -> np.ndarray:
+    def part(slot: Slot, name: str) -> Any:
         return getattr(source(plan.name, slot.expert), name)
+
+    def rounded(slot: Slot) -> Quantized:
+        return quantize(part(slot, projection), format, part(slot, f"{projection}_moment"))
 
     def values() -> Iterator[np.ndarray]:
         for place, slot in enumerate(slots):
             if format not in QUANTIZED_FORMATS:
                 yield part(slot, projection).astype(FLOAT_DTYPES[format], copy=False).T
             else:
-                result = quantize(part(slot, projection), format)
+                result = rounded(slot)
                 kept[place] = result.scales
                 yield whole_numbers(result, format).T
 
     def scales() -> Iterator[np.ndarray]:
         for place, slot in enumerate(slots):
-            yield (kept.pop(place) if place in kept else quantize(part(slot, projection), format).scales).T
+            yield (kept.pop(place) if place in kept else rounded(slot).scales).T
 
     def bias() -> Iterator[np.ndarray]:
         return (part(slot, f"{projection}_bias").astype(np.float32, copy=False) for slot in slots)
 
     held = len(slots)
-    quantized = format in QUANTIZED_FORMATS
-    dtype, padded = (QUANTIZED_DTYPES[format], blocks * block) if quantized else (FLOAT_DTYPES[format], columns)
+    packed = format in QUANTIZED_FORMATS
+    dtype, padded = (QUANTIZED_DTYPES[format], blocks * block) if packed else (FLOAT_DTYPES[format], columns)
     fp32 = np.dtype(np.float32)
     return LaneWeights(
         ExternalWeight(f"{name}.{projection}_weights", dtype, (held, padded, rows), values),
-        ExternalWeight(f"{name}.{projection}_scales", fp32, (held, blocks, rows), scales) if quantized else None,
+        ExternalWeight(f"{name}.{projection}_scales", fp32, (held, blocks, rows), scales) if packed else None,
         ExternalWeight(f"{name}.{projection}_bias", fp32, (held, 1, rows), bias) if geometry.bias else None,
         block,
     )

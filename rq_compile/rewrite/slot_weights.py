@@ -58,12 +58,16 @@ def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bo
     def matrix(expert: int) -> np.ndarray:
         return getattr(source(plan.name, expert), projection)
 
+    def quantized(expert: int, format: Format) -> Quantized:
+        weights = source(plan.name, expert)
+        return quantize(getattr(weights, projection), format, getattr(weights, f"{projection}_moment"))
+
     halves = 2 if projection == "up" and geometry.activation in GATED else 1
     layout = _Panels(rows, columns, halves) if panels else _Rows(rows, columns)
     prefix = f"{plan.name}.{projection}"
     inputs: list[ExternalWeight | None] = [_floats(f"{prefix}.float_weights", groups[0], layout, matrix)]
     for code in (1, 2):
-        inputs += _quantized(f"{prefix}.{GROUPS[code]}", groups[code], layout, matrix)
+        inputs += _quantized(f"{prefix}.{GROUPS[code]}", groups[code], layout, quantized)
     inputs.append(_bias(f"{prefix}.bias", plan, rows, lambda expert: getattr(source(plan.name, expert), f"{projection}_bias")))
     return SlotWeights(tuple(inputs), tuple(index))
 
@@ -87,8 +91,8 @@ class _Rows:
     def floats(self, weights: np.ndarray) -> np.ndarray:
         return weights
 
-    def quantized(self, weights: np.ndarray, format: Format) -> Quantized:
-        return quantize(weights, format)
+    def quantized(self, by_row: Quantized, format: Format) -> Quantized:
+        return by_row
 
 
 class _Panels(_Rows):
@@ -110,8 +114,7 @@ class _Panels(_Rows):
     def floats(self, weights: np.ndarray) -> np.ndarray:
         return float_panels(weights, self.halves)
 
-    def quantized(self, weights: np.ndarray, format: Format) -> Quantized:
-        by_row = quantize(weights, format)
+    def quantized(self, by_row: Quantized, format: Format) -> Quantized:
         return Quantized(packed_panels(by_row, format, self.halves), scale_panels(by_row, self.halves))
 
 
@@ -123,7 +126,9 @@ def _floats(name: str, slots: list[Slot], layout: _Rows, matrix: Callable[[int],
     return ExternalWeight(name, dtype, (len(slots), *layout.float_shape()), chunks)
 
 
-def _quantized(name: str, slots: list[Slot], layout: _Rows, matrix: Callable[[int], np.ndarray]) -> list[ExternalWeight | None]:
+def _quantized(
+    name: str, slots: list[Slot], layout: _Rows, by_row: Callable[[int, Format], Quantized]
+) -> list[ExternalWeight | None]:
     if not slots:
         return [None, None]
     format = slots[0].format
@@ -132,13 +137,13 @@ def _quantized(name: str, slots: list[Slot], layout: _Rows, matrix: Callable[[in
 
     def packed() -> Iterator[np.ndarray]:
         for place, slot in enumerate(slots):
-            result = layout.quantized(matrix(slot.expert), format)
+            result = layout.quantized(by_row(slot.expert, format), format)
             kept[place] = result.scales
             yield result.packed
 
     def scales() -> Iterator[np.ndarray]:
         for place, slot in enumerate(slots):
-            yield kept.pop(place) if place in kept else layout.quantized(matrix(slot.expert), format).scales
+            yield kept.pop(place) if place in kept else layout.quantized(by_row(slot.expert, format), format).scales
 
     return [
         ExternalWeight(f"{name}_packed", np.dtype(np.uint8), (len(slots), *layout.packed_shape(format)), packed),

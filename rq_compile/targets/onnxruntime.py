@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 
 from rq_compile import __version__
-from rq_compile.architectures.layers import expert_weights, moe_layers
+from rq_compile.architectures.layers import ExpertWeights, expert_weights, moe_layers
+from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.export.export import export_graph
@@ -29,12 +30,18 @@ from rq_compile.targets.weights_file import Progress, locate, write_weights
 
 
 def compile_engine(
-    checkpoint: Checkpoint, plan: Plan, output: Path, lowering: Lowering = "native", progress: Progress | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    lowering: Lowering = "native",
+    statistics: Statistics | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json`` and ``<stem>.json`` beside them.
 
-    Weights are streamed: no more than one expert or one dense tensor is held at a time. ``progress(done, total)`` counts
-    the bytes of the weights.
+    Weights are streamed: no more than one expert or one dense tensor is held at a time. ``statistics`` are those of the
+    calibration, by which a plan with the quantizer "gptq" has its weights rounded. ``progress(done, total)`` counts the bytes
+    of the weights.
 
     Raises:
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written. Nothing is left.
@@ -43,9 +50,18 @@ def compile_engine(
     _check_writable([output, data, tokenizer, document])
     layers = {layer.name: layer for layer in moe_layers(checkpoint)}
     preflight(checkpoint, list(layers.values()), plan, lowering)
+    if plan.quantizer == "gptq" and statistics is None:
+        raise UserError(
+            "the plan rounds weights by activation statistics (gptq), but has none; calibrate again, or with --quantizer nearest",
+            2,
+        )
 
     exported = export_graph(checkpoint)
-    source = lambda layer, expert: expert_weights(checkpoint, layers[layer], expert)  # noqa: E731
+
+    def source(layer: str, expert: int) -> ExpertWeights:
+        weights = expert_weights(checkpoint, layers[layer], expert)
+        return statistics.with_moments(weights, layer, expert) if statistics and plan.quantizer == "gptq" else weights
+
     model, experts, replaced = rewrite(exported.model, plan, source, lowering)
     dense = _dense_weights(checkpoint, model, exported.parameters)
 

@@ -164,10 +164,8 @@ struct ExpertGemm {
   }
 
   QuantizedLayout layout_of(const SlotWeights::Bound& bound, int64_t columns) const {
-    if (!quantizes || !bound.block) return quantized_layout(0, 0, false, false);
-    const bool int8 = bound.groups[1].data, int4 = bound.groups[2].data;
-    return quantized_layout(bound.block, (columns + bound.block - 1) / bound.block, int4 || (int8 && !kernels.words),
-                           int8 && kernels.words);
+    if (!quantizes || !bound.block) return quantized_layout(0, 0);
+    return quantized_layout(bound.block, (columns + bound.block - 1) / bound.block);
   }
 
   void quantize_rows(const Context& context, const Tensor& x, const QuantizedLayout& layout, const uint8_t* needed,

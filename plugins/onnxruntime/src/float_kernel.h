@@ -3,12 +3,21 @@
 
 constexpr int64_t kChunk = 256;  // columns of a panel at once: 16 KiB in fp32
 
+constexpr int64_t bytes_of(Storage storage) { return storage == Storage::fp32 ? 4 : 2; }
+
+template <Storage storage>
+inline Floats weights_at(const uint8_t* chunk, int64_t i) {
+  if constexpr (storage == Storage::fp16) return load_half(reinterpret_cast<const uint16_t*>(chunk) + i);
+  if constexpr (storage == Storage::bf16) return load_bfloat(reinterpret_cast<const uint16_t*>(chunk) + i);
+  return load(reinterpret_cast<const float*>(chunk) + i);
+}
+
 // Columns [begin, begin + count), rounded up to a whole group, to out[column][16].
 template <Storage storage>
 void unpack(const uint8_t* panel, const Matrix& weights, const float* scales, int64_t begin, int64_t count, float* out) {
-  if constexpr (storage == Storage::fp16 || storage == Storage::bf16) {
-    const uint16_t* p = reinterpret_cast<const uint16_t*>(panel) + begin * kPanel;
-    for (int64_t i = 0; i < count * kPanel; i += kLanes) store(out + i, storage == Storage::fp16 ? load_half(p + i) : load_bfloat(p + i));
+  if constexpr (storage != Storage::int8 && storage != Storage::int4) {
+    const uint8_t* chunk = panel + begin * kPanel * bytes_of(storage);
+    for (int64_t i = 0; i < count * kPanel; i += kLanes) store(out + i, weights_at<storage>(chunk, i));
   } else {
     constexpr int kBits = storage == Storage::int8 ? 8 : 4, kColumns = 32 / kBits;  // columns in a lane of Ints
     constexpr float kZeroPoint = storage == Storage::int8 ? 128.0f : 8.0f;
@@ -28,15 +37,16 @@ void unpack(const uint8_t* panel, const Matrix& weights, const float* scales, in
   }
 }
 
-template <int R>
-void multiply_chunk(const float* const* x, int64_t begin, const float* weights, int64_t count, float* out) {
+template <Storage storage, int R>
+void multiply_chunk(const float* const* x, int64_t begin, const uint8_t* chunk, int64_t count, float* out) {
   Floats total[R][kVectors];
   for (int i = 0; i < R; ++i) {
     for (int v = 0; v < kVectors; ++v) total[i][v] = set(0.0f);
   }
   for (int64_t c = 0; c < count; ++c) {
+    __builtin_prefetch(chunk + c * kPanel * bytes_of(storage) + kAhead);
     Floats w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = load(weights + c * kPanel + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) w[v] = weights_at<storage>(chunk, c * kPanel + v * kLanes);
     for (int i = 0; i < R; ++i) {
       const Floats value = set(x[i][begin + c]);
       for (int v = 0; v < kVectors; ++v) total[i][v] = multiply_add(value, w[v], total[i][v]);
@@ -50,27 +60,27 @@ void multiply_chunk(const float* const* x, int64_t begin, const float* weights, 
   }
 }
 
-template <int R>
-void multiply_rows(const float* const* x, int64_t rows, int64_t begin, const float* weights, int64_t count, float* out) {
-  for (; rows >= R; rows -= R, x += R, out += R * kPanel) multiply_chunk<R>(x, begin, weights, count, out);
-  if constexpr (R > 1) multiply_rows<R - 1>(x, rows, begin, weights, count, out);
+template <Storage storage, int R>
+void multiply_rows(const float* const* x, int64_t rows, int64_t begin, const uint8_t* chunk, int64_t count, float* out) {
+  for (; rows >= R; rows -= R, x += R, out += R * kPanel) multiply_chunk<storage, R>(x, begin, chunk, count, out);
+  if constexpr (R > 1) multiply_rows<storage, R - 1>(x, rows, begin, chunk, count, out);
 }
 
 template <Storage storage>
 void multiply_stored(const float* const* x, int64_t rows, const Matrix& weights, int64_t panel, float* out) {
+  constexpr bool kQuantized = storage == Storage::int8 || storage == Storage::int4;
   const uint8_t* data = weights.data + static_cast<size_t>(panel) * weights.panel_bytes;
-  const float* scales = weights.scales + panel * weights.blocks * kPanel;
   memset(out, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
-  alignas(64) float unpacked[storage == Storage::fp32 ? 1 : kChunk * kPanel];
+  alignas(64) float unpacked[kChunk * kPanel];
   for (int64_t begin = 0; begin < weights.columns; begin += kChunk) {
     const int64_t count = weights.columns - begin < kChunk ? weights.columns - begin : kChunk;
-    const float* chunk = unpacked;
-    if constexpr (storage == Storage::fp32) {
-      chunk = reinterpret_cast<const float*>(data) + begin * kPanel;
-    } else {
-      unpack<storage>(data, weights, scales, begin, count, unpacked);
+    // Quantized weights are unpacked whatever the number of rows; others only where the rows outweigh it.
+    if (kQuantized || (storage != Storage::fp32 && rows > kFloatRows)) {
+      unpack<storage>(data, weights, weights.scales + panel * weights.blocks * kPanel, begin, count, unpacked);
+      multiply_rows<Storage::fp32, kFloatRows>(x, rows, begin, reinterpret_cast<const uint8_t*>(unpacked), count, out);
+    } else if constexpr (!kQuantized) {
+      multiply_rows<storage, kFloatRows>(x, rows, begin, data + begin * kPanel * bytes_of(storage), count, out);
     }
-    multiply_rows<kFloatRows>(x, rows, begin, chunk, count, out);
   }
 }
 

@@ -46,12 +46,9 @@ const Kernels& choose() {
 
 }  // namespace
 
-QuantizedLayout quantized_layout(int64_t block, int64_t blocks, bool bytes, bool words) {
-  QuantizedLayout layout{block, blocks, -1, -1, static_cast<int64_t>(sizeof(QuantizedBlock)), 0};
-  if (bytes) layout.bytes_at = layout.block_bytes, layout.block_bytes += block;
-  if (words) layout.words_at = layout.block_bytes, layout.block_bytes += 2 * block;
-  layout.row_bytes = blocks * layout.block_bytes;
-  return layout;
+QuantizedLayout quantized_layout(int64_t block, int64_t blocks) {
+  const int64_t block_bytes = static_cast<int64_t>(sizeof(QuantizedBlock)) + block;
+  return {block, blocks, block_bytes, blocks * block_bytes};
 }
 
 const Kernels& best_kernels() {

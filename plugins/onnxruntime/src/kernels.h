@@ -23,26 +23,21 @@ struct Matrix {
   int64_t columns, block, blocks;
 };
 
-// A row of x rounded to int8, block after block; each block is a header and then its numbers in one form or both: bytes, in
-// the order of the columns; words, sign-extended to 16 bits, of each four columns first the even ones, then the odd ones.
+// A row of x rounded to int8 (x = q * scale), block after block, each a header and `block` numbers q.
 struct QuantizedBlock {
-  float scale;    // x = q * scale
-  int32_t sum;    // of q
-  int32_t pairs;  // sum of the products of column 2j and column 2j + 1
-  int32_t unused;
+  float scale;
+  int32_t sum;  // of q
 };
 struct QuantizedLayout {
   int64_t block, blocks;
-  int64_t bytes_at, words_at;  // in a block; -1: this form is left out
   int64_t block_bytes, row_bytes;
 };
-QuantizedLayout quantized_layout(int64_t block, int64_t blocks, bool bytes, bool words);
+QuantizedLayout quantized_layout(int64_t block, int64_t blocks);
 
 // Whatever the number of rows, one output is one chain of sums over ascending columns: a token's result does not depend on
 // who shares its batch. With quantized x it is even the same on every instruction set.
 struct Kernels {
   const char* name;
-  bool words;  // int8 weights are multiplied with words of x, not with bytes
   // out[i * kPanel + j] = dot(x[i], row j of the panel) for i < rows.
   void (*multiply_floats)(const float* const* x, int64_t rows, const Matrix& weights, int64_t panel, float* out);
   // The same for rows of x as `quantize` left them.

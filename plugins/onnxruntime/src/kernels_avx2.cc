@@ -8,7 +8,8 @@ namespace {
 using Floats = __m256;
 using Ints = __m256i;
 constexpr int64_t kLanes = 8, kVectors = 2;
-constexpr int kFloatRows = 6, kInt4Rows = 2, kInt8Rows = 4;
+constexpr int kFloatRows = 6, kQuantizedRows = 2;  // rows of x at once: what the registers hold
+constexpr int32_t kInt8Offset = 0;  // left in the weights that dot_int8 multiplies
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats set(float x) { return _mm256_set1_ps(x); }
@@ -38,24 +39,25 @@ inline Ints field(Ints v, int shift) {
 inline Ints low_nibbles(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline Ints high_nibbles(Ints v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
 
-// Two products of int4 and int8 are at most 2 * 15 * 127 in magnitude: 16 bits hold the sum of eight such pairs.
+// A pair of products of int4 and int8 is at most 2 * 15 * 127 in magnitude: 16 bits hold the sum of eight pairs.
 struct Partial {
   __m256i words = _mm256_setzero_si256();
 };
-inline Partial dot(Partial sum, Ints weights, Ints x) {
+inline Partial dot_int4(Partial sum, Ints weights, Ints x) {
   return {_mm256_add_epi16(sum.words, _mm256_maddubs_epi16(weights, x))};
 }
 inline Ints widen(Ints sum, Partial partial) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(partial.words, _mm256_set1_epi16(1)));
 }
-inline Ints even_bytes(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi16(255)); }
-inline Ints odd_bytes(Ints v) { return _mm256_srli_epi16(v, 8); }
-inline Ints add_words(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
-inline Ints dot_words(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+// The instruction wants one operand without a sign, so x takes that of the weight. A pair is at most 2 * 128 * 127: it fits.
+inline Ints dot_int8(Ints sum, Ints weights, Ints x) {
+  const Ints w = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+  const Ints words = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+}
 
 }  // namespace
 
 #define RQ_KERNELS kAvx2Kernels
 #define RQ_KERNELS_NAME "avx2"
-#define RQ_INT8_PRODUCTS "int8_words.h"
 #include "kernels_body.h"

@@ -5,21 +5,17 @@
 namespace rq {
 namespace {
 
+// Weights are read once from one end to the other; a processor's own prefetcher stops at every page.
+constexpr int64_t kAhead = 4096;
+
 #include "activation_kernel.h"
 #include "float_kernel.h"
 #include "quantize.h"
 #include "quantized_kernel.h"
-#include RQ_INT8_PRODUCTS
-
-void multiply_quantized(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
-                        int64_t panel, float* out) {
-  if (weights.storage == Storage::int8) return multiply_int8(x, rows, layout, weights, panel, out);
-  multiply_blocks<Int4Products>(x, rows, layout, weights, panel, out);
-}
 
 }  // namespace
 
 extern const Kernels RQ_KERNELS;
-const Kernels RQ_KERNELS = {RQ_KERNELS_NAME, kInt8Words, multiply_floats, multiply_quantized, quantize, activate};
+const Kernels RQ_KERNELS = {RQ_KERNELS_NAME, multiply_floats, multiply_quantized, quantize, activate};
 
 }  // namespace rq

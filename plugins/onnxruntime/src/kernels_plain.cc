@@ -7,7 +7,8 @@ namespace {
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 4, kVectors = 4;
-constexpr int kFloatRows = 2, kInt4Rows = 2, kInt8Rows = 2;
+constexpr int kFloatRows = 2, kQuantizedRows = 2;
+constexpr int32_t kInt8Offset = 128;
 inline Floats load(const float* p) {
   Floats v;
   memcpy(&v, p, sizeof v);
@@ -62,7 +63,7 @@ inline Ints high_nibbles(Ints v) { return (v >> 4) & 0x0f0f0f0f; }
 struct Partial {
   Ints sums = {0, 0, 0, 0};
 };
-inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
+inline Ints dot_int8(Ints sum, Ints weights, Ints x) {
   int8_t signed_bytes[16];
   uint8_t bytes[16];
   memcpy(bytes, &weights, sizeof bytes);
@@ -72,12 +73,11 @@ inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
   }
   return sum;
 }
-inline Partial dot(Partial sum, Ints weights, Ints x) { return {dot_bytes(sum.sums, weights, x)}; }
+inline Partial dot_int4(Partial sum, Ints weights, Ints x) { return {dot_int8(sum.sums, weights, x)}; }
 inline Ints widen(Ints sum, Partial partial) { return sum + partial.sums; }
 
 }  // namespace
 
 #define RQ_KERNELS kPlainKernels
 #define RQ_KERNELS_NAME "plain"
-#define RQ_INT8_PRODUCTS "int8_bytes.h"
 #include "kernels_body.h"

@@ -13,31 +13,20 @@ void quantize(const float* x, int64_t columns, const QuantizedLayout& layout, ui
     float magnitude;
     memcpy(&magnitude, &largest, sizeof magnitude);
     // Below the threshold, and with zeros, the inverse would be infinite. NaN and infinity make the whole block NaN.
-    const bool finite = largest < 0x7f800000, zero = !finite || magnitude < 1e-36f;
-    const float inverse = zero ? 0.0f : 127.0f / magnitude;
-    int8_t q[kMaxBlock] = {};
-    int32_t sum = 0, pairs = 0;
-    if (!zero) {
-      for (int64_t c = 0; c < count; ++c) {
-        const float shifted = x[c] * inverse + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
-        int32_t bits;
-        memcpy(&bits, &shifted, sizeof bits);
-        q[c] = static_cast<int8_t>(bits - 0x4b400000);
-      }
+    const bool finite = largest < 0x7f800000;
+    const float inverse = finite && magnitude > 1e-36f ? 127.0f / magnitude : 0.0f;
+    int8_t* q = reinterpret_cast<int8_t*>(out + sizeof(QuantizedBlock));
+    for (int64_t c = 0; c < count; ++c) {
+      const float shifted = x[c] * inverse + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+      int32_t bits;
+      memcpy(&bits, &shifted, sizeof bits);
+      q[c] = static_cast<int8_t>(bits - 0x4b400000);
     }
+    if (!finite) memset(q, 0, static_cast<size_t>(count));
+    if (count < layout.block) memset(q + count, 0, static_cast<size_t>(layout.block - count));
+    int32_t sum = 0;
     for (int64_t c = 0; c < layout.block; ++c) sum += q[c];
-    for (int64_t c = 0; c < layout.block; c += 2) pairs += q[c] * q[c + 1];
-    const QuantizedBlock header{finite ? magnitude / 127.0f : __builtin_nanf(""), sum, pairs, 0};
+    const QuantizedBlock header{finite ? magnitude / 127.0f : __builtin_nanf(""), sum};
     memcpy(out, &header, sizeof header);
-    if (layout.bytes_at >= 0) memcpy(out + layout.bytes_at, q, static_cast<size_t>(layout.block));
-    if (layout.words_at >= 0) {
-      int16_t* words = reinterpret_cast<int16_t*>(out + layout.words_at);
-      for (int64_t c = 0; c < layout.block; c += 4) {
-        words[c] = q[c];
-        words[c + 1] = q[c + 2];
-        words[c + 2] = q[c + 1];
-        words[c + 3] = q[c + 3];
-      }
-    }
   }
 }

@@ -49,7 +49,7 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
   for (float& scale : scales) scale = random.real();
   for (float& value : x) value = random.real();
   const Matrix weights{storage, panel.data(), panel.size(), scales.data(), kColumns, kBlock, kBlocks};
-  const QuantizedLayout layout = quantized_layout(kBlock, kBlocks, true, true);
+  const QuantizedLayout layout = quantized_layout(kBlock, kBlocks);
   std::vector<uint8_t> records(static_cast<size_t>(kRows * layout.row_bytes)), plain_records = records;
   std::vector<const float*> floats;
   std::vector<const uint8_t*> quantized;

@@ -8,7 +8,7 @@ namespace {
 using Floats = __m512;
 using Ints = __m512i;
 constexpr int64_t kLanes = 16, kVectors = 1;
-constexpr int kFloatRows = 12, kInt4Rows = 6, kInt8Rows = 6;
+constexpr int kFloatRows = 12, kQuantizedRows = 4;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }

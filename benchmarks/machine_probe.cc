@@ -1,0 +1,119 @@
+// What this machine can do at most: read bandwidth, and multiply-adds per second of the instructions that the kernels use,
+// with operands in registers. Compiled with -march=native by machine.py.
+#include <immintrin.h>
+
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace {
+
+double seconds_of(int threads, const std::function<void(int)>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+  work(0);
+  for (std::thread& other : others) other.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void read(const uint8_t* data, size_t bytes) {
+  __m256i sum[8] = {};
+  for (size_t i = 0; i + 256 <= bytes; i += 256) {
+    for (int j = 0; j < 8; ++j) {
+      sum[j] = _mm256_xor_si256(sum[j], _mm256_load_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j)));
+    }
+  }
+  for (int j = 0; j < 8; ++j) asm volatile("" ::"x"(sum[j]));
+}
+
+constexpr int kChains = 12;
+constexpr int64_t kSteps = 200000;
+
+// Twelve independent chains of `step`, which does `macs` multiply-adds; returns multiply-adds.
+template <typename Value, typename Step>
+double chains(double macs, Value start, Step step) {
+  Value value[kChains];
+  for (Value& v : value) v = start;
+  for (int64_t i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+    for (int j = 0; j < kChains; ++j) {
+      value[j] = step(value[j]);
+      asm volatile("" : "+x"(value[j]));  // neither folded nor merged
+    }
+  }
+  return macs * kChains * static_cast<double>(kSteps);
+}
+
+double fp32_macs() {
+#ifdef __AVX512F__
+  const __m512 x = _mm512_set1_ps(0.5f);
+  return chains(16, x, [=](__m512 sum) { return _mm512_fmadd_ps(x, x, sum); });
+#else
+  const __m256 x = _mm256_set1_ps(0.5f);
+  return chains(8, x, [=](__m256 sum) { return _mm256_fmadd_ps(x, x, sum); });
+#endif
+}
+
+#ifdef __AVX512VNNI__
+double int8_macs() {
+  const __m512i x = _mm512_set1_epi8(3);
+  return chains(64, x, [=](__m512i sum) { return _mm512_dpbusd_epi32(sum, x, x); });
+}
+double int4_macs() { return int8_macs(); }
+#else
+// int8 products need 16 bits each: sixteen at once. int4 times int8 fits: thirty-two at once, widened after every eighth.
+double int8_macs() {
+  const __m256i x = _mm256_set1_epi16(3);
+  return chains(16, x, [](__m256i sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(sum, sum)); });
+}
+double int4_macs() {
+  const __m256i x = _mm256_set1_epi8(1);
+  return chains(256, x, [=](__m256i sum) {
+    __m256i words = x;
+    for (int i = 0; i < 8; ++i) {
+      __m256i product = _mm256_maddubs_epi16(x, sum);
+      asm volatile("" : "+x"(product));
+      words = _mm256_add_epi16(words, product);
+    }
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(words, x));
+  });
+}
+#endif
+
+}  // namespace
+
+extern "C" {
+
+// Bytes per second, the best of `trials` passes over `bytes`, which must exceed every cache.
+double read_bandwidth(int64_t bytes, int threads, int trials) {
+  auto* data = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(bytes)));
+  std::memset(data, 1, static_cast<size_t>(bytes));
+  const size_t share = static_cast<size_t>(bytes) / threads / 4096 * 4096;
+  double best = 0;
+  for (int i = 0; i < trials; ++i) {
+    const double seconds = seconds_of(threads, [=](int thread) { read(data + share * thread, share); });
+    if (share * threads / seconds > best) best = share * threads / seconds;
+  }
+  std::free(data);
+  return best;
+}
+
+// Multiply-adds per second, the best of `trials`; kind 0: fp32, 1: int8 times int8, 2: int4 times int8.
+double peak(int kind, int threads, int trials) {
+  double best = 0;
+  for (int i = 0; i < trials; ++i) {
+    double (*macs)() = kind == 0 ? fp32_macs : kind == 1 ? int8_macs : int4_macs;
+    std::vector<double> done(threads);
+    const double seconds = seconds_of(threads, [&](int thread) { done[thread] = macs(); });
+    double total = 0;
+    for (double one : done) total += one;
+    if (total / seconds > best) best = total / seconds;
+  }
+  return best;
+}
+}

@@ -1,0 +1,190 @@
+"""One MoE layer on the CPU: our kernels against ONNX Runtime's MoE, QMoE and MatMulNBits and torch's grouped_mm.
+
+All variants of a cell (shape, format, threads, tokens, routing) run in turn, so that whatever else the machine does meets all of
+them; times are medians. Every variant is first checked against ours. ``roofline`` is the time that the touched weights at the
+measured read bandwidth or the multiply-adds at the measured peak need at least, over the time taken; our int8 kernel can pass 1,
+because it takes two products for one multiplication.
+
+    python benchmarks/moe_layer.py --quick
+    python benchmarks/moe_layer.py -o benchmarks/results/moe_layer.json
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from machine import Machine, Probe
+from moe_variants import Builder, Run, Shape, formats_of
+
+from rq_compile.quantization.formats import Format
+
+SHAPES = [
+    Shape("H1024-F2816-E16-k2", 1024, 2816, 16, 2),
+    Shape("OLMoE", 2048, 1024, 64, 8),
+    Shape("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
+]
+LARGE = Shape("Mixtral", 4096, 14336, 8, 2)
+TOKENS = (1, 4, 16, 64, 256, 1024)
+FORMATS = ("fp32", "int8", "int4", "mixed")
+ROUTINGS = ("uniform", "skewed")
+BATCHES = 16  # with few tokens, runs in a row must not find their experts in a cache
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.5, 5, 60
+OURS = "rq.moe"
+
+
+class Batch(NamedTuple):
+    x: np.ndarray
+    ids: np.ndarray
+    gates: np.ndarray
+
+
+def batch(shape: Shape, tokens: int, routing: str, seed: int) -> Batch:
+    """Experts are drawn without replacement, all alike or, skewed, the e-th with weight 1 / (e + 1)."""
+    random = np.random.default_rng(seed)
+    weight = np.log(1 / np.arange(1, shape.experts + 1)) if routing == "skewed" else np.zeros(shape.experts)
+    keys = weight + random.gumbel(size=(tokens, shape.experts))
+    gates = random.uniform(0.5, 1, (tokens, shape.top_k)).astype(np.float32)
+    return Batch(
+        random.standard_normal((tokens, shape.hidden), np.float32),
+        np.ascontiguousarray(np.argsort(-keys, axis=1)[:, : shape.top_k]),
+        gates / gates.sum(1, keepdims=True),
+    )
+
+
+def variants(builder: Builder, format: str, threads: int) -> dict[str, Run]:
+    built = {OURS: builder.rewritten(format, "native", 8, threads)}
+    if format == "fp32":
+        built["stock Gemm in If"] = builder.rewritten(format, "stock", 32, threads)
+        built["MoE"] = builder.fused(format, threads)
+        built["torch grouped_mm"] = builder.grouped_mm(threads)
+        return built
+    built[f"{OURS} fp32 activations"] = builder.rewritten(format, "native", 32, threads)
+    built["MatMulNBits in If, accuracy 4"] = builder.rewritten(format, "stock", 8, threads)
+    built["MatMulNBits in If, accuracy 0"] = builder.rewritten(format, "stock", 32, threads)
+    if format != "mixed":
+        built["QMoE"] = builder.fused(format, threads)
+    return built
+
+
+def check(built: dict[str, Run], inputs: Batch) -> None:
+    """
+    Raises:
+        AssertionError: a variant computes something else.
+    """
+    expected = built[OURS](*inputs)
+    for name, run in built.items():
+        error = np.linalg.norm(run(*inputs) - expected) / np.linalg.norm(expected)
+        assert error < 0.02, f"{name} differs from {OURS} by {error:.3f}"
+
+
+def timed(built: dict[str, Run], batches: list[Batch]) -> dict[str, float]:
+    """Median seconds of each variant, which run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in built}
+    start = time.perf_counter()
+    for round in range(MAX_ROUNDS):
+        if round >= MIN_ROUNDS and time.perf_counter() - start > SECONDS * len(built):
+            break
+        inputs = batches[round % len(batches)]
+        for name, run in built.items():
+            begin = time.perf_counter()
+            run(*inputs)
+            times[name].append(time.perf_counter() - begin)
+    return {name: median(values) for name, values in times.items()}
+
+
+def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[str, float]]:
+    """Of a median batch: bytes of the weights that it touches, and multiply-adds by the peak they fall under."""
+    formats = formats_of(shape, format)
+    touched, macs = [], []
+    kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "int8": "int8", "int4": "int4"}
+    for _, ids, _ in batches:
+        load = np.bincount(ids.reshape(-1), minlength=shape.experts)
+        touched.append(sum(shape.geometry.expert_bytes(f) for f, n in zip(formats, load, strict=True) if n))
+        by_kind = dict.fromkeys(kinds.values(), 0.0)
+        for f, n in zip(formats, load, strict=True):
+            by_kind[kinds[f]] += float(n) * 3 * shape.hidden * shape.intermediate
+        macs.append(by_kind)
+    return median(touched), {kind: median(m[kind] for m in macs) for kind in macs[0]}
+
+
+def rows(shape: Shape, folder: Path, machines: dict[int, Machine], args: argparse.Namespace) -> Iterator[dict]:
+    builder = Builder(shape, folder)
+    for format, threads in itertools.product(args.formats, args.threads):
+        built = variants(builder, format, threads)
+        machine = machines[threads]
+        for tokens, routing in itertools.product(args.tokens, args.routings):
+            batches = [batch(shape, tokens, routing, seed) for seed in range(BATCHES if tokens <= 16 else 2)]
+            check(built, batches[0])
+            touched, macs = work(shape, format, batches)
+            bound = max(touched / machine.bandwidth, sum(n / machine.peaks[kind] for kind, n in macs.items()))
+            for variant, seconds in timed(built, batches).items():
+                yield {
+                    "shape": shape.name,
+                    "tokens": tokens,
+                    "format": format,
+                    "threads": threads,
+                    "routing": routing,
+                    "variant": variant,
+                    "ms": round(seconds * 1e3, 4),
+                    "gbytes_per_s": round(touched / seconds / 1e9, 2),
+                    "gflops": round(2 * sum(macs.values()) / seconds / 1e9, 1),
+                    "roofline": round(bound / seconds, 3),
+                }
+
+
+def report(cell: list[dict]) -> None:
+    """One line: ours, and each other variant's time over ours."""
+    ours, *others = cell
+    head = f"{ours['shape']:19} {ours['format']:5} T={ours['tokens']:<5} {ours['threads']} threads {ours['routing']:8}"
+    speeds = f"{ours['ms']:9.3f} ms {ours['gbytes_per_s']:6.1f} GB/s {ours['gflops']:6.1f} GFLOP/s roofline {ours['roofline']:.2f}"
+    ratios = ", ".join(f"{row['variant']} {row['ms'] / ours['ms']:.2f}x" for row in others)
+    print(f"{head} {speeds} | {ratios}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape, uniform routing, 1, 16 and 256 tokens")
+    parser.add_argument("--large", action="store_true", help="add Mixtral's shape, at 4 bits only")
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES], help="default: all")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
+    parser.add_argument("-o", "--output", type=Path, help="where the rows go, as JSON")
+    args = parser.parse_args()
+    if args.quick:
+        args.shapes, args.tokens, args.routings = [SHAPES[0].name], (1, 16, 256), ("uniform",)
+    probe = Probe()
+    machines = {threads: probe.machine(threads) for threads in args.threads}
+    for threads, machine in machines.items():
+        peaks = ", ".join(f"{kind} {2 * peak / 1e9:.0f}" for kind, peak in machine.peaks.items())
+        print(f"{threads} threads: reads {machine.bandwidth / 1e9:.1f} GB/s; peaks in GFLOP/s: {peaks}", flush=True)
+    found: list[dict] = []
+    chosen = [shape for shape in SHAPES if shape.name in args.shapes]
+    for shape in [*chosen, *([LARGE] if args.large else [])]:
+        if shape is LARGE:
+            args.formats = ["int4"]
+        with tempfile.TemporaryDirectory() as folder:
+            cell = ("tokens", "format", "threads", "routing")
+            for _, same in itertools.groupby(rows(shape, Path(folder), machines, args), lambda r: [r[k] for k in cell]):
+                found += (measured := list(same))
+                report(measured)
+    if args.output:
+        ceilings = {t: {"read_gbytes_per_s": m.bandwidth / 1e9, "peak_gmacs": {k: p / 1e9 for k, p in m.peaks.items()}} for t, m in machines.items()}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"machine": ceilings, "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

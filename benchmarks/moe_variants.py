@@ -1,0 +1,191 @@
+"""One MoE layer in every implementation that the benchmark compares: ours, ONNX Runtime's own, torch's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from rq_compile.architectures.geometry import ExpertGeometry
+from rq_compile.architectures.layers import ExpertWeights
+from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
+from rq_compile.quantization.formats import BITS, Format, block_size
+from rq_compile.quantization.quantizer import Quantized, quantize
+from rq_compile.rewrite import slot_weights
+from rq_compile.rewrite.rewrite import rewrite
+from rq_compile.targets.library import library_path
+from rq_compile.targets.weights_file import locate, write_weights
+
+LAYER = "layer"
+DISTINCT = 3  # experts that differ; the others repeat them, each with bytes of its own
+
+Run = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A SwiGLU MoE layer of some model."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+    @property
+    def geometry(self) -> ExpertGeometry:
+        return ExpertGeometry(
+            experts=self.experts, top_k=self.top_k, hidden=self.hidden, intermediate=self.intermediate, activation="swiglu"
+        )
+
+
+def formats_of(shape: Shape, format: str) -> list[Format]:
+    """The format of each expert; "mixed": one in eight fp16, two int8, five int4."""
+    if format != "mixed":
+        return [format] * shape.experts  # type: ignore[list-item]
+    return [("fp16", "int8", "int8", "int4", "int4", "int4", "int4", "int4")[e % 8] for e in range(shape.experts)]
+
+
+def random_experts(shape: Shape) -> list[ExpertWeights]:
+    random = np.random.default_rng(0)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return (random.standard_normal((rows, columns), np.float32) / np.sqrt(columns)).astype(np.float32)
+
+    width, hidden = shape.intermediate, shape.hidden
+    distinct = [ExpertWeights(matrix(2 * width, hidden), matrix(hidden, width), None, None) for _ in range(DISTINCT)]
+    return [distinct[e % DISTINCT] for e in range(shape.experts)]
+
+
+class Builder:
+    """Builds sessions of one shape, their files in ``folder``. Quantizes a matrix once, however many experts repeat it."""
+
+    def __init__(self, shape: Shape, folder: Path) -> None:
+        self.shape, self.folder = shape, folder
+        self.experts = random_experts(shape)
+        self._quantized: dict[tuple[int, str], Quantized] = {}
+        slot_weights.quantize = self._quantize
+
+    def _quantize(self, weights: np.ndarray, format: Format, _: object = None) -> Quantized:
+        key = (id(weights), format)
+        if key not in self._quantized:
+            self._quantized[key] = quantize(weights, format)
+        return self._quantized[key]
+
+    def rewritten(self, format: str, lowering: str, bits: int, threads: int) -> Run:
+        """Lowering "native" or "stock", activations in ``bits``."""
+        name = f"{lowering}-{format}-{bits}"
+        path = self.folder / f"{name}.onnx"
+        if not path.is_file():
+            slots = [Slot(expert=e, format=f) for e, f in enumerate(formats_of(self.shape, format))]
+            source = lambda _, e: self.experts[e]  # noqa: E731
+            model, weights, _ = rewrite(_experts_node(self.shape), _plan(self.shape, slots), source, lowering, activation_bits=bits)
+            with (self.folder / f"{name}.data").open("wb") as file:
+                locate(model, write_weights(weights, file), f"{name}.data")
+            onnx.save(model, path)
+        session = _session(path, threads)
+        return lambda x, ids, gates: session.run(["y"], {"x": x, "ids": ids, "gates": gates})[0]
+
+    def fused(self, format: str, threads: int) -> Run:
+        """ONNX Runtime's own MoE ("fp32") or QMoE ("int8", "int4"), which take router logits."""
+        path = self.folder / f"fused-{format}.onnx"
+        if not path.is_file():
+            onnx.save(self._fused_model(format), path, save_as_external_data=True, location=f"fused-{format}.data")
+        session = _session(path, threads)
+
+        def run(x: np.ndarray, ids: np.ndarray, gates: np.ndarray) -> np.ndarray:
+            return session.run(None, {"x": x, "logits": router_logits(self.shape, ids, gates)})[0]
+
+        return run
+
+    def _fused_model(self, format: str) -> onnx.ModelProto:
+        shape, weights = self.shape, []
+        attributes = dict(k=shape.top_k, activation_type="swiglu", swiglu_fusion=1, normalize_routing_weights=1)
+        for i in (1, 2):
+            matrices = [_interleaved(e.up) if i == 1 else e.down for e in self.experts[:DISTINCT]]
+            if format == "fp32":
+                parts = {f"fc{i}": matrices}
+            else:
+                quantized = [quantize(m, format) for m in matrices]  # type: ignore[arg-type]
+                parts = {f"fc{i}": [q.packed for q in quantized], f"fc{i}_scales": [q.scales for q in quantized]}
+            for name, arrays in parts.items():
+                stacked = np.stack([arrays[e % DISTINCT] for e in range(shape.experts)])
+                weights.append(onnx.numpy_helper.from_array(stacked, name))
+        if format == "fp32":
+            inputs = ["x", "logits", "fc1", "", "fc2"]
+        else:
+            inputs = ["x", "logits", "fc1", "fc1_scales", "", "fc2", "fc2_scales"]
+            attributes |= dict(expert_weight_bits=BITS[format], block_size=block_size(shape.hidden), accuracy_level=4)
+        node = helper.make_node("MoE" if format == "fp32" else "QMoE", inputs, ["y"], domain="com.microsoft", **attributes)
+        floats = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "logits", "y")]
+        graph = helper.make_graph([node], "fused", floats[:2], floats[2:], weights)
+        imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+    def grouped_mm(self, threads: int) -> Run:
+        """torch's grouped_mm in fp32, as transformers' experts call it."""
+        import torch
+
+        up = torch.from_numpy(np.stack([e.up for e in self.experts])).transpose(1, 2)
+        down = torch.from_numpy(np.stack([e.down for e in self.experts])).transpose(1, 2)
+        experts, top_k = self.shape.experts, self.shape.top_k
+
+        @torch.inference_mode()
+        def run(x: np.ndarray, ids: np.ndarray, gates: np.ndarray) -> np.ndarray:
+            torch.set_num_threads(threads)
+            chosen = torch.from_numpy(ids).reshape(-1)
+            order = chosen.argsort(stable=True)
+            ends = torch.bincount(chosen, minlength=experts).cumsum(0).int()
+            gate, linear = torch.nn.functional.grouped_mm(torch.from_numpy(x)[order // top_k], up, offs=ends).chunk(2, 1)
+            out = torch.nn.functional.grouped_mm(torch.nn.functional.silu(gate) * linear, down, offs=ends)
+            out *= torch.from_numpy(gates).reshape(-1)[order, None]
+            return torch.zeros(x.shape).index_add_(0, order // top_k, out).numpy()
+
+        return run
+
+
+def router_logits(shape: Shape, ids: np.ndarray, gates: np.ndarray) -> np.ndarray:
+    """fp32 ``[T, E]`` whose softmax, over the top k and normalized, is ``gates`` at ``ids``."""
+    logits = np.full((len(ids), shape.experts), -30, np.float32)
+    np.put_along_axis(logits, ids, np.log(gates), axis=1)
+    return logits
+
+
+def _interleaved(up: np.ndarray) -> np.ndarray:
+    """Gate and up rows in turn, as swiglu_fusion=1 wants them."""
+    half = len(up) // 2
+    return np.stack([up[:half], up[half:]], axis=1).reshape(up.shape)
+
+
+def _plan(shape: Shape, slots: list[Slot]) -> Plan:
+    predicted = LayerPrediction(
+        lis_before=1, lis_after=1, strict_lis_before=1, strict_lis_after=1, bytes_before=1, bytes_after=1, error=0
+    )
+    layer = LayerPlan(name=LAYER, index=0, geometry=shape.geometry, slots=slots, predicted=predicted)
+    return Plan(
+        tool="benchmark", model=shape.name, model_type="benchmark", fingerprint="", calibration_sha256=None, policy="none",
+        target="cpu", memory=1.0, layers=[layer],
+    )  # fmt: skip
+
+
+def _experts_node(shape: Shape) -> onnx.ModelProto:
+    node = helper.make_node("Experts", ["x", "ids", "gates"], ["y"], name="experts", domain="rq.moe", layer=LAYER)
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", shape.hidden]),
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["T", shape.top_k]),
+        helper.make_tensor_value_info("gates", TensorProto.FLOAT, ["T", shape.top_k]),
+    ]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["T", shape.hidden])]
+    graph = helper.make_graph([node], "layer", inputs, outputs)
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("rq.moe", 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+
+def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(library_path()))
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -98,7 +98,7 @@ def test_demand_is_relative_to_each_text_and_leaves_empty_texts_out() -> None:
 
 
 def test_an_unused_expert_gains_little_by_drift() -> None:
-    assert drift_gain(np.array([0.0, 0.1, 0.5, 4.0]), 1.0).tolist() == pytest.approx([0, 0.4, 1, 1])
+    assert drift_gain(np.array([0.0, 0.1, 0.5, 3.8]), 1.0, 4.0).tolist() == pytest.approx([0, 0.4, 1, 0.2])
 
 
 # Cost models

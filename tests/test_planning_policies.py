@@ -187,6 +187,8 @@ def test_plans_say_which_options_they_used(policy: str) -> None:
         ({"memory": float("nan")}, "memory nan"),
         ({"smoothing": -1}, "option smoothing of policy optimal cannot be -1"),
         ({"balance": "much"}, "option balance of policy optimal cannot be 'much'"),
+        ({"policy": "paper", "in_place": -1}, "option in_place of policy paper cannot be -1"),
+        ({"policy": "paper", "format": "fp16"}, "option format of policy paper cannot be 'fp16'"),
         ({"formats": "int8,int3"}, "option formats names int3, but the experts were measured in bf16, int8, int4"),
     ],
 )
@@ -195,6 +197,18 @@ def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         make_plan(inputs.skewed(layers=1), **given)
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_calibration_without_errors_keeps_the_format_of_the_checkpoint(policy: str) -> None:
+    layer = inputs.layer([[9, 3, 1, 1]], {})
+    if policy == "paper":
+        with pytest.raises(UserError, match="layer 3 was not measured in int8"):
+            plan_of([layer], policy, memory=1.5)
+        return
+    plan = plan_of([layer], policy, memory=1.5)
+    assert {slot.format for slot in plan.layers[0].slots} == {"bf16"}
+    assert len(plan.layers[0].slots) == (6 if policy in ("eplb", "optimal") else 4)
 
 
 def test_a_calibration_that_contradicts_itself_is_refused() -> None:

@@ -25,9 +25,10 @@ def demand(layer: LayerCalibration, smoothing: float) -> np.ndarray:
 MOST_GROWTH = 4.0
 
 
-def drift_gain(load: np.ndarray, drift: float) -> np.ndarray:
+def drift_gain(load: np.ndarray, drift: float, most: float) -> np.ndarray:
     """What each expert may gain on text of a kind that nobody calibrated on, float ``[m]``, in mean loads like ``load [m]``.
 
-    ``drift`` mean loads, but at most ``MOST_GROWTH`` times its own: an expert that hardly any text needs hardly gains.
+    ``drift`` mean loads, but at most ``MOST_GROWTH`` times its own, as an expert that hardly any text needs hardly gains, and
+    no load above ``most``, that of an expert which every token chooses: m / top-k.
     """
-    return np.minimum(drift, MOST_GROWTH * load)
+    return np.maximum(0.0, np.minimum(np.minimum(drift, MOST_GROWTH * load), most - load))

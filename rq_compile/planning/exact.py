@@ -42,12 +42,11 @@ def polished(layers: list[LayerChoices], allowed: list[list[int]], known: Alloca
         ),
         shape=(len(rows), len(columns.cost)),
     )
-    fixed = columns.right
     result = milp(
         scale * np.array(columns.cost),
         integrality=np.ones(len(columns.cost)),
         bounds=Bounds(0, np.array(columns.most)),
-        constraints=LinearConstraint(matrix, [*fixed, -np.inf], [*fixed, budget // unit]),
+        constraints=LinearConstraint(matrix, [*columns.right, -np.inf], [*columns.right, budget // unit]),
         options={"mip_rel_gap": 0.0, "node_limit": MOST_NODES},
     )
     found = known if result.x is None else _read(layers, columns, np.rint(result.x), known, budget)

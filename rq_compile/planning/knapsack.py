@@ -70,7 +70,7 @@ def _at(values: np.ndarray, format: np.ndarray) -> np.ndarray:
 def _hull_steps(error: np.ndarray, size: np.ndarray, start: np.ndarray) -> _Steps:
     at = start
     found: list[tuple[np.ndarray, ...]] = []
-    for _ in range(error.shape[1] - 1):
+    for _ in range(error.shape[1]):
         gain, paid = _at(error, at)[:, None] - error, size - _at(size, at)[:, None]
         rate = np.where((gain > 0) & (paid > 0), gain / np.maximum(paid, 1), -1.0)
         best = rate.max(axis=1)

@@ -10,7 +10,7 @@ from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.errors import UserError
 from rq_compile.planning.budget import allowed
 from rq_compile.planning.costs import CostModel
-from rq_compile.planning.demand import demand
+from rq_compile.planning.demand import demand, drift_gain
 from rq_compile.planning.schema import Optimality, Slot, Target
 from rq_compile.quantization.formats import BITS, FORMATS, Format
 
@@ -48,6 +48,10 @@ class Layer:
     def worst_demand(self) -> np.ndarray:
         """float ``[m]``: every expert's load in the text that asks most for it."""
         return self.demand.max(axis=0)
+
+    def drift_gain(self, drift: float) -> np.ndarray:
+        """float ``[m]``: what an expert may gain beyond its worst demand, see ``demand.drift_gain``."""
+        return drift_gain(self.worst_demand(), drift, self.experts / self.geometry.top_k)
 
 
 @dataclass(frozen=True)

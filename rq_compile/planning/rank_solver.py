@@ -16,7 +16,6 @@ import numpy as np
 
 from rq_compile.planning.allocation import Allocation, LayerChoices, allocate_copies, slot_experts
 from rq_compile.planning.copies import CopySequence, copy_sequence, sequence_of
-from rq_compile.planning.demand import drift_gain
 from rq_compile.planning.exact import polished
 from rq_compile.planning.metrics import copy_numbers
 from rq_compile.planning.placement import copied_anew, imbalance, pack
@@ -49,7 +48,7 @@ def solve_on_ranks(problem: Problem, objective: Objective, budget: int) -> Solut
     bound = np.inf
     for number, allocation in relaxed.items():
         # Any price bounds the optimum; that of the formats is good where the copies are, none where memory is plenty.
-        dual = max(_bound(choices, number, price, budget) for price in (allocation.price, 0.0))
+        dual = max(_bound(choices, number, problem.ranks, price, budget) for price in (allocation.price, 0.0))
         bound = min(bound, least[number] + dual)
     for number in sorted(relaxed, key=lambda number: relaxed[number].value + least[number]):
         if best is not None and relaxed[number].bound + least[number] >= best.value:
@@ -69,7 +68,7 @@ def _sequences(problem: Problem, objective: Objective) -> list[_LayerSequence]:
         )
 
     calm = [layer.worst_demand() for layer in problem.layers]
-    drifted = [load + drift_gain(load, objective.drift) for load in calm]
+    drifted = [load + layer.drift_gain(objective.drift) for load, layer in zip(calm, problem.layers, strict=True)]
     longest = max(len(copied(load).expert) for load in drifted) + problem.ranks
     found = []
     for layer, load, drifted_load in zip(problem.layers, calm, drifted, strict=True):
@@ -86,15 +85,14 @@ def _relaxed(choices: list[LayerChoices], numbers: list[int], budget: int) -> di
     return {number: allocation for number, allocation in found.items() if allocation is not None}
 
 
-def _bound(choices: list[LayerChoices], number: int, price: float, budget: int) -> float:
+def _bound(choices: list[LayerChoices], number: int, ranks: int, price: float, budget: int) -> float:
     """Error and cost of drift that no copies of ``number`` replicas in every layer can undercut within ``budget``."""
     total = -price * budget
     for layer in choices:
         within = layer.priced(price)[: number + 1]
-        ranks = layer.sequence.copy.max(initial=1)
-        last = [(layer.error + price * copies * layer.size).min(axis=1) for copies in (max(1, ranks - 1), ranks)]
-        # The cost of an expert is concave in its copies: the last possible one is the cheapest.
-        cheapest = float((last[1] - last[0]).min())
+        # The cost of an expert is concave in its copies: the last possible one, on the last rank, is the cheapest.
+        last, before = ((layer.error + price * copies * layer.size).min(axis=1) for copies in (ranks, ranks - 1))
+        cheapest = float((last - before).min())
         total += float((within + np.arange(number, -1, -1) * cheapest).min())
     return total
 
@@ -121,7 +119,7 @@ def _with_formats(
         layer, copies = sequence.layer, holds.sum(axis=0)
         load = layer.worst_demand()
         imbalances.append(imbalance(layer.demand, holds))
-        exposed = float(((load + drift_gain(load, objective.drift)) / copies).max())
+        exposed = float(((load + layer.drift_gain(objective.drift)) / copies).max())
         cost = float(objective.missed(imbalances[-1]) + objective.exposed(exposed))
         fixed = sequence_of(copies)
         penalty = np.full(len(fixed.expert) + 1, cost)

@@ -6,7 +6,6 @@ import numpy as np
 
 from rq_compile.planning.allocation import LayerChoice, LayerChoices, allocate
 from rq_compile.planning.copies import copy_sequence
-from rq_compile.planning.demand import drift_gain
 from rq_compile.planning.exact import polished
 from rq_compile.planning.problem import Layer, Problem
 
@@ -75,7 +74,7 @@ def _choices(layer: Layer, objective: Objective, replicates: bool) -> LayerChoic
     load = layer.worst_demand()
     # No expert's worst load is above m, so m copies are always enough.
     most_copies = layer.experts if replicates else 1
-    gain = drift_gain(load, objective.drift)
+    gain = layer.drift_gain(objective.drift)
     sequence = copy_sequence(load, goal=objective.goal + ROUNDING, gain=gain, most_copies=2 * most_copies - 1)
     penalty = objective.missed(sequence.level) + objective.exposed(sequence.drift_level)
     return LayerChoices(sequence, penalty, layer.error, layer.size, objective.mixed_copies)

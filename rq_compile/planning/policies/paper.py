@@ -14,10 +14,12 @@ with the highest mean Wanda score) is quantized to that format in place. What th
 5. *The split of tokens* between the copies is the engine's: in turn. Which scores enter Wanda's mean is an option of calibration.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
+from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.budget import allowed, over_budget
 from rq_compile.planning.metrics import rank_loads
@@ -28,8 +30,8 @@ from rq_compile.quantization.formats import Format
 
 
 class Options(Document):
-    format: Format = "int8"
-    in_place: int | Literal["auto"] = "auto"
+    format: Literal["int8", "int4"] = "int8"
+    in_place: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     skip_heavy_hitter: bool = True
 
 
@@ -53,8 +55,10 @@ def _less_important(layer: Layer, memory: float, options: Options) -> list[int]:
     """The experts to quantize in place.
 
     Raises:
-        UserError: the layer's budget cannot be met.
+        UserError: the layer's budget cannot be met, or its experts were not measured in the format.
     """
+    if options.format not in layer.formats:
+        raise UserError(f"layer {layer.calibration.index} was not measured in {options.format}; calibrate again", 2)
     whole, half = (layer.geometry.expert_bytes(format) for format in (layer.formats[0], options.format))
     ranking = [int(expert) for expert in np.argsort(-np.asarray(layer.calibration.wanda), kind="stable")]
     heavy = heavy_hitter(layer)

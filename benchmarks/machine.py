@@ -12,7 +12,7 @@ READ_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes/s read from memory, and multiply-adds/s of ``peaks["fp32"]``, ``["int8"]`` (times int8), ``["int4"]`` (times int8)."""
+    """Bytes/s read from memory, and multiply-adds/s of fp32, int8 times int8 and int4 times int8: ``peaks[kind]``."""
 
     bandwidth: float
     peaks: dict[str, float]

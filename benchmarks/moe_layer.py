@@ -18,14 +18,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from machine import Machine, Probe
-from moe_variants import Builder, Run, Shape, formats_of
+from moe_variants import Batch, Builder, Run, Shape, formats_of
 
 from rq_compile.quantization.formats import Format
 
@@ -43,23 +42,18 @@ SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.5, 5, 60
 OURS = "rq.moe"
 
 
-class Batch(NamedTuple):
-    x: np.ndarray
-    ids: np.ndarray
-    gates: np.ndarray
-
-
 def batch(shape: Shape, tokens: int, routing: str, seed: int) -> Batch:
     """Experts are drawn without replacement, all alike or, skewed, the e-th with weight 1 / (e + 1)."""
     random = np.random.default_rng(seed)
     weight = np.log(1 / np.arange(1, shape.experts + 1)) if routing == "skewed" else np.zeros(shape.experts)
     keys = weight + random.gumbel(size=(tokens, shape.experts))
-    gates = random.uniform(0.5, 1, (tokens, shape.top_k)).astype(np.float32)
-    return Batch(
-        random.standard_normal((tokens, shape.hidden), np.float32),
-        np.ascontiguousarray(np.argsort(-keys, axis=1)[:, : shape.top_k]),
-        gates / gates.sum(1, keepdims=True),
-    )
+    ids = np.ascontiguousarray(np.argsort(-keys, axis=1)[:, : shape.top_k])
+    gates = random.uniform(0.5, 1, ids.shape).astype(np.float32)
+    gates /= gates.sum(1, keepdims=True)
+    # Their softmax, over the top k and normalized, is the gates.
+    logits = np.full((tokens, shape.experts), -30, np.float32)
+    np.put_along_axis(logits, ids, np.log(gates), axis=1)
+    return Batch(random.standard_normal((tokens, shape.hidden), np.float32), ids, gates, logits)
 
 
 def variants(builder: Builder, format: str, threads: int) -> dict[str, Run]:
@@ -82,9 +76,9 @@ def check(built: dict[str, Run], inputs: Batch) -> None:
     Raises:
         AssertionError: a variant computes something else.
     """
-    expected = built[OURS](*inputs)
+    expected = built[OURS](inputs)
     for name, run in built.items():
-        error = np.linalg.norm(run(*inputs) - expected) / np.linalg.norm(expected)
+        error = np.linalg.norm(run(inputs) - expected) / np.linalg.norm(expected)
         assert error < 0.02, f"{name} differs from {OURS} by {error:.3f}"
 
 
@@ -98,7 +92,7 @@ def timed(built: dict[str, Run], batches: list[Batch]) -> dict[str, float]:
         inputs = batches[round % len(batches)]
         for name, run in built.items():
             begin = time.perf_counter()
-            run(*inputs)
+            run(inputs)
             times[name].append(time.perf_counter() - begin)
     return {name: median(values) for name, values in times.items()}
 
@@ -108,7 +102,7 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
     formats = formats_of(shape, format)
     touched, macs = [], []
     kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "int8": "int8", "int4": "int4"}
-    for _, ids, _ in batches:
+    for _, ids, _, _ in batches:
         load = np.bincount(ids.reshape(-1), minlength=shape.experts)
         touched.append(sum(shape.geometry.expert_bytes(f) for f, n in zip(formats, load, strict=True) if n))
         by_kind = dict.fromkeys(kinds.values(), 0.0)
@@ -118,7 +112,8 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
     return median(touched), {kind: median(m[kind] for m in macs) for kind in macs[0]}
 
 
-def rows(shape: Shape, folder: Path, machines: dict[int, Machine], args: argparse.Namespace) -> Iterator[dict]:
+def cells(shape: Shape, folder: Path, machines: dict[int, Machine], args: argparse.Namespace) -> Iterator[list[dict]]:
+    """The rows of one cell after the other, ours first."""
     builder = Builder(shape, folder)
     for format, threads in itertools.product(args.formats, args.threads):
         built = variants(builder, format, threads)
@@ -128,8 +123,8 @@ def rows(shape: Shape, folder: Path, machines: dict[int, Machine], args: argpars
             check(built, batches[0])
             touched, macs = work(shape, format, batches)
             bound = max(touched / machine.bandwidth, sum(n / machine.peaks[kind] for kind, n in macs.items()))
-            for variant, seconds in timed(built, batches).items():
-                yield {
+            yield [
+                {
                     "shape": shape.name,
                     "tokens": tokens,
                     "format": format,
@@ -141,13 +136,17 @@ def rows(shape: Shape, folder: Path, machines: dict[int, Machine], args: argpars
                     "gflops": round(2 * sum(macs.values()) / seconds / 1e9, 1),
                     "roofline": round(bound / seconds, 3),
                 }
+                for variant, seconds in timed(built, batches).items()
+            ]
 
 
 def report(cell: list[dict]) -> None:
     """One line: ours, and each other variant's time over ours."""
     ours, *others = cell
     head = f"{ours['shape']:19} {ours['format']:5} T={ours['tokens']:<5} {ours['threads']} threads {ours['routing']:8}"
-    speeds = f"{ours['ms']:9.3f} ms {ours['gbytes_per_s']:6.1f} GB/s {ours['gflops']:6.1f} GFLOP/s roofline {ours['roofline']:.2f}"
+    speeds = (
+        f"{ours['ms']:9.3f} ms {ours['gbytes_per_s']:6.1f} GB/s {ours['gflops']:6.1f} GFLOP/s roofline {ours['roofline']:.2f}"
+    )
     ratios = ", ".join(f"{row['variant']} {row['ms'] / ours['ms']:.2f}x" for row in others)
     print(f"{head} {speeds} | {ratios}", flush=True)
 
@@ -176,12 +175,15 @@ def main() -> None:
         if shape is LARGE:
             args.formats = ["int4"]
         with tempfile.TemporaryDirectory() as folder:
-            cell = ("tokens", "format", "threads", "routing")
-            for _, same in itertools.groupby(rows(shape, Path(folder), machines, args), lambda r: [r[k] for k in cell]):
-                found += (measured := list(same))
+            for measured in cells(shape, Path(folder), machines, args):
+                found += measured
                 report(measured)
     if args.output:
-        ceilings = {t: {"read_gbytes_per_s": m.bandwidth / 1e9, "peak_gmacs": {k: p / 1e9 for k, p in m.peaks.items()}} for t, m in machines.items()}
+        ceilings = [
+            {"threads": t, "gbytes_per_s": round(m.bandwidth / 1e9, 2)}
+            | {f"{kind}_gflops": round(2 * peak / 1e9, 1) for kind, peak in m.peaks.items()}
+            for t, m in machines.items()
+        ]
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"machine": ceilings, "rows": found}, indent=1) + "\n")
 

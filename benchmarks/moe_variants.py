@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -22,7 +23,17 @@ from rq_compile.targets.weights_file import locate, write_weights
 LAYER = "layer"
 DISTINCT = 3  # experts that differ; the others repeat them, each with bytes of its own
 
-Run = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+class Batch(NamedTuple):
+    """fp32 ``x [T, H]``, int64 ``ids [T, k]``, fp32 ``gates [T, k]``, and ``logits [T, E]`` of a router that gives them."""
+
+    x: np.ndarray
+    ids: np.ndarray
+    gates: np.ndarray
+    logits: np.ndarray
+
+
+Run = Callable[[Batch], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -82,12 +93,14 @@ class Builder:
         if not path.is_file():
             slots = [Slot(expert=e, format=f) for e, f in enumerate(formats_of(self.shape, format))]
             source = lambda _, e: self.experts[e]  # noqa: E731
-            model, weights, _ = rewrite(_experts_node(self.shape), _plan(self.shape, slots), source, lowering, activation_bits=bits)
+            model, weights, _ = rewrite(
+                _experts_node(self.shape), _plan(self.shape, slots), source, lowering, activation_bits=bits
+            )
             with (self.folder / f"{name}.data").open("wb") as file:
                 locate(model, write_weights(weights, file), f"{name}.data")
             onnx.save(model, path)
         session = _session(path, threads)
-        return lambda x, ids, gates: session.run(["y"], {"x": x, "ids": ids, "gates": gates})[0]
+        return lambda batch: session.run(["y"], {"x": batch.x, "ids": batch.ids, "gates": batch.gates})[0]
 
     def fused(self, format: str, threads: int) -> Run:
         """ONNX Runtime's own MoE ("fp32") or QMoE ("int8", "int4"), which take router logits."""
@@ -95,15 +108,11 @@ class Builder:
         if not path.is_file():
             onnx.save(self._fused_model(format), path, save_as_external_data=True, location=f"fused-{format}.data")
         session = _session(path, threads)
-
-        def run(x: np.ndarray, ids: np.ndarray, gates: np.ndarray) -> np.ndarray:
-            return session.run(None, {"x": x, "logits": router_logits(self.shape, ids, gates)})[0]
-
-        return run
+        return lambda batch: session.run(None, {"x": batch.x, "logits": batch.logits})[0]
 
     def _fused_model(self, format: str) -> onnx.ModelProto:
         shape, weights = self.shape, []
-        attributes = dict(k=shape.top_k, activation_type="swiglu", swiglu_fusion=1, normalize_routing_weights=1)
+        attributes = {"k": shape.top_k, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
         for i in (1, 2):
             matrices = [_interleaved(e.up) if i == 1 else e.down for e in self.experts[:DISTINCT]]
             if format == "fp32":
@@ -118,7 +127,7 @@ class Builder:
             inputs = ["x", "logits", "fc1", "", "fc2"]
         else:
             inputs = ["x", "logits", "fc1", "fc1_scales", "", "fc2", "fc2_scales"]
-            attributes |= dict(expert_weight_bits=BITS[format], block_size=block_size(shape.hidden), accuracy_level=4)
+            attributes |= {"expert_weight_bits": BITS[format], "block_size": block_size(shape.hidden), "accuracy_level": 4}
         node = helper.make_node("MoE" if format == "fp32" else "QMoE", inputs, ["y"], domain="com.microsoft", **attributes)
         floats = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "logits", "y")]
         graph = helper.make_graph([node], "fused", floats[:2], floats[2:], weights)
@@ -134,24 +143,17 @@ class Builder:
         experts, top_k = self.shape.experts, self.shape.top_k
 
         @torch.inference_mode()
-        def run(x: np.ndarray, ids: np.ndarray, gates: np.ndarray) -> np.ndarray:
+        def run(batch: Batch) -> np.ndarray:
             torch.set_num_threads(threads)
-            chosen = torch.from_numpy(ids).reshape(-1)
+            chosen = torch.from_numpy(batch.ids).reshape(-1)
             order = chosen.argsort(stable=True)
             ends = torch.bincount(chosen, minlength=experts).cumsum(0).int()
-            gate, linear = torch.nn.functional.grouped_mm(torch.from_numpy(x)[order // top_k], up, offs=ends).chunk(2, 1)
+            gate, linear = torch.nn.functional.grouped_mm(torch.from_numpy(batch.x)[order // top_k], up, offs=ends).chunk(2, 1)
             out = torch.nn.functional.grouped_mm(torch.nn.functional.silu(gate) * linear, down, offs=ends)
-            out *= torch.from_numpy(gates).reshape(-1)[order, None]
-            return torch.zeros(x.shape).index_add_(0, order // top_k, out).numpy()
+            out *= torch.from_numpy(batch.gates).reshape(-1)[order, None]
+            return torch.zeros(batch.x.shape).index_add_(0, order // top_k, out).numpy()
 
         return run
-
-
-def router_logits(shape: Shape, ids: np.ndarray, gates: np.ndarray) -> np.ndarray:
-    """fp32 ``[T, E]`` whose softmax, over the top k and normalized, is ``gates`` at ``ids``."""
-    logits = np.full((len(ids), shape.experts), -30, np.float32)
-    np.put_along_axis(logits, ids, np.log(gates), axis=1)
-    return logits
 
 
 def _interleaved(up: np.ndarray) -> np.ndarray:

@@ -3,17 +3,14 @@
 
 // e^x to two units in the last place: 2^n times the Taylor series of the rest, which is at most ln(2) / 2. NaN passes.
 inline float exponential(float x) {
-  x = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
+  x = 88.0f < x ? 88.0f : x;
+  x = -87.0f > x ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
   const float whole = shifted - 12582912.0f;
   const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln(2) in two parts
-  float series = 1.0f / 5040.0f;
-  series = series * r + 1.0f / 720.0f;
-  series = series * r + 1.0f / 120.0f;
-  series = series * r + 1.0f / 24.0f;
-  series = series * r + 1.0f / 6.0f;
-  series = series * r + 0.5f;
-  series = series * r * r + r + 1.0f;
+  const float square = r * r;
+  const float fourth = (1.0f / 24.0f + r * (1.0f / 120.0f)) + square * (1.0f / 720.0f + r * (1.0f / 5040.0f));
+  const float series = (1.0f + r) + square * ((0.5f + r * (1.0f / 6.0f)) + square * fourth);
   int32_t bits;
   memcpy(&bits, &shifted, sizeof bits);
   bits = static_cast<int32_t>(static_cast<uint32_t>(bits - 0x4b400000 + 127) << 23);

@@ -1,0 +1,175 @@
+"""The result: balance, memory and accuracy of every policy, on text that was not calibrated on, as compiled engines show it.
+
+Each model of samples/ is calibrated on three kinds of text, planned by each policy, compiled, and run by ONNX Runtime beside
+transformers on held-out text of the same kinds ("same kind") and of a fourth ("other kind"). LIS is that of the rows that the
+engine's slots received, the mean over the layers; bytes count every slot of the plan, scales included.
+
+    python benchmarks/balance.py                     # all models, about half an hour on 2 cores
+    python benchmarks/balance.py olmoe --tokens 4096
+
+Rows go to benchmarks/results/balance.json. The paper (arXiv 2602.19938), over the 30 rows of its table: LIS before / after has
+the mean 1.219 (1.041 to 1.414), which is 34 % of the excess on average.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rq_compile.calibration.calibrate import calibrate
+from rq_compile.calibration.schema import Calibration
+from rq_compile.calibration.statistics import Statistics
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.cli.tables import table
+from rq_compile.evaluation.evaluate import evaluate
+from rq_compile.evaluation.schema import LayerBalance
+from rq_compile.evaluation.windows import Windows, cut
+from rq_compile.export.export import export_graph
+from rq_compile.planning.metrics import excess_removed
+from rq_compile.planning.plan import make_plan
+from rq_compile.planning.schema import Plan
+from rq_compile.runtime.engine import Engine
+from rq_compile.runtime.reference import Reference
+from rq_compile.targets.onnxruntime import compile_engine
+
+MODELS = ("olmoe", "qwen2-moe", "top1", "deepseek-v2")
+SAME_KIND = ("scripture", "hacker", "dictionary")
+OTHER_KIND = ("satire",)
+LENGTH = 256
+# Policy, memory, ranks. EPLB copies in full precision: it needs memory for that, and its row says how much.
+PLANS = (
+    ("none", 1.0, 1),
+    ("paper", 1.0, 1),
+    ("eplb", 1.5, 1),
+    ("optimal", 0.5, 1),
+    ("optimal", 0.6, 1),
+    ("optimal", 0.75, 1),
+    ("optimal", 1.0, 1),
+    ("place", 1.0, 4),
+    ("paper", 1.0, 4),
+    ("eplb", 1.5, 4),
+    ("optimal", 0.6, 4),
+    ("optimal", 1.0, 4),
+)
+
+
+class Remembered:
+    """A reference whose logits are computed once for each batch, however many engines are held against it."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference, self.seen = reference, dict[bytes, np.ndarray]()
+        self.encoder_decoder, self.decoder_start = reference.encoder_decoder, reference.decoder_start
+
+    def logits(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
+    ) -> np.ndarray:
+        key = input_ids.tobytes()
+        if key not in self.seen:
+            self.seen[key] = self.reference.logits(input_ids, attention_mask, decoder_input_ids)
+        return self.seen[key]
+
+    def generate(self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True) -> Iterator[int]:
+        return self.reference.generate(prompt_ids, max_tokens, stop=stop)
+
+
+def windows(engine: Engine, kind: str, tokens: int) -> Windows:
+    text = (ROOT / "samples" / "text" / f"{kind}.heldout.txt").read_text()
+    whole = cut(kind, text, engine.tokenizer, LENGTH)
+    return Windows(kind, whole.ids[: max(1, tokens // LENGTH)])
+
+
+def rows_of_plan(name: str, plan: Plan, engine: Engine, reference: Remembered, tokens: int) -> Iterator[dict[str, object]]:
+    for kind, texts in (("same kind", SAME_KIND), ("other kind", OTHER_KIND)):
+        found = evaluate(engine, reference, [windows(engine, text, tokens // len(texts)) for text in texts], reference_name=name)
+
+        def over_layers(field: str, layers: list[LayerBalance] = found.total.layers) -> float | None:
+            values = [getattr(layer, field) for layer in layers]
+            return None if None in values else mean(values)
+
+        yield {
+            "model": name,
+            "text": kind,
+            "policy": plan.policy,
+            "memory": plan.memory,
+            "ranks": plan.ranks,
+            "lis_before": over_layers("lis_before"),
+            "lis_after": over_layers("lis_after"),
+            "strict_lis_before": over_layers("strict_lis_before"),
+            "strict_lis_after": over_layers("strict_lis_after"),
+            "rank_imbalance_before": over_layers("rank_imbalance_before"),
+            "rank_imbalance_after": over_layers("rank_imbalance_after"),
+            "bytes_before": plan.bytes_before,
+            "bytes_after": plan.bytes_after,
+            "ppl_before": found.total.perplexity_reference,
+            "ppl_after": found.total.perplexity_engine,
+            "top1_agreement": found.total.agreement,
+            "kl": found.total.kl,
+        }
+
+
+def rows_of_model(name: str, tokens: int, note: Console) -> Iterator[dict[str, object]]:
+    checkpoint = Checkpoint.open(ROOT / "samples" / name)
+    texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
+    calibration, tensors = calibrate(checkpoint, texts, batch_size=8, sequence_length=LENGTH, progress=lambda done, total: None)
+    exported, reference = export_graph(checkpoint), Remembered(Reference.load(checkpoint))
+    for policy, memory, ranks in PLANS:
+        plan = planned(calibration, policy, memory, ranks)
+        note.print(f"{name}: {policy}, memory {memory:g}, {ranks} ranks")
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "model.onnx"
+            compile_engine(checkpoint, plan, output, "native", Statistics.of(tensors), exported)
+            yield from rows_of_plan(name, plan, Engine.load(output), reference, tokens)
+
+
+def planned(calibration: Calibration, policy: str, memory: float, ranks: int) -> Plan:
+    """For lanes on one device, or for ``ranks`` devices: the two cases in which somebody waits for the busiest."""
+    return make_plan(calibration, policy=policy, memory=memory, ranks=ranks, target="batched" if ranks == 1 else "cpu")
+
+
+def show(rows: list[dict[str, object]], console: Console) -> None:
+    columns = ("LIS", "excess removed", "strict LIS", "ranks", "bytes", "perplexity", "top-1", "KL")
+    made = table("held-out text", "model, text, policy, memory", *columns)
+    for row in rows:
+        before, after = row["lis_before"], row["lis_after"]
+        ranks = f"{row['rank_imbalance_before']:.2f} -> {row['rank_imbalance_after']:.2f}" if row["ranks"] != 1 else ""
+        made.add_row(
+            f"{row['model']}, {row['text']}, {row['policy']} {row['memory']:g}" + (f", {row['ranks']} ranks" if ranks else ""),
+            f"{before:.2f} -> {after:.2f}",
+            f"{100 * excess_removed(before, after):.1f} %",
+            f"{row['strict_lis_before']:.2f} -> {row['strict_lis_after']:.2f}",
+            ranks,
+            f"{row['bytes_after'] / row['bytes_before']:.3f}",
+            f"{100 * (row['ppl_after'] / row['ppl_before'] - 1):+.2f} %",
+            f"{100 * row['top1_agreement']:.2f} %",
+            f"{row['kl']:.1e}",
+        )
+    console.print(made)
+    ratios = [row["lis_before"] / row["lis_after"] for row in rows if (row["policy"], row["memory"]) == ("optimal", 1.0)]
+    console.print(
+        f"LIS before / after, optimal at 1.0: mean {mean(ratios):.3f}, best {max(ratios):.3f}; the paper: 1.219, best 1.414"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", default=MODELS, help="folders of samples/")
+    parser.add_argument("--tokens", type=int, default=12288, help="held-out tokens of each kind")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "balance.json")
+    arguments = parser.parse_args()
+    note = Console(stderr=True)
+    rows = [row for model in arguments.models for row in rows_of_model(model, arguments.tokens, note)]
+    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows, Console(width=170))
+
+
+if __name__ == "__main__":
+    main()

@@ -146,6 +146,6 @@ def _choice(layer: LayerChoices, stop: _Stop, formats: list[int]) -> LayerChoice
     of_item = {(item.expert, item.copy): format for item, format in zip(stop.items, formats, strict=True)}
     of_item |= {(item.expert, item.copy): int(item.formats[0]) for item in stop.certain}
     experts = slot_experts(copies)
-    number, _ = copy_numbers(experts.tolist())
+    number, _ = copy_numbers(experts)
     slots = zip(experts.tolist(), number.tolist() if layer.mixed else [0] * len(experts), strict=True)
     return LayerChoice(copies, np.array([of_item[slot] for slot in slots]))

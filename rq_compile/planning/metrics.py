@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def copy_numbers(experts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def copy_numbers(experts: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of slots holding ``experts [S]``: each one's number among its expert's copies, and how many there are, int64 ``[S]``."""
     held = np.asarray(experts, np.int64)
     order = np.argsort(held, kind="stable")
@@ -19,7 +19,7 @@ def copy_numbers(experts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return number, np.bincount(held)[held]
 
 
-def slot_loads(loads: np.ndarray, experts: Sequence[int]) -> np.ndarray:
+def slot_loads(loads: np.ndarray, experts: Sequence[int] | np.ndarray) -> np.ndarray:
     """Rows per slot int64 ``[..., S]`` of rows per logical expert ``loads [..., m]``, as the op Dispatch splits them.
 
     The tokens of an expert take its slots in turn, in arrival order: the first ``n mod c`` of its c slots hold one row more than
@@ -30,7 +30,7 @@ def slot_loads(loads: np.ndarray, experts: Sequence[int]) -> np.ndarray:
     return (rows - number + copies - 1) // copies
 
 
-def rank_loads(slot_rows: np.ndarray, ranks_of_slots: Sequence[int], ranks: int) -> np.ndarray:
+def rank_loads(slot_rows: np.ndarray, ranks_of_slots: Sequence[int] | np.ndarray, ranks: int) -> np.ndarray:
     """Rows per rank ``[..., R]`` of rows per slot ``[..., S]``."""
     membership = np.asarray(ranks_of_slots)[:, None] == np.arange(ranks)
     return slot_rows @ membership.astype(slot_rows.dtype)

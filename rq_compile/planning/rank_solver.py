@@ -140,5 +140,5 @@ def _ranks_of_slots(holds: np.ndarray) -> np.ndarray:
     """int64 ``[S]``, slots in the order of ``slot_experts``: an expert's n-th copy stands on the n-th of its ranks."""
     of_expert = [np.flatnonzero(held) for held in holds.T]
     experts = slot_experts(holds.sum(axis=0))
-    number, _ = copy_numbers(experts.tolist())
+    number, _ = copy_numbers(experts)
     return np.array([of_expert[expert][copy] for expert, copy in zip(experts, number, strict=True)], np.int64)

@@ -154,6 +154,14 @@ def test_place_serves_the_worst_text() -> None:
 # What all have in common
 
 
+def test_a_plan_says_when_it_balances_nothing() -> None:
+    even = inputs.layer([[10, 10, 10, 10]], {"int8": [0.0] * 4})
+    assert plan_of([even], "none").remarks[0].startswith("LIS was 1.000 and is 1.000: on batched this plan balances nothing")
+    skewed = inputs.layer([[30, 10, 10, 10]], {"int8": [0.0] * 4})
+    assert plan_of([skewed], "none").remarks[0].startswith("LIS was 2.000 and is 2.000")
+    assert plan_of([skewed], "optimal").remarks[0].startswith("LIS falls from 2.000 to 1.000, 100.0 % of the excess")
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_every_policy_is_deterministic_and_round_trips(policy: str, ranks: int) -> None:

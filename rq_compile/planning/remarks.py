@@ -31,8 +31,8 @@ def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
     before, after = _imbalance(problem, layers)
     removed = excess_removed(before, after)
     what = "The busiest rank's load over the mean" if problem.cost.busiest == "rank" else "LIS"
-    if removed <= 0:
-        return f"{what} stays at {before:.3f}: on {target} this plan balances nothing."
+    if before <= 1.0 or removed <= 0:
+        return f"{what} was {before:.3f} and is {after:.3f}: on {target} this plan balances nothing; {time}."
     return f"{what} falls from {before:.3f} to {after:.3f}, {100 * removed:.1f} % of the excess; {time}."
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rq_compile.evaluation.schema import LayerBalance
-from rq_compile.planning.metrics import lis, strict_lis
+from rq_compile.planning.metrics import lis, rank_imbalance, rank_loads, strict_lis
 from rq_compile.planning.schema import LayerPlan, Plan
 
 
@@ -19,10 +19,10 @@ def balance(plan: Plan, slot_loads: dict[str, np.ndarray]) -> list[LayerBalance]
     Raises:
         ValueError: a layer's slots received no row at all.
     """
-    return [_layer_balance(layer, slot_loads[layer.name]) for layer in plan.layers]
+    return [_layer_balance(layer, slot_loads[layer.name], plan.ranks) for layer in plan.layers]
 
 
-def _layer_balance(layer: LayerPlan, slots: np.ndarray) -> LayerBalance:
+def _layer_balance(layer: LayerPlan, slots: np.ndarray, ranks: int) -> LayerBalance:
     if slots.sum() == 0:
         raise ValueError(f"no row reached layer {layer.index}")
     logical = logical_loads(layer, slots)
@@ -33,4 +33,13 @@ def _layer_balance(layer: LayerPlan, slots: np.ndarray) -> LayerBalance:
         lis_after=float(lis(slots, layer.geometry.experts)),
         strict_lis_before=float(strict_lis(logical)),
         strict_lis_after=float(strict_lis(slots)),
+        **(_rank_balance(layer, logical, slots, ranks) if ranks > 1 else {}),
     )
+
+
+def _rank_balance(layer: LayerPlan, logical: np.ndarray, slots: np.ndarray, ranks: int) -> dict[str, float]:
+    blocks = [expert * ranks // layer.geometry.experts for expert in range(layer.geometry.experts)]
+    return {
+        "rank_imbalance_before": float(rank_imbalance(rank_loads(logical, blocks, ranks))),
+        "rank_imbalance_after": float(rank_imbalance(rank_loads(slots, [slot.rank for slot in layer.slots], ranks))),
+    }

@@ -4,7 +4,10 @@ from rq_compile.files import Document
 
 
 class LayerBalance(Document):
-    """LIS of one layer on one text: ``before`` over logical experts, ``after`` over slots as the engine filled them."""
+    """LIS of one layer on one text: ``before`` over logical experts, ``after`` over slots as the engine filled them.
+
+    ``rank_imbalance``: busiest over mean rank, ``before`` with the experts in consecutive blocks; None for a plan of one rank.
+    """
 
     name: str
     index: int
@@ -12,6 +15,8 @@ class LayerBalance(Document):
     lis_after: float
     strict_lis_before: float
     strict_lis_after: float
+    rank_imbalance_before: float | None = None
+    rank_imbalance_after: float | None = None
 
 
 class TextEvaluation(Document):

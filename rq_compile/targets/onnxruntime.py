@@ -16,7 +16,7 @@ from rq_compile.architectures.layers import ExpertWeights, expert_weights, moe_l
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
-from rq_compile.export.export import export_graph
+from rq_compile.export.export import Exported, export_graph
 from rq_compile.export.graph import Parameter
 from rq_compile.files import sha256, write_document, written_beside
 from rq_compile.planning.schema import Plan
@@ -35,13 +35,14 @@ def compile_engine(
     output: Path,
     lowering: Lowering = "native",
     statistics: Statistics | None = None,
+    exported: Exported | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json`` and ``<stem>.json`` beside them.
 
     Weights are streamed: no more than one expert or one dense tensor is held at a time. ``statistics`` are those of the
-    calibration, by which a plan with the quantizer "gptq" has its weights rounded. ``progress(done, total)`` counts the bytes
-    of the weights.
+    calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported`` is the checkpoint's graph, for
+    who compiles several plans of one. ``progress(done, total)`` counts the bytes of the weights.
 
     Raises:
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written. Nothing is left.
@@ -56,7 +57,7 @@ def compile_engine(
             2,
         )
 
-    exported = export_graph(checkpoint)
+    exported = exported or export_graph(checkpoint)
 
     def source(layer: str, expert: int) -> ExpertWeights:
         weights = expert_weights(checkpoint, layers[layer], expert)

@@ -10,8 +10,8 @@ memory goes to bits alone. With ``balance`` 1, a layer that is a tenth out of ba
 a tenth of its energy. So in practice every layer is first balanced to the tolerance, in whatever formats that takes, and then
 the bytes left buy bits where they save most error. *drift imbalance* is the busiest slot if any one expert may gain ``drift``
 mean loads, as happens on text of a kind that nobody calibrated on (``demand.drift_gain``). It counts only once the texts are
-balanced, and little: enough that a copy is worth more than a format already near exact, not enough to pay for it with coarse
-formats everywhere.
+balanced, and little: on four trained models (benchmarks/balance.py) ``hedge`` 0.0002 balances text of another kind as well as
+0.01 does, and 0.01 pays for that with int4 where int8 would fit.
 
 So a plan that balances what policy ``paper`` leaves unbalanced stores more experts in int8, and its error is then above that of
 the paper, which leaves most experts as they are; both are far below what a perplexity shows. Where the budget holds replicas in

@@ -120,7 +120,7 @@ class Plan(Document):
     fingerprint: str
     calibration_sha256: str | None
     quantizer: Quantizer = Field(default="nearest", description="how the weights of quantized slots are rounded")
-    statistics: StatisticsFile | None = Field(default=None, description="what the quantizer gptq needs, beside the plan")
+    statistics: StatisticsFile | None = Field(default=None, description="what the quantizer gptq needs")
     policy: Policy
     options: dict[str, str | int | float | bool] = Field(default={})
     target: Target

@@ -52,7 +52,7 @@ class Options(Document):
     tolerance: float = Field(default=0.01, ge=0)
     balance: float = Field(default=1.0, ge=0)
     drift: float = Field(default=1.0, ge=0)
-    hedge: float = Field(default=0.005, ge=0)
+    hedge: float = Field(default=0.0002, ge=0)
     max_error: float = Field(default=0.0, ge=0)
     mixed_copies: bool = False
     formats: str = ""

@@ -1,10 +1,22 @@
-"""Tiny checkpoints, built once a session."""
+"""Tiny checkpoints, built once a session, and the files of all stages of one of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from click.testing import CliRunner, Result
+
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.cli.main import main
+from rq_compile.export.export import Exported, export_graph
+from rq_compile.targets import onnxruntime as target
+
+# Models this small only lose time to threads: much of it, on a busy machine.
+torch.set_num_threads(1)
+
+SAMPLE_TEXTS = Path(__file__).parent.parent / "samples" / "text"
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +31,49 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return built[family]
 
     return build
+
+
+def run_command(*arguments: object) -> Result:
+    """``rq-compile`` in this process; ``Result`` has stdout, stderr and exit_code."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def rq_compile() -> Callable[..., Result]:
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def export_once() -> Iterator[Callable[[Checkpoint], Exported]]:
+    """While this is in use a checkpoint is exported once, which takes seconds, however often it is compiled."""
+    known: dict[Path, Exported] = {}
+
+    def export(checkpoint: Checkpoint) -> Exported:
+        if checkpoint.path not in known:
+            known[checkpoint.path] = export_graph(checkpoint)
+        return known[checkpoint.path]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, "export_graph", export)
+        yield export
+
+
+@pytest.fixture(scope="session")
+def stages(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    export_once: Callable[[Checkpoint], Exported],
+) -> Path:
+    """What the commands write on the tiny OLMoE's way: text.txt, calibration.json, plan.json (replicas, formats) and
+    model.onnx with its files; do not write to it."""
+    folder, model = tmp_path_factory.mktemp("stages"), tiny_checkpoint("olmoe")
+    (folder / "text.txt").write_text((SAMPLE_TEXTS / "hacker.heldout.txt").read_text()[:3000])
+    calibration, plan = folder / "calibration.json", folder / "plan.json"
+    for arguments in (
+        ("calibrate", model, "--text", folder / "text.txt", "--sequence-length", 64, "-o", calibration),
+        ("plan", calibration, "--target", "batched", "--memory", 0.6, "-o", plan),
+        (model, "--plan", plan, "-o", folder / "model.onnx"),
+    ):
+        result = run_command(*arguments, "-q")
+        assert result.exit_code == 0, result.stderr
+    return folder

@@ -1,5 +1,7 @@
 """``calibration.json``: what a run of the model over text showed, per MoE layer and expert."""
 
+import os
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -18,10 +20,16 @@ class CalibrationText(Document):
 
 
 class StatisticsFile(Document):
-    """The safetensors file with a calibration's activation statistics (``statistics.py``), by its name beside the document."""
+    """The safetensors file with a calibration's activation statistics (``statistics.py``); ``name`` is its path from the folder
+    of the document."""
 
     name: str
     sha256: str
+
+    def named_from(self, folder: Path, document: Path) -> "StatisticsFile":
+        """The same file, named so far from ``folder``, as it is named in ``document``."""
+        path = os.path.relpath(folder / self.name, document.parent)
+        return self.model_copy(update={"name": Path(path).as_posix()})
 
 
 class LayerCalibration(Document):

@@ -46,7 +46,7 @@ class Statistics:
         """
         path = folder / file.name
         if not path.is_file():
-            raise UserError(f"the activation statistics {path} are missing; copy them there from beside the calibration", 2)
+            raise UserError(f"the activation statistics {path} are missing; copy them there, or calibrate and plan again", 2)
         if sha256(path) != file.sha256:
             raise UserError(f"{path} is not the file that the plan was made with; copy that one, or plan again", 2)
         try:

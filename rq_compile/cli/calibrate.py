@@ -17,6 +17,7 @@ from rq_compile.cli.options import (
     text_option,
 )
 from rq_compile.cli.screen import Screen, on_screen
+from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
     from rq_compile.quantization.formats import Quantizer
@@ -54,6 +55,8 @@ def command(
     wanda_fraction: float,
 ) -> None:
     """Run MODEL over text: each expert's load, importance and errors."""
+    if output.suffix == ".safetensors":
+        raise UserError(f"-o {output} names the calibration, whose statistics go into a .safetensors; end it in .json", 2)
     check_writable(output)
     contents = read_texts(texts)
 

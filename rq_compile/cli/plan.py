@@ -38,6 +38,8 @@ def command(
     document = read_document(Calibration, calibration)
     digest = sha256(calibration)
     plan = make_plan(document, policy=policy, memory=memory, ranks=ranks, target=target, calibration_sha256=digest, **options)
+    if plan.statistics:
+        plan = plan.model_copy(update={"statistics": plan.statistics.named_from(calibration.parent, output)})
     write_document(plan, output)
     screen.note(f"wrote {output}")
     screen.result(plan, *plan_tables(plan), asked_for=False)

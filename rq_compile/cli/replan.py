@@ -28,6 +28,8 @@ def command(screen: Screen, plan: Path, loads: Path, output: Path, tolerance: fl
 
     old, calibration = read_document(Plan, plan), read_document(Calibration, loads)
     new, changes = replan(old, calibration, tolerance=tolerance, calibration_sha256=sha256(loads))
+    if new.statistics:
+        new = new.model_copy(update={"statistics": new.statistics.named_from(plan.parent, output)})
     write_document(new, output)
     screen.note(f"wrote {output}")
     screen.result(changes, *changes_tables(changes, new))

@@ -80,14 +80,15 @@ class Screen:
 
     def _lines(self, description: str, unit: str) -> Iterator[Progress]:
         meter = Meter(unit)
-        last = monotonic()
+        last, finished = monotonic(), False
         self.note(f"{description} ...")
 
         def update(done: int, total: int) -> None:
-            nonlocal last
+            nonlocal last, finished
             state = meter.state(done, total)
-            if done == total or monotonic() - last >= LOG_INTERVAL:
-                last = monotonic()
+            # The last report may come more than once, where many small steps round to the total.
+            if (done == total and not finished) or monotonic() - last >= LOG_INTERVAL:
+                last, finished = monotonic(), done == total
                 self.note(f"{description}: {state}")
 
         yield update

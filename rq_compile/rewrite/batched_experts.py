@@ -125,7 +125,7 @@ def _with_capacity_of_the_batch(op: Ops, plan: LayerPlan, products: list[_Produc
         rows_of_lanes.append(op("Reshape", row, [-1]))
         busy, idle = (gs.Graph(name=f"{plan.name}.lanes_{number}{state}") for state in ("", "_idle"))
         busy.outputs = [_experts(Ops(busy, busy.name), plan, product, row, batch)]
-        idle.outputs = [Ops(idle, idle.name)("Identity", np.zeros((0, plan.geometry.hidden), np.float32))]
+        idle.outputs = [Ops(idle, idle.name)("ConstantOfShape", [0, plan.geometry.hidden])]
         outputs.append(op("If", op("Greater", busiest, 0), then_branch=busy, else_branch=idle))
     row_of_lane = op("Concat", *rows_of_lanes, axis=0)
     lane = op("Range", 0, op("Squeeze", op("Shape", row_of_lane)), 1)
@@ -161,7 +161,7 @@ def _with_fixed_capacity(
 
     start = op("Expand", np.float32(0), op("Concat", op("Add", batch.none, 1), [plan.geometry.hidden], axis=0))
     filled = op("Loop", passes, True, start, body=body)
-    op("Slice", filled, [0], batch.none, out=out)
+    op("Slice", filled, [0], batch.none, [0], out=out)
 
 
 def _rows_of_lanes(op: Ops, first: gs.Tensor, last: gs.Tensor, place: gs.Tensor, batch: _Rows) -> gs.Tensor:

@@ -1,0 +1,28 @@
+"""JSON schemas of the files between the stages: ``python -m rq_compile.schemas docs/schema`` writes them anew."""
+
+import json
+import sys
+from pathlib import Path
+
+from rq_compile.calibration.schema import Calibration
+from rq_compile.files import Document
+from rq_compile.planning.schema import Plan
+from rq_compile.targets.manifest import Manifest
+
+DOCUMENTS: dict[str, type[Document]] = {"calibration": Calibration, "plan": Plan, "engine": Manifest}
+
+
+def schema(kind: str) -> str:
+    """The JSON schema (draft 2020-12) of what the files of ``kind`` may hold, as the text of a file."""
+    made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **DOCUMENTS[kind].model_json_schema()}
+    return json.dumps(made, indent=1) + "\n"
+
+
+def write(folder: Path) -> None:
+    """Write ``<kind>.schema.json`` of every kind into ``folder``."""
+    for kind in DOCUMENTS:
+        (folder / f"{kind}.schema.json").write_text(schema(kind))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

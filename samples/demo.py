@@ -1,0 +1,98 @@
+"""From the sample checkpoint to a running engine, through the command line alone; ``make demo`` runs it.
+
+Every command is printed before it runs and can be typed by hand (``source .venv/bin/activate`` first). What they write is
+in ``demo/``. The summary at the end is drawn from the JSON that ``evaluate`` and ``bench`` printed.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("demo")
+MODEL = Path("samples/olmoe")
+TEXTS = Path("samples/text")
+CALIBRATION_KINDS = ("scripture", "hacker", "dictionary")
+HELD_OUT_KINDS = (*CALIBRATION_KINDS, "satire")  # the last is of a kind that the calibration has not seen
+PROMPT = "In the beginning"
+
+seconds: dict[str, float] = {}
+
+
+def rq_compile(*arguments: str | Path, into: Path | None = None) -> str:
+    """Run ``rq-compile`` and return what it printed; show that, or with ``into`` redirect it there instead."""
+    command = ["rq-compile", *map(str, arguments)]
+    print(f"\n$ {shlex.join(command)}" + (f" > {into}" if into else ""), flush=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    executable = shutil.which(command[0], path=path)
+    if executable is None:
+        sys.exit("rq-compile is not installed; run make demo, which installs it into .venv")
+    start = monotonic()
+    finished = subprocess.run([executable, *command[1:]], stdout=subprocess.PIPE, text=True)
+    if finished.returncode:
+        sys.exit(finished.returncode)
+    seconds[command[1] if command[1] != str(MODEL) else "compile"] = monotonic() - start
+    if into:
+        into.write_text(finished.stdout)
+    else:
+        print(finished.stdout, end="", flush=True)
+    return finished.stdout
+
+
+def texts(kinds: tuple[str, ...], part: str) -> list[str | Path]:
+    return [argument for kind in kinds for argument in ("--text", TEXTS / f"{kind}.{part}.txt")]
+
+
+def balance(evaluation: dict[str, Any], word: str, field: str) -> None:
+    """Print a row a layer and a column a text, before -> after."""
+    print(f"\n{word:<10}" + "".join(f"{text['name'].split('.')[0]:<17}" for text in evaluation["texts"]).rstrip())
+    for position, layer in enumerate(evaluation["texts"][0]["layers"]):
+        found = [text["layers"][position] for text in evaluation["texts"]]
+        cells = [f"{each[f'{field}_before']:.3f} -> {each[f'{field}_after']:.3f}" for each in found]
+        print(f"layer {layer['index']:<4}" + "".join(f"{cell:<17}" for cell in cells).rstrip())
+
+
+def summary(evaluation: dict[str, Any], bench: dict[str, Any], generated: str) -> None:
+    print("\nSummary, on held-out text; satire is of a kind that the calibration has not seen. Before -> after the plan:")
+    balance(evaluation, "LIS", "lis")
+    balance(evaluation, "strict LIS", "strict_lis")
+    print("\nperplexity    transformers    engine     change    top-1 agreement")
+    for text in [*evaluation["texts"], evaluation["total"]]:
+        theirs, ours = text["perplexity_reference"], text["perplexity_engine"]
+        change, agreement = 100 * (ours / theirs - 1), 100 * text["agreement"]
+        print(f"{text['name'].split('.')[0]:<14}{theirs:12.3f}{ours:10.3f}{change:+9.2f} %{agreement:17.2f} %")
+    before, after = evaluation["expert_bytes_before"], evaluation["expert_bytes_after"]
+    print(f"\nexpert bytes  {before} -> {after} ({after / before:.3f})")
+    theirs, ours = bench["other"], bench["engine"]
+    print(f"\ntokens/s      transformers    engine      ratio    (batch 1, {os.cpu_count()} cores)")
+    for what, count in (("prefill", bench["prompt_tokens"]), ("decode", bench["new_tokens"])):
+        print(f"{f'{what} ({count})':<14}{theirs[what]:12.1f}{ours[what]:10.1f}{bench[f'ratio_{what}']:11.2f}")
+    print(f"\ngenerated     {generated.strip()}")
+    print("\nseconds       " + ", ".join(f"{step} {time:.0f}" for step, time in seconds.items()))
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    OUT.mkdir(exist_ok=True)
+    calibration, plan, engine = OUT / "calibration.json", OUT / "plan.json", OUT / "olmoe.onnx"
+    evaluation, bench = OUT / "evaluation.json", OUT / "bench.json"
+
+    rq_compile("calibrate", MODEL, *texts(CALIBRATION_KINDS, "calibration"), "-o", calibration)
+    # Of the targets, `batched` is the one for which a balanced load is speed.
+    rq_compile("plan", calibration, "--target", "batched", "-o", plan)
+    rq_compile(MODEL, "--plan", plan, "-o", engine)
+    rq_compile("inspect", engine, "--verify")
+    rq_compile("evaluate", engine, "--reference", MODEL, *texts(HELD_OUT_KINDS, "heldout"), "--json", into=evaluation)
+    rq_compile("bench", engine, "--against", MODEL, "--json", into=bench)
+    generated = rq_compile("generate", engine, "--prompt", PROMPT, "--max-tokens", "32")
+    summary(json.loads(evaluation.read_text()), json.loads(bench.read_text()), generated)
+
+
+if __name__ == "__main__":
+    main()

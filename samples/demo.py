@@ -20,7 +20,7 @@ MODEL = Path("samples/olmoe")
 TEXTS = Path("samples/text")
 CALIBRATION_KINDS = ("scripture", "hacker", "dictionary")
 HELD_OUT_KINDS = (*CALIBRATION_KINDS, "satire")  # the last is of a kind that the calibration has not seen
-PROMPT = "In the beginning"
+PROMPT = "And the LORD said unto"
 
 seconds: dict[str, float] = {}
 
@@ -51,14 +51,18 @@ def texts(kinds: tuple[str, ...], part: str) -> list[str | Path]:
 
 def balance(evaluation: dict[str, Any], word: str, field: str) -> None:
     """Print a row a layer and a column a text, before -> after."""
-    print(f"\n{word:<10}" + "".join(f"{text['name'].split('.')[0]:<17}" for text in evaluation["texts"]).rstrip())
+    print(f"\n{word:<12}" + "".join(f"{text['name'].split('.')[0]:<17}" for text in evaluation["texts"]).rstrip())
     for position, layer in enumerate(evaluation["texts"][0]["layers"]):
         found = [text["layers"][position] for text in evaluation["texts"]]
         cells = [f"{each[f'{field}_before']:.3f} -> {each[f'{field}_after']:.3f}" for each in found]
-        print(f"layer {layer['index']:<4}" + "".join(f"{cell:<17}" for cell in cells).rstrip())
+        print(f"layer {layer['index']:<6}" + "".join(f"{cell:<17}" for cell in cells).rstrip())
 
 
-def summary(evaluation: dict[str, Any], bench: dict[str, Any], generated: str) -> None:
+def planned_bytes(plan: dict[str, Any]) -> int:
+    return sum(layer["predicted"]["bytes_after"] for layer in plan["layers"])
+
+
+def summary(plan: dict[str, Any], evaluation: dict[str, Any], bench: dict[str, Any], generated: str) -> None:
     print("\nSummary, on held-out text; satire is of a kind that the calibration has not seen. Before -> after the plan:")
     balance(evaluation, "LIS", "lis")
     balance(evaluation, "strict LIS", "strict_lis")
@@ -67,8 +71,9 @@ def summary(evaluation: dict[str, Any], bench: dict[str, Any], generated: str) -
         theirs, ours = text["perplexity_reference"], text["perplexity_engine"]
         change, agreement = 100 * (ours / theirs - 1), 100 * text["agreement"]
         print(f"{text['name'].split('.')[0]:<14}{theirs:12.3f}{ours:10.3f}{change:+9.2f} %{agreement:17.2f} %")
-    before, after = evaluation["expert_bytes_before"], evaluation["expert_bytes_after"]
-    print(f"\nexpert bytes  {before} -> {after} ({after / before:.3f})")
+    before, planned, kept = evaluation["expert_bytes_before"], planned_bytes(plan), evaluation["expert_bytes_after"]
+    print(f"\nexpert bytes  {before} -> {planned} in all slots ({planned / before:.3f});")
+    print(f"              {kept} in this engine ({kept / before:.3f}), whose equal copies share theirs")
     theirs, ours = bench["other"], bench["engine"]
     print(f"\ntokens/s      transformers    engine      ratio    (batch 1, {os.cpu_count()} cores)")
     for what, count in (("prefill", bench["prompt_tokens"]), ("decode", bench["new_tokens"])):
@@ -91,7 +96,7 @@ def main() -> None:
     rq_compile("evaluate", engine, "--reference", MODEL, *texts(HELD_OUT_KINDS, "heldout"), "--json", into=evaluation)
     rq_compile("bench", engine, "--against", MODEL, "--json", into=bench)
     generated = rq_compile("generate", engine, "--prompt", PROMPT, "--max-tokens", "32")
-    summary(json.loads(evaluation.read_text()), json.loads(bench.read_text()), generated)
+    summary(*(json.loads(file.read_text()) for file in (plan, evaluation, bench)), generated)
 
 
 if __name__ == "__main__":

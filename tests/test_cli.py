@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -304,32 +305,36 @@ def test_an_output_that_cannot_be_written(rq_compile: Run, model: Path, stages: 
     assert names(out) == ["model.json", "model.onnx"]
 
 
-@pytest.fixture
-def limit_file_size() -> Iterator[Callable[[int], None]]:
-    """No file may grow beyond so many bytes: writing fails as on a full disk, with another errno."""
+@contextmanager
+def file_size_limited(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes: writing fails as on a full disk, with another errno.
+
+    Around the command alone: pytest's own output may be a file, too.
+    """
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("command", ["calibrate", "plan", "compile"])
-def test_a_full_disk_leaves_nothing(
-    rq_compile: Run, model: Path, stages: Path, out: Path, limit_file_size: Callable[[int], None], command: str
-) -> None:
-    limit_file_size(1000)
-    refused(rq_compile(*writing(command, model, stages, out), "-q"), 1, "File too large", "free space")
+def test_a_full_disk_leaves_nothing(rq_compile: Run, model: Path, stages: Path, out: Path, command: str) -> None:
+    with file_size_limited(1000):
+        result = rq_compile(*writing(command, model, stages, out), "-q")
+    refused(result, 1, "File too large", "free space")
     assert names(out) == []
 
 
-def test_a_full_disk_keeps_what_was_there(
-    rq_compile: Run, model: Path, stages: Path, out: Path, limit_file_size: Callable[[int], None]
-) -> None:
+def test_a_full_disk_keeps_what_was_there(rq_compile: Run, model: Path, stages: Path, out: Path) -> None:
     for file in stages.glob("model.*"):
         shutil.copy(file, out)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    limit_file_size((stages / "model.onnx.data").stat().st_size - 1)
-    refused(rq_compile(*writing("compile", model, stages, out), "-q"), 1, "cannot write", "model.onnx.data")
+    with file_size_limited((stages / "model.onnx.data").stat().st_size - 1):
+        result = rq_compile(*writing("compile", model, stages, out), "-q")
+    refused(result, 1, "cannot write", "model.onnx.data")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 

@@ -43,6 +43,13 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts")
     show_default=True,
     help="native needs the op library of rq-compile; stock runs in any ONNX Runtime; batched is plain ONNX, for large batches.",
 )
+@click.option(
+    "--activation-bits",
+    type=click.Choice(["8", "32"]),
+    default="32",
+    show_default=True,
+    help="What native and stock multiply with quantized weights: kept in fp32, or rounded to int8, which is faster.",
+)
 @planning_options
 @batch_size_option
 @sequence_length_option
@@ -54,6 +61,7 @@ def command(
     texts: tuple[Path, ...],
     output: Path,
     lowering: Lowering,
+    activation_bits: str,
     batch_size: int,
     sequence_length: int,
     policy_options: tuple[str, ...],
@@ -102,6 +110,7 @@ def command(
             output,
             lowering,
             statistics,
+            activation_bits=int(activation_bits),
             progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE),
         )
     screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")

@@ -36,13 +36,15 @@ def compile_engine(
     lowering: Lowering = "native",
     statistics: Statistics | None = None,
     exported: Exported | None = None,
+    activation_bits: int = 32,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json`` and ``<stem>.json`` beside them.
 
     Weights are streamed: no more than one expert or one dense tensor is held at a time. ``statistics`` are those of the
     calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported`` is the checkpoint's graph, for
-    who compiles several plans of one. ``progress(done, total)`` counts the bytes of the weights.
+    who compiles several plans of one. ``activation_bits``: see ``rewrite``. ``progress(done, total)`` counts the bytes of the
+    weights.
 
     Raises:
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written. Nothing is left.
@@ -63,7 +65,7 @@ def compile_engine(
         weights = expert_weights(checkpoint, layers[layer], expert)
         return statistics.with_moments(weights, layer, expert) if statistics and plan.quantizer == "gptq" else weights
 
-    model, experts, replaced = rewrite(exported.model, plan, source, lowering)
+    model, experts, replaced = rewrite(exported.model, plan, source, lowering, activation_bits=activation_bits)
     dense = _dense_weights(checkpoint, model, exported.parameters)
 
     # Left in reverse order: the manifest, by which an engine is loaded, is the last to appear.

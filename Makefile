@@ -1,4 +1,5 @@
 # make demo: from the sample checkpoint to a running engine. make test: the tests. Each sets itself up in .venv.
+# make check: ruff and mypy. make schema: docs/schema anew. make format: what ruff can mend.
 
 PYTHON ?= python3
 SOURCES := $(shell find rq_compile plugins -type f -not -path '*/__pycache__/*' -not -name '*.so' -not -name '*.md')
@@ -26,6 +27,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schema: $(INSTALLED)
+	$(BIN)/python -m rq_compile.schemas docs/schema
 
 clean:
 	rm -rf .venv build demo

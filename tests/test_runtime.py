@@ -1,0 +1,198 @@
+"""An engine in ONNX Runtime: cache, padding, counted rows, and what it says when something is missing.
+
+Every family's logits are compared with transformers in test_families.py; here is what holds whatever the weights are.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+from rq_compile.runtime.engine import Engine
+from rq_compile.runtime.reference import Reference
+from rq_compile.targets import library
+
+ATOL = 2e-5
+
+
+def tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(4, tiny.VOCABULARY, shape)
+
+
+@pytest.fixture(scope="module")
+def engine(stages: Path) -> Engine:
+    return Engine.load(stages / "model.onnx", threads=1)
+
+
+@pytest.fixture
+def copied(stages: Path, tmp_path: Path) -> Path:
+    """The engine's files in a folder of their own, to be spoilt."""
+    for file in stages.glob("model.*"):
+        shutil.copy(file, tmp_path)
+    return tmp_path / "model.onnx"
+
+
+def test_generating_with_the_cache_is_recomputing_everything(engine: Engine) -> None:
+    ids = tokens(5).tolist()
+    generated = list(engine.generate(ids, 20, stop=False))
+    for length in range(20):
+        logits = engine.logits(np.array([ids + generated[:length]]))
+        assert generated[length] == logits[0, -1].argmax()
+
+
+@pytest.mark.parametrize("pieces", [(12,), (5, 7), (1, 1, 1, 9), (11, 1)])
+def test_text_in_pieces_through_the_cache_gives_the_same_logits(engine: Engine, pieces: tuple[int, ...]) -> None:
+    """As any other runtime would do it, from what the manifest and the graph say."""
+    ids, past_length = tokens(3, 12), 0
+    cache = engine.manifest.cache
+    past = {tensor.past: np.zeros((3, tensor.heads, 0, tensor.dimension), np.float32) for tensor in cache}
+    got = []
+    for piece in pieces:
+        feeds = {
+            "input_ids": ids[:, past_length : past_length + piece],
+            "attention_mask": np.ones((3, past_length + piece), np.int64),
+            "position_ids": np.arange(past_length, past_length + piece)[None].repeat(3, axis=0),
+        }
+        logits, *present = engine._session.run(["logits", *(tensor.present for tensor in cache)], {**feeds, **past})
+        past = {tensor.past: value for tensor, value in zip(cache, present, strict=True)}
+        past_length += piece
+        got.append(logits)
+        assert all(value.shape[2] == past_length for value in past.values())
+    np.testing.assert_allclose(np.concatenate(got, axis=1), engine.logits(ids), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_is_the_row_alone(engine: Engine, side: str) -> None:
+    lengths, width = (9, 4, 1), 9
+    ids, mask = np.full((3, width), 2), np.zeros((3, width), np.int64)
+    for row, length in enumerate(lengths):
+        where = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[row, where], mask[row, where] = tokens(length, seed=row), 1
+    logits = engine.logits(ids, mask)
+    for row, length in enumerate(lengths):
+        alone = engine.logits(tokens(1, length, seed=row))
+        np.testing.assert_allclose(logits[row][mask[row] == 1], alone[0], atol=ATOL, rtol=0)
+
+
+def test_an_answer_does_not_depend_on_who_shares_the_batch(engine: Engine) -> None:
+    """All copies of an expert have one format, so it does not matter which of them a token is sent to."""
+    ids = tokens(4, 7)
+    together = engine.logits(ids)
+    for row in range(4):
+        np.testing.assert_allclose(together[row], engine.logits(ids[row : row + 1])[0], atol=ATOL, rtol=0)
+    np.testing.assert_allclose(engine.logits(ids[::-1])[::-1], together, atol=ATOL, rtol=0)
+
+
+def test_the_same_call_gives_the_same_bits(engine: Engine, stages: Path) -> None:
+    ids = tokens(2, 33)
+    first = engine.logits(ids)
+    for threads in (1, 2, 2):
+        np.testing.assert_array_equal(Engine.load(stages / "model.onnx", threads).logits(ids), first)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (3, 64)])
+def test_counted_rows_are_every_choice_of_every_token(engine: Engine, shape: tuple[int, int]) -> None:
+    ids = tokens(*shape)
+    logits, rows = engine.counted_logits(ids)
+    np.testing.assert_array_equal(logits, engine.logits(ids))
+    plan = engine.manifest.plan
+    assert set(rows) == {layer.name for layer in plan.layers}
+    for layer in plan.layers:
+        counts = rows[layer.name]
+        assert counts.shape == (len(layer.slots),)
+        assert counts.sum() == ids.size * layer.geometry.top_k
+        for expert in range(layer.geometry.experts):
+            copies = counts[[slot.expert == expert for slot in layer.slots]]
+            assert copies.max() - copies.min() <= 1
+    assert {name: counts.tolist() for name, counts in engine.loads(ids).items()} == {
+        name: counts.tolist() for name, counts in rows.items()
+    }
+
+
+def test_counted_rows_are_those_that_transformers_routes(
+    engine: Engine, stages: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """On the first layer, whose inputs no plan has changed."""
+    ids = tokens(2, 40)
+    model = Reference.load(Checkpoint.open(tiny_checkpoint("olmoe"))).model
+    chosen: list[np.ndarray] = []
+    model.model.layers[0].mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2].numpy()))
+    Reference(model).logits(ids)
+    layer = engine.manifest.plan.layers[0]
+    by_slot = engine.loads(ids)[layer.name]
+    by_expert = np.bincount([slot.expert for slot in layer.slots], by_slot, layer.geometry.experts)
+    np.testing.assert_array_equal(by_expert, np.bincount(chosen[0].ravel(), minlength=layer.geometry.experts))
+
+
+def test_generating_ends_at_the_end_of_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = tokens(5).tolist()
+    free = list(engine.generate(ids, 8, stop=False))
+    ended = engine.manifest.model_copy(update={"end_of_text": [free[3]]})
+    monkeypatch.setattr(engine, "manifest", ended)
+    assert list(engine.generate(ids, 8)) == free[: free.index(free[3])]
+    assert list(engine.generate(ids, 8, stop=False)) == free
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"), [([], "the prompt is empty"), ([5, 128], "outside the vocabulary"), ([-1], "outside")]
+)
+def test_prompts_that_cannot_be_continued(engine: Engine, ids: list[int], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        list(engine.generate(ids, 1))
+    assert caught.value.exit_status == 2
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.json", "model.onnx.data", "model.tokenizer.json"])
+def test_a_missing_file_is_named(copied: Path, name: str) -> None:
+    (copied.parent / name).unlink()
+    with pytest.raises(UserError, match=name) as caught:
+        Engine.load(copied)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "model.tokenizer.json"])
+def test_a_file_that_was_cut_short_is_named(copied: Path, name: str) -> None:
+    content = (copied.parent / name).read_bytes()
+    (copied.parent / name).write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"{name} has {len(content) - 1} bytes instead of {len(content)}"):
+        Engine.load(copied)
+
+
+def test_a_graph_that_does_not_load_is_one_sentence(copied: Path) -> None:
+    size = copied.stat().st_size
+    copied.write_bytes(bytes(size))
+    with pytest.raises(UserError, match=r"ONNX Runtime .* cannot load .*model\.onnx") as caught:
+        Engine.load(copied)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_engine_moves_with_its_files(copied: Path, engine: Engine) -> None:
+    """Nothing in them names the folder where they were written."""
+    ids = tokens(1, 6)
+    np.testing.assert_array_equal(Engine.load(copied, threads=1).logits(ids), engine.logits(ids))
+    np.testing.assert_array_equal(Engine.load(copied, threads=1).counted_logits(ids)[0], engine.logits(ids))
+
+
+def test_an_engine_without_tokenizer_runs_on_ids(copied: Path) -> None:
+    manifest = json.loads(copied.with_suffix(".json").read_text())
+    manifest["tokenizer"] = None
+    copied.with_suffix(".json").write_text(json.dumps(manifest))
+    engine = Engine.load(copied, threads=1)
+    assert len(list(engine.generate([5], 3, stop=False))) == 3
+    with pytest.raises(UserError, match="has no tokenizer"):
+        engine.tokenizer  # noqa: B018
+
+
+def test_a_missing_op_library_is_told(stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.rq_compile, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(UserError, match=r"custom-op library .* is missing; .*--lowering stock"):
+        Engine.load(stages / "model.onnx")

@@ -350,8 +350,10 @@ def test_an_interrupted_compilation_leaves_nothing(
 ) -> None:
     """It is interrupted when half of the weights are written."""
     (tmp_path / "exported").write_bytes(pickle.dumps(export_once(Checkpoint.open(model))))
+    # Who runs the tests in the background may have given them an ignored SIGINT, which Python would then leave ignored.
     program = f"""
-import pickle, time
+import pickle, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import rq_compile.targets.onnxruntime as target
 target.export_graph = lambda _: pickle.load(open({str(tmp_path / "exported")!r}, "rb"))
 def write_half(weights, file, progress):

@@ -1,13 +1,18 @@
 """Nodes of rq.moe to run in ONNX Runtime, random weights for them, and what they must give, in float64."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
+import rq_compile
 from rq_compile.quantization.formats import block_size
 from rq_compile.quantization.quantizer import Quantized
 from rq_compile.rewrite.panels import float_panels, packed_panels, scale_panels
@@ -24,6 +29,15 @@ ONNX_TYPES = {
 }
 # Always constants: numpy has no bfloat16 that a session takes as an input.
 CONSTANTS = {"replicas", "float_weights", "int8_packed", "int8_scales", "int4_packed", "int4_scales", "bias"}
+
+
+def python_with(isa, *arguments):
+    """Another Python, with the kernels of `isa` (None: the processor's best) and the package that is tested here."""
+    # The working directory comes first in its path: a source tree there would have no op library.
+    places = [str(Path(__file__).parent), str(Path(rq_compile.__file__).parent.parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)} | ({"RQ_MOE_ISA": isa} if isa else {})
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=places[0], env=environment, capture_output=True, text=True, check=False)
 
 
 def run_op(op, inputs, results, threads=1, **attributes):

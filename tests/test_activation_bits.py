@@ -1,12 +1,8 @@
 """ExpertGemm with activations rounded to int8: exactly the products of the rounded numbers, and how far they are from fp32's."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from op_nodes import GATED, assert_close, expert_gemm, pack, reference, routed
+from op_nodes import GATED, assert_close, expert_gemm, pack, python_with, reference, routed
 
 from rq_compile.quantization.formats import block_size
 
@@ -139,8 +135,7 @@ def test_every_instruction_set_gives_the_same_bits():
     """Quantized slots: not only the same numbers, the same bits, whatever this processor has."""
     digests = set()
     for isa in (None, "plain", "avx2"):
-        path = os.pathsep.join([os.path.dirname(__file__), os.getcwd(), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | {"PYTHONPATH": path} | ({"RQ_MOE_ISA": isa} if isa else {})
-        result = subprocess.run([sys.executable, "-c", PRINT_DIGEST], env=environment, capture_output=True, text=True, check=True)
+        result = python_with(isa, "-c", PRINT_DIGEST)
+        assert result.returncode == 0, result.stderr
         digests.add(result.stdout)
     assert len(digests) == 1

@@ -1,6 +1,5 @@
 """The ops of rq.moe as ONNX Runtime runs them, against a float64 reference in numpy."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from onnx import TensorProto
-from op_nodes import GATED, assert_close, combine, dispatch, expert_gemm, pack, reference, routed, run_op
+from op_nodes import GATED, assert_close, combine, dispatch, expert_gemm, pack, python_with, reference, routed, run_op
 
 from rq_compile.errors import UserError
 from rq_compile.targets import library
@@ -235,8 +234,7 @@ def test_lesser_instruction_sets(isa):
     """The same tests on the kernels that this processor would not choose."""
     files = [__file__, __file__.replace("test_ops", "test_activation_bits")]
     chosen = "every_format or all_tokens_on_one_slot or batch_mates"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen]
-    result = subprocess.run(command, env=os.environ | {"RQ_MOE_ISA": isa}, capture_output=True, text=True, check=False)
+    result = python_with(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen)
     assert result.returncode == 0, result.stdout[-3000:]
 
 

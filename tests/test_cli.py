@@ -144,6 +144,24 @@ def test_a_mistyped_command_in_a_real_process(tmp_path: Path) -> None:
     assert stderr == "error: no such command or model directory: isnpect; did you mean inspect?\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--memory", "nan"], ["memory nan", "above 0"]),
+        (["--option", "memory=2"], ["policy optimal has no option memory"]),
+        (["--option", "balance=much"], ["option balance", "'much'"]),
+        (["--policy", "paper", "--option", "balance=1"], ["policy paper has no option balance"]),
+    ],
+)
+def test_planning_options_are_checked_before_the_long_work(
+    rq_compile: Run, model: Path, stages: Path, out: Path, arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_compile.calibration.calibrate.calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    refused(rq_compile(model, "--text", stages / "text.txt", *arguments, "-o", out / "m.onnx", "-q"), 2, *words)
+    refused(rq_compile("plan", stages / "calibration.json", *arguments, "-o", out / "p.json", "-q"), 2, *words)
+    assert names(out) == []
+
+
 # Files that are not what they should be
 
 

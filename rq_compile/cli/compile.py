@@ -90,14 +90,16 @@ def command(
         statistics = Statistics.beside(plan_path.parent, plan.statistics) if plan.statistics else None
     else:
         from rq_compile.calibration.calibrate import calibrate
-        from rq_compile.planning.plan import make_plan
+        from rq_compile.planning.plan import check_arguments, make_plan
 
+        planning["target"] = "batched" if lowering == "batched" else "cpu"
+        check_arguments(**planning, options=options)
         checkpoint = Checkpoint.open(model)
         with screen.progress("calibrating", "tokens") as progress:
             calibration, tensors = calibrate(
                 checkpoint, contents, batch_size=batch_size, sequence_length=sequence_length, progress=progress
             )
-        plan = make_plan(calibration, target="batched" if lowering == "batched" else "cpu", **planning, **options)
+        plan = make_plan(calibration, **planning, **options)
         statistics = Statistics.of(tensors)
 
     from rq_compile.cli.tables import engine_tables

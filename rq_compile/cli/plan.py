@@ -33,8 +33,9 @@ def command(
     from rq_compile.calibration.schema import Calibration
     from rq_compile.cli.tables import plan_tables
     from rq_compile.files import read_document, sha256, write_document
-    from rq_compile.planning.plan import make_plan
+    from rq_compile.planning.plan import check_arguments, make_plan
 
+    check_arguments(policy=policy, memory=memory, ranks=ranks, target=target, options=options)
     document = read_document(Calibration, calibration)
     digest = sha256(calibration)
     plan = make_plan(document, policy=policy, memory=memory, ranks=ranks, target=target, calibration_sha256=digest, **options)

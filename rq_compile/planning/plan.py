@@ -45,14 +45,8 @@ def make_plan(
     Raises:
         UserError: an unknown policy, target or option, a value out of range, or a budget that cannot be met.
     """
-    if policy not in POLICIES:
-        raise UserError(f"there is no policy {policy}; choose one of {', '.join(POLICIES)}", 2)
-    if target not in get_args(Target):
-        raise UserError(f"there is no target {target}; choose one of {', '.join(get_args(Target))}", 2)
-    if ranks < 1 or not np.isfinite(memory) or memory <= 0:
-        raise UserError(f"cannot plan for memory {memory:g} and {ranks} ranks; both must be above 0", 2)
+    common, own = check_arguments(policy=policy, memory=memory, ranks=ranks, target=target, options=options)
     module = importlib.import_module(f"rq_compile.planning.policies.{policy}")
-    common, own = _options(policy, module.Options, options)
     problem = problem_of(calibration, target=cast(Target, target), ranks=ranks, memory=memory, smoothing=common.smoothing)
     decision: Decision = module.decide(problem, own)
     tokens = common.tokens or calibration.batch_size * calibration.sequence_length
@@ -80,22 +74,32 @@ def make_plan(
     )
 
 
-def _options(policy: str, own: type[Document], given: dict[str, Any]) -> tuple[CommonOptions, Document]:
-    """
+def check_arguments(
+    *, policy: str, memory: float, ranks: int, target: str, options: dict[str, Any]
+) -> tuple[CommonOptions, Document]:
+    """All of ``make_plan``'s arguments that can be refused before there is a calibration; returns the options, validated.
+
     Raises:
-        UserError: an option that the policy does not have, or a value it does not take.
+        UserError: an unknown policy or target, an option that the policy does not have, or a value out of range.
     """
+    if policy not in POLICIES:
+        raise UserError(f"there is no policy {policy}; choose one of {', '.join(POLICIES)}", 2)
+    if target not in get_args(Target):
+        raise UserError(f"there is no target {target}; choose one of {', '.join(get_args(Target))}", 2)
+    if ranks < 1 or not np.isfinite(memory) or memory <= 0:
+        raise UserError(f"cannot plan for memory {memory:g} and {ranks} ranks; both must be above 0", 2)
+    own: type[Document] = importlib.import_module(f"rq_compile.planning.policies.{policy}").Options
     known = [*CommonOptions.model_fields, *own.model_fields]
-    for name in given:
+    for name in options:
         if name not in known:
             raise UserError(f"policy {policy} has no option {name}; it has {', '.join(known)}", 2)
     try:
-        common = CommonOptions(**{name: value for name, value in given.items() if name in CommonOptions.model_fields})
-        return common, own(**{name: value for name, value in given.items() if name in own.model_fields})
+        common = CommonOptions(**{name: value for name, value in options.items() if name in CommonOptions.model_fields})
+        return common, own(**{name: value for name, value in options.items() if name in own.model_fields})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise UserError(f"option {name} of policy {policy} cannot be {given[name]!r}: {first['msg']}", 2) from error
+        raise UserError(f"option {name} of policy {policy} cannot be {options[name]!r}: {first['msg']}", 2) from error
 
 
 def layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:

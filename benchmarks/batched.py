@@ -39,7 +39,7 @@ from rq_compile.planning.plan import make_plan
 from rq_compile.planning.schema import LayerPlan, Plan, Slot
 
 FORMATS = ("fp32", "int8", "int4", "plan")
-CLASSES = (1, 2, 3)
+CLASSES = (1, 2, 3, 4, 6)
 
 
 class Variant(NamedTuple):
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--batches-a-step", type=int, default=1, help="held-out batches that make one step")
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed, spread over the held-out text")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, help="where the rows go, as JSON")
     args = parser.parse_args()
     calibration, heldout = (read_document(Calibration, path) for path in (args.calibration, args.heldout))

@@ -66,7 +66,7 @@ def test_formats_are_cut_apart(shares: np.ndarray, data: st.DataObject) -> None:
 
 def test_busy_and_cold_slots_do_not_share_lanes() -> None:
     load = np.array([[0.3, 0.01, 0.28, 0.0, 0.3, 0.01, 0.1]])
-    assert capacity_classes(load, ["int8"] * 7).tolist() == [0, 2, 0, 2, 0, 2, 1]
+    assert capacity_classes(load, ["int8"] * 7, classes=3).tolist() == [0, 2, 0, 2, 0, 2, 1]
     assert capacity_classes(load, ["int8"] * 7, classes=1).tolist() == [0] * 7
     assert capacity_classes(np.full((1, 7), 0.2), ["int8"] * 7).tolist() == [0] * 7
 

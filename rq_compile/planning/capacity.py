@@ -12,7 +12,7 @@ import numpy as np
 from rq_compile.planning.schema import Slot
 from rq_compile.quantization.formats import FORMATS, Format
 
-CLASSES = 3
+CLASSES = 4
 
 
 def capacity_classes(shares: np.ndarray, formats: Sequence[Format], classes: int = CLASSES) -> np.ndarray:

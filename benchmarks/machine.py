@@ -3,11 +3,11 @@
 import ctypes
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 KINDS = ("fp32", "int8", "int4")
-READ_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,16 @@ class Machine:
 
     bandwidth: float
     peaks: dict[str, float]
+
+    @staticmethod
+    def of(several: Sequence["Machine"], choose: Callable[[Iterable[float]], float]) -> "Machine":
+        """Every ceiling chosen (max, median) from those of ``several`` measurements."""
+        peaks = {kind: choose(one.peaks[kind] for one in several) for kind in KINDS}
+        return Machine(choose(one.bandwidth for one in several), peaks)
+
+    def __str__(self) -> str:
+        peaks = ", ".join(f"{kind} {2 * peak / 1e9:.0f}" for kind, peak in self.peaks.items())
+        return f"reads {self.bandwidth / 1e9:.1f} GB/s; peaks in GFLOP/s: {peaks}"
 
 
 class Probe:
@@ -28,17 +38,17 @@ class Probe:
             command = ["c++", "-std=c++17", "-O2", "-march=native", "-pthread", "-shared", "-fPIC", source, "-o", library]
             subprocess.run(command, check=True)
             self._library = ctypes.CDLL(str(library))
-        self._library.read_bandwidth.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-        self._library.peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int]
+        self._library.read_bandwidth.argtypes = [ctypes.c_int]
+        self._library.peak.argtypes = [ctypes.c_int, ctypes.c_int]
         self._library.read_bandwidth.restype = self._library.peak.restype = ctypes.c_double
 
-    def machine(self, threads: int, trials: int = 10) -> Machine:
-        peaks = {kind: self._library.peak(i, threads, trials) for i, kind in enumerate(KINDS)}
-        return Machine(self._library.read_bandwidth(READ_BYTES, threads, trials), peaks)
+    def machine(self, threads: int) -> Machine:
+        """One measurement, of some 20 ms."""
+        peaks = {kind: self._library.peak(i, threads) for i, kind in enumerate(KINDS)}
+        return Machine(self._library.read_bandwidth(threads), peaks)
 
 
 if __name__ == "__main__":
+    probe = Probe()
     for threads in (1, 2):
-        machine = Probe().machine(threads)
-        peaks = ", ".join(f"{kind} {peak / 1e9:.0f}" for kind, peak in machine.peaks.items())
-        print(f"{threads} threads: {machine.bandwidth / 1e9:.1f} GB/s; multiply-adds in 10^9/s: {peaks}")
+        print(f"{threads} threads: {Machine.of([probe.machine(threads) for _ in range(20)], max)}")

@@ -32,21 +32,22 @@ void read(const uint8_t* data, size_t bytes) {
 }
 
 constexpr int kChains = 12;
-constexpr int64_t kSteps = 200000;
+constexpr int64_t kReadBytes = int64_t{256} << 20;  // more than every cache holds
 
 // Twelve independent chains of `step`, which does `macs` multiply-adds; returns multiply-adds.
 template <typename Value, typename Step>
 double chains(double macs, Value start, Step step) {
+  const int64_t steps = static_cast<int64_t>(1e7 / macs);
   Value value[kChains];
   for (Value& v : value) v = start;
-  for (int64_t i = 0; i < kSteps; ++i) {
+  for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 12
     for (int j = 0; j < kChains; ++j) {
       value[j] = step(value[j]);
       asm volatile("" : "+x"(value[j]));  // neither folded nor merged
     }
   }
-  return macs * kChains * static_cast<double>(kSteps);
+  return macs * kChains * static_cast<double>(steps);
 }
 
 double fp32_macs() {
@@ -89,31 +90,24 @@ double int4_macs() {
 
 extern "C" {
 
-// Bytes per second, the best of `trials` passes over `bytes`, which must exceed every cache.
-double read_bandwidth(int64_t bytes, int threads, int trials) {
-  auto* data = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(bytes)));
-  std::memset(data, 1, static_cast<size_t>(bytes));
-  const size_t share = static_cast<size_t>(bytes) / threads / 4096 * 4096;
-  double best = 0;
-  for (int i = 0; i < trials; ++i) {
-    const double seconds = seconds_of(threads, [=](int thread) { read(data + share * thread, share); });
-    if (share * threads / seconds > best) best = share * threads / seconds;
-  }
-  std::free(data);
-  return best;
+// Bytes per second of one pass over memory.
+double read_bandwidth(int threads) {
+  static const uint8_t* const data = [] {
+    auto* memory = static_cast<uint8_t*>(std::aligned_alloc(4096, kReadBytes));
+    std::memset(memory, 1, kReadBytes);
+    return memory;
+  }();
+  const size_t share = kReadBytes / threads / 4096 * 4096;
+  return share * threads / seconds_of(threads, [=](int thread) { read(data + share * thread, share); });
 }
 
-// Multiply-adds per second, the best of `trials`; kind 0: fp32, 1: int8 times int8, 2: int4 times int8.
-double peak(int kind, int threads, int trials) {
-  double best = 0;
-  for (int i = 0; i < trials; ++i) {
-    double (*macs)() = kind == 0 ? fp32_macs : kind == 1 ? int8_macs : int4_macs;
-    std::vector<double> done(threads);
-    const double seconds = seconds_of(threads, [&](int thread) { done[thread] = macs(); });
-    double total = 0;
-    for (double one : done) total += one;
-    if (total / seconds > best) best = total / seconds;
-  }
-  return best;
+// Multiply-adds per second; kind 0: fp32, 1: int8 times int8, 2: int4 times int8.
+double peak(int kind, int threads) {
+  double (*macs)() = kind == 0 ? fp32_macs : kind == 1 ? int8_macs : int4_macs;
+  std::vector<double> done(threads);
+  const double seconds = seconds_of(threads, [&](int thread) { done[thread] = macs(); });
+  double total = 0;
+  for (double one : done) total += one;
+  return total / seconds;
 }
 }

@@ -1,9 +1,9 @@
 """One MoE layer on the CPU: our kernels against ONNX Runtime's MoE, QMoE and MatMulNBits and torch's grouped_mm.
 
-All variants of a cell (shape, format, threads, tokens, routing) run in turn, so that whatever else the machine does meets all of
-them; times are medians. Every variant is first checked against ours. ``roofline`` is the time that the touched weights at the
-measured read bandwidth or the multiply-adds at the measured peak need at least, over the time taken; our int8 kernel can pass 1,
-because it takes two products for one multiplication.
+All variants of a cell (shape, format, threads, tokens, routing) run in turn, and between them a probe measures what the machine
+can do, so that whatever else it does meets all of them; times and ceilings are medians. Every variant is first checked against
+ours. ``roofline`` is the time that the touched weights at that read bandwidth, or the multiply-adds at that peak, need at least,
+over the time taken.
 
     python benchmarks/moe_layer.py --quick
     python benchmarks/moe_layer.py -o benchmarks/results/moe_layer.json
@@ -12,6 +12,7 @@ because it takes two products for one multiplication.
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -82,19 +83,21 @@ def check(built: dict[str, Run], inputs: Batch) -> None:
         assert error < 0.02, f"{name} differs from {OURS} by {error:.3f}"
 
 
-def timed(built: dict[str, Run], batches: list[Batch]) -> dict[str, float]:
-    """Median seconds of each variant, which run in turn."""
+def timed(built: dict[str, Run], batches: list[Batch], probe: Probe, threads: int) -> tuple[dict[str, float], Machine]:
+    """Median seconds of each variant, and the machine meanwhile: all run in turn."""
     times: dict[str, list[float]] = {name: [] for name in built}
+    machines = []
     start = time.perf_counter()
     for round in range(MAX_ROUNDS):
         if round >= MIN_ROUNDS and time.perf_counter() - start > SECONDS * len(built):
             break
+        machines.append(probe.machine(threads))
         inputs = batches[round % len(batches)]
         for name, run in built.items():
             begin = time.perf_counter()
             run(inputs)
             times[name].append(time.perf_counter() - begin)
-    return {name: median(values) for name, values in times.items()}
+    return {name: median(values) for name, values in times.items()}, Machine.of(machines, median)
 
 
 def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[str, float]]:
@@ -112,18 +115,18 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
     return median(touched), {kind: median(m[kind] for m in macs) for kind in macs[0]}
 
 
-def cells(shape: Shape, folder: Path, machines: dict[int, Machine], args: argparse.Namespace) -> Iterator[list[dict]]:
-    """The rows of one cell after the other, ours first."""
+def cells(shape: Shape, folder: Path, probe: Probe, args: argparse.Namespace) -> Iterator[tuple[list[dict], Machine]]:
+    """The rows of one cell after the other, ours first, and the machine meanwhile."""
     builder = Builder(shape, folder)
     for format, threads in itertools.product(args.formats, args.threads):
         built = variants(builder, format, threads)
-        machine = machines[threads]
         for tokens, routing in itertools.product(args.tokens, args.routings):
             batches = [batch(shape, tokens, routing, seed) for seed in range(BATCHES if tokens <= 16 else 2)]
             check(built, batches[0])
             touched, macs = work(shape, format, batches)
+            seconds, machine = timed(built, batches, probe, threads)
             bound = max(touched / machine.bandwidth, sum(n / machine.peaks[kind] for kind, n in macs.items()))
-            yield [
+            rows = [
                 {
                     "shape": shape.name,
                     "tokens": tokens,
@@ -131,13 +134,14 @@ def cells(shape: Shape, folder: Path, machines: dict[int, Machine], args: argpar
                     "threads": threads,
                     "routing": routing,
                     "variant": variant,
-                    "ms": round(seconds * 1e3, 4),
-                    "gbytes_per_s": round(touched / seconds / 1e9, 2),
-                    "gflops": round(2 * sum(macs.values()) / seconds / 1e9, 1),
-                    "roofline": round(bound / seconds, 3),
+                    "ms": round(taken * 1e3, 4),
+                    "gbytes_per_s": round(touched / taken / 1e9, 2),
+                    "gflops": round(2 * sum(macs.values()) / taken / 1e9, 1),
+                    "roofline": round(bound / taken, 3),
                 }
-                for variant, seconds in timed(built, batches).items()
+                for variant, taken in seconds.items()
             ]
+            yield rows, machine
 
 
 def report(cell: list[dict]) -> None:
@@ -165,27 +169,34 @@ def main() -> None:
     if args.quick:
         args.shapes, args.tokens, args.routings = [SHAPES[0].name], (1, 16, 256), ("uniform",)
     probe = Probe()
-    machines = {threads: probe.machine(threads) for threads in args.threads}
-    for threads, machine in machines.items():
-        peaks = ", ".join(f"{kind} {2 * peak / 1e9:.0f}" for kind, peak in machine.peaks.items())
-        print(f"{threads} threads: reads {machine.bandwidth / 1e9:.1f} GB/s; peaks in GFLOP/s: {peaks}", flush=True)
     found: list[dict] = []
+    machines: dict[int, list[Machine]] = {threads: [] for threads in args.threads}
     chosen = [shape for shape in SHAPES if shape.name in args.shapes]
     for shape in [*chosen, *([LARGE] if args.large else [])]:
         if shape is LARGE:
             args.formats = ["int4"]
         with tempfile.TemporaryDirectory() as folder:
-            for measured in cells(shape, Path(folder), machines, args):
-                found += measured
-                report(measured)
-    if args.output:
-        ceilings = [
-            {"threads": t, "gbytes_per_s": round(m.bandwidth / 1e9, 2)}
-            | {f"{kind}_gflops": round(2 * peak / 1e9, 1) for kind, peak in m.peaks.items()}
-            for t, m in machines.items()
-        ]
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"machine": ceilings, "rows": found}, indent=1) + "\n")
+            for rows, machine in cells(shape, Path(folder), probe, args):
+                report(rows)
+                found += rows
+                machines[rows[0]["threads"]].append(machine)
+                if args.output:
+                    write(args.output, found, machines)
+    for threads, several in machines.items():
+        print(f"{threads} threads at best: {Machine.of(several, max)}")
+
+
+def write(output: Path, rows: list[dict], machines: dict[int, list[Machine]]) -> None:
+    """``machine``: the best ceilings of the cells so far, and how busy the machine is besides."""
+    best = {threads: Machine.of(several, max) for threads, several in machines.items() if several}
+    ceilings = [
+        {"threads": threads, "gbytes_per_s": round(machine.bandwidth / 1e9, 2)}
+        | {f"{kind}_gflops": round(2 * peak / 1e9, 1) for kind, peak in machine.peaks.items()}
+        for threads, machine in best.items()
+    ]
+    document = {"machine": ceilings, "load_average": round(os.getloadavg()[2], 1), "rows": rows}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ only the choice of experts differs. Predicted by *measured error*: the sum of th
 *Wanda-style score* of the paper, which quantizes the experts with the highest: minus the sum of the scores. By *load*: the sum of
 the loads. Observed, on held-out text: KL divergence to the original and change of perplexity. Spearman's rank correlation.
 
-    python benchmarks/sensitivity.py olmoe --plans 40
+    python benchmarks/sensitivity.py olmoe --plans 40 --tokens 4608
 
 Rows (a plan each) go to benchmarks/results/sensitivity.json.
 """

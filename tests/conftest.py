@@ -77,3 +77,17 @@ def stages(
         result = run_command(*arguments, "-q")
         assert result.exit_code == 0, result.stderr
     return folder
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
+    """The tiny OLMoE's directory; do not write to it."""
+    return tiny_checkpoint("olmoe")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An empty folder for outputs."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder

@@ -1,0 +1,43 @@
+"""What the tests of the command line share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import Result
+
+import rq_compile as package
+
+Run = Callable[..., Result]
+
+
+def python(*arguments: str, **kwargs: object) -> subprocess.Popen:
+    """Another Python that finds this package, whether installed or not."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parent.parent)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, **pipes, **kwargs)
+
+
+def refused(result: Result, status: int, *words: object) -> None:
+    """One sentence on stderr that has all ``words``, nothing on stdout."""
+    assert result.exit_code == status, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert str(word) in result.stderr
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def writing(command: str, model: Path, stages: Path, folder: Path) -> list[object]:
+    """The arguments with which a command writes into ``folder``."""
+    return {
+        "calibrate": ["calibrate", model, "--text", stages / "text.txt", "-o", folder / "model.json"],
+        "plan": ["plan", stages / "calibration.json", "-o", folder / "model.json"],
+        "compile": [model, "--plan", stages / "plan.json", "-o", folder / "model.onnx"],
+    }[command]

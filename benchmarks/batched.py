@@ -3,7 +3,7 @@
 The loads are a real model's: plans are made from ``--calibration``, rows come from the batches of ``--heldout``, another
 calibration of the same model on other text. The layer that is timed has the model's experts and slots, and matrices of
 ``--hidden`` and ``--intermediate``. All variants of a layer and format run in turn on the same batches, so that whatever else
-the machine does meets all of them; times are medians, and only their ratios mean anything on a machine that is shared.
+the machine does meets all of them; ``ms`` is a median, ``time_ratio`` the median ratio of two runs of one round.
 
 ``goal`` is what ``time_ratio`` should not exceed: padded rows with the plan over those without it, in as many classes, over 0.8.
 Format "plan" is the plan as it is, its formats mixed, within the memory that the model had; the others store all slots alike.
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
@@ -81,8 +81,8 @@ def batch(load: np.ndarray, geometry: ExpertGeometry, seed: int) -> dict[str, np
     return {"x": x, "ids": random.permutation(chosen).astype(np.int64), "gates": gates}
 
 
-def timed(built: list[onnxruntime.InferenceSession], batches: list[dict], rounds: int) -> list[float]:
-    """Median milliseconds of a batch in each session; the sessions run in turn, and their answers are compared."""
+def timed(built: list[onnxruntime.InferenceSession], batches: list[dict], rounds: int) -> np.ndarray:
+    """Milliseconds ``[sessions, runs]``; in one round of runs all sessions get the same batch, and their answers are compared."""
     times: list[list[float]] = [[] for _ in built]
     for inputs in batches:
         first = None
@@ -94,7 +94,7 @@ def timed(built: list[onnxruntime.InferenceSession], batches: list[dict], rounds
                     recorded.append((time.perf_counter() - start) * 1e3)
                 first = y if first is None else first
                 assert np.linalg.norm(y - first) < 0.2 * np.linalg.norm(first), "a variant computes something else"
-    return [median(recorded) for recorded in times]
+    return np.array(times)
 
 
 def rows_of_layer(
@@ -136,8 +136,8 @@ def rows_of_layer(
                 "padded_rows": int(padded.mean()),
                 "padded_over_useful": round(float((padded / steps.sum(axis=1)).mean()), 3),
                 "padded_over_useful_all_batches": round(float((variant.padded_rows(loads) / loads.sum(axis=1)).mean()), 3),
-                "ms": round(ms, 2),
-                "time_ratio": round(ms / without_ms, 3),
+                "ms": round(float(np.median(ms)), 2),
+                "time_ratio": round(float(np.median(ms / without_ms)), 3),
                 "goal": round(goal, 3),
             }
 

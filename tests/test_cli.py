@@ -71,6 +71,11 @@ print(*sorted(sys.modules.keys() & {{"torch", "transformers", "onnx", "onnxrunti
         (["compile", ".", "--plan", "p.json", "-o", "x"], ["x has no extension of an engine", ".onnx"]),
         (["compile", ".", "-o", "x.onnx"], ["--plan FILE", "--text FILE"]),
         (["compile", ".", "--plan", "p.json", "--memory", "1", "-o", "x.onnx"], ["--memory has no effect beside --plan"]),
+        (["compile", ".", "--plan", "p.json", "--batch-size", "1", "-o", "x.onnx"], ["--batch-size has no effect beside --plan"]),
+        (
+            ["compile", ".", "--plan", "p.json", "--activation-bits", "8", "--lowering", "batched", "-o", "x.onnx"],
+            ["--activation-bits 8 has no effect with --lowering batched"],
+        ),
         (["generate", "x.onnx", "--prompt"], ["'--prompt' requires an argument"]),
         (["bench", "x.onnx", "--rounds", "0"], ["'--rounds': 0 is not in the range"]),
     ],

@@ -17,8 +17,8 @@ from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
 from rq_compile.quantization.formats import FORMATS, Format, Quantizer, block_size
 from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 
-# An expert's error is measured on at most this many of its pairs, evenly spread. On samples/olmoe that is within 0.3 % (median;
-# 95 %: 2.5 %) of the error on all of them.
+# An expert's error is measured on at most this many of its pairs, evenly spread. On an early samples/olmoe, rounded to
+# the nearest, that was within 0.3 % (median; 95 %: 2.5 %) of the error on all of them.
 MAX_PAIRS = 2048
 # The square of fp32's rounding: what changes weights by less changes outputs by less than computing them in fp32 does.
 ROUNDING = 2.0**-48

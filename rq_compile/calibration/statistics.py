@@ -2,8 +2,8 @@
 
 Tensors by name, fp32: ``{layer name}.input_moment [hidden, hidden]``, the mean of ``x x^T`` over all tokens of the layer, and
 ``{layer name}.intermediate_moment [m, blocks, block, block]``, that of each expert's inputs of the down projection, by
-quantization blocks. One moment serves all up projections of a layer: on samples/olmoe that costs them 5 % of what GPTQ saves,
-and is m times smaller.
+quantization blocks. One moment serves all up projections of a layer, and a down projection's is kept by blocks only: whole
+moments of every expert would be as large as the experts.
 """
 
 from dataclasses import dataclass, field, replace

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rq_compile.targets.manifest import Lowering
 
 MEGABYTE = 10**6
-PLANNING = ("policy", "memory", "ranks", "policy_options", "texts")
+PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size", "sequence_length")
 
 
 @click.command("compile")
@@ -71,6 +71,8 @@ def command(
     check_extension(output)
     check_writable(output)
     check_manifest_place(output)
+    if activation_bits != "32" and lowering == "batched":
+        raise UserError(f"--activation-bits {activation_bits} has no effect with --lowering batched; leave one of the two out", 2)
     if plan_path is not None:
         refuse_planning_options()
     elif not texts:
@@ -154,7 +156,7 @@ def refuse_planning_options() -> None:
     ctx = click.get_current_context()
     for name in PLANNING:
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            option = {"policy_options": "option", "texts": "text"}.get(name, name)
+            option = {"policy_options": "option", "texts": "text"}.get(name, name.replace("_", "-"))
             raise UserError(f"--{option} has no effect beside --plan; leave one of the two out", 2)
 
 

@@ -252,7 +252,7 @@ def engine_tables(manifest: Manifest) -> list[RenderableType]:
         "engine",
         made_by=manifest.tool,
         files=", ".join(f"{file.name} ({megabytes(file.bytes)})" for file in files),
-        runs_in=f"{library}; lowering {manifest.lowering}, opset {manifest.opset}",
+        runs_in=f"{library}; lowering {manifest.lowering}, {manifest.activation_bits}-bit activations, opset {manifest.opset}",
         weights=f"{megabytes(manifest.expert_bytes)} of experts, {megabytes(manifest.dense_bytes)} of the rest",
         replaced=", ".join(f"{reason}: {count}" for reason, count in manifest.replaced.items()) or "nothing",
     )

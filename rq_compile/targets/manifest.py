@@ -46,6 +46,7 @@ class Manifest(Document):
     weights: EngineFile
     tokenizer: EngineFile | None
     op_library: int | None
+    activation_bits: int = Field(default=32, description="of what quantized weights are multiplied with: 8, or 32 for fp32")
     opset: int
     encoder_decoder: bool
     vocabulary: int

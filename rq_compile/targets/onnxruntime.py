@@ -85,6 +85,7 @@ def compile_engine(
         locate(model, written, data.name)
         graph_part.write_bytes(model.SerializeToString(deterministic=True))
         replaced["equal tensors written once"] = written.shared
+        replaced["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
         manifest = Manifest(
             tool=f"rq-compile {__version__}",
             lowering=lowering,
@@ -92,6 +93,7 @@ def compile_engine(
             weights=EngineFile(name=data.name, sha256=written.digest.hexdigest(), bytes=written.bytes),
             tokenizer=copied,
             op_library=OP_SET_VERSION if lowering == "native" else None,
+            activation_bits=activation_bits,
             opset=exported.opset,
             encoder_decoder=exported.encoder_decoder,
             cache=exported.cache,

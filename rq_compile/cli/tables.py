@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.evaluation.schema import Bench, Evaluation, TextEvaluation
+from rq_compile.packaging.package import Package
 from rq_compile.planning import metrics
 from rq_compile.planning.replan import Change, Changes
 from rq_compile.planning.schema import LayerPlan, Plan
@@ -257,6 +258,15 @@ def engine_tables(manifest: Manifest) -> list[RenderableType]:
         replaced=", ".join(f"{reason}: {count}" for reason, count in manifest.replaced.items()) or "nothing",
     )
     return [head, *plan_tables(manifest.plan)]
+
+
+def package_tables(package: Package) -> list[RenderableType]:
+    head = facts(f"package for {package.destination}", folder=package.folder, files=", ".join(package.files))
+    for command in package.run:
+        head.add_row("run", command)
+    for remark in package.remarks:
+        head.add_row("remark", remark)
+    return [head]
 
 
 def evaluation_tables(evaluation: Evaluation) -> list[RenderableType]:

@@ -1,0 +1,18 @@
+"""What packaging an engine, or the placements of a plan, for a destination gives."""
+
+from typing import Literal
+
+from rq_compile.files import Document
+
+Destination = Literal["triton", "edge", "onnxruntime-genai", "tensorrt-llm", "sglang", "vllm", "vllm-ascend"]
+
+
+class Package(Document):
+    """``files`` are paths within ``folder``, ``run`` the command lines that start it, ``remarks`` what was lost or must be known,
+    a sentence each."""
+
+    destination: Destination
+    folder: str
+    files: list[str]
+    run: list[str]
+    remarks: list[str] = []

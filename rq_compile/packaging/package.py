@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from rq_compile.files import Document
 
 Destination = Literal["triton", "edge", "onnxruntime-genai", "tensorrt-llm", "sglang", "vllm", "vllm-ascend"]
@@ -15,4 +17,4 @@ class Package(Document):
     folder: str
     files: list[str]
     run: list[str]
-    remarks: list[str] = []
+    remarks: list[str] = Field(default=[])

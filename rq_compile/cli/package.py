@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
@@ -14,22 +14,32 @@ from rq_compile.errors import UserError
 from rq_compile.packaging.package import Destination
 
 # The module of ``rq_compile.packaging`` that makes each destination's package.
-MODULES: dict[Destination, str] = {}
+MODULES: dict[Destination, str] = {
+    "tensorrt-llm": "tensorrt_llm",
+    "sglang": "sglang",
+    "vllm": "vllm",
+    "vllm-ascend": "vllm_ascend",
+}
 # The destinations that an option is for.
-OPTIONS: dict[str, tuple[Destination, ...]] = {}
+OPTIONS: dict[str, tuple[Destination, ...]] = {"layers": ("sglang",)}
 
 
 @click.command("package")
 @click.argument("engine", type=FILE)
-@click.option("--for", "destination", type=click.Choice(get_args(Destination)), required=True, help="What is to run it.")
+@click.option("--for", "destination", type=click.Choice(list(MODULES)), required=True, help="What is to run it.")
 @click.option("-o", "--output", type=FILE, required=True, help="The folder to write.")
+@click.option("--layers", type=click.IntRange(1), help="sglang: decoder layers of the model, dense ones included.")
 @on_screen
 def command(screen: Screen, engine: Path, destination: Destination, output: Path, **options: Any) -> None:
-    """Put ENGINE into a folder that a server or device can start from."""
+    """Put ENGINE into a folder that a server or device can start from.
+
+    For the cluster servers (tensorrt-llm, sglang, vllm, vllm-ascend) ENGINE may be a plan.json: they load the checkpoint
+    themselves and take the placement of its experts.
+    """
     given = {name: value for name, value in options.items() if was_given(name)}
     for name in given:
         if destination not in OPTIONS[name]:
-            raise UserError(f"--{name} has no effect with --for {destination}; leave one of the two out", 2)
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --for {destination}; leave one of the two out", 2)
 
     from rq_compile.cli.tables import package_tables
 

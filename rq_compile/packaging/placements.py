@@ -1,0 +1,142 @@
+"""A plan's experts on ranks as serving systems want them: as many slots on every rank as on every other, in every layer.
+
+Their files say which logical expert a slot holds and nothing else. So copies that share a rank count once, places that are left
+get the copies that relieve the busiest slots, and formats are lost; every loss becomes a remark.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rq_compile.errors import UserError
+from rq_compile.files import read_document
+from rq_compile.planning.placement import contiguous, imbalance, rank_loads
+from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.quantization.formats import FLOAT_FORMATS
+from rq_compile.runtime.files import read_manifest
+
+
+@dataclass(frozen=True)
+class Placement:
+    """``experts [layers, ranks, slots of a rank]`` int64: the logical expert of every slot, ascending within a rank.
+
+    ``index [layers]`` are the decoder layers' numbers, dense ones counted; ``experts_of_model`` is m.
+    """
+
+    model: str
+    index: list[int]
+    experts: np.ndarray
+    experts_of_model: int
+    remarks: list[str]
+
+    @property
+    def ranks(self) -> int:
+        return self.experts.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """Slots of a layer, on all ranks."""
+        return self.experts.shape[1] * self.experts.shape[2]
+
+    @property
+    def redundant(self) -> int:
+        """Slots of a layer beyond one for each logical expert."""
+        return self.slots - self.experts_of_model
+
+    def by_layer(self) -> list[list[int]]:
+        """Each MoE layer's logical expert by slot; consecutive blocks of slots are a rank's."""
+        return self.experts.reshape(len(self.index), -1).tolist()
+
+
+def read_placement(path: Path) -> Placement:
+    """The placement of a ``plan.json``, or of the plan that an engine (``.onnx``) was compiled with.
+
+    Raises:
+        UserError: the file cannot be read, or ``placement_of`` refuses its plan.
+    """
+    plan = read_manifest(path).plan if path.suffix == ".onnx" else read_document(Plan, path)
+    return placement_of(plan, str(path))
+
+
+def placement_of(plan: Plan, name: str = "the plan") -> Placement:
+    """
+    Raises:
+        UserError: the plan has one rank, or its layers have different numbers of experts.
+    """
+    if plan.ranks < 2:
+        raise UserError(f"{name} is for one rank, so there is nothing to place; plan with --ranks 2 or more", 2)
+    sizes = {layer.geometry.experts for layer in plan.layers}
+    if len(sizes) > 1:
+        raise UserError(f"layers of {name} have {min(sizes)} to {max(sizes)} experts, but one placement file holds one number", 2)
+    layers = sorted(plan.layers, key=lambda layer: layer.index)
+    planned = [_holds(layer, plan.ranks) for layer in layers]
+    loads = [_loads(layer) for layer in layers]
+    places = max(int(holds.sum(axis=1).max()) for holds in planned)
+    filled = [_filled(load, holds, places) for load, holds in zip(loads, planned, strict=True)]
+    return Placement(
+        model=plan.model,
+        index=[layer.index for layer in layers],
+        experts=np.stack([np.nonzero(holds)[1].reshape(plan.ranks, places) for holds in filled]),
+        experts_of_model=sizes.pop(),
+        remarks=[_balance(loads, planned, filled), *_losses(layers, planned, filled)],
+    )
+
+
+def _holds(layer: LayerPlan, ranks: int) -> np.ndarray:
+    """bool ``[R, m]``, as ``planning.placement`` has it."""
+    holds = np.zeros((ranks, layer.geometry.experts), bool)
+    for slot in layer.slots:
+        holds[slot.rank, slot.expert] = True
+    return holds
+
+
+def _loads(layer: LayerPlan) -> np.ndarray:
+    """Expected share of every logical expert ``[m]``; all alike where the plan knows none."""
+    shares = np.zeros(layer.geometry.experts)
+    for slot in layer.slots:
+        shares[slot.expert] += slot.load or 0.0
+    return shares if shares.any() else np.full_like(shares, 1 / len(shares))
+
+
+def _filled(load: np.ndarray, planned: np.ndarray, places: int) -> np.ndarray:
+    """Every rank holds ``places`` experts: while one has room, the expert with the busiest slots that a rank with room lacks gets
+    a copy on the least busy such rank."""
+    holds = planned.copy()
+    while (vacant := holds.sum(axis=1) < places).any():
+        lacking = ~holds & vacant[:, None]
+        expert = int(np.where(lacking.any(axis=0), load / holds.sum(axis=0), -1.0).argmax())
+        busy = rank_loads(load[None], holds)[0]
+        holds[int(np.where(lacking[:, expert], busy, np.inf).argmin()), expert] = True
+    return holds
+
+
+def _balance(loads: list[np.ndarray], planned: list[np.ndarray], filled: list[np.ndarray]) -> str:
+    def mean(held: list[np.ndarray]) -> float:
+        return float(np.mean([imbalance(load[None], holds) for load, holds in zip(loads, held, strict=True)]))
+
+    ranks, experts = filled[0].shape
+    blocks = [contiguous(experts, ranks) == np.arange(ranks)[:, None]] * len(loads)
+    return (
+        f"busiest rank over the mean rank on the calibration text, mean over layers: {mean(blocks):.3f} with experts in "
+        f"consecutive blocks, {mean(planned):.3f} as planned, {mean(filled):.3f} as written"
+    )
+
+
+def _losses(layers: list[LayerPlan], planned: list[np.ndarray], filled: list[np.ndarray]) -> list[str]:
+    remarks = []
+    lost = Counter(slot.format for layer in layers for slot in layer.slots if slot.format not in FLOAT_FORMATS)
+    if lost:
+        mix = ", ".join(f"{count} in {format}" for format, count in sorted(lost.items()))
+        remarks.append(f"placement files carry no formats: slots planned {mix} are served in the checkpoint's format")
+    together = sum(len(layer.slots) for layer in layers) - sum(int(holds.sum()) for holds in planned)
+    if together:
+        remarks.append(f"copies of an expert that shared a rank are one slot now: {together} fewer over all layers")
+    added = [int(after.sum() - before.sum()) for before, after in zip(planned, filled, strict=True)]
+    if any(added):
+        remarks.append(
+            f"copies added so that every rank has {int(filled[0][0].sum())} slots in every layer: "
+            f"{sum(added)} over {sum(map(bool, added))} layers, {max(added)} in one at most"
+        )
+    return remarks

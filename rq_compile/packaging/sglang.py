@@ -1,0 +1,46 @@
+"""SGLang: the file of ``--init-expert-location``.
+
+``ExpertLocationMetadata.init_by_mapping`` (``sglang/srt/eplb/expert_location.py``) indexes ``physical_to_logical_map`` by decoder
+layer and newer versions want a row for every one of them, so dense layers get rows too, which nobody reads.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from rq_compile.errors import UserError
+from rq_compile.files import folder_written_beside
+from rq_compile.packaging.package import Package
+from rq_compile.packaging.placements import read_placement
+
+FILE = "expert_location.json"
+
+
+def package(source: Path, output: Path, layers: int | None = None) -> Package:
+    """``layers``: decoder layers of the model, dense ones included; None: up to the last one with experts.
+
+    Raises:
+        UserError: ``layers`` does not reach the last layer with experts; see also ``read_placement`` and
+            ``folder_written_beside``.
+    """
+    placement = read_placement(source)
+    least = placement.index[-1] + 1
+    if layers is not None and layers < least:
+        raise UserError(f"--layers {layers} is too few: {source} places experts in layer {least - 1}; give {least} or more", 2)
+    dense = (np.arange(placement.slots) % placement.experts_of_model).tolist()
+    known = dict(zip(placement.index, placement.by_layer(), strict=True))
+    rows = [known.get(layer, dense) for layer in range(layers or least)]
+    with folder_written_beside(output) as folder:
+        (folder / FILE).write_text(json.dumps({"physical_to_logical_map": rows}) + "\n")
+    serve = (
+        f"python -m sglang.launch_server --model-path {placement.model} --tp-size {placement.ranks} --ep-size {placement.ranks}"
+    )
+    end = [] if layers else [f"rows end with layer {least - 1}, the last with experts; if dense ones follow it, give --layers"]
+    return Package(
+        destination="sglang",
+        folder=str(output),
+        files=[FILE],
+        run=[f"{serve} --ep-num-redundant-experts {placement.redundant} --init-expert-location {output / FILE}"],
+        remarks=[*placement.remarks, *end],
+    )

@@ -1,0 +1,36 @@
+"""vLLM: the placement as a list of rows, one for each MoE layer.
+
+vLLM reads no placement file as of today: this is the form of a proposal (vllm-project/vllm #49572), whose rows leave dense layers
+out as vLLM's own maps do. What its balancer takes today is the number of redundant experts.
+"""
+
+import json
+from pathlib import Path
+
+from rq_compile.files import folder_written_beside
+from rq_compile.packaging.package import Package
+from rq_compile.packaging.placements import read_placement
+
+FILE = "physical_to_logical_map.json"
+
+
+def package(source: Path, output: Path) -> Package:
+    """
+    Raises:
+        UserError: see ``read_placement`` and ``folder_written_beside``.
+    """
+    placement = read_placement(source)
+    with folder_written_beside(output) as folder:
+        (folder / FILE).write_text(json.dumps(placement.by_layer()) + "\n")
+    serve = f"vllm serve {placement.model} --tensor-parallel-size {placement.ranks} --enable-expert-parallel --enable-eplb"
+    return Package(
+        destination="vllm",
+        folder=str(output),
+        files=[FILE],
+        run=[serve + " --eplb-config '" + json.dumps({"num_redundant_experts": placement.redundant}) + "'"],
+        remarks=[
+            *placement.remarks,
+            f"vLLM reads no placement file yet: the command gives its own balancer as many slots, and {FILE} is in the form that "
+            "its proposal #49572 would read",
+        ],
+    )

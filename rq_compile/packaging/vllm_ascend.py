@@ -1,0 +1,40 @@
+"""vLLM-Ascend: the expert map of its static EPLB.
+
+``expert_file_to_tensor`` (``vllm_ascend/eplb/core/eplb_utils.py``) takes the n-th entry of ``layer_list`` for the n-th MoE layer:
+dense layers are not counted.
+"""
+
+import json
+from pathlib import Path
+
+from rq_compile.files import folder_written_beside
+from rq_compile.packaging.package import Package
+from rq_compile.packaging.placements import read_placement
+
+FILE = "expert_map.json"
+
+
+def package(source: Path, output: Path) -> Package:
+    """
+    Raises:
+        UserError: see ``read_placement`` and ``folder_written_beside``.
+    """
+    placement = read_placement(source)
+    layers = [
+        {
+            "layer_id": number,
+            "device_count": placement.ranks,
+            "device_list": [{"device_id": rank, "device_expert": held} for rank, held in enumerate(layer.tolist())],
+        }
+        for number, layer in enumerate(placement.experts)
+    ]
+    with folder_written_beside(output) as folder:
+        (folder / FILE).write_text(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}) + "\n")
+    serve = f"vllm serve {placement.model} --tensor-parallel-size {placement.ranks} --enable-expert-parallel"
+    return Package(
+        destination="vllm-ascend",
+        folder=str(output),
+        files=[FILE],
+        run=[serve + " --additional-config '" + json.dumps({"eplb_config": {"expert_map_path": str(output / FILE)}}) + "'"],
+        remarks=placement.remarks,
+    )

@@ -121,6 +121,7 @@ def test_places_that_are_left_get_the_copies_that_relieve_most() -> None:
     # Rank 1 has room for two: 1 is the busiest it lacks, and then 0 before 3.
     assert placement.experts[0].tolist() == [[0, 1, 3], [0, 1, 2]]
     assert "2 over 1 layers" in placement.remarks[-1]
+    assert "6 slots for 4 experts take 1.50 times" in placement.remarks[-2]
 
 
 def test_what_is_lost_is_said() -> None:
@@ -129,6 +130,9 @@ def test_what_is_lost_is_said() -> None:
     placement = placement_of(plan)
     said = next(remark for remark in placement.remarks if "no formats" in remark)
     assert sum(int(word) for word in said.replace(",", "").split() if word.isdigit()) == quantized
+    memory = placement.slots / placement.experts_of_model
+    assert memory > 1
+    assert any(f"{memory:.2f} times the experts' memory" in remark for remark in placement.remarks)
 
 
 def test_balance_is_reported_as_the_plan_predicts_it() -> None:

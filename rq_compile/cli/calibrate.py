@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="How weights are rounded: by what the text shows of their inputs (GPTQ), or each to the nearest.",
 )
+@click.option("--from-loads", type=FILE, multiple=True, help="Loads that SGLang or TensorRT-LLM recorded; repeatable.")
+@click.option("--calibration", "earlier", type=FILE, help="With --from-loads: the calibration to put these loads into.")
 @on_screen
 def command(
     screen: Screen,
@@ -53,11 +55,19 @@ def command(
     sequence_length: int,
     quantizer: Quantizer,
     wanda_fraction: float,
+    from_loads: tuple[Path, ...],
+    earlier: Path | None,
 ) -> None:
-    """Run MODEL over text: each expert's load, importance and errors."""
+    """Run MODEL over text: each expert's load, importance and errors.
+
+    With --from-loads nothing is run: the loads of an earlier calibration are replaced by those that a server recorded.
+    """
     if output.suffix == ".safetensors":
         raise UserError(f"-o {output} names the calibration, whose statistics go into a .safetensors; end it in .json", 2)
     check_writable(output)
+    if from_loads or earlier:
+        from_recorded_loads(screen, model, output, from_loads, earlier)
+        return
     contents = read_texts(texts)
 
     from rq_compile.calibration.calibrate import calibrate
@@ -87,3 +97,36 @@ def command(
     write_document(calibration, output)
     screen.note(f"wrote {output}" + (f" and {calibration.statistics.name}" if calibration.statistics else ""))
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)
+
+
+def from_recorded_loads(screen: Screen, model: Path, output: Path, paths: tuple[Path, ...], earlier: Path | None) -> None:
+    """
+    Raises:
+        UserError: an option is missing or has no effect, or the calibration is of another model.
+    """
+    if not (paths and earlier):
+        raise UserError(
+            "--from-loads has no errors of its own: give it together with --calibration FILE, an earlier one of MODEL", 2
+        )
+    context = click.get_current_context()
+    for name in ("texts", "batch_size", "sequence_length", "wanda_fraction", "quantizer"):
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            option = "text" if name == "texts" else name.replace("_", "-")
+            raise UserError(f"--{option} has no effect with --from-loads, which runs nothing; leave one of the two out", 2)
+
+    from rq_compile.calibration.recorded_loads import with_recorded_loads
+    from rq_compile.calibration.schema import Calibration
+    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.cli.tables import calibration_tables
+    from rq_compile.files import read_document, write_document
+
+    calibration = read_document(Calibration, earlier)
+    checkpoint = Checkpoint.open(model)
+    if calibration.fingerprint != checkpoint.fingerprint:
+        raise UserError(f"{earlier} is of {calibration.model}, not of {model}; give a calibration of this MODEL", 2)
+    made = with_recorded_loads(calibration, list(paths))
+    if made.statistics:
+        made = made.model_copy(update={"statistics": made.statistics.named_from(earlier.parent, output)})
+    write_document(made, output)
+    screen.note(f"wrote {output}")
+    screen.result(made, *calibration_tables(made), asked_for=False)

@@ -130,6 +130,13 @@ def _losses(layers: list[LayerPlan], planned: list[np.ndarray], filled: list[np.
     if lost:
         mix = ", ".join(f"{count} in {format}" for format, count in sorted(lost.items()))
         remarks.append(f"placement files carry no formats: slots planned {mix} are served in the checkpoint's format")
+    slots = sum(int(holds.sum()) for holds in filled)
+    experts = sum(layer.geometry.experts for layer in layers)
+    if slots > experts:
+        remarks.append(
+            f"in that format {slots} slots for {experts} experts take {slots / experts:.2f} times the experts' memory; "
+            "policy eplb plans for it, policy place without copies"
+        )
     together = sum(len(layer.slots) for layer in layers) - sum(int(holds.sum()) for holds in planned)
     if together:
         remarks.append(f"copies of an expert that shared a rank are one slot now: {together} fewer over all layers")

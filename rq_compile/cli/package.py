@@ -15,6 +15,7 @@ from rq_compile.packaging.package import Destination
 
 # The module of ``rq_compile.packaging`` that makes each destination's package.
 MODULES: dict[Destination, str] = {
+    "edge": "edge",
     "tensorrt-llm": "tensorrt_llm",
     "sglang": "sglang",
     "vllm": "vllm",

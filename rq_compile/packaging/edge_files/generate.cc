@@ -1,0 +1,111 @@
+// Continue token ids with the engine in this folder, given first: ./generate FOLDER TOKENS ID ID ...
+//
+// It prints up to TOKENS greedy tokens, one a line, and needs ONNX Runtime's headers and library alone:
+//
+//   g++ -std=c++17 -O2 generate.cc -I ONNXRUNTIME/include -L ONNXRUNTIME/lib -lonnxruntime -o generate
+#include <onnxruntime_cxx_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+#include <iostream>
+#include <iterator>
+#include <numeric>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+const std::string kEngine = "$engine";
+const std::string kOpLibrary = "$op_library";  // empty: the engine needs none
+const bool kLimitFolding = $limit_folding;
+const std::set<int64_t> kEndOfText = {$end_of_text};
+const std::string kPast = "past_key_values", kPresent = "present";
+
+Ort::Session load(Ort::Env& environment, const std::string& folder) {
+  Ort::SessionOptions options;
+  // Else constant folding would keep fp32 copies of the 16-bit weights.
+  if (kLimitFolding) options.AddConfigEntry("optimization.constant_folding_max_output_size_in_bytes", "65536");
+  if (!kOpLibrary.empty()) options.RegisterCustomOpsLibrary((folder + "/" + kOpLibrary).c_str());
+  return Ort::Session(environment, (folder + "/" + kEngine).c_str(), options);
+}
+
+Ort::Value integers(std::vector<int64_t>& values) {
+  const std::vector<int64_t> shape = {1, static_cast<int64_t>(values.size())};
+  return Ort::Value::CreateTensor<int64_t>(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault), values.data(),
+                                           values.size(), shape.data(), shape.size());
+}
+
+// A cache tensor [1, heads, 0, dimension] for input `index`.
+Ort::Value no_past(Ort::Session& session, size_t index) {
+  std::vector<int64_t> shape = session.GetInputTypeInfo(index).GetTensorTypeAndShapeInfo().GetShape();
+  shape[0] = 1;
+  shape[2] = 0;
+  Ort::AllocatorWithDefaultOptions allocator;
+  return Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size());
+}
+
+int64_t likeliest(const Ort::Value& logits) {  // of the last position of [1, positions, vocabulary]
+  const std::vector<int64_t> shape = logits.GetTensorTypeAndShapeInfo().GetShape();
+  const float* last = logits.GetTensorData<float>() + (shape[1] - 1) * shape[2];
+  return std::max_element(last, last + shape[2]) - last;
+}
+
+void generate(Ort::Session& session, std::vector<int64_t> ids, int64_t tokens) {
+  Ort::AllocatorWithDefaultOptions allocator;
+  std::vector<std::string> inputs, outputs = {"logits"};
+  std::vector<Ort::Value> past;
+  for (size_t i = 0; i < session.GetInputCount(); ++i) {
+    inputs.emplace_back(session.GetInputNameAllocated(i, allocator).get());
+    if (inputs.back().rfind(kPast, 0) != 0) continue;
+    outputs.push_back(kPresent + inputs.back().substr(kPast.size()));
+    past.push_back(no_past(session, i));
+  }
+  std::vector<const char*> input_names, output_names;
+  for (const std::string& name : inputs) input_names.push_back(name.c_str());
+  for (const std::string& name : outputs) output_names.push_back(name.c_str());
+
+  std::vector<int64_t> mask, positions;
+  for (int64_t step = 0; step < tokens; ++step) {
+    positions.resize(ids.size());
+    std::iota(positions.begin(), positions.end(), static_cast<int64_t>(mask.size()));
+    mask.resize(mask.size() + ids.size(), 1);
+
+    std::vector<Ort::Value> values;
+    auto cached = past.begin();
+    for (const std::string& name : inputs) {
+      if (name == "input_ids") values.push_back(integers(ids));
+      else if (name == "attention_mask") values.push_back(integers(mask));
+      else if (name == "position_ids") values.push_back(integers(positions));
+      else values.push_back(std::move(*cached++));
+    }
+    std::vector<Ort::Value> results = session.Run(Ort::RunOptions{}, input_names.data(), values.data(), values.size(),
+                                                  output_names.data(), output_names.size());
+    const int64_t token = likeliest(results[0]);
+    if (kEndOfText.count(token) != 0) return;
+    std::cout << token << std::endl;
+    ids = {token};
+    past.assign(std::make_move_iterator(results.begin() + 1), std::make_move_iterator(results.end()));
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count < 4) {
+    std::cerr << "usage: generate FOLDER TOKENS ID [ID ...]\n";
+    return 2;
+  }
+  try {
+    Ort::Env environment(ORT_LOGGING_LEVEL_WARNING, "generate");
+    Ort::Session session = load(environment, arguments[1]);
+    std::vector<int64_t> ids;
+    for (int i = 3; i < count; ++i) ids.push_back(std::stoll(arguments[i]));
+    generate(session, ids, std::stoll(arguments[2]));
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << "\n";
+    return 1;
+  }
+}

@@ -1,0 +1,76 @@
+"""Continue a text with the engine in this folder: python generate.py "Once upon a time".
+
+It needs onnxruntime, and tokenizers to read and write text: with --ids the prompt and the answer are token ids.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+HERE = Path(__file__).resolve().parent
+
+
+def load(engine: Path, manifest: dict) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    if manifest["lowering"] == "batched":
+        # Else constant folding would keep fp32 copies of the 16-bit weights.
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "65536")
+    if manifest["op_library"] is not None:
+        options.register_custom_ops_library(str(HERE / "librq_moe.so"))
+    return onnxruntime.InferenceSession(str(engine), options, providers=["CPUExecutionProvider"])
+
+
+def generate(session: onnxruntime.InferenceSession, manifest: dict, prompt: list[int], tokens: int) -> Iterator[int]:
+    """Yield up to ``tokens`` greedy tokens after ``prompt``, until the end of the text."""
+    cache = manifest["cache"]
+    inputs = {tensor.name for tensor in session.get_inputs()}
+    outputs = ["logits", *(tensor["present"] for tensor in cache)]
+    past = {tensor["past"]: np.zeros((1, tensor["heads"], 0, tensor["dimension"]), np.float32) for tensor in cache}
+    ids, length = np.array([prompt], np.int64), 0
+    for _ in range(tokens):
+        start, length = length, length + ids.shape[1]
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, length), np.int64),
+            "position_ids": np.arange(start, length, dtype=np.int64)[None],
+            **past,
+        }
+        logits, *present = session.run(outputs, {name: value for name, value in feeds.items() if name in inputs})
+        past = {tensor["past"]: value for tensor, value in zip(cache, present, strict=True)}
+        token = int(logits[0, -1].argmax())
+        if token in manifest["end_of_text"]:
+            return
+        yield token
+        ids = np.array([[token]], np.int64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Continue a text with the engine in this folder.")
+    parser.add_argument("prompt", nargs="+", help="the text, or token ids with --ids")
+    parser.add_argument("--ids", action="store_true", help="read and write token ids instead of text")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens to generate at most (32)")
+    arguments = parser.parse_args()
+
+    engine = next(HERE.glob("*.onnx"))
+    manifest = json.loads(engine.with_suffix(".json").read_text())
+    session = load(engine, manifest)
+    if arguments.ids:
+        for token in generate(session, manifest, [int(token) for token in arguments.prompt], arguments.tokens):
+            print(token, flush=True)
+        return
+
+    if manifest["tokenizer"] is None:
+        parser.error("the engine has no tokenizer; give token ids with --ids")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(HERE / manifest["tokenizer"]["name"]))
+    prompt = tokenizer.encode(" ".join(arguments.prompt)).ids
+    print(tokenizer.decode(list(generate(session, manifest, prompt, arguments.tokens))))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from command_line import names, refused
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
+from rq_compile.files import sha256
 from rq_compile.runtime.engine import Engine
 
 Command = Callable[..., Result]
@@ -104,7 +107,21 @@ def test_checksums_and_sizes_are_of_every_file(packaged: Path) -> None:
     assert checked == [f"{name}: OK" for name in names(packaged) if name != "SHA256SUMS"]
     sizes = dict(re.findall(r"^\| (\S+) \| ([\d,]+) \|$", (packaged / "README.md").read_text(), re.MULTILINE))
     written = {path.name: f"{path.stat().st_size:,}" for path in packaged.iterdir()}
-    assert sizes == {name: size for name, size in written.items() if name not in ("README.md", "SHA256SUMS")}
+    assert sizes == {name: size for name, size in written.items() if name not in ("README.md", "SHA256SUMS", "sbom.cdx.json")}
+
+
+def test_bill_of_materials_follows_the_format_and_names_every_file(packaged: Path) -> None:
+    content = (packaged / "sbom.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(content) is None
+    components = {component["name"]: component for component in json.loads(content)["components"]}
+    runtime = components.pop("onnxruntime")
+    assert runtime["purl"] == "pkg:pypi/onnxruntime"
+    assert set(components) == set(names(packaged)) - {"SHA256SUMS", "sbom.cdx.json"}
+    for name, component in components.items():
+        assert component["hashes"] == [{"alg": "SHA-256", "content": sha256(packaged / name)}]
+        assert component["properties"] == [{"name": "bytes", "value": str((packaged / name).stat().st_size)}]
+        ours = name in ("LICENSE", "README.md", "generate.py", "generate.cc", "librq_moe.so")
+        assert component.get("licenses") == ([{"expression": "Apache-2.0"}] if ours else None)
 
 
 def test_op_library_is_there_when_it_is_needed(engine: Path, packaged: Path) -> None:

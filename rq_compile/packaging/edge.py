@@ -10,6 +10,7 @@ from string import Template
 from rq_compile.errors import UserError
 from rq_compile.files import folder_written_beside, sha256
 from rq_compile.packaging.package import Package
+from rq_compile.packaging.sbom import bill_of_materials
 from rq_compile.runtime.files import engine_files, manifest_path, read_manifest, verify
 from rq_compile.targets.library import library_path
 from rq_compile.targets.manifest import Manifest
@@ -17,10 +18,13 @@ from rq_compile.targets.manifest import Manifest
 TEMPLATES = Path(__file__).parent / "edge_files"
 OP_LIBRARY = "librq_moe.so"
 CHECKSUMS = "SHA256SUMS"
+MATERIALS = "sbom.cdx.json"
+OURS = {OP_LIBRARY, "LICENSE", "README.md", "generate.py", "generate.cc"}
 
 
 def package(source: Path, output: Path) -> Package:
-    """Write the engine, its op library, two examples, a README with the sizes, the licence and the checksums of all of them.
+    """Write the engine, its op library, two examples, a README with the sizes, the licence, a bill of materials and the
+    checksums of all of them.
 
     The same engine and op library give the same bytes.
 
@@ -40,7 +44,7 @@ def package(source: Path, output: Path) -> Package:
         (folder / "LICENSE").write_text(licence())
         write_examples(source.name, manifest, folder)
         write_readme(source.name, manifest, folder)
-        write_checksums(folder)
+        write_inventory(source.name, folder)
         files = sorted(path.name for path in folder.iterdir())
 
     example = shlex.quote(str(output / "generate.py"))
@@ -73,10 +77,12 @@ def write_readme(engine: str, manifest: Manifest, folder: Path) -> None:
     (folder / "README.md").write_text(readme)
 
 
-def write_checksums(folder: Path) -> None:
-    """As ``sha256sum`` writes and checks them."""
-    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
-    (folder / CHECKSUMS).write_text("".join(lines))
+def write_inventory(engine: str, folder: Path) -> None:
+    """The bill of materials, and the checksums as ``sha256sum`` writes and checks them."""
+    digests = {path.name: sha256(path) for path in folder.iterdir()}
+    (folder / MATERIALS).write_text(bill_of_materials(folder, engine, digests, OURS))
+    digests[MATERIALS] = sha256(folder / MATERIALS)
+    (folder / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
 
 
 def library_remark(manifest: Manifest) -> str:

@@ -124,6 +124,15 @@ def test_places_that_are_left_get_the_copies_that_relieve_most() -> None:
     assert "6 slots for 4 experts take 1.50 times" in placement.remarks[-2]
 
 
+def test_the_least_busy_rank_is_relieved_first() -> None:
+    plan = plan_of("none", memory=1.0, ranks=3, layers=1, experts=4)
+    slots = [Slot(expert=e, rank=r, format="bf16", load=load) for e, r, load in
+             [(0, 0, 0.4), (1, 0, 0.0), (2, 1, 0.35), (3, 2, 0.25)]]  # fmt: skip
+    placement = placement_of(plan.model_copy(update={"layers": [plan.layers[0].model_copy(update={"slots": slots})]}))
+    # Expert 0 goes to rank 2, the less busy of the two with room; then 3 (0.25) is the busiest that rank 1 lacks.
+    assert placement.experts[0].tolist() == [[0, 1], [2, 3], [0, 3]]
+
+
 def test_what_is_lost_is_said() -> None:
     plan = plan_of("optimal", memory=0.6, ranks=2, layers=2)
     quantized = sum(slot.format in ("int8", "int4") for layer in plan.layers for slot in layer.slots)

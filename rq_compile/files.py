@@ -38,7 +38,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(_permitted(0o666))
         temporary.replace(path)
     except OSError as error:
         if error.filename is not None and name not in (error.filename, error.filename2):
@@ -63,7 +63,7 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another output with -o", 2) from error
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(_permitted(0o777))
         temporary.replace(path)
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(temporary)):
@@ -71,6 +71,13 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another output with -o") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _permitted(mode: int) -> int:
+    """``mode`` less the umask, as open() and mkdir() would have it; tempfile's outputs are for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
 
 
 def write_document(document: Document, path: Path) -> None:

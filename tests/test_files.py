@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rq_compile.errors import UserError
-from rq_compile.files import Document, read_document, sha256, write_document, written_beside
+from rq_compile.files import Document, folder_written_beside, read_document, sha256, write_document, written_beside
 from rq_compile.rewrite.weights import LOCATION, ExternalWeight
 from rq_compile.targets.weights_file import ALIGNMENT, locate, write_weights
 
@@ -68,6 +68,36 @@ def test_a_file_that_cannot_be_read_is_not_told_as_the_output(tmp_path: Path) ->
     with pytest.raises(FileNotFoundError, match=r"shard\.safetensors"), written_beside(tmp_path / "a.txt"):
         (tmp_path / "shard.safetensors").read_bytes()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_outputs_have_the_permissions_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with written_beside(tmp_path / "file") as temporary:
+            temporary.touch()
+        with folder_written_beside(tmp_path / "folder"):
+            pass
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("raised", [ValueError("no"), KeyboardInterrupt()])
+def test_a_folder_is_whole_or_not_there(tmp_path: Path, raised: BaseException) -> None:
+    with pytest.raises(type(raised)), folder_written_beside(tmp_path / "folder") as temporary:
+        (temporary / "file").touch()
+        raise raised
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_files_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is no empty folder; remove it"), folder_written_beside(tmp_path):
+        pass
+    assert (tmp_path / "file").exists()
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

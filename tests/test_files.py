@@ -87,7 +87,7 @@ def test_outputs_have_the_permissions_that_the_umask_leaves(tmp_path: Path, umas
 
 @pytest.mark.parametrize("raised", [ValueError("no"), KeyboardInterrupt()])
 def test_a_folder_is_whole_or_not_there(tmp_path: Path, raised: BaseException) -> None:
-    with pytest.raises(type(raised)), folder_written_beside(tmp_path / "folder") as temporary:
+    with pytest.raises(type(raised)), folder_written_beside(tmp_path / "folder") as temporary:  # noqa: PT012
         (temporary / "file").touch()
         raise raised
     assert list(tmp_path.iterdir()) == []

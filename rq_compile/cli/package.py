@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rq_compile.cli.options import FILE
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
-from rq_compile.packaging.package import Destination
+
+if TYPE_CHECKING:
+    from rq_compile.packaging.package import Destination
 
 # The module of ``rq_compile.packaging`` that makes each destination's package.
 MODULES: dict[Destination, str] = {

@@ -12,6 +12,7 @@ from rq_compile.cli.options import (
     QUANTIZERS,
     batch_size_option,
     check_writable,
+    given_options,
     read_texts,
     sequence_length_option,
     text_option,
@@ -21,6 +22,9 @@ from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
     from rq_compile.quantization.formats import Quantizer
+
+# The options that say how the model is run and measured.
+MEASURING = ("texts", "batch_size", "sequence_length", "wanda_fraction", "quantizer")
 
 
 @click.command("calibrate")
@@ -108,11 +112,9 @@ def from_recorded_loads(screen: Screen, model: Path, output: Path, paths: tuple[
         raise UserError(
             "--from-loads has no errors of its own: give it together with --calibration FILE, an earlier one of MODEL", 2
         )
-    context = click.get_current_context()
-    for name in ("texts", "batch_size", "sequence_length", "wanda_fraction", "quantizer"):
-        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            option = "text" if name == "texts" else name.replace("_", "-")
-            raise UserError(f"--{option} has no effect with --from-loads, which runs nothing; leave one of the two out", 2)
+    for name, option in given_options().items():
+        if name in MEASURING:
+            raise UserError(f"{option} has no effect with --from-loads, which runs nothing; leave one of the two out", 2)
 
     from rq_compile.calibration.recorded_loads import with_recorded_loads
     from rq_compile.calibration.schema import Calibration

@@ -13,6 +13,7 @@ from rq_compile.cli.options import (
     batch_size_option,
     check_writable,
     document_kind,
+    given_options,
     parse_options,
     planning_options,
     read_texts,
@@ -153,11 +154,9 @@ def refuse_planning_options() -> None:
     Raises:
         UserError: such an option was given.
     """
-    ctx = click.get_current_context()
-    for name in PLANNING:
-        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            option = {"policy_options": "option", "texts": "text"}.get(name, name.replace("_", "-"))
-            raise UserError(f"--{option} has no effect beside --plan; leave one of the two out", 2)
+    for name, option in given_options().items():
+        if name in PLANNING:
+            raise UserError(f"{option} has no effect beside --plan; leave one of the two out", 2)
 
 
 def check_same_model(plan: Plan, checkpoint: Checkpoint, path: Path) -> None:

@@ -93,6 +93,16 @@ def read_texts(paths: tuple[Path, ...]) -> dict[str, str]:
     return texts
 
 
+def given_options() -> dict[str, str]:
+    """Parameter -> its option (``--text``), for those that stand on the command line and do not have their defaults."""
+    context = click.get_current_context()
+    return {
+        parameter.name: parameter.opts[-1]
+        for parameter in context.command.params
+        if parameter.name and context.get_parameter_source(parameter.name) == click.core.ParameterSource.COMMANDLINE
+    }
+
+
 def document_kind(path: Path) -> str | None:
     """``calibration``, ``plan`` or ``engine``, as the file says itself; None of a file that is none of them.
 

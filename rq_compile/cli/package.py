@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rq_compile.cli.options import FILE
+from rq_compile.cli.options import FILE, given_options
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
 
@@ -39,18 +39,14 @@ def command(screen: Screen, engine: Path, destination: Destination, output: Path
     For the cluster servers (tensorrt-llm, sglang, vllm, vllm-ascend) ENGINE may be a plan.json: they load the checkpoint
     themselves and take the placement of its experts.
     """
-    given = {name: value for name, value in options.items() if was_given(name)}
-    for name in given:
+    given = {name: option for name, option in given_options().items() if name in OPTIONS}
+    for name, option in given.items():
         if destination not in OPTIONS[name]:
-            raise UserError(f"--{name.replace('_', '-')} has no effect with --for {destination}; leave one of the two out", 2)
+            raise UserError(f"{option} has no effect with --for {destination}; leave one of the two out", 2)
 
     from rq_compile.cli.tables import package_tables
 
     package = importlib.import_module(f"rq_compile.packaging.{MODULES[destination]}").package
-    result = package(engine, output, **given)
+    result = package(engine, output, **{name: options[name] for name in given})
     screen.note(f"wrote {output}")
     screen.result(result, *package_tables(result))
-
-
-def was_given(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE

@@ -79,8 +79,6 @@ def test_python_example_generates_the_engines_tokens_without_rq_compile(engine: 
 
 def test_python_example_continues_a_text(engine: Path, packaged: Path, tmp_path: Path) -> None:
     loaded = Engine.load(engine, threads=1)
-    if loaded.manifest.tokenizer is None:
-        pytest.skip("the tiny checkpoint has no tokenizer")
     expected = loaded.tokenizer.decode(list(loaded.generate(loaded.tokenizer.encode("The hacker").ids, 5)))
     said = run(sys.executable, packaged / "generate.py", "The", "hacker", "--tokens", 5, cwd=tmp_path)
     assert "\n".join(said) == expected.rstrip("\n")
@@ -142,6 +140,15 @@ def test_a_changed_bit_is_refused(rq_compile: Command, stages: Path, tmp_path: P
     # Nor is it packaged again.
     refused(rq_compile("package", folder / "model.onnx", "--for", "edge", "-o", tmp_path / "again"), 1, weights.name, "damaged")
     assert not (tmp_path / "again").exists()
+
+
+def test_an_encoder_decoder_is_refused(rq_compile: Command, stages: Path, tmp_path: Path) -> None:
+    manifest = json.loads((stages / "model.json").read_text())
+    for file in (manifest["graph"], manifest["weights"], manifest["tokenizer"]):
+        shutil.copy(stages / file["name"], tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps({**manifest, "encoder_decoder": True}))
+    refused(rq_compile("package", tmp_path / "model.onnx", "--for", "edge", "-o", tmp_path / "edge"), 2, "encoder-decoder")
+    assert not (tmp_path / "edge").exists()
 
 
 def test_a_file_that_is_missing_is_refused(rq_compile: Command, stages: Path, tmp_path: Path) -> None:

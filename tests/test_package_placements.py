@@ -1,6 +1,7 @@
 """Placements handed to serving systems, read back as those systems' own readers index them."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def package(rq_compile: Command, plan_file: Path, server: str, *options: object)
 def test_tensorrt_llm_counts_dense_layers_and_gives_ranks_consecutive_blocks(rq_compile: Command, plan_file: Path) -> None:
     folder, said = package(rq_compile, plan_file, "tensorrt-llm")
     options = yaml.safe_load((folder / "llm_api_options.yaml").read_text())
-    balancer = options["moe_config"]["load_balancer"]
+    assert said["run"][0].startswith(f"cd {folder} && ")
+    balancer = yaml.safe_load((folder / options["moe_config"]["load_balancer"]).read_text())
     assert set(balancer) == {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
     assert balancer["num_slots"] == 20
     assert balancer["layer_updates_per_iter"] == 0
@@ -142,6 +144,27 @@ def test_what_is_lost_is_said() -> None:
     memory = placement.slots / placement.experts_of_model
     assert memory > 1
     assert any(f"{memory:.2f} times the experts' memory" in remark for remark in placement.remarks)
+
+
+def test_unknown_loads_are_said_to_be_taken_as_equal() -> None:
+    plan = plan_of(layers=2)
+    slots = [slot.model_copy(update={"load": None}) for slot in plan.layers[1].slots]
+    placement = placement_of(
+        plan.model_copy(update={"layers": [plan.layers[0], plan.layers[1].model_copy(update={"slots": slots})]})
+    )
+    assert any(f"no loads of layers {inputs.INDEX + 1}:" in remark for remark in placement.remarks)
+    assert not any("no loads" in remark for remark in placement_of(plan).remarks)
+
+
+def test_command_lines_are_quoted(rq_compile: Command, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_document(plan_of(layers=1).model_copy(update={"model": "my model"}), path)
+    for server in SERVERS:
+        folder = tmp_path / f"for {server}"
+        said = json.loads(rq_compile("package", path, "--for", server, "-o", folder, "--json").stdout)
+        words = shlex.split(said["run"][0])
+        assert "my model" in words
+        assert server == "vllm" or any(str(folder) in word for word in words)
 
 
 def test_balance_is_reported_as_the_plan_predicts_it() -> None:

@@ -72,6 +72,7 @@ def test_every_servers_loads_are_those_recorded(
         assert layer.batch_loads == counts[:, layer.index].tolist()
         assert layer.tokens == 1000
     assert made.tokens == made.texts[0].tokens == 1000
+    assert made.measured_tokens == 0
 
 
 def test_each_file_is_a_text(tmp_path: Path, calibration: Calibration, counts: np.ndarray) -> None:
@@ -124,6 +125,7 @@ def test_from_a_clusters_traffic_to_the_next_plan_and_placement(
     made = out / "traffic.json"
     arguments = ("calibrate", model, "--from-loads", recorded, "--calibration", stages / "calibration.json", "-o", made)
     assert rq_compile(*arguments, "-q").exit_code == 0
+    assert "on none of these tokens" in " ".join(rq_compile("inspect", made).stdout.split())
     new = Calibration.model_validate_json(made.read_bytes())
     assert new.layers[0].load == loads[:, 0].sum(axis=0).tolist()
     assert new.statistics is not None
@@ -157,7 +159,11 @@ def test_refusals(rq_compile: Command, model: Path, stages: Path, out: Path, tmp
     refused(run(tmp_path / "torn.pt", *calibration), 2, "torn.pt", "no recorded loads")
     torch.save({"logical_count": Path("harm")}, tmp_path / "object.pt")
     refused(run(tmp_path / "object.pt", *calibration), 2, "no recorded loads")
+    refused(run(good, *calibration, "--from-loads", good), 2, "two --from-loads are named", good.name)
+    torch.save({"logical_count": torch.ones(1, layers, experts, dtype=torch.bfloat16)}, tmp_path / "bf16.pt")
+    refused(run(tmp_path / "bf16.pt", *calibration), 2, "no recorded loads")
     for name, table, word in (
+        ("deeper", np.ones((1, layers + 1, experts)), f"counts tokens in layer {layers}, where MODEL has no experts"),
         ("experts", np.ones((1, layers, experts + 1)), f"counts {experts + 1} experts"),
         ("layers", np.ones((1, layers - 1, experts)), f"experts in layer {layers - 1}"),
         ("idle", np.zeros((1, layers, experts)), "counts no token"),

@@ -30,12 +30,19 @@ def with_recorded_loads(calibration: Calibration, paths: list[Path]) -> Calibrat
     """``calibration`` with the loads of ``paths``, each a text of its own and every recorded step a batch.
 
     What was measured of an expert stays, but its ``error``, a sum over its tokens, grows or shrinks as its share of the layer's
-    tokens did. The Wanda score and the activation statistics stay as they were measured.
+    tokens did. The Wanda score and the activation statistics stay as they were measured, batch size and sequence length as they
+    were chosen.
 
     Raises:
-        UserError: a file cannot be read, is of no known form, or does not have the model's layers and experts.
+        UserError: two of ``paths`` have the same name, or a file cannot be read, is of no known form, or does not have the
+            model's layers and experts.
     """
+    for path in paths:
+        if [other.name for other in paths].count(path.name) > 1:
+            raise UserError(f"two --from-loads are named {path.name}; rename one, as results are listed by name", 2)
     recorded = {path: read_loads(path) for path in paths}
+    for path, loads in recorded.items():
+        _check_layers(loads, {layer.index for layer in calibration.layers}, path)
     layers, tokens = [], np.zeros(len(paths), np.int64)
     for layer in calibration.layers:
         steps = [_of_layer(loads, layer, path) for path, loads in recorded.items()]
@@ -45,7 +52,8 @@ def with_recorded_loads(calibration: Calibration, paths: list[Path]) -> Calibrat
         CalibrationText(name=path.name, sha256=_digest(path), tokens=int(count))
         for path, count in zip(paths, tokens, strict=True)
     ]
-    return calibration.model_copy(update={"layers": layers, "texts": texts, "tokens": int(tokens.sum()), "padding_tokens": 0})
+    counted = {"tokens": int(tokens.sum()), "measured_tokens": 0, "padding_tokens": 0}
+    return calibration.model_copy(update={"layers": layers, "texts": texts, **counted})
 
 
 def read_loads(path: Path) -> Recorded:
@@ -61,7 +69,7 @@ def read_loads(path: Path) -> Recorded:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
         return _sglang(content, path)
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it holds no recorded loads"
         raise UserError(
             f"cannot read {path}: {reason}; give a dump of SGLang's recorder (.pt, .json) or TensorRT-LLM's statistics folder",
@@ -109,12 +117,21 @@ def _counts(values: object, path: Path) -> np.ndarray:
     return table.astype(np.int64)
 
 
+def _check_layers(recorded: Recorded, expected: set[int], path: Path) -> None:
+    """
+    Raises:
+        UserError: a layer with experts is missing, or another one counts tokens, so that they are of another model.
+    """
+    if missing := expected - recorded.keys():
+        known = f"layers {min(recorded)}-{max(recorded)}" if recorded else "no layers"
+        raise UserError(f"{path} has {known}, but MODEL has experts in layer {min(missing)}; give loads recorded of MODEL", 2)
+    if others := sorted(layer for layer in recorded.keys() - expected if recorded[layer].any()):
+        raise UserError(f"{path} counts tokens in layer {others[0]}, where MODEL has no experts; give loads recorded of MODEL", 2)
+
+
 def _of_layer(recorded: Recorded, layer: LayerCalibration, path: Path) -> np.ndarray:
     """Steps in which the layer saw a token, int64 ``[steps, m]``."""
-    steps, experts = recorded.get(layer.index), layer.geometry.experts
-    if steps is None:
-        known = f"layers {min(recorded)}-{max(recorded)}" if recorded else "no layers"
-        raise UserError(f"{path} has {known}, but MODEL has experts in layer {layer.index}; give loads recorded of MODEL", 2)
+    steps, experts = recorded[layer.index], layer.geometry.experts
     if steps.shape[1] != experts:
         raise UserError(f"{path} counts {steps.shape[1]} experts, but MODEL has {experts}; give loads recorded of MODEL", 2)
     steps = steps[steps.any(axis=1)]

@@ -67,7 +67,8 @@ class LayerCalibration(Document):
 
 class Calibration(Document):
     """``tokens`` were counted, on ``measured_tokens`` of them, evenly spread, errors, scores and statistics were measured and
-    then scaled up: all, unless the recorded inputs had taken too much disk. ``padding_tokens`` are in no count at all.
+    then scaled up: all, unless the recorded inputs had taken too much disk; none where loads that a server recorded took the
+    place of those that were measured. ``padding_tokens`` are in no count at all.
     ``wanda_fraction`` is the paper's s: the part of an expert's weights, lowest scores first, that ``wanda`` is the mean of.
 
     ``quantizer`` rounded the weights whose errors were measured, and is to round those of an engine: ``gptq`` by the activation

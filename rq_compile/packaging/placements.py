@@ -93,11 +93,15 @@ def _holds(layer: LayerPlan, ranks: int) -> np.ndarray:
 
 
 def _loads(layer: LayerPlan) -> np.ndarray:
-    """Expected share of every logical expert ``[m]``; all alike where the plan knows none."""
-    shares = np.zeros(layer.geometry.experts)
-    for slot in layer.slots:
-        shares[slot.expert] += slot.load or 0.0
-    return shares if shares.any() else np.full_like(shares, 1 / len(shares))
+    """Expected share of every logical expert ``[m]``; all alike where the plan does not know them, which ``_losses`` says."""
+    if not _knows_loads(layer):
+        return np.full(layer.geometry.experts, 1 / layer.geometry.experts)
+    return np.bincount([slot.expert for slot in layer.slots], [slot.load or 0.0 for slot in layer.slots], layer.geometry.experts)
+
+
+def _knows_loads(layer: LayerPlan) -> bool:
+    """Not without the loads of all slots, nor where a calibration's tokens reached none of them."""
+    return all(slot.load is not None for slot in layer.slots) and any(slot.load for slot in layer.slots)
 
 
 def _filled(load: np.ndarray, planned: np.ndarray, places: int) -> np.ndarray:
@@ -126,6 +130,9 @@ def _balance(loads: list[np.ndarray], planned: list[np.ndarray], filled: list[np
 
 def _losses(layers: list[LayerPlan], planned: list[np.ndarray], filled: list[np.ndarray]) -> list[str]:
     remarks = []
+    if unknown := [layer.index for layer in layers if not _knows_loads(layer)]:
+        named = ", ".join(map(str, unknown))
+        remarks.append(f"the plan knows no loads of layers {named}: balance and added copies take all experts as equally loaded")
     lost = Counter(slot.format for layer in layers for slot in layer.slots if slot.format not in FLOAT_FORMATS)
     if lost:
         mix = ", ".join(f"{count} in {format}" for format, count in sorted(lost.items()))

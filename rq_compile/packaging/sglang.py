@@ -5,6 +5,7 @@ layer and newer versions want a row for every one of them, so dense layers get r
 """
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,14 @@ def package(source: Path, output: Path, layers: int | None = None) -> Package:
     rows = [known.get(layer, dense) for layer in range(layers or least)]
     with folder_written_beside(output) as folder:
         (folder / FILE).write_text(json.dumps({"physical_to_logical_map": rows}) + "\n")
-    serve = (
-        f"python -m sglang.launch_server --model-path {placement.model} --tp-size {placement.ranks} --ep-size {placement.ranks}"
-    )
+    ranks = str(placement.ranks)
+    serve = ["python", "-m", "sglang.launch_server", "--model-path", placement.model, "--tp-size", ranks, "--ep-size", ranks]
+    serve += ["--ep-num-redundant-experts", str(placement.redundant), "--init-expert-location", str(output / FILE)]
     end = [] if layers else [f"rows end with layer {least - 1}, the last with experts; if dense ones follow it, give --layers"]
     return Package(
         destination="sglang",
         folder=str(output),
         files=[FILE],
-        run=[f"{serve} --ep-num-redundant-experts {placement.redundant} --init-expert-location {output / FILE}"],
+        run=[shlex.join(serve)],
         remarks=[*placement.remarks, *end],
     )

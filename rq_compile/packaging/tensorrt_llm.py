@@ -1,9 +1,10 @@
-"""TensorRT-LLM: an options file whose load balancer starts from the placement and keeps it.
+"""TensorRT-LLM: a load balancer's file, which starts from the placement and keeps it, and the options that name it.
 
 The format is ``MoeLoadBalancerConfig`` of ``tensorrt_llm``, as ``examples/wide_ep`` of its repository documents it: layers by
 their number in the model, slots in consecutive blocks of ``num_slots / ep_size`` a rank, 0 layer updates.
 """
 
+import shlex
 from pathlib import Path
 
 import yaml
@@ -12,7 +13,7 @@ from rq_compile.files import folder_written_beside
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.placements import read_placement
 
-FILE = "llm_api_options.yaml"
+OPTIONS, BALANCER = "llm_api_options.yaml", "moe_load_balancer.yaml"
 
 
 def package(source: Path, output: Path) -> Package:
@@ -27,13 +28,14 @@ def package(source: Path, output: Path) -> Package:
         "initial_global_assignments": dict(zip(placement.index, placement.by_layer(), strict=True)),
     }
     with folder_written_beside(output) as folder:
-        options = {"moe_config": {"load_balancer": balancer}}
-        (folder / FILE).write_text(yaml.safe_dump(options, sort_keys=False, default_flow_style=None, width=2**20))
-    serve = f"trtllm-serve {placement.model} --tp_size {placement.ranks} --ep_size {placement.ranks}"
+        (folder / BALANCER).write_text(yaml.safe_dump(balancer, sort_keys=False, default_flow_style=None, width=2**20))
+        (folder / OPTIONS).write_text(yaml.safe_dump({"moe_config": {"load_balancer": f"./{BALANCER}"}}))
+    ranks = str(placement.ranks)
+    serve = ["trtllm-serve", placement.model, "--tp_size", ranks, "--ep_size", ranks, "--extra_llm_api_options", OPTIONS]
     return Package(
         destination="tensorrt-llm",
         folder=str(output),
-        files=[FILE],
-        run=[f"{serve} --extra_llm_api_options {output / FILE}"],
+        files=[OPTIONS, BALANCER],
+        run=[f"cd {shlex.quote(str(output))} && {shlex.join(serve)}"],
         remarks=placement.remarks,
     )

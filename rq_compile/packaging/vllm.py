@@ -5,6 +5,7 @@ out as vLLM's own maps do. What its balancer takes today is the number of redund
 """
 
 import json
+import shlex
 from pathlib import Path
 
 from rq_compile.files import folder_written_beside
@@ -22,12 +23,13 @@ def package(source: Path, output: Path) -> Package:
     placement = read_placement(source)
     with folder_written_beside(output) as folder:
         (folder / FILE).write_text(json.dumps(placement.by_layer()) + "\n")
-    serve = f"vllm serve {placement.model} --tensor-parallel-size {placement.ranks} --enable-expert-parallel --enable-eplb"
+    serve = ["vllm", "serve", placement.model, "--tensor-parallel-size", str(placement.ranks), "--enable-expert-parallel"]
+    serve += ["--enable-eplb", "--eplb-config", json.dumps({"num_redundant_experts": placement.redundant})]
     return Package(
         destination="vllm",
         folder=str(output),
         files=[FILE],
-        run=[serve + " --eplb-config '" + json.dumps({"num_redundant_experts": placement.redundant}) + "'"],
+        run=[shlex.join(serve)],
         remarks=[
             *placement.remarks,
             f"vLLM reads no placement file yet: the command gives its own balancer as many slots, and {FILE} is in the form that "

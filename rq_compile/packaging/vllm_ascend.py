@@ -5,6 +5,7 @@ dense layers are not counted.
 """
 
 import json
+import shlex
 from pathlib import Path
 
 from rq_compile.files import folder_written_beside
@@ -30,11 +31,12 @@ def package(source: Path, output: Path) -> Package:
     ]
     with folder_written_beside(output) as folder:
         (folder / FILE).write_text(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}) + "\n")
-    serve = f"vllm serve {placement.model} --tensor-parallel-size {placement.ranks} --enable-expert-parallel"
+    serve = ["vllm", "serve", placement.model, "--tensor-parallel-size", str(placement.ranks), "--enable-expert-parallel"]
+    serve += ["--additional-config", json.dumps({"eplb_config": {"expert_map_path": str(output / FILE)}})]
     return Package(
         destination="vllm-ascend",
         folder=str(output),
         files=[FILE],
-        run=[serve + " --additional-config '" + json.dumps({"eplb_config": {"expert_map_path": str(output / FILE)}}) + "'"],
+        run=[shlex.join(serve)],
         remarks=placement.remarks,
     )

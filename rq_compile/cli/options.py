@@ -6,8 +6,10 @@ The choices repeat the schemas' so that ``--help`` need not import them; a test 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,30 @@ QUANTIZERS = ("gptq", "nearest")
 LOWERINGS = ("native", "stock", "batched")
 
 FILE = click.Path(path_type=Path)
+
+
+class ByteSize(click.ParamType):
+    """Bytes: ``16G`` or ``16GiB`` is 16 x 2**30; K, M, G and T count in 1024s; ``1.5G`` is taken, plain digits are bytes.
+
+    ``16GB`` is refused: some read it as 10**9s, others as 2**30s.
+    """
+
+    name = "size"
+    UNITS = ("", "K", "M", "G", "T")
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        written = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([KMGT])(?:iB)?)?", value.strip(), re.IGNORECASE | re.ASCII)
+        if written is None:
+            self.fail(f"{value!r} is no size; write bytes or a unit of 1024s, for example 16G, 512M or 1.5GiB", param, ctx)
+        size = int(Fraction(written[1]) * 1024 ** self.UNITS.index((written[2] or "").upper()))
+        if size == 0:
+            self.fail(f"{value!r} is less than one byte; write for example 16G, 512M or 1.5GiB", param, ctx)
+        return size
+
+
+SIZE = ByteSize()
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 text_option = click.option("--text", "texts", type=FILE, multiple=True, help="A text file to run; repeatable.")

@@ -12,7 +12,8 @@ def manifest_path(engine: Path) -> Path:
 
 
 def engine_files(manifest: Manifest) -> list[EngineFile]:
-    return [file for file in (manifest.graph, manifest.weights, manifest.tokenizer) if file is not None]
+    files = (manifest.graph, manifest.weights, manifest.tokenizer, *manifest.licences)
+    return [file for file in files if file is not None]
 
 
 def read_manifest(engine: Path) -> Manifest:

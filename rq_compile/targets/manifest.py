@@ -35,6 +35,7 @@ class Manifest(Document):
 
     ``slot_offsets[layer name]`` is the graph's int32 ``[slots + 1]`` tensor with the cumulative rows per slot, from
     which an engine's own load can be read. ``replaced`` counts what was skipped, padded or replaced, by reason.
+    ``licences`` are the texts that lay beside the checkpoint's weights, ``licence`` is what its model card declares.
     """
 
     schema_version: Literal[1] = 1
@@ -45,12 +46,16 @@ class Manifest(Document):
     graph: EngineFile
     weights: EngineFile
     tokenizer: EngineFile | None
+    licences: list[EngineFile] = Field(default=[])
+    licence: str | None = None
     op_library: int | None
     activation_bits: int = Field(default=32, description="of what quantized weights are multiplied with: 8, or 32 for fp32")
     opset: int
     encoder_decoder: bool
     vocabulary: int
+    start_of_text: int | None = Field(default=None, description="the token that the tokenizer names as the beginning of a text")
     end_of_text: list[int]
+    context_length: int | None = Field(default=None, description="positions that the model was made for")
     decoder_start: int | None = None
     cache: list[CacheTensor]
     slot_offsets: dict[str, str]

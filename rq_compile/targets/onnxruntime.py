@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from tokenizers import Tokenizer
 
 from rq_compile import __version__
 from rq_compile.architectures.layers import ExpertWeights, expert_weights, moe_layers
@@ -24,6 +25,7 @@ from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.rewrite import rewrite
 from rq_compile.rewrite.weights import ExternalWeight, external_name, external_tensors
 from rq_compile.targets.library import OP_SET_VERSION
+from rq_compile.targets.licences import declared_licence, licence_texts
 from rq_compile.targets.manifest import EngineFile, Lowering, Manifest
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.weights_file import Progress, locate, write_weights
@@ -39,7 +41,8 @@ def compile_engine(
     activation_bits: int = 32,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json`` and ``<stem>.json`` beside them.
+    """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json``, ``<stem>.json`` and the licence texts of the
+    checkpoint (``<stem>.LICENSE``) beside them.
 
     Weights are streamed: no more than one expert or one dense tensor is held at a time. ``statistics`` are those of the
     calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported`` is the checkpoint's graph, for
@@ -50,7 +53,8 @@ def compile_engine(
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written. Nothing is left.
     """
     data, tokenizer, document = Path(f"{output}.data"), output.with_suffix(".tokenizer.json"), output.with_suffix(".json")
-    _check_writable([output, data, tokenizer, document])
+    texts = {output.with_suffix(f".{path.name}"): path for path in licence_texts(checkpoint.path)}
+    _check_writable([output, data, tokenizer, document, *texts])
     layers = {layer.name: layer for layer in moe_layers(checkpoint)}
     preflight(checkpoint, list(layers.values()), plan, lowering)
     if plan.quantizer == "gptq" and statistics is None:
@@ -78,6 +82,11 @@ def compile_engine(
             copied = _engine_file(tokenizer, tokenizer_part)
         else:
             replaced["no tokenizer.json in the checkpoint"] = 1
+        licences = []
+        for text, path in texts.items():
+            text_part = stack.enter_context(written_beside(text))
+            shutil.copyfile(path, text_part)
+            licences.append(_engine_file(text, text_part))
         graph_part = stack.enter_context(written_beside(output))
         data_part = stack.enter_context(written_beside(data))
         with data_part.open("wb") as file:
@@ -92,6 +101,8 @@ def compile_engine(
             graph=_engine_file(output, graph_part),
             weights=EngineFile(name=data.name, sha256=written.digest.hexdigest(), bytes=written.bytes),
             tokenizer=copied,
+            licences=licences,
+            licence=declared_licence(checkpoint.path),
             op_library=OP_SET_VERSION if lowering == "native" else None,
             activation_bits=activation_bits,
             opset=exported.opset,
@@ -136,15 +147,28 @@ def _dense_weights(checkpoint: Checkpoint, model: onnx.ModelProto, parameters: d
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a caller must know of the tokens: how many there are, which end a text, which starts a decoder."""
+    """What a caller must know of the tokens: how many there are, which start and end a text, how long it may be."""
     path = checkpoint.path / "generation_config.json"
     generation = json.loads(path.read_bytes()) if path.is_file() else {}
     end = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
     return {
         "vocabulary": checkpoint.config["vocab_size"],
+        "start_of_text": _start_of_text(checkpoint.path),
         "end_of_text": end if isinstance(end, list) else [] if end is None else [end],
         "decoder_start": generation.get("decoder_start_token_id", checkpoint.config.get("decoder_start_token_id")),
+        "context_length": checkpoint.config.get("max_position_embeddings"),
     }
+
+
+def _start_of_text(checkpoint: Path) -> int | None:
+    """The tokenizer's word on it: config.json may name a token that the tokenizer has for no such purpose (Qwen's do)."""
+    settings, tokenizer = checkpoint / "tokenizer_config.json", checkpoint / "tokenizer.json"
+    if not settings.is_file() or not tokenizer.is_file():
+        return None
+    token = json.loads(settings.read_bytes()).get("bos_token")
+    if isinstance(token, dict):  # with how it is to be stripped
+        token = token.get("content")
+    return Tokenizer.from_file(str(tokenizer)).token_to_id(token) if token else None
 
 
 def _engine_file(final: Path, part: Path) -> EngineFile:

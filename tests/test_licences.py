@@ -1,0 +1,65 @@
+"""What a checkpoint says of its licence goes with its engine."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from command_line import refused
+
+from rq_compile.runtime.files import read_manifest
+from rq_compile.targets.licences import declared_licence, licence_texts
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [moe]\n---\n# Model\n", "apache-2.0"),
+        ("---\ntags:\n- moe\nlicense: other\nlicense_name: deepseek\n---\n", "deepseek"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("\n---\nlicense: mit\n---", "mit"),
+        ("---\ntags: [moe]\n---\nlicense: mit\n", None),
+        ("# Model\n\n---\nlicense: mit\n---\n", None),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", None),
+        ("---\nlicense: 'mit\n---\n", None),
+        ("---\n---\n", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_declared_licence_is_that_of_the_front_matter(tmp_path: Path, card: str | None, licence: str | None) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert declared_licence(tmp_path) == licence
+
+
+def test_licence_texts_are_found_by_their_names(tmp_path: Path) -> None:
+    for name in ("LICENSE", "License-code.txt", "NOTICE.md", "USE_POLICY.md", "README.md", "config.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "LICENSES").mkdir()
+    assert [path.name for path in licence_texts(tmp_path)] == ["LICENSE", "License-code.txt", "NOTICE.md", "USE_POLICY.md"]
+
+
+def test_an_engine_has_its_models_licence(rq_compile: Callable[..., Result], model: Path, stages: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(model, tmp_path / "checkpoint")
+    (checkpoint / "LICENSE").write_text("Use it well.\n")
+    (checkpoint / "NOTICE.txt").write_text("Made of noise.\n")
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n")
+    engine = tmp_path / "small.onnx"
+    result = rq_compile(checkpoint, "--plan", stages / "plan.json", "-o", engine, "-q")
+    assert result.exit_code == 0, result.stderr
+    manifest = read_manifest(engine)
+    assert manifest.licence == "mit"
+    assert [file.name for file in manifest.licences] == ["small.LICENSE", "small.NOTICE.txt"]
+    assert (tmp_path / "small.LICENSE").read_text() == "Use it well.\n"
+
+    (tmp_path / "small.LICENSE").write_text("Use it ill.\n\n")
+    refused(rq_compile("inspect", engine, "--verify"), 1, "small.LICENSE", "damaged")
+
+
+def test_an_engine_knows_where_a_text_begins_and_how_long_it_may_be(model: Path, stages: Path) -> None:
+    manifest = read_manifest(stages / "model.onnx")
+    assert (manifest.start_of_text, manifest.end_of_text) == (0, [1])
+    assert manifest.context_length == json.loads((model / "config.json").read_text())["max_position_embeddings"]

@@ -14,8 +14,10 @@ import onnxruntime
 HERE = Path(__file__).resolve().parent
 
 
-def load(engine: Path, manifest: dict) -> onnxruntime.InferenceSession:
+def load(engine: Path, manifest: dict, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Open the engine to run on ``threads`` threads; 0: as many as ONNX Runtime likes."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     if manifest["lowering"] == "batched":
         # Else constant folding would keep fp32 copies of the 16-bit weights.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "65536")

@@ -1,0 +1,70 @@
+"""A model repository for Triton Inference Server, in one of the flavours in which it can run the engine."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from rq_compile.errors import UserError
+from rq_compile.files import folder_written_beside, sha256
+from rq_compile.packaging import triton_onnxruntime, triton_python
+from rq_compile.packaging.edge import CHECKSUMS, library_remark, licence
+from rq_compile.packaging.package import Package
+from rq_compile.packaging.triton_config import as_text, messages
+from rq_compile.runtime.files import engine_files, manifest_path, read_manifest, verify
+
+Flavour = Literal["python", "onnxruntime"]
+WRITERS = {"python": triton_python.write, "onnxruntime": triton_onnxruntime.write}
+OPTIONS = {"python": {"threads"}, "onnxruntime": {"mount", "threads", "instances", "calibration"}}
+
+
+def package(source: Path, output: Path, flavour: Flavour = "python", name: str | None = None, **options: Any) -> Package:
+    """Write ``<name>/config.pbtxt``, ``<name>/1/`` with the engine, the licence and the checksums of all files.
+
+    ``name`` is the model's, by default the engine's. ``options`` are those of the flavour's ``write``. The same engine, op
+    library and options give the same bytes.
+
+    Raises:
+        UserError: ``source`` is no whole engine or is damaged, is an encoder-decoder, an option is not for this flavour or
+            is refused by it, tritonclient is missing, or see ``folder_written_beside``.
+    """
+    name = name or source.stem
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+        raise UserError(f"{name!r} cannot name a model in Triton; give letters, digits, dots and dashes with --name", 2)
+    if superfluous := sorted(options.keys() - OPTIONS[flavour]):
+        raise UserError(f"--{superfluous[0]} has no effect with --flavour {flavour}; leave one of the two out", 2)
+    messages()
+    manifest = read_manifest(source)
+    if manifest.encoder_decoder:
+        raise UserError(f"{source} is an encoder-decoder, which has no KV cache to serve from; package a decoder-only engine", 2)
+    verify(source, manifest)
+
+    with folder_written_beside(output) as repository:
+        model = repository / name
+        (model / "1").mkdir(parents=True)
+        for path in (source, manifest_path(source), *(source.parent / file.name for file in engine_files(manifest))):
+            shutil.copyfile(path, model / "1" / path.name)
+        config, remarks = WRITERS[flavour](source, manifest, model, **options)
+        (model / "config.pbtxt").write_text(as_text(config))
+        (repository / "LICENSE").write_text(licence())
+        files = sorted(path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file())
+        (repository / CHECKSUMS).write_text("".join(f"{sha256(repository / file)}  {file}\n" for file in files))
+
+    remarks = [*remarks, library_remark(manifest), "the weights and the tokenizer stay under the licence of their model"]
+    run = commands(output, name, flavour, manifest.tokenizer is not None, options.get("mount", triton_onnxruntime.MOUNT))
+    return Package(destination="triton", folder=str(output), files=[*files, CHECKSUMS], run=run, remarks=remarks)
+
+
+def commands(output: Path, name: str, flavour: Flavour, text: bool, mount: str) -> list[str]:
+    check = f"cd {shlex.quote(str(output))} && sha256sum -c {CHECKSUMS}"
+    if flavour == "onnxruntime":
+        folder = shlex.quote(f"{output.resolve()}:{mount}:ro")
+        image = "nvcr.io/nvidia/tritonserver:25.12-py3"
+        return [check, f"docker run --rm --net=host -v {folder} {image} tritonserver --model-repository={shlex.quote(mount)}"]
+    asked = '"text_input": "Once upon a time"' if text else '"input_ids": [1, 2, 3]'
+    return [
+        check,
+        f"tritonserver --model-repository={shlex.quote(str(output))}",
+        f"curl localhost:8000/v2/models/{name}/generate -d '{{{asked}, \"max_tokens\": 32}}'",
+    ]

@@ -1,0 +1,50 @@
+"""Triton's python backend: text in, text streamed out, the KV cache inside; it runs from wherever the folder lies."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rq_compile.packaging.edge import OP_LIBRARY, TEMPLATES
+from rq_compile.packaging.triton_config import TEXT, Tensor, messages, model_config
+from rq_compile.targets.library import library_path
+from rq_compile.targets.manifest import Manifest
+
+MODEL = Path(__file__).parent / "triton_files" / "model.py"
+INT64 = np.dtype(np.int64)
+# The names by which the generate extension and other text backends of Triton call them.
+INPUTS = (
+    Tensor("text_input", TEXT, (1,), optional=True),
+    Tensor("input_ids", INT64, (-1,), optional=True),
+    Tensor("max_tokens", np.dtype(np.int32), (1,), optional=True),
+    Tensor("stream", np.dtype(np.bool_), (1,), optional=True),
+)
+OUTPUTS = (Tensor("text_output", TEXT, (1,)), Tensor("token_ids", INT64, (-1,)))
+CONCURRENT_REQUESTS = 8
+# Where the engine does not say for how many tokens its model was made.
+MAX_SEQUENCE_LENGTH = 4096
+
+
+def write(engine: Path, manifest: Manifest, model: Path, threads: int = 0) -> tuple[Any, list[str]]:
+    """Complete ``model`` (the folder with the engine in ``1/``); returns its ``ModelConfig`` and remarks.
+
+    ``threads``: of one step of one request; 0: ONNX Runtime's choice.
+    """
+    shutil.copyfile(MODEL, model / "1" / "model.py")
+    shutil.copyfile(TEMPLATES / "generate.py", model / "1" / "generate.py")
+    if manifest.op_library is not None:
+        shutil.copyfile(library_path(), model / "1" / OP_LIBRARY)
+    return config(model.name, threads, manifest.context_length), ["the server's Python needs onnxruntime and tokenizers: pip install onnxruntime tokenizers"]
+
+
+def config(name: str, threads: int, context_length: int | None) -> Any:
+    parameters = {
+        "intra_op_thread_count": str(threads),
+        "concurrent_requests": str(CONCURRENT_REQUESTS),
+        "max_sequence_length": str(context_length or MAX_SEQUENCE_LENGTH),
+    }
+    config = model_config(name, "python", INPUTS, OUTPUTS, parameters)
+    config.instance_group.add(kind=messages().ModelInstanceGroup.KIND_CPU, count=1)
+    config.model_transaction_policy.decoupled = True
+    return config

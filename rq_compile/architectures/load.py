@@ -61,6 +61,29 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def materialize(
+    model: PreTrainedModel, checkpoint: Checkpoint, name: str = "", device: str = "cpu", without: str | None = None
+) -> None:
+    """Give what the module ``name`` of a meta model holds its values, in fp32 on ``device``: all but the module ``without``.
+
+    Raises:
+        UserError: the checkpoint has no such tensor, or one of another shape.
+    """
+    module = model.get_submodule(name)
+    for below, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        path = f"{name}.{below}" if name else below
+        owner, _, attribute = path.rpartition(".")
+        if without is not None and path.startswith(f"{without}."):
+            continue
+        value = _fp32(dense_tensor(checkpoint, path)) if tensor.is_meta else tensor.detach()
+        if value.shape != tensor.shape:
+            raise UserError(
+                f"{path} has shape {list(value.shape)} where {list(tensor.shape)} is expected; check the model's config.json", 2
+            )
+        value = value.to(device)
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value)
+
+
 def _from_pretrained(auto_class: Any, checkpoint: Checkpoint) -> PreTrainedModel:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -86,7 +109,6 @@ def _choose_experts_implementation(model: PreTrainedModel) -> None:
 
 def _fill(model: PreTrainedModel, checkpoint: Checkpoint, layers: list[MoeLayer]) -> None:
     """Give every meta parameter of a gated model without expert biases its values."""
-    experts = {layer.name for layer in layers}
     for layer in layers:
         module: Any = model.get_submodule(layer.name)
         up = torch.empty(module.gate_up_proj.shape)
@@ -95,10 +117,7 @@ def _fill(model: PreTrainedModel, checkpoint: Checkpoint, layers: list[MoeLayer]
             weights = expert_weights(checkpoint, layer, expert)
             up[expert], down[expert] = _fp32(weights.up), _fp32(weights.down)
         module.gate_up_proj, module.down_proj = nn.Parameter(up), nn.Parameter(down)
-    for name, parameter in list(model.named_parameters()):
-        module_name, _, attribute = name.rpartition(".")
-        if module_name not in experts and parameter.is_meta:
-            setattr(model.get_submodule(module_name), attribute, nn.Parameter(_fp32(dense_tensor(checkpoint, name))))
+    materialize(model, checkpoint)
     model.tie_weights()
 
 

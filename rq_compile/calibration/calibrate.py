@@ -1,18 +1,22 @@
-"""Calibrate a checkpoint on texts: run it once, recording, then measure layer after layer."""
+"""Calibrate a checkpoint on texts: run it once, recording, and measure layer after layer."""
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from rq_compile import __version__
 from rq_compile.architectures.configuration import model_config
-from rq_compile.architectures.layers import ExpertWeights, expert_weights, moe_layers
+from rq_compile.architectures.layers import ExpertWeights, moe_layers
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
-from rq_compile.calibration.recording import LayerRecording, record
+from rq_compile.calibration.memory import choose_way
+from rq_compile.calibration.recording import LayerRecording, record_whole_model
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
+from rq_compile.calibration.scratch import on_disk
 from rq_compile.calibration.statistics import tensors_of
+from rq_compile.calibration.streaming import record_layer_by_layer
 from rq_compile.calibration.text import batches, tokenize
 from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.checkpoint.checkpoint import Checkpoint
@@ -32,6 +36,9 @@ def calibrate(
     progress: Callable[[int, int], None],
     quantizer: Quantizer = "gptq",
     wanda_fraction: float = WANDA_FRACTION,
+    memory_limit: int | None = None,
+    device: str = "cpu",
+    remark: Callable[[str], None] = lambda text: None,
 ) -> tuple[Calibration, dict[str, np.ndarray]]:
     """Run the model over ``texts`` (name to content) in fp32 and measure every expert in every format, rounded by ``quantizer``.
 
@@ -39,12 +46,17 @@ def calibrate(
     encoder-decoder model reads the first half of a sequence with its encoder and the second with its decoder.
     ``wanda_fraction`` is the paper's s. ``progress(done, total)`` counts tokens; one that was run but not measured is half done.
 
-    The second result are the statistics that ``statistics.py`` describes, by tensor name; none for the quantizer "nearest",
-    which needs none.
+    A model that does not fit into ``memory_limit`` bytes (by default: what is available) is run layer by layer (``memory.py``,
+    ``streaming.py``), with the same result to fp32 rounding; ``remark`` is told which way was taken. ``device`` is the torch
+    device that runs the model; experts are measured on the CPU.
+
+    The second result are the statistics that ``statistics.py`` describes, by tensor name, mapped from temporary files where the
+    model did not fit; none for the quantizer "nearest", which needs none.
 
     Raises:
         UserError: there is no text or one of too few tokens, the tokenizer is missing or not the model's, the sequences are
-            longer than the model's, or a layer's routing or output is not what it must be (see ``record``).
+            longer than the model's, the device is none, not one layer fits into the limit, or a layer's routing or output is
+            not what it must be (see ``LayerRecording``).
     """
     if not texts:
         raise UserError("there is no text to calibrate on; give at least one", 2)
@@ -62,15 +74,30 @@ def calibrate(
             decoder_start=start,
         )
     )
-    recordings = record(checkpoint, layers, list(texts), cut, lambda done: progress(done // 2, total))
+    way = choose_way(
+        checkpoint,
+        layers,
+        rows=sum(rows.real.size for batch in cut for rows in batch.sides),
+        measured_tokens=min(total, recorded_tokens),
+        limit=memory_limit,
+        device=device,
+    )
+    remark(way.reason)
+    report = partial(_report, progress, total)
+    if way.whole:
+        recorded = record_whole_model(checkpoint, layers, list(texts), cut, device=device, progress=report)
+    else:
+        recorded = record_layer_by_layer(
+            checkpoint, layers, list(texts), cut, device=device, in_memory=way.states_in_memory, progress=report
+        )
     measured_layers: list[LayerCalibration] = []
     statistics: dict[str, np.ndarray] = {}
-    for number, recording in enumerate(recordings):
-        measurement = _measure(checkpoint, recording, quantizer, wanda_fraction)
+    for recording, read_expert in recorded:
+        measurement = _measure(recording, read_expert, quantizer, wanda_fraction)
         measured_layers.append(_layer_calibration(recording, measurement))
         if quantizer == "gptq":
-            statistics |= tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
-        progress((total + total * (number + 1) // len(recordings)) // 2, total)
+            moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
+            statistics |= {name: moment if way.whole else on_disk(moment) for name, moment in moments.items()}
     calibration = Calibration(
         tool=f"rq-compile {__version__}",
         model=checkpoint.name,
@@ -112,12 +139,18 @@ def _check_fit(checkpoint: Checkpoint, tokens: list[np.ndarray], sequence_length
     return (config.decoder_start_token_id or 0) if config.is_encoder_decoder else None
 
 
-def _measure(checkpoint: Checkpoint, recording: LayerRecording, quantizer: Quantizer, wanda_fraction: float) -> LayerMeasurement:
+def _report(progress: Callable[[int, int], None], total: int, part: float) -> None:
+    progress(int(part * total), total)
+
+
+def _measure(
+    recording: LayerRecording, read_expert: Callable[[int], ExpertWeights], quantizer: Quantizer, wanda_fraction: float
+) -> LayerMeasurement:
     """The recording's layer, its sums scaled up to all tokens where only a sample of them was recorded."""
     layer = recording.layer
 
     def weights_of(expert: int) -> ExpertWeights:
-        weights = expert_weights(checkpoint, layer, expert)
+        weights = read_expert(expert)
         if not all(np.isfinite(matrix).all() for matrix in (weights.up, weights.down)):
             raise UserError(f"expert {expert} of {layer.name} has a weight that is not finite; repair the checkpoint")
         return weights

@@ -1,4 +1,4 @@
-"""One expert computed on the CPU in fp32, as the checkpoint has it or as a format stores it."""
+"""One expert computed in fp32, as the checkpoint has it or as a format stores it."""
 
 from dataclasses import replace
 
@@ -42,18 +42,20 @@ def weight_error(changed: ExpertWeights, original: ExpertWeights) -> float:
 def expert_outputs(
     x: torch.Tensor, weights: ExpertWeights, geometry: ExpertGeometry, products: np.ndarray | None = None
 ) -> torch.Tensor:
-    """Outputs ``[n, hidden]`` of ``x [n, hidden]``, everything in fp32.
+    """Outputs ``[n, hidden]`` of ``x [n, hidden]``, everything in fp32 and on the device of ``x``.
 
     To ``products [blocks, block, block]`` is added what ``block_products`` gives of the down projection's inputs.
     """
-    up, down = torch.from_numpy(weights.up), torch.from_numpy(weights.down)
-    up_bias, down_bias = (None if bias is None else torch.from_numpy(bias) for bias in (weights.up_bias, weights.down_bias))
+    up, down = (torch.from_numpy(matrix).to(x.device) for matrix in (weights.up, weights.down))
+    up_bias, down_bias = (
+        None if bias is None else torch.from_numpy(bias).to(x.device) for bias in (weights.up_bias, weights.down_bias)
+    )
     outputs = torch.empty_like(x)
     step = max(1, CHUNK // geometry.up_rows)
     for rows, into in zip(x.split(step), outputs.split(step), strict=True):
         intermediate = activate(F.linear(rows, up, up_bias), geometry)
         if products is not None:
-            products += block_products(intermediate.numpy(), products.shape[-1])
+            products += block_products(intermediate.cpu().numpy(), products.shape[-1])
         into.copy_(F.linear(intermediate, down, down_bias))
     return outputs
 

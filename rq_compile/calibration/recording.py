@@ -1,12 +1,14 @@
 """Run the model over batches; count what every layer's router chose and keep the inputs of its experts on disk."""
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.layers import ExpertWeights, MoeLayer, expert_weights
 from rq_compile.architectures.load import load_model
 from rq_compile.calibration.routing import Routing, watch
 from rq_compile.calibration.text import Batch
@@ -18,17 +20,20 @@ class LayerRecording:
     """What one MoE layer saw.
 
     ``text_loads [texts, m]`` and ``batch_loads``, an ``[m]`` for each batch, both int64, count the choices of every real token;
-    ``dropped`` of them the model did not compute. Of the measured tokens also the inputs, expert ids and gates are kept. Every
-    batch is begun, received and ended; ``texts`` are the names of the texts that batches number.
+    ``dropped`` of them the model did not compute. Of the measured tokens (with ``every_token``, of all real ones) also the
+    inputs, expert ids and gates are kept. Every batch is begun, received and ended; ``texts`` are the names of the texts that
+    batches number.
     """
 
-    def __init__(self, layer: MoeLayer, texts: list[str]) -> None:
+    def __init__(self, layer: MoeLayer, texts: list[str], every_token: bool = False) -> None:
         self.layer = layer
         self.tokens = 0
         self.dropped = 0
         self.text_loads = np.zeros((len(texts), layer.geometry.experts), np.int64)
         self.batch_loads: list[np.ndarray] = []
         self._texts = texts
+        self._every_token = every_token
+        self._measured: list[np.ndarray] = []
         self._hidden = tempfile.TemporaryFile(prefix="rq-compile-")  # noqa: SIM115 - open as long as the recording lives
         self._ids: list[np.ndarray] = []
         self._gates: list[np.ndarray] = []
@@ -51,7 +56,7 @@ class LayerRecording:
             UserError: it has not the batch's tokens, an input or gate is not finite, or the disk is full.
         """
         real, measured = self._rows.real.ravel(), self._rows.measured.ravel()
-        hidden, ids, gates = routing.hidden.numpy(), routing.ids.numpy(), routing.gates.numpy()
+        hidden, ids, gates = (tensor.cpu().numpy() for tensor in (routing.hidden, routing.ids, routing.gates))
         if len(ids) != len(real):
             raise UserError(
                 f"{self.layer.name} was given {len(ids)} tokens of a batch of {len(real)}, so that padding cannot be told from "
@@ -63,11 +68,13 @@ class LayerRecording:
         known = ids[real & (ids >= 0).all(1) & (ids < self.layer.geometry.experts).all(1)]
         self.batch_loads[-1] += np.bincount(known.ravel(), minlength=self.layer.geometry.experts)
         if routing.dropped is not None:
-            self.dropped += int(routing.dropped.numpy()[real].sum())
-        self._ids.append(ids[measured])
-        self._gates.append(gates[measured].astype(np.float32))
+            self.dropped += int(routing.dropped.cpu().numpy()[real].sum())
+        kept = real if self._every_token else measured
+        self._measured.append(measured[kept])
+        self._ids.append(ids[kept])
+        self._gates.append(gates[kept].astype(np.float32))
         try:
-            self._hidden.write(hidden[measured].astype(np.float32, copy=False))
+            self._hidden.write(hidden[kept].astype(np.float32, copy=False))
             self._hidden.flush()
         except OSError as error:
             raise UserError(
@@ -89,12 +96,43 @@ class LayerRecording:
         self.tokens += tokens
         self.text_loads[self._text] += load
 
-    def measured(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``hidden [T, hidden]`` fp32 (mapped from disk), ``ids [T, k]`` int64, ``gates [T, k]`` fp32 of the measured tokens."""
+    def kept(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``hidden [T, hidden]`` fp32 (mapped from disk), ``ids [T, k]`` int64, ``gates [T, k]`` fp32 of the tokens kept."""
         ids = np.concatenate(self._ids)
         shape = (len(ids), self.layer.geometry.hidden)
         hidden = np.memmap(self._hidden, np.float32, "r", shape=shape) if len(ids) else np.zeros(shape, np.float32)
         return hidden, ids, np.concatenate(self._gates)
+
+    def measured(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same of the measured tokens alone."""
+        measured = np.concatenate(self._measured)
+        hidden, ids, gates = self.kept()
+        return (hidden, ids, gates) if measured.all() else (np.asarray(hidden[measured]), ids[measured], gates[measured])
+
+
+# A layer's recording, and what reads one of its experts to be measured: called once an expert, in order.
+Recorded = tuple[LayerRecording, Callable[[int], ExpertWeights]]
+
+
+def record_whole_model(
+    checkpoint: Checkpoint,
+    layers: list[MoeLayer],
+    texts: list[str],
+    batches: list[Batch],
+    *,
+    device: str = "cpu",
+    progress: Callable[[float], None],
+) -> Iterator[Recorded]:
+    """Run the model, held whole in fp32, and yield layer after layer, to be measured. ``progress`` is told the part done.
+
+    Raises:
+        UserError: see ``record``.
+    """
+    total = sum(batch.tokens for batch in batches)
+    recordings = record(checkpoint, layers, texts, batches, lambda done: progress(done / total / 2), device)
+    for number, recording in enumerate(recordings):
+        yield recording, partial(expert_weights, checkpoint, recording.layer)
+        progress((1 + (number + 1) / len(recordings)) / 2)
 
 
 def record(
@@ -103,14 +141,16 @@ def record(
     texts: list[str],
     batches: Iterable[Batch],
     progress: Callable[[int], None],
+    device: str = "cpu",
 ) -> list[LayerRecording]:
-    """One recording a layer; ``texts`` are the names of the texts that the batches number. The model is loaded in fp32 and
-    let go of again. ``progress`` is told how many tokens are done.
+    """One recording a layer; ``texts`` are the names of the texts that the batches number. The model is loaded in fp32 onto
+    ``device`` and let go of again. ``progress`` is told how many tokens are done.
 
     Raises:
         UserError: see ``load_model`` and ``LayerRecording``.
     """
-    model = load_model(checkpoint)
+    model: Any = load_model(checkpoint)
+    model.to(device)
     recordings = [LayerRecording(layer, texts) for layer in layers]
     for recording in recordings:
         watch(model, recording.layer, recording.receive)
@@ -120,7 +160,7 @@ def record(
             recording.begin(batch)
         with torch.inference_mode():
             # Without the head, whose logits nobody reads, where the model has a body of its own.
-            model.base_model(**_arguments(batch))
+            model.base_model(**model_arguments(batch, device))
         for recording in recordings:
             recording.end()
         done += batch.tokens
@@ -128,10 +168,11 @@ def record(
     return recordings
 
 
-def _arguments(batch: Batch) -> dict[str, torch.Tensor | bool]:
+def model_arguments(batch: Batch, device: str) -> dict[str, torch.Tensor | bool]:
+    """What the model's forward is given."""
     arguments: dict[str, torch.Tensor | bool] = {"use_cache": False}
     prefixes = ("",) if batch.encoder is None else ("", "decoder_")
     for prefix, rows in zip(prefixes, batch.sides, strict=True):
-        arguments[f"{prefix}input_ids"] = torch.from_numpy(rows.ids)
-        arguments[f"{prefix}attention_mask"] = torch.from_numpy(rows.real.astype(np.int64))
+        arguments[f"{prefix}input_ids"] = torch.from_numpy(rows.ids).to(device)
+        arguments[f"{prefix}attention_mask"] = torch.from_numpy(rows.real.astype(np.int64)).to(device)
     return arguments

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.calibration.switch import is_switch, switch_routing
@@ -25,8 +26,8 @@ class Routing:
     dropped: torch.Tensor | None = None
 
 
-def watch(model: nn.Module, layer: MoeLayer, receive: Callable[[Routing], None]) -> None:
-    """Hand every call of ``layer``'s experts in ``model`` to ``receive``, before it is computed."""
+def watch(model: nn.Module, layer: MoeLayer, receive: Callable[[Routing], None]) -> RemovableHandle:
+    """Hand every call of ``layer``'s experts in ``model`` to ``receive``, before it is computed, until the handle is removed."""
     experts = model.get_submodule(layer.name)
 
     def before_experts(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -37,6 +38,5 @@ def watch(model: nn.Module, layer: MoeLayer, receive: Callable[[Routing], None])
 
     if is_switch(experts):
         # The experts are told only what was not dropped; the router's logits tell the choice of every token.
-        model.get_submodule(layer.name.replace(".experts", ".router")).register_forward_hook(after_router)
-    else:
-        experts.register_forward_pre_hook(before_experts)
+        return model.get_submodule(layer.name.replace(".experts", ".router")).register_forward_hook(after_router)
+    return experts.register_forward_pre_hook(before_experts)

@@ -1,0 +1,126 @@
+"""Whether a model fits into memory: what calibrating it takes, from the checkpoint's headers, and what there is."""
+
+import math
+import mmap
+import os
+import re
+import resource
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from rq_compile.architectures.families import family_of
+from rq_compile.architectures.layers import MoeLayer
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+
+GIB = 2**30
+# What importing and building the model's empty modules adds to what the process holds when this is asked.
+PROGRAM = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the model is run: ``whole``, all its weights held in fp32, or layer by layer; then with the hidden states
+    ``states_in_memory`` or on disk. ``reason`` is a sentence for the user."""
+
+    whole: bool
+    states_in_memory: bool
+    reason: str
+
+
+def choose_way(
+    checkpoint: Checkpoint, layers: list[MoeLayer], *, rows: int, measured_tokens: int, limit: int | None, device: str
+) -> Way:
+    """The whole model where it fits into ``limit`` bytes of memory (None: into what is available), else layer by layer.
+
+    ``rows`` is the number of token rows that the batches have, padding included, ``measured_tokens`` that of the tokens measured.
+
+    Raises:
+        UserError: not even one layer at a time fits into the ``limit``.
+    """
+    room = available_memory() if limit is None else limit - used_memory()
+    model = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    hidden = max(layer.geometry.hidden for layer in layers)
+    working = PROGRAM + measuring_bytes(layers, measured_tokens)
+    layer = working + 4 * largest_dense_part(checkpoint, layers) * 3 // 2
+    fits_device = device == "cpu" or model + GIB <= device_memory(device)
+    if model + working <= room and fits_device:
+        return Way(True, True, f"the whole model is held in memory ({_gib(model)} in fp32)")
+    if limit is not None and layer > room:
+        raise UserError(
+            f"--memory-limit {limit} is less than the {_gib(layer + used_memory())} that one layer of {checkpoint.path} takes "
+            "while it is measured; give more",
+            2,
+        )
+    states = 2 * 4 * rows * hidden
+    in_memory = layer + states <= room
+    return Way(
+        False,
+        in_memory,
+        f"the model runs layer by layer, as it takes {_gib(model + working)} in fp32 and {_gib(room if fits_device else 0)} are "
+        f"there{'' if in_memory else f'; {_gib(states)} of hidden states go to disk'}",
+    )
+
+
+def measuring_bytes(layers: list[MoeLayer], measured_tokens: int) -> int:
+    """About what ``measure_layer`` takes at its peak, whatever the model's size otherwise."""
+    largest = 0
+    for layer in layers:
+        geometry = layer.geometry
+        weights = geometry.hidden * (geometry.up_rows + geometry.intermediate)
+        largest = max(largest, 28 * weights + 32 * geometry.hidden**2 + 16 * measured_tokens * geometry.hidden)
+    return largest
+
+
+def largest_dense_part(checkpoint: Checkpoint, layers: list[MoeLayer]) -> int:
+    """Weights beside the experts of the decoder layer, or of the tensor outside of all layers, that has most."""
+    family = family_of(checkpoint)
+    experts = tuple(
+        family.tensor_name(layer.name + tensor) for layer in layers for tensor in (".", ".gate_up_proj", ".down_proj")
+    )
+    parts: Counter[str] = Counter()
+    for name, tensor in checkpoint.tensors.items():
+        if not name.startswith(experts):
+            number = re.search(r"\.\d+\.", name)
+            parts[name[: number.end()] if number else name] += math.prod(tensor.shape)
+    return max(parts.values())
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take without swapping, as the machine, its control group and its own limit say."""
+    machine = Path("/proc/meminfo")
+    if not machine.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    found = re.search(r"MemAvailable: *(\d+) kB", machine.read_text())
+    available = [int(found[1]) * 1024] if found else []
+    group = re.search(r"^0::(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+    folder = Path("/sys/fs/cgroup") / (group[1].strip("/") if group else "")
+    if (folder / "memory.max").exists() and (limit := (folder / "memory.max").read_text().strip()) != "max":
+        # What was read from disk counts as used, but gives way.
+        cached = re.findall(r"^(?:in)?active_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+        available.append(int(limit) - int((folder / "memory.current").read_text()) + sum(map(int, cached)))
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if own != resource.RLIM_INFINITY:
+        available.append(own - int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE)
+    return max(0, min(available))
+
+
+def device_memory(device: str) -> int:
+    """Free bytes of a torch device other than the CPU."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def used_memory() -> int:
+    """Resident bytes of this process (at its peak, where the system does not tell)."""
+    statistics = Path("/proc/self/statm")
+    if statistics.exists():
+        return int(statistics.read_text().split()[1]) * mmap.PAGESIZE
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,48 @@
+"""Working arrays that may be larger than memory."""
+
+import math
+import mmap
+import os
+import sys
+import tempfile
+
+import numpy as np
+
+from rq_compile.errors import UserError
+
+
+def scratch(shape: tuple[int, ...], in_memory: bool) -> np.ndarray:
+    """Zeros in fp32: in memory, or mapped from an unnamed file that is gone with the array, however the process ends.
+
+    Raises:
+        UserError: the disk has no room for it.
+    """
+    size = 4 * math.prod(shape)
+    if in_memory or not size:
+        return np.zeros(shape, np.float32)
+    try:
+        with tempfile.TemporaryFile(prefix="rq-compile-") as file:
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a bus error of a later write
+            else:
+                file.truncate(size)
+            return np.memmap(file, np.float32, "r+", shape=shape)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep {size / 2**30:.1f} GiB of hidden states in {tempfile.gettempdir()}: {error.strerror}; "
+            "free space there or name another folder in TMPDIR"
+        ) from error
+
+
+def release(array: np.ndarray) -> None:
+    """Leave what of a mapped array is resident to the system, which keeps it as long as there is room."""
+    if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
+def on_disk(array: np.ndarray) -> np.ndarray:
+    """An fp32 array moved into an unnamed file."""
+    mapped = scratch(array.shape, in_memory=False)
+    mapped[...] = array
+    release(mapped)
+    return mapped

@@ -1,0 +1,236 @@
+"""Run a model that is larger than memory: layer after layer, all batches through each, one pass over the checkpoint.
+
+The model stands on the meta device, and for every module that is visited its own forward runs once a batch. Behind that module
+the forward ends; modules before it were visited earlier and hand on what they returned then. So masks, rotary embeddings and
+an encoder's output reach a layer as its family has it, and nothing here knows one family from another.
+
+A layer with experts is visited twice. First up to its experts, to record what the router chose. Then each expert is read, once:
+its tokens run through it, and it is measured. The second visit computes the layer with the experts' outputs in place of them.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from rq_compile.architectures.families import family_of
+from rq_compile.architectures.layers import ExpertWeights, MoeLayer, expert_weights
+from rq_compile.architectures.load import materialize, meta_model
+from rq_compile.calibration.expert import expert_outputs, in_format
+from rq_compile.calibration.recording import LayerRecording, Recorded, model_arguments
+from rq_compile.calibration.routing import watch
+from rq_compile.calibration.scratch import release, scratch
+from rq_compile.calibration.text import Batch, Rows
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+
+# Of one expert's tokens, held at a time beside the expert.
+ROWS_AT_ONCE = 4096
+
+
+def record_layer_by_layer(
+    checkpoint: Checkpoint,
+    layers: list[MoeLayer],
+    texts: list[str],
+    batches: list[Batch],
+    *,
+    device: str = "cpu",
+    in_memory: bool = True,
+    progress: Callable[[float], None],
+) -> Iterator[Recorded]:
+    """Run the model and yield layer after layer, each to be measured before the next. ``progress`` is told the part done.
+
+    Held at a time, in fp32: what one layer has beside its experts, one expert, and, unless they are mapped from temporary
+    files (``in_memory`` is False), the hidden states of all tokens twice; the experts' inputs are always mapped.
+
+    Raises:
+        UserError: see ``materialize``, ``expert_weights``, ``scratch`` and ``LayerRecording``.
+    """
+    run = _Run(checkpoint, batches, device)
+    stacks = run.stacks(layers[0].geometry.hidden, in_memory)
+    by_module = {re.sub(r"(\.\d+)\..*", r"\1", layer.name): layer for layer in layers}
+    visits = (len(layers) - 1 + sum(1 + len(stack.layers) for stack in stacks)) * len(batches)
+    run.on_visit = lambda: progress(min(1.0, run.visits / visits))
+    for stack in stacks:
+        with run.materialized(stack.embedding):
+            run.visit(stack, stack.embedding)
+        for name in stack.layers:
+            layer = by_module.get(name)
+            with run.materialized(name, without=layer.name if layer else None):
+                if layer is not None:
+                    recording = LayerRecording(layer, texts, every_token=True)
+                    run.record(recording)
+                    experts = _Experts(checkpoint, recording, stack.sides, in_memory, device)
+                    yield recording, experts.read
+                    if layer is layers[-1]:
+                        progress(1)
+                        return
+                    run.give(layer, experts)
+                run.visit(stack, name)
+
+
+class _End(Exception):
+    """Of a forward whose further results nobody needs."""
+
+
+class _Stack:
+    """A stack of layers, and what its module that was visited last returned for each batch.
+
+    That are the hidden states and, of a layer of Switch, the position biases, which the first layer computes for all.
+    """
+
+    def __init__(self, name: str, layers: int, sides: list[Rows], hidden: int, in_memory: bool, device: str) -> None:
+        self.parent = name.rpartition(".")[0]
+        self.name = name
+        self.embedding = f"{self.parent}.embed_tokens"
+        self.layers = [f"{name}.{number}" for number in range(layers)]
+        self.sides = sides
+        self._device = device
+        self._starts = np.cumsum([0, *(rows.ids.size for rows in sides)])
+        self._states = scratch((int(self._starts[-1]), hidden), in_memory)
+        self._beside: list[tuple[Any, ...] | None] = [None] * len(sides)
+        self._read: tuple[int, torch.Tensor] | None = None
+
+    def keep(self, batch: int, returned: Any) -> None:
+        hidden, beside = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
+        self._states[self._starts[batch] : self._starts[batch + 1]] = hidden.reshape(-1, hidden.shape[-1]).cpu().numpy()
+        release(self._states)
+        self._read = None
+        # Batches of one shape have equal position biases: one copy is enough.
+        self._beside[batch] = next((known for known in self._beside if known and beside and _equal(known, beside)), beside)
+
+    def hidden(self, batch: int) -> torch.Tensor:
+        """``[batch, length, hidden]``"""
+        if self._read is None or self._read[0] != batch:
+            rows = torch.tensor(self._states[self._starts[batch] : self._starts[batch + 1]], device=self._device)
+            release(self._states)
+            self._read = (batch, rows.reshape(*self.sides[batch].ids.shape, -1))
+        return self._read[1]
+
+    def returned(self, batch: int) -> Any:
+        beside = self._beside[batch]
+        return self.hidden(batch) if beside is None else (self.hidden(batch), *beside)
+
+
+class _Run:
+    """The model's own forward over one batch after the other, as far as a module."""
+
+    def __init__(self, checkpoint: Checkpoint, batches: list[Batch], device: str) -> None:
+        self.visits = 0
+        self.on_visit: Callable[[], None] = lambda: None
+        self._checkpoint, self._batches, self._device = checkpoint, batches, device
+        self._model = meta_model(checkpoint)
+        self._batch = 0
+
+    def stacks(self, hidden: int, in_memory: bool) -> list[_Stack]:
+        """In the order in which they run, all that is not in their layers or embeddings ready to be run."""
+        family = family_of(self._checkpoint)
+        stacks = []
+        for number, pattern in enumerate(filter(None, (family.experts, family.decoder_experts))):
+            name = pattern.partition(".{layer}")[0]
+            sides = [batch.sides[number] for batch in self._batches]
+            layers: Any = self._model.get_submodule(name)
+            stack = _Stack(name, len(layers), sides, hidden, in_memory, self._device)
+            for child, _ in self._model.get_submodule(stack.parent).named_children():
+                if (path := f"{stack.parent}.{child}") not in (stack.name, stack.embedding):
+                    materialize(self._model, self._checkpoint, path, self._device)
+            stacks.append(stack)
+        return stacks
+
+    @contextmanager
+    def materialized(self, name: str, without: str | None = None) -> Iterator[None]:
+        """The module's weights are there, and no longer afterwards."""
+        materialize(self._model, self._checkpoint, name, self._device, without)
+        try:
+            yield
+        finally:
+            self._model.get_submodule(name).to("meta")
+
+    def visit(self, stack: _Stack, name: str) -> None:
+        """Run all batches as far as the module; from then on it returns what the last visited of its stack did."""
+        module: Any = self._model.get_submodule(name)
+        forward = module.forward
+
+        def keep_and_end(*args: Any, **kwargs: Any) -> NoReturn:
+            stack.keep(self._batch, forward(*args, **kwargs))
+            raise _End
+
+        module.forward = keep_and_end
+        for number in range(len(self._batches)):
+            self._run(number, name)
+        returned = stack.hidden if name == stack.embedding else stack.returned
+        module.forward = lambda *args, **kwargs: returned(self._batch)
+
+    def record(self, recording: LayerRecording) -> None:
+        """Run all batches as far as the layer's experts."""
+        experts: Any = self._model.get_submodule(recording.layer.name)
+
+        def end(*args: Any, **kwargs: Any) -> NoReturn:
+            raise _End
+
+        experts.forward = end
+        handle = watch(self._model, recording.layer, recording.receive)
+        for number, batch in enumerate(self._batches):
+            recording.begin(batch)
+            self._run(number, recording.layer.name)
+            recording.end()
+        handle.remove()
+
+    def give(self, layer: MoeLayer, experts: "_Experts") -> None:
+        """From now on the layer's experts return what was computed of them."""
+        module: Any = self._model.get_submodule(layer.name)
+        module.forward = lambda *args, **kwargs: experts.outputs(self._batch)
+
+    def _run(self, number: int, name: str) -> None:
+        self._batch = number
+        with torch.inference_mode(), suppress(_End):
+            self._model.base_model(**model_arguments(self._batches[number], self._device))
+            raise UserError(f"{name} was bypassed by the model; use a transformers version that this rq-compile asks for")
+        self.visits += 1
+        self.on_visit()
+
+
+class _Experts:
+    """The experts of one layer, read one at a time; what they give together for each real token is summed as they are."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, recording: LayerRecording, sides: list[Rows], in_memory: bool, device: str
+    ) -> None:
+        self._checkpoint, self._layer, self._device = checkpoint, recording.layer, device
+        self._hidden, self._ids, self._gates = recording.kept()
+        self._real = [torch.from_numpy(rows.real.ravel()) for rows in sides]
+        self._starts = np.cumsum([0, *(int(real.sum()) for real in self._real)])
+        self._outputs = scratch(self._hidden.shape, in_memory)
+
+    def read(self, expert: int) -> ExpertWeights:
+        """Read the weights of one expert and run its tokens through it."""
+        weights = expert_weights(self._checkpoint, self._layer, expert)
+        tokens, choices = np.nonzero((self._ids == expert) & (self._gates != 0))
+        gates = self._gates[tokens, choices]
+        original = in_format(weights, "fp32")
+        for start in range(0, len(tokens), ROWS_AT_ONCE):
+            some = tokens[start : start + ROWS_AT_ONCE]
+            x = torch.from_numpy(self._hidden[some]).to(self._device)
+            y = expert_outputs(x, original, self._layer.geometry).cpu().numpy()
+            self._outputs[some] += y * gates[start : start + ROWS_AT_ONCE, None]
+            release(self._hidden)
+            release(self._outputs)
+        return weights
+
+    def outputs(self, batch: int) -> torch.Tensor:
+        """``[tokens, hidden]``, padding included, whose rows are zeros: no other token sees them."""
+        outputs = torch.zeros(len(self._real[batch]), self._outputs.shape[1])
+        outputs[self._real[batch]] = torch.tensor(self._outputs[self._starts[batch] : self._starts[batch + 1]])
+        release(self._outputs)
+        return outputs.to(self._device)
+
+
+def _equal(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether the tensors (or None) in them are."""
+    return all(
+        one is other or (one is not None and other is not None and one.shape == other.shape and torch.equal(one, other))
+        for one, other in zip(some, others, strict=True)
+    )

@@ -1,0 +1,172 @@
+"""An engine for onnxruntime-genai: a folder whose ``genai_config.json`` lets its own generate loop run the engine."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rq_compile.errors import UserError
+from rq_compile.files import folder_written_beside, write_document
+from rq_compile.packaging.edge import OP_LIBRARY, library_remark
+from rq_compile.packaging.package import Package
+from rq_compile.runtime.engine import FOLDING_LIMIT
+from rq_compile.runtime.files import engine_files, manifest_path, read_manifest, verify
+from rq_compile.targets.library import library_path
+from rq_compile.targets.manifest import CacheTensor, Manifest
+
+CONFIG = "genai_config.json"
+# The names under which onnxruntime-genai looks for a tokenizer.
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+ADD_SPECIAL = 'add_special_tokens="true"'
+
+
+def package(source: Path, output: Path, context_length: int | None = None) -> Package:
+    """Write the engine with its manifest, its op library, ``genai_config.json`` and the tokenizer's files.
+
+    A sequence, prompt included, has at most ``context_length`` tokens, by default those that the model was made for. The same
+    engine and op library give the same bytes.
+
+    Raises:
+        UserError: ``source`` is no whole engine or is damaged, does not know its context length and none is given, cannot be run
+            by onnxruntime-genai (see ``check_runnable``), or see ``folder_written_beside``.
+    """
+    manifest = read_manifest(source)
+    check_runnable(source, manifest)
+    length = context_length or manifest.context_length
+    if length is None:
+        raise UserError(f"{source} does not say how many tokens its model was made for; give --context-length", 2)
+    verify(source, manifest)
+    settings = tokenizer_settings(source, manifest)
+
+    with folder_written_beside(output) as folder:
+        for file in engine_files(manifest):
+            shutil.copyfile(source.parent / file.name, folder / (TOKENIZER if file == manifest.tokenizer else file.name))
+        if manifest.tokenizer is not None:  # the folder stays an engine of ours, to be verified, timed and evaluated
+            manifest = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"name": TOKENIZER})})
+        if manifest.op_library is not None:
+            shutil.copyfile(library_path(), folder / OP_LIBRARY)
+        if settings is not None:
+            write_json(settings, folder / TOKENIZER_CONFIG)
+        write_document(manifest, manifest_path(folder / source.name))
+        write_json(config(manifest, length), folder / CONFIG)
+        files = sorted(path.name for path in folder.iterdir())
+
+    return Package(
+        destination="onnxruntime-genai",
+        folder=str(output),
+        files=files,
+        run=[f"python -c {shlex.quote(example(output, settings))}"],
+        remarks=[library_remark(manifest), f"a sequence has at most {length} tokens", *tokenizer_remarks(settings)],
+    )
+
+
+def check_runnable(source: Path, manifest: Manifest) -> None:
+    """
+    Raises:
+        UserError: the engine is an encoder-decoder, names no token to stop at, or has a cache whose tensors differ in shape.
+    """
+    if manifest.encoder_decoder:
+        raise UserError(f"{source} is an encoder-decoder, which onnxruntime-genai runs for Whisper alone; package a decoder", 2)
+    if not manifest.end_of_text:
+        raise UserError(
+            f"{source} names no end-of-text token, which onnxruntime-genai insists on; set eos_token_id in the model", 2
+        )
+    shapes = {(tensor.heads, tensor.dimension) for tensor in manifest.cache}
+    if len(shapes) > 1:
+        told = " and ".join(f"{heads} x {dimension}" for heads, dimension in sorted(shapes))
+        raise UserError(
+            f"{source} has cache tensors of {told} (heads x dimension), as latent attention does, but onnxruntime-genai gives "
+            "them all one shape; use --for edge",
+            2,
+        )
+
+
+def config(manifest: Manifest, context_length: int) -> dict[str, Any]:
+    """What ``genai_config.json`` holds. Model type ``decoder`` is onnxruntime-genai's for graphs that it did not build itself."""
+    keys, values = manifest.cache[::2], manifest.cache[1::2]
+    options: dict[str, Any] = {"provider_options": []}
+    if manifest.op_library is not None:
+        options["custom_ops_library"] = OP_LIBRARY
+    if manifest.lowering == "batched":
+        options |= [FOLDING_LIMIT]
+    decoder = {
+        "filename": manifest.graph.name,
+        "session_options": options,
+        "num_hidden_layers": len(keys),
+        "num_key_value_heads": keys[0].heads,
+        "head_size": keys[0].dimension,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": numbered(keys, "past"),
+            "past_value_names": numbered(values, "past"),
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": numbered(keys, "present"),
+            "present_value_names": numbered(values, "present"),
+        },
+    }
+    model = {
+        "type": "decoder",
+        "vocab_size": manifest.vocabulary,
+        "context_length": context_length,
+        "eos_token_id": manifest.end_of_text,
+        "pad_token_id": manifest.end_of_text[0],
+        "decoder": decoder,
+    }
+    # The graph gives a longer cache back; sharing one buffer would need an attention that writes in place.
+    return {"model": model, "search": {"max_length": context_length, "do_sample": False, "past_present_share_buffer": False}}
+
+
+def numbered(tensors: list[CacheTensor], side: str) -> str:
+    """The pattern of the tensors' names: ``past_key_values.%d.key``."""
+    pattern: str = getattr(tensors[0], side).replace(".0.", ".%d.")
+    assert [getattr(tensor, side) for tensor in tensors] == [pattern % number for number in range(len(tensors))]
+    return pattern
+
+
+def tokenizer_settings(source: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """What ``tokenizer_config.json`` holds; None for a tokenizer other than byte-pair encoding, which would need its own class."""
+    if manifest.tokenizer is None:
+        return None
+    path = source.parent / manifest.tokenizer.name
+    if json.loads(path.read_bytes())["model"]["type"] != "BPE":
+        return None
+    from tokenizers import Tokenizer
+
+    # It does not read what the tokenizer puts around a text, only whether a beginning of text is to be put before it.
+    start = Tokenizer.from_file(str(path)).encode("").tokens
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": bool(start),
+        **({"bos_token": start[0]} if start else {}),
+    }
+
+
+def tokenizer_remarks(settings: dict[str, Any] | None) -> list[str]:
+    if settings is None:
+        return ["onnxruntime-genai cannot read this engine's tokenizer: give and take token ids"]
+    if settings["add_bos_token"]:
+        token = settings["bos_token"]
+        return [f"Tokenizer.encode puts {token} before a text only after update_options({ADD_SPECIAL}), as in the line to run"]
+    return []
+
+
+def example(folder: Path, settings: dict[str, Any] | None) -> str:
+    """A Python program that continues a text, or token ids where the tokenizer cannot be read."""
+    lines = ["import onnxruntime_genai as og", f"m = og.Model({str(folder)!r})", "p = og.GeneratorParams(m)"]
+    lines += ["p.set_search_options(max_length=32)", "g = og.Generator(m, p)"]
+    prompt, shown = "[1, 2, 3]", "g.get_sequence(0)"
+    if settings is not None:
+        prompt, shown = 't.encode("Once upon a time")', "t.decode(g.get_sequence(0))"
+        lines += ["t = og.Tokenizer(m)", *([f"t.update_options({ADD_SPECIAL})"] if settings["add_bos_token"] else [])]
+    lines += [f"g.append_tokens({prompt})", "[g.generate_next_token() for _ in iter(g.is_done, True)]", f"print({shown})"]
+    return "; ".join(lines)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")

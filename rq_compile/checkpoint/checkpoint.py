@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint folder, opened lazily: headers on opening, one tensor or slice at a time afterwards."""
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from rq_compile.checkpoint.safetensors_file import StoredTensor, read_ends, read_tensor, tensors_of
+from rq_compile.checkpoint.folder import read_json, refuse_links_outward
+from rq_compile.checkpoint.safetensors_file import StoredTensor, read_ends, read_tensor
+from rq_compile.checkpoint.shards import stored_tensors
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import Format
 
@@ -31,22 +32,22 @@ class Checkpoint:
         """Read the config and the headers of all shards; no weights.
 
         Raises:
-            UserError: no such directory, no config.json, no safetensors, a shard is missing or truncated, or the
-                checkpoint is quantized.
+            UserError: no such directory, a link that leads out of it, no config.json, no safetensors, a shard that is missing
+                or damaged (see ``stored_tensors``), or the checkpoint is quantized.
         """
         path = Path(path)
         if not path.is_dir():
             raise UserError(f"no such directory: {path}; give a local Hugging Face checkpoint directory", 2)
-        config = _read_json(path / "config.json")
-        if "model_type" not in config:
+        refuse_links_outward(path)
+        config = read_json(path / "config.json")
+        model_type, quantization = config.get("model_type"), config.get("quantization_config")
+        if not isinstance(model_type, str) or not model_type.isprintable():
             raise UserError(f"{path / 'config.json'} names no model_type; give a Hugging Face checkpoint directory", 2)
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown")
-            raise UserError(f"{path} is quantized (quantization_config: {method}); dequantize it to bf16 first", 2)
-        tensors: dict[str, StoredTensor] = {}
-        for shard in _shards(path):
-            tensors |= tensors_of(shard)
-        return cls(path, config, tensors)
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            named = method if isinstance(method, str) and method.isprintable() else "unknown"
+            raise UserError(f"{path} is quantized (quantization_config: {named}); dequantize it to bf16 first", 2)
+        return cls(path, config, stored_tensors(path))
 
     @property
     def model_type(self) -> str:
@@ -67,7 +68,11 @@ class Checkpoint:
         return self._stored(name).shape
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored dtype (bf16 as ``ml_dtypes.bfloat16``)."""
+        """The tensor in its stored dtype (bf16 as ``ml_dtypes.bfloat16``).
+
+        Raises:
+            UserError: there is no such tensor, or a value of it is infinite or no number.
+        """
         return read_tensor(name, self._stored(name))
 
     def read_row(self, name: str, index: int) -> np.ndarray:
@@ -103,29 +108,3 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise UserError(f"{self.path} has no tensor {name}; download the checkpoint again", 2) from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; give a Hugging Face checkpoint directory", 2) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}; download it again", 2) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object; download it again", 2)
-    return content
-
-
-def _shards(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        shards = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-        for shard in shards:
-            if not shard.exists():
-                raise UserError(f"{shard} is missing, though {index.name} lists it; download it again", 2)
-    else:
-        shards = sorted(path.glob("*.safetensors"))
-    if not shards:
-        raise UserError(f"{path} has no .safetensors files; convert the checkpoint with save_pretrained first", 2)
-    return shards

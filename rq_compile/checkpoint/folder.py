@@ -1,0 +1,76 @@
+"""The files of a checkpoint's folder: no name and no link in it leads elsewhere.
+
+A folder from a stranger may hold a link to any file of its reader's, whose content would then be read as the model's or, worse,
+copied into an engine that is given away (a tokenizer, a licence). The one link outward that is followed is the hub cache's own:
+``models--org--name/snapshots/<revision>/<file>`` to ``models--org--name/blobs/<hash>``.
+"""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rq_compile.errors import UserError
+
+MAX_JSON_BYTES = 100_000_000
+
+
+def refuse_links_outward(folder: Path) -> None:
+    """
+    Raises:
+        UserError: an entry of ``folder`` is a link to something outside, or the folder cannot be listed.
+    """
+    try:
+        links = [entry for entry in sorted(folder.iterdir()) if entry.is_symlink()]
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions", 2) from error
+    for link in links:
+        if not _belongs(folder, link):
+            raise UserError(f"{folder} has a link {link.name!r} out of it; put the file itself in its place", 2)
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """The file that ``name``, a relative path that a file of the checkpoint gives, stands for; it may be missing.
+
+    Raises:
+        UserError: it is absolute, has ``..`` in it, or a link on the way leads out of the folder.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable() or "\\" in name:
+        raise UserError(f"{folder} names a file {name!r}, which is no path inside it; download the checkpoint again", 2)
+    if not _belongs(folder, folder / path):
+        raise UserError(f"{folder} names a file {name!r}, which is a link out of it; put the file itself in its place", 2)
+    return folder / path
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object that ``file`` holds.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is no file; give a Hugging Face checkpoint directory", 2)
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{file} has more than {MAX_JSON_BYTES} bytes; download it again", 2)
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; give a Hugging Face checkpoint directory", 2) from None
+    except RecursionError:
+        raise UserError(f"cannot read {file}: it is nested too deeply; download it again", 2) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}; download it again", 2) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; download it again", 2)
+    return content
+
+
+def _belongs(folder: Path, path: Path) -> bool:
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+    if target.is_relative_to(root):
+        return True
+    repository = root.parent.parent
+    return root.parent.name == "snapshots" and target.parent == repository / "blobs"

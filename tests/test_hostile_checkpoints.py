@@ -1,0 +1,453 @@
+"""Checkpoints as an attacker or a broken download would have them: each is refused in one sentence, nothing outside is read."""
+
+import json
+import os
+import pickle
+import shlex
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+from safetensors.torch import load_file, save_file
+
+from rq_compile.architectures.load import load_model
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.safetensors_file import MAX_HEADER_BYTES, all_finite, read_tensor, tensors_of
+from rq_compile.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+PAIR = {
+    "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    "b": {"dtype": "BF16", "shape": [2, 1], "data_offsets": [8, 12]},
+}
+
+
+def write(file: Path, header: object, data: bytes = bytes(12)) -> Path:
+    """A .safetensors file with this header: bytes as they are, anything else as JSON."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    return file
+
+
+def one_sentence(error: UserError) -> str:
+    message = str(error)
+    assert "\n" not in message
+    assert message.isprintable()
+    message.encode()
+    return message
+
+
+def refused(path: Path, status: int = 2) -> str:
+    with pytest.raises(UserError) as caught:
+        Checkpoint.open(path)
+    assert caught.value.exit_status == status
+    return one_sentence(caught.value)
+
+
+def changed(**changes: object) -> dict[str, Any]:
+    """``PAIR`` with changes to its tensor b."""
+    return {**PAIR, "b": {**PAIR["b"], **changes}}
+
+
+def test_reads_what_the_format_allows(tmp_path: Path) -> None:
+    header = {"__metadata__": {"format": "pt"}, **PAIR, "empty": {"dtype": "F64", "shape": [3, 0], "data_offsets": [12, 12]}}
+    header["scalar"] = {"dtype": "U8", "shape": [], "data_offsets": [12, 13]}
+    file = write(tmp_path / "x.safetensors", header, np.arange(13, dtype=np.uint8).tobytes())
+    tensors = tensors_of(file)
+    assert list(tensors) == ["a", "b", "empty", "scalar"]
+    assert read_tensor("scalar", tensors["scalar"]) == 12
+    assert read_tensor("empty", tensors["empty"]).shape == (3, 0)
+    assert read_tensor("b", tensors["b"], 1).tobytes() == bytes([10, 11])
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (changed(data_offsets=[-4, 0]), "b has no pair of offsets"),
+        (changed(data_offsets=[12, 8]), "b has no pair of offsets"),
+        (changed(data_offsets=[8]), "b has no pair of offsets"),
+        (changed(data_offsets=[8, 12, 16]), "b has no pair of offsets"),
+        (changed(data_offsets=[8.0, 12.0]), "b has no pair of offsets"),
+        (changed(data_offsets=["8", "12"]), "b has no pair of offsets"),
+        (changed(data_offsets=[False, True]), "b has no pair of offsets"),
+        (changed(data_offsets=None), "b has no pair of offsets"),
+        (changed(data_offsets=[4, 8]), "b overlaps the tensor before it"),
+        (changed(data_offsets=[0, 4]), "a overlaps the tensor before it"),
+        (changed(data_offsets=[9, 13]), "is truncated: .* b ends at"),
+        (changed(data_offsets=[2**63, 2**63 + 4]), "is truncated"),
+        (changed(data_offsets=[10**30, 10**30 + 4]), "is truncated"),
+        (changed(shape=[3]), r"the shape \[3\] of b, as BF16, does not fit its 4 bytes"),
+        (changed(shape=[-2, -1]), "b has no shape of whole numbers"),
+        (changed(shape=[2.0]), "b has no shape of whole numbers"),
+        (changed(shape=[True, 2]), "b has no shape of whole numbers"),
+        (changed(shape=2), "b has no shape of whole numbers"),
+        (changed(shape=[1] * 33), "b has no shape of whole numbers"),
+        (changed(shape=[2**62, 4]), "does not fit its 4 bytes"),
+        (changed(shape=[2**62, 0], data_offsets=[8, 8]), "does not fit its 0 bytes"),
+        (changed(dtype=16), "b has no dtype"),
+        (changed(dtype="\x1b[2J"), "b has no dtype"),
+        (changed(dtype="F8_E4M3", shape=[4]), "b in .* is stored as F8_E4M3; dequantize"),
+        (changed(dtype="F32"), "as F32, does not fit"),
+        ({"a": PAIR["a"]}, "its last 4 bytes are in no tensor"),
+        ({"a": PAIR["a"], "b": {"dtype": "U8", "shape": [2], "data_offsets": [10, 12]}}, "b starts 2 bytes late"),
+        ({**PAIR, "c": 1}, "is not a safetensors file"),
+        ({**PAIR, "c": {}}, "is not a safetensors file"),
+        ({**PAIR, "__metadata__": {"format": 1}}, "is not a safetensors file"),
+        ({"a\nb": PAIR["a"], "b": PAIR["b"]}, "is not a safetensors file"),
+        ({"\ud800": PAIR["a"], "b": PAIR["b"]}, "is not a safetensors file"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {}}', "its header names a twice"),
+        (b'{"a": {"dtype": "F32", "dtype": "F32"}}', "its header names dtype twice"),
+        (b'{"x":' * 100_000, "is not a safetensors file"),
+        (b"[" * 100_000, "is not a safetensors file"),
+        (json.dumps(PAIR).encode("utf-16"), "is not a safetensors file"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, ' + b"9" * 5000 + b"]}}", "is not a safetensors file"),
+    ],
+)
+def test_refuses_a_header(tmp_path: Path, header: object, words: str) -> None:
+    file = write(tmp_path / "x.safetensors", header)
+    with pytest.raises(UserError, match=words) as caught:
+        tensors_of(file)
+    assert str(file) in one_sentence(caught.value)
+    assert caught.value.exit_status == 2
+
+
+def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    with file.open("wb") as opened:
+        opened.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+        opened.truncate(8 + MAX_HEADER_BYTES + 1)  # without blocks on the disk
+    with pytest.raises(UserError, match="its header has 100000001 bytes"):
+        tensors_of(file)
+
+
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    """Opening it would wait for ever."""
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="is no file"):
+        tensors_of(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.safetensors", PAIR)
+    tensors = tensors_of(file)
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 1)
+    with pytest.raises(UserError, match="has become shorter while it was read: b is incomplete"):
+        read_tensor("b", tensors["b"])
+
+
+def opened_or_refused(file: Path) -> None:
+    try:
+        tensors = tensors_of(file)
+    except UserError as error:
+        one_sentence(error)
+        return
+    size = file.stat().st_size
+    for name, tensor in tensors.items():
+        assert 8 <= tensor.offset <= tensor.offset + tensor.bytes <= size
+        with suppress(UserError):  # random bits are seldom finite
+            assert read_tensor(name, tensor).nbytes == tensor.bytes
+
+
+fuzzed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+@fuzzed
+@given(content=st.binary(max_size=200), honest=st.booleans())
+def test_any_bytes_are_opened_or_refused(tmp_path: Path, content: bytes, honest: bool) -> None:
+    """As a whole file, and as a header of the right length."""
+    file = tmp_path / "x.safetensors"
+    if honest:
+        write(file, content)
+    else:
+        file.write_bytes(content)
+    opened_or_refused(file)
+
+
+VALID = save({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, ml_dtypes.bfloat16)}, {"format": "pt"})
+PIECES = [
+    b"-",
+    b"9",
+    b"0",
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b'"',
+    b",",
+    b":",
+    b"1e9",
+    b"null",
+    b"true",
+    b"\\u0000",
+    b"F64",
+    b"F4",
+    b'"a":',
+]
+
+
+@fuzzed
+@given(edits=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 3), st.sampled_from(PIECES)), max_size=4))
+def test_a_mutated_file_is_opened_or_refused(tmp_path: Path, edits: list[tuple[int, int, bytes]]) -> None:
+    content = bytearray(VALID)
+    for position, length, piece in edits:
+        content[position : position + length] = piece
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    opened_or_refused(file)
+
+
+entry = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "F8_E5M2", 3]),
+        "shape": st.lists(st.integers(-1, 4) | st.sampled_from([2**31, 2**63, True]), max_size=3) | st.none(),
+        "data_offsets": st.lists(st.integers(-1, 16) | st.sampled_from([2**31, 2**64]), min_size=1, max_size=3),
+    }
+)
+
+
+@fuzzed
+@given(header=st.dictionaries(st.text(max_size=3), entry, max_size=3), length=st.integers(0, 16))
+def test_a_made_up_header_is_opened_or_refused(tmp_path: Path, header: dict[str, object], length: int) -> None:
+    opened_or_refused(write(tmp_path / "x.safetensors", header, bytes(length)))
+
+
+# The folder
+
+
+@pytest.fixture
+def sharded(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The tiny OLMoE in two shards with an index."""
+    directory = Path(shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "sharded"))
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for number, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
+        weight_map |= dict.fromkeys(part, f"model-{number:05}-of-00002.safetensors")
+        save_file({name: tensors[name] for name in part}, directory / weight_map[part[0]], metadata={"format": "pt"})
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+FIRST = "model-00001-of-00002.safetensors"
+
+
+def reindexed(directory: Path, change: Callable[[dict[str, Any]], object]) -> str:
+    """What is said once ``change`` was made to the index's weight_map."""
+    index = json.loads((directory / INDEX).read_text())
+    change(index["weight_map"])
+    (directory / INDEX).write_text(json.dumps(index))
+    return refused(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/../../x", "", ".", "a\\b", "a\nb", "a\0b", "..", "\ud800", "x" * 5000]
+)
+def test_the_index_names_only_what_is_inside(sharded: Path, name: str) -> None:
+    shutil.copy(sharded / FIRST, sharded.parent / "outside.safetensors")
+    message = reindexed(sharded, lambda weights: weights.update({"lm_head.weight": name}))
+    assert "no path inside it" in message or (len(name) == 5000 and "is missing" in message)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, "x", {"a": 1}, {"a": None}, {"a\nb": FIRST}, {"a": [FIRST]}])
+def test_an_index_of_another_shape_is_refused(sharded: Path, weight_map: object) -> None:
+    (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert str(sharded / INDEX) in refused(sharded)
+
+
+def test_the_index_agrees_with_the_headers(sharded: Path) -> None:
+    tensor, another = "model.norm.weight", "model.layers.9.weight"
+    original = (sharded / INDEX).read_text()
+    assert f"holds {tensor}, which {INDEX} does not list" in reindexed(sharded, lambda weights: weights.pop(tensor))
+    (sharded / INDEX).write_text(original)
+    assert f"lists {another} in" in reindexed(sharded, lambda weights: weights.update({another: FIRST}))
+    (sharded / INDEX).write_text(original)
+    file = json.loads(original)["weight_map"][tensor]
+    other = next(name for name in sorted(set(json.loads(original)["weight_map"].values())) if name != file)
+    assert f"but it is in {sharded / file}" in reindexed(sharded, lambda weights: weights.update({tensor: other}))
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
+    weights = json.loads((sharded / INDEX).read_text())["weight_map"]
+    shutil.copy(sharded / FIRST, sharded / "again.safetensors")
+    tensor = next(name for name in weights if weights[name] == FIRST)
+    assert "is in" in reindexed(sharded, lambda weights: weights.update({tensor: "again.safetensors"}))
+    (sharded / INDEX).unlink()
+    assert "remove the file that is too many" in refused(sharded)
+
+
+def test_links_inside_the_folder_are_followed(sharded: Path) -> None:
+    (sharded / "store").mkdir()
+    (sharded / FIRST).rename(sharded / "store" / "one")
+    (sharded / FIRST).symlink_to("store/one")
+    assert "model.norm.weight" in Checkpoint.open(sharded)
+    link = sharded.parent / "link"
+    link.symlink_to(sharded)
+    assert "model.norm.weight" in Checkpoint.open(link)
+
+
+@pytest.mark.parametrize("name", [FIRST, "config.json", "tokenizer.json", "LICENSE"])
+def test_a_link_out_of_the_folder_is_refused(sharded: Path, name: str) -> None:
+    outside = sharded.parent / "outside"
+    if (sharded / name).exists():
+        (sharded / name).rename(outside)
+    else:
+        outside.write_text("a secret")
+    (sharded / name).symlink_to(outside)
+    assert f"has a link '{name}' out of it; put the file itself in its place" in refused(sharded)
+
+
+def test_a_folder_on_the_way_to_a_shard_may_not_lead_out(sharded: Path) -> None:
+    """Links below the folder are looked at where the index names them."""
+    outside = sharded.parent / "outside"
+    outside.mkdir()
+    shutil.copy(sharded / FIRST, outside / "x.safetensors")
+    (sharded / "a").mkdir()
+    (sharded / "a" / "b").symlink_to(outside)
+    message = reindexed(sharded, lambda weights: weights.update({"lm_head.weight": "a/b/x.safetensors"}))
+    assert "'a/b/x.safetensors', which is a link out of it" in message
+
+
+def test_links_in_a_circle_are_refused(sharded: Path) -> None:
+    (sharded / "a").symlink_to("b")
+    (sharded / "b").symlink_to("a")
+    assert "has a link 'a'" in refused(sharded)
+
+
+def hub_cache(directory: Path, root: Path) -> Path:
+    """``directory`` as the hub's client would have downloaded it."""
+    repository = root / "models--some--moe"
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(directory.iterdir())):
+        blob = repository / "blobs" / f"{number:064x}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+def test_a_hub_cache_is_read(sharded: Path, tmp_path: Path) -> None:
+    snapshot = hub_cache(sharded, tmp_path / "hub")
+    expected, cached = Checkpoint.open(sharded), Checkpoint.open(snapshot)
+    assert cached.fingerprint == expected.fingerprint
+    for name in expected.names:
+        np.testing.assert_array_equal(cached.read(name), expected.read(name))
+    model, same = load_model(cached).state_dict(), load_model(expected).state_dict()
+    assert all(torch.equal(model[name], same[name]) for name in same)
+
+
+def test_a_hub_cache_has_only_blobs_of_its_own(sharded: Path, tmp_path: Path) -> None:
+    snapshot = hub_cache(sharded, tmp_path / "hub")
+    (snapshot / FIRST).unlink()
+    another = tmp_path / "hub" / "models--other--moe" / "blobs"
+    another.mkdir(parents=True)
+    shutil.copy(sharded / FIRST, another / "x")
+    (snapshot / FIRST).symlink_to(another / "x")
+    assert f"has a link '{FIRST}' out of it" in refused(snapshot)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "1", '"x"', "{", "", "[" * 100_000, '{"model_type": 3}', '{"model_type": "a\\nb"}', "{}"]
+)
+def test_a_config_of_another_shape_is_refused(sharded: Path, content: str) -> None:
+    (sharded / "config.json").write_text(content)
+    assert str(sharded / "config.json") in refused(sharded)
+
+
+@pytest.mark.parametrize("value", ["fp8", 8, ["x"], {"quant_method": ["x"]}, {"quant_method": "a\nb"}, {"bits": 8}])
+def test_a_quantization_of_any_shape_is_refused(sharded: Path, value: object) -> None:
+    config = json.loads((sharded / "config.json").read_text())
+    (sharded / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+    assert "is quantized (quantization_config: unknown)" in refused(sharded)
+
+
+def test_no_tensors_at_all(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    for file in sharded.glob("*.safetensors"):
+        write(file, {}, b"")
+    assert "hold no tensors" in refused(sharded)
+
+
+# Values
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_finds_what_is_not_finite(dtype: str, value: float) -> None:
+    kind = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype]
+    limits = ml_dtypes.finfo(kind)
+    for values in ([0.0, -0.0, float(limits.max), float(limits.min), float(limits.tiny)], [-1.0], [1.0], []):
+        assert all_finite(np.array(values, kind), dtype)
+        assert not all_finite(np.array([*values, value], kind), dtype)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.experts.5.up_proj.weight"])
+def test_a_weight_that_is_not_finite_is_named_where_it_is_read(sharded: Path, name: str) -> None:
+    file = sharded / json.loads((sharded / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(sharded)
+    with pytest.raises(UserError, match=f"{name} in {file} has a weight that is not finite"):
+        checkpoint.read(name)
+    with pytest.raises(UserError, match="not finite"):
+        checkpoint.read_row(name, checkpoint.shape(name)[0] - 1)
+
+
+# Nothing is unpickled
+
+
+class Trap:
+    """Opened by pickle, it leaves a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.file,)
+
+
+def pickled(directory: Path, names: list[str]) -> Path:
+    """The checkpoint with its tensors dealt out to pickled files."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    for number, name in enumerate(names):
+        torch.save(dict(list(tensors.items())[number :: len(names)]), directory / name)
+    return directory
+
+
+@pytest.mark.parametrize("names", [["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"], ["weights.pt"]])
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, names: list[str]
+) -> None:
+    original = Checkpoint.open(tiny_checkpoint("olmoe"))
+    directory = pickled(Path(shutil.copytree(original.path, tmp_path / "it's a model")), names)
+    message = refused(directory)
+    assert "which are pickled and never opened here" in message
+    command = shlex.split(message.partition("convert them with ")[2])
+    assert command[:2] == ["python", "-c"]
+    exec(command[2], {})
+    converted = Checkpoint.open(directory)
+    assert converted.names == original.names
+    for name in original.names:
+        np.testing.assert_array_equal(converted.read(name), original.read(name))
+
+
+def test_the_conversion_runs_no_code(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "model"))
+    (directory / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1), "b": Trap(tmp_path / "sprung")}, directory / "pytorch_model.bin")
+    command = shlex.split(refused(directory).partition("convert them with ")[2])
+    with pytest.raises(pickle.UnpicklingError):
+        exec(command[2], {})
+    assert not (tmp_path / "sprung").exists()

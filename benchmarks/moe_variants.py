@@ -97,7 +97,7 @@ class Builder:
                 _experts_node(self.shape), _plan(self.shape, slots), source, lowering, activation_bits=bits
             )
             with (self.folder / f"{name}.data").open("wb") as file:
-                locate(model, write_weights(weights, file), f"{name}.data")
+                locate(model, write_weights(weights, file).starts, f"{name}.data")
             onnx.save(model, path)
         session = _session(path, threads)
         return lambda batch: session.run(["y"], {"x": batch.x, "ids": batch.ids, "gates": batch.gates})[0]

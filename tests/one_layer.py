@@ -89,7 +89,7 @@ def compiled(
     model, weights, _ = rewrite(exported, plan, lambda _, e: experts[e], lowering, fixed=fixed)
     with (folder / "layer.data").open("wb") as file:
         written = write_weights(weights, file)
-    locate(model, written, "layer.data")
+    locate(model, written.starts, "layer.data")
     model.graph.output.append(helper.make_tensor_value_info(offsets_name(LAYER), TensorProto.INT32, [None]))
     onnx.save(model, folder / "layer.onnx")
     options = onnxruntime.SessionOptions()

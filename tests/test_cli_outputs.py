@@ -47,13 +47,16 @@ def test_a_full_disk_leaves_nothing(rq_compile: Run, model: Path, stages: Path, 
     assert names(out) == []
 
 
-def test_a_full_disk_keeps_what_was_there(rq_compile: Run, model: Path, stages: Path, out: Path) -> None:
+def test_a_full_disk_keeps_what_was_there_and_what_was_done(rq_compile: Run, model: Path, stages: Path, out: Path) -> None:
     for file in stages.glob("model.*"):
         shutil.copy(file, out)
     before = {path: path.read_bytes() for path in out.iterdir()}
     with file_size_limited((stages / "model.onnx.data").stat().st_size - 1):
         result = rq_compile(*writing("compile", model, stages, out), "-q")
-    refused(result, 1, "cannot write", "model.onnx.data")
+    refused(result, 1, "cannot write", "model.onnx.data", "free space")
+    assert {path: path.read_bytes() for path in out.iterdir() if path in before} == before
+    assert names(out)[:2] == [".model.onnx.data.journal", ".model.onnx.data.partial"]
+    assert rq_compile(*writing("compile", model, stages, out), "-q").exit_code == 0
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -75,7 +78,7 @@ import pickle, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import rq_compile.targets.onnxruntime as target
 target.export_graph = lambda _: pickle.load(open({str(tmp_path / "exported")!r}, "rb"))
-def write_half(weights, file, progress):
+def write_half(sections, file, progress, **options):
     file.write(bytes(1000))
     file.flush()
     print("half", flush=True)
@@ -86,7 +89,7 @@ main({[str(argument) for argument in writing("compile", model, stages, out)]!r})
 """
     process = python("-c", program)
     assert process.stdout.readline() == "half\n", process.stderr.read()
-    assert len(names(out)) == 4
+    assert len(names(out)) == 5
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == status

@@ -1,22 +1,15 @@
-"""Files between stages, and an engine's weights file."""
+"""Files between stages."""
 
 import errno
 import hashlib
-import io
 import os
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import onnx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rq_compile.errors import UserError
 from rq_compile.files import Document, folder_written_beside, read_document, sha256, write_document, written_beside
-from rq_compile.rewrite.weights import LOCATION, ExternalWeight
-from rq_compile.targets.weights_file import ALIGNMENT, locate, write_weights
 
 
 class Note(Document):
@@ -141,65 +134,3 @@ def test_a_document_that_is_none(tmp_path: Path, content: str | None, sentence: 
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
-
-
-# The weights file
-
-
-def weight(name: str, values: np.ndarray, chunks: int = 1) -> ExternalWeight:
-    return ExternalWeight(name, values.dtype, values.shape, lambda: iter(np.array_split(values, chunks)))
-
-
-@given(
-    shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=6),
-    dtypes=st.lists(st.sampled_from([np.float32, np.float16, np.uint8, np.int64]), min_size=6, max_size=6),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_every_weight_is_found_where_it_is_said_to_be(shapes: list[tuple[int, int]], dtypes: list[type], seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    arrays = [generator.integers(0, 255, shape).astype(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
-    weights = [weight(str(number), array, chunks=1 + number % 2) for number, array in enumerate(arrays)]
-    file, reported = io.BytesIO(), []
-    written = write_weights(weights, file, lambda done, total: reported.append((done, total)))
-    content = file.getvalue()
-    assert written.bytes == len(content)
-    assert written.digest.hexdigest() == hashlib.sha256(content).hexdigest()
-    for number, array in enumerate(arrays):
-        start = written.starts[str(number)]
-        assert start % ALIGNMENT == 0
-        assert content[start : start + array.nbytes] == array.tobytes()
-    total = sum(array.nbytes for array in arrays)
-    assert reported[-1] == (total, total)
-    assert reported == sorted(reported)
-
-
-def test_equal_tensors_are_written_once() -> None:
-    values = np.arange(100, dtype=np.float32)
-    file = io.BytesIO()
-    written = write_weights([weight("a", values), weight("b", values + 1), weight("c", values)], file)
-    assert written.starts["a"] == written.starts["c"] != written.starts["b"]
-    assert (written.shared, written.shared_bytes) == (1, 400)
-    assert len(file.getvalue()) == written.starts["b"] + 400
-
-
-def test_a_weight_of_the_wrong_size_is_refused() -> None:
-    wrong = ExternalWeight("a", np.dtype(np.float32), (3, 4), lambda: iter([np.zeros((2, 4), np.float32)]))
-    with pytest.raises(ValueError, match=r"a has 32 bytes, but its shape \(3, 4\) asks for 48"):
-        write_weights([wrong], io.BytesIO())
-
-
-def test_located_tensors_are_read_by_onnx(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
-    tensor = onnx.TensorProto(
-        name="a", dims=values.shape, data_type=onnx.TensorProto.FLOAT, data_location=onnx.TensorProto.EXTERNAL
-    )
-    tensor.external_data.add(key="location", value=LOCATION)
-    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], initializer=[tensor]))
-    with (tmp_path / "m.data").open("wb") as file:
-        written = write_weights([weight("z", np.ones(7, np.uint8)), weight("a", values)], file)
-    locate(model, written, "m.data")
-    found = {entry.key: entry.value for entry in model.graph.initializer[0].external_data}
-    assert found == {"location": "m.data", "offset": str(ALIGNMENT), "length": "60"}
-    onnx.save(model, tmp_path / "m.onnx")
-    loaded = onnx.load(tmp_path / "m.onnx")
-    np.testing.assert_array_equal(onnx.numpy_helper.to_array(loaded.graph.initializer[0]), values)

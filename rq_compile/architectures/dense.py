@@ -8,7 +8,16 @@ from rq_compile.errors import UserError
 
 
 def dense_tensor(checkpoint: Checkpoint, parameter: str) -> np.ndarray:
-    """A parameter or persistent buffer in its stored dtype; renamed and tied ones are found under their other name.
+    """A parameter or persistent buffer in its stored dtype.
+
+    Raises:
+        UserError: see ``dense_name``.
+    """
+    return checkpoint.read(dense_name(checkpoint, parameter))
+
+
+def dense_name(checkpoint: Checkpoint, parameter: str) -> str:
+    """The checkpoint's tensor for a parameter or persistent buffer; renamed and tied ones are found under their other name.
 
     Raises:
         UserError: the checkpoint has no such tensor.
@@ -19,5 +28,5 @@ def dense_tensor(checkpoint: Checkpoint, parameter: str) -> np.ndarray:
         names += [family.tied_to, *family.tied]
     for name in names:
         if name in checkpoint:
-            return checkpoint.read(name)
+            return name
     raise UserError(f"{checkpoint.path} has no tensor for the parameter {parameter}; download the checkpoint again", 2)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -25,6 +25,8 @@ GATED_BY: dict[str, Activation] = {
     "gelu_new": "geglu_tanh",
 }
 PLAIN: dict[str, Activation] = {"relu": "relu", "gelu": "gelu"}
+Projection = Literal["up", "down"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 
 @dataclass(frozen=True)
@@ -72,38 +74,43 @@ def expert_weights(checkpoint: Checkpoint, layer: MoeLayer, expert: int) -> Expe
     """The weights of one logical expert; reads no other's.
 
     Raises:
+        UserError: see ``expert_projection``.
+    """
+    up, up_bias = expert_projection(checkpoint, layer, expert, "up")
+    down, down_bias = expert_projection(checkpoint, layer, expert, "down")
+    return ExpertWeights(up, down, up_bias, down_bias)
+
+
+def expert_projection(
+    checkpoint: Checkpoint, layer: MoeLayer, expert: int, projection: Projection
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """One of the two matrices of a logical expert and its bias, as ``ExpertWeights`` has them; reads nothing else.
+
+    Raises:
         UserError: a tensor is missing or has another shape than the layer's geometry.
     """
-    family = family_of(checkpoint)
+    family, geometry = family_of(checkpoint), layer.geometry
     stacked = _stacked(checkpoint, family, layer.name)
+    bias = None
     if stacked is None:
-        halves = [checkpoint.read(_expert_tensor(family, layer.name, tensor, expert)) for tensor in family.up]
-        weights = ExpertWeights(
-            halves[0] if len(halves) == 1 else np.concatenate(halves),
-            checkpoint.read(_expert_tensor(family, layer.name, family.down, expert)),
-        )
-    elif family.transposed:
-        up, bias = (checkpoint.read_row(name, expert) for name in (stacked[0], stacked[0] + "_bias"))
-        down, down_bias = (checkpoint.read_row(name, expert) for name in (stacked[1], stacked[1] + "_bias"))
-        weights = ExpertWeights(
-            _deinterleaved(up.T),
-            np.ascontiguousarray(down.T),
-            _deinterleaved(bias).astype(np.float32),
-            down_bias.astype(np.float32),
-        )
+        names = family.up if projection == "up" else (family.down,)
+        parts = [checkpoint.read(_expert_tensor(family, layer.name, name, expert)) for name in names]
+        matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
     else:
-        weights = ExpertWeights(checkpoint.read_row(stacked[0], expert), checkpoint.read_row(stacked[1], expert))
-    geometry = layer.geometry
-    for kind, found, expected in (
-        ("up", weights.up.shape, (geometry.up_rows, geometry.hidden)),
-        ("down", weights.down.shape, (geometry.hidden, geometry.intermediate)),
-    ):
-        if found != expected:
-            raise UserError(
-                f"expert {expert} of {layer.name} has a {kind} projection of shape {list(found)} where {list(expected)} is "
-                "expected; only experts of equal shapes are supported"
-            )
-    return weights
+        name = stacked[PROJECTIONS.index(projection)]
+        matrix = checkpoint.read_row(name, expert)
+        if family.transposed:
+            bias = checkpoint.read_row(f"{name}_bias", expert)
+            matrix, bias = (_deinterleaved(matrix.T), _deinterleaved(bias)) if projection == "up" else (matrix.T, bias)
+            matrix, bias = np.ascontiguousarray(matrix), bias.astype(np.float32)
+    up, down = (geometry.up_rows, geometry.hidden), (geometry.hidden, geometry.intermediate)
+    expected = up if projection == "up" else down
+    if matrix.shape != expected:
+        raise UserError(
+            f"expert {expert} of {layer.name} has a {projection} projection of shape {list(matrix.shape)} where {list(expected)} "
+            "is expected; only experts of equal shapes are supported"
+        )
+    return matrix, bias
 
 
 def _deinterleaved(rows: np.ndarray) -> np.ndarray:

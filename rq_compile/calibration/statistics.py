@@ -6,15 +6,17 @@ quantization blocks. One moment serves all up projections of a layer, and a down
 moments of every expert would be as large as the experts.
 """
 
-from dataclasses import dataclass, field, replace
+import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Lock
+from typing import Protocol
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.calibration.schema import StatisticsFile
+from rq_compile.checkpoint.safetensors_file import read_tensor
+from rq_compile.checkpoint.safetensors_file import tensors_of as stored_tensors
 from rq_compile.errors import UserError
 from rq_compile.files import sha256
 from rq_compile.quantization.second_moment import SecondMoment
@@ -23,19 +25,21 @@ from rq_compile.quantization.second_moment import SecondMoment
 class Tensors(Protocol):
     """What is asked of a safetensors file."""
 
-    def get_tensor(self, name: str) -> np.ndarray: ...
-
-    def get_slice(self, name: str) -> Any: ...
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """Raises KeyError or IndexError where there is no such tensor, or slice of it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """``tensors``: a memory-mapped file, of which nothing is read before it is asked for; ``name`` is for messages."""
+    """``tensors``: a file, of which nothing is read before it is asked for; ``name`` is for messages, ``sha256`` the file's."""
 
     tensors: Tensors
     name: str
-    # Kept while the experts of one layer come by: the factor of their moment is the expensive part.
-    _current: dict[str, SecondMoment] = field(default_factory=dict, repr=False)
+    sha256: str
+    # Kept while the experts of two neighbouring layers come by: the factor of their moment is the expensive part.
+    _inputs: dict[str, SecondMoment] = field(default_factory=dict, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
     def beside(cls, folder: Path, file: StatisticsFile) -> "Statistics":
@@ -49,36 +53,69 @@ class Statistics:
             raise UserError(f"the activation statistics {path} are missing; copy them there, or calibrate and plan again", 2)
         if sha256(path) != file.sha256:
             raise UserError(f"{path} is not the file that the plan was made with; copy that one, or plan again", 2)
-        try:
-            return cls(safe_open(path, "numpy"), str(path))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the activation statistics {path} ({error}); calibrate again", 2) from error
+        return cls(_OnDisk(path), str(path), file.sha256)
 
     @classmethod
     def of(cls, tensors: dict[str, np.ndarray]) -> "Statistics | None":
         """Statistics that no file holds; None where there are none."""
-        return cls(_InMemory(tensors), "the calibration") if tensors else None
+        if not tensors:
+            return None
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(tensors[name]).data)
+        return cls(_InMemory(tensors), "the calibration", digest.hexdigest())
 
-    def with_moments(self, weights: ExpertWeights, layer: str, expert: int) -> ExpertWeights:
-        """``weights`` of one expert, with the moments of its inputs.
+    def input_moment(self, layer: str) -> SecondMoment:
+        """Of the inputs of the up projections of ``layer``, factored. May be called from several threads.
 
         Raises:
             UserError: the file is not the statistics of this model's calibration.
         """
+        with self._lock:
+            if layer not in self._inputs:
+                for earlier in list(self._inputs)[:-1]:
+                    del self._inputs[earlier]
+                moment = SecondMoment(self._read(layer, "input_moment"))
+                moment.inverse_factor  # noqa: B018 - once, here, not in every thread
+                self._inputs[layer] = moment
+            return self._inputs[layer]
+
+    def intermediate_moment(self, layer: str, expert: int) -> SecondMoment:
+        """Of the inputs of the down projection of one expert.
+
+        Raises:
+            UserError: the file is not the statistics of this model's calibration.
+        """
+        return SecondMoment(self._read(layer, "intermediate_moment", expert))
+
+    def _read(self, layer: str, moment: str, expert: int | None = None) -> np.ndarray:
         try:
-            down = self.tensors.get_slice(f"{layer}.intermediate_moment")[expert]
-            up = self._current.get(layer) or SecondMoment(self.tensors.get_tensor(f"{layer}.input_moment"))
-        except (SafetensorError, KeyError, IndexError) as error:
-            raise UserError(
-                f"{self.name} has no statistics of expert {expert} of {layer}; copy the file that rq-compile calibrate wrote", 2
-            ) from error
-        self._current.clear()
-        self._current[layer] = up
-        return replace(weights, up_moment=up, down_moment=SecondMoment(down))
+            return self.tensors.read(f"{layer}.{moment}", expert)
+        except (KeyError, IndexError) as error:
+            of = layer if expert is None else f"expert {expert} of {layer}"
+            raise UserError(f"{self.name} has no statistics of {of}; copy the file that rq-compile calibrate wrote", 2) from error
 
 
-class _InMemory(dict[str, np.ndarray]):
-    get_tensor = get_slice = dict.__getitem__
+class _OnDisk:
+    """Read through the file, not through a memory map, so that what was read leaves the resident memory again."""
+
+    def __init__(self, path: Path) -> None:
+        self._stored = stored_tensors(path)
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        stored = self._stored[name]
+        if index is not None and not 0 <= index < stored.shape[0]:
+            raise IndexError(index)
+        return read_tensor(name, stored, index)
+
+
+class _InMemory:
+    def __init__(self, tensors: dict[str, np.ndarray]) -> None:
+        self._tensors = tensors
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        return self._tensors[name] if index is None else self._tensors[name][index]
 
 
 def tensors_of(layer: str, input_moment: SecondMoment, intermediate_moments: np.ndarray) -> dict[str, np.ndarray]:

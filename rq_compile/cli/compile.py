@@ -19,6 +19,7 @@ from rq_compile.cli.options import (
     read_texts,
     sequence_length_option,
     text_option,
+    threads_option,
 )
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
@@ -51,6 +52,8 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size"
     show_default=True,
     help="What native and stock multiply with quantized weights: kept in fp32, or rounded to int8, which is faster.",
 )
+@click.option("--fresh", is_flag=True, help="Start over, where an interrupted compilation could be continued.")
+@threads_option
 @planning_options
 @batch_size_option
 @sequence_length_option
@@ -63,6 +66,8 @@ def command(
     output: Path,
     lowering: Lowering,
     activation_bits: str,
+    fresh: bool,
+    threads: int | None,
     batch_size: int,
     sequence_length: int,
     policy_options: tuple[str, ...],
@@ -117,6 +122,9 @@ def command(
             statistics,
             activation_bits=int(activation_bits),
             progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE),
+            threads=threads,
+            fresh=fresh,
+            say=screen.note,
         )
     screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")
     tables = engine_tables(manifest)

@@ -5,6 +5,7 @@ Block-wise and symmetric: ``block_size(columns)`` neighbours of a row share one 
 holds the even column in the low nibble.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -15,6 +16,10 @@ from rq_compile.quantization.gptq import gptq
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
 
+# Weights that are rounded at a time: so few that they stay in the caches; GPTQ works column by column and needs more of them. No
+# temporary array grows with the matrix.
+NEAREST_TILE = 1 << 19
+GPTQ_TILE = 1 << 21
 ZERO_POINT: dict[Format, int] = {"int8": 128, "int4": 8}
 FLOAT_DTYPES: dict[Format, np.dtype] = {
     "fp32": np.dtype(np.float32),
@@ -39,8 +44,8 @@ def quantize(weights: np.ndarray, format: Format, moment: SecondMoment | None = 
     Raises:
         UserError: a weight is not a finite number.
     """
-    q, scales = _rounded(weights, format, moment)
-    return Quantized(_pack(q, format), scales)
+    packed, scales = zip(*((_pack(q, format), scales) for q, scales in _rounded(weights, format, moment)), strict=True)
+    return Quantized(np.concatenate(packed), np.concatenate(scales))
 
 
 def stored(weights: np.ndarray, format: Format, moment: SecondMoment | None = None) -> np.ndarray:
@@ -51,17 +56,22 @@ def stored(weights: np.ndarray, format: Format, moment: SecondMoment | None = No
     """
     if format not in QUANTIZED_FORMATS:
         return weights.astype(FLOAT_DTYPES[format]).astype(np.float32)
-    q, scales = _rounded(weights, format, moment)
-    return _columns(q.astype(np.float32) * scales[..., None], weights.shape[1])
+    columns = weights.shape[1]
+    return np.concatenate(
+        [_columns(q.astype(np.float32) * scales[..., None], columns) for q, scales in _rounded(weights, format, moment)]
+    )
 
 
-def _rounded(weights: np.ndarray, format: Format, moment: SecondMoment | None) -> tuple[np.ndarray, np.ndarray]:
-    """Whole numbers ``[rows, blocks, block]`` and scales ``[rows, blocks]``."""
-    blocks = _blocks(weights)
-    if moment is not None:
-        return gptq(blocks, format, moment)
-    scales = holding_scales(blocks, format)
-    return nearest(blocks, scales, format), scales
+def _rounded(weights: np.ndarray, format: Format, moment: SecondMoment | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Whole numbers ``[rows, blocks, block]`` and scales ``[rows, blocks]``, of some rows at a time."""
+    rows = max(1, (NEAREST_TILE if moment is None else GPTQ_TILE) // weights.shape[1])
+    for start in range(0, max(1, len(weights)), rows):
+        blocks = _blocks(weights[start : start + rows])
+        if moment is not None:
+            yield gptq(blocks, format, moment)
+        else:
+            scales = holding_scales(blocks, format)
+            yield nearest(blocks, scales, format), scales
 
 
 def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:

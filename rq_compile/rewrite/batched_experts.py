@@ -28,7 +28,7 @@ from rq_compile.rewrite.contract import ensures, requires
 from rq_compile.rewrite.lane_weights import LaneWeights, lane_weights
 from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.slot_weights import Source
-from rq_compile.rewrite.weights import ExternalWeight, constant
+from rq_compile.rewrite.weights import Section, constant
 
 NAME = "batched_experts"
 OPSET = 21  # the first with block-wise DequantizeLinear
@@ -68,20 +68,22 @@ class _Rows:
 
 def batched_experts(
     graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, fixed: FixedCapacity | None = None
-) -> list[ExternalWeight]:
-    """Rewrite in place and return the weights the graph now refers to, unread: each slot has its own."""
+) -> list[Section]:
+    """Rewrite in place and return the weights the graph now refers to, a section for each layer: each slot has its own."""
     requires(NAME, graph.opset >= OPSET, f"opset {OPSET} or later")
     nodes = {node.name: node for node in graph.nodes if node.op == "ExpertGemm"}
-    weights: list[ExternalWeight] = []
+    sections = []
     for plan in plans:
         up, down = nodes.get(f"{plan.name}.up"), nodes.get(f"{plan.name}.down")
         requires(NAME, up is not None and down is not None, f"both projections of {plan.name}")
         products = _products(plan, source)
         _expand(graph, plan, up, down, products, fixed)
-        weights += [weight for product in products for weight in (*product.up.all, *product.down.all)]
+        lanes = [lane for product in products for lane in (product.up, product.down)]
+        weights, pieces = ([held for lane in lanes for held in getattr(lane, what)] for what in ("all", "pieces"))
+        sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "ExpertGemm" for node in graph.nodes), "that no ExpertGemm node is left")
-    return weights
+    return sections
 
 
 def _products(plan: LayerPlan, source: Source) -> list[_Product]:

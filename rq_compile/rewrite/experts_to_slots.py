@@ -13,7 +13,7 @@ from rq_compile.errors import UserError
 from rq_compile.planning.schema import LayerPlan
 from rq_compile.rewrite.contract import ensures
 from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_weights
-from rq_compile.rewrite.weights import ExternalWeight, constant
+from rq_compile.rewrite.weights import Section, constant
 
 NAME = "experts_to_slots"
 DOMAIN = "rq.moe"
@@ -40,8 +40,8 @@ def experts_to_slots(
     *,
     panels: bool = True,
     activation_bits: int = 32,
-) -> list[ExternalWeight]:
-    """Rewrite ``graph`` in place and return the weights it now refers to, unread.
+) -> list[Section]:
+    """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
 
     ``panels``: see ``slot_weights``. ``activation_bits`` is ExpertGemm's: 8 rounds what is multiplied with quantized weights
     to int8, 32 keeps it in fp32.
@@ -56,19 +56,19 @@ def experts_to_slots(
             raise UserError(f"MoE layer {name} of the model is not in the plan; re-run rq-compile plan", 2)
         if name not in nodes:
             raise UserError(f"layer {name} of the plan is not an MoE layer of the model; re-run rq-compile plan", 2)
-    weights: list[ExternalWeight] = []
+    sections = []
     for name, node in nodes.items():
         up, down = (slot_weights(by_name[name], p, source, panels=panels) for p in ("up", "down"))
-        weights += _replace(graph, node, by_name[name], up, down, activation_bits)
+        sections.append(_replace(graph, node, by_name[name], up, down, activation_bits))
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")
     ensures(NAME, {offsets_name(n) for n in by_name} <= set(graph.tensors()), "slot_offsets for every layer")
-    return weights
+    return sections
 
 
 def _replace(
     graph: gs.Graph, node: gs.Node, plan: LayerPlan, up: SlotWeights, down: SlotWeights, activation_bits: int
-) -> list[ExternalWeight]:
+) -> Section:
     x, ids, gates = node.inputs
     (y,) = node.outputs
     node.outputs.clear()
@@ -94,4 +94,4 @@ def _replace(
     gemm([x, rows, offsets], up, middle, "up", activation=geometry.activation, outputs=geometry.intermediate, gather=1, **numbers)
     gemm([middle, rows, offsets], down, out, "down", activation="none", outputs=geometry.hidden, gather=0, **numbers)
     add("Combine", [out, rows, gates], [y], "combine")
-    return [weight for weight in (*up.inputs, *down.inputs) if weight]
+    return Section(layer, tuple(weight for weight in (*up.inputs, *down.inputs) if weight), up.pieces + down.pieces)

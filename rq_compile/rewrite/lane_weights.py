@@ -1,16 +1,15 @@
 """The weights of the slots that are lanes of one batched product, as standard ops take them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, block_size
-from rq_compile.quantization.quantizer import Quantized, quantize, whole_numbers
-from rq_compile.rewrite.slot_weights import FLOAT_DTYPES, Source
-from rq_compile.rewrite.weights import INT4, ExternalWeight
+from rq_compile.quantization.quantizer import quantize, whole_numbers
+from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, FLOAT_DTYPES, Source
+from rq_compile.rewrite.weights import INT4, ExternalWeight, Piece
 
 QUANTIZED_DTYPES = {"int8": np.dtype(np.int8), "int4": INT4}
 
@@ -20,13 +19,14 @@ class LaneWeights:
     """One projection of n slots, a matrix ``[columns, rows]`` each, as ``x @ W`` wants it.
 
     ``values [n, columns, rows]`` in the slots' format. Quantized, ``block`` neighbours of a column share a scale of ``scales``
-    fp32 ``[n, blocks, rows]``, and columns are padded to whole blocks. ``bias`` fp32 ``[n, 1, rows]``.
+    fp32 ``[n, blocks, rows]``, and columns are padded to whole blocks. ``bias`` fp32 ``[n, 1, rows]``. ``pieces`` fill them.
     """
 
     values: ExternalWeight
     scales: ExternalWeight | None
     bias: ExternalWeight | None
     block: int
+    pieces: tuple[Piece, ...]
 
     @property
     def all(self) -> list[ExternalWeight]:
@@ -39,38 +39,24 @@ def lane_weights(plan: LayerPlan, slots: Sequence[Slot], name: str, projection: 
     rows, columns = (geometry.up_rows, geometry.hidden) if projection == "up" else (geometry.hidden, geometry.intermediate)
     block = block_size(columns)
     blocks = -(-columns // block)
-    # Quantizing is the slow part of writing: the scales, a few per cent of the bytes, are kept until their turn comes.
-    kept: dict[int, np.ndarray] = {}
-
-    def part(slot: Slot, name: str) -> Any:
-        return getattr(source(plan.name, slot.expert), name)
-
-    def rounded(slot: Slot) -> Quantized:
-        return quantize(part(slot, projection), format, part(slot, f"{projection}_moment"))
-
-    def values() -> Iterator[np.ndarray]:
-        for place, slot in enumerate(slots):
-            if format not in QUANTIZED_FORMATS:
-                yield part(slot, projection).astype(FLOAT_DTYPES[format], copy=False).T
-            else:
-                result = rounded(slot)
-                kept[place] = result.scales
-                yield whole_numbers(result, format).T
-
-    def scales() -> Iterator[np.ndarray]:
-        for place, slot in enumerate(slots):
-            yield (kept.pop(place) if place in kept else rounded(slot).scales).T
-
-    def bias() -> Iterator[np.ndarray]:
-        return (part(slot, f"{projection}_bias").astype(np.float32, copy=False) for slot in slots)
-
-    held = len(slots)
+    held, fp32 = len(slots), np.dtype(np.float32)
     packed = format in QUANTIZED_FORMATS
     dtype, padded = (QUANTIZED_DTYPES[format], blocks * block) if packed else (FLOAT_DTYPES[format], columns)
-    fp32 = np.dtype(np.float32)
-    return LaneWeights(
-        ExternalWeight(f"{name}.{projection}_weights", dtype, (held, padded, rows), values),
-        ExternalWeight(f"{name}.{projection}_scales", fp32, (held, blocks, rows), scales) if packed else None,
-        ExternalWeight(f"{name}.{projection}_bias", fp32, (held, 1, rows), bias) if geometry.bias else None,
-        block,
-    )
+    values = ExternalWeight(f"{name}.{projection}_weights", dtype, (held, padded, rows))
+    scales = ExternalWeight(f"{name}.{projection}_scales", fp32, (held, blocks, rows)) if packed else None
+    bias = ExternalWeight(f"{name}.{projection}_bias", fp32, (held, 1, rows)) if geometry.bias else None
+
+    def lane(slot: Slot) -> Piece:
+        def computed() -> tuple[np.ndarray, ...]:
+            expert = source(plan.name, slot.expert)
+            matrix = getattr(expert, projection)
+            biases = (getattr(expert, f"{projection}_bias").astype(np.float32, copy=False),) if bias else ()
+            if not packed:
+                return matrix.astype(dtype, copy=False).T, *biases
+            result = quantize(matrix, format, getattr(expert, f"{projection}_moment"))
+            return whole_numbers(result, format).T, result.scales.T, *biases
+
+        filled = tuple(weight for weight in (values, scales, bias) if weight)
+        return Piece(filled, computed, BYTES_OF_A_WEIGHT * rows * columns)
+
+    return LaneWeights(values, scales, bias, block, tuple(map(lane, slots)))

@@ -13,7 +13,7 @@ from rq_compile.rewrite.slot_weights import Source
 from rq_compile.rewrite.stock_combine import stock_combine
 from rq_compile.rewrite.stock_dispatch import stock_dispatch
 from rq_compile.rewrite.stock_experts import stock_experts
-from rq_compile.rewrite.weights import ExternalWeight
+from rq_compile.rewrite.weights import Section
 from rq_compile.targets.manifest import Lowering
 
 # Graph surgeon warns on stderr about bf16, whose values it never has to read here.
@@ -28,33 +28,33 @@ def rewrite(
     *,
     activation_bits: int = 32,
     fixed: FixedCapacity | None = None,
-) -> tuple[onnx.ModelProto, list[ExternalWeight], dict[str, int]]:
+) -> tuple[onnx.ModelProto, list[Section], dict[str, int]]:
     """Put the plan's slots in place of every Experts node of ``model``.
 
     ``activation_bits``: 8 lets the native and stock lowerings round to int8 what they multiply with quantized weights, 32 keeps
     it in fp32. ``fixed`` is the batched lowering's: the capacity of its lanes, by default that of each batch. Returns the new
-    model, the expert weights it refers to (not read yet) and counts of what was replaced.
+    model, the expert weights it refers to (a section for each layer, not read yet) and counts of what was replaced.
 
     Raises:
         UserError: the layers of the plan and of the model differ.
         ContractError: a pass is at fault.
     """
     graph = gs.import_onnx(model)
-    weights = experts_to_slots(graph, plan.layers, source, panels=lowering == "native", activation_bits=activation_bits)
+    sections = experts_to_slots(graph, plan.layers, source, panels=lowering == "native", activation_bits=activation_bits)
     if lowering != "native":
         stock_dispatch(graph)
         stock_combine(graph)
     if lowering == "stock":
         stock_experts(graph, plan.layers, accuracy_level=4 if activation_bits == 8 else 0)
     elif lowering == "batched":
-        weights = batched_experts(graph, plan.layers, source, fixed)
+        sections = batched_experts(graph, plan.layers, source, fixed)
     rewritten = gs.export_onnx(graph)
     if lowering != "native":
         # None of the op set is left, and a runtime may refuse a domain that it does not know.
         kept = [entry for entry in rewritten.opset_import if entry.domain != DOMAIN]
         del rewritten.opset_import[:]
         rewritten.opset_import.extend(kept)
-    return rewritten, weights, _counts(plan)
+    return rewritten, sections, _counts(plan)
 
 
 def _counts(plan: Plan) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The weights of a layer's slots, grouped by format as ExpertGemm takes them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -11,15 +11,33 @@ from rq_compile.architectures.geometry import GATED
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import BITS, FLOAT_FORMATS, Format, block_size
 from rq_compile.quantization.quantizer import Quantized, quantize
+from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
-from rq_compile.rewrite.weights import ExternalWeight
+from rq_compile.rewrite.weights import ExternalWeight, Piece
 
-if TYPE_CHECKING:
-    from rq_compile.architectures.layers import ExpertWeights
-
-Source = Callable[[str, int], "ExpertWeights"]
+# Gives an expert by layer name and number; what is asked of it is used once and not kept.
+Source = Callable[[str, int], "Expert"]
+# A weight while it is read, quantized and packed: at most as fp32 in two forms.
+BYTES_OF_A_WEIGHT = 8
 GROUPS = ("float", "int8", "int4")
 FLOAT_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Expert(Protocol):
+    """What ``ExpertWeights`` has, in memory or read from the checkpoint when it is asked for."""
+
+    @property
+    def up(self) -> np.ndarray: ...
+    @property
+    def down(self) -> np.ndarray: ...
+    @property
+    def up_bias(self) -> np.ndarray | None: ...
+    @property
+    def down_bias(self) -> np.ndarray | None: ...
+    @property
+    def up_moment(self) -> SecondMoment | None: ...
+    @property
+    def down_moment(self) -> SecondMoment | None: ...
 
 
 def group_of(format: Format) -> int:
@@ -31,11 +49,12 @@ def group_of(format: Format) -> int:
 class SlotWeights:
     """One projection of a layer: the optional inputs of ExpertGemm in their order, None where the plan has no use for them.
 
-    ``index[s]`` is the place of slot s's weights inside their format group.
+    ``index[s]`` is the place of slot s's weights inside their format group; ``pieces`` fill the inputs.
     """
 
     inputs: tuple[ExternalWeight | None, ...]
     index: tuple[int, ...]
+    pieces: tuple[Piece, ...]
 
 
 def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bool) -> SlotWeights:
@@ -55,21 +74,35 @@ def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bo
         if not same:
             group.append(slot)
 
-    def matrix(expert: int) -> np.ndarray:
-        return getattr(source(plan.name, expert), projection)
-
-    def quantized(expert: int, format: Format) -> Quantized:
-        weights = source(plan.name, expert)
-        return quantize(getattr(weights, projection), format, getattr(weights, f"{projection}_moment"))
-
     halves = 2 if projection == "up" and geometry.activation in GATED else 1
     layout = _Panels(rows, columns, halves) if panels else _Rows(rows, columns)
-    prefix = f"{plan.name}.{projection}"
-    inputs: list[ExternalWeight | None] = [_floats(f"{prefix}.float_weights", groups[0], layout, matrix)]
-    for code in (1, 2):
-        inputs += _quantized(f"{prefix}.{GROUPS[code]}", groups[code], layout, quantized)
-    inputs.append(_bias(f"{prefix}.bias", plan, rows, lambda expert: getattr(source(plan.name, expert), f"{projection}_bias")))
-    return SlotWeights(tuple(inputs), tuple(index))
+    part = _Projection(plan.name, projection, source)
+    bias, biases = _bias(part, plan, rows)
+    found = [_floats(part, groups[0], layout), *(_quantized(part, groups[code], layout, GROUPS[code]) for code in (1, 2))]
+    inputs = [weight for weights, _ in found for weight in weights] + [bias]
+    return SlotWeights(tuple(inputs), tuple(index), tuple(piece for _, pieces in found for piece in pieces) + biases)
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """One projection of the experts of a layer."""
+
+    layer: str
+    name: str
+    source: Source
+
+    def matrix(self, expert: int) -> np.ndarray:
+        return getattr(self.source(self.layer, expert), self.name)
+
+    def bias(self, expert: int) -> np.ndarray:
+        return getattr(self.source(self.layer, expert), f"{self.name}_bias").astype(np.float32, copy=False)
+
+    def quantized(self, expert: int, format: Format) -> Quantized:
+        weights = self.source(self.layer, expert)
+        return quantize(getattr(weights, self.name), format, getattr(weights, f"{self.name}_moment"))
+
+    def weight(self, suffix: str, dtype: np.dtype, shape: tuple[int, ...]) -> ExternalWeight:
+        return ExternalWeight(f"{self.layer}.{self.name}.{suffix}", dtype, shape)
 
 
 class _Rows:
@@ -78,6 +111,7 @@ class _Rows:
     def __init__(self, rows: int, columns: int) -> None:
         self.rows, self.columns, self.block = rows, columns, block_size(columns)
         self.blocks = -(-columns // self.block)
+        self.memory = BYTES_OF_A_WEIGHT * rows * columns
 
     def float_shape(self) -> tuple[int, ...]:
         return self.rows, self.columns
@@ -118,41 +152,42 @@ class _Panels(_Rows):
         return Quantized(packed_panels(by_row, format, self.halves), scale_panels(by_row, self.halves))
 
 
-def _floats(name: str, slots: list[Slot], layout: _Rows, matrix: Callable[[int], np.ndarray]) -> ExternalWeight | None:
+Found = tuple[list[ExternalWeight | None], tuple[Piece, ...]]
+
+
+def _floats(part: _Projection, slots: list[Slot], layout: _Rows) -> Found:
     if not slots:
-        return None
+        return [None], ()
     dtype = FLOAT_DTYPES[slots[0].format]
-    chunks = lambda: (layout.floats(matrix(slot.expert).astype(dtype, copy=False)) for slot in slots)  # noqa: E731
-    return ExternalWeight(name, dtype, (len(slots), *layout.float_shape()), chunks)
+    weight = part.weight("float_weights", dtype, (len(slots), *layout.float_shape()))
+
+    def piece(slot: Slot) -> Piece:
+        values = lambda: (layout.floats(part.matrix(slot.expert).astype(dtype, copy=False)),)  # noqa: E731
+        return Piece((weight,), values, layout.memory)
+
+    return [weight], tuple(map(piece, slots))
 
 
-def _quantized(
-    name: str, slots: list[Slot], layout: _Rows, by_row: Callable[[int, Format], Quantized]
-) -> list[ExternalWeight | None]:
+def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, group: str) -> Found:
     if not slots:
-        return [None, None]
+        return [None, None], ()
     format = slots[0].format
-    # Quantizing is the slow part of writing: the scales, a few per cent of the bytes, are kept until their turn comes.
-    kept: dict[int, np.ndarray] = {}
+    packed = part.weight(f"{group}_packed", np.dtype(np.uint8), (len(slots), *layout.packed_shape(format)))
+    scales = part.weight(f"{group}_scales", np.dtype(np.float32), (len(slots), *layout.scales_shape()))
 
-    def packed() -> Iterator[np.ndarray]:
-        for place, slot in enumerate(slots):
-            result = layout.quantized(by_row(slot.expert, format), format)
-            kept[place] = result.scales
-            yield result.packed
+    def piece(slot: Slot) -> Piece:
+        def values() -> tuple[np.ndarray, ...]:
+            result = layout.quantized(part.quantized(slot.expert, format), format)
+            return result.packed, result.scales
 
-    def scales() -> Iterator[np.ndarray]:
-        for place, slot in enumerate(slots):
-            yield kept.pop(place) if place in kept else layout.quantized(by_row(slot.expert, format), format).scales
+        return Piece((packed, scales), values, layout.memory)
 
-    return [
-        ExternalWeight(f"{name}_packed", np.dtype(np.uint8), (len(slots), *layout.packed_shape(format)), packed),
-        ExternalWeight(f"{name}_scales", np.dtype(np.float32), (len(slots), *layout.scales_shape()), scales),
-    ]
+    return [packed, scales], tuple(map(piece, slots))
 
 
-def _bias(name: str, plan: LayerPlan, rows: int, bias: Callable[[int], np.ndarray]) -> ExternalWeight | None:
+def _bias(part: _Projection, plan: LayerPlan, rows: int) -> tuple[ExternalWeight | None, tuple[Piece, ...]]:
     if not plan.geometry.bias:
-        return None
-    chunks = lambda: (bias(slot.expert).astype(np.float32, copy=False) for slot in plan.slots)  # noqa: E731
-    return ExternalWeight(name, np.dtype(np.float32), (len(plan.slots), rows), chunks)
+        return None, ()
+    weight = part.weight("bias", np.dtype(np.float32), (len(plan.slots), rows))
+    values = lambda: (np.stack([part.bias(slot.expert) for slot in plan.slots]),)  # noqa: E731
+    return weight, (Piece((weight,), values, 2 * weight.bytes),)

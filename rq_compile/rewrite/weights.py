@@ -1,4 +1,4 @@
-"""Weights that live outside the graph: described now, produced one chunk at a time while the weights file is written."""
+"""Weights that live outside the graph: described now, computed piece by piece while the weights file is written."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,19 +16,44 @@ INT4 = np.dtype(ml_dtypes.int4)
 
 @dataclass(frozen=True)
 class ExternalWeight:
-    """One tensor of the weights file. ``chunks()`` yields arrays whose values, in C order and concatenated, are the tensor's.
-
-    A chunk of int4 holds an even number of values, as two share a byte.
-    """
+    """One tensor of the weights file."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[np.ndarray]]
 
     @property
     def bytes(self) -> int:
         return stored_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next values of each of ``weights``, which are computed together: ``values()`` gives an array for each, in C order.
+
+    A piece of an int4 weight holds an even number of values, as two share a byte. Pieces are independent of each other and may
+    be computed at the same time; ``memory`` is about what one takes meanwhile, in bytes.
+    """
+
+    weights: tuple[ExternalWeight, ...]
+    values: Callable[[], tuple[np.ndarray, ...]]
+    memory: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """Weights that stand side by side in the weights file: those of one layer's experts, or a single dense one.
+
+    The values of the ``pieces`` of a weight, one after the other, are the weight.
+    """
+
+    name: str
+    weights: tuple[ExternalWeight, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(weight.bytes for weight in self.weights)
 
 
 def stored_bytes(dtype: np.dtype, shape: Sequence[int]) -> int:

@@ -1,34 +1,33 @@
 """The ONNX Runtime engine for the CPU: graph, weights file, tokenizer and manifest, which appear together or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-import numpy as np
-import onnx
 from tokenizers import Tokenizer
 
 from rq_compile import __version__
-from rq_compile.architectures.layers import ExpertWeights, expert_weights, moe_layers
+from rq_compile.architectures.layers import moe_layers
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported, export_graph
-from rq_compile.export.graph import Parameter
 from rq_compile.files import sha256, write_document, written_beside
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.rewrite import rewrite
-from rq_compile.rewrite.weights import ExternalWeight, external_name, external_tensors
 from rq_compile.targets.library import OP_SET_VERSION
 from rq_compile.targets.licences import declared_licence, licence_texts
 from rq_compile.targets.manifest import EngineFile, Lowering, Manifest
+from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
-from rq_compile.targets.weights_file import Progress, locate, write_weights
+from rq_compile.targets.streamed import StreamedExpert, dense_weights
+from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
 
 
 def compile_engine(
@@ -40,17 +39,22 @@ def compile_engine(
     exported: Exported | None = None,
     activation_bits: int = 32,
     progress: Progress | None = None,
+    threads: int | None = None,
+    fresh: bool = False,
+    say: Say = lambda text: None,
 ) -> Manifest:
     """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json``, ``<stem>.json`` and the licence texts of the
     checkpoint (``<stem>.LICENSE``) beside them.
 
-    Weights are streamed: no more than one expert or one dense tensor is held at a time. ``statistics`` are those of the
+    Weights are streamed: a projection of an expert or a dense tensor at a time on each of ``threads`` threads (by default one for
+    each core), and never more of them than take the memory of the largest layer. The output does not depend on ``threads``. An
+    interrupted compilation goes on where it was, see ``partial_file``, unless ``fresh``. ``statistics`` are those of the
     calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported`` is the checkpoint's graph, for
     who compiles several plans of one. ``activation_bits``: see ``rewrite``. ``progress(done, total)`` counts the bytes of the
-    weights.
+    weights; ``say`` takes a sentence for the user.
 
     Raises:
-        UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written. Nothing is left.
+        UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written.
     """
     data, tokenizer, document = Path(f"{output}.data"), output.with_suffix(".tokenizer.json"), output.with_suffix(".json")
     texts = {output.with_suffix(f".{path.name}"): path for path in licence_texts(checkpoint.path)}
@@ -65,12 +69,17 @@ def compile_engine(
 
     exported = exported or export_graph(checkpoint)
 
-    def source(layer: str, expert: int) -> ExpertWeights:
-        weights = expert_weights(checkpoint, layers[layer], expert)
-        return statistics.with_moments(weights, layer, expert) if statistics and plan.quantizer == "gptq" else weights
-
+    moments = statistics if plan.quantizer == "gptq" else None
+    source = lambda layer, expert: StreamedExpert(checkpoint, layers[layer], expert, moments)  # noqa: E731
     model, experts, replaced = rewrite(exported.model, plan, source, lowering, activation_bits=activation_bits)
-    dense = _dense_weights(checkpoint, model, exported.parameters)
+    dense, aliases = dense_weights(checkpoint, model, exported.parameters)
+    job: Job = {
+        "tool": f"rq-compile {__version__}",
+        "checkpoint": checkpoint.fingerprint,
+        "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
+        "activation statistics": moments.sha256 if moments else None,
+        "lowering": lowering,
+    }
 
     # Left in reverse order: the manifest, by which an engine is loaded, is the last to appear.
     with ExitStack() as stack:
@@ -88,18 +97,21 @@ def compile_engine(
             shutil.copyfile(path, text_part)
             licences.append(_engine_file(text, text_part))
         graph_part = stack.enter_context(written_beside(output))
-        data_part = stack.enter_context(written_beside(data))
-        with data_part.open("wb") as file:
-            written = write_weights([*dense, *experts], file, progress)
-        locate(model, written, data.name)
+        journal = stack.enter_context(resumable(data, job, fresh=fresh, say=say))
+        began = monotonic()
+        layer_bytes = max(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers.values())
+        sections = [*dense, *experts]
+        written = write_weights(sections, journal.file, progress, threads=threads, memory=layer_bytes, journal=journal)
+        say(_throughput(written, monotonic() - began))
+        locate(model, written.starts | {alias: written.starts[name] for alias, name in aliases.items()}, data.name)
         graph_part.write_bytes(model.SerializeToString(deterministic=True))
-        replaced["equal tensors written once"] = written.shared
+        replaced["equal tensors written once"] = len(aliases)
         replaced["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
         manifest = Manifest(
             tool=f"rq-compile {__version__}",
             lowering=lowering,
             graph=_engine_file(output, graph_part),
-            weights=EngineFile(name=data.name, sha256=written.digest.hexdigest(), bytes=written.bytes),
+            weights=EngineFile(name=data.name, sha256=written.sha256, bytes=written.bytes),
             tokenizer=copied,
             licences=licences,
             licence=declared_licence(checkpoint.path),
@@ -109,8 +121,8 @@ def compile_engine(
             encoder_decoder=exported.encoder_decoder,
             cache=exported.cache,
             slot_offsets={layer.name: offsets_name(layer.name) for layer in plan.layers},
-            dense_bytes=sum(weight.bytes for weight in dense) - written.shared_bytes,
-            expert_bytes=sum(weight.bytes for weight in experts),
+            dense_bytes=sum(section.bytes for section in dense),
+            expert_bytes=sum(section.bytes for section in experts),
             replaced={reason: count for reason, count in replaced.items() if count},
             plan=plan,
             **_vocabulary(checkpoint),
@@ -130,20 +142,9 @@ def _check_writable(files: list[Path]) -> None:
             raise UserError(f"{file} is a directory; choose another output with -o", 2)
 
 
-def _dense_weights(checkpoint: Checkpoint, model: onnx.ModelProto, parameters: dict[str, Parameter]) -> list[ExternalWeight]:
-    """The weights the graph refers to that are no experts, as the graph's dtype, each read when its turn comes."""
-    tensors = {external_name(tensor): tensor for tensor in external_tensors(model.graph)}
-
-    def weight(name: str) -> ExternalWeight:
-        tensor = tensors[name]
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-
-        def chunks() -> Iterator[np.ndarray]:
-            yield parameters[name].read(checkpoint).astype(dtype, copy=False)
-
-        return ExternalWeight(name, dtype, tuple(tensor.dims), chunks)
-
-    return [weight(name) for name in tensors if name in parameters]
+def _throughput(written: WeightsFile, seconds: float) -> str:
+    new = (written.bytes - written.resumed) / 1e9
+    return f"wrote {new:.3g} GB of weights in {seconds:.3g} s, {new / seconds:.3g} GB/s"
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,79 +1,174 @@
-"""The weights file of an engine: tensors streamed one chunk at a time, aligned, none written twice."""
+"""The weights file of an engine: where every weight lies is known before any is read, and it is written from front to back.
+
+So what is there after an interruption is the beginning of the file that would have been, and can be continued.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import BinaryIO
 
 import numpy as np
 import onnx
 
-from rq_compile.rewrite.weights import ExternalWeight, external_name, external_offset, external_tensors, stored, stored_bytes
+from rq_compile.rewrite.weights import (
+    ExternalWeight,
+    Piece,
+    Section,
+    external_name,
+    external_offset,
+    external_tensors,
+    stored_bytes,
+)
+from rq_compile.targets.in_order import Stored, in_order
+from rq_compile.targets.partial_file import Journal, Record
 
-ALIGNMENT = 64
+ALIGNMENT = 4096  # a page, so that a weight can be mapped into memory by itself
+MEMORY = 1 << 30
+READ_AT_ONCE = 1 << 24
 Progress = Callable[[int, int], None]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Layout:
+    """Where each weight starts, by name, and where each section ends; a section begins where the one before it ends."""
+
+    starts: dict[str, int]
+    ends: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+
+@dataclass(frozen=True)
 class WeightsFile:
-    """Where each weight starts, the file's length in bytes, its sha256, and the tensors and bytes not written twice."""
+    """Where each weight starts, by name; the file's length in bytes and its sha256; how many of the bytes were there before."""
 
-    starts: dict[str, int] = field(default_factory=dict)
-    bytes: int = 0
-    shared: int = 0
-    shared_bytes: int = 0
-    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    starts: dict[str, int]
+    bytes: int
+    sha256: str
+    resumed: int
 
 
-def write_weights(weights: Iterable[ExternalWeight], file: BinaryIO, progress: Progress | None = None) -> WeightsFile:
-    """Write ``weights`` in order, each at a multiple of 64 bytes; a one-chunk tensor equal to an earlier one is not repeated.
+def layout(sections: Iterable[Section]) -> Layout:
+    """Every weight at a multiple of ``ALIGNMENT``, in order."""
+    starts, ends, end = {}, [], 0
+    for section in sections:
+        for weight in section.weights:
+            starts[weight.name] = end + -end % ALIGNMENT
+            end = starts[weight.name] + weight.bytes
+        ends.append(end)
+    return Layout(starts, tuple(ends))
 
-    ``progress(done, total)`` is called in bytes after each chunk.
+
+def write_weights(
+    sections: Iterable[Section],
+    file: BinaryIO,
+    progress: Progress | None = None,
+    *,
+    threads: int | None = None,
+    memory: int = MEMORY,
+    journal: Journal | None = None,
+) -> WeightsFile:
+    """Write ``sections`` in order, computed on ``threads`` threads (by default one for each core) within ``memory`` bytes.
+
+    Sections that ``journal`` knows to be in ``file`` are read, and computed again from the first that is not as it was written.
+    ``progress(done, total)`` is called in bytes, after each write.
 
     Raises:
-        ValueError: a weight's chunks do not add up to its shape.
+        ValueError: the pieces of a weight do not add up to its shape.
         OSError: the disk is full or the file cannot be written.
     """
-    weights = list(weights)
-    written = WeightsFile()
-    seen: dict[tuple[bytes, np.dtype], int] = {}
-    total, done = sum(weight.bytes for weight in weights), 0
-
-    def put(data: bytes | memoryview) -> None:
-        file.write(data)
-        written.digest.update(data)
-        written.bytes += len(data)
-
-    for weight in weights:
-        size = 0
-        for chunk in weight.chunks():
-            data = stored(chunk, weight.dtype).data
-            content = (hashlib.sha256(data).digest(), weight.dtype)
-            whole = len(data) == weight.bytes
-            if whole and content in seen:
-                written.starts[weight.name] = seen[content]
-                written.shared += 1
-                written.shared_bytes += weight.bytes
-            else:
-                if not size:
-                    put(bytes(-written.bytes % ALIGNMENT))
-                    written.starts[weight.name] = written.bytes
-                put(data)
-                if whole:
-                    seen[content] = written.starts[weight.name]
-            size += len(data)
-            done += len(data)
+    sections = list(sections)
+    places = layout(sections)
+    writer = _Writer(file)
+    found = _verified(sections, places, writer, journal) if journal else 0
+    resumed = writer.position
+    file.seek(resumed)
+    file.truncate()
+    pieces = (piece for section in sections[found:] for piece in section.pieces)
+    computed = in_order(pieces, threads or len(os.sched_getaffinity(0)), memory)
+    for section, end in zip(sections[found:], places.ends[found:], strict=True):
+        for weight, data in _by_weight(section, islice(computed, len(section.pieces))):
+            writer.fill_up(places.starts[weight.name])
+            writer.put(data)
             if progress:
-                progress(done, total)
-        if size != weight.bytes:
+                progress(writer.position, places.bytes)
+        if journal:
+            file.flush()
+            journal.add(Record(section=section.name, end=end, sha256=writer.section.hexdigest()))
+        writer.section = hashlib.sha256()
+    return WeightsFile(places.starts, places.bytes, writer.whole.hexdigest(), resumed)
+
+
+class _Writer:
+    """The end of the file so far, and the hashes of all before it and of the section that is being written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.position = 0
+        self.whole, self.section = hashlib.sha256(), hashlib.sha256()
+
+    def put(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.took(data)
+
+    def took(self, data: bytes | memoryview) -> None:
+        self.whole.update(data)
+        self.section.update(data)
+        self.position += len(data)
+
+    def fill_up(self, start: int) -> None:
+        if start > self.position:
+            self.put(bytes(start - self.position))
+
+
+def _by_weight(section: Section, computed: Iterator[tuple[Piece, Stored]]) -> Iterator[tuple[ExternalWeight, memoryview]]:
+    """The bytes of the section's weights, one weight after the other; those that come before their turn (scales) are kept."""
+    early: dict[str, list[memoryview]] = {weight.name: [] for weight in section.weights}
+    missing = {weight.name: weight.bytes for weight in section.weights}
+    turns = list(section.weights)
+    for piece, arrays in computed:
+        for weight, data in zip(piece.weights, arrays, strict=True):
+            early[weight.name].append(data)
+            missing[weight.name] -= len(data)
+        while turns:
+            ready, early[turns[0].name] = early[turns[0].name], []
+            yield from ((turns[0], data) for data in ready)
+            if missing[turns[0].name] > 0:
+                break
+            del turns[0]
+    for weight in section.weights:
+        if missing[weight.name]:
+            size = weight.bytes - missing[weight.name]
             raise ValueError(f"{weight.name} has {size} bytes, but its shape {weight.shape} asks for {weight.bytes}")
-    return written
 
 
-def locate(model: onnx.ModelProto, written: WeightsFile, file_name: str) -> None:
-    """Point every external tensor of ``model`` at its bytes in ``file_name``."""
+def _verified(sections: Sequence[Section], places: Layout, writer: _Writer, journal: Journal) -> int:
+    """How many sections at the beginning of the file are as the journal says they were written; ``writer`` is behind them."""
+    for number, record in enumerate(journal.records[: len(sections)]):
+        if (record.section, record.end) != (sections[number].name, places.ends[number]):
+            return number
+        before, start = writer.whole.copy(), writer.position
+        writer.file.seek(start)
+        while writer.position < record.end and (data := writer.file.read(min(READ_AT_ONCE, record.end - writer.position))):
+            writer.took(data)
+        same = writer.section.hexdigest() == record.sha256
+        writer.section = hashlib.sha256()
+        if not same:
+            writer.whole, writer.position = before, start
+            journal.distrust(number)
+            return number
+    return min(len(journal.records), len(sections))
+
+
+def locate(model: onnx.ModelProto, starts: dict[str, int], file_name: str) -> None:
+    """Point every external tensor of ``model`` at its bytes in ``file_name``, in which ``starts`` says where each weight is."""
     for tensor in external_tensors(model.graph):
-        start = written.starts[external_name(tensor)] + external_offset(tensor)
+        start = starts[external_name(tensor)] + external_offset(tensor)
         size = stored_bytes(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)), tensor.dims)
         del tensor.external_data[:]
         for key, value in (("location", file_name), ("offset", str(start)), ("length", str(size))):

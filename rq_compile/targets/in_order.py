@@ -1,0 +1,37 @@
+"""Pieces of weights computed on several threads, and handed on in their order."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from rq_compile.rewrite.weights import Piece, stored
+
+Stored = list[memoryview]
+
+
+def in_order(pieces: Iterable[Piece], threads: int, memory: int) -> Iterator[tuple[Piece, Stored]]:
+    """Each piece with the bytes of its values, one ``memoryview`` for each weight.
+
+    Pieces are begun ahead of their turn while those in flight take no more than ``memory`` bytes; one always is. Results do not
+    depend on ``threads``. What a piece raises is raised at its turn.
+    """
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[tuple[Piece, Future[Stored]]] = deque()
+    taken = 0
+    try:
+        for piece in pieces:
+            while waiting and (taken + piece.memory > memory or len(waiting) >= 2 * threads):
+                first, future = waiting.popleft()
+                yield first, future.result()
+                taken -= first.memory
+            waiting.append((piece, pool.submit(_bytes_of, piece)))
+            taken += piece.memory
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _bytes_of(piece: Piece) -> Stored:
+    return [stored(values, weight.dtype).data for weight, values in zip(piece.weights, piece.values(), strict=True)]

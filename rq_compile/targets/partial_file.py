@@ -1,0 +1,140 @@
+"""A large output that survives an interruption: a partial file beside it, and a journal of what in that file is whole.
+
+The journal is a text file, one JSON object a line: first what the output is made of, then a line for each section that was
+written. While it is open the partial file is locked, so that two processes do not write it at once.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedRandom, FileIO
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import ValidationError
+
+from rq_compile.errors import UserError
+from rq_compile.files import Document
+
+Job = dict[str, str | int | None]
+Say = Callable[[str], None]
+
+
+class Record(Document):
+    """A section that is whole, from the end of the one before it to ``end``, in bytes of the file."""
+
+    section: str
+    end: int
+    sha256: str
+
+
+class Journal:
+    """What of ``file`` is whole, on disk and in ``records``."""
+
+    def __init__(self, path: Path, file: BinaryIO, records: list[Record], say: Say) -> None:
+        self.path = path
+        self.file = file
+        self.records = records
+        self._say = say
+
+    def add(self, record: Record) -> None:
+        """The section that follows the others was written to ``file`` and flushed."""
+        self.records.append(record)
+        with self.path.open("a") as lines:
+            lines.write(record.model_dump_json() + "\n")
+
+    def distrust(self, number: int) -> None:
+        """Section ``number`` and all after it are not as they were written."""
+        self._say(f"{self.records[number].section} of the partial file is not as it was written; going on from there")
+        del self.records[number:]
+        _write_lines(self.path, [self.path.read_text().splitlines()[0], *(record.model_dump_json() for record in self.records)])
+
+
+@contextmanager
+def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda text: None) -> Iterator[Journal]:
+    """Yield the journal of ``path``'s partial file: that of an earlier ``job`` that was the same, unless ``fresh``, or a new one.
+
+    On success the partial file is renamed onto ``path``. When interrupted, or when the disk is full, it and the journal stay if a
+    section is whole; on any other failure they are removed. ``say`` takes a sentence for the user.
+
+    Raises:
+        UserError: another process writes ``path``, or it cannot be written.
+    """
+    partial, lines = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.journal")
+    try:
+        file = _locked(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another output with -o", 2) from error
+    journal = Journal(lines, file, [], say)
+    try:
+        journal.records += _records(lines, job, path, fresh, say)
+        if not journal.records:
+            file.truncate(0)
+            _write_lines(lines, [json.dumps(job)])
+        yield journal
+        file.flush()
+        # Before the renaming, after which the two names are free for another process.
+        lines.unlink()
+        partial.replace(path)
+    except BaseException as error:
+        if isinstance(error, OSError | KeyboardInterrupt | SystemExit) and journal.records:
+            say(f"{partial} holds what was done; the same command goes on from there, or starts over with --fresh")
+        else:
+            partial.unlink(missing_ok=True)
+            lines.unlink(missing_ok=True)
+        # An error with another file's name is about one that was read.
+        if isinstance(error, OSError) and error.filename in (None, str(partial), str(lines)):
+            reason = error.strerror or error
+            raise UserError(f"cannot write {path}: {reason}; free space or choose another output with -o") from error
+        raise
+    finally:
+        # What is still buffered after a failure is not to be written, nor to fail again.
+        file.raw.close()
+
+
+def _locked(partial: Path, path: Path) -> BufferedRandom:
+    while True:
+        file = BufferedRandom(FileIO(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"another rq-compile is writing {path}; wait for it or choose another output with -o", 2) from None
+        # It may have become another's finished output, or be gone, between being opened and locked.
+        if partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+            return file
+        file.close()
+
+
+def _records(lines: Path, job: Job, path: Path, fresh: bool, say: Say) -> list[Record]:
+    """What the journal tells of a job that was the same; nothing after a line that was cut off."""
+    if fresh or not lines.exists():
+        return []
+    first, *rest = lines.read_text(errors="replace").splitlines() or [""]
+    if first != json.dumps(job):
+        say(f"the partial {path.name} was begun {_difference(first, job)}; starting over")
+        return []
+    records: list[Record] = []
+    for line in rest:
+        try:
+            records.append(Record.model_validate_json(line))
+        except ValidationError:
+            break
+    if records:
+        say(f"going on with {path.name} after {records[-1].section}")
+    return records
+
+
+def _difference(first: str, job: Job) -> str:
+    try:
+        before = json.loads(first)
+        names = [name for name in job if before.get(name) != job[name]]
+    except (ValueError, AttributeError):
+        names = []
+    return f"with another {' and '.join(names)}" if names else "in another way"
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines))

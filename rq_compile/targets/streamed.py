@@ -1,0 +1,81 @@
+"""The weights of an engine as they come from the checkpoint: each read when its turn comes, and not kept."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from rq_compile.architectures.dense import dense_name
+from rq_compile.architectures.layers import MoeLayer, Projection, expert_projection
+from rq_compile.calibration.statistics import Statistics
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.export.graph import Parameter
+from rq_compile.quantization.second_moment import SecondMoment
+from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, external_name, external_tensors
+
+
+@dataclass(frozen=True)
+class StreamedExpert:
+    """As ``ExpertWeights``, but every matrix, bias and moment is read anew whenever it is asked for."""
+
+    checkpoint: Checkpoint
+    layer: MoeLayer
+    expert: int
+    statistics: Statistics | None
+
+    @property
+    def up(self) -> np.ndarray:
+        return self._read("up")[0]
+
+    @property
+    def down(self) -> np.ndarray:
+        return self._read("down")[0]
+
+    @property
+    def up_bias(self) -> np.ndarray | None:
+        return self._read("up")[1]
+
+    @property
+    def down_bias(self) -> np.ndarray | None:
+        return self._read("down")[1]
+
+    @property
+    def up_moment(self) -> SecondMoment | None:
+        return self.statistics.input_moment(self.layer.name) if self.statistics else None
+
+    @property
+    def down_moment(self) -> SecondMoment | None:
+        return self.statistics.intermediate_moment(self.layer.name, self.expert) if self.statistics else None
+
+    def _read(self, projection: Projection) -> tuple[np.ndarray, np.ndarray | None]:
+        return expert_projection(self.checkpoint, self.layer, self.expert, projection)
+
+
+def dense_weights(
+    checkpoint: Checkpoint, model: onnx.ModelProto, parameters: dict[str, Parameter]
+) -> tuple[list[Section], dict[str, str]]:
+    """The weights the graph refers to that are no experts, in the graph's dtype, a section for each.
+
+    Those that are one tensor of the checkpoint in one form (tied embeddings) are written once: the second result gives the name
+    of the weight that stands for another.
+    """
+    sections: list[Section] = []
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[str, bool, np.dtype], str] = {}
+    for tensor in external_tensors(model.graph):
+        name = external_name(tensor)
+        if name in parameters:
+            parameter = parameters[name]
+            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            same = seen.setdefault((dense_name(checkpoint, parameter.name), parameter.transposed, dtype), name)
+            if same == name:
+                sections.append(_dense(checkpoint, ExternalWeight(name, dtype, tuple(tensor.dims)), parameter))
+            else:
+                aliases[name] = same
+    return sections, aliases
+
+
+def _dense(checkpoint: Checkpoint, weight: ExternalWeight, parameter: Parameter) -> Section:
+    # Read in the checkpoint's dtype, and written in the graph's.
+    memory = checkpoint.tensors[dense_name(checkpoint, parameter.name)].bytes + weight.bytes
+    return Section(weight.name, (weight,), (Piece((weight,), lambda: (parameter.read(checkpoint),), memory),))

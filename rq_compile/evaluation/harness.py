@@ -1,0 +1,256 @@
+"""An engine as a model of lm-evaluation-harness (``--model rq_compile``), scored as the harness scores transformers' models."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    DEFAULT_MAX_LENGTH,
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from rq_compile.errors import UserError
+from rq_compile.evaluation.divergence import log_softmax
+from rq_compile.evaluation.windows import MAX_LOGITS
+from rq_compile.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+Scored = tuple[float, bool]
+# Positions whose float64 log-probabilities are held at a time.
+POSITIONS = 64
+# What a greedy answer does not depend on, and values of others that change nothing.
+WITHOUT_EFFECT = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"}
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
+
+
+class EngineLM(TemplateLM):
+    """The model arguments of ``--model_args``:
+
+    ``engine``: the ``.onnx`` file. ``threads``: by default ONNX Runtime's choice. ``batch_size``: sequences that are scored
+    together; "auto" takes as many as keep the logits under 256 MiB. ``max_length``: positions of a sequence; by default those
+    that the model was made for. ``max_gen_toks``: tokens to generate where a task does not say. ``prefix_token_id``: what a
+    text without context follows; by default what the tokenizer begins a text with, else the end of a text. It runs on the CPU.
+
+    Generation is greedy and one sequence at a time. Of an engine whose copies of an expert have one format, a request's scores do
+    not depend on the others of its batch but for rounding.
+
+    Raises:
+        UserError: the engine cannot be loaded, is an encoder-decoder or has no tokenizer, or an argument is not known.
+    """
+
+    def __init__(
+        self,
+        engine: str | Path,
+        threads: int | None = None,
+        batch_size: int | str = 1,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        prefix_token_id: int | None = None,
+        device: str | None = None,  # the harness always names one, as well as
+        max_batch_size: int | None = None,  # which means nothing on a CPU
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        for name in unknown:
+            raise UserError(f"--model rq_compile has no argument {name}; leave it out of --model_args", 2)
+        self._engine = Engine.load(Path(str(engine)), threads)
+        if self._engine.encoder_decoder:
+            raise UserError(f"{engine} is an encoder-decoder, which the harness cannot score here; give a decoder-only engine", 2)
+        manifest = self._engine.manifest
+        self._tokenizer = self._engine.tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._batch_size = _sequences(batch_size)
+        self._max_gen_toks = int(max_gen_toks)
+        self._max_length = int(max_length or manifest.context_length or DEFAULT_MAX_LENGTH)
+        self._prefix = manifest.start_of_text if prefix_token_id is None else int(prefix_token_id)
+
+    @property
+    def eot_token_id(self) -> int:
+        """
+        Raises:
+            UserError: the model has no token that ends a text.
+        """
+        ends = self._engine.manifest.end_of_text
+        if not ends:
+            raise UserError(f"{self._engine.path} knows no token that ends a text; give prefix_token_id=ID in --model_args", 2)
+        return ends[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self._prefix is None else self._prefix
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self._max_gen_toks
+
+    @property
+    def batch_size(self) -> int | str:
+        return self._batch_size or "auto"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; by default with what the tokenizer puts around a text, unless the text itself begins with it."""
+        if add_special_tokens is None:
+            prefix = self._text(self.prefix_token_id)
+            add_special_tokens = not (prefix and string.startswith(prefix))
+        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+
+    def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+    def chat_template(self, chat_template: bool | str = False) -> NoReturn:
+        raise UserError("an engine has no chat template; leave --apply_chat_template out", 2)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[Scored]:
+        """For each (key, context, continuation): the log-likelihood of the continuation in nats, and whether it is greedy.
+
+        A context that is too long loses its beginning. Requests that differ in their last token alone share a run; an empty
+        continuation needs none.
+
+        Raises:
+            UserError: a continuation does not fit in ``max_length``.
+        """
+        sharing: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_key, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"a text of {len(continuation)} tokens is to be scored, but max_length is {self.max_length}; "
+                    "give a longer max_length in --model_args, or another task",
+                    2,
+                )
+            if continuation:
+                sharing[tuple([*context, *continuation][-(self.max_length + 1) : -1])].append(index)
+
+        scores: list[Scored] = [(0.0, True)] * len(requests)
+        progress = tqdm(total=sum(map(len, sharing.values())), disable=disable_tqdm, desc="Scoring")
+        for batch in self._batches(list(sharing)):
+            for sequence, logits in zip(batch, self._logits(batch), strict=True):
+                for index in sharing[sequence]:
+                    key, _context, continuation = requests[index]
+                    scores[index] = _score(logits[len(sequence) - len(continuation) : len(sequence)], continuation)
+                    if key is not None:
+                        self.cache_hook.add_partial("loglikelihood", key, scores[index])
+                progress.update(len(sharing[sequence]))
+        progress.close()
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each text in nats; one longer than ``max_length`` is cut into disjoint windows, each after as much
+        of what comes before it as has room."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            for window in get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (score, _greedy) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The greedy continuation of each context, up to the first stop string, the end of the text or ``max_gen_toks``.
+
+        Raises:
+            UserError: a task asks for sampling, beams or penalties, or for as many tokens as a whole sequence may have.
+        """
+        texts = []
+        for request in tqdm(requests, disable=disable_tqdm, desc="Generating"):
+            context, options = request.args
+            texts.append(self._continuation(context, options))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
+
+    def _continuation(self, context: str, options: dict[str, Any]) -> str:
+        tokens, until = self._greedy_options(options)
+        prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - tokens) :]
+        # No stop string spans more tokens than it has bytes; the first ones of a piece may decode otherwise than in their place.
+        reach = max((len(stop.encode()) for stop in until), default=0) + 2
+        written: list[int] = []
+        for token in self._engine.generate(prompt, tokens):
+            written.append(token)
+            ending = self.tok_decode(written[-reach:], skip_special_tokens=False)
+            if any(stop in ending for stop in until):
+                break
+        return postprocess_generated_text(self.tok_decode(written), until, think_end_token=None)
+
+    def _greedy_options(self, options: dict[str, Any]) -> tuple[int, list[str]]:
+        """Tokens to generate at most, and stop strings."""
+        options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+        if options["do_sample"]:
+            raise UserError("the task asks for sampling, but engines generate greedily; add --gen_kwargs do_sample=False", 2)
+        for name, value in options.items():
+            if name not in WITHOUT_EFFECT and NEUTRAL.get(name, ...) != value:
+                raise UserError(f"the task generates with {name}={value}, but engines only greedily; choose another task", 2)
+        tokens = options["max_gen_toks"]
+        if tokens >= self.max_length:
+            raise UserError(
+                f"{tokens} tokens to generate leave no room for a prompt in max_length {self.max_length}; "
+                "add --gen_kwargs max_gen_toks=N",
+                2,
+            )
+        ends = self._engine.manifest.end_of_text
+        until = handle_stop_sequences(options["until"], eos=self._text(ends[0]) if ends else None)
+        return tokens, [stop for stop in until if stop]
+
+    def _text(self, token: int) -> str:
+        return self.tok_decode([token], skip_special_tokens=False)
+
+    def _batches(self, sequences: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        """Longest first: an engine that runs out of memory does so at once, and neighbours need little padding."""
+        sequences.sort(key=len, reverse=True)
+        start = 0
+        while start < len(sequences):
+            size = self._batch_size or max(1, MAX_LOGITS // (len(sequences[start]) * self._engine.manifest.vocabulary))
+            yield sequences[start : start + size]
+            start += size
+
+    def _logits(self, sequences: list[tuple[int, ...]]) -> np.ndarray:
+        """Fp32 ``[sequences, longest, vocabulary]``, padded on the right."""
+        longest = max(map(len, sequences))
+        ids = np.asarray([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], np.int64)
+        mask = np.asarray([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences], np.int64)
+        return self._engine.logits(ids, mask)
+
+
+def _score(logits: np.ndarray, targets: Sequence[int]) -> Scored:
+    """Logits ``[positions, vocabulary]`` of the target tokens."""
+    total, greedy = 0.0, True
+    for start in range(0, len(targets), POSITIONS):
+        piece, wanted = logits[start : start + POSITIONS], np.asarray(targets[start : start + POSITIONS])
+        total += float(log_softmax(piece)[np.arange(len(wanted)), wanted].sum())
+        greedy = greedy and bool((piece.argmax(axis=-1) == wanted).all())
+    return total, greedy
+
+
+def _sequences(batch_size: int | str) -> int | None:
+    """
+    Raises:
+        UserError: it is neither a number nor "auto", which is None.
+    """
+    if str(batch_size).split(":")[0] == "auto":
+        return None
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise UserError(f"--batch_size {batch_size} is no number of sequences; give 1 or more, or auto", 2)
+    return int(batch_size)

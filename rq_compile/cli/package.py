@@ -11,27 +11,52 @@ import click
 from rq_compile.cli.options import FILE, given_options
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
+from rq_compile.packaging.op_library import MACHINES
 
 if TYPE_CHECKING:
     from rq_compile.packaging.package import Destination
 
 # The module of ``rq_compile.packaging`` that makes each destination's package.
 MODULES: dict[Destination, str] = {
+    "triton": "triton",
     "edge": "edge",
+    "onnxruntime-genai": "onnxruntime_genai",
     "tensorrt-llm": "tensorrt_llm",
     "sglang": "sglang",
     "vllm": "vllm",
     "vllm-ascend": "vllm_ascend",
 }
 # The destinations that an option is for.
-OPTIONS: dict[str, tuple[Destination, ...]] = {"layers": ("sglang",)}
+OPTIONS: dict[str, tuple[Destination, ...]] = {
+    **dict.fromkeys(("flavour", "name", "mount", "instances", "threads", "calibration"), ("triton",)),
+    **dict.fromkeys(("library", "architecture"), ("edge",)),
+    "layers": ("sglang",),
+    "context_length": ("onnxruntime-genai",),
+}
 
 
 @click.command("package")
 @click.argument("engine", type=FILE)
 @click.option("--for", "destination", type=click.Choice(list(MODULES)), required=True, help="What is to run it.")
-@click.option("-o", "--output", type=FILE, required=True, help="The folder to write.")
+@click.option("-o", "--output", type=FILE, required=True, help="The folder to write; edge: or archive (.tar.gz, .zip).")
+@click.option(
+    "--flavour",
+    type=click.Choice(["python", "onnxruntime"]),
+    help="triton: the backend; default: python, which takes and gives text.",
+)
+@click.option("--name", help="triton: the model's name; default: the engine's.")
+@click.option("--mount", help="triton, onnxruntime: where the server will see the repository; default: /models.")
+@click.option("--instances", type=click.IntRange(1), help="triton, onnxruntime: sessions side by side; default: 1.")
+@click.option("--threads", type=click.IntRange(1), help="triton: threads of an instance; default: ONNX Runtime's choice.")
+@click.option(
+    "--calibration", type=FILE, help="triton, onnxruntime: the engine's calibration, for its batch and sequence lengths."
+)
+@click.option("--library", type=FILE, help="edge: an op library for another machine; default: the one of this machine.")
+@click.option("--architecture", type=click.Choice(list(MACHINES.values())), help="edge: what the op library must be built for.")
 @click.option("--layers", type=click.IntRange(1), help="sglang: decoder layers of the model, dense ones included.")
+@click.option(
+    "--context-length", type=click.IntRange(1), help="onnxruntime-genai: most tokens of a sequence; default: the model's."
+)
 @on_screen
 def command(screen: Screen, engine: Path, destination: Destination, output: Path, **options: Any) -> None:
     """Put ENGINE into a folder that a server or device can start from.

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from rq_compile.files import Document
 
-Destination = Literal["edge", "tensorrt-llm", "sglang", "vllm", "vllm-ascend"]
+Destination = Literal["triton", "edge", "onnxruntime-genai", "tensorrt-llm", "sglang", "vllm", "vllm-ascend"]
 
 
 class Package(Document):

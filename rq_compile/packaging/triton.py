@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ from rq_compile.packaging.triton_config import as_text, messages
 from rq_compile.runtime.files import engine_files, manifest_path, read_manifest, verify
 
 Flavour = Literal["python", "onnxruntime"]
-WRITERS = {"python": triton_python.write, "onnxruntime": triton_onnxruntime.write}
-OPTIONS = {"python": {"threads"}, "onnxruntime": {"mount", "threads", "instances", "calibration"}}
+WRITERS: dict[Flavour, Callable[..., tuple[Any, list[str]]]] = {
+    "python": triton_python.write,
+    "onnxruntime": triton_onnxruntime.write,
+}
+OPTIONS: dict[Flavour, set[str]] = {"python": {"threads"}, "onnxruntime": {"mount", "threads", "instances", "calibration"}}
 
 
 def package(source: Path, output: Path, flavour: Flavour = "python", name: str | None = None, **options: Any) -> Package:
@@ -57,7 +61,7 @@ def package(source: Path, output: Path, flavour: Flavour = "python", name: str |
 
 
 def commands(output: Path, name: str, flavour: Flavour, text: bool, mount: str) -> list[str]:
-    check = f"cd {shlex.quote(str(output))} && sha256sum -c {CHECKSUMS}"
+    check = f"(cd {shlex.quote(str(output))} && sha256sum -c {CHECKSUMS})"
     if flavour == "onnxruntime":
         folder = shlex.quote(f"{output.resolve()}:{mount}:ro")
         image = "nvcr.io/nvidia/tritonserver:25.12-py3"

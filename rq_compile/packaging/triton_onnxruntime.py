@@ -12,7 +12,7 @@ import numpy as np
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import read_document, sha256
-from rq_compile.packaging.triton_config import Tensor, data_type, messages, model_config
+from rq_compile.packaging.triton_config import Tensor, messages, model_config
 from rq_compile.planning.schema import Plan
 from rq_compile.targets.library import library_path
 from rq_compile.targets.manifest import Manifest

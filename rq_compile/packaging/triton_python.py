@@ -35,7 +35,8 @@ def write(engine: Path, manifest: Manifest, model: Path, threads: int = 0) -> tu
     shutil.copyfile(TEMPLATES / "generate.py", model / "1" / "generate.py")
     if manifest.op_library is not None:
         shutil.copyfile(library_path(), model / "1" / OP_LIBRARY)
-    return config(model.name, threads, manifest.context_length), ["the server's Python needs onnxruntime and tokenizers: pip install onnxruntime tokenizers"]
+    remark = "the server's Python needs onnxruntime and tokenizers: pip install onnxruntime tokenizers"
+    return config(model.name, threads, manifest.context_length), [remark]
 
 
 def config(name: str, threads: int, context_length: int | None) -> Any:

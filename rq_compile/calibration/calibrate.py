@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import torch
 
 from rq_compile import __version__
 from rq_compile.architectures.configuration import model_config
@@ -50,8 +51,8 @@ def calibrate(
     ``streaming.py``), with the same result to fp32 rounding; ``remark`` is told which way was taken. ``device`` is the torch
     device that runs the model; experts are measured on the CPU.
 
-    The second result are the statistics that ``statistics.py`` describes, by tensor name, mapped from temporary files where the
-    model did not fit; none for the quantizer "nearest", which needs none.
+    The second result are the statistics that ``statistics.py`` describes, by tensor name, mapped from temporary files; none for
+    the quantizer "nearest", which needs none.
 
     Raises:
         UserError: there is no text or one of too few tokens, the tokenizer is missing or not the model's, the sequences are
@@ -60,6 +61,7 @@ def calibrate(
     """
     if not texts:
         raise UserError("there is no text to calibrate on; give at least one", 2)
+    _check_device(device)
     layers = moe_layers(checkpoint)
     tokens = tokenize(checkpoint, texts)
     total = sum(len(ids) for ids in tokens)
@@ -97,7 +99,7 @@ def calibrate(
         measured_layers.append(_layer_calibration(recording, measurement))
         if quantizer == "gptq":
             moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
-            statistics |= {name: moment if way.whole else on_disk(moment) for name, moment in moments.items()}
+            statistics |= {name: on_disk(moment) for name, moment in moments.items()}
     calibration = Calibration(
         tool=f"rq-compile {__version__}",
         model=checkpoint.name,
@@ -119,6 +121,13 @@ def calibrate(
         layers=measured_layers,
     )
     return calibration, statistics
+
+
+def _check_device(device: str) -> None:
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device} asks for a GPU, but torch {torch.__version__} finds none on this machine; use --device cpu", 2
+        )
 
 
 def _check_fit(checkpoint: Checkpoint, tokens: list[np.ndarray], sequence_length: int) -> int | None:
@@ -148,16 +157,9 @@ def _measure(
 ) -> LayerMeasurement:
     """The recording's layer, its sums scaled up to all tokens where only a sample of them was recorded."""
     layer = recording.layer
-
-    def weights_of(expert: int) -> ExpertWeights:
-        weights = read_expert(expert)
-        if not all(np.isfinite(matrix).all() for matrix in (weights.up, weights.down)):
-            raise UserError(f"expert {expert} of {layer.name} has a weight that is not finite; repair the checkpoint")
-        return weights
-
     hidden, ids, gates = recording.measured()
     measurement = measure_layer(
-        layer.geometry, hidden, ids, gates, weights_of, quantizer=quantizer, wanda_fraction=wanda_fraction
+        layer.geometry, hidden, ids, gates, read_expert, quantizer=quantizer, wanda_fraction=wanda_fraction
     )
     if not 0 < measurement.output_square < np.inf:
         raise UserError(

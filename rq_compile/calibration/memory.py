@@ -16,8 +16,11 @@ from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 
 GIB = 2**30
-# What importing and building the model's empty modules adds to what the process holds when this is asked.
-PROGRAM = 256 * 2**20
+# What the model's modules without weights, activations and the like add to what the process holds when this is asked.
+PROGRAM = 192 * 2**20
+# Measured: while transformers stacks the experts that a checkpoint has one by one, the weights are held in fp32 twice, beside the
+# mapped files.
+LOADING = 2.5
 
 
 @dataclass(frozen=True)
@@ -42,36 +45,33 @@ def choose_way(
     """
     room = available_memory() if limit is None else limit - used_memory()
     model = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    hidden = max(layer.geometry.hidden for layer in layers)
-    working = PROGRAM + measuring_bytes(layers, measured_tokens)
-    layer = working + 4 * largest_dense_part(checkpoint, layers) * 3 // 2
-    fits_device = device == "cpu" or model + GIB <= device_memory(device)
-    if model + working <= room and fits_device:
-        return Way(True, True, f"the whole model is held in memory ({_gib(model)} in fp32)")
+    measuring = PROGRAM + _measuring(layers, measured_tokens)
+    whole = int(LOADING * model) + measuring
+    if whole <= room and (device == "cpu" or model + GIB <= device_memory(device)):
+        return Way(True, True, f"the model runs as a whole: {_gib(whole)} of memory hold its weights in fp32")
+    # A tensor is held as stored and in fp32 while it is read.
+    layer = 6 * largest_dense_part(checkpoint, layers) + measuring
     if limit is not None and layer > room:
         raise UserError(
-            f"--memory-limit {limit} is less than the {_gib(layer + used_memory())} that one layer of {checkpoint.path} takes "
-            "while it is measured; give more",
+            f"--memory-limit is {_gib(limit)}, but a single layer of {checkpoint.path} takes {_gib(layer + limit - room)} "
+            "while it is measured, the program included; give that much",
             2,
         )
-    states = 2 * 4 * rows * hidden
+    states = 2 * 4 * rows * max(moe.geometry.hidden for moe in layers)
     in_memory = layer + states <= room
+    there = f"{_gib(room)} of memory" if whole > room else f"the memory of {device}"
+    place = "" if in_memory else f", {_gib(states)} of hidden states on disk"
     return Way(
-        False,
-        in_memory,
-        f"the model runs layer by layer, as it takes {_gib(model + working)} in fp32 and {_gib(room if fits_device else 0)} are "
-        f"there{'' if in_memory else f'; {_gib(states)} of hidden states go to disk'}",
+        False, in_memory, f"the model runs layer by layer{place}: as a whole it would take {_gib(whole)}, more than {there}"
     )
 
 
-def measuring_bytes(layers: list[MoeLayer], measured_tokens: int) -> int:
-    """About what ``measure_layer`` takes at its peak, whatever the model's size otherwise."""
-    largest = 0
-    for layer in layers:
-        geometry = layer.geometry
-        weights = geometry.hidden * (geometry.up_rows + geometry.intermediate)
-        largest = max(largest, 28 * weights + 32 * geometry.hidden**2 + 16 * measured_tokens * geometry.hidden)
-    return largest
+def _measuring(layers: list[MoeLayer], measured_tokens: int) -> int:
+    """About what ``measure_layer`` takes at its peak: the factors were measured, GPTQ's float64 copies of the weights."""
+    return max(
+        32 * geometry.hidden * geometry.up_rows + 36 * geometry.hidden**2 + 16 * measured_tokens * geometry.hidden
+        for geometry in (layer.geometry for layer in layers)
+    )
 
 
 def largest_dense_part(checkpoint: Checkpoint, layers: list[MoeLayer]) -> int:

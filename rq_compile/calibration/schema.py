@@ -1,14 +1,29 @@
 """``calibration.json``: what a run of the model over text showed, per MoE layer and expert."""
 
+import math
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.files import Document
 from rq_compile.quantization.formats import Format, Quantizer
+
+
+def _infinite(value: object) -> object:
+    return math.inf if value is None else value
+
+
+def _null(value: float) -> float | None:
+    return None if math.isinf(value) else value
+
+
+# JSON has no infinity: strict readers refuse a file with one.
+RelativeError = Annotated[
+    float, BeforeValidator(_infinite, json_schema_input_type=float | None), PlainSerializer(_null, when_used="json")
+]
 
 
 class CalibrationText(Document):
@@ -44,8 +59,9 @@ class LayerCalibration(Document):
     ``error[format][e]`` is the gate-weighted squared output error of expert e when stored in ``format``, summed over its
     calibration tokens and divided by the squared norm of what the layer's routed experts give together, summed over all
     tokens: the errors of a plan's experts add up to the layer's relative error (the squares of one token's experts do,
-    as their errors point in unrelated directions). 0 where the format holds the weights exactly, infinite where it cannot hold
-    one. ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated instead.
+    as their errors point in unrelated directions). 0 where the format holds the weights exactly, infinite (in the file: null)
+    where it cannot hold one. ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated
+    instead.
     """
 
     name: str
@@ -56,7 +72,7 @@ class LayerCalibration(Document):
     batch_loads: list[list[int]]
     dropped: int = 0
     wanda: list[float]
-    error: dict[Format, list[float]]
+    error: dict[Format, list[RelativeError]]
     estimated: list[int] = Field(default=[])
 
     @property

@@ -7,6 +7,7 @@ moments of every expert would be as large as the experts.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -15,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from rq_compile.calibration.schema import StatisticsFile
+from rq_compile.calibration.scratch import release
 from rq_compile.checkpoint.safetensors_file import read_tensor
 from rq_compile.checkpoint.safetensors_file import tensors_of as stored_tensors
 from rq_compile.errors import UserError
@@ -121,3 +123,19 @@ class _InMemory:
 def tensors_of(layer: str, input_moment: SecondMoment, intermediate_moments: np.ndarray) -> dict[str, np.ndarray]:
     """One layer's part of the file; ``intermediate_moments [m, blocks, block, block]``."""
     return {f"{layer}.input_moment": input_moment.values, f"{layer}.intermediate_moment": intermediate_moments}
+
+
+def write_statistics(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """The file that ``Statistics`` reads, written tensor after tensor: they may be larger than memory."""
+    header: dict[str, dict[str, object]] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": (end, end + tensor.nbytes)}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor).data)
+            release(tensor)

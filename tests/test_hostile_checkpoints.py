@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 from safetensors.torch import load_file, save_file
 
-from rq_compile.architectures.load import load_model
+from rq_compile.architectures.layers import moe_layers
+from rq_compile.architectures.load import load_model, meta_model
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.safetensors_file import MAX_HEADER_BYTES, all_finite, read_tensor, tensors_of
 from rq_compile.errors import UserError
@@ -378,6 +379,88 @@ def test_no_tensors_at_all(sharded: Path) -> None:
     assert "hold no tensors" in refused(sharded)
 
 
+# The config against the tensors
+
+
+def reconfigured(model: Path, target: Path, **changes: object) -> Checkpoint:
+    """The checkpoint with changes to its config."""
+    shutil.copytree(model, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return Checkpoint.open(target)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_experts": 10**9}, "says num_experts 1000000000"),
+        ({"num_experts": -8}, "says num_experts -8"),
+        ({"num_experts": 16}, r"no tensor model\.layers\.0\.mlp\.experts\.8"),
+        ({"num_experts": 4}, r"has model\.layers\.0\.mlp\.experts\.4\.down_proj\.weight, but .* 4 experts"),
+        ({"num_experts_per_tok": 9}, "chooses 9 of 8 experts"),
+        ({"num_experts_per_tok": 0}, "says num_experts_per_tok 0"),
+        ({"num_hidden_layers": 10**12}, "says num_hidden_layers 1000000000000"),
+        ({"num_hidden_layers": 0}, "says num_hidden_layers 0"),
+        ({"num_hidden_layers": 3}, r"no tensor for the parameter model\.layers\.2"),
+        ({"hidden_size": -32}, "says hidden_size -32"),
+        ({"hidden_size": 2**40}, "says hidden_size"),
+        ({"hidden_size": 64}, "of .* has shape .* where its config.json asks for"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"vocab_size": 64}, r"has shape \[128, 32\] where its config.json asks for \[64, 32\]"),
+        ({"num_attention_heads": 0}, "says num_attention_heads 0"),
+        ({"num_attention_heads": 5}, "config.json"),
+        ({"hidden_act": "import os"}, "import os"),
+        ({"dtype": "no such"}, "is not a valid olmoe config"),
+        ({"rope_parameters": "x"}, "config.json"),
+        ({"rope_parameters": {"rope_type": "no such"}}, "config.json"),
+        ({"max_position_embeddings": "many"}, "config.json"),
+    ],
+)
+def test_a_config_that_its_tensors_do_not_bear_out_is_refused(
+    model: Path, tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    checkpoint = reconfigured(model, tmp_path / "model", **change)
+    with pytest.raises(UserError, match=words) as caught:
+        meta_model(checkpoint)
+    one_sentence(caught.value)
+
+
+def test_experts_of_unequal_shapes_are_refused_before_any_is_read(model: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=rf"{name} of .* has shape \[32, 48\] where \[48, 32\] is expected of one of 8 equal experts"
+    ):
+        moe_layers(Checkpoint.open(directory))
+
+
+def test_nothing_but_the_checked_tensors_is_loaded(model: Path, tmp_path: Path) -> None:
+    """What transformers would take in their place: an adapter's base model, a distributed checkpoint, a kernel, remote code."""
+    expected = load_model(Checkpoint.open(model)).state_dict()
+    hostile = {"auto_map": {"AutoModelForCausalLM": "trap.Model"}, "transformers_weights": "other.safetensors"}
+    checkpoint = reconfigured(model, tmp_path / "model", **hostile, _attn_implementation="some/kernel", attn_implementation="a/b")
+    (checkpoint.path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/where", "peft_type": "LORA"}')
+    (checkpoint.path / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    (checkpoint.path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    (checkpoint.path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
+    loaded = load_model(Checkpoint.open(checkpoint.path))
+    assert all(torch.equal(values, expected[name]) for name, values in loaded.state_dict().items())
+    assert loaded.config._attn_implementation in ("sdpa", "eager")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_family_that_needs_code_of_its_own_is_refused(model: Path, tmp_path: Path) -> None:
+    checkpoint = reconfigured(model, tmp_path / "model", model_type="new_moe", auto_map={"AutoModelForCausalLM": "m.Model"})
+    with pytest.raises(
+        UserError, match=r"new_moe of .*, needs code of its own to run \(auto_map\), which is never done, is not supp"
+    ):
+        moe_layers(checkpoint)
+
+
 # Values
 
 
@@ -400,6 +483,8 @@ def test_a_weight_that_is_not_finite_is_named_where_it_is_read(sharded: Path, na
     checkpoint = Checkpoint.open(sharded)
     with pytest.raises(UserError, match=f"{name} in {file} has a weight that is not finite"):
         checkpoint.read(name)
+    with pytest.raises(UserError, match=f"{name} in {file} has a weight that is not finite"):
+        load_model(checkpoint)
     with pytest.raises(UserError, match="not finite"):
         checkpoint.read_row(name, checkpoint.shape(name)[0] - 1)
 

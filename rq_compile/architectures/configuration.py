@@ -5,6 +5,7 @@ Families whose code is not in transformers are mapped onto a class that computes
 
 from typing import TYPE_CHECKING, Any
 
+from rq_compile.architectures.agreement import check_sizes
 from rq_compile.architectures.families import family_of
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
@@ -12,24 +13,36 @@ from rq_compile.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# How to run a model is not the checkpoint's to say: the name of an attention may be a repository whose kernel is downloaded.
+RUNTIME_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "transformers_weights", "quantization_config")
+
 
 def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
     """The config with every default filled in.
 
     Raises:
-        UserError: the family is not supported, or its config asks for something that is not.
+        UserError: the family is not supported, its config asks for something that is not or is not valid, or a size that it
+            states cannot be that of the checkpoint's tensors.
     """
     family_of(checkpoint)
-    if checkpoint.model_type == "llama_moe":
-        return _llama_moe(checkpoint.config)
-    if checkpoint.model_type == "deepseek":
-        return _deepseek(checkpoint.config)
+    stated = {key: value for key, value in checkpoint.config.items() if not key.startswith("_") and key not in RUNTIME_KEYS}
+    make = {"llama_moe": _llama_moe, "deepseek": _deepseek}.get(checkpoint.model_type, _of_transformers)
+    try:
+        config = make(stated)
+    except UserError:
+        raise
+    except Exception as error:  # each of transformers' validators and converters raises what it likes
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        file = checkpoint.path / "config.json"
+        raise UserError(f"{file} is not a valid {checkpoint.model_type} config: {reason}; download it again", 2) from error
+    check_sizes(checkpoint, config)
+    return config
+
+
+def _of_transformers(config: dict[str, Any]) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.for_model(**checkpoint.config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{checkpoint.path / 'config.json'} is not a valid {checkpoint.model_type} config: {error}", 2) from error
+    return AutoConfig.for_model(**config)
 
 
 def _llama_moe(config: dict[str, Any]) -> "PretrainedConfig":

@@ -105,8 +105,9 @@ def family_of(checkpoint: Checkpoint) -> Family:
         raise UserError(
             f"{checkpoint.path} is not an MoE: the model {checkpoint.model_type} has no experts; give a sparse MoE checkpoint", 2
         )
+    code = ", needs code of its own to run (auto_map), which is never done," if checkpoint.config.get("auto_map") else ""
     raise UserError(
-        f"the model family {checkpoint.model_type} of {checkpoint.path} is not supported; "
+        f"the model family {checkpoint.model_type} of {checkpoint.path}{code} is not supported; "
         f"use one of {', '.join(sorted(FAMILIES))}",
         2,
     )

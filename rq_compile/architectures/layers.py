@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -25,6 +24,7 @@ GATED_BY: dict[str, Activation] = {
     "gelu_new": "geglu_tanh",
 }
 PLAIN: dict[str, Activation] = {"relu": "relu", "gelu": "gelu"}
+EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 Projection = Literal["up", "down"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
@@ -56,7 +56,8 @@ def moe_layers(checkpoint: Checkpoint) -> list[MoeLayer]:
     """Every MoE layer by index, from the config and the tensors' names and shapes; no weights are read.
 
     Raises:
-        UserError: no MoE layer, an activation that is not supported, experts of unequal shapes, or an unsupported family.
+        UserError: see ``model_config``; no MoE layer, an activation that is not supported, or experts that are missing, of
+            unequal shapes, or not as many as the config says.
     """
     family = family_of(checkpoint)
     config = model_config(checkpoint)
@@ -143,23 +144,55 @@ def _stacked(checkpoint: Checkpoint, family: Family, module: str) -> tuple[str, 
 
 
 def _geometry(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig", module: str) -> ExpertGeometry:
+    """From the shape of the first expert's ``down``, once every expert's tensors were found to have the shapes that follow."""
     stacked = _stacked(checkpoint, family, module)
-    if stacked is None:
-        hidden, intermediate = checkpoint.shape(_expert_tensor(family, module, family.down, 0))
-        experts = next(e for e in count() if _expert_tensor(family, module, family.down, e) not in checkpoint)
-    else:
-        experts, *shape = checkpoint.shape(stacked[1])
-        hidden, intermediate = reversed(shape) if family.transposed else shape
+    down = stacked[1] if stacked else _expert_tensor(family, module, family.down, 0)
+    shape = checkpoint.shape(down)
+    if len(shape) != (3 if stacked else 2) or 0 in shape:
+        raise UserError(f"{down} of {checkpoint.path} has shape {list(shape)}, which experts cannot have; download it again", 2)
+    hidden, intermediate = reversed(shape[-2:]) if family.transposed else shape[-2:]
     geometry = ExpertGeometry(
-        experts=experts,
+        experts=next(getattr(config, key) for key in EXPERTS_KEYS if hasattr(config, key)),
         top_k=family.top_k or config.num_experts_per_tok,
         hidden=hidden,
         intermediate=intermediate,
         activation="clamped_swiglu" if family.transposed else _activation(family, config, module),
     )
-    if not family.transposed:
-        return geometry
-    return geometry.model_copy(update={"bias": True, "alpha": config.swiglu_alpha, "limit": config.swiglu_limit})
+    if family.transposed:
+        geometry = geometry.model_copy(update={"bias": True, "alpha": config.swiglu_alpha, "limit": config.swiglu_limit})
+    if not 1 <= geometry.top_k <= geometry.experts:
+        raise UserError(
+            f"{checkpoint.path / 'config.json'} chooses {geometry.top_k} of {geometry.experts} experts; correct it", 2
+        )
+    expected = _stacked_shapes(geometry, stacked) if stacked else _shapes(family, module, geometry)
+    for name, shape in expected.items():
+        if checkpoint.shape(name) != shape:
+            raise UserError(
+                f"{name} of {checkpoint.path} has shape {list(checkpoint.shape(name))} where {list(shape)} is expected of one of "
+                f"{geometry.experts} equal experts; check its config.json, or download it again",
+                2,
+            )
+    beyond = _expert_tensor(family, module, family.down, geometry.experts)
+    if beyond in checkpoint:
+        raise UserError(
+            f"{checkpoint.path} has {beyond}, but its config.json says that there are {geometry.experts} experts; correct it", 2
+        )
+    return geometry
+
+
+def _shapes(family: Family, module: str, geometry: ExpertGeometry) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, of experts that are stored one by one."""
+    up, down = (geometry.intermediate, geometry.hidden), (geometry.hidden, geometry.intermediate)
+    shapes = [(name, up) for name in family.up] + [(family.down, down)]
+    return {_expert_tensor(family, module, name, e): shape for e in range(geometry.experts) for name, shape in shapes}
+
+
+def _stacked_shapes(geometry: ExpertGeometry, stacked: tuple[str, str]) -> dict[str, tuple[int, ...]]:
+    up, down = (geometry.up_rows, geometry.hidden), (geometry.hidden, geometry.intermediate)
+    if not geometry.bias:
+        return {name: (geometry.experts, *shape) for name, shape in zip(stacked, (up, down), strict=True)}
+    shapes = {name: (geometry.experts, *reversed(shape)) for name, shape in zip(stacked, (up, down), strict=True)}
+    return shapes | {f"{name}_bias": (geometry.experts, shape[0]) for name, shape in zip(stacked, (up, down), strict=True)}
 
 
 def _activation(family: Family, config: "PretrainedConfig", module: str) -> Activation:

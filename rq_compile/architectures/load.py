@@ -1,18 +1,28 @@
-"""The transformers model of a checkpoint: with its weights, or on the meta device with none."""
+"""The transformers model of a checkpoint: with its weights, or on the meta device with none.
+
+No code of a checkpoint is ever run, so there is no ``--trust-remote-code``: every supported family's classes are transformers'
+own or in ``remote.py``, and a family that is neither could not be exported by running its code alone. transformers is given the
+config and the tensors that ``Checkpoint`` has checked, never the folder: there it would follow an ``adapter_config.json`` to
+another repository, unpickle a distributed checkpoint's ``.metadata``, or take other weights than the rest of rq-compile does.
+"""
 
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from rq_compile.architectures.agreement import check_tensors
 from rq_compile.architectures.configuration import model_config
 from rq_compile.architectures.dense import dense_tensor
 from rq_compile.architectures.layers import MoeLayer, expert_weights, moe_layers
 from rq_compile.architectures.remote import REMOTE_CLASSES
 from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.safetensors_file import check_finite
 from rq_compile.errors import UserError
 
 # One product per expert that has tokens. "batched_mm" would gather whole weight matrices per token.
@@ -22,20 +32,17 @@ EXPERTS_IMPLEMENTATION = "grouped_mm"
 def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model in fp32 on the CPU, in eval mode, without gradients.
 
-    transformers loads its own families; the others are read tensor by tensor into an empty model. Either way no second
-    copy of the weights is held.
+    transformers converts the weights of its own families; the others are read tensor by tensor into an empty model. Either way
+    no second copy of the weights is held.
 
     Raises:
-        UserError: see ``moe_layers`` and ``dense_tensor``.
+        UserError: see ``meta_model``; or a weight is not finite.
     """
-    layers = moe_layers(checkpoint)
+    layers, model = moe_layers(checkpoint), meta_model(checkpoint)
     if checkpoint.model_type in REMOTE_CLASSES:
-        model = meta_model(checkpoint)
         _fill(model, checkpoint, layers)
     else:
-        config = model_config(checkpoint)
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = _from_pretrained(auto_class, checkpoint)
+        model = _converted(type(model), checkpoint)
         _choose_experts_implementation(model)
     return model.eval().requires_grad_(False)
 
@@ -44,21 +51,37 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The same module as ``load_model`` gives, its parameters on the meta device.
 
     Buffers that no checkpoint holds (the rotary embeddings' frequencies) are real.
+
+    Raises:
+        UserError: see ``moe_layers``; or the config describes no model, or one that the checkpoint's tensors are not of.
     """
     config = model_config(checkpoint)
+    try:
+        model = _empty(_model_class(checkpoint, config), config)
+    except Exception as error:  # a config may be wrong in any way
+        reason = " ".join(str(error).split())
+        raise UserError(f"{checkpoint.path / 'config.json'} describes no model that can be built: {reason}", 2) from error
+    check_tensors(checkpoint, model, [layer.name for layer in moe_layers(checkpoint)])
+    _choose_experts_implementation(model)
+    return model.eval().requires_grad_(False)
+
+
+def _model_class(checkpoint: Checkpoint, config: PretrainedConfig) -> type[PreTrainedModel]:
+    if checkpoint.model_type in REMOTE_CLASSES:
+        return REMOTE_CLASSES[checkpoint.model_type]
+    mapping: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping[type(config)]
+
+
+def _empty(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        if checkpoint.model_type in REMOTE_CLASSES:
-            model = REMOTE_CLASSES[checkpoint.model_type]._from_config(config, dtype=torch.float32)
-        else:
-            auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model = auto_class.from_config(config, dtype=torch.float32)
+        model = model_class._from_config(config, dtype=torch.float32)
     for module in model.modules():
         if module._non_persistent_buffers_set:
             real = type(module)(config)
             for name in module._non_persistent_buffers_set:
                 module.register_buffer(name, getattr(real, name), persistent=False)
-    _choose_experts_implementation(model)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def materialize(
@@ -84,21 +107,35 @@ def materialize(
         setattr(model.get_submodule(owner), attribute, nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value)
 
 
-def _from_pretrained(auto_class: Any, checkpoint: Checkpoint) -> PreTrainedModel:
+def _converted(model_class: type[PreTrainedModel], checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model with the checkpoint's tensors, renamed and stacked by transformers."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, report = auto_class.from_pretrained(checkpoint.path, dtype=torch.float32, output_loading_info=True)
+        return model_class.from_pretrained(
+            None,
+            config=model_config(checkpoint),
+            state_dict=_mapped(checkpoint),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
     finally:
         if shown:
             logging.enable_progress_bar()
-    # transformers fills what is missing with random values and only logs it.
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{checkpoint.path} has no tensor for {missing[0]} ({len(missing)} missing in all); download the checkpoint again", 2
-        )
-    return model
+
+
+def _mapped(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Every tensor, mapped from its file."""
+    try:
+        files = {file: safe_open(file, "pt") for file in {tensor.file for tensor in checkpoint.tensors.values()}}
+        tensors = {name: files[tensor.file].get_tensor(name) for name, tensor in checkpoint.tensors.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the weights of {checkpoint.path}: {error}; download the checkpoint again", 2) from error
+    for name, stored in checkpoint.tensors.items():
+        check_finite(name, stored, tensors[name].view(torch.uint8).numpy())
+    return tensors
 
 
 def _choose_experts_implementation(model: PreTrainedModel) -> None:

@@ -18,7 +18,7 @@ import click
 from rq_compile import __version__
 from rq_compile.errors import UserError
 
-COMMANDS = ("compile", "calibrate", "plan", "replan", "inspect", "evaluate", "bench", "generate", "package")
+COMMANDS = ("compile", "calibrate", "plan", "replan", "inspect", "evaluate", "bench", "generate", "package", "report")
 INTERRUPTED = 130
 TERMINATED = 143
 

@@ -130,7 +130,7 @@ def numbered(tensors: list[CacheTensor], side: str) -> str:
 
 
 def tokenizer_settings(source: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """What ``tokenizer_config.json`` holds; None for a tokenizer other than byte-pair encoding, which would need its own class."""
+    """What ``tokenizer_config.json`` holds; None for a tokenizer other than byte-pair encoding, which needs its own class."""
     if manifest.tokenizer is None:
         return None
     path = source.parent / manifest.tokenizer.name

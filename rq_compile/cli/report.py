@@ -1,0 +1,43 @@
+"""``rq-compile report``: an engine as a page to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rq_compile.cli.options import FILE, check_writable
+from rq_compile.cli.screen import Screen, on_screen
+
+
+@click.command("report")
+@click.argument("engine", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="The page to write (.html).")
+@click.option("--evaluation", type=FILE, help="What `rq-compile evaluate ENGINE ... --json` printed.")
+@click.option("--bench", type=FILE, help="What `rq-compile bench ENGINE ... --json` printed.")
+@on_screen
+def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None, bench: Path | None) -> None:
+    """Show ENGINE as one self-contained HTML page: load, balance, formats, memory, and accuracy and speed where measured."""
+    check_writable(output)
+
+    from rq_compile.cli.tables import facts
+    from rq_compile.evaluation.schema import Bench, Evaluation
+    from rq_compile.files import read_document, written_beside
+    from rq_compile.reporting.headline import headline
+    from rq_compile.reporting.page import page
+    from rq_compile.reporting.same_engine import check_bench, check_evaluation
+    from rq_compile.runtime.files import read_manifest
+
+    manifest = read_manifest(engine)
+    evaluated = timed = None
+    if evaluation is not None:
+        evaluated = read_document(Evaluation, evaluation)
+        check_evaluation(engine, manifest, evaluated, evaluation)
+    if bench is not None:
+        timed = read_document(Bench, bench)
+        check_bench(engine, timed, bench)
+    with written_beside(output) as temporary:
+        temporary.write_text(page(engine.name, manifest, evaluated, timed), encoding="utf-8")
+    screen.note(f"wrote {output}")
+    result = headline(engine.name, manifest, evaluated, timed)
+    screen.result(result, facts(result.engine, result=result.sentence), asked_for=False)

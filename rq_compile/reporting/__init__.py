@@ -1,0 +1,1 @@
+"""A compiled engine as one page to look at."""

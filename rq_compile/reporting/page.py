@@ -1,0 +1,113 @@
+"""One self-contained HTML page about an engine: style and charts inline, no script, nothing to fetch, always the same bytes."""
+
+import shlex
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from rq_compile.evaluation.schema import Bench, Evaluation
+from rq_compile.reporting.charts import Bar, balance_scale, bars, slot_sizes, stored_layers
+from rq_compile.reporting.headline import headline
+from rq_compile.reporting.maps import formats_legend, legend, maps
+from rq_compile.targets.manifest import Manifest
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: Bench | None) -> str:
+    """The page of the engine called ``engine``; what was not measured, it says, with the command that does it.
+
+    Names are escaped wherever they come from.
+    """
+    plan = manifest.plan
+    predicted = [(layer.index, layer.predicted) for layer in plan.layers]
+    measured = [] if evaluation is None else [(layer.index, layer) for layer in evaluation.total.layers]
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            headline=headline(engine, manifest, evaluation, bench),
+            manifest=manifest,
+            plan=plan,
+            maps=maps(plan),
+            legend=legend(),
+            formats_legend=formats_legend(plan),
+            predicted=predicted,
+            measured=measured,
+            scale=balance_scale(balance.lis_before for _, balance in [*predicted, *measured]),
+            layers=stored_layers(plan),
+            sizes=slot_sizes(plan),
+            memory=bars(
+                ("experts in the checkpoint", plan.bytes_before, False),
+                ("all slots of the plan", plan.bytes_after, True),
+                ("experts in this engine", manifest.expert_bytes, True),
+            ),
+            evaluation=evaluation,
+            bench=bench,
+            speeds=[] if bench is None else speeds(plan.model, bench),
+            commands=commands(engine, plan.model),
+        )
+    )
+
+
+def memory(manifest: Manifest) -> list[Bar]:
+    plan = manifest.plan
+    values = [("experts in the checkpoint", plan.bytes_before, False)]
+    if size(plan.bytes_after) != size(manifest.expert_bytes):
+        values.append(("all slots of the plan", plan.bytes_after, True))
+    return bars(*values, ("experts in this engine", manifest.expert_bytes, True))
+
+
+def environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters |= {"size": size, "rate": rate, "percent": percent, "mean": mean}
+    return made
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count:,.0f} bytes"
+
+
+def rate(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second >= 100 else f"{tokens_per_second:.1f} tokens/s"
+
+
+def mean(balances: list[tuple[int, Any]], name: str) -> float:
+    return fmean(getattr(balance, name) for _, balance in balances)
+
+
+def percent(value: float) -> str:
+    """A position or length of a mark."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") + "%"
+
+
+def speeds(model: str, bench: Bench) -> list[tuple[str, float | None, list[Bar]]]:
+    """Kind, ratio and bars of prefill and decode."""
+    made = []
+    for kind, ratio in (("prefill", bench.ratio_prefill), ("decode", bench.ratio_decode)):
+        values = [(bench.engine.name, getattr(bench.engine, kind), True)]
+        if bench.other is not None:
+            values.insert(0, (other_side(model, bench.other.name), getattr(bench.other, kind), False))
+        made.append((kind, ratio, bars(*values)))
+    return made
+
+
+def other_side(model: str, name: str) -> str:
+    """What an engine was timed against: ``bench --against`` takes engines and checkpoints."""
+    if name.endswith(".onnx"):
+        return f"{name}, another engine"
+    return f"the original, {name}, in transformers, fp32" if name == model else f"{name}, in transformers, fp32"
+
+
+def commands(engine: str, model: str) -> dict[str, str]:
+    """What measures the parts that are missing, and makes the page with all of them."""
+    quoted, reference = shlex.quote(engine), shlex.quote(model)
+    return {
+        "evaluate": f"rq-compile evaluate {quoted} --reference {reference} --text FILE --json > evaluation.json",
+        "bench": f"rq-compile bench {quoted} --against {reference} --json > bench.json",
+        "report": f"rq-compile report {quoted} --evaluation evaluation.json --bench bench.json -o report.html",
+    }

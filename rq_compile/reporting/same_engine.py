@@ -1,0 +1,42 @@
+"""Whether an evaluation or a benchmark is of the engine that is reported."""
+
+from pathlib import Path
+
+from rq_compile.errors import UserError
+from rq_compile.evaluation.schema import Bench, Evaluation
+from rq_compile.targets.manifest import Manifest
+
+
+def check_evaluation(engine: Path, manifest: Manifest, evaluation: Evaluation, path: Path) -> None:
+    """
+    Raises:
+        UserError: the evaluation at ``path`` names another engine or model, or has other layers or bytes than this engine.
+    """
+    plan = manifest.plan
+    layers = [(layer.name, layer.index) for layer in plan.layers]
+    for told, ours, theirs in (
+        ("", engine.name, evaluation.engine),
+        ("the model ", plan.model, evaluation.reference),
+        ("layers ", layers, [(layer.name, layer.index) for layer in evaluation.total.layers]),
+        ("expert bytes ", plan.bytes_before, evaluation.expert_bytes_before),
+        ("expert bytes ", manifest.expert_bytes, evaluation.expert_bytes_after),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{path} is an evaluation of {told}{theirs}, not of {told}{ours}; make it with "
+                f"rq-compile evaluate {engine.name} --reference MODEL --text FILE --json",
+                2,
+            )
+
+
+def check_bench(engine: Path, bench: Bench, path: Path) -> None:
+    """
+    Raises:
+        UserError: the benchmark at ``path`` timed another engine.
+    """
+    if bench.engine.name != engine.name:
+        raise UserError(
+            f"{path} is a benchmark of {bench.engine.name}, not of {engine.name}; make it with "
+            f"rq-compile bench {engine.name} --against MODEL --json",
+            2,
+        )

@@ -13,7 +13,7 @@ from rq_compile.architectures.geometry import GATED, ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
 from rq_compile.quantization.quantizer import stored
-from rq_compile.rewrite.batched_experts import FixedCapacity
+from rq_compile.rewrite.batched_experts import ExpectedCapacity
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.rewrite import rewrite
 from rq_compile.targets.library import library_path
@@ -82,11 +82,17 @@ class Layer:
 
 
 def compiled(
-    plan: Plan, experts: list[ExpertWeights], lowering: str, folder: Path, *, fixed: FixedCapacity | None = None, threads: int = 1
+    plan: Plan,
+    experts: list[ExpertWeights],
+    lowering: str,
+    folder: Path,
+    *,
+    expected: ExpectedCapacity | None = None,
+    threads: int = 1,
 ) -> Layer:
     geometry = plan.layers[0].geometry
     exported = one_layer(geometry.hidden, geometry.top_k)
-    model, weights, _ = rewrite(exported, plan, lambda _, e: experts[e], lowering, fixed=fixed)
+    model, weights, _ = rewrite(exported, plan, lambda _, e: experts[e], lowering, expected=expected)
     with (folder / "layer.data").open("wb") as file:
         written = write_weights(weights, file)
     locate(model, written.starts, "layer.data")

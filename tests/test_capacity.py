@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rq_compile.planning.capacity import capacity_classes, expected_loads, fixed_capacity, lane_groups
+from rq_compile.planning.capacity import capacity_classes, expected_loads, lane_groups
 from rq_compile.planning.metrics import padded_work
 from rq_compile.planning.schema import Slot
 
@@ -84,10 +84,7 @@ def test_lanes_are_slots_of_one_format_and_class() -> None:
     assert padded_work(np.array([4, 5, 3, 0, 2]), groups) == pytest.approx((5 + 0 + 3 + 2 * 4) / 14)
 
 
-def test_a_fixed_capacity_holds_what_the_busiest_lane_expects() -> None:
+def test_expected_loads_are_the_plans_or_all_equal() -> None:
     slots = [Slot(expert=e, format="int8", load=load) for e, load in enumerate((0.5, 0.25, 0.25))]
     assert expected_loads(slots).tolist() == [0.5, 0.25, 0.25]
     assert expected_loads([*slots, Slot(expert=3, format="int8")]).tolist() == [0.25] * 4
-    assert fixed_capacity(np.array([0.5, 0.25]), 100, headroom=1.25) == 63
-    assert fixed_capacity(np.array([0.9]), 100, headroom=2) == 100
-    assert fixed_capacity(np.array([0.0]), 100, headroom=2) == 1

@@ -4,7 +4,6 @@ Slots of one format and one capacity class are the lanes of one batched matrix p
 them. Wide lanes for busy slots and narrow ones for cold slots keep the padding small.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,15 +42,6 @@ def expected_loads(slots: Sequence[Slot]) -> np.ndarray:
     if any(load is None for load in loads):
         return np.full(len(loads), 1 / len(loads))
     return np.array(loads, np.float64)
-
-
-def fixed_capacity(loads: np.ndarray, pairs: int, headroom: float) -> int:
-    """Rows of every lane of one product, for a target that must know them in advance; at least 1.
-
-    ``loads``: the expected shares of its slots, of the ``pairs`` (token, choice) pairs of the step that the engine is made for.
-    The lanes hold ``headroom`` times what the busiest expects; a batch with more takes a further pass.
-    """
-    return max(1, math.ceil(pairs * min(1.0, float(loads.max()) * headroom)))
 
 
 def _classes_of_one_format(shares: np.ndarray, classes: int) -> np.ndarray:

@@ -7,13 +7,18 @@ they are gathered back. Lanes that have no row compute a copy of another and are
 1. Capacity of the batch: a product is as wide as its busiest slot has rows. It stands in an ``If``: without rows it runs nothing,
    and its dequantized weights live no longer than the branch. (Outside one, ONNX Runtime dequantizes the weights of every layer
    first and keeps them all.)
-2. Fixed capacity, for targets that need static shapes: a ``Loop`` of as many passes as the busiest slot needs, so no row is lost.
+2. Expected capacity, for targets that must know shapes before values: computed from the number of rows and the calibrated loads.
+   The first pass stands in the main graph, where TensorRT keeps quantized weights packed; a ``Loop`` over the same weights
+   makes the passes that a busier slot needs, mostly none, so no row is lost.
 
 Requires: opset 21; ``slot_offsets`` and ``rows`` (int64) of each layer, and its ExpertGemm ``{layer}.up`` and ``{layer}.down``.
+With expected capacity also a row at least, as no lane can be filled without one.
 Ensures: no ExpertGemm is left. While all copies of an expert have one format, no bit of a row depends on the other rows: so it
 was found with ONNX Runtime 1.32 on the CPU, whose MatMul adds up every row alike unless it has one row only.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +26,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from rq_compile.planning.capacity import expected_loads, fixed_capacity, lane_groups
+from rq_compile.planning.capacity import expected_loads, lane_groups
 from rq_compile.planning.schema import LayerPlan
 from rq_compile.rewrite.activations import activated
 from rq_compile.rewrite.contract import ensures, requires
@@ -32,14 +37,20 @@ from rq_compile.rewrite.weights import Section, constant
 
 NAME = "batched_experts"
 OPSET = 21  # the first with block-wise DequantizeLinear
+SHARES = 1 << 16  # expected shares are whole multiples of its inverse
 
 
 @dataclass(frozen=True)
-class FixedCapacity:
-    """Lanes for a step of ``tokens`` tokens, with ``headroom`` times the rows that the busiest slot expects."""
+class ExpectedCapacity:
+    """Lanes with ``headroom`` times the rows that their busiest slot expects, ``least`` at least, but no more than it can get.
 
-    tokens: int
+    So a step of up to ``least`` tokens, such as decoding, needs one pass whatever its tokens choose; tensor cores take 16 rows at
+    once anyway. A graph that never gets more than ``least`` tokens, said with ``most``, has no loop for further passes.
+    """
+
     headroom: float = 1.25
+    least: int = 16
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,18 +77,30 @@ class _Rows:
     last: gs.Tensor
 
 
+# What ``up`` and ``down`` of a product are multiplied with.
+_Matrices = tuple[gs.Tensor, gs.Tensor]
+
+
 def batched_experts(
-    graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, fixed: FixedCapacity | None = None
+    graph: gs.Graph,
+    plans: Sequence[LayerPlan],
+    source: Source,
+    expected: ExpectedCapacity | None = None,
+    *,
+    whole_columns: bool = False,
 ) -> list[Section]:
-    """Rewrite in place and return the weights the graph now refers to, a section for each layer: each slot has its own."""
+    """Rewrite in place and return the weights the graph now refers to, a section for each layer: each slot has its own.
+
+    ``expected``: see above, case 2; None is case 1. ``whole_columns``: see ``lane_weights``.
+    """
     requires(NAME, graph.opset >= OPSET, f"opset {OPSET} or later")
     nodes = {node.name: node for node in graph.nodes if node.op == "ExpertGemm"}
     sections = []
     for plan in plans:
         up, down = nodes.get(f"{plan.name}.up"), nodes.get(f"{plan.name}.down")
         requires(NAME, up is not None and down is not None, f"both projections of {plan.name}")
-        products = _products(plan, source)
-        _expand(graph, plan, up, down, products, fixed)
+        products = _products(plan, source, whole_columns)
+        _expand(graph, plan, up, down, products, expected)
         lanes = [lane for product in products for lane in (product.up, product.down)]
         weights, pieces = ([held for lane in lanes for held in getattr(lane, what)] for what in ("all", "pieces"))
         sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
@@ -86,18 +109,19 @@ def batched_experts(
     return sections
 
 
-def _products(plan: LayerPlan, source: Source) -> list[_Product]:
+def _products(plan: LayerPlan, source: Source, whole_columns: bool) -> list[_Product]:
     groups = lane_groups(plan.slots)
     found = []
     for number in range(groups.max() + 1):
         slots = np.flatnonzero(groups == number)
         held, name = [plan.slots[slot] for slot in slots], f"{plan.name}.lanes_{number}"
-        found.append(_Product(slots, *(lane_weights(plan, held, name, projection, source) for projection in ("up", "down"))))
+        weights = (lane_weights(plan, held, name, p, source, whole_columns=whole_columns) for p in ("up", "down"))
+        found.append(_Product(slots, *weights))
     return found
 
 
 def _expand(
-    graph: gs.Graph, plan: LayerPlan, up: gs.Node, down: gs.Node, products: list[_Product], fixed: FixedCapacity | None
+    graph: gs.Graph, plan: LayerPlan, up: gs.Node, down: gs.Node, products: list[_Product], expected: ExpectedCapacity | None
 ) -> None:
     x, rows, offsets = up.inputs[:3]
     (out,) = down.outputs
@@ -108,12 +132,12 @@ def _expand(
     op = Ops(graph, f"{plan.name}.lanes")
     bounds = op("Cast", offsets, to=onnx.TensorProto.INT64)
     token = op("Div", op("Concat", rows, [0], axis=0), plan.geometry.top_k)
-    first, last = op("Slice", bounds, [0], [-1]), op("Slice", bounds, [1], [np.iinfo(np.int64).max])
+    first, last = op("Slice", bounds, [0], [-1], [0]), op("Slice", bounds, [1], [np.iinfo(np.int64).max], [0])
     batch = _Rows(x, token, op("Shape", rows), first, last)
-    if fixed is None:
+    if expected is None:
         _with_capacity_of_the_batch(op, plan, products, batch, out)
     else:
-        _with_fixed_capacity(op, plan, products, batch, fixed, out)
+        _with_expected_capacity(op, plan, products, batch, expected, out)
 
 
 def _with_capacity_of_the_batch(op: Ops, plan: LayerPlan, products: list[_Product], batch: _Rows, out: gs.Tensor) -> None:
@@ -126,44 +150,76 @@ def _with_capacity_of_the_batch(op: Ops, plan: LayerPlan, products: list[_Produc
         row = _rows_of_lanes(op, first, last, op("Range", 0, capacity, 1), batch)
         rows_of_lanes.append(op("Reshape", row, [-1]))
         busy, idle = (gs.Graph(name=f"{plan.name}.lanes_{number}{state}") for state in ("", "_idle"))
-        busy.outputs = [_experts(Ops(busy, busy.name), plan, product, row, batch)]
+        inside = Ops(busy, busy.name)
+        busy.outputs = [_experts(inside, plan, product, _matrices(inside, product), row, batch)]
         idle.outputs = [Ops(idle, idle.name)("ConstantOfShape", [0, plan.geometry.hidden])]
         outputs.append(op("If", op("Greater", busiest, 0), then_branch=busy, else_branch=idle))
     row_of_lane = op("Concat", *rows_of_lanes, axis=0)
     lane = op("Range", 0, op("Squeeze", op("Shape", row_of_lane)), 1)
     nowhere = op("Expand", 0, op("Add", batch.none, 1))
-    lane_of_row = op("Slice", op("ScatterElements", nowhere, row_of_lane, lane, axis=0), [0], batch.none)
+    lane_of_row = op("Slice", op("ScatterElements", nowhere, row_of_lane, lane, axis=0), [0], batch.none, [0])
     op("Gather", op("Concat", *outputs, axis=0), lane_of_row, out=out)
 
 
-def _with_fixed_capacity(
-    op: Ops, plan: LayerPlan, products: list[_Product], batch: _Rows, fixed: FixedCapacity, out: gs.Tensor
+def _with_expected_capacity(
+    op: Ops, plan: LayerPlan, products: list[_Product], batch: _Rows, expected: ExpectedCapacity, out: gs.Tensor
 ) -> None:
-    loads, pairs = expected_loads(plan.slots), fixed.tokens * plan.geometry.top_k
-    capacities = [fixed_capacity(loads[product.slots], pairs, fixed.headroom) for product in products]
-    capacity = np.zeros(len(plan.slots), np.int64)
-    for product, rows in zip(products, capacities, strict=True):
-        capacity[product.slots] = rows
-    needed = op("Div", op("Add", op("Sub", batch.last, batch.first), capacity - 1), capacity)
-    passes = op("ReduceMax", needed, [0], keepdims=0)
+    capacities = [_capacity(op, plan, product, batch, expected) for product in products]
+    places = [op("Range", 0, op("Squeeze", capacity), 1) for capacity in capacities]
+    start = op("Expand", np.float32(0), op("Concat", op("Add", batch.none, 1), [plan.geometry.hidden], axis=0))
+    matrices = [_matrices(op, product) for product in products]
+    first_pass = _one_pass(op, plan, products, matrices, places, batch, start)
+    if expected.most is not None and expected.most <= expected.least:
+        op("Slice", first_pass, [0], batch.none, [0], out=out)
+        return
+
+    order = np.concatenate([product.slots for product in products])
+    of_slots = [op("Expand", capacity, [len(product.slots)]) for capacity, product in zip(capacities, products, strict=True)]
+    capacity = op("Gather", op("Concat", *of_slots, axis=0), np.argsort(order))
+    passes = op("Div", op("Sub", op("Add", op("Sub", batch.last, batch.first), capacity), 1), capacity)
+    further = op("Sub", op("Max", op("ReduceMax", passes, [0], keepdims=0), 1), 1)
 
     body = gs.Graph(name=f"{plan.name}.pass")
     into = Ops(body, body.name)
     number, more = gs.Variable(f"{body.name}.number", np.int64, []), gs.Variable(f"{body.name}.more", np.bool_, [])
     before = gs.Variable(f"{body.name}.before", np.float32, [None, plan.geometry.hidden])
-    rows_of_lanes, outputs = [], []
-    for product, rows in zip(products, capacities, strict=True):
-        first, last = into("Gather", batch.first, product.slots), into("Gather", batch.last, product.slots)
-        place = into("Add", into("Mul", number, rows), np.arange(rows))
-        row = _rows_of_lanes(into, first, last, place, batch)
-        rows_of_lanes.append(into("Reshape", row, [-1, 1]))
-        outputs.append(_experts(into, plan, product, row, batch))
-    after = into("ScatterND", before, into("Concat", *rows_of_lanes, axis=0), into("Concat", *outputs, axis=0))
+    done = into("Add", number, 1)
+    later = [into("Add", into("Mul", done, rows), place) for rows, place in zip(capacities, places, strict=True)]
+    after = _one_pass(into, plan, products, matrices, later, batch, before)
     body.inputs, body.outputs = [number, more, before], [into("Identity", more), after]
+    op("Slice", op("Loop", further, True, first_pass, body=body), [0], batch.none, [0], out=out)
 
-    start = op("Expand", np.float32(0), op("Concat", op("Add", batch.none, 1), [plan.geometry.hidden], axis=0))
-    filled = op("Loop", passes, True, start, body=body)
-    op("Slice", filled, [0], batch.none, [0], out=out)
+
+def _capacity(op: Ops, plan: LayerPlan, product: _Product, batch: _Rows, expected: ExpectedCapacity) -> gs.Tensor:
+    """int64 ``[1]``: rows of each lane of ``product``, in whole numbers, as shapes are computed."""
+    copies = Counter(slot.expert for slot in plan.slots)
+    fewest = min(copies[plan.slots[slot].expert] for slot in product.slots)
+    share = min(1.0, float(expected_loads(plan.slots)[product.slots].max()) * expected.headroom)
+    wanted = op("Div", op("Add", op("Mul", batch.none, math.ceil(share * SHARES)), SHARES - 1), SHARES)
+    # No token chooses an expert twice, and an expert's copies take turns.
+    turns = plan.geometry.top_k * fewest
+    possible = op("Div", op("Add", batch.none, turns - 1), turns)
+    # One row alone takes another kernel in ONNX Runtime, and its last bits would depend on who else is in the batch.
+    return op("Max", op("Min", op("Max", wanted, expected.least), possible), 2)
+
+
+def _one_pass(
+    op: Ops,
+    plan: LayerPlan,
+    products: list[_Product],
+    matrices: list[_Matrices],
+    places: list[gs.Tensor],
+    batch: _Rows,
+    before: gs.Tensor,
+) -> gs.Tensor:
+    """fp32 ``[P + 1, hidden]``: ``before`` with the rows that stand at ``places``, int64 ``[capacity]`` of each product."""
+    rows_of_lanes, outputs = [], []
+    for product, held, place in zip(products, matrices, places, strict=True):
+        first, last = op("Gather", batch.first, product.slots), op("Gather", batch.last, product.slots)
+        row = _rows_of_lanes(op, first, last, place, batch)
+        rows_of_lanes.append(op("Reshape", row, [-1, 1]))
+        outputs.append(_experts(op, plan, product, held, row, batch))
+    return op("ScatterND", before, op("Concat", *rows_of_lanes, axis=0), op("Concat", *outputs, axis=0))
 
 
 def _rows_of_lanes(op: Ops, first: gs.Tensor, last: gs.Tensor, place: gs.Tensor, batch: _Rows) -> gs.Tensor:
@@ -172,22 +228,30 @@ def _rows_of_lanes(op: Ops, first: gs.Tensor, last: gs.Tensor, place: gs.Tensor,
     return op("Where", op("Less", row, op("Unsqueeze", last, [1])), row, batch.none)
 
 
-def _experts(op: Ops, plan: LayerPlan, product: _Product, row: gs.Tensor, batch: _Rows) -> gs.Tensor:
+def _matrices(op: Ops, product: _Product) -> _Matrices:
+    return _matrix(op, product.up), _matrix(op, product.down)
+
+
+def _matrix(op: Ops, weights: LaneWeights) -> gs.Tensor:
+    """fp32 ``[n, padded columns, rows]``."""
+    matrix = constant(weights.values)
+    if weights.scales:
+        return op("DequantizeLinear", matrix, constant(weights.scales), axis=1, block_size=weights.block)
+    return matrix if weights.values.dtype == np.float32 else op("Cast", matrix, to=onnx.TensorProto.FLOAT)
+
+
+def _experts(op: Ops, plan: LayerPlan, product: _Product, matrices: _Matrices, row: gs.Tensor, batch: _Rows) -> gs.Tensor:
     """fp32 ``[n * capacity, hidden]``: what the slots make of their rows, lane by lane."""
-    geometry = plan.geometry
+    geometry, (up, down) = plan.geometry, matrices
     lanes = op("Gather", batch.x, op("Gather", batch.token, row))
-    middle = _multiplied(op, lanes, product.up, geometry.hidden)
-    result = _multiplied(op, activated(op, middle, geometry), product.down, geometry.intermediate)
+    middle = _multiplied(op, lanes, up, product.up, geometry.hidden)
+    result = _multiplied(op, activated(op, middle, geometry), down, product.down, geometry.intermediate)
     return op("Reshape", result, [-1, geometry.hidden])
 
 
-def _multiplied(op: Ops, lanes: gs.Tensor, weights: LaneWeights, columns: int) -> gs.Tensor:
+def _multiplied(op: Ops, lanes: gs.Tensor, matrix: gs.Tensor, weights: LaneWeights, columns: int) -> gs.Tensor:
     """fp32 ``[n, capacity, rows]`` of ``lanes [n, capacity, columns]``."""
-    matrix, padded = constant(weights.values), weights.values.shape[1]
-    if weights.scales:
-        matrix = op("DequantizeLinear", matrix, constant(weights.scales), axis=1, block_size=weights.block)
-    elif weights.values.dtype != np.float32:
-        matrix = op("Cast", matrix, to=onnx.TensorProto.FLOAT)
+    padded = weights.values.shape[1]
     if padded > columns:
         lanes = op("Pad", lanes, [0, 0, 0, 0, 0, padded - columns])
     product = op("MatMul", lanes, matrix)

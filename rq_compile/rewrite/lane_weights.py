@@ -8,6 +8,7 @@ import numpy as np
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, block_size
 from rq_compile.quantization.quantizer import quantize, whole_numbers
+from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, FLOAT_DTYPES, Source
 from rq_compile.rewrite.weights import INT4, ExternalWeight, Piece
 
@@ -33,11 +34,18 @@ class LaneWeights:
         return [weight for weight in (self.values, self.scales, self.bias) if weight]
 
 
-def lane_weights(plan: LayerPlan, slots: Sequence[Slot], name: str, projection: str, source: Source) -> LaneWeights:
-    """Describe the weights of ``projection`` ("up" or "down") of ``slots``, all of one format, without reading any."""
+def lane_weights(
+    plan: LayerPlan, slots: Sequence[Slot], name: str, projection: str, source: Source, *, whole_columns: bool = False
+) -> LaneWeights:
+    """Describe the weights of ``projection`` ("up" or "down") of ``slots``, all of one format, without reading any.
+
+    ``whole_columns``: int8 has one scale for a whole column and is rounded to the nearest, whatever the plan's quantizer is.
+    TensorRT multiplies with such weights as they are; block-wise ones it would first write out in 16 bit.
+    """
     geometry, format = plan.geometry, slots[0].format
     rows, columns = (geometry.up_rows, geometry.hidden) if projection == "up" else (geometry.hidden, geometry.intermediate)
-    block = block_size(columns)
+    whole = whole_columns and format == "int8"
+    block = columns if whole else block_size(columns)
     blocks = -(-columns // block)
     held, fp32 = len(slots), np.dtype(np.float32)
     packed = format in QUANTIZED_FORMATS
@@ -53,6 +61,9 @@ def lane_weights(plan: LayerPlan, slots: Sequence[Slot], name: str, projection: 
             biases = (getattr(expert, f"{projection}_bias").astype(np.float32, copy=False),) if bias else ()
             if not packed:
                 return matrix.astype(dtype, copy=False).T, *biases
+            if whole:
+                scale = holding_scales(matrix.astype(np.float32), format)
+                return nearest(matrix.astype(np.float32), scale, format).astype(np.int8).T, scale[None], *biases
             result = quantize(matrix, format, getattr(expert, f"{projection}_moment"))
             return whole_numbers(result, format).T, result.scales.T, *biases
 

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from rq_compile.planning.schema import Plan
-from rq_compile.rewrite.batched_experts import FixedCapacity, batched_experts
+from rq_compile.rewrite.batched_experts import ExpectedCapacity, batched_experts
 from rq_compile.rewrite.experts_to_slots import DOMAIN, experts_to_slots
 from rq_compile.rewrite.slot_weights import Source
 from rq_compile.rewrite.stock_combine import stock_combine
@@ -27,13 +27,14 @@ def rewrite(
     lowering: Lowering,
     *,
     activation_bits: int = 32,
-    fixed: FixedCapacity | None = None,
+    expected: ExpectedCapacity | None = None,
+    whole_columns: bool = False,
 ) -> tuple[onnx.ModelProto, list[Section], dict[str, int]]:
     """Put the plan's slots in place of every Experts node of ``model``.
 
     ``activation_bits``: 8 lets the native and stock lowerings round to int8 what they multiply with quantized weights, 32 keeps
-    it in fp32. ``fixed`` is the batched lowering's: the capacity of its lanes, by default that of each batch. Returns the new
-    model, the expert weights it refers to (a section for each layer, not read yet) and counts of what was replaced.
+    it in fp32. ``expected`` and ``whole_columns`` are the batched lowering's, see ``batched_experts``. Returns the new model, the
+    expert weights it refers to (a section for each layer, not read yet) and counts of what was replaced.
 
     Raises:
         UserError: the layers of the plan and of the model differ.
@@ -47,7 +48,7 @@ def rewrite(
     if lowering == "stock":
         stock_experts(graph, plan.layers, accuracy_level=4 if activation_bits == 8 else 0)
     elif lowering == "batched":
-        sections = batched_experts(graph, plan.layers, source, fixed)
+        sections = batched_experts(graph, plan.layers, source, expected, whole_columns=whole_columns)
     rewritten = gs.export_onnx(graph)
     if lowering != "native":
         # None of the op set is left, and a runtime may refuse a domain that it does not know.

@@ -1,0 +1,48 @@
+"""The activations of an expert. Which one is an argument, not a variant: it costs a branch in the epilogue and saves kernels."""
+
+import triton
+import triton.language as tl
+
+NAMES = ("none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu")
+GATED = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
+
+SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU = (tl.constexpr(NAMES.index(name)) for name in GATED)
+RELU, GELU = (tl.constexpr(NAMES.index(name)) for name in ("relu", "gelu"))
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_tanh(x):
+    # (1 + tanh(z)) / 2 is sigmoid(2 z).
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def gated(gate, linear, activation, alpha, limit):
+    """fp32, elementwise; ``alpha`` and ``limit`` are those of clamped_swiglu. NaN stays NaN."""
+    if activation == CLAMPED_SWIGLU:
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        linear = tl.minimum(linear, limit, propagate_nan=tl.PropagateNan.ALL)
+        linear = 1 + tl.maximum(linear, -limit, propagate_nan=tl.PropagateNan.ALL)
+        gate = gate * tl.sigmoid(alpha * gate)
+    elif activation == GEGLU:
+        gate = _gelu(gate)
+    elif activation == GEGLU_TANH:
+        gate = _gelu_tanh(gate)
+    else:
+        gate = gate * tl.sigmoid(gate)
+    return gate * linear
+
+
+@triton.jit
+def plain(x, activation):
+    """fp32, elementwise: relu, gelu, or x itself."""
+    if activation == RELU:
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif activation == GELU:
+        x = _gelu(x)
+    return x

@@ -1,0 +1,164 @@
+"""What every kernel must compute, stage by stage against float64: the cases that CI interprets and that a GPU runs."""
+
+import zlib
+from dataclasses import dataclass, replace
+
+import torch
+
+from rq_kernels import launch, reference, tiles
+from rq_kernels.reference import Example
+
+SHARED_EXPERTS = ((0, 1, 2), (3, -1, -1), (4, -1, -1))  # three slots of the first expert
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# Of the largest result: sums in fp32, in an order of the kernel's own, and exp and erf of the hardware.
+ARITHMETIC = 5e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """``formats`` of the slots (0 float, 1 int8, 2 int4) and a batch.
+
+    ``routing``: uniform, one (all tokens to the last expert), nan (a token of NaN), absent (ids outside the table).
+    """
+
+    name: str
+    formats: tuple[int, ...] = (0, 1, 2, 1, 2)
+    replicas: tuple[tuple[int, ...], ...] = SHARED_EXPERTS
+    hidden: int = 256
+    intermediate: int = 128
+    activation: str = "swiglu"
+    tokens: int = 9
+    top_k: int = 2
+    block: int = 128
+    bias: bool = False
+    dtype: torch.dtype = torch.float16
+    size: str = "decode"
+    routing: str = "uniform"
+
+
+ONE_EACH = ((0,), (1,), (2,), (3,))
+CASES = [
+    Case("float16", formats=(0,) * 5),
+    Case("bfloat16", formats=(0,) * 5, dtype=torch.bfloat16),
+    Case("int8", formats=(1,) * 5),
+    Case("int8 bf16", formats=(1,) * 5, dtype=torch.bfloat16),
+    Case("int4", formats=(2,) * 5),
+    Case("int4 bf16", formats=(2,) * 5, dtype=torch.bfloat16),
+    Case("mixed bf16", dtype=torch.bfloat16),
+    Case("batch tiles", size="batch", tokens=70, hidden=128, intermediate=144),
+    Case("prefill tiles", (0, 2, 1), ((2, -1), (0, 1)), size="prefill", tokens=90, top_k=1, hidden=144),
+    Case("prefill tiles int4", (2, 2), ((0,), (1,)), size="prefill", tokens=150, top_k=1, hidden=128),
+    Case("one token", tokens=1, top_k=1),
+    Case("one token, three choices", tokens=1, top_k=3),
+    Case("no token", tokens=0),
+    Case("empty slots", formats=(0, 1, 2, 2), replicas=ONE_EACH, tokens=2, top_k=1),
+    Case("all on one slot", tokens=40, top_k=1, routing="one"),
+    Case("all on one slot, batch tiles", tokens=70, top_k=1, routing="one", size="batch"),
+    Case("odd sizes", hidden=37, intermediate=53, block=16, bias=True),
+    Case("odd sizes, gelu", hidden=75, intermediate=21, block=16, activation="gelu"),
+    Case("block 64", hidden=192, intermediate=64, block=64),
+    Case("block 32", hidden=96, intermediate=160, block=32, size="batch"),
+    Case("block 128, padded", hidden=200, intermediate=72),
+    Case("clamped_swiglu with biases", activation="clamped_swiglu", bias=True),
+    Case("clamped_swiglu, bf16", activation="clamped_swiglu", bias=True, dtype=torch.bfloat16, block=64, intermediate=192),
+    Case("geglu", activation="geglu"),
+    Case("geglu_tanh with biases", activation="geglu_tanh", bias=True),
+    Case("relu with biases", activation="relu", bias=True),
+    Case("no activation", activation="none", size="batch"),
+    Case("a token of NaN", routing="nan", tokens=20),
+    Case("a token of NaN, relu", routing="nan", activation="relu"),
+    Case("a token of NaN, clamped", routing="nan", activation="clamped_swiglu"),
+    Case("ids outside the table", routing="absent", tokens=20, top_k=3),
+]
+
+# Real sizes, for a GPU: the interpreter would take hours.
+LARGE = [
+    replace(case, name=f"{case.name}, {size}, T={tokens}", size=size, tokens=tokens)
+    for case in (
+        Case("OLMoE", (1, 2, 0, 2) * 16, tuple((e,) for e in range(64)), 2048, 1024, top_k=8),
+        Case("OLMoE bf16", (2,) * 64, tuple((e,) for e in range(64)), 2048, 1024, top_k=8, dtype=torch.bfloat16),
+        Case("H1024-F2816", (2, 1) * 8, tuple((e,) for e in range(16)), 1024, 2816),
+        Case("DeepSeek-V2-Lite", (0, 1, 2, 2) * 16, tuple((e,) for e in range(64)), 2048, 1408, top_k=6),
+        Case("GPT-OSS", (2,) * 32, tuple((e,) for e in range(32)), 2880, 2880, "clamped_swiglu", top_k=4, block=64, bias=True),
+    )
+    for size, tokens in (("decode", 1), ("decode", 16), ("batch", 300), ("prefill", 1000))
+]
+
+
+def worst(case: Case, seed: int, device: str = "cpu") -> dict[str, float]:
+    """Of each stage the largest error over what is allowed: up to 1 is right. Dispatch, and a second run on a GPU: 0 or infinite.
+
+    What is allowed is the rounding of the result to ``case.dtype`` and ``ARITHMETIC``, so a weight or a sum that was rounded once
+    too often shows. Each stage is given what the kernel before it computed.
+    """
+    random = torch.Generator().manual_seed(seed ^ zlib.crc32(case.name.encode()))
+    held = reference.example(
+        random, list(case.formats), case.hidden, case.intermediate, case.activation,
+        replicas=[list(row) for row in case.replicas], block=case.block, bias=case.bias, dtype=case.dtype, device=device,
+    )  # fmt: skip
+    x, ids, gates = batch(case, random)
+    slots = reference.routed_slots(ids, held.layer.replicas)
+    on = [tensor.to(device) for tensor in (x, ids, gates)]
+    return _stages(case, held, slots, *on)
+
+
+def batch(case: Case, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``x [T, hidden]``, ``ids`` i64 [T, k], all different inside a token, ``gates`` f32 [T, k]; on the CPU."""
+    experts = len(case.replicas)
+    x = torch.randn(case.tokens, case.hidden, generator=random).to(case.dtype)
+    ids = torch.rand(case.tokens, experts, generator=random).argsort(1)[:, : case.top_k].contiguous()
+    if case.routing == "one":
+        ids = torch.full_like(ids, experts - 1)
+    elif case.routing == "nan":
+        x[case.tokens // 2] = float("nan")
+    elif case.routing == "absent":
+        ids[::3, 0], ids[1::3, 1] = -1, experts + 7
+    return x, ids, torch.rand(case.tokens, case.top_k, generator=random)
+
+
+def _stages(
+    case: Case, held: Example, slots: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor
+) -> dict[str, float]:
+    layer, up_tile, down_tile = held.layer, tiles.UP[case.size], tiles.DOWN[case.size]
+    rows, offsets = reference.grouped(slots, layer.slots)
+    here = rows.long()
+    errors: dict[str, float] = {}
+    for name, small in (("dispatch_small", tiles.SMALL), ("dispatch", 0)):
+        routed = launch.route(ids, layer.replicas, layer.slots, up_tile.rows, small if len(slots) else 1)
+        same = torch.equal(routed.offsets.cpu(), offsets) and torch.equal(routed.rows.cpu()[: len(rows)], rows)
+        errors[name] = 0.0 if same and covers(routed, offsets, up_tile.rows) else float("inf")
+    middle = launch.up(x, routed, layer, up_tile)
+    errors["up"] = _error(middle.cpu()[: len(rows)], reference.up(x.cpu(), slots, held)[here])
+    by_pair = torch.zeros(len(slots), case.intermediate, dtype=torch.float64)
+    by_pair[here] = middle.cpu().double()[: len(rows)]
+    outputs = launch.down(middle, routed, gates, layer, down_tile)
+    errors["down"] = _error(outputs.cpu()[here], reference.down(by_pair, slots, gates.cpu(), held)[here])
+    answer = launch.combine(outputs, ids, len(layer.replicas))
+    weighted = torch.zeros(len(slots), case.hidden, dtype=torch.float64)
+    weighted[here] = outputs.cpu().double()[here]
+    errors["combine"] = _error(answer.cpu(), weighted.reshape(*ids.shape, case.hidden).sum(1))
+    if x.is_cuda:  # the interpreter has no order of its own
+        again = launch.moe_layer(x, ids, gates, layer, case.size)
+        errors["again"] = 0.0 if torch.equal(again.view(torch.int16), answer.view(torch.int16)) else float("inf")
+    return errors
+
+
+def covers(routed: launch.Routed, offsets: torch.Tensor, rows: int) -> bool:
+    """The row tiles are those of each slot in turn, and fit the buffer that the worst batch needs."""
+    expected = [
+        [slot, begin, min(begin + rows, int(offsets[slot + 1]))]
+        for slot in range(len(offsets) - 1)
+        for begin in range(int(offsets[slot]), int(offsets[slot + 1]), rows)
+    ]
+    return len(expected) <= len(routed.tiles) and routed.tiles[: int(routed.tile_count)].tolist() == expected
+
+
+def _error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    if not len(exact):
+        return 0.0 if ours.shape == exact.shape else float("inf")
+    rounding, ours = ROUNDING[ours.dtype], ours.double()
+    if not torch.equal(ours.isnan(), exact.isnan()) or exact.isnan().all():
+        return float("inf")
+    ours, exact = ours.nan_to_num(0), exact.nan_to_num(0)
+    allowed = rounding * exact.abs() + ARITHMETIC * exact.abs().max()
+    return float(((ours - exact).abs() / allowed.clamp_min(1e-30)).max())

@@ -1,0 +1,174 @@
+"""ExpertGemm: all slots of a layer in one launch, whatever the format of each.
+
+A program takes one row tile (rows of one slot, from Dispatch) and a strip of outputs. It computes ``W @ x^T``: the weights are
+the left operand, which tensor cores take from registers, where they are unpacked; the few rows of a decode step are the short side.
+
+Quantized weights meet x as whole numbers, exact in fp16 and bf16, and each step's sum, not each weight, is multiplied by the scale:
+so a weight is never rounded a second time, and the scales cost one multiply-add an output and step.
+"""
+
+import triton
+import triton.language as tl
+
+from rq_kernels.activations import gated, plain
+
+FLOAT, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _whole_numbers(packed, ZERO: tl.constexpr, dtype: tl.constexpr):
+    """``packed - ZERO`` in ``dtype``, through the mantissa of a float: conversions of integers are slow instructions."""
+    if dtype == tl.float16:
+        return (packed.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + ZERO)
+    else:
+        return ((packed.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)).to(dtype)
+
+
+@triton.jit
+def _weights(packed, n, mask, start, stride, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
+    """Whole numbers ``[OUTPUTS, COLUMNS]`` of the rows ``n`` from column ``start`` on; a row has ``stride`` bytes."""
+    if FORMAT == INT8:
+        byte = start + tl.arange(0, COLUMNS)
+        q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=128)
+        return _whole_numbers(q, 128, dtype)
+    else:
+        byte = start // 2 + tl.arange(0, COLUMNS // 2)
+        q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=0x88)
+        low, high = _whole_numbers(q & 15, 8, dtype), _whole_numbers(q >> 4, 8, dtype)
+        return tl.join(low, high).reshape(q.shape[0], COLUMNS)
+
+
+@triton.jit
+def _float_products(x, present, weights, matrix, n, mask, outputs, columns, GATED: tl.constexpr, COLUMNS: tl.constexpr):
+    all_outputs = outputs * (2 if GATED else 1)
+    weights += matrix * all_outputs * columns
+    first = tl.zeros([n.shape[0], present.shape[0]], tl.float32)
+    second = first
+    for start in range(0, columns, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        here = k < columns
+        tile = tl.load(x[None, :] + k[:, None], mask=present[None, :] & here[:, None], other=0)
+        at = weights + n[:, None] * columns + k[None, :]
+        inside = mask[:, None] & here[None, :]
+        first = tl.dot(tl.load(at, mask=inside, other=0), tile, first)
+        if GATED:
+            second = tl.dot(tl.load(at + outputs * columns, mask=inside, other=0), tile, second)
+    return first, second
+
+
+@triton.jit
+def _quantized_products(
+    x, present, packed, scales, matrix, n, mask, outputs, columns,
+    block, FORMAT: tl.constexpr, GATED: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = x.dtype.element_ty
+    blocks = (columns + block - 1) // block
+    # Steps divide a block, so one scale is that of a step; and rows begin where they can be read 16 bytes at a time.
+    stride = tl.multiple_of(blocks * block if FORMAT == INT8 else blocks * block // 2, STEP if FORMAT == INT8 else STEP // 2)
+    all_outputs = outputs * (2 if GATED else 1)
+    packed += matrix * all_outputs * stride
+    scales += matrix * all_outputs * blocks
+    first = tl.zeros([n.shape[0], present.shape[0]], tl.float32)
+    second = first
+    for start in range(0, columns, STEP):
+        k = start + tl.arange(0, STEP)
+        tile = tl.load(x[None, :] + k[:, None], mask=present[None, :] & (k < columns)[:, None], other=0)
+        at = scales + n * blocks + start // block
+        sums = tl.dot(_weights(packed, n, mask, start, stride, FORMAT, STEP, dtype), tile)
+        first += sums * tl.load(at, mask=mask, other=0)[:, None]
+        if GATED:
+            sums = tl.dot(_weights(packed, outputs + n, mask, start, stride, FORMAT, STEP, dtype), tile)
+            second += sums * tl.load(at + outputs * blocks, mask=mask, other=0)[:, None]
+    return first, second
+
+
+@triton.jit
+def _products(
+    x, present, slot, n, mask, outputs, columns, formats, weights,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, biased, block,
+    FORMATS: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """fp32 ``[OUTPUTS, ROWS]``, and a second one with the weights' second half if ``GATED``.
+
+    x: pointers [ROWS] to the rows, of which those ``present`` are read. ``FORMATS``: a bit for each format that a slot may have.
+    ``block`` columns share a scale; it is a multiple of ``STEP``.
+    """
+    format = tl.load(formats + slot)
+    matrix = tl.load(weights + slot).to(tl.int64)
+    first = tl.zeros([n.shape[0], present.shape[0]], tl.float32)
+    second = first
+    # Nested, because the outer conditions are decided when the kernel is compiled.
+    if FORMATS & 1:  # noqa: SIM102
+        if format == FLOAT:
+            first, second = _float_products(x, present, float_weights, matrix, n, mask, outputs, columns, GATED, COLUMNS)
+    if FORMATS & 2:  # noqa: SIM102
+        if format == INT8:
+            first, second = _quantized_products(
+                x, present, int8_packed, int8_scales, matrix, n, mask, outputs, columns, block, INT8, GATED, STEP
+            )
+    if FORMATS & 4:  # noqa: SIM102
+        if format == INT4:
+            first, second = _quantized_products(
+                x, present, int4_packed, int4_scales, matrix, n, mask, outputs, columns, block, INT4, GATED, STEP
+            )
+    at = bias + slot * outputs * (2 if GATED else 1) + n
+    mask = n < outputs * biased  # 1 or 0
+    first += tl.load(at, mask=mask, other=0)[:, None]
+    if GATED:
+        second += tl.load(at + outputs, mask=mask, other=0)[:, None]
+    return first, second
+
+
+@triton.jit
+def expert_up(
+    x, rows, tiles, tile_count, formats, weights,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, y,
+    top_k, columns, outputs, biased, block, activation, alpha, limit,
+    FORMATS: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """``y [pairs, outputs]``: row i is the activation of ``x[rows[i] / top_k] @ W^T + bias``. Grid: row tiles, output strips."""
+    if tl.program_id(0) >= tl.load(tile_count):
+        return
+    tile = tiles + 3 * tl.program_id(0)
+    slot, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    row = begin + tl.arange(0, ROWS)
+    present = row < end
+    token = tl.load(rows + row, mask=present, other=0) // top_k
+    n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    mask = n < outputs
+    first, second = _products(
+        x + token.to(tl.int64) * columns, present, slot, n, mask, outputs, columns, formats, weights,
+        float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, biased, block,
+        FORMATS, GATED, COLUMNS, STEP,
+    )  # fmt: skip
+    first = gated(first, second, activation, alpha, limit) if GATED else plain(first, activation)
+    at = y + row.to(tl.int64)[:, None] * outputs + n[None, :]
+    tl.store(at, tl.trans(first).to(y.dtype.element_ty), mask=present[:, None] & mask[None, :])
+
+
+@triton.jit
+def expert_down(
+    x, rows, gates, tiles, tile_count, formats, weights,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, y,
+    columns, outputs, biased, block,
+    FORMATS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """``y [pairs, outputs]``: row ``rows[i]`` is ``gates[rows[i]] * (x[i] @ W^T + bias)``. Grid: row tiles, output strips."""
+    if tl.program_id(0) >= tl.load(tile_count):
+        return
+    tile = tiles + 3 * tl.program_id(0)
+    slot, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    row = begin + tl.arange(0, ROWS)
+    present = row < end
+    n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    mask = n < outputs
+    products, _ = _products(
+        x + row.to(tl.int64) * columns, present, slot, n, mask, outputs, columns, formats, weights,
+        float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, biased, block,
+        FORMATS, False, COLUMNS, STEP,
+    )  # fmt: skip
+    pair = tl.load(rows + row, mask=present, other=0)
+    gate = tl.load(gates + pair, mask=present, other=0)
+    at = y + pair.to(tl.int64)[:, None] * outputs + n[None, :]
+    tl.store(at, (tl.trans(products) * gate[:, None]).to(y.dtype.element_ty), mask=present[:, None] & mask[None, :])

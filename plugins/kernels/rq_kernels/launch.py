@@ -1,0 +1,161 @@
+"""The kernels on torch tensors, compiled by Triton when first used: for tests, checks and benchmarks.
+
+An engine has no torch and no Triton: its launcher does the same with the built kernels, by ``kernels.json``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rq_kernels import activations, dispatch, expert_gemm, tiles
+from rq_kernels import combine as combine_kernel
+from rq_kernels.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of a layer's slots: packed weights by format group, None where no slot has the format; see docs/kernels.md.
+
+    ``index`` i32 [S]: the place of each slot's matrix inside its group. ``bias`` f32 [S, N].
+    ``block`` columns share a scale.
+    """
+
+    index: torch.Tensor
+    float_weights: torch.Tensor | None = None
+    int8_packed: torch.Tensor | None = None
+    int8_scales: torch.Tensor | None = None
+    int4_packed: torch.Tensor | None = None
+    int4_scales: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    block: int = 128
+
+    def operands(self) -> list[torch.Tensor]:
+        """In the kernels' order; in place of what is missing something that is never read."""
+        missing = {kind: self.index.new_empty(0, dtype=kind) for kind in (torch.float16, torch.uint8, torch.float32)}
+        return [
+            missing[torch.float16] if self.float_weights is None else self.float_weights,
+            missing[torch.uint8] if self.int8_packed is None else self.int8_packed,
+            missing[torch.float32] if self.int8_scales is None else self.int8_scales,
+            missing[torch.uint8] if self.int4_packed is None else self.int4_packed,
+            missing[torch.float32] if self.int4_scales is None else self.int4_scales,
+            missing[torch.float32] if self.bias is None else self.bias,
+        ]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """``formats`` i32 [S]: 0 float, 1 int8, 2 int4; ``replicas`` i32 [E, R]: the slots of each expert, padded with -1."""
+
+    hidden: int
+    intermediate: int
+    activation: str
+    formats: torch.Tensor
+    replicas: torch.Tensor
+    up: Projection
+    down: Projection
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    @property
+    def slots(self) -> int:
+        return len(self.formats)
+
+    @property
+    def format_bits(self) -> int:
+        """``FORMATS`` of the kernels. Known when an engine is built; here it is asked of the weights, not of the device."""
+        groups = self.up.float_weights, self.up.int8_packed, self.up.int4_packed
+        return sum(1 << code for code, group in enumerate(groups) if group is not None)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What Dispatch gives: ``rows`` i32 [pairs], ``offsets`` i32 [S+1], ``tiles`` i32 [most, 3], ``tile_count`` i32 [1]."""
+
+    rows: torch.Tensor
+    offsets: torch.Tensor
+    tiles: torch.Tensor
+    tile_count: torch.Tensor
+
+
+def route(ids: torch.Tensor, replicas: torch.Tensor, slots: int, rows_per_tile: int, small: int = tiles.SMALL) -> Routed:
+    """Dispatch of ``ids`` i64 [T, k]; up to ``small`` pairs in one launch, more in three."""
+    pairs, (experts, width) = ids.numel(), replicas.shape
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=ids.device)
+
+    chunks = -(-pairs // tiles.CHUNK)
+    counts = ints(max(chunks, 1), experts)
+    routed = Routed(ints(pairs), ints(slots + 1), ints(tiles.most_tiles(pairs, slots, rows_per_tile), 3), ints(1))
+    map_of_tiles = routed.offsets, routed.tiles, routed.tile_count
+    if pairs <= small:
+        dispatch.dispatch_small[(1,)](
+            ids, counts, replicas, *map_of_tiles, routed.rows, pairs, experts, width, slots, ROWS=rows_per_tile
+        )
+        return routed
+    dispatch.dispatch_count[(chunks,)](ids, counts, pairs, experts)
+    dispatch.dispatch_scan[(1,)](counts, replicas, *map_of_tiles, chunks, experts, width, slots, ROWS=rows_per_tile)
+    dispatch.dispatch_scatter[(chunks,)](ids, counts, replicas, routed.offsets, routed.rows, pairs, experts, width, slots)
+    return routed
+
+
+def up(x: torch.Tensor, routed: Routed, layer: Layer, tile: Tile) -> torch.Tensor:
+    """Activations ``[pairs, intermediate]`` by slot, of ``x [T, hidden]``."""
+    pairs = len(routed.rows)
+    y = x.new_empty(pairs, layer.intermediate)
+    gated = layer.activation in activations.GATED
+    if pairs:
+        expert_gemm.expert_up[_grid(routed, layer.intermediate, tile)](
+            x, routed.rows, routed.tiles, routed.tile_count, layer.formats, layer.up.index, *layer.up.operands(), y,
+            pairs // len(x), layer.hidden, layer.intermediate, int(layer.up.bias is not None), layer.up.block,
+            activations.NAMES.index(layer.activation), layer.alpha, layer.limit,
+            GATED=gated, **_variant(layer, layer.up, tile),
+        )  # fmt: skip
+    return y
+
+
+def down(x: torch.Tensor, routed: Routed, gates: torch.Tensor, layer: Layer, tile: Tile) -> torch.Tensor:
+    """Gate-weighted outputs ``[pairs, hidden]`` by pair, of ``x [pairs, intermediate]`` by slot and ``gates`` f32 [T, k]."""
+    y = x.new_empty(len(x), layer.hidden)
+    if len(x):
+        expert_gemm.expert_down[_grid(routed, layer.hidden, tile)](
+            x, routed.rows, gates, routed.tiles, routed.tile_count, layer.formats, layer.down.index, *layer.down.operands(), y,
+            layer.intermediate, layer.hidden, int(layer.down.bias is not None), layer.down.block,
+            **_variant(layer, layer.down, tile),
+        )  # fmt: skip
+    return y
+
+
+def combine(y: torch.Tensor, ids: torch.Tensor, experts: int) -> torch.Tensor:
+    """The sum ``[T, hidden]`` over each token's choices of ``y [pairs, hidden]``."""
+    tokens, top_k = ids.shape
+    out = y.new_empty(tokens, y.shape[1])
+    columns = tiles.COMBINE_COLUMNS
+    if tokens:
+        grid = (tokens, -(-y.shape[1] // columns))
+        combine_kernel.combine[grid](y, ids, out, top_k, y.shape[1], experts, COLUMNS=columns)
+    return out
+
+
+def moe_layer(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, layer: Layer, size: str) -> torch.Tensor:
+    """The layer's answer ``[T, hidden]``, with the tiles named ``size``."""
+    routed = route(ids, layer.replicas, layer.slots, tiles.UP[size].rows)
+    middle = up(x, routed, layer, tiles.UP[size])
+    return combine(down(middle, routed, gates, layer, tiles.DOWN[size]), ids, len(layer.replicas))
+
+
+def _grid(routed: Routed, outputs: int, tile: Tile) -> tuple[int, int]:
+    return len(routed.tiles), -(-outputs // tile.outputs)
+
+
+def _variant(layer: Layer, projection: Projection, tile: Tile) -> dict[str, Any]:
+    return {
+        "FORMATS": layer.format_bits,
+        "ROWS": tile.rows,
+        "OUTPUTS": tile.outputs,
+        "COLUMNS": tile.columns,
+        "STEP": min(tile.columns, projection.block),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

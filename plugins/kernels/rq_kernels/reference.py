@@ -1,0 +1,139 @@
+"""Random layers with the weights they stand for, and what the kernels must give, in float64. Plain torch, on the CPU."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from rq_kernels.activations import GATED
+from rq_kernels.launch import Layer, Projection
+
+
+@dataclass(frozen=True)
+class Example:
+    """A layer on some device; in float64 on the CPU the weights ``up [S, F, hidden]`` and ``down [S, hidden, intermediate]``."""
+
+    layer: Layer
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+def example(
+    random: torch.Generator,
+    formats: list[int],
+    hidden: int,
+    intermediate: int,
+    activation: str,
+    *,
+    replicas: list[list[int]] | None = None,
+    block: int = 128,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cpu",
+) -> Example:
+    """Slots in ``formats``, each with weights of its own; left out, ``replicas`` gives every slot an expert of its own."""
+    F = intermediate * (2 if activation in GATED else 1)
+    up, exact_up = projection(random, formats, F, hidden, block, bias, dtype, device)
+    down, exact_down = projection(random, formats, hidden, intermediate, block, bias, dtype, device)
+    table = torch.tensor(replicas or [[slot] for slot in range(len(formats))], dtype=torch.int32, device=device)
+    kinds = torch.tensor(formats, dtype=torch.int32, device=device)
+    return Example(Layer(hidden, intermediate, activation, kinds, table, up, down), exact_up, exact_down)
+
+
+def projection(
+    random: torch.Generator, formats: list[int], N: int, K: int, block: int, bias: bool, dtype: torch.dtype, device: str
+) -> tuple[Projection, torch.Tensor]:
+    """Random weights of each slot as they are packed, in an order of their own inside each group; and float64 ``[S, N, K]``."""
+    blocks, slots = -(-K // block), len(formats)
+    groups: dict[int, list[tuple[torch.Tensor, ...]]] = {0: [], 1: [], 2: []}
+    index, exact = [0] * slots, [torch.empty(0)] * slots
+    for slot in torch.randperm(slots, generator=random).tolist():
+        format = formats[slot]
+        index[slot] = len(groups[format])
+        if format == 0:
+            weights = (torch.randn(N, K, generator=random) / math.sqrt(K)).to(dtype)
+            groups[0].append((weights,))
+            exact[slot] = weights.double()
+            continue
+        zero = 128 if format == 1 else 8
+        q = torch.randint(1 if format == 1 else 0, 2 * zero, (N, blocks * block), generator=random, dtype=torch.uint8)
+        q[:, K:] = zero
+        scales = (0.5 + torch.rand(N, blocks, generator=random)) / (zero * math.sqrt(K))
+        exact[slot] = ((q.double() - zero) * scales.double().repeat_interleave(block, 1))[:, :K]
+        groups[format].append((q if format == 1 else q[:, 0::2] | q[:, 1::2] << 4, scales))
+
+    def stacked(format: int, part: int) -> torch.Tensor | None:
+        return torch.stack([held[part] for held in groups[format]]).to(device) if groups[format] else None
+
+    biases = torch.randn(slots, N, generator=random) if bias else None
+    packed = Projection(
+        torch.tensor(index, dtype=torch.int32, device=device),
+        stacked(0, 0), stacked(1, 0), stacked(1, 1), stacked(2, 0), stacked(2, 1),
+        biases.to(device) if biases is not None else None, block,
+    )  # fmt: skip
+    return packed, torch.stack(exact)
+
+
+def routed_slots(ids: torch.Tensor, replicas: torch.Tensor) -> torch.Tensor:
+    """The slot of every pair, i64 [pairs], -1 for an id outside the table: one by one, in order."""
+    arrivals: dict[int, int] = {}
+    slots = []
+    table = [[slot for slot in row if slot >= 0] for row in replicas.tolist()]
+    for id in ids.reshape(-1).tolist():
+        if not 0 <= id < len(table):
+            slots.append(-1)
+            continue
+        j = arrivals.get(id, 0)
+        arrivals[id] = j + 1
+        slots.append(table[id][j % len(table[id])])
+    return torch.tensor(slots, dtype=torch.int64)
+
+
+def grouped(slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rows`` and ``offsets`` i32 as Dispatch gives them, of the slot of every pair."""
+    rows = torch.cat([(slots == slot).nonzero()[:, 0] for slot in range(count)])
+    counted = torch.stack([(slots == slot).sum() for slot in range(count)])
+    return rows.int(), torch.cat([torch.zeros(1, dtype=torch.int64), counted.cumsum(0)]).int()
+
+
+def activated(z: torch.Tensor, name: str, alpha: float, limit: float) -> torch.Tensor:
+    gelu = torch.nn.functional.gelu
+    if name not in GATED:
+        return {"none": z, "relu": z.relu(), "gelu": gelu(z)}[name]
+    gate, linear = z.chunk(2, -1)
+    if name == "clamped_swiglu":
+        gate = gate.clamp(max=limit)
+        return (linear.clamp(-limit, limit) + 1) * gate * torch.sigmoid(alpha * gate)
+    if name == "swiglu":
+        return gate * torch.sigmoid(gate) * linear
+    return gelu(gate, approximate="tanh" if name == "geglu_tanh" else "none") * linear
+
+
+def up(x: torch.Tensor, slots: torch.Tensor, held: Example) -> torch.Tensor:
+    """float64 ``[pairs, intermediate]``, by pair; 0 for a pair without a slot."""
+    x = x.double().repeat_interleave(len(slots) // len(x), 0) if len(x) else x.double()
+    layer = held.layer
+    return activated(_products(x, slots, held.up, layer.up), layer.activation, layer.alpha, layer.limit)
+
+
+def down(middle: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, held: Example) -> torch.Tensor:
+    """float64 ``[pairs, hidden]`` of ``middle [pairs, intermediate]``, both by pair; weighted by ``gates``."""
+    return _products(middle.double(), slots, held.down, held.layer.down) * gates.double().reshape(-1, 1)
+
+
+def moe_layer(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, held: Example) -> torch.Tensor:
+    """float64 ``[T, hidden]``."""
+    slots = routed_slots(ids, held.layer.replicas)
+    outputs = down(up(x, slots, held), slots, gates, held)
+    outputs[slots < 0] = 0
+    return outputs.reshape(*ids.shape, -1).sum(1)
+
+
+def _products(x: torch.Tensor, slots: torch.Tensor, exact: torch.Tensor, held: Projection) -> torch.Tensor:
+    out = torch.zeros(len(x), exact.shape[1], dtype=torch.float64)
+    for slot in slots.unique().tolist():
+        if slot >= 0:
+            mine = slots == slot
+            bias = held.bias[slot].double().cpu() if held.bias is not None else 0
+            out[mine] = x[mine] @ exact[slot].T + bias
+    return out

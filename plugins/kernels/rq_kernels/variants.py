@@ -1,0 +1,83 @@
+"""Every kernel that is built: for which dtype, formats and tiles, with which parameters, and how it is launched."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rq_kernels import combine, dispatch, expert_gemm
+from rq_kernels.tiles import COMBINE_COLUMNS, DOWN, UP, Tile
+
+DTYPES = {"fp16": "*fp16", "bf16": "*bf16"}
+# The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan, the others are leaner.
+FORMATS = {"float": 1, "int8": 2, "int4": 4, "mixed": 7}
+
+# Sizes that are multiples of 16, so that rows of x and of weights can be read 16 bytes at a time. Pointers are, too.
+ALIGNED = ("columns", "outputs", "hidden")
+FLOATS = ("alpha", "limit")
+DATA = ("x", "y", "out", "float_weights")  # pointers to the dtype of the variant
+POINTERS = {
+    "ids": "*i64",
+    **dict.fromkeys(["counts", "replicas", "offsets", "tiles", "tile_count", "rows", "formats", "weights"], "*i32"),
+    **dict.fromkeys(["gates", "int8_scales", "int4_scales", "bias"], "*fp32"),
+    **dict.fromkeys(["int8_packed", "int4_packed"], "*u8"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``kernel`` is a function of Triton's, ``parameters`` its arguments and their types in order, ``grid`` a rule in them.
+
+    In a rule ``ceil(a / b)`` rounds up and ``row_tiles`` is ``tiles.most_tiles(pairs, slots, rows of a tile)``.
+    """
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    parameters: dict[str, str]
+    grid: tuple[str, str, str]
+    warps: int = 4
+    stages: int = 3
+
+
+def variants(
+    dtypes: Sequence[str] = tuple(DTYPES), formats: Sequence[str] = tuple(FORMATS), sizes: Sequence[str] = tuple(UP)
+) -> Iterator[Variant]:
+    """Dispatch first, then for each dtype Combine and the products."""
+    chunks = ("ceil(pairs / 128)", "1", "1")
+    yield _variant("dispatch_count", dispatch.dispatch_count, {}, chunks)
+    yield _variant("dispatch_scatter", dispatch.dispatch_scatter, {}, chunks)
+    for size in sizes:
+        constants = {"ROWS": UP[size].rows}
+        yield _variant(f"dispatch_scan_{size}", dispatch.dispatch_scan, constants, ("1", "1", "1"))
+        yield _variant(f"dispatch_small_{size}", dispatch.dispatch_small, constants, ("1", "1", "1"))
+    for dtype in dtypes:
+        grid = ("tokens", f"ceil(hidden / {COMBINE_COLUMNS})", "1")
+        yield _variant(f"combine_{dtype}", combine.combine, {"COLUMNS": COMBINE_COLUMNS}, grid, dtype=dtype)
+        for format in formats:
+            for size in sizes:
+                yield from _products(f"{dtype}_{format}_{size}", size, dtype, format, 128)
+                # Tiles that step over 128 columns cannot have scales of 64.
+                if format != "float" and UP[size].columns > 64:
+                    yield from _products(f"{dtype}_{format}_{size}_block64", size, dtype, format, 64)
+
+
+def _products(name: str, size: str, dtype: str, format: str, block: int) -> Iterator[Variant]:
+    for gated in (True, False):
+        kind = "gated" if gated else "plain"
+        yield _product(f"up_{kind}_{name}", expert_gemm.expert_up, UP[size], dtype, format, block, GATED=gated)
+    yield _product(f"down_{name}", expert_gemm.expert_down, DOWN[size], dtype, format, block)
+
+
+def _product(name: str, kernel: Any, tile: Tile, dtype: str, format: str, block: int, **constants: Any) -> Variant:
+    constants |= {"FORMATS": FORMATS[format], "ROWS": tile.rows, "OUTPUTS": tile.outputs}
+    constants |= {"COLUMNS": tile.columns, "STEP": min(tile.columns, block)}
+    grid = ("row_tiles", f"ceil(outputs / {tile.outputs})", "1")
+    return _variant(name, kernel, constants, grid, dtype=dtype, warps=tile.warps, stages=tile.stages)
+
+
+def _variant(
+    name: str, kernel: Any, constants: dict[str, Any], grid: tuple[str, str, str], dtype: str = "fp16", **launch: int
+) -> Variant:
+    types = dict.fromkeys(DATA, DTYPES[dtype]) | POINTERS | dict.fromkeys(FLOATS, "fp32")
+    parameters = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
+    return Variant(name, kernel, constants, parameters, grid, **launch)

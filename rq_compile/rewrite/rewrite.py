@@ -1,6 +1,7 @@
 """From the exported graph to an engine's graph: which passes run for which lowering, in which order."""
 
 from collections import Counter
+from copy import deepcopy
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -40,7 +41,8 @@ def rewrite(
         UserError: the layers of the plan and of the model differ.
         ContractError: a pass is at fault.
     """
-    graph = gs.import_onnx(model)
+    # Graph surgeon adds domains to the list of the model that it was given.
+    graph = gs.import_onnx(deepcopy(model))
     sections = experts_to_slots(graph, plan.layers, source, panels=lowering == "native", activation_bits=activation_bits)
     if lowering != "native":
         stock_dispatch(graph)

@@ -1,0 +1,161 @@
+"""A compilation that was killed goes on where it was, and writes what it would have written."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from command_line import Run, names, python, refused, writing
+
+from rq_compile.architectures import layers as architecture
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.cli.main import main
+from rq_compile.export.export import Exported
+from rq_compile.targets import onnxruntime as target
+from rq_compile.targets import streamed
+
+PARTS = [".model.onnx.data.journal", ".model.onnx.data.partial"]
+PROGRAM = """
+import pickle, sys, time
+import rq_compile.targets.onnxruntime as target
+import rq_compile.targets.streamed as streamed
+target.export_graph = lambda _: pickle.load(open(sys.argv[1], "rb"))
+read = streamed.expert_projection
+def stop_in_the_second_layer(checkpoint, layer, expert, projection):
+    if layer.index == 1 and projection == "down":
+        print("stopped", flush=True)
+        time.sleep(600)
+    return read(checkpoint, layer, expert, projection)
+streamed.expert_projection = stop_in_the_second_layer
+from rq_compile.cli.main import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(export_once: Callable, tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "exported"
+    path.write_bytes(pickle.dumps(export_once(Checkpoint.open(tiny_checkpoint("olmoe")))))
+    return path
+
+
+class Killed(NamedTuple):
+    folder: Path
+    refusal: str
+
+
+@pytest.fixture(scope="module")
+def killed(
+    exported: Path, tiny_checkpoint: Callable[[str], Path], stages: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Killed:
+    """What is left by kill -9 in the middle of the second layer, and what another was told meanwhile; do not write to it."""
+    folder, model = tmp_path_factory.mktemp("killed"), tiny_checkpoint("olmoe")
+    arguments = [str(argument) for argument in writing("compile", model, stages, folder)]
+    process = python("-c", PROGRAM, str(exported), *arguments)
+    assert process.stdout.readline() == "stopped\n", process.stderr.read()
+    from click.testing import CliRunner
+
+    refusal = CliRunner().invoke(main, [*arguments, "-q"])
+    process.kill()
+    process.wait()
+    refused(refusal, 2, "another rq-compile is writing", "model.onnx.data")
+    return Killed(folder, refusal.stderr)
+
+
+@pytest.fixture
+def left(killed: Killed, out: Path) -> Path:
+    """A copy of what the killed process left of the weights."""
+    for name in PARTS:
+        shutil.copy(killed.folder / name, out)
+    return out
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The layers of which experts were read."""
+    found: set[int] = set()
+
+    def remember(checkpoint: Checkpoint, layer: architecture.MoeLayer, *what: object) -> tuple:
+        found.add(layer.index)
+        return architecture.expert_projection(checkpoint, layer, *what)
+
+    monkeypatch.setattr(streamed, "expert_projection", remember)
+    return found
+
+
+def same_engine(stages: Path, out: Path) -> None:
+    assert names(out) == [path.name for path in sorted(stages.glob("model.*"))]
+    for path in out.iterdir():
+        assert path.read_bytes() == (stages / path.name).read_bytes(), path.name
+
+
+def test_it_goes_on_after_the_last_whole_layer(rq_compile: Run, model: Path, stages: Path, left: Path, read: set[int]) -> None:
+    result = rq_compile(*writing("compile", model, stages, left))
+    assert result.exit_code == 0, result.stderr
+    assert "going on with model.onnx.data after model.layers.0.mlp.experts" in result.stderr
+    assert "GB/s" in result.stderr
+    assert read == {1}
+    same_engine(stages, left)
+
+
+def test_it_starts_over_with_fresh(rq_compile: Run, model: Path, stages: Path, left: Path, read: set[int]) -> None:
+    assert rq_compile(*writing("compile", model, stages, left), "--fresh", "-q").exit_code == 0
+    assert read == {0, 1}
+    same_engine(stages, left)
+
+
+def test_a_flipped_bit_is_found(rq_compile: Run, model: Path, stages: Path, left: Path, read: set[int]) -> None:
+    content = bytearray((left / PARTS[1]).read_bytes())
+    content[len(content) // 2] ^= 4
+    (left / PARTS[1]).write_bytes(content)
+    result = rq_compile(*writing("compile", model, stages, left))
+    assert "of the partial file is not as it was written" in result.stderr
+    assert read == {0, 1}
+    same_engine(stages, left)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [(("--lowering", "stock"), "lowering"), (("--plan", "other.json"), "plan and activation statistics")]
+)
+def test_another_engine_starts_over(
+    rq_compile: Run, model: Path, stages: Path, left: Path, read: set[int], tmp_path: Path, options: tuple[str, str], named: str
+) -> None:
+    if options[0] == "--plan":
+        (tmp_path / "text.txt").write_text("Another text. " * 40)
+        calibration, plan = tmp_path / "calibration.json", tmp_path / "other.json"
+        options = ("--plan", str(plan))
+        assert rq_compile("calibrate", model, "--text", tmp_path / "text.txt", "-o", calibration, "-q").exit_code == 0
+        assert rq_compile("plan", calibration, "-o", plan, "-q").exit_code == 0
+    result = rq_compile(*writing("compile", model, stages, left), *options)
+    assert result.exit_code == 0, result.stderr
+    assert f"the partial model.onnx.data was begun with another {named}; starting over" in result.stderr
+    assert read == {0, 1}
+    assert not set(PARTS) & set(names(left))
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_threads_change_nothing(rq_compile: Run, model: Path, stages: Path, out: Path, threads: int) -> None:
+    assert rq_compile(*writing("compile", model, stages, out), "--threads", threads, "-q").exit_code == 0
+    same_engine(stages, out)
+
+
+@pytest.mark.parametrize("lowering", ["stock", "batched"])
+def test_threads_change_nothing_in_other_lowerings(
+    model: Path, stages: Path, tmp_path: Path, export_once: Callable[[Checkpoint], Exported], lowering: str
+) -> None:
+    from rq_compile.calibration.statistics import Statistics
+    from rq_compile.files import read_document
+    from rq_compile.planning.schema import Plan
+
+    checkpoint, plan = Checkpoint.open(model), read_document(Plan, stages / "plan.json")
+    assert plan.quantizer == "gptq"
+    statistics = Statistics.beside(stages, plan.statistics)
+    exported = export_once(checkpoint)
+    found = []
+    for threads in (1, 4):
+        output = tmp_path / f"{threads}.onnx"
+        target.compile_engine(checkpoint, plan, output, lowering, statistics, exported, threads=threads)
+        found.append(output.with_suffix(".onnx.data").read_bytes())
+    assert found[0] == found[1]

@@ -48,21 +48,21 @@ def choose_way(
     measuring = PROGRAM + _measuring(layers, measured_tokens)
     whole = int(LOADING * model) + measuring
     if whole <= room and (device == "cpu" or model + GIB <= device_memory(device)):
-        return Way(True, True, f"the model runs as a whole: {_gib(whole)} of memory hold its weights in fp32")
+        return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory")
     # A tensor is held as stored and in fp32 while it is read.
-    layer = 6 * largest_dense_part(checkpoint, layers) + measuring
+    layer = 6 * largest_dense_part(checkpoint) + measuring
     if limit is not None and layer > room:
         raise UserError(
-            f"--memory-limit is {_gib(limit)}, but a single layer of {checkpoint.path} takes {_gib(layer + limit - room)} "
+            f"--memory-limit is {_size(limit)}, but a single layer of {checkpoint.path} takes {_size(layer + limit - room)} "
             "while it is measured, the program included; give that much",
             2,
         )
     states = 2 * 4 * rows * max(moe.geometry.hidden for moe in layers)
     in_memory = layer + states <= room
-    there = f"{_gib(room)} of memory" if whole > room else f"the memory of {device}"
-    place = "" if in_memory else f", {_gib(states)} of hidden states on disk"
+    there = f"{_size(room)} of memory" if whole > room else f"the memory of {device}"
+    place = "" if in_memory else f", {_size(states)} of hidden states on disk"
     return Way(
-        False, in_memory, f"the model runs layer by layer{place}: as a whole it would take {_gib(whole)}, more than {there}"
+        False, in_memory, f"the model runs layer by layer{place}: as a whole it would take {_size(whole)}, more than {there}"
     )
 
 
@@ -74,15 +74,15 @@ def _measuring(layers: list[MoeLayer], measured_tokens: int) -> int:
     )
 
 
-def largest_dense_part(checkpoint: Checkpoint, layers: list[MoeLayer]) -> int:
-    """Weights beside the experts of the decoder layer, or of the tensor outside of all layers, that has most."""
+def largest_dense_part(checkpoint: Checkpoint) -> int:
+    """Weights beside the experts of the layer, or of the tensor outside of all layers, that has most."""
     family = family_of(checkpoint)
-    experts = tuple(
-        family.tensor_name(layer.name + tensor) for layer in layers for tensor in (".", ".gate_up_proj", ".down_proj")
-    )
+    modules = [pattern.format(layer=0) for pattern in (family.experts, family.decoder_experts) if pattern]
+    names = [family.tensor_name(module + tensor) for module in modules for tensor in (".", ".gate_up_proj", ".down_proj")]
+    experts = re.compile("|".join(re.escape(name).replace(r"\.0\.", r"\.\d+\.", 1) for name in names))
     parts: Counter[str] = Counter()
     for name, tensor in checkpoint.tensors.items():
-        if not name.startswith(experts):
+        if not experts.match(name):
             number = re.search(r"\.\d+\.", name)
             parts[name[: number.end()] if number else name] += math.prod(tensor.shape)
     return max(parts.values())
@@ -122,5 +122,5 @@ def used_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

@@ -44,7 +44,7 @@ def record_layer_by_layer(
     """Run the model and yield layer after layer, each to be measured before the next. ``progress`` is told the part done.
 
     Held at a time, in fp32: what one layer has beside its experts, one expert, and, unless they are mapped from temporary
-    files (``in_memory`` is False), the hidden states of all tokens twice; the experts' inputs are always mapped.
+    files (``in_memory`` is False), the hidden states and the experts' outputs of all tokens; the experts' inputs always are.
 
     Raises:
         UserError: see ``materialize``, ``expert_weights``, ``scratch`` and ``LayerRecording``.
@@ -63,13 +63,15 @@ def record_layer_by_layer(
                 if layer is not None:
                     recording = LayerRecording(layer, texts, every_token=True)
                     run.record(recording)
-                    experts = _Experts(checkpoint, recording, stack.sides, in_memory, device)
+                    experts = _Experts(checkpoint, recording, stack)
                     yield recording, experts.read
                     if layer is layers[-1]:
                         progress(1)
                         return
-                    run.give(layer, experts)
-                run.visit(stack, name)
+                    with run.instead(layer.name, lambda *args, experts=experts, **kwargs: experts.outputs(run.batch)):
+                        run.visit(stack, name)
+                else:
+                    run.visit(stack, name)
 
 
 class _End(Exception):
@@ -77,9 +79,10 @@ class _End(Exception):
 
 
 class _Stack:
-    """A stack of layers, and what its module that was visited last returned for each batch.
+    """A stack of layers, and what the module of it that was visited last returned for each batch: the hidden states and, of a
+    layer of Switch, the position biases, which the first layer computes for all.
 
-    That are the hidden states and, of a layer of Switch, the position biases, which the first layer computes for all.
+    ``outputs [real tokens, hidden]`` is for the experts of the layer that is visited. ``sides`` are the stack's rows by batch.
     """
 
     def __init__(self, name: str, layers: int, sides: list[Rows], hidden: int, in_memory: bool, device: str) -> None:
@@ -88,7 +91,8 @@ class _Stack:
         self.embedding = f"{self.parent}.embed_tokens"
         self.layers = [f"{name}.{number}" for number in range(layers)]
         self.sides = sides
-        self._device = device
+        self.device = device
+        self.outputs = scratch((sum(int(rows.real.sum()) for rows in sides), hidden), in_memory)
         self._starts = np.cumsum([0, *(rows.ids.size for rows in sides)])
         self._states = scratch((int(self._starts[-1]), hidden), in_memory)
         self._beside: list[tuple[Any, ...] | None] = [None] * len(sides)
@@ -105,7 +109,7 @@ class _Stack:
     def hidden(self, batch: int) -> torch.Tensor:
         """``[batch, length, hidden]``"""
         if self._read is None or self._read[0] != batch:
-            rows = torch.tensor(self._states[self._starts[batch] : self._starts[batch + 1]], device=self._device)
+            rows = torch.tensor(self._states[self._starts[batch] : self._starts[batch + 1]], device=self.device)
             release(self._states)
             self._read = (batch, rows.reshape(*self.sides[batch].ids.shape, -1))
         return self._read[1]
@@ -123,10 +127,10 @@ class _Run:
         self.on_visit: Callable[[], None] = lambda: None
         self._checkpoint, self._batches, self._device = checkpoint, batches, device
         self._model = meta_model(checkpoint)
-        self._batch = 0
+        self.batch = 0  # the number of the one that runs
 
     def stacks(self, hidden: int, in_memory: bool) -> list[_Stack]:
-        """In the order in which they run, all that is not in their layers or embeddings ready to be run."""
+        """In the order in which they run; what stands beside their layers and embeddings (norms) has its weights."""
         family = family_of(self._checkpoint)
         stacks = []
         for number, pattern in enumerate(filter(None, (family.experts, family.decoder_experts))):
@@ -149,43 +153,48 @@ class _Run:
         finally:
             self._model.get_submodule(name).to("meta")
 
+    @contextmanager
+    def instead(self, name: str, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+        """The module computes ``forward``; yields what it did before."""
+        module: Any = self._model.get_submodule(name)
+        before = module.forward
+        module.forward = forward
+        try:
+            yield before
+        finally:
+            module.forward = before
+
     def visit(self, stack: _Stack, name: str) -> None:
         """Run all batches as far as the module; from then on it returns what the last visited of its stack did."""
-        module: Any = self._model.get_submodule(name)
-        forward = module.forward
 
         def keep_and_end(*args: Any, **kwargs: Any) -> NoReturn:
-            stack.keep(self._batch, forward(*args, **kwargs))
+            stack.keep(self.batch, forward(*args, **kwargs))
             raise _End
 
-        module.forward = keep_and_end
-        for number in range(len(self._batches)):
-            self._run(number, name)
+        with self.instead(name, keep_and_end) as forward:
+            for number in range(len(self._batches)):
+                self._run(number, name)
         returned = stack.hidden if name == stack.embedding else stack.returned
-        module.forward = lambda *args, **kwargs: returned(self._batch)
+        module: Any = self._model.get_submodule(name)
+        module.forward = lambda *args, **kwargs: returned(self.batch)
 
     def record(self, recording: LayerRecording) -> None:
         """Run all batches as far as the layer's experts."""
-        experts: Any = self._model.get_submodule(recording.layer.name)
 
         def end(*args: Any, **kwargs: Any) -> NoReturn:
             raise _End
 
-        experts.forward = end
+        name = recording.layer.name
         handle = watch(self._model, recording.layer, recording.receive)
-        for number, batch in enumerate(self._batches):
-            recording.begin(batch)
-            self._run(number, recording.layer.name)
-            recording.end()
+        with self.instead(name, end):
+            for number, batch in enumerate(self._batches):
+                recording.begin(batch)
+                self._run(number, name)
+                recording.end()
         handle.remove()
 
-    def give(self, layer: MoeLayer, experts: "_Experts") -> None:
-        """From now on the layer's experts return what was computed of them."""
-        module: Any = self._model.get_submodule(layer.name)
-        module.forward = lambda *args, **kwargs: experts.outputs(self._batch)
-
     def _run(self, number: int, name: str) -> None:
-        self._batch = number
+        self.batch = number
         with torch.inference_mode(), suppress(_End):
             self._model.base_model(**model_arguments(self._batches[number], self._device))
             raise UserError(f"{name} was bypassed by the model; use a transformers version that this rq-compile asks for")
@@ -196,14 +205,11 @@ class _Run:
 class _Experts:
     """The experts of one layer, read one at a time; what they give together for each real token is summed as they are."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, recording: LayerRecording, sides: list[Rows], in_memory: bool, device: str
-    ) -> None:
-        self._checkpoint, self._layer, self._device = checkpoint, recording.layer, device
+    def __init__(self, checkpoint: Checkpoint, recording: LayerRecording, stack: _Stack) -> None:
+        self._checkpoint, self._layer, self._stack = checkpoint, recording.layer, stack
         self._hidden, self._ids, self._gates = recording.kept()
-        self._real = [torch.from_numpy(rows.real.ravel()) for rows in sides]
-        self._starts = np.cumsum([0, *(int(real.sum()) for real in self._real)])
-        self._outputs = scratch(self._hidden.shape, in_memory)
+        self._starts = np.cumsum([0, *(int(rows.real.sum()) for rows in stack.sides)])
+        stack.outputs[:] = 0
 
     def read(self, expert: int) -> ExpertWeights:
         """Read the weights of one expert and run its tokens through it."""
@@ -213,19 +219,20 @@ class _Experts:
         original = in_format(weights, "fp32")
         for start in range(0, len(tokens), ROWS_AT_ONCE):
             some = tokens[start : start + ROWS_AT_ONCE]
-            x = torch.from_numpy(self._hidden[some]).to(self._device)
+            x = torch.from_numpy(self._hidden[some]).to(self._stack.device)
             y = expert_outputs(x, original, self._layer.geometry).cpu().numpy()
-            self._outputs[some] += y * gates[start : start + ROWS_AT_ONCE, None]
+            self._stack.outputs[some] += y * gates[start : start + ROWS_AT_ONCE, None]
             release(self._hidden)
-            release(self._outputs)
+            release(self._stack.outputs)
         return weights
 
     def outputs(self, batch: int) -> torch.Tensor:
         """``[tokens, hidden]``, padding included, whose rows are zeros: no other token sees them."""
-        outputs = torch.zeros(len(self._real[batch]), self._outputs.shape[1])
-        outputs[self._real[batch]] = torch.tensor(self._outputs[self._starts[batch] : self._starts[batch + 1]])
-        release(self._outputs)
-        return outputs.to(self._device)
+        real = torch.from_numpy(self._stack.sides[batch].real.ravel())
+        outputs = torch.zeros(len(real), self._stack.outputs.shape[1])
+        outputs[real] = torch.tensor(self._stack.outputs[self._starts[batch] : self._starts[batch + 1]])
+        release(self._stack.outputs)
+        return outputs.to(self._stack.device)
 
 
 def _equal(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:

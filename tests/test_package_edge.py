@@ -2,10 +2,14 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from rq_compile.files import sha256
+from rq_compile.packaging.archive import write_files
 from rq_compile.runtime.engine import Engine
 
 Command = Callable[..., Result]
@@ -25,21 +30,37 @@ ONNXRUNTIME = os.environ.get("ONNXRUNTIME")
 
 
 @pytest.fixture(scope="module", params=["batched", "native"])
-def engine(
-    request: pytest.FixtureRequest, rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_path_factory
-) -> Path:
+def engine(request: pytest.FixtureRequest) -> Path:
     """One engine that needs no op library, one that does."""
-    if request.param == "batched":
-        return stages / "model.onnx"
-    folder = tmp_path_factory.mktemp("native")
-    plan, path = folder / "plan.json", folder / "small.onnx"
-    for arguments in (
-        ("plan", stages / "calibration.json", "--target", "cpu", "--memory", 0.6, "-o", plan),
-        (tiny_checkpoint("olmoe"), "--plan", plan, "-o", path),
-    ):
-        result = rq_compile(*arguments, "-q")
-        assert result.exit_code == 0, result.stderr
-    return path
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def batched(compiled: Callable[[str, str], Path]) -> Path:
+    return compiled("batched", "batched")
+
+
+@pytest.fixture(scope="module")
+def native(compiled: Callable[[str, str], Path]) -> Path:
+    return compiled("cpu", "native")
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    def compile_for(target: str, lowering: str) -> Path:
+        folder = tmp_path_factory.mktemp(lowering)
+        plan, path = folder / "plan.json", folder / "small.onnx"
+        for arguments in (
+            ("plan", stages / "calibration.json", "--target", target, "--memory", 0.6, "-o", plan),
+            (tiny_checkpoint("olmoe"), "--plan", plan, "--lowering", lowering, "-o", path),
+        ):
+            result = rq_compile(*arguments, "-q")
+            assert result.exit_code == 0, result.stderr
+        return path
+
+    return compile_for
 
 
 @pytest.fixture
@@ -119,13 +140,152 @@ def test_bill_of_materials_follows_the_format_and_names_every_file(packaged: Pat
         assert component["hashes"] == [{"alg": "SHA-256", "content": sha256(packaged / name)}]
         assert component["properties"] == [{"name": "bytes", "value": str((packaged / name).stat().st_size)}]
         ours = name in ("LICENSE", "README.md", "generate.py", "generate.cc", "librq_moe.so")
-        assert component.get("licenses") == ([{"expression": "Apache-2.0"}] if ours else None)
+        assert component.get("licenses") == ([declared(id="Apache-2.0")] if ours else None)
+
+
+def declared(**licence: str) -> dict:
+    return {"license": {**licence, "acknowledgement": "declared"}}
+
+
+def test_the_models_licence_is_named_and_packed(rq_compile: Command, engine: Path, tmp_path: Path) -> None:
+    for path in engine.parent.glob("small.*"):
+        shutil.copy(path, tmp_path)
+    text = tmp_path / "small.USE_POLICY.md"
+    text.write_text("Use it well.\n")
+    manifest = json.loads((tmp_path / "small.json").read_text())
+    manifest["licences"] = [{"name": text.name, "sha256": sha256(text), "bytes": text.stat().st_size}]
+    for licence, said in ((None, None), ("mit", declared(id="MIT")), ("llama3.1", declared(name="llama3.1"))):
+        (tmp_path / "small.json").write_text(json.dumps({**manifest, "licence": licence}))
+        folder = tmp_path / f"edge-{licence}"
+        assert rq_compile("package", tmp_path / "small.onnx", "--for", "edge", "-o", folder, "-q").exit_code == 0
+        assert (folder / text.name).read_text() == "Use it well.\n"
+        content = (folder / "sbom.cdx.json").read_text()
+        assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(content) is None
+        bill = json.loads(content)
+        of = {component["name"]: component.get("licenses") for component in bill["components"]}
+        for name in ("small.onnx", "small.onnx.data", "small.tokenizer.json"):
+            assert of[name] == ([said] if said else None)
+        assert of[text.name] is None
+        assert bill["metadata"]["component"].get("licenses") == ([said] if said else None)
+        readme = (folder / "README.md").read_text()
+        assert text.name in readme
+        assert (f"({licence}, as its model card says)" in readme) == (licence is not None)
 
 
 def test_op_library_is_there_when_it_is_needed(engine: Path, packaged: Path) -> None:
-    needed = Engine.load(engine, threads=1).manifest.op_library is not None
+    needed = engine.parent.name.startswith("native")
     assert (packaged / "librq_moe.so").exists() == needed
     assert ('kOpLibrary = "librq_moe.so"' in (packaged / "generate.cc").read_text()) == needed
+
+
+def unpacked(archive: Path, folder: Path) -> Path:
+    shutil.unpack_archive(archive, folder)
+    (root,) = folder.iterdir()
+    return root
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".tgz", ".zip"])
+def test_an_archive_holds_the_folder_and_is_the_same_every_time(
+    rq_compile: Command, engine: Path, packaged: Path, tmp_path: Path, ending: str
+) -> None:
+    archives = [tmp_path / f"bundle{ending}", tmp_path / f"again{ending}"]
+    for time, archive in enumerate(archives):
+        os.utime(engine, (time * 10**6, time * 10**6))
+        result = rq_compile("package", engine, "--for", "edge", "-o", archive, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["files"] == names(packaged)
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    root = unpacked(archives[0], tmp_path / "unpacked")
+    assert root.name == "small"
+    assert contents(root) == contents(packaged)
+    assert names(tmp_path) == sorted([*(archive.name for archive in archives), "edge", "unpacked"])
+
+
+def test_archive_entries_say_nothing_of_the_machine(rq_compile: Command, engine: Path, packaged: Path, tmp_path: Path) -> None:
+    for ending in (".tar.gz", ".zip"):
+        assert rq_compile("package", engine, "--for", "edge", "-o", tmp_path / f"bundle{ending}", "-q").exit_code == 0
+    expected = [f"small/{name}" for name in names(packaged)]
+    with tarfile.open(tmp_path / "bundle.tar.gz") as archive:
+        entries = archive.getmembers()
+    assert [entry.name for entry in entries] == expected
+    assert {(e.mode, e.mtime, e.uid, e.gid, e.uname, e.gname) for e in entries} == {(0o644, 0, 0, 0, "", "")}
+    assert int.from_bytes((tmp_path / "bundle.tar.gz").read_bytes()[4:8], "little") == 0  # gzip's own time
+    with zipfile.ZipFile(tmp_path / "bundle.zip") as archive:
+        infos = archive.infolist()
+    assert [info.filename for info in infos] == expected
+    assert {(info.date_time, info.external_attr >> 16) for info in infos} == {((1980, 1, 1, 0, 0, 0), 0o644)}
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".zip"])
+def test_an_archive_is_streamed(tmp_path: Path, ending: str) -> None:
+    weights, size = tmp_path / "weights", 64 << 20
+    with weights.open("wb") as file:
+        file.truncate(size)
+    tracemalloc.start()
+    write_files({"weights": weights}, tmp_path / f"bundle{ending}", root="model")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size / 8
+    assert (unpacked(tmp_path / f"bundle{ending}", tmp_path / "unpacked") / "weights").stat().st_size == size
+
+
+def elf(path: Path, machine: int, rest: bytes = b"RegisterCustomOps\0", bits: int = 2) -> Path:
+    header = b"\x7fELF" + bytes([bits, 1, 1]).ljust(12, b"\0") + (3).to_bytes(2, "little") + machine.to_bytes(2, "little")
+    path.write_bytes(header + bytes(44) + rest)
+    return path
+
+
+@pytest.mark.parametrize(("number", "architecture"), [(62, "x86_64"), (183, "aarch64"), (243, "riscv64")])
+def test_an_op_library_for_another_machine_is_packed(
+    rq_compile: Command, native: Path, tmp_path: Path, number: int, architecture: str
+) -> None:
+    library = elf(tmp_path / "cross.so", number)
+    arguments = (
+        "package",
+        native,
+        "--for",
+        "edge",
+        "--library",
+        library,
+        "--architecture",
+        architecture,
+        "-o",
+        tmp_path / "edge",
+    )
+    result = rq_compile(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "edge" / "librq_moe.so").read_bytes() == library.read_bytes()
+    assert f"built for {architecture}" in json.loads(result.stdout)["remarks"][0]
+    assert f"built for {architecture}" in (tmp_path / "edge" / "README.md").read_text()
+
+
+def test_an_op_library_for_the_wrong_machine_is_refused(rq_compile: Command, native: Path, tmp_path: Path) -> None:
+    def asked(*options: object) -> Result:
+        return rq_compile("package", native, "--for", "edge", "-o", tmp_path / "edge", *options)
+
+    library, other = tmp_path / "cross.so", "riscv64"
+    refused(asked("--architecture", other), 2, "librq_moe.so is built for", f"not for {other}", "--library")
+    refused(asked("--library", elf(library, 183), "--architecture", "x86_64"), 2, library, "built for aarch64, not for x86_64")
+    refused(
+        asked("--library", elf(library, 62, bits=1), "--architecture", "x86_64"), 2, library, "another system, not for x86_64"
+    )
+    refused(asked("--library", elf(library, 183, rest=b"")), 2, library, "is no op library")
+    library.write_bytes(b"")
+    refused(asked("--library", library), 2, library, "is no op library")
+    refused(asked("--library", tmp_path / "missing.so"), 2, "missing.so", "No such file")
+    assert names(tmp_path) == ["cross.so"]
+
+
+def test_this_machines_op_library_is_for_this_machine(rq_compile: Command, native: Path, tmp_path: Path) -> None:
+    arguments = ("package", native, "--for", "edge", "-o", tmp_path / "edge", "--architecture", platform.machine(), "-q")
+    assert rq_compile(*arguments).exit_code == 0
+
+
+def test_an_op_library_that_nothing_needs_is_refused(rq_compile: Command, batched: Path, tmp_path: Path) -> None:
+    arguments = ("package", batched, "--for", "edge", "-o", tmp_path / "edge")
+    refused(rq_compile(*arguments, "--library", elf(tmp_path / "cross.so", 183)), 2, "--library")
+    # But every machine runs it.
+    assert rq_compile(*arguments, "--architecture", "aarch64", "-q").exit_code == 0
 
 
 def test_a_changed_bit_is_refused(rq_compile: Command, stages: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An engine for a device without a server: one folder that ONNX Runtime alone runs, in Python or C++."""
+"""An engine for a device without a server: one folder or archive that ONNX Runtime alone runs, in Python or C++."""
 
 import importlib.metadata
 import platform
@@ -6,9 +6,12 @@ import shlex
 import shutil
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryDirectory
 
 from rq_compile.errors import UserError
-from rq_compile.files import folder_written_beside, sha256
+from rq_compile.files import sha256
+from rq_compile.packaging.archive import Files, archive_writer, write_files
+from rq_compile.packaging.op_library import machine, op_library
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.sbom import bill_of_materials
 from rq_compile.runtime.files import engine_files, manifest_path, read_manifest, verify
@@ -22,40 +25,54 @@ MATERIALS = "sbom.cdx.json"
 OURS = {OP_LIBRARY, "LICENSE", "README.md", "generate.py", "generate.cc"}
 
 
-def package(source: Path, output: Path) -> Package:
-    """Write the engine, its op library, two examples, a README with the sizes, the licence, a bill of materials and the
+def package(source: Path, output: Path, library: Path | None = None, architecture: str | None = None) -> Package:
+    """Write the engine, its op library, two examples, a README with the sizes, the licences, a bill of materials and the
     checksums of all of them.
 
-    The same engine and op library give the same bytes.
+    ``output`` is a folder, or an archive when it ends in one's ending (.tar.gz, .tgz, .zip). ``library`` takes the place of
+    the op library of this machine; ``architecture`` is what the op library must be built for. The same engine and op library
+    give the same bytes.
 
     Raises:
-        UserError: ``source`` is no whole engine or is damaged, is an encoder-decoder, or see ``folder_written_beside``.
+        UserError: ``source`` is no whole engine or is damaged, is an encoder-decoder, needs no op library although one is
+            given, or see ``op_library`` and ``write_files``.
     """
     manifest = read_manifest(source)
     if manifest.encoder_decoder:
         raise UserError(f"{source} is an encoder-decoder, which the examples cannot run; package a decoder-only engine", 2)
+    if library is not None and manifest.op_library is None:
+        raise UserError(f"{source} runs in any ONNX Runtime, without an op library; leave --library out", 2)
+    packed = None if manifest.op_library is None else op_library(library, architecture)
     verify(source, manifest)
 
-    with folder_written_beside(output) as folder:
-        for path in (manifest_path(source), *(source.parent / file.name for file in engine_files(manifest))):
-            shutil.copyfile(path, folder / path.name)
-        if manifest.op_library is not None:
-            shutil.copyfile(library_path(), folder / OP_LIBRARY)
-        (folder / "LICENSE").write_text(licence())
-        write_examples(source.name, manifest, folder)
-        write_readme(source.name, manifest, folder)
-        write_inventory(source.name, folder)
-        files = sorted(path.name for path in folder.iterdir())
-
-    example = shlex.quote(str(output / "generate.py"))
-    prompt = "--ids 1 2 3" if manifest.tokenizer is None else '"Once upon a time"'
+    remark = library_remark(manifest, packed)
+    with TemporaryDirectory() as made:
+        files = engine_parts(source, manifest)
+        if packed is not None:
+            files[OP_LIBRARY] = packed
+        files |= written_parts(source.name, manifest, Path(made), files, remark)
+        write_files(files, output, root=source.stem)
     return Package(
         destination="edge",
         folder=str(output),
-        files=files,
-        run=[f"cd {shlex.quote(str(output))} && sha256sum -c {CHECKSUMS}", f"python {example} {prompt}"],
-        remarks=[library_remark(manifest), "the weights and the tokenizer stay under the licence of their model"],
+        files=sorted(files),
+        run=command_lines(source, manifest, output),
+        remarks=[remark, licence_remark(manifest)],
     )
+
+
+def engine_parts(source: Path, manifest: Manifest) -> dict[str, Path]:
+    """The engine's own files: graph, weights, tokenizer, the licence texts of its model, and the manifest."""
+    return {path.name: path for path in (manifest_path(source), *(source.parent / file.name for file in engine_files(manifest)))}
+
+
+def written_parts(engine: str, manifest: Manifest, folder: Path, others: Files, remark: str) -> dict[str, Path]:
+    """What describes the ``others`` and how to run them, made in ``folder``."""
+    (folder / "LICENSE").write_text(licence())
+    write_examples(engine, manifest, folder)
+    write_readme(engine, manifest, folder, others, remark)
+    write_inventory(engine, manifest, folder, others)
+    return {path.name: path for path in folder.iterdir()}
 
 
 def write_examples(engine: str, manifest: Manifest, folder: Path) -> None:
@@ -69,27 +86,58 @@ def write_examples(engine: str, manifest: Manifest, folder: Path) -> None:
     (folder / "generate.cc").write_text(example)
 
 
-def write_readme(engine: str, manifest: Manifest, folder: Path) -> None:
-    sizes = [f"| {path.name} | {path.stat().st_size:,} |" for path in sorted(folder.iterdir())]
+def write_readme(engine: str, manifest: Manifest, folder: Path, others: Files, remark: str) -> None:
+    parts = {**others, **{path.name: path for path in folder.iterdir()}}
+    sizes = [f"| {name} | {parts[name].stat().st_size:,} |" for name in sorted(parts)]
     readme = Template((TEMPLATES / "README.md").read_text()).substitute(
-        engine=engine, tool=manifest.tool, library=sentence(library_remark(manifest)), files="\n".join(sizes)
+        engine=engine,
+        tool=manifest.tool,
+        library=sentence(remark),
+        model_licence=sentence(licence_remark(manifest)),
+        files="\n".join(sizes),
     )
     (folder / "README.md").write_text(readme)
 
 
-def write_inventory(engine: str, folder: Path) -> None:
+def write_inventory(engine: str, manifest: Manifest, folder: Path, others: Files) -> None:
     """The bill of materials, and the checksums as ``sha256sum`` writes and checks them."""
-    digests = {path.name: sha256(path) for path in folder.iterdir()}
-    (folder / MATERIALS).write_text(bill_of_materials(folder, engine, digests, OURS))
+    parts = {**others, **{path.name: path for path in folder.iterdir()}}
+    digests = {name: sha256(path) for name, path in parts.items()}
+    of_model = {
+        file.name: manifest.licence for file in (manifest.graph, manifest.weights, manifest.tokenizer) if file is not None
+    }
+    licences = {**of_model, **dict.fromkeys(OURS & parts.keys(), "Apache-2.0")}
+    (folder / MATERIALS).write_text(bill_of_materials(engine, manifest.licence, parts, digests, licences))
     digests[MATERIALS] = sha256(folder / MATERIALS)
     (folder / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
 
 
-def library_remark(manifest: Manifest) -> str:
+def command_lines(source: Path, manifest: Manifest, output: Path) -> list[str]:
+    prompt = "--ids 1 2 3" if manifest.tokenizer is None else '"Once upon a time"'
+    if archive_writer(output) is None:
+        folder, unpacked = str(output), []
+    else:
+        folder = source.stem
+        unpacked = [f"{'unzip' if output.suffix == '.zip' else 'tar xf'} {shlex.quote(str(output))}"]
+    example = shlex.quote(f"{folder}/generate.py")
+    return [*unpacked, f"(cd {shlex.quote(folder)} && sha256sum -c {CHECKSUMS})", f"python {example} {prompt}"]
+
+
+def library_remark(manifest: Manifest, library: Path | None = None) -> str:
+    """What the op library is for; ``library``: by default that of this machine."""
     if manifest.op_library is None:
         return "the engine needs no op library: it runs wherever ONNX Runtime does"
-    machine = f"{platform.system()} {platform.machine()}"
-    return f"the op library {OP_LIBRARY} is built for {machine} and chooses its kernels by what the processor has when it loads"
+    built_for = machine(library or library_path()) or platform.machine()
+    kernels = (
+        "chooses its kernels by what the processor has when it loads" if built_for == "x86_64" else "has no vector kernels there"
+    )
+    return f"the op library {OP_LIBRARY} is built for {built_for} and {kernels}"
+
+
+def licence_remark(manifest: Manifest) -> str:
+    declared = f" ({manifest.licence}, as its model card says)" if manifest.licence else ""
+    texts = " and ".join(file.name for file in manifest.licences) or "no text of it came with the engine"
+    return f"the weights and the tokenizer stay under the licence of their model{declared}: {texts}"
 
 
 def sentence(remark: str) -> str:

@@ -1,0 +1,66 @@
+"""Files as one folder or one archive. An archive has the same bytes every time: fixed times, owners, modes and order.
+
+Files are streamed, whatever their sizes; a gzip or zip library of another version may compress to other bytes.
+"""
+
+import gzip
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from rq_compile.files import folder_written_beside, written_beside
+
+Files = Mapping[str, Path]  # the name in the package -> where its content is
+MODE = 0o644
+LEVEL = 1  # weights hardly get smaller at a higher one, but much slower
+CHUNK = 1 << 20
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can tell
+
+
+def write_files(files: Files, output: Path, root: str) -> None:
+    """Write ``files`` into the folder ``output``, or under the folder ``root`` of the archive that its ending names.
+
+    Raises:
+        UserError: see ``folder_written_beside`` and ``written_beside``.
+    """
+    write = archive_writer(output)
+    if write is None:
+        with folder_written_beside(output) as folder:
+            for name, path in files.items():
+                shutil.copyfile(path, folder / name)
+    else:
+        with written_beside(output) as part, part.open("wb") as file:
+            write({f"{root}/{name}": files[name] for name in sorted(files)}, file)
+
+
+def write_tar(files: Files, output: BinaryIO) -> None:
+    with (
+        gzip.GzipFile(filename="", mode="wb", compresslevel=LEVEL, fileobj=output, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for name, path in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = path.stat().st_size, MODE
+            with path.open("rb") as content:
+                archive.addfile(entry, content)
+
+
+def write_zip(files: Files, output: BinaryIO) -> None:
+    with zipfile.ZipFile(output, "w", compresslevel=LEVEL) as archive:
+        for name, path in files.items():
+            entry = zipfile.ZipInfo(name, EPOCH)
+            entry.create_system, entry.external_attr = 3, MODE << 16  # Unix
+            entry.compress_type, entry.file_size = zipfile.ZIP_DEFLATED, path.stat().st_size
+            with path.open("rb") as content, archive.open(entry, "w") as stream:
+                shutil.copyfileobj(content, stream, CHUNK)
+
+
+ARCHIVES: dict[str, Callable[[Files, BinaryIO], None]] = {".tar.gz": write_tar, ".tgz": write_tar, ".zip": write_zip}
+
+
+def archive_writer(output: Path) -> Callable[[Files, BinaryIO], None] | None:
+    """None: ``output`` has the ending of no archive."""
+    return next((writer for ending, writer in ARCHIVES.items() if output.name.endswith(ending)), None)

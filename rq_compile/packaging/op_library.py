@@ -1,0 +1,54 @@
+"""The op library of a package: ours for this machine, or one that was built for another instruction set."""
+
+import mmap
+from pathlib import Path
+
+from rq_compile.errors import UserError
+from rq_compile.targets.library import library_path
+
+# The machine field of a 64-bit ELF header, by the names that Linux and its packages use.
+MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}
+ENTRY = b"RegisterCustomOps\0"  # what ONNX Runtime looks for
+
+
+def op_library(given: Path | None, architecture: str | None) -> Path:
+    """The library to package: ``given``, else the one that was built with this package.
+
+    Raises:
+        UserError: it is missing or no op library, or it is not for the ``architecture`` that was asked for.
+    """
+    path = given or library_path()
+    built_for = machine(path)
+    if architecture is not None and built_for != architecture:
+        raise UserError(
+            f"the op library {path} is built for {built_for or 'another system'}, not for {architecture}; "
+            "build it for that (plugins/onnxruntime/README.md) and give it with --library",
+            2,
+        )
+    if given is not None and not exports_ops(given):
+        raise UserError(f"{given} is no op library: ONNX Runtime would find no RegisterCustomOps in it; give a librq_moe.so", 2)
+    return path
+
+
+def machine(library: Path) -> str | None:
+    """The architecture that an ELF library is for; None: it is no 64-bit ELF file, or for a machine without a name here.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with library.open("rb") as file:
+            header = file.read(20)
+    except OSError as error:
+        raise UserError(f"cannot read the op library {library}: {error.strerror}; check --library", 2) from error
+    if not header.startswith(b"\x7fELF\2") or len(header) < 20:
+        return None
+    return MACHINES.get(int.from_bytes(header[18:20], "big" if header[5] == 2 else "little"))
+
+
+def exports_ops(library: Path) -> bool:
+    with library.open("rb") as file:
+        if not library.stat().st_size:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(ENTRY) >= 0

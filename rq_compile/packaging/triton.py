@@ -34,8 +34,10 @@ def package(source: Path, output: Path, flavour: Flavour = "python", name: str |
             is refused by it, tritonclient is missing, or see ``folder_written_beside``.
     """
     name = name or source.stem
-    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
-        raise UserError(f"{name!r} cannot name a model in Triton; give letters, digits, dots and dashes with --name", 2)
+    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        raise UserError(
+            f"{name!r} cannot name a model in Triton; give letters, digits, dots and dashes, a letter first, with --name", 2
+        )
     if superfluous := sorted(options.keys() - OPTIONS[flavour]):
         raise UserError(f"--{superfluous[0]} has no effect with --flavour {flavour}; leave one of the two out", 2)
     messages()

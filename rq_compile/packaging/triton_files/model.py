@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from threading import BoundedSemaphore
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as backend
@@ -62,10 +63,10 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self.workers.shutdown()
 
-    def read(self, request: object) -> Request:
+    def read(self, request: Any) -> Request:
         """What was asked, or a ValueError with a sentence for the client."""
 
-        def given(name: str) -> np.ndarray | None:
+        def given(name: str) -> Any:
             tensor = backend.get_input_tensor_by_name(request, name)
             return None if tensor is None else tensor.as_numpy().ravel()
 
@@ -78,7 +79,7 @@ class TritonPythonModel:
             raise ValueError("text_input is not UTF-8") from None
         return Request(prompt, 64 if max_tokens is None else int(max_tokens[0]), stream is not None and bool(stream[0]))
 
-    def answer(self, request: Request, sender: object) -> None:
+    def answer(self, request: Request, sender: Any) -> None:
         try:
             prompt = self.prompt_ids(request)
             tokens = generate(self.session, self.manifest, prompt, request.max_tokens)
@@ -124,7 +125,7 @@ class TritonPythonModel:
         return "" if self.tokenizer is None else self.tokenizer.decode(tokens), tokens
 
 
-def response(text: str, ids: list[int]) -> object:
+def response(text: str, ids: list[int]) -> Any:
     return backend.InferenceResponse(
         [
             backend.Tensor("text_output", np.array([text.encode()], np.object_)),
@@ -133,6 +134,6 @@ def response(text: str, ids: list[int]) -> object:
     )
 
 
-def refuse(sender: object, message: str, code: int) -> None:
+def refuse(sender: Any, message: str, code: int) -> None:
     failure = backend.InferenceResponse(error=backend.TritonError(message, code))
     sender.send(failure, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -1,0 +1,272 @@
+"""A real ``tritonserver`` serves the packages: the tokens of ``rq-compile generate``, whatever clients do."""
+
+import json
+import queue
+import shutil
+import time
+import urllib.error
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import triton_stand_in as stand_in
+import tritonclient.grpc as grpc
+import tritonclient.http as http
+from triton_server import (
+    Command,
+    Server,
+    as_json,
+    compile_native,
+    needs_server,
+    pieces,
+    read_config,
+    succeed,
+    tensors,
+    write_config,
+)
+from tritonclient.utils import InferenceServerException
+
+from rq_compile.packaging.triton_python import CONCURRENT_REQUESTS
+from rq_compile.runtime.engine import Engine
+
+pytestmark = needs_server
+PROMPTS = ["The hacker", "A jargon file", "hack", "Unix is", "To be", "In the beginning", "foo bar", "he said"]
+STAND_IN = "stand-in"
+LONGEST = 10**6
+
+
+@pytest.fixture(scope="module")
+def engines(rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_path_factory) -> dict[str, Path]:
+    """One engine that needs no op library, one that does."""
+    native = compile_native(rq_compile, stages, tiny_checkpoint("olmoe"), tmp_path_factory.mktemp("native"))
+    return {"model": stages / "model.onnx", "native": native}
+
+
+@pytest.fixture(scope="module")
+def repositories(rq_compile: Command, engines: dict[str, Path], tmp_path_factory) -> list[Path]:
+    """Both engines in the python flavour, and one in the onnxruntime flavour with a stand-in for the backend."""
+    root = tmp_path_factory.mktemp("repositories")
+    for name, engine in engines.items():
+        succeed(rq_compile("package", engine, "--for", "triton", "--threads", 1, "-o", root / name, "-q"))
+    allow_long_sequences(root / "native" / "native")
+    flavour = ("--flavour", "onnxruntime", "--mount", root / STAND_IN, "--name", STAND_IN, "--threads", 1)
+    succeed(rq_compile("package", engines["native"], "--for", "triton", *flavour, "-o", root / STAND_IN, "-q"))
+    replace_backend(root / STAND_IN / STAND_IN)
+    return [root / name for name in (*engines, STAND_IN)]
+
+
+def replace_backend(model: Path) -> None:
+    config = read_config(model)
+    (model / "1" / stand_in.CONFIG).write_text(as_json(config))
+    shutil.copy(stand_in.__file__, model / "1" / "model.py")
+    config.backend = "python"
+    config.default_model_filename = "model.py"
+    write_config(config, model)
+
+
+def allow_long_sequences(model: Path) -> None:
+    config = read_config(model)
+    config.parameters["max_sequence_length"].string_value = str(LONGEST)
+    write_config(config, model)
+
+
+@pytest.fixture(scope="module")
+def server(repositories: list[Path], tmp_path_factory) -> Iterator[Server]:
+    with Server(repositories, tmp_path_factory.mktemp("log") / "server.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(rq_compile: Command, engines: dict[str, Path]) -> Callable[[str, str], tuple[str, list[int]]]:
+    """Text and tokens of ``rq-compile generate``, twelve at most."""
+
+    def run(model: str, prompt: str) -> tuple[str, list[int]]:
+        command = ("generate", engines[model], "--prompt", prompt, "--max-tokens", 12, "--threads", 1, "--json")
+        said = json.loads(succeed(rq_compile(*command)).stdout)
+        return said["text"], said["tokens"]
+
+    return run
+
+
+@pytest.mark.parametrize("model", ["model", "native"])
+def test_generate_gives_the_text_and_tokens_of_rq_compile_generate(server: Server, expected: Callable, model: str) -> None:
+    for prompt in PROMPTS[:3]:
+        assert server.generate(model, text_input=prompt, max_tokens=12) == expected(model, prompt)
+
+
+def test_streams_give_the_same_token_by_token(server: Server, expected: Callable) -> None:
+    text, tokens = expected("native", PROMPTS[0])
+    request = {"text_input": PROMPTS[0], "max_tokens": 12}
+    lines = server.post("native", "generate_stream", **request, stream=True).splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert [event["token_ids"] for event in events] == tokens
+    streamed = server.stream("native", **request)
+    assert [ids for _, ids in streamed] == [[token] for token in tokens]
+    assert "".join(piece for piece, _ in streamed) == "".join(event["text_output"] for event in events) == text.rstrip("\ufffd")
+
+
+def test_token_ids_are_taken_instead_of_text(server: Server, engines: dict[str, Path]) -> None:
+    tokens = list(Engine.load(engines["native"], threads=1).generate([5, 9, 17, 3], 6))
+    assert server.generate("native", input_ids=[5, 9, 17, 3], max_tokens=6)[1] == tokens
+
+
+def test_eight_clients_at_once_get_what_each_would_get_alone(server: Server, expected: Callable) -> None:
+    def ask(number: int) -> list[int]:
+        request = {"text_input": PROMPTS[number], "max_tokens": 12}
+        if number % 2:
+            return [token for _, ids in server.stream("native", **request) for token in ids]
+        return server.generate("native", **request)[1]
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(ask, range(8)))
+    assert answers == [expected("native", prompt)[1] for prompt in PROMPTS]
+
+
+def test_a_short_request_does_not_wait_for_long_ones_until_they_take_all_places_and_gets_one_that_is_cancelled(
+    server: Server, engines: dict[str, Path], expected: Callable
+) -> None:
+    engine = Engine.load(engines["native"], threads=1)
+    endless = next(prompt for prompt in ([token] for token in range(2, 128)) if len(list(engine.generate(prompt, 600))) == 600)
+    inputs = tensors({"input_ids": endless, "max_tokens": LONGEST - 1, "stream": True})
+    responses: queue.Queue = queue.Queue()
+    with grpc.InferenceServerClient(server.grpc) as client:
+        client.start_stream(lambda result, error: responses.put(error or result))
+        for places in (CONCURRENT_REQUESTS - 1, 1):
+            for _ in range(places):
+                client.async_stream_infer("native", inputs, enable_empty_final_response=True)
+            if places > 1:
+                assert server.generate("native", text_input=PROMPTS[1], max_tokens=12) == expected("native", PROMPTS[1])
+        client.stop_stream(cancel_requests=True)
+    with pytest.raises(InferenceServerException, match="cancelled"):
+        list(pieces(responses))
+    assert server.generate("native", text_input=PROMPTS[1], max_tokens=12) == expected("native", PROMPTS[1])
+
+
+@pytest.mark.parametrize(
+    ("request_", "word"),
+    [
+        ({}, "either text_input or input_ids"),
+        ({"text_input": "a", "input_ids": [1]}, "either text_input or input_ids"),
+        ({"text_input": ""}, "empty"),
+        ({"input_ids": [1, 10**6]}, "outside the vocabulary"),
+        ({"input_ids": [-1]}, "outside the vocabulary"),
+        ({"text_input": "a", "max_tokens": 0}, "max_tokens is 0"),
+        ({"text_input": "a", "max_tokens": 2**30}, "max_sequence_length"),
+        ({"text_input": ["a", "b"]}, "proper shape"),
+        ({"text_input": "a", "max_tokens": "many"}, "integer"),
+    ],
+)
+def test_a_bad_request_gets_an_error_and_the_server_lives(
+    server: Server, expected: Callable, request_: dict[str, object], word: str
+) -> None:
+    for verb in ("generate", "generate_stream"):
+        with pytest.raises(urllib.error.HTTPError) as failure:
+            server.post("native", verb, **({"max_tokens": 4} | request_))
+        assert 400 <= failure.value.code < 600
+        assert word in failure.value.read().decode()
+    assert server.generate("native", text_input=PROMPTS[0], max_tokens=12) == expected("native", PROMPTS[0])
+
+
+def test_bytes_that_are_no_text_and_a_request_without_stream_are_refused(server: Server, expected: Callable) -> None:
+    with pytest.raises(InferenceServerException, match="not UTF-8"):
+        server.stream("native", text_input=b"\xff\xfe")
+    # Triton's plain inference route has no place for several answers.
+    text = http.InferInput("text_input", [1], "BYTES")
+    text.set_data_from_numpy(np.array([b"a"], np.object_))
+    with http.InferenceServerClient(server.http) as client, pytest.raises(InferenceServerException, match="decoupled"):
+        client.infer("native", [text])
+    assert server.generate("native", text_input=PROMPTS[0], max_tokens=12) == expected("native", PROMPTS[0])
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_unload_and_reload(server: Server, expected: Callable, protocol: str) -> None:
+    with {"http": http, "grpc": grpc}[protocol].InferenceServerClient(getattr(server, protocol)) as client:
+        client.unload_model("native")
+        wait_until(lambda: not client.is_model_ready("native"))
+        assert server.generate("model", text_input=PROMPTS[0], max_tokens=12) == expected("model", PROMPTS[0])
+        client.load_model("native")
+        assert client.is_model_ready("native")
+    assert server.generate("native", text_input=PROMPTS[0], max_tokens=12) == expected("native", PROMPTS[0])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("not within twenty seconds")
+
+
+def test_a_folder_that_was_moved_is_served_after_a_restart(repositories: list[Path], expected: Callable, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(repositories[1], first)
+    for folder in (first, second):
+        with Server([folder], tmp_path / "server.log") as server:
+            assert server.generate("native", text_input=PROMPTS[0], max_tokens=12) == expected("native", PROMPTS[0])
+        assert server.process.returncode == 0
+        if folder == first:
+            first.rename(second)
+
+
+def test_a_damaged_engine_does_not_load_and_the_others_serve(
+    server: Server, repositories: list[Path], expected: Callable
+) -> None:
+    graph = repositories[0] / "model" / "1" / "model.onnx"
+    whole = graph.read_bytes()
+    with http.InferenceServerClient(server.http) as client:
+        try:
+            client.unload_model("model")
+            wait_until(lambda: not client.is_model_ready("model"))
+            graph.write_bytes(whole[: len(whole) // 2])
+            with pytest.raises(InferenceServerException, match="load failed"):
+                client.load_model("model")
+            assert server.generate("native", text_input=PROMPTS[0], max_tokens=12) == expected("native", PROMPTS[0])
+        finally:
+            graph.write_bytes(whole)
+        client.load_model("model")
+    assert server.generate("model", text_input=PROMPTS[0], max_tokens=12) == expected("model", PROMPTS[0])
+
+
+class Client:
+    """Generates with the cache on its own side, one request a step."""
+
+    def __init__(self, server: Server, engine: Path) -> None:
+        self.client = grpc.InferenceServerClient(server.grpc)
+        self.cache = Engine.load(engine, threads=1).manifest.cache
+
+    def generate(self, prompt: list[int], count: int) -> list[int]:
+        past = {tensor.past: np.zeros((1, tensor.heads, 0, tensor.dimension), np.float32) for tensor in self.cache}
+        ids, length, tokens = np.array([prompt], np.int64), 0, []
+        while len(tokens) < count:
+            start, length = length, length + ids.shape[1]
+            feeds = {
+                "input_ids": ids,
+                "attention_mask": np.ones((1, length), np.int64),
+                "position_ids": np.arange(start, length, dtype=np.int64)[None],
+            }
+            result = self.client.infer(STAND_IN, [self.tensor(*feed) for feed in (feeds | past).items()])
+            past = {tensor.past: result.as_numpy(tensor.present) for tensor in self.cache}
+            tokens.append(int(result.as_numpy("logits")[0, -1].argmax()))
+            ids = np.array([tokens[-1:]], np.int64)
+        return tokens
+
+    @staticmethod
+    def tensor(name: str, array: np.ndarray) -> grpc.InferInput:
+        made = grpc.InferInput(name, array.shape, "INT64" if array.dtype == np.int64 else "FP32")
+        made.set_data_from_numpy(array)
+        return made
+
+
+def test_onnxruntime_config_serves_clients_that_hold_the_cache_and_batches_their_equal_shapes(
+    server: Server, engines: dict[str, Path]
+) -> None:
+    engine = Engine.load(engines["native"], threads=1)
+    prompts = np.random.default_rng().integers(0, engine.manifest.vocabulary, (8, 5)).tolist()
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda prompt: Client(server, engines["native"]).generate(prompt, 8), prompts))
+    assert answers == [list(engine.generate(prompt, 8, stop=False)) for prompt in prompts]
+    statistics = http.InferenceServerClient(server.http).get_inference_statistics(STAND_IN)["model_stats"][0]
+    assert statistics["execution_count"] < statistics["inference_count"]
+    assert {batch["batch_size"] for batch in statistics["batch_stats"]} - {1}

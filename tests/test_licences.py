@@ -9,8 +9,12 @@ import pytest
 from click.testing import Result
 from command_line import refused
 
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.files import read_document
+from rq_compile.planning.schema import Plan
 from rq_compile.runtime.files import read_manifest
 from rq_compile.targets.licences import declared_licence, licence_texts
+from rq_compile.targets.onnxruntime import compile_engine
 
 
 @pytest.mark.parametrize(
@@ -42,14 +46,17 @@ def test_licence_texts_are_found_by_their_names(tmp_path: Path) -> None:
     assert [path.name for path in licence_texts(tmp_path)] == ["LICENSE", "License-code.txt", "NOTICE.md", "USE_POLICY.md"]
 
 
-def test_an_engine_has_its_models_licence(rq_compile: Callable[..., Result], model: Path, stages: Path, tmp_path: Path) -> None:
+def test_an_engine_has_its_models_licence(
+    rq_compile: Callable[..., Result], export_once: Callable, model: Path, stages: Path, tmp_path: Path
+) -> None:
     checkpoint = shutil.copytree(model, tmp_path / "checkpoint")
     (checkpoint / "LICENSE").write_text("Use it well.\n")
     (checkpoint / "NOTICE.txt").write_text("Made of noise.\n")
     (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n")
     engine = tmp_path / "small.onnx"
-    result = rq_compile(checkpoint, "--plan", stages / "plan.json", "-o", engine, "-q")
-    assert result.exit_code == 0, result.stderr
+    exported = export_once(Checkpoint.open(model))  # the same graph
+    plan = read_document(Plan, stages / "plan.json")
+    compile_engine(Checkpoint.open(checkpoint), plan.model_copy(update={"quantizer": "nearest"}), engine, exported=exported)
     manifest = read_manifest(engine)
     assert manifest.licence == "mit"
     assert [file.name for file in manifest.licences] == ["small.LICENSE", "small.NOTICE.txt"]

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 
-sys.path.append(str(Path(__file__).parents[1] / "plugins" / "kernels"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("plugins/kernels", "benchmarks")]
 
+import gpu_moe_layer as benchmark
 import op_nodes
 from rq_kernels import cases, launch, reference, tiles
 
@@ -124,3 +125,27 @@ def test_most_tiles_is_reached_and_never_passed():
         loads = random.integers(0, 3 * rows, slots)
         assert tiles.tile_count(loads, rows) <= tiles.most_tiles(int(loads.sum()), slots, rows)
     assert tiles.tile_count([1, 1, 1, 17 + 16], 16) == tiles.most_tiles(36, 4, 16)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_the_benchmark_compares_like_with_like(format):
+    """Both baselines and our kernels compute one layer, made as the benchmark makes it."""
+    shape = benchmark.Shape("small", 256, 128, 4, 2)
+    formats = benchmark.formats_of(shape, format)
+    held = benchmark.layer(shape, formats, "cpu")
+    ids = benchmark.routing(shape, 5, "uniform", SEED)
+    inputs = torch.randn(5, 256).bfloat16(), ids, torch.rand(5, 2)
+    built = benchmark.variants(held, format, "decode")
+    assert len(built) == (6 if format == "bf16" else 5)
+    benchmark.check({name: run for name, run in built.items() if "128" not in name}, inputs)
+
+
+def test_the_benchmark_runs_a_mixed_layer():
+    shape = benchmark.Shape("small", 256, 128, 8, 2)
+    formats = benchmark.formats_of(shape, "mixed")
+    held = benchmark.layer(shape, formats, "cpu")
+    assert held.up.index.tolist() == [0, 0, 1, 0, 1, 2, 3, 4]
+    run = benchmark.variants(held, "mixed", "decode")[benchmark.OURS]
+    answer = run(torch.randn(3, 256).bfloat16(), benchmark.routing(shape, 3, "skewed", SEED), torch.rand(3, 2))
+    assert answer.shape == (3, 256)
+    assert answer.isfinite().all()

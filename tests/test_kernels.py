@@ -79,6 +79,16 @@ def test_ptx_is_what_the_description_says(built):
         assert str(ROOT).encode() not in ptx, "a path of this machine"
 
 
+def test_grids_and_tiles_are_those_of_the_launcher(built):
+    _, described = built
+    kernels = {kernel["name"]: kernel for kernel in described["kernels"]}
+    decode, prefill = tiles.UP["decode"], tiles.DOWN["prefill"]
+    assert kernels["up_gated_bf16_mixed_decode"]["grid"] == ["row_tiles", f"ceil(outputs / {decode.outputs})", "1"]
+    assert kernels["down_fp16_int4_prefill"]["grid"] == ["row_tiles", f"ceil(outputs / {prefill.outputs})", "1"]
+    assert kernels["dispatch_count"]["grid"] == [f"ceil(pairs / {tiles.CHUNK})", "1", "1"]
+    assert described["tiles"]["rows"] == {name: tile.rows for name, tile in tiles.UP.items()}
+
+
 def test_ptx_is_old_enough_for_the_driver_floor(built):
     """PTX 9.0 came with CUDA 13.0 and the 580 driver, 8.7 with CUDA 12.8 and 570.26."""
     _, described = built

@@ -54,9 +54,7 @@ def compile_variant(name: str, sm: int, output: Path) -> dict[str, Any]:
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise RuntimeError(f"{name} for SM {sm} wants scratch memory of Triton's; change the kernel")
     if metadata.shared > SHARED[sm]:
-        raise RuntimeError(
-            f"{name} wants {metadata.shared} bytes of shared memory of SM {sm}'s {SHARED[sm]}; make its tile smaller"
-        )
+        raise RuntimeError(f"{name} wants {metadata.shared} bytes of SM {sm}'s {SHARED[sm]} of shared memory; use smaller tiles")
     files = {}
     for kind, data in (("cubin", built.asm["cubin"]), ("ptx", built.asm["ptx"].encode())):
         file = output / f"sm{sm}" / f"{name}.{kind}"
@@ -113,6 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         _prepare(cache)
         import triton
+        from rq_kernels import tiles
         from rq_kernels.variants import variants
         from triton import knobs
 
@@ -128,7 +127,8 @@ def main() -> None:
                 print(f"{done}/{len(jobs)} {job[0]} sm{job[1]}", flush=True)
         kernels = [describe(v, [started[v.name, sm].result() for sm in args.sm]) for v in chosen]
         toolkit = {"triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version, "ptx": f"{PTX // 10}.{PTX % 10}"}
-    document = {"version": 1, **toolkit, "linux_driver_at_least": DRIVERS, "kernels": kernels}
+        rule = {"rows": {name: tile.rows for name, tile in tiles.UP.items()}, "reread": tiles.REREAD, "small": tiles.SMALL}
+    document = {"version": 1, **toolkit, "linux_driver_at_least": DRIVERS, "tiles": rule, "kernels": kernels}
     (args.output / "kernels.json").write_text(json.dumps(document, indent=1) + "\n")
     report(kernels)
 

@@ -10,8 +10,8 @@ from rq_kernels.reference import Example
 
 SHARED_EXPERTS = ((0, 1, 2), (3, -1, -1), (4, -1, -1))  # three slots of the first expert
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# Of the largest result: sums in fp32, in an order of the kernel's own, and exp and erf of the hardware.
-ARITHMETIC = 5e-6
+# Of the largest result: sums in fp32, in an order of the kernel's own, which tensor cores truncate; exp and erf of the hardware.
+ARITHMETIC = {"cpu": 5e-6, "cuda": 3e-5}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ CASES = [
     Case("all on one slot, batch tiles", tokens=70, top_k=1, routing="one", size="batch"),
     Case("odd sizes", hidden=37, intermediate=53, block=16, bias=True),
     Case("odd sizes, gelu", hidden=75, intermediate=21, block=16, activation="gelu"),
-    Case("block 64", hidden=192, intermediate=64, block=64),
+    Case("block 64", hidden=192, intermediate=128, block=64),
     Case("block 32", hidden=96, intermediate=160, block=32, size="batch"),
     Case("block 128, padded", hidden=200, intermediate=72),
     Case("clamped_swiglu with biases", activation="clamped_swiglu", bias=True),
@@ -128,15 +128,15 @@ def _stages(
         same = torch.equal(routed.offsets.cpu(), offsets) and torch.equal(routed.rows.cpu()[: len(rows)], rows)
         errors[name] = 0.0 if same and covers(routed, offsets, up_tile.rows) else float("inf")
     middle = launch.up(x, routed, layer, up_tile)
-    errors["up"] = _error(middle.cpu()[: len(rows)], reference.up(x.cpu(), slots, held)[here])
+    errors["up"] = _error(middle[: len(rows)], reference.up(x.cpu(), slots, held)[here])
     by_pair = torch.zeros(len(slots), case.intermediate, dtype=torch.float64)
     by_pair[here] = middle.cpu().double()[: len(rows)]
     outputs = launch.down(middle, routed, gates, layer, down_tile)
-    errors["down"] = _error(outputs.cpu()[here], reference.down(by_pair, slots, gates.cpu(), held)[here])
+    errors["down"] = _error(outputs[here.to(x.device)], reference.down(by_pair, slots, gates.cpu(), held)[here])
     answer = launch.combine(outputs, ids, len(layer.replicas))
     weighted = torch.zeros(len(slots), case.hidden, dtype=torch.float64)
     weighted[here] = outputs.cpu().double()[here]
-    errors["combine"] = _error(answer.cpu(), weighted.reshape(*ids.shape, case.hidden).sum(1))
+    errors["combine"] = _error(answer, weighted.reshape(*ids.shape, case.hidden).sum(1))
     if x.is_cuda:  # the interpreter has no order of its own
         again = launch.moe_layer(x, ids, gates, layer, case.size)
         errors["again"] = 0.0 if torch.equal(again.view(torch.int16), answer.view(torch.int16)) else float("inf")
@@ -156,9 +156,9 @@ def covers(routed: launch.Routed, offsets: torch.Tensor, rows: int) -> bool:
 def _error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     if not len(exact):
         return 0.0 if ours.shape == exact.shape else float("inf")
-    rounding, ours = ROUNDING[ours.dtype], ours.double()
+    rounding, arithmetic, ours = ROUNDING[ours.dtype], ARITHMETIC[ours.device.type], ours.cpu().double()
     if not torch.equal(ours.isnan(), exact.isnan()) or exact.isnan().all():
         return float("inf")
     ours, exact = ours.nan_to_num(0), exact.nan_to_num(0)
-    allowed = rounding * exact.abs() + ARITHMETIC * exact.abs().max()
+    allowed = rounding * exact.abs() + arithmetic * exact.abs().max()
     return float(((ours - exact).abs() / allowed.clamp_min(1e-30)).max())

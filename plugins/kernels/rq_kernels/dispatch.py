@@ -13,7 +13,9 @@ op has it. Inside a slot pairs stay in order, so one number places a pair: its a
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(128)
+from rq_kernels import tiles as host
+
+CHUNK = tl.constexpr(host.CHUNK)
 EXPERTS = tl.constexpr(64)
 CHUNKS = tl.constexpr(32)
 SLOTS = tl.constexpr(256)

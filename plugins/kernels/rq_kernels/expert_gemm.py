@@ -1,10 +1,10 @@
 """ExpertGemm: all slots of a layer in one launch, whatever the format of each.
 
 A program takes one row tile (rows of one slot, from Dispatch) and a strip of outputs. It computes ``W @ x^T``: the weights are
-the left operand, which tensor cores take from registers, where they are unpacked; the few rows of a decode step are the short side.
+the left operand, which tensor cores take from registers, where they are unpacked; a decode step's few rows are the short side.
 
-Quantized weights meet x as whole numbers, exact in fp16 and bf16, and each step's sum, not each weight, is multiplied by the scale:
-so a weight is never rounded a second time, and the scales cost one multiply-add an output and step.
+Quantized weights meet x as whole numbers, exact in fp16 and bf16, and each step's sum, not each weight, is multiplied by its
+scale: so a weight is never rounded a second time, and the scales cost one multiply-add an output and step.
 """
 
 import triton

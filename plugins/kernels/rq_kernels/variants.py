@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rq_kernels import combine, dispatch, expert_gemm
-from rq_kernels.tiles import COMBINE_COLUMNS, DOWN, UP, Tile
+from rq_kernels.tiles import CHUNK, COMBINE_COLUMNS, DOWN, UP, Tile
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16"}
 # The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan, the others are leaner.
@@ -43,7 +43,7 @@ def variants(
     dtypes: Sequence[str] = tuple(DTYPES), formats: Sequence[str] = tuple(FORMATS), sizes: Sequence[str] = tuple(UP)
 ) -> Iterator[Variant]:
     """Dispatch first, then for each dtype Combine and the products."""
-    chunks = ("ceil(pairs / 128)", "1", "1")
+    chunks = (f"ceil(pairs / {CHUNK})", "1", "1")
     yield _variant("dispatch_count", dispatch.dispatch_count, {}, chunks)
     yield _variant("dispatch_scatter", dispatch.dispatch_scatter, {}, chunks)
     for size in sizes:

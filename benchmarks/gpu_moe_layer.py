@@ -1,0 +1,268 @@
+"""One MoE layer on a GPU: our kernels against torch's grouped_mm and a plain fused MoE kernel in Triton. Needs torch and Triton.
+
+All variants of a cell (shape, format, tokens, routing) run in turn, each as a CUDA graph, with the caches overwritten in between;
+times are medians. Every variant is first checked against ours. ``roofline`` is the time that the touched weights need at the
+bandwidth, or the multiply-adds at the rate of a large matrix product, both measured in the same run, over the time taken. The
+baseline is given its best tile. Not run yet: no GPU was at hand.
+
+    python benchmarks/gpu_moe_layer.py --quick
+    python benchmarks/gpu_moe_layer.py -o benchmarks/results/gpu_moe_layer.json
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "plugins" / "kernels")]
+
+if TYPE_CHECKING:
+    from gpu_moe_baseline import Uniform
+    from rq_kernels.launch import Layer
+
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+FORMATS = ("bf16", "int8", "int4", "mixed")
+ROUTINGS = ("uniform", "skewed")
+ROUNDS = 30
+OURS = "rq.moe"
+FLUSH = 256 << 20  # bytes: more than any second-level cache
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A SwiGLU MoE layer of some model."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+
+SHAPES = (
+    Shape("H1024-F2816-E16-k2", 1024, 2816, 16, 2),
+    Shape("OLMoE", 2048, 1024, 64, 8),
+    Shape("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
+    Shape("Mixtral", 4096, 14336, 8, 2),
+)
+BYTES = {0: 2.0, 1: 1 + 4 / 128, 2: 0.5 + 4 / 128}  # of a weight, its share of the scale included
+
+
+def formats_of(shape: Shape, format: str) -> list[int]:
+    """The format code of each expert; "mixed": one in eight bf16, two int8, five int4."""
+    if format == "mixed":
+        return [(0, 1, 1, 2, 2, 2, 2, 2)[e % 8] for e in range(shape.experts)]
+    return [FORMATS.index(format)] * shape.experts
+
+
+def routing(shape: Shape, tokens: int, kind: str, seed: int) -> torch.Tensor:
+    """i64 [T, k], drawn without replacement, all experts alike or, skewed, the e-th with weight 1 / (e + 1)."""
+    random = torch.Generator().manual_seed(seed)
+    weight = -torch.arange(1, shape.experts + 1).log() if kind == "skewed" else torch.zeros(shape.experts)
+    gumbel = -torch.empty(tokens, shape.experts).exponential_(generator=random).log()
+    return (weight + gumbel).argsort(1, descending=True)[:, : shape.top_k].contiguous()
+
+
+def work(shape: Shape, formats: list[int], ids: torch.Tensor) -> tuple[float, float]:
+    """Bytes of the weights that a batch touches, and its multiply-adds."""
+    matrix = 3 * shape.hidden * shape.intermediate
+    touched = sum(BYTES[formats[e]] * matrix for e in ids.unique().tolist())
+    return touched, float(ids.numel() * matrix)
+
+
+def layer(shape: Shape, formats: list[int], device: str) -> "Layer":
+    """Our layer with random weights, made on the device."""
+    from rq_kernels.launch import Layer, Projection
+
+    codes = torch.tensor(formats, dtype=torch.int32, device=device)
+    index = torch.stack([codes == code for code in range(3)]).cumsum(1).gather(0, codes[None].long())[0].int() - 1
+
+    def projection(N: int, K: int) -> Projection:
+        counts = [formats.count(code) for code in range(3)]
+        blocks = K // 128
+        scale = lambda count, zero: (0.5 + torch.rand(count, N, blocks, device=device)) / (zero * K**0.5)  # noqa: E731
+        whole = lambda count, bytes: torch.randint(1, 256, (count, N, bytes), dtype=torch.uint8, device=device)  # noqa: E731
+        held = Projection(index)
+        if counts[0]:
+            weights = torch.randn(counts[0], N, K, device=device, dtype=torch.bfloat16) / K**0.5
+            held = replace(held, float_weights=weights)
+        if counts[1]:
+            held = replace(held, int8_packed=whole(counts[1], K), int8_scales=scale(counts[1], 128))
+        if counts[2]:
+            held = replace(held, int4_packed=whole(counts[2], K // 2), int4_scales=scale(counts[2], 8))
+        return held
+
+    replicas = torch.arange(shape.experts, dtype=torch.int32, device=device)[:, None]
+    up, down = projection(2 * shape.intermediate, shape.hidden), projection(shape.hidden, shape.intermediate)
+    return Layer(shape.hidden, shape.intermediate, "swiglu", codes, replicas, up, down)
+
+
+def uniform(held: "Layer", code: int) -> "Uniform":
+    """The same weights, all of one format, for the baseline."""
+    from gpu_moe_baseline import Uniform
+
+    packed, scales = (("float_weights", None), ("int8_packed", "int8_scales"), ("int4_packed", "int4_scales"))[code]
+    of = lambda projection, name: getattr(projection, name) if name else None  # noqa: E731
+    return Uniform(
+        (16, 8, 4)[code],
+        of(held.up, packed), of(held.down, packed), of(held.up, scales), of(held.down, scales), held.intermediate,
+    )  # fmt: skip
+
+
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def variants(held: "Layer", format: str, size: str) -> dict[str, Run]:
+    """What is compared, ours first; a plan of mixed formats only we can run."""
+    import gpu_moe_baseline as baseline
+    from rq_kernels import launch
+
+    built: dict[str, Run] = {OURS: lambda x, ids, gates: launch.moe_layer(x, ids, gates, held, size)}
+    if format != "mixed":
+        same = uniform(held, FORMATS.index(format))
+        for tile in baseline.TILES:
+            built[f"fused MoE {tile}"] = lambda x, ids, gates, tile=tile: baseline.triton_layer(x, ids, gates, same, tile)
+    if format == "bf16":
+        up, down = held.up.float_weights, held.down.float_weights
+        built["torch grouped_mm"] = lambda x, ids, gates: baseline.grouped_mm_layer(x, ids, gates, up, down)
+    return built
+
+
+def best_tile(times: dict[str, float]) -> dict[str, float]:
+    """Of the baseline only the tile that was fastest."""
+    fused = {name: t for name, t in times.items() if name.startswith("fused MoE")}
+    worse = set(fused) - {min(fused, key=fused.__getitem__)} if fused else set()
+    return {name: t for name, t in times.items() if name not in worse}
+
+
+def check(built: dict[str, Run], inputs: tuple[torch.Tensor, ...]) -> None:
+    """
+    Raises:
+        AssertionError: a variant computes something else.
+    """
+    expected = built[OURS](*inputs).float()
+    for name, run in built.items():
+        error = float((run(*inputs).float() - expected).norm() / expected.norm())
+        assert error < 0.02, f"{name} differs from {OURS} by {error:.3f}"
+
+
+def timed(built: dict[str, Run], inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    """Median seconds of each variant as a CUDA graph; all run in turn, the caches overwritten in between."""
+    graphs = {}
+    for name, run in built.items():
+        run(*inputs)
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            run(*inputs)
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in built}
+    for _ in range(ROUNDS):
+        for name, graph in graphs.items():
+            flush.zero_()
+            times[name].append(_seconds(graph.replay))
+    return {name: median(each) for name, each in times.items()}
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes/s that a reduction reads, and multiply-adds/s of a large bf16 product."""
+    data = torch.ones(1 << 30, dtype=torch.int32, device="cuda")
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    bandwidth = 4 * len(data) / median(_seconds(data.amax) for _ in range(10))
+    return bandwidth, 8192**3 / median(_seconds(lambda: a @ b) for _ in range(10))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def cell(shape: Shape, held: "Layer", format: str, tokens: int, kind: str, limits: tuple[float, float]) -> list[dict]:
+    """The rows of one cell, ours first."""
+    from rq_kernels import tiles
+
+    ids = routing(shape, tokens, kind, seed=tokens)
+    size = tiles.choose(ids.reshape(-1).bincount(minlength=shape.experts).tolist())
+    gates = torch.rand(tokens, shape.top_k, device="cuda")
+    inputs = (
+        torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16),
+        ids.cuda(),
+        gates / gates.sum(1, keepdim=True),
+    )
+    built = variants(held, format, size)
+    check(built, inputs)
+    touched, macs = work(shape, formats_of(shape, format), ids)
+    bound = max(touched / limits[0], macs / limits[1])
+    return [
+        {
+            "shape": shape.name,
+            "tokens": tokens,
+            "format": format,
+            "routing": kind,
+            "variant": variant,
+            "tiles": size if variant == OURS else None,
+            "us": round(taken * 1e6, 2),
+            "gbytes_per_s": round(touched / taken / 1e9, 1),
+            "tflops": round(2 * macs / taken / 1e12, 2),
+            "roofline": round(bound / taken, 3),
+        }
+        for variant, taken in best_tile(timed(built, inputs)).items()
+    ]
+
+
+def report(rows: list[dict]) -> None:
+    """One line: ours, and each other variant's time over ours."""
+    ours, *others = rows
+    head = f"{ours['shape']:19} {ours['format']:5} T={ours['tokens']:<5} {ours['routing']:8} {ours['tiles']:8}"
+    speeds = (
+        f"{ours['us']:9.1f} us {ours['gbytes_per_s']:7.1f} GB/s {ours['tflops']:6.1f} TFLOP/s roofline {ours['roofline']:.2f}"
+    )
+    print(f"{head} {speeds} | " + ", ".join(f"{row['variant']} {row['us'] / ours['us']:.2f}x" for row in others), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape, uniform routing, 1, 64 and 1024 tokens")
+    parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], default=[shape.name for shape in SHAPES])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
+    parser.add_argument("-o", "--output", type=Path, help="where the rows go, as JSON")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; run this on a machine with one")
+    if args.quick:
+        args.shapes, args.tokens, args.routings = ["OLMoE"], (1, 64, 1024), ("uniform",)
+    limits = ceilings()
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "gbytes_per_s": round(limits[0] / 1e9, 1),
+        "tflops": round(2 * limits[1] / 1e12, 1),
+    }
+    print(machine)
+    rows: list[dict] = []
+    for shape, format in itertools.product([s for s in SHAPES if s.name in args.shapes], args.formats):
+        held = layer(shape, formats_of(shape, format), "cuda")
+        for tokens, kind in itertools.product(args.tokens, args.routings):
+            found = cell(shape, held, format, tokens, kind, limits)
+            report(found)
+            rows += found
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from rq_compile.files import sha256
-from rq_compile.runtime.engine import Engine
+from rq_compile.runtime.engine import FOLDING_LIMIT, Engine
 from rq_compile.runtime.files import read_manifest
 
 genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
@@ -72,6 +72,15 @@ def test_its_loop_generates_the_engines_tokens(
     ends = loaded.manifest.end_of_text
     for prompt in (PROMPT, [7], [*ends, 30, *ends, 12]):
         assert until_end(generate(packaged, [prompt], 12)[0], ends) == list(loaded.generate(prompt, 12))
+
+
+def test_session_options_are_those_the_engine_needs(engine: Path, packaged: Path) -> None:
+    options = json.loads((packaged / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    if Engine.load(engine, threads=1).manifest.op_library is None:
+        assert options == {"provider_options": [], FOLDING_LIMIT[0]: FOLDING_LIMIT[1]}
+    else:
+        assert options == {"provider_options": [], "custom_ops_library": "librq_moe.so"}
+        assert (packaged / "librq_moe.so").is_file()
 
 
 def test_a_batch_whose_rows_are_padded(engine: Path, packaged: Path) -> None:

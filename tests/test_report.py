@@ -201,6 +201,21 @@ def test_loads_that_the_plan_does_not_know(documents: tuple[Manifest, Evaluation
     assert maps(manifest.plan).unknown == []
 
 
+def test_ranks(documents: tuple[Manifest, Evaluation, Bench]) -> None:
+    manifest, evaluation, _ = documents
+    assert "rank has" not in Read(page("model.onnx", manifest, evaluation, None)).text
+    for before, told in ((1.5, "Over 4 ranks the busiest rank has 1.50 → 1.00 times"), (None, "not known")):
+        changes = {"rank_imbalance_before": before, "rank_imbalance_after": 1.0}
+        layers = [
+            layer.model_copy(update={"predicted": layer.predicted.model_copy(update=changes)}) for layer in manifest.plan.layers
+        ]
+        plan = manifest.plan.model_copy(update={"ranks": 4, "layers": layers})
+        text = Read(page("model.onnx", manifest.model_copy(update={"plan": plan}), evaluation, None)).text
+        assert told in text
+        assert "busiest rank over the mean" in text
+        assert ("rank has" in text) == (before is not None)
+
+
 def test_before_is_the_sum_over_an_experts_slots(documents: tuple[Manifest, Evaluation, Bench]) -> None:
     plan = documents[0].plan
     told = maps(plan).before.tips

@@ -28,11 +28,11 @@ class Maps:
 def maps(plan: Plan) -> Maps:
     columns = max(layer.geometry.experts for layer in plan.layers)
     names = [str(layer.index) for layer in plan.layers]
-    made = [
+    before, after, formats = (
         grid((cell for row, layer in enumerate(plan.layers) for cell in cells(row, layer)), names, columns)
         for cells in (experts, slots, stored)
-    ]
-    return Maps(*made, unknown=[layer.index for layer in plan.layers if loads(layer) is None])
+    )
+    return Maps(before, after, formats, unknown=[layer.index for layer in plan.layers if loads(layer) is None])
 
 
 def tone(load: float) -> str:

@@ -3,16 +3,18 @@
 import shlex
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from rq_compile.evaluation.schema import Bench, Evaluation
+from rq_compile.evaluation.schema import Bench, Evaluation, LayerBalance
+from rq_compile.planning.schema import LayerPrediction
 from rq_compile.reporting.charts import Bar, balance_scale, bars, slot_sizes, stored_layers
 from rq_compile.reporting.headline import headline
 from rq_compile.reporting.maps import formats_legend, legend, maps
 from rq_compile.targets.manifest import Manifest
 
+# Of every layer, by its number in the model.
+Balances = list[tuple[int, LayerPrediction | LayerBalance]]
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -22,8 +24,8 @@ def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: 
     Names are escaped wherever they come from.
     """
     plan = manifest.plan
-    predicted = [(layer.index, layer.predicted) for layer in plan.layers]
-    measured = [] if evaluation is None else [(layer.index, layer) for layer in evaluation.total.layers]
+    predicted: Balances = [(layer.index, layer.predicted) for layer in plan.layers]
+    measured: Balances = [] if evaluation is None else [(layer.index, layer) for layer in evaluation.total.layers]
     return (
         environment()
         .get_template("report.html")
@@ -76,8 +78,10 @@ def rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second >= 100 else f"{tokens_per_second:.1f} tokens/s"
 
 
-def mean(balances: list[tuple[int, Any]], name: str) -> float:
-    return fmean(getattr(balance, name) for _, balance in balances)
+def mean(balances: Balances, name: str) -> float | None:
+    """Over the layers; None where that of some layer is not known."""
+    known = [getattr(balance, name) for _, balance in balances]
+    return None if None in known else fmean(known)
 
 
 def percent(value: float) -> str:

@@ -72,6 +72,7 @@ def test_workload_is_that_of_the_calibration(rq_compile: Command, stages: Path, 
     prompt, step = config.model_warmup
     assert [*prompt.inputs["input_ids"].dims] == [calibration["sequence_length"]]
     assert [*step.inputs["input_ids"].dims] == [1]
+    assert step.inputs["past_key_values.0.key"].dims[1] == calibration["sequence_length"]
     for request in (prompt, step):
         mask = request.inputs["attention_mask"]
         ones = np.frombuffer((model / "warmup" / mask.input_data_file).read_bytes(), np.int64)

@@ -34,6 +34,7 @@ from rq_compile.runtime.engine import Engine
 pytestmark = needs_server
 PROMPTS = ["The hacker", "A jargon file", "hack", "Unix is", "To be", "In the beginning", "foo bar", "he said"]
 STAND_IN = "stand-in"
+ENDLESS = "endless"
 LONGEST = 10**6
 
 
@@ -46,15 +47,19 @@ def engines(rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_pa
 
 @pytest.fixture(scope="module")
 def repositories(rq_compile: Command, engines: dict[str, Path], tmp_path_factory) -> list[Path]:
-    """Both engines in the python flavour, and one in the onnxruntime flavour with a stand-in for the backend."""
+    """Both engines in the python flavour, one of them also without an end, and in the onnxruntime flavour with a stand-in for the
+    backend."""
     root = tmp_path_factory.mktemp("repositories")
     for name, engine in engines.items():
         succeed(rq_compile("package", engine, "--for", "triton", "--threads", 1, "-o", root / name, "-q"))
-    allow_long_sequences(root / "native" / "native")
+    succeed(
+        rq_compile("package", engines["native"], "--for", "triton", "--name", ENDLESS, "--threads", 1, "-o", root / ENDLESS, "-q")
+    )
+    never_end(root / ENDLESS / ENDLESS)
     flavour = ("--flavour", "onnxruntime", "--mount", root / STAND_IN, "--name", STAND_IN, "--threads", 1)
     succeed(rq_compile("package", engines["native"], "--for", "triton", *flavour, "-o", root / STAND_IN, "-q"))
     replace_backend(root / STAND_IN / STAND_IN)
-    return [root / name for name in (*engines, STAND_IN)]
+    return [root / name for name in (*engines, ENDLESS, STAND_IN)]
 
 
 def replace_backend(model: Path) -> None:
@@ -66,10 +71,13 @@ def replace_backend(model: Path) -> None:
     write_config(config, model)
 
 
-def allow_long_sequences(model: Path) -> None:
+def never_end(model: Path) -> None:
+    """No token ends a text of this model, and its texts may be as long as LONGEST."""
     config = read_config(model)
     config.parameters["max_sequence_length"].string_value = str(LONGEST)
     write_config(config, model)
+    manifest = model / "1" / "native.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "end_of_text": []}))
 
 
 @pytest.fixture(scope="module")
@@ -125,23 +133,22 @@ def test_eight_clients_at_once_get_what_each_would_get_alone(server: Server, exp
 
 
 def test_a_short_request_does_not_wait_for_long_ones_until_they_take_all_places_and_gets_one_that_is_cancelled(
-    server: Server, engines: dict[str, Path], expected: Callable
+    server: Server, engines: dict[str, Path]
 ) -> None:
-    engine = Engine.load(engines["native"], threads=1)
-    endless = next(prompt for prompt in ([token] for token in range(2, 128)) if len(list(engine.generate(prompt, 600))) == 600)
-    inputs = tensors({"input_ids": endless, "max_tokens": LONGEST - 1, "stream": True})
+    tokens = list(Engine.load(engines["native"], threads=1).generate([5, 9], 12, stop=False))
+    inputs = tensors({"input_ids": [7], "max_tokens": LONGEST - 1, "stream": True})
     responses: queue.Queue = queue.Queue()
     with grpc.InferenceServerClient(server.grpc) as client:
         client.start_stream(lambda result, error: responses.put(error or result))
         for places in (CONCURRENT_REQUESTS - 1, 1):
             for _ in range(places):
-                client.async_stream_infer("native", inputs, enable_empty_final_response=True)
+                client.async_stream_infer(ENDLESS, inputs, enable_empty_final_response=True)
             if places > 1:
-                assert server.generate("native", text_input=PROMPTS[1], max_tokens=12) == expected("native", PROMPTS[1])
+                assert server.generate(ENDLESS, input_ids=[5, 9], max_tokens=12)[1] == tokens
         client.stop_stream(cancel_requests=True)
     with pytest.raises(InferenceServerException, match="cancelled"):
         list(pieces(responses))
-    assert server.generate("native", text_input=PROMPTS[1], max_tokens=12) == expected("native", PROMPTS[1])
+    assert server.generate(ENDLESS, input_ids=[5, 9], max_tokens=12)[1] == tokens
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from rq_compile.errors import UserError
 from rq_compile.files import folder_written_beside, sha256
 from rq_compile.packaging import triton_onnxruntime, triton_python
-from rq_compile.packaging.edge import CHECKSUMS, library_remark, licence
+from rq_compile.packaging.edge import CHECKSUMS, engine_parts, library_remark, licence, licence_remark
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.triton_config import as_text, messages
-from rq_compile.runtime.files import engine_files, manifest_path, read_manifest, verify
+from rq_compile.runtime.files import read_manifest, verify
 
 Flavour = Literal["python", "onnxruntime"]
 WRITERS: dict[Flavour, Callable[..., tuple[Any, list[str]]]] = {
@@ -36,7 +36,7 @@ def package(source: Path, output: Path, flavour: Flavour = "python", name: str |
     name = name or source.stem
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise UserError(
-            f"{name!r} cannot name a model in Triton; give letters, digits, dots and dashes, a letter first, with --name", 2
+            f"{name!r} cannot name a model in Triton; give --name letters and digits, with dots and dashes between", 2
         )
     if superfluous := sorted(options.keys() - OPTIONS[flavour]):
         raise UserError(f"--{superfluous[0]} has no effect with --flavour {flavour}; leave one of the two out", 2)
@@ -49,15 +49,15 @@ def package(source: Path, output: Path, flavour: Flavour = "python", name: str |
     with folder_written_beside(output) as repository:
         model = repository / name
         (model / "1").mkdir(parents=True)
-        for path in (source, manifest_path(source), *(source.parent / file.name for file in engine_files(manifest))):
-            shutil.copyfile(path, model / "1" / path.name)
+        for part, path in engine_parts(source, manifest).items():
+            shutil.copyfile(path, model / "1" / part)
         config, remarks = WRITERS[flavour](source, manifest, model, **options)
         (model / "config.pbtxt").write_text(as_text(config))
         (repository / "LICENSE").write_text(licence())
         files = sorted(path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file())
         (repository / CHECKSUMS).write_text("".join(f"{sha256(repository / file)}  {file}\n" for file in files))
 
-    remarks = [*remarks, library_remark(manifest), "the weights and the tokenizer stay under the licence of their model"]
+    remarks = [*remarks, library_remark(manifest), licence_remark(manifest)]
     run = commands(output, name, flavour, manifest.tokenizer is not None, options.get("mount", triton_onnxruntime.MOUNT))
     return Package(destination="triton", folder=str(output), files=[*files, CHECKSUMS], run=run, remarks=remarks)
 

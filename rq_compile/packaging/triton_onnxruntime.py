@@ -66,7 +66,9 @@ def write(
         config.model_operations.op_library_filename.append(str(PurePosixPath(mount, model.name, "1", name)))
         remarks.append(f"the server must see this folder at {mount}: it loads the op library from there")
     if (wide := half_precision_bytes(manifest)) > 0:
-        remarks.append(f"the backend cannot stop ONNX Runtime from unpacking {wide:,} bytes of 16-bit weights to twice as many")
+        remarks.append(
+            f"the backend cannot stop ONNX Runtime from unpacking up to {wide:,} bytes of 16-bit weights to twice as many"
+        )
     warm_up(config, model, {"prompt": (length, 0), "step": (1, length)})
     return config, remarks
 

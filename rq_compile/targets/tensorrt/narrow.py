@@ -1,0 +1,76 @@
+"""Weights and constants in 16 bit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import ml_dtypes
+import numpy as np
+
+from rq_compile.errors import UserError
+from rq_compile.rewrite.weights import ExternalWeight, Piece, Section
+
+HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Version:
+    """An external weight as ``name`` in ``dtype``; ``is_scale``: it scales quantized weights."""
+
+    name: str
+    dtype: np.dtype
+    is_scale: bool = False
+
+
+# By the weight's name; one that is not there stays as it is.
+Versions = Mapping[str, Sequence[Version]]
+
+
+def narrowed(values: np.ndarray, half: np.dtype) -> np.ndarray:
+    """A constant in ``half``.
+
+    What stands for minus infinity in a mask becomes half of the lowest number: adding to it overflows nowhere, and a row that is
+    all masked has a softmax.
+    """
+    values, limit = values.astype(np.float32), np.float32(ml_dtypes.finfo(half).max)
+    return np.where(np.abs(values) > limit, np.sign(values) * limit / 2, values).astype(half)
+
+
+def in_versions(section: Section, versions: Versions) -> Section:
+    """``section`` with its weights in the versions that are asked for, still to be computed.
+
+    Its pieces raise a UserError for a weight that 16 bit cannot hold, and never give zero for a scale, which TensorRT refuses.
+    """
+    made = {weight.name: tuple(_versions(weight, versions)) for weight in section.weights}
+    weights = tuple(weight for group in made.values() for weight, _ in group)
+    return Section(section.name, weights, tuple(_piece(piece, made) for piece in section.pieces))
+
+
+_Made = tuple[ExternalWeight, Version | None]
+
+
+def _versions(weight: ExternalWeight, versions: Versions) -> list[_Made]:
+    if weight.name not in versions:
+        return [(weight, None)]
+    return [(replace(weight, name=version.name, dtype=version.dtype), version) for version in versions[weight.name]]
+
+
+def _piece(piece: Piece, made: Mapping[str, Sequence[_Made]]) -> Piece:
+    groups = [made[weight.name] for weight in piece.weights]
+
+    def values() -> tuple[np.ndarray, ...]:
+        computed = zip(piece.values(), groups, strict=True)
+        return tuple(_converted(array, version) if version else array for array, group in computed for _, version in group)
+
+    return Piece(tuple(weight for group in groups for weight, _ in group), values, 2 * piece.memory)
+
+
+def _converted(values: np.ndarray, version: Version) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        made = values.astype(np.float32, copy=False).astype(version.dtype)
+    if not np.isfinite(made).all():
+        largest = np.abs(values.astype(np.float32)).max()
+        raise UserError(f"{version.name} has the value {largest:.4g}, which {version.dtype} cannot hold; use --precision bf16")
+    if version.is_scale:
+        # Of a block of zeros, where any scale gives the same, or too small to be told from zero.
+        made[made == 0] = ml_dtypes.finfo(version.dtype).smallest_subnormal
+    return made

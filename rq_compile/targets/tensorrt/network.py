@@ -1,0 +1,99 @@
+"""The network that a builder gets: a checkpoint's graph by a plan, in the form that TensorRT's parser takes and keeps packed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+
+from rq_compile.architectures.layers import moe_layers
+from rq_compile.calibration.statistics import Statistics
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.export.export import Exported
+from rq_compile.planning.schema import Plan
+from rq_compile.rewrite.batched_experts import ExpectedCapacity
+from rq_compile.rewrite.rewrite import rewrite
+from rq_compile.targets.streamed import StreamedExpert, dense_weights
+from rq_compile.targets.tensorrt.half_precision import half_precision, router_nodes
+from rq_compile.targets.tensorrt.loop_weights import loop_weights
+from rq_compile.targets.tensorrt.narrow import HALVES, Version, in_versions
+from rq_compile.targets.tensorrt.profiles import Profile
+from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
+
+Precision = Literal["fp16", "bf16"]
+TENSOR_CORE_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Network:
+    """``model`` as it was written, without its weights; ``replaced`` counts what was replaced, by reason."""
+
+    model: onnx.ModelProto
+    weights: WeightsFile
+    replaced: dict[str, int]
+
+
+def write_network(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    exported: Exported,
+    profiles: Sequence[Profile],
+    path: Path,
+    *,
+    precision: Precision = "fp16",
+    statistics: Statistics | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Network:
+    """Write ``path`` (ONNX) and its weights ``path.data``. In ONNX Runtime it gives the answers that the engine is to give.
+
+    ``statistics``: those of the calibration, by which int4 slots are rounded. Weights are streamed, as in ``compile_engine``.
+
+    Raises:
+        UserError: the plan does not fit, or a weight is beyond what ``precision`` can hold.
+    """
+    layers = {layer.name: layer for layer in moe_layers(checkpoint)}
+    source = lambda layer, expert: StreamedExpert(checkpoint, layers[layer], expert, statistics)  # noqa: E731
+    model, experts, replaced = rewrite(
+        exported.model, plan, source, "batched", expected=expected_capacity(profiles), whole_columns=True
+    )
+    loop_weights(model)
+    router = router_nodes(exported.model)
+    typed, versions = half_precision(model, HALVES[precision], router=router, layers=list(layers))
+    dense, aliases = dense_weights(checkpoint, model, exported.parameters)
+    merged, same = _merged(versions, aliases)
+    sections = [in_versions(section, merged) for section in (*dense, *experts)]
+    largest = max(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers.values())
+    data = Path(f"{path}.data")
+    with data.open("wb") as file:
+        written = write_weights(sections, file, progress, threads=threads, memory=largest)
+    locate(typed, written.starts | {name: written.starts[other] for name, other in same.items()}, data.name)
+    path.write_bytes(typed.SerializeToString(deterministic=True))
+    slots = [slot for layer in plan.layers for slot in layer.slots]
+    replaced["int8 slots with a scale for each column"] = sum(slot.format == "int8" for slot in slots)
+    replaced["equal tensors written once"] = len(same)
+    return Network(typed, written, {reason: count for reason, count in replaced.items() if count})
+
+
+def expected_capacity(profiles: Sequence[Profile]) -> ExpectedCapacity:
+    """Decoding, a profile of one token a sequence, never needs more than one pass."""
+    decoding = [profile.most_tokens for profile in profiles if profile.sequence.most == 1]
+    return ExpectedCapacity(least=max([TENSOR_CORE_ROWS, *decoding]), most=max(profile.most_tokens for profile in profiles))
+
+
+def _merged(
+    versions: Mapping[str, Sequence[Version]], aliases: Mapping[str, str]
+) -> tuple[dict[str, list[Version]], dict[str, str]]:
+    """Versions of the weights that are written, and the name of that version for each of a weight that stands for another."""
+    merged = {name: list(found) for name, found in versions.items() if name not in aliases}
+    same: dict[str, str] = {}
+    for alias, name in aliases.items():
+        for version in versions.get(alias, ()):
+            held = merged.setdefault(name, [])
+            equal = [other for other in held if other.dtype == version.dtype]
+            if not equal:
+                held.append(version)
+            elif equal[0].name != version.name:
+                same[version.name] = equal[0].name
+    return merged, same

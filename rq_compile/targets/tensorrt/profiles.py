@@ -1,0 +1,99 @@
+"""Optimization profiles: the shapes that an engine takes, with those that its kernels are chosen for."""
+
+from typing import Self
+
+import onnx
+from pydantic import Field, model_validator
+
+from rq_compile.errors import UserError
+from rq_compile.files import Document
+
+Shapes = dict[str, tuple[list[int], list[int], list[int]]]
+GROWTH = 4  # a default profile takes this many times the batch and the sequence that it is made for
+
+
+class Range(Document):
+    """From ``least`` to ``most``, best at ``best``."""
+
+    least: int = Field(ge=0)
+    best: int = Field(ge=0)
+    most: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def in_order(self) -> Self:
+        if not self.least <= self.best <= self.most:
+            raise ValueError(f"{self.least}:{self.best}:{self.most} is not in order")
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``8`` or ``1:8:32``.
+
+        Raises:
+            ValueError: it is neither, or not in order.
+        """
+        numbers = [int(number) for number in text.split(":")]
+        if len(numbers) not in (1, 3):
+            raise ValueError(f"{text} is neither one number nor three")
+        least, best, most = numbers * (3 // len(numbers))
+        return cls(least=least, best=best, most=most)
+
+
+class Profile(Document):
+    """Sequences of a batch, new tokens of a sequence, and tokens of it that are in the cache already."""
+
+    batch: Range
+    sequence: Range
+    past: Range
+
+    @property
+    def most_tokens(self) -> int:
+        return self.batch.most * self.sequence.most
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``batch=1:8:32,sequence=1,past=1:256:2047``.
+
+        Raises:
+            UserError: it is not of that form.
+        """
+        try:
+            pairs = dict(part.split("=") for part in text.split(","))
+            profile = cls(**{axis: Range.parse(value) for axis, value in pairs.items()})
+            if not (profile.batch.least and profile.sequence.least):
+                raise ValueError("batch and sequence begin at 1")
+        except ValueError as error:
+            raise UserError(
+                f"--profile {text} is no profile; write for example batch=1:8:32,sequence=1:256:1024,past=0:0:1024", 2
+            ) from error
+        return profile
+
+    def shapes(self, model: onnx.ModelProto) -> Shapes:
+        """The least, best and greatest shape of every input of ``model``, whose free axes have the names of ``export_graph``."""
+        axes = {"batch": self.batch, "sequence": self.sequence, "past": self.past}
+        shapes: Shapes = {}
+        for value in model.graph.input:
+            dimensions = value.type.tensor_type.shape.dim
+            least, best, most = ([_size(d, axes, end) for d in dimensions] for end in ("least", "best", "most"))
+            shapes[value.name] = (least, best, most)
+        return shapes
+
+
+def default_profiles(batch: int, sequence: int, context: int | None) -> list[Profile]:
+    """One for prompts and one for decoding, for the workload that the model was calibrated with: ``batch`` texts of ``sequence``
+    tokens, in a context of up to ``context`` tokens."""
+    longest = max(context or GROWTH * sequence, 2)
+    sequence = min(sequence, longest - 1)
+    batches = Range(least=1, best=batch, most=GROWTH * batch)
+    prompts = Range(least=1, best=sequence, most=min(GROWTH * sequence, longest))
+    none, one = Range(least=0, best=0, most=longest - 1), Range(least=1, best=1, most=1)
+    return [
+        Profile(batch=batches, sequence=prompts, past=none),
+        Profile(batch=batches, sequence=one, past=Range(least=1, best=sequence, most=longest - 1)),
+    ]
+
+
+def _size(dimension: onnx.TensorShapeProto.Dimension, axes: dict[str, Range], end: str) -> int:
+    if not dimension.dim_param:
+        return dimension.dim_value
+    return sum(getattr(axes[name], end) for name in dimension.dim_param.split("_and_"))

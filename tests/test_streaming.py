@@ -17,7 +17,7 @@ import torch
 from calibrated import LENGTH, TEXTS, TOKENS, copied, letters
 from command_line import python
 from safetensors.torch import save_file
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeConfig, OlmoeForCausalLM, PretrainedConfig
 
 from rq_compile.architectures.layers import moe_layers
 from rq_compile.architectures.load import meta_model
@@ -86,14 +86,21 @@ def test_hidden_states_on_disk_change_nothing(
     assert seen == []  # the files have no names, so that nothing is left of them even after a kill
 
 
-def test_many_tokens_of_which_a_sample_is_measured(
-    tiny_checkpoint: Callable[[str], Path], run: Callable[..., Calibrated], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_four_layers_and_tokens_of_which_a_sample_is_measured(
+    run: Callable[..., Calibrated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-    monkeypatch.setattr(calibrate_module, "MAX_RECORDED_BYTES", 100 * 2 * 32 * 4)
+    def deeper(config: Callable[[], PretrainedConfig] = tiny.CONFIGS["granitemoe"]) -> PretrainedConfig:
+        made = config()
+        made.update({"num_hidden_layers": 4})
+        return made
+
+    monkeypatch.setitem(tiny.CONFIGS, "granitemoe", deeper)
+    monkeypatch.setattr(calibrate_module, "MAX_RECORDED_BYTES", 100 * 4 * 32 * 4)
     monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 7)
-    checkpoint = Checkpoint.open(tiny_checkpoint("granitemoe"))
-    whole, streamed = (run(checkpoint, way, texts={"long": letters(900, 3)}, batch_size=3) for way in (True, False))
-    assert whole[0].measured_tokens == 100
+    checkpoint = Checkpoint.open(tiny.build("granitemoe", tmp_path / "model"))
+    whole, streamed = (run(checkpoint, way, texts={"long": letters(900, 3)}, batch_size=batch_size) for way in (True, False))
+    assert (len(whole[0].layers), whole[0].measured_tokens) == (4, 100)
     same(whole, streamed)
 
 

@@ -16,13 +16,14 @@ from rq_compile.cli import options
 from rq_compile.cli.main import COMMANDS, main
 from rq_compile.planning.schema import Policy, Target
 from rq_compile.runtime.engine import Engine
-from rq_compile.targets.manifest import Lowering
+from rq_compile.targets.manifest import DenseFormat, Lowering
 
 
 def test_choices_are_those_of_the_schemas() -> None:
     assert get_args(Policy) == options.POLICIES
     assert get_args(Target) == options.TARGETS
     assert get_args(Lowering) == options.LOWERINGS
+    assert get_args(DenseFormat) == options.DENSE_FORMATS
 
 
 def test_help_names_every_command_and_no_line_is_cut(rq_compile: Run) -> None:
@@ -75,6 +76,10 @@ print(*sorted(sys.modules.keys() & {{"torch", "transformers", "onnx", "onnxrunti
         (
             ["compile", ".", "--plan", "p.json", "--activation-bits", "8", "--lowering", "batched", "-o", "x.onnx"],
             ["--activation-bits 8 has no effect with --lowering batched"],
+        ),
+        (
+            ["compile", ".", "--plan", "p.json", "--dense-format", "fp32", "--lowering", "stock", "-o", "x.onnx"],
+            ["--dense-format has no effect with --lowering stock"],
         ),
         (["generate", "x.onnx", "--prompt"], ["'--prompt' requires an argument"]),
         (["bench", "x.onnx", "--rounds", "0"], ["'--rounds': 0 is not in the range"]),

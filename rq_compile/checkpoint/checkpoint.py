@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rq_compile.checkpoint.folder import read_json, refuse_links_outward
-from rq_compile.checkpoint.safetensors_file import StoredTensor, read_ends, read_tensor
+from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor, read_ends, read_tensor
 from rq_compile.checkpoint.shards import stored_tensors
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import Format
@@ -66,6 +66,10 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored(name).shape
+
+    def stored_dtype(self, name: str) -> np.dtype:
+        """What ``read`` gives (bf16 as ``ml_dtypes.bfloat16``)."""
+        return DTYPES[self._stored(name).dtype]
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype (bf16 as ``ml_dtypes.bfloat16``).

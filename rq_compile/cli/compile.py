@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rq_compile.cli.options import (
+    DENSE_FORMATS,
     FILE,
     LOWERINGS,
     batch_size_option,
@@ -27,7 +28,7 @@ from rq_compile.errors import UserError
 if TYPE_CHECKING:
     from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.planning.schema import Plan
-    from rq_compile.targets.manifest import Lowering
+    from rq_compile.targets.manifest import DenseFormat, Lowering
 
 MEGABYTE = 10**6
 PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size", "sequence_length")
@@ -52,6 +53,13 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size"
     show_default=True,
     help="What native and stock multiply with quantized weights: kept in fp32, or rounded to int8, which is faster.",
 )
+@click.option(
+    "--dense-format",
+    type=click.Choice(DENSE_FORMATS),
+    default="stored",
+    show_default=True,
+    help="What is not an expert (native only): 16 bit as stored, rounded to int8 for a faster decode, or widened to fp32.",
+)
 @click.option("--fresh", is_flag=True, help="Start over, where an interrupted compilation could be continued.")
 @threads_option
 @planning_options
@@ -66,6 +74,7 @@ def command(
     output: Path,
     lowering: Lowering,
     activation_bits: str,
+    dense_format: DenseFormat,
     fresh: bool,
     threads: int | None,
     batch_size: int,
@@ -79,6 +88,8 @@ def command(
     check_manifest_place(output)
     if activation_bits != "32" and lowering == "batched":
         raise UserError(f"--activation-bits {activation_bits} has no effect with --lowering batched; leave one of the two out", 2)
+    if lowering != "native" and "dense_format" in given_options():
+        raise UserError(f"--dense-format has no effect with --lowering {lowering}; leave one of the two out", 2)
     if plan_path is not None:
         refuse_planning_options()
     elif not texts:
@@ -121,6 +132,7 @@ def command(
             lowering,
             statistics,
             activation_bits=int(activation_bits),
+            dense_format=dense_format,
             progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE),
             threads=threads,
             fresh=fresh,

@@ -21,6 +21,7 @@ POLICIES = ("none", "paper", "eplb", "place", "optimal")
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched")
 QUANTIZERS = ("gptq", "nearest")
 LOWERINGS = ("native", "stock", "batched")
+DENSE_FORMATS = ("stored", "int8", "fp32")
 
 FILE = click.Path(path_type=Path)
 

@@ -257,6 +257,7 @@ def engine_tables(manifest: Manifest) -> list[RenderableType]:
         files=", ".join(f"{file.name} ({megabytes(file.bytes)})" for file in files),
         runs_in=f"{library}; lowering {manifest.lowering}, {manifest.activation_bits}-bit activations, opset {manifest.opset}",
         weights=f"{megabytes(manifest.expert_bytes)} of experts, {megabytes(manifest.dense_bytes)} of the rest",
+        dense=manifest.dense_format,
         replaced=", ".join(f"{reason}: {count}" for reason, count in manifest.replaced.items()) or "nothing",
     )
     return [head, *plan_tables(manifest.plan)]

@@ -92,6 +92,12 @@ def _reference(name: str, weight: str, data_type: int, shape: Sequence[int], off
     return gs.Constant(name, LazyValues(proto), data_location=onnx.TensorProto.EXTERNAL)
 
 
+def external_proto(tensor: gs.Tensor) -> onnx.TensorProto | None:
+    """What stands for ``tensor`` in the graph if its data is external."""
+    lazy = isinstance(tensor, gs.Constant) and isinstance(tensor._values, LazyValues)
+    return tensor._values.tensor if lazy and tensor._values.tensor.data_location == onnx.TensorProto.EXTERNAL else None
+
+
 def external_name(proto: onnx.TensorProto) -> str:
     """The name of the ExternalWeight that holds this tensor's bytes: its own, unless it is a slice of another."""
     return next((entry.value for entry in proto.external_data if entry.key == "weight"), proto.name)

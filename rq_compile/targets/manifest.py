@@ -8,6 +8,7 @@ from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
 
 Lowering = Literal["native", "stock", "batched"]
+DenseFormat = Literal["stored", "int8", "fp32"]
 
 
 class EngineFile(Document):
@@ -50,6 +51,7 @@ class Manifest(Document):
     licence: str | None = None
     op_library: int | None
     activation_bits: int = Field(default=32, description="of what quantized weights are multiplied with: 8, or 32 for fp32")
+    dense_format: DenseFormat = Field(default="fp32", description="of the matrices that are no experts: as stored, int8 or fp32")
     opset: int
     encoder_decoder: bool
     vocabulary: int

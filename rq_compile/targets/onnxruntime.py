@@ -19,14 +19,16 @@ from rq_compile.errors import UserError
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import sha256, write_document, written_beside
 from rq_compile.planning.schema import Plan
+from rq_compile.rewrite.dense_gemms import dense_gemms
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.rewrite import rewrite
+from rq_compile.rewrite.weights import Section
 from rq_compile.targets.library import OP_SET_VERSION
 from rq_compile.targets.licences import declared_licence, licence_texts
-from rq_compile.targets.manifest import EngineFile, Lowering, Manifest
+from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manifest
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
-from rq_compile.targets.streamed import StreamedExpert, dense_weights
+from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
 from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
 
 
@@ -38,6 +40,7 @@ def compile_engine(
     statistics: Statistics | None = None,
     exported: Exported | None = None,
     activation_bits: int = 32,
+    dense_format: DenseFormat = "stored",
     progress: Progress | None = None,
     threads: int | None = None,
     fresh: bool = False,
@@ -50,7 +53,8 @@ def compile_engine(
     each core), and never more of them than take the memory of the largest layer. The output does not depend on ``threads``. An
     interrupted compilation goes on where it was, see ``partial_file``, unless ``fresh``. ``statistics`` are those of the
     calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported`` is the checkpoint's graph, for
-    who compiles several plans of one. ``activation_bits``: see ``rewrite``. ``progress(done, total)`` counts the bytes of the
+    who compiles several plans of one. ``activation_bits``: see ``rewrite``;
+    ``dense_format``: see ``dense_gemms``, which only the native lowering has. ``progress(done, total)`` counts the bytes of the
     weights; ``say`` takes a sentence for the user.
 
     Raises:
@@ -71,14 +75,20 @@ def compile_engine(
 
     moments = statistics if plan.quantizer == "gptq" else None
     source = lambda layer, expert: StreamedExpert(checkpoint, layers[layer], expert, moments)  # noqa: E731
-    model, experts, replaced = rewrite(exported.model, plan, source, lowering, activation_bits=activation_bits)
+    model, matrices = exported.model, list[Section]()
+    if lowering == "native":
+        stored = stored_weights(checkpoint, exported.parameters)
+        model, matrices = dense_gemms(model, dense_format, stored, activation_bits)
+    model, experts, replaced = rewrite(model, plan, source, lowering, activation_bits=activation_bits)
     dense, aliases = dense_weights(checkpoint, model, exported.parameters)
+    dense += matrices
     job: Job = {
         "tool": f"rq-compile {__version__}",
         "checkpoint": checkpoint.fingerprint,
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
         "activation statistics": moments.sha256 if moments else None,
         "lowering": lowering,
+        "dense format": dense_format,
     }
 
     # Left in reverse order: the manifest, by which an engine is loaded, is the last to appear.
@@ -117,6 +127,7 @@ def compile_engine(
             licence=declared_licence(checkpoint.path),
             op_library=OP_SET_VERSION if lowering == "native" else None,
             activation_bits=activation_bits,
+            dense_format=dense_format if lowering == "native" else "fp32",
             opset=exported.opset,
             encoder_decoder=exported.encoder_decoder,
             cache=exported.cache,

@@ -11,6 +11,7 @@ from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.export.graph import Parameter
 from rq_compile.quantization.second_moment import SecondMoment
+from rq_compile.rewrite.dense_gemms import DenseWeights
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, external_name, external_tensors
 
 
@@ -73,6 +74,15 @@ def dense_weights(
             else:
                 aliases[name] = same
     return sections, aliases
+
+
+def stored_weights(checkpoint: Checkpoint, parameters: dict[str, Parameter]) -> DenseWeights:
+    """The checkpoint's tensors for ``parameters``, by initializer."""
+
+    def dtype_of(name: str) -> np.dtype:
+        return checkpoint.stored_dtype(dense_name(checkpoint, parameters[name].name))
+
+    return DenseWeights(dtype_of, lambda name: parameters[name].read(checkpoint))
 
 
 def _dense(checkpoint: Checkpoint, weight: ExternalWeight, parameter: Parameter) -> Section:

@@ -1,4 +1,4 @@
-// ExpertGemm: for every slot, its rows of x times its weights, bias and activation fused.
+// ExpertGemm: for every slot, its rows of x times its weights, bias and activation fused. DenseGemm: all rows times one matrix.
 //
 // The work is cut into tiles over all slots at once, each some panels of one slot times up to kTileRows of its rows; a tile
 // writes its own outputs and no others. README.md draws it.
@@ -77,33 +77,46 @@ struct ExpertGemm {
 
   void compute(Context& context) const {
     const Tensor x = context.required(0, "x", 2), rows = context.required(1, "rows", 1), offsets = context.required(2, "offsets", 1);
-    const int64_t slots = weights.slots(), pairs = rows.dim(0), columns = x.dim(1);
-    check_offsets(offsets, slots, pairs);
-    require(columns > 0, "x has no columns");
-    const SlotWeights::Bound bound = weights.bind(context, 3, groups * parts, columns);
-    const Tensor bias = context.input(8, "bias", 2);
-    require(!bias.present || (bias.dim(0) == slots && bias.dim(1) == outputs * parts), "bias must be [", slots, ", ",
-            outputs * parts, "]");
+    const int64_t pairs = rows.dim(0);
+    check_offsets(offsets, weights.slots(), pairs);
     const int64_t top_k = pairs_of_a_row(x, pairs);
     float* out = context.output<float>(0, {pairs, outputs});
+    multiply(context, {x.as<float>(), x.dim(0), x.dim(1)}, offsets.as<int32_t>(), 3, out, [&](int64_t i) {
+      const int32_t pair = rows.as<int32_t>()[i];
+      require(pair >= 0 && pair < pairs, "rows[", i, "] is ", pair, ", outside 0..", pairs - 1);
+      return gather ? pair / top_k : i;
+    });
+  }
+
+  struct Rows {
+    const float* x;
+    int64_t count, columns;
+  };
+
+  // Row i in slot order is row `row_of(i)` of x; the node's weights start at the input `first_weights`.
+  template <typename RowOf>
+  void multiply(const Context& context, const Rows& x, const int32_t* offset, size_t first_weights, float* out, RowOf row_of) const {
+    const int64_t slots = weights.slots(), pairs = offset[slots], columns = x.columns;
+    require(columns > 0, "x has no columns");
+    const SlotWeights::Bound bound = weights.bind(context, first_weights, groups * parts, columns);
+    const Tensor bias = context.input(first_weights + 5, "bias", 2);
+    require(!bias.present || (bias.dim(0) == slots && bias.dim(1) == outputs * parts), "bias must be [", slots, ", ",
+            outputs * parts, "]");
 
     const QuantizedLayout layout = layout_of(bound, columns);
     Arena arena;
     const auto floats = arena.reserve<const float*>(pairs);
     const auto quantized = arena.reserve<const uint8_t*>(pairs);
     const auto first_tile = arena.reserve<int64_t>(slots + 1);
-    const auto needed = arena.reserve<uint8_t>(x.dim(0));
-    const auto records = arena.reserve<uint8_t>(x.dim(0) * layout.row_bytes);
+    const auto needed = arena.reserve<uint8_t>(x.count);
+    const auto records = arena.reserve<uint8_t>(x.count * layout.row_bytes);
     arena.allocate();
 
-    const int32_t* offset = offsets.as<int32_t>();
-    std::memset(needed.data(), 0, static_cast<size_t>(x.dim(0)));
+    std::memset(needed.data(), 0, static_cast<size_t>(x.count));
     for (int64_t s = 0; s < slots; ++s) {
       for (int64_t i = offset[s]; i < offset[s + 1]; ++i) {
-        const int32_t pair = rows.as<int32_t>()[i];
-        require(pair >= 0 && pair < pairs, "rows[", i, "] is ", pair, ", outside 0..", pairs - 1);
-        const int64_t row = gather ? pair / top_k : i;
-        floats.data()[i] = x.as<float>() + row * columns;
+        const int64_t row = row_of(i);
+        floats.data()[i] = x.x + row * columns;
         quantized.data()[i] = records.data() + row * layout.row_bytes;
         if (quantizes && weights.quantized(s)) needed.data()[row] = 1;
       }
@@ -168,14 +181,14 @@ struct ExpertGemm {
     return quantized_layout(bound.block, (columns + bound.block - 1) / bound.block);
   }
 
-  void quantize_rows(const Context& context, const Tensor& x, const QuantizedLayout& layout, const uint8_t* needed,
+  void quantize_rows(const Context& context, const Rows& x, const QuantizedLayout& layout, const uint8_t* needed,
                      uint8_t* records) const {
     if (layout.blocks == 0) return;
-    const int64_t rows = x.dim(0), columns = x.dim(1), at_once = std::max<int64_t>(1, kQuantizedAtOnce / columns);
+    const int64_t rows = x.count, columns = x.columns, at_once = std::max<int64_t>(1, kQuantizedAtOnce / columns);
     auto work = [&](size_t index) {
       const int64_t begin = static_cast<int64_t>(index) * at_once, end = std::min(rows, begin + at_once);
       for (int64_t i = begin; i < end; ++i) {
-        if (needed[i]) kernels.quantize(x.as<float>() + i * columns, columns, layout, records + i * layout.row_bytes);
+        if (needed[i]) kernels.quantize(x.x + i * columns, columns, layout, records + i * layout.row_bytes);
       }
     };
     context.parallel(static_cast<size_t>((rows + at_once - 1) / at_once), work);
@@ -196,8 +209,32 @@ struct ExpertGemm {
   }
 };
 
+// An ExpertGemm of one slot that takes every row of an x of any rank.
+struct DenseGemm : ExpertGemm {
+  static constexpr const char* kName = "DenseGemm";
+  static constexpr int kInputs[] = {kFloat, kUndefined, kUint8, kFloat, kUint8, kFloat, kFloat};
+  static constexpr size_t kFirstOptional = 1;
+
+  explicit DenseGemm(const Info& info) : ExpertGemm(info) {
+    require(weights.slots() == 1, "attribute formats has ", weights.slots(), " entries, not the one of a dense matrix");
+  }
+
+  void compute(Context& context) const {
+    const Tensor x = context.required(0, "x");
+    require(x.rank > 0, "x is a scalar");
+    int64_t shape[Tensor::kMaxRank], rows = 1;
+    for (size_t axis = 0; axis + 1 < x.rank; ++axis) rows *= shape[axis] = x.dim(axis);
+    shape[x.rank - 1] = outputs;
+    require(rows <= INT32_MAX, "x has ", rows, " rows, more than ", INT32_MAX);
+    float* out = context.output<float>(0, shape, x.rank);
+    const int32_t offsets[] = {0, static_cast<int32_t>(rows)};
+    multiply(context, {x.as<float>(), rows, x.dim(x.rank - 1)}, offsets, 1, out, [](int64_t i) { return i; });
+  }
+};
+
 }  // namespace
 
 OrtCustomOp* expert_gemm_op() { return custom_op<ExpertGemm>(); }
+OrtCustomOp* dense_gemm_op() { return custom_op<DenseGemm>(); }
 
 }  // namespace rq

@@ -1,4 +1,4 @@
-// What the three ops share: tensors, attributes, tiles over the thread pool, and the barrier no exception passes.
+// What the ops share: tensors, attributes, tiles over the thread pool, and the barrier no exception passes.
 #pragma once
 
 #include <atomic>
@@ -60,6 +60,7 @@ struct Tensor {
   const void* data = nullptr;
   int type = kUndefined;
   int64_t shape[kMaxRank] = {};
+  size_t rank = 0;
   bool present = false;
 
   template <typename T>
@@ -118,8 +119,10 @@ class Context {
     check(api_, api_.KernelContext_GetInputCount(context_, &inputs_));
   }
 
-  // The input, or a Tensor that is not `present` when the node leaves it out. Throws on another rank (at most kMaxRank).
-  Tensor input(size_t index, const char* name, size_t rank) const {
+  static constexpr size_t kAnyRank = SIZE_MAX;
+
+  // The input, or a Tensor that is not `present` when the node leaves it out. Throws on another rank, or one above kMaxRank.
+  Tensor input(size_t index, const char* name, size_t rank = kAnyRank) const {
     Tensor tensor;
     const OrtValue* value = nullptr;
     if (index < inputs_) check(api_, api_.KernelContext_GetInput(context_, index, &value));
@@ -128,18 +131,18 @@ class Context {
     check(api_, api_.GetTensorTypeAndShape(value, &raw));
     auto release = [this](OrtTensorTypeAndShapeInfo* info) { api_.ReleaseTensorTypeAndShapeInfo(info); };
     std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> info(raw, release);
-    size_t dimensions = 0;
     check(api_, api_.GetTensorElementType(raw, &tensor.type));
-    check(api_, api_.GetDimensionsCount(raw, &dimensions));
-    require(dimensions == rank, name, " has rank ", dimensions, ", not ", rank);
-    check(api_, api_.GetDimensions(raw, static_cast<int64_t*>(tensor.shape), dimensions));
+    check(api_, api_.GetDimensionsCount(raw, &tensor.rank));
+    require(rank == kAnyRank || tensor.rank == rank, name, " has rank ", tensor.rank, ", not ", rank);
+    require(tensor.rank <= Tensor::kMaxRank, name, " has rank ", tensor.rank, ", more than ", Tensor::kMaxRank);
+    check(api_, api_.GetDimensions(raw, static_cast<int64_t*>(tensor.shape), tensor.rank));
     void* data = nullptr;
     check(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
     tensor.data = data;
     tensor.present = true;
     return tensor;
   }
-  Tensor required(size_t index, const char* name, size_t rank) const {
+  Tensor required(size_t index, const char* name, size_t rank = kAnyRank) const {
     Tensor tensor = input(index, name, rank);
     require(tensor.present, "input ", name, " is missing");
     return tensor;
@@ -147,8 +150,12 @@ class Context {
 
   template <typename T>
   T* output(size_t index, std::initializer_list<int64_t> shape) const {
+    return output<T>(index, shape.begin(), shape.size());
+  }
+  template <typename T>
+  T* output(size_t index, const int64_t* shape, size_t rank) const {
     OrtValue* value = nullptr;
-    check(api_, api_.KernelContext_GetOutput(context_, index, shape.begin(), shape.size(), &value));
+    check(api_, api_.KernelContext_GetOutput(context_, index, shape, rank, &value));
     require(value != nullptr, "output ", index, " is missing");
     void* data = nullptr;
     check(api_, api_.GetTensorMutableData(value, &data));
@@ -232,6 +239,7 @@ OrtCustomOp* custom_op() {
 
 OrtCustomOp* dispatch_op();
 OrtCustomOp* expert_gemm_op();
+OrtCustomOp* dense_gemm_op();
 OrtCustomOp* combine_op();
 
 }  // namespace rq

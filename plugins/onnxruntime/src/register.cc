@@ -19,7 +19,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     // The session keeps a reference to the domain, so it lives as long as the process.
     OrtCustomOpDomain* domain = nullptr;
     rq::check(api, api.CreateCustomOpDomain("rq.moe", &domain));
-    for (OrtCustomOp* op : {rq::dispatch_op(), rq::expert_gemm_op(), rq::combine_op()}) {
+    for (OrtCustomOp* op : {rq::dispatch_op(), rq::expert_gemm_op(), rq::combine_op(), rq::dense_gemm_op()}) {
       rq::check(api, api.CustomOpDomain_Add(domain, static_cast<const OrtCustomOp*>(op)));
     }
     rq::check(api, api.AddCustomOpDomain(options, domain));

@@ -1,0 +1,166 @@
+"""Pass: products with the dense weights become DenseGemm, which reads a matrix as it is stored, in 16 bit or int8.
+
+What is not an expert (attention, shared experts, the head) is most of what one token reads. ONNX Runtime multiplies on the CPU
+in fp32 only, so that a bf16 matrix would take twice its bytes; DenseGemm widens 16-bit weights in registers, which loses nothing,
+and reads int8 in panels as ExpertGemm does.
+
+Requires: the Experts nodes, by which routers are known: their matrices stay as they are, since rounding them changes routing.
+Ensures: no weights but the routers', those of fp32 checkpoints and vectors are left in fp32 beside an int8 or 16-bit DenseGemm.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from rq_compile.quantization.formats import Format, block_size
+from rq_compile.quantization.quantizer import FLOAT_DTYPES, quantize
+from rq_compile.rewrite.contract import requires
+from rq_compile.rewrite.experts_to_slots import DOMAIN
+from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
+from rq_compile.rewrite.slot_weights import group_of
+from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, constant, external_proto
+from rq_compile.targets.manifest import DenseFormat
+
+NAME = "dense_gemms"
+# Rows of a matrix that are quantized and packed at a time; a head has more than 100 000.
+ROWS_AT_ONCE = 64 * ROWS
+
+
+class Matrix:
+    """A weight matrix ``[rows, columns]``, a row for each output, that ``node`` multiplies with."""
+
+    def __init__(self, node: gs.Node, weight: gs.Constant, shape: tuple[int, int], by_row: bool) -> None:
+        self.node = node
+        self.name = weight.name
+        self.by_row = by_row
+        self.rows, self.columns = shape if by_row else shape[::-1]
+
+
+@dataclass(frozen=True)
+class DenseWeights:
+    """The model's initializers by name: the dtype they are stored in, and their values in it, oriented as in the graph."""
+
+    dtype_of: Callable[[str], np.dtype]
+    read: Callable[[str], np.ndarray]
+
+
+def dense_gemms(
+    model: onnx.ModelProto, format: DenseFormat, dense: DenseWeights, activation_bits: int = 32
+) -> tuple[onnx.ModelProto, list[Section]]:
+    """The new model, and the weights that its DenseGemm nodes refer to, unread.
+
+    "stored" keeps 16 bit as they are, "int8" rounds each block of a row to the nearest, "fp32" leaves the model alone.
+    ``activation_bits`` is DenseGemm's, see ``experts_to_slots``.
+    """
+    if format == "fp32":
+        return model, []
+    graph = gs.import_onnx(model)
+    experts = [node for node in graph.nodes if node.op == "Experts" and node.domain == DOMAIN]
+    requires(NAME, bool(experts), "the Experts nodes")
+    routers = {id(router) for node in experts for router in _routers(node)}
+    _embeddings(graph, dense.dtype_of)
+    sections: list[Section] = []
+    for matrix in [matrix for node in graph.nodes if (matrix := _matrix(node))]:
+        kept: Format | None = "int8" if format == "int8" else _float_format(dense.dtype_of(matrix.name))
+        # A column or two (the gate of a shared expert) is no work, and fp32 is what ONNX Runtime multiplies as fast.
+        if id(matrix.node) not in routers and matrix.rows >= ROWS and kept not in (None, "fp32"):
+            sections.append(_replace(graph, matrix, kept, dense, activation_bits))
+    graph.cleanup().toposort()
+    return gs.export_onnx(graph), sections
+
+
+def _routers(experts: gs.Node) -> Iterator[gs.Node]:
+    """The products that the choice of experts and its gates come from."""
+    _, ids, gates = experts.inputs
+    pending, seen = [ids, gates], set()
+    while pending:
+        tensor = pending.pop()
+        for node in tensor.inputs:
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if _matrix(node):
+                yield node
+            else:
+                pending += node.inputs
+
+
+def _matrix(node: gs.Node) -> Matrix | None:
+    if node.op not in ("MatMul", "Gemm") or len(node.inputs) < 2 or (proto := external_proto(node.inputs[1])) is None:
+        return None
+    plain = all(node.attrs.get(name, default) == default for name, default in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)))
+    if len(proto.dims) != 2 or not plain or external_proto(node.inputs[0]) is not None:
+        return None
+    return Matrix(node, node.inputs[1], tuple(proto.dims), bool(node.attrs.get("transB", 0)))
+
+
+def _float_format(dtype: np.dtype) -> Format | None:
+    return next((format for format, stored in FLOAT_DTYPES.items() if stored == dtype), None)
+
+
+def _embeddings(graph: gs.Graph, dtype_of: Callable[[str], np.dtype]) -> None:
+    """Rows of a 16-bit table are widened after they are gathered."""
+    for node in [node for node in graph.nodes if node.op == "Gather"]:
+        table = node.inputs[0]
+        if (proto := external_proto(table)) is None:
+            continue
+        dtype = dtype_of(table.name)
+        if _float_format(dtype) in (None, "fp32") or any(user.op != "Gather" for user in table.outputs):
+            continue
+        proto.data_type = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        (widened,) = node.outputs
+        narrow = gs.Variable(f"{widened.name}.stored", dtype, widened.shape)
+        node.outputs = [narrow]
+        graph.nodes.append(
+            gs.Node("Cast", f"{node.name}.widened", {"to": onnx.TensorProto.FLOAT}, inputs=[narrow], outputs=[widened])
+        )
+
+
+def _replace(graph: gs.Graph, matrix: Matrix, format: Format, dense: DenseWeights, activation_bits: int) -> Section:
+    node, section = matrix.node, _section(matrix, format, dense)
+    skipped = [gs.Variable.empty()] if format == "int8" else []  # the place of float_weights
+    operands = [*skipped, *(constant(weight) for weight in section.weights)]
+    (result,) = node.outputs
+    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    product = gs.Variable(f"{result.name}.product", result.dtype, result.shape) if bias is not None else result
+    attributes = {"formats": [group_of(format)], "outputs": matrix.rows, "activation_bits": activation_bits}
+    graph.nodes.append(gs.Node("DenseGemm", node.name, attributes, [node.inputs[0], *operands], [product], domain=DOMAIN))
+    if bias is not None:
+        graph.nodes.append(gs.Node("Add", f"{node.name}.bias", {}, [product, bias], [result]))
+    node.inputs.clear()
+    node.outputs.clear()
+    return section
+
+
+def _section(matrix: Matrix, format: Format, dense: DenseWeights) -> Section:
+    """The one matrix of DenseGemm's format group, laid out as ``panels`` draws it."""
+    panels, block = panel_count(matrix.rows, 1), block_size(matrix.columns)
+    blocks = -(-matrix.columns // block)
+
+    def by_rows() -> Iterator[np.ndarray]:
+        values = dense.read(matrix.name)
+        values = values if matrix.by_row else values.T
+        return (values[first : first + ROWS_AT_ONCE] for first in range(0, matrix.rows, ROWS_AT_ONCE))
+
+    def floats() -> tuple[np.ndarray, ...]:
+        return (np.concatenate([float_panels(rows, 1) for rows in by_rows()]),)
+
+    def quantized() -> tuple[np.ndarray, ...]:
+        parts = [quantize(rows, format) for rows in by_rows()]
+        packed = np.concatenate([packed_panels(part, format, 1) for part in parts])
+        return packed, np.concatenate([scale_panels(part, 1) for part in parts])
+
+    weights: tuple[ExternalWeight, ...]
+    if format == "int8":
+        weights = (
+            ExternalWeight(f"{matrix.name}.int8_packed", np.dtype(np.uint8), (1, panels, blocks * block // 4, 4 * ROWS)),
+            ExternalWeight(f"{matrix.name}.int8_scales", np.dtype(np.float32), (1, panels, blocks, ROWS)),
+        )
+    else:
+        weights = (ExternalWeight(f"{matrix.name}.panels", FLOAT_DTYPES[format], (1, panels, matrix.columns, ROWS)),)
+    read = matrix.rows * matrix.columns * dense.dtype_of(matrix.name).itemsize
+    memory = read + 2 * sum(weight.bytes for weight in weights)
+    return Section(matrix.name, weights, (Piece(weights, quantized if format == "int8" else floats, memory),))

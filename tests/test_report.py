@@ -230,15 +230,15 @@ def test_before_is_the_sum_over_an_experts_slots(documents: tuple[Manifest, Eval
 
 
 def test_every_cell_has_its_place_and_tone(documents: tuple[Manifest, Evaluation, Bench]) -> None:
-    plan = large(documents[0], layers=40, experts=100).plan
-    for grid in (maps(plan).before, maps(plan).after, maps(plan).formats):
+    made = maps(large(documents[0], layers=40, experts=100).plan)
+    for grid in (made.before, made.after, made.formats):
         shapes = re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)h-[\d.]+z", "".join(grid.paths.values()))
         x, y, width, height = np.asarray(shapes, float).T
         assert (width * height).sum() == pytest.approx(100 * 40, rel=2e-3)
         assert (x + width).max() == pytest.approx(100, abs=0.01)
         assert set(y) == set(range(40))
-    assert set(maps(plan).after.paths) <= {"t1", "t2", "t3", "t4"}  # no slot has more than the mean
-    assert "t8" in maps(plan).before.paths
+    assert set(made.after.paths) <= {"t1", "t2", "t3", "t4"}  # no slot has more than the mean
+    assert "t8" in made.before.paths
 
 
 def test_tones_are_those_of_the_legend() -> None:

@@ -137,7 +137,8 @@ def test_the_benchmark_compares_like_with_like(format):
     inputs = torch.randn(5, 256).bfloat16(), ids, torch.rand(5, 2)
     built = benchmark.variants(held, format, "decode")
     assert len(built) == (6 if format == "bf16" else 5)
-    benchmark.check({name: run for name, run in built.items() if "128" not in name}, inputs)
+    slow = [name for name in built if name.startswith(("fused MoE (64", "fused MoE (128"))]
+    benchmark.check({name: run for name, run in built.items() if name not in slow}, inputs)
 
 
 def test_the_benchmark_runs_a_mixed_layer():

@@ -22,17 +22,21 @@ from typing import Any
 SMS = (80, 89, 90, 100, 120)
 # Shared memory that one program may use, in bytes: the CUDA programming guide's table of compute capabilities.
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-# PTX 8.7 is the oldest that knows SM 120, and came with CUDA 12.8. Cubins are made by the ptxas of CUDA 12.9 that Triton brings:
-# they load in every driver of CUDA 12 and later.
+SPILLED = 64  # bytes that a thread may spill; more, and the tile is too large
+# PTX 8.7 is the oldest that knows SM 120, and came with CUDA 12.8. A cubin loads in every driver of its ptxas's major version:
+# here the ptxas that Triton 3.9 uses below SM 90, of CUDA 12.9, makes all of them.
 PTX = 87
-DRIVERS = {"ptx": "570.26", "cubin": "525.60.13", "cubin_sm_100_and_later": "570.26"}
+PTX_DRIVER = "570.26"
+CUBIN_DRIVER = {"12": "525.60.13", "13": "580.65.06"}
+SM_100_DRIVER = "570.26"  # the first that knows SM 100 and 120 at all
 
 
 def compile_variant(name: str, sm: int, output: Path) -> dict[str, Any]:
     """Write ``sm{sm}/{name}.cubin`` and ``.ptx``; the build's entry in kernels.json.
 
     Raises:
-        RuntimeError: the kernel needs what an ahead-of-time launch cannot give, or more shared memory than the SM has.
+        RuntimeError: the kernel needs what an ahead-of-time launch cannot give, more shared memory than the SM has, or too many
+            registers.
     """
     import triton
     from rq_kernels.variants import ALIGNED, variants
@@ -64,6 +68,8 @@ def compile_variant(name: str, sm: int, output: Path) -> dict[str, Any]:
     # An architecture's own instructions (sm_90a and so on) bind PTX to it; without them every later GPU can translate it.
     portable = re.search(r"^\.target sm_\d+$", built.asm["ptx"], re.MULTILINE) is not None
     used = _resources(output / files["cubin"]["file"])
+    if used["spilled"] > SPILLED:
+        raise RuntimeError(f"{name} spills {used['spilled']} bytes of registers a thread on SM {sm}; use smaller tiles")
     return {"sm": sm, "entry": metadata.name, "shared": metadata.shared, **used, "portable_ptx": portable, **files}
 
 
@@ -127,8 +133,9 @@ def main() -> None:
                 print(f"{done}/{len(jobs)} {job[0]} sm{job[1]}", flush=True)
         kernels = [describe(v, [started[v.name, sm].result() for sm in args.sm]) for v in chosen]
         toolkit = {"triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version, "ptx": f"{PTX // 10}.{PTX % 10}"}
+        drivers = {"ptx": PTX_DRIVER, "cubin": CUBIN_DRIVER[toolkit["ptxas"].split(".")[0]], "sm_100_and_later": SM_100_DRIVER}
         rule = {"rows": {name: tile.rows for name, tile in tiles.UP.items()}, "reread": tiles.REREAD, "small": tiles.SMALL}
-    document = {"version": 1, **toolkit, "linux_driver_at_least": DRIVERS, "tiles": rule, "kernels": kernels}
+    document = {"version": 1, **toolkit, "linux_driver_at_least": drivers, "tiles": rule, "kernels": kernels}
     (args.output / "kernels.json").write_text(json.dumps(document, indent=1) + "\n")
     report(kernels)
 

@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rq_compile.architectures.families import family_of
@@ -26,11 +26,13 @@ LOADING = 2.5
 @dataclass(frozen=True)
 class Way:
     """How the model is run: ``whole``, all its weights held in fp32, or layer by layer; then with the hidden states
-    ``states_in_memory`` or on disk. ``reason`` is a sentence for the user."""
+    ``states_in_memory`` or on disk. ``reason`` is a sentence for the user, ``memory`` about the bytes that this takes beside what
+    the process holds already."""
 
     whole: bool
     states_in_memory: bool
     reason: str
+    memory: int = field(default=0, compare=False)
 
 
 def choose_way(
@@ -48,7 +50,7 @@ def choose_way(
     measuring = PROGRAM + _measuring(layers, measured_tokens)
     whole = int(LOADING * model) + measuring
     if whole <= room and (device == "cpu" or model + GIB <= device_memory(device)):
-        return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory")
+        return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory", whole)
     # A tensor is held as stored and in fp32 while it is read.
     layer = 6 * largest_dense_part(checkpoint) + measuring
     if limit is not None and layer > room:
@@ -61,15 +63,14 @@ def choose_way(
     in_memory = layer + states <= room
     there = f"{_size(room)} of memory" if whole > room else f"the memory of {device}"
     place = "" if in_memory else f", {_size(states)} of hidden states on disk"
-    return Way(
-        False, in_memory, f"the model runs layer by layer{place}: as a whole it would take {_size(whole)}, more than {there}"
-    )
+    reason = f"the model runs layer by layer{place}: as a whole it would take {_size(whole)}, more than {there}"
+    return Way(False, in_memory, reason, layer + states * in_memory)
 
 
 def _measuring(layers: list[MoeLayer], measured_tokens: int) -> int:
     """About what ``measure_layer`` takes at its peak: the factors were measured, GPTQ's float64 copies of the weights."""
     return max(
-        32 * geometry.hidden * geometry.up_rows + 36 * geometry.hidden**2 + 16 * measured_tokens * geometry.hidden
+        32 * geometry.hidden * geometry.up_rows + 36 * geometry.hidden**2 + 28 * measured_tokens * geometry.hidden
         for geometry in (layer.geometry for layer in layers)
     )
 

@@ -189,6 +189,16 @@ def test_an_engine_timed_alone_or_against_another(
         assert ("the original, " in text) == (name == "olmoe")
 
 
+def test_format_of_the_rest_and_licence(documents: tuple[Manifest, Evaluation, Bench]) -> None:
+    manifest = documents[0]
+    for changes, told in (
+        ({"dense_format": "stored"}, "its matrices in the checkpoint's format."),
+        ({"dense_format": "int8"}, "its matrices in int8."),
+        ({"licence": "mit"}, "Licence mit, as the model card says"),
+    ):
+        assert told in Read(page("model.onnx", manifest.model_copy(update=changes), None, None)).text
+
+
 def test_loads_that_the_plan_does_not_know(documents: tuple[Manifest, Evaluation, Bench]) -> None:
     manifest = documents[0]
     first, *others = manifest.plan.layers

@@ -91,6 +91,7 @@ class Model:
 OLMOE_1B_7B = Model("olmoe", 16, 2048, 1024, 64, 8, 16, 16, 50304)
 MIXTRAL_8X7B = Model("mixtral", 32, 4096, 14336, 8, 2, 32, 8, 32000)
 SMALL = Model("olmoe", 4, 512, 512, 32, 4, 8, 8, 4096)  # 218 MB
+SMALL_MIXTRAL = Model("mixtral", 8, 512, 1024, 8, 2, 8, 4, 4096)
 
 
 def generate(model: Model, folder: Path, shard_bytes: int = 5 * 10**9, seed: int = 0) -> Path:

@@ -60,6 +60,7 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size"
     show_default=True,
     help="What is not an expert (native only): 16 bit as stored, rounded to int8 for a faster decode, or widened to fp32.",
 )
+@click.option("--link-weights", is_flag=True, help="Leave weights in the checkpoint that need no other form (no experts).")
 @click.option("--fresh", is_flag=True, help="Start over, where an interrupted compilation could be continued.")
 @threads_option
 @planning_options
@@ -75,6 +76,7 @@ def command(
     lowering: Lowering,
     activation_bits: str,
     dense_format: DenseFormat,
+    link_weights: bool,
     fresh: bool,
     threads: int | None,
     batch_size: int,
@@ -136,6 +138,7 @@ def command(
             progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE),
             threads=threads,
             fresh=fresh,
+            link_weights=link_weights,
             say=screen.note,
         )
     screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")

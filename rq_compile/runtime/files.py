@@ -12,7 +12,7 @@ def manifest_path(engine: Path) -> Path:
 
 
 def engine_files(manifest: Manifest) -> list[EngineFile]:
-    files = (manifest.graph, manifest.weights, manifest.tokenizer, *manifest.licences)
+    files = (manifest.graph, manifest.weights, *manifest.linked, manifest.tokenizer, *manifest.licences)
     return [file for file in files if file is not None]
 
 

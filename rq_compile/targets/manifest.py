@@ -46,6 +46,7 @@ class Manifest(Document):
     lowering: Lowering
     graph: EngineFile
     weights: EngineFile
+    linked: list[EngineFile] = Field(default=[], description="shards of the checkpoint that hold weights, too (--link-weights)")
     tokenizer: EngineFile | None
     licences: list[EngineFile] = Field(default=[])
     licence: str | None = None

@@ -25,6 +25,7 @@ from rq_compile.rewrite.rewrite import rewrite
 from rq_compile.rewrite.weights import Section
 from rq_compile.targets.library import OP_SET_VERSION
 from rq_compile.targets.licences import declared_licence, licence_texts
+from rq_compile.targets.links import hard_linked, link_names, linked_sentence
 from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manifest
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
@@ -44,6 +45,7 @@ def compile_engine(
     progress: Progress | None = None,
     threads: int | None = None,
     fresh: bool = False,
+    link_weights: bool = False,
     say: Say = lambda text: None,
 ) -> Manifest:
     """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json``, ``<stem>.json`` and the licence texts of the
@@ -51,11 +53,12 @@ def compile_engine(
 
     Weights are streamed: a projection of an expert or a dense tensor at a time on each of ``threads`` threads (by default one for
     each core), and never more of them than take the memory of the largest layer. The output does not depend on ``threads``. An
-    interrupted compilation goes on where it was, see ``partial_file``, unless ``fresh``. ``statistics`` are those of the
-    calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported`` is the checkpoint's graph, for
-    who compiles several plans of one. ``activation_bits``: see ``rewrite``;
-    ``dense_format``: see ``dense_gemms``, which only the native lowering has. ``progress(done, total)`` counts the bytes of the
-    weights; ``say`` takes a sentence for the user.
+    interrupted compilation goes on where it was, see ``partial_file``, unless ``fresh``. ``link_weights``: see ``links``.
+
+    ``statistics`` are those of the calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported``
+    is the checkpoint's graph, for who compiles several plans of one. ``activation_bits``: see ``rewrite``; ``dense_format``: see
+    ``dense_gemms``, which only the native lowering has. ``progress(done, total)`` counts the bytes of the weights; ``say`` takes
+    a sentence for the user.
 
     Raises:
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written.
@@ -80,7 +83,7 @@ def compile_engine(
         stored = stored_weights(checkpoint, exported.parameters)
         model, matrices = dense_gemms(model, dense_format, stored, activation_bits)
     model, experts, replaced = rewrite(model, plan, source, lowering, activation_bits=activation_bits)
-    dense, aliases = dense_weights(checkpoint, model, exported.parameters)
+    dense, aliases, linked = dense_weights(checkpoint, model, exported.parameters, link=link_weights)
     dense += matrices
     job: Job = {
         "tool": f"rq-compile {__version__}",
@@ -89,6 +92,7 @@ def compile_engine(
         "activation statistics": moments.sha256 if moments else None,
         "lowering": lowering,
         "dense format": dense_format,
+        "linked weights": len(linked),
     }
 
     # Left in reverse order: the manifest, by which an engine is loaded, is the last to appear.
@@ -106,6 +110,11 @@ def compile_engine(
             text_part = stack.enter_context(written_beside(text))
             shutil.copyfile(path, text_part)
             licences.append(_engine_file(text, text_part))
+        links = link_names(linked, output)
+        for shard, link in links.items():
+            stack.enter_context(hard_linked(shard, link))
+        if link_weights:
+            say(linked_sentence(linked.values(), sum(section.bytes for section in dense), checkpoint.dtype))
         graph_part = stack.enter_context(written_beside(output))
         journal = stack.enter_context(resumable(data, job, fresh=fresh, say=say))
         began = monotonic()
@@ -113,7 +122,9 @@ def compile_engine(
         sections = [*dense, *experts]
         written = write_weights(sections, journal.file, progress, threads=threads, memory=layer_bytes, journal=journal)
         say(_throughput(written, monotonic() - began))
-        locate(model, written.starts | {alias: written.starts[name] for alias, name in aliases.items()}, data.name)
+        starts = written.starts | {alias: written.starts[name] for alias, name in aliases.items()}
+        elsewhere = {name: (links[tensor.file].name, tensor.offset) for name, tensor in linked.items()}
+        locate(model, starts, data.name, elsewhere)
         graph_part.write_bytes(model.SerializeToString(deterministic=True))
         replaced["equal tensors written once"] = len(aliases)
         replaced["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
@@ -122,6 +133,7 @@ def compile_engine(
             lowering=lowering,
             graph=_engine_file(output, graph_part),
             weights=EngineFile(name=data.name, sha256=written.sha256, bytes=written.bytes),
+            linked=[_engine_file(link, shard) for shard, link in links.items()],
             tokenizer=copied,
             licences=licences,
             licence=declared_licence(checkpoint.path),

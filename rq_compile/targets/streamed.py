@@ -9,10 +9,12 @@ from rq_compile.architectures.dense import dense_name
 from rq_compile.architectures.layers import MoeLayer, Projection, expert_projection
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.export.graph import Parameter
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite.dense_gemms import DenseWeights
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, external_name, external_tensors
+from rq_compile.targets.links import linkable
 
 
 @dataclass(frozen=True)
@@ -53,27 +55,32 @@ class StreamedExpert:
 
 
 def dense_weights(
-    checkpoint: Checkpoint, model: onnx.ModelProto, parameters: dict[str, Parameter]
-) -> tuple[list[Section], dict[str, str]]:
+    checkpoint: Checkpoint, model: onnx.ModelProto, parameters: dict[str, Parameter], *, link: bool = False
+) -> tuple[list[Section], dict[str, str], dict[str, StoredTensor]]:
     """The weights the graph refers to that are no experts, in the graph's dtype, a section for each.
 
     Those that are one tensor of the checkpoint in one form (tied embeddings) are written once: the second result gives the name
-    of the weight that stands for another.
+    of the weight that stands for another. With ``link`` those that can be are not written at all: the third result gives the
+    tensor that each is.
     """
     sections: list[Section] = []
     aliases: dict[str, str] = {}
+    linked: dict[str, StoredTensor] = {}
     seen: dict[tuple[str, bool, np.dtype], str] = {}
     for tensor in external_tensors(model.graph):
         name = external_name(tensor)
         if name in parameters:
             parameter = parameters[name]
             dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-            same = seen.setdefault((dense_name(checkpoint, parameter.name), parameter.transposed, dtype), name)
-            if same == name:
-                sections.append(_dense(checkpoint, ExternalWeight(name, dtype, tuple(tensor.dims)), parameter))
+            weight, stored_as = ExternalWeight(name, dtype, tuple(tensor.dims)), dense_name(checkpoint, parameter.name)
+            same = seen.setdefault((stored_as, parameter.transposed, dtype), name)
+            if link and linkable(weight, checkpoint.tensors[stored_as], transposed=parameter.transposed):
+                linked[name] = checkpoint.tensors[stored_as]
+            elif same == name:
+                sections.append(_dense(checkpoint, weight, parameter))
             else:
                 aliases[name] = same
-    return sections, aliases
+    return sections, aliases, linked
 
 
 def stored_weights(checkpoint: Checkpoint, parameters: dict[str, Parameter]) -> DenseWeights:

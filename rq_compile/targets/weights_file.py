@@ -5,7 +5,7 @@ So what is there after an interruption is the beginning of the file that would h
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO
@@ -165,11 +165,18 @@ def _verified(sections: Sequence[Section], places: Layout, writer: _Writer, jour
     return min(len(journal.records), len(sections))
 
 
-def locate(model: onnx.ModelProto, starts: dict[str, int], file_name: str) -> None:
-    """Point every external tensor of ``model`` at its bytes in ``file_name``, in which ``starts`` says where each weight is."""
+def locate(
+    model: onnx.ModelProto, starts: Mapping[str, int], file_name: str, elsewhere: Mapping[str, tuple[str, int]] | None = None
+) -> None:
+    """Point every external tensor of ``model`` at its bytes in ``file_name``, in which ``starts`` says where each weight is.
+
+    Weights that are in another file have its name and their start in ``elsewhere``.
+    """
+    places = {name: (file_name, start) for name, start in starts.items()} | dict(elsewhere or {})
     for tensor in external_tensors(model.graph):
-        start = starts[external_name(tensor)] + external_offset(tensor)
+        location, start = places[external_name(tensor)]
+        start += external_offset(tensor)
         size = stored_bytes(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)), tensor.dims)
         del tensor.external_data[:]
-        for key, value in (("location", file_name), ("offset", str(start)), ("length", str(size))):
+        for key, value in (("location", location), ("offset", str(start)), ("length", str(size))):
             tensor.external_data.add(key=key, value=value)

@@ -1,0 +1,232 @@
+"""Does a model that does not fit into memory go all the way: calibrated, planned, compiled and run, each under a memory limit?
+
+Checkpoints of random weights in the shapes of published models (generated_checkpoint.py): OLMoE-1B-7B whole (13.8 GB), and
+Mixtral-8x7B with 1 and with 3 of its 32 layers, from which the time of all is extrapolated: two points give what a layer takes
+and what is once. Every stage is the command of rq-compile in a process of its own. The limit is on what a process allocates
+(RLIMIT_DATA: an allocation beyond it fails); the peak of the resident memory, mapped files included, stands beside it.
+
+Beside compile stand its two ceilings on the same bytes: the disk alone (the checkpoint read, not from the cache, and as much as
+the engine has written) and the quantizer alone (one layer's experts, held in memory, quantized and laid out on as many threads).
+GB/s always counts bytes of the checkpoint. "compile: weights" is compile without the start of Python and the export.
+
+    python benchmarks/large_model.py --folder /scratch
+
+Rows go to benchmarks/results/large_model.json. 38 GB of disk are needed at most, and with --scale small, a trial, 1 GB.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from generated_checkpoint import MIXTRAL_8X7B, OLMOE_1B_7B, SMALL, SMALL_MIXTRAL, Model, generate
+from rich.console import Console
+
+from rq_compile.architectures.layers import expert_weights, moe_layers
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.cli.tables import table
+from rq_compile.files import read_document
+from rq_compile.planning.schema import Plan
+from rq_compile.rewrite.slot_weights import slot_weights
+from rq_compile.rewrite.weights import Piece, stored
+
+Row = dict[str, object]
+TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
+GIB = 2**30
+BLOCK = 1 << 24
+SCALES = {
+    "full": (("OLMoE-1B-7B", OLMOE_1B_7B), ("Mixtral-8x7B", MIXTRAL_8X7B)),
+    "small": (("small OLMoE", SMALL), ("small Mixtral", SMALL_MIXTRAL)),
+}
+FEW_LAYERS = (1, 3)
+
+
+@dataclass(frozen=True)
+class Settings:
+    folder: Path
+    limit: int
+    characters: int
+    quantizer: str
+    memory: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    seconds: float
+    peak: int
+    error: str
+
+
+def command(*arguments: object, limit: int) -> Finished:
+    """``rq-compile`` in a process that may allocate ``limit`` bytes."""
+    program = [sys.executable, "-m", "rq_compile.cli.main", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile("w+") as error:
+        began = perf_counter()
+        process = subprocess.Popen(
+            program,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=error,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = perf_counter() - began
+        error.seek(0)
+        finished = Finished(seconds, usage.ru_maxrss * 1024, error.read())
+    if status:
+        raise SystemExit(f"{' '.join(program)} failed:\n{finished.error}")
+    return finished
+
+
+def row(name: str, stage: str, seconds: float, size: int, peak: int | None = None, extrapolated_from: str | None = None) -> Row:
+    return {
+        "model": name,
+        "stage": stage,
+        "seconds": round(seconds, 2),
+        "gb_per_s": round(size / 1e9 / seconds, 4),
+        "peak_rss_gib": None if peak is None else round(peak / GIB, 3),
+        "checkpoint_gb": round(size / 1e9, 3),
+        "extrapolated_from": extrapolated_from,
+    }
+
+
+def stages(name: str, model: Model, settings: Settings) -> Iterator[Row]:
+    """The model generated, calibrated, planned, compiled and run; nothing of it is left."""
+    with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
+        files = ("model", "text.txt", "calibration.json", "plan.json", "engine.onnx")
+        checkpoint, text, calibration, plan, engine = (Path(folder) / name for name in files)
+        began = perf_counter()
+        generate(model, checkpoint)
+        yield row(name, "generate", perf_counter() - began, model.bytes)
+        text.write_text(TEXT.read_text()[: settings.characters])
+        for stage, arguments in (
+            ("calibrate", ["calibrate", checkpoint, "--text", text, "--quantizer", settings.quantizer, "-o", calibration]),
+            ("plan", ["plan", calibration, "--memory", settings.memory, "-o", plan]),
+            ("compile", [checkpoint, "--plan", plan, "-o", engine]),
+            ("run 8 tokens", ["generate", engine, "--prompt", "The model", "--max-tokens", 8]),
+        ):
+            if stage == "calibrate":
+                arguments += ["--memory-limit", settings.limit]
+            if stage == "compile":
+                _forget(checkpoint)
+            finished = command(*arguments, limit=settings.limit)
+            yield row(name, stage, finished.seconds, model.bytes, finished.peak)
+            if stage == "compile":
+                (seconds,) = re.findall(r"of weights in ([\d.e+]+) s", finished.error)
+                yield row(name, "compile: weights", float(seconds), model.bytes)
+                yield row(name, "disk alone", disk_alone(checkpoint, engine.with_suffix(".onnx.data")), model.bytes)
+                yield row(name, "quantizer alone", quantizer_alone(checkpoint, plan, model), model.bytes)
+
+
+def extrapolated(name: str, model: Model, settings: Settings) -> Iterator[Row]:
+    """Rows of few layers, and what follows from them for all of the model's."""
+    few = {
+        layers: list(stages(f"{name}, {layers} of {model.layers} layers", model.of(layers), settings)) for layers in FEW_LAYERS
+    }
+    less, more = FEW_LAYERS
+    for one, other in zip(few[less], few[more], strict=True):
+        yield one
+        yield other
+        layer = (float(other["seconds"]) - float(one["seconds"])) / (more - less)
+        if one["stage"] != "run 8 tokens":
+            seconds = max(float(other["seconds"]) + layer * (model.layers - more), float(other["seconds"]))
+            yield row(name, str(one["stage"]), seconds, model.bytes, extrapolated_from=f"{less} and {more} layers")
+
+
+def disk_alone(checkpoint: Path, weights: Path) -> float:
+    """Seconds to read the checkpoint's files from the disk and to write as many bytes as the engine's weights file has."""
+    _forget(checkpoint)
+    began = perf_counter()
+    for shard in checkpoint.glob("*.safetensors"):
+        with shard.open("rb", buffering=0) as file:
+            while file.read(BLOCK):
+                pass
+    left, zeros = weights.stat().st_size, bytes(BLOCK)
+    with tempfile.TemporaryFile(dir=weights.parent, buffering=0) as file:
+        while left > 0:
+            left -= file.write(zeros[: min(left, BLOCK)])
+        os.fsync(file.fileno())
+    return perf_counter() - began
+
+
+def quantizer_alone(folder: Path, plan_path: Path, model: Model) -> float:
+    """Seconds for all layers, from those that the first takes without reading and writing."""
+    checkpoint, plan = Checkpoint.open(folder), read_document(Plan, plan_path)
+    layer = moe_layers(checkpoint)[0]
+    two = [expert_weights(checkpoint, layer, expert) for expert in range(2)]
+    pieces = [
+        piece
+        for projection in ("up", "down")
+        for piece in slot_weights(plan.layers[0], projection, lambda _, e: two[e % 2], panels=True).pieces
+    ]
+
+    def compute(piece: Piece) -> None:
+        for values, weight in zip(piece.values(), piece.weights, strict=True):
+            stored(values, weight.dtype)
+
+    began = perf_counter()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compute, pieces))
+    return (perf_counter() - began) * model.layers
+
+
+def _forget(folder: Path) -> None:
+    """Drop the files of ``folder`` from the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def told(rows: Iterable[Row]) -> Iterator[Row]:
+    """``rows``, each on stderr as soon as it is there."""
+    for one in rows:
+        print(f"{one['model']}: {one['stage']}, {one['seconds']} s", file=sys.stderr, flush=True)
+        yield one
+
+
+def show(found: list[Row], console: Console) -> None:
+    made = table("large models", "model", "stage", "seconds", "GB/s", "peak RSS, GiB", "extrapolated from")
+    for one in found:
+        peak = "" if one["peak_rss_gib"] is None else f"{one['peak_rss_gib']:.2f}"
+        made.add_row(
+            str(one["model"]), str(one["stage"]), f"{one['seconds']:.1f}", f"{one['gb_per_s']:.3f}", peak,
+            str(one["extrapolated_from"] or "measured"),
+        )  # fmt: skip
+    console.print(made)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
+    parser.add_argument("--limit", type=float, default=4.0, help="GiB that a process may allocate")
+    parser.add_argument("--characters", type=int, default=4000, help="of text to calibrate with")
+    parser.add_argument("--quantizer", choices=("gptq", "nearest"), default="nearest", help="gptq takes hours")
+    parser.add_argument("--memory", type=float, default=0.6, help="the plan's memory budget")
+    parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/large_model.json at full scale, else none")
+    arguments = parser.parse_args()
+    settings = Settings(arguments.folder, int(arguments.limit * GIB), arguments.characters, arguments.quantizer, arguments.memory)
+    (whole_name, whole), (few_name, few) = SCALES[arguments.scale]
+    found = [*told(stages(whole_name, whole, settings)), *extrapolated(few_name, few, settings)]
+    show(found, Console(width=140))
+    output = arguments.output or (ROOT / "benchmarks" / "results" / "large_model.json" if arguments.scale == "full" else None)
+    if output:
+        output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Weights that are used where they lie: in a shard of the checkpoint that is hard-linked beside the engine.
+
+ONNX Runtime refuses a symbolic link that leaves the engine's folder; a hard link leaves nothing. A weight can be linked if its
+bytes in the checkpoint are those that the graph asks for. With a bf16 checkpoint none is, as the graph computes in fp32 and has
+its matrices laid out anew; with an fp32 one those are that no matrix product reads (embeddings, norms).
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor
+from rq_compile.errors import UserError
+from rq_compile.quantization.formats import Format
+from rq_compile.rewrite.weights import ExternalWeight
+
+
+def linkable(weight: ExternalWeight, tensor: StoredTensor, *, transposed: bool) -> bool:
+    """Whether the bytes of ``tensor``, read as it is or ``transposed``, are those of ``weight``."""
+    return not transposed and DTYPES.get(tensor.dtype) == weight.dtype and tensor.shape == weight.shape
+
+
+def link_names(linked: Mapping[str, StoredTensor], output: Path) -> dict[Path, Path]:
+    """Shard -> the link to it beside ``output``, for the shards that hold ``linked`` weights."""
+    return {tensor.file: output.with_suffix(f".{tensor.file.name}") for tensor in linked.values()}
+
+
+@contextmanager
+def hard_linked(source: Path, path: Path) -> Iterator[None]:
+    """Make ``path`` a hard link of ``source`` if what follows succeeds.
+
+    Raises:
+        UserError: the two are not on one file system, or that has no hard links.
+    """
+    temporary = path.with_name(f".{path.name}.link")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(source.resolve(), temporary)
+    except OSError as error:
+        raise UserError(
+            f"cannot link {source} as {path} ({error.strerror}); leave --link-weights out or choose another output",
+            2,
+        ) from error
+    try:
+        yield
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def linked_sentence(linked: Iterable[StoredTensor], dense_bytes: int, dtype: Format) -> str:
+    """What was linked of a checkpoint in ``dtype``, or why nothing could be; ``dense_bytes`` are those that are written."""
+    size = sum(tensor.bytes for tensor in linked)
+    if not size:
+        return f"no weight can be linked: none of the engine's is stored like that in the checkpoint ({dtype}); all are written"
+    total = size + dense_bytes
+    return f"linked {size / 1e6:.4g} of {total / 1e6:.4g} MB of dense weights; keep the checkpoint as it is"

@@ -17,7 +17,10 @@ from rq_compile.cli.screen import Screen, on_screen
 @click.option("--bench", type=FILE, help="What `rq-compile bench ENGINE ... --json` printed.")
 @on_screen
 def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None, bench: Path | None) -> None:
-    """Show ENGINE as one self-contained HTML page: load, balance, formats, memory, and accuracy and speed where measured."""
+    """Show ENGINE as one self-contained HTML page.
+
+    Load, balance, formats and memory come from the engine, accuracy and speed from what evaluate and bench printed.
+    """
     check_writable(output)
 
     from rq_compile.cli.tables import facts

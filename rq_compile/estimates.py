@@ -1,0 +1,278 @@
+"""What calibrating or compiling a checkpoint will take, before any weight is read: disk, memory and, roughly, time.
+
+Bytes follow from the config, the headers and the plan, and are those of the files that are then written; the graph's, a small
+part, are counted by layers, slots and products. Time is arithmetic divided by ``RATES``, which are one machine's.
+"""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from rq_compile.architectures.dense import dense_name
+from rq_compile.architectures.layers import MoeLayer, moe_layers
+from rq_compile.architectures.load import meta_model
+from rq_compile.calibration.calibrate import MAX_RECORDED_BYTES
+from rq_compile.calibration.measure import MAX_PAIRS
+from rq_compile.calibration.memory import choose_way, used_memory
+from rq_compile.calibration.text import batches, tokenize
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+from rq_compile.files import Document
+from rq_compile.planning.capacity import lane_groups
+from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, Quantizer, block_size, matrix_bytes
+from rq_compile.rewrite.lane_weights import lane_weights
+from rq_compile.rewrite.panels import ROWS, panel_count
+from rq_compile.rewrite.slot_weights import slot_weights
+from rq_compile.rewrite.weights import ExternalWeight
+from rq_compile.targets.licences import licence_texts
+from rq_compile.targets.manifest import DenseFormat, Lowering
+from rq_compile.targets.weights_file import ALIGNMENT
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one core of a 2-core virtual machine (AMD EPYC, AVX-512), by ``benchmarks/estimates.py``. Another machine's may well be
+    three times higher or lower."""
+
+    flops: float = 60e9  # fp32 products, a second
+    gptq: float = 3e6  # weights rounded, a second
+    nearest: float = 240e6
+    read: float = 1e9  # bytes of weights, a second, checked and converted
+    start: float = 10.0  # seconds until the libraries are imported
+    export: float = 4.0  # seconds to export one layer
+
+
+RATES = Rates()
+# Bytes of the graph: a layer's nodes, and what a slot adds in the stock lowering and a product in the batched one.
+GRAPH_LAYER, GRAPH_SLOT, GRAPH_PRODUCT = 16_500, 4_500, 8_200
+MANIFEST = 3_000  # and the plan
+# Bytes of a number on a line of its own in an indented JSON file, and what a layer has beside its numbers.
+JSON_NUMBER, JSON_LAYER = 14, 500
+PROGRAM = GIB // 2
+
+
+class Estimate(Document):
+    """``outputs``: bytes of each file that is written. ``temporary_bytes``: what files in the temporary folder take meanwhile.
+    ``memory_bytes``: about the most that is held. ``seconds``: rough, on ``cores`` cores of the machine that ``rates`` tell."""
+
+    kind: Literal["estimate"] = "estimate"
+    outputs: dict[str, int]
+    temporary_bytes: int
+    memory_bytes: int
+    seconds: float
+    cores: int
+    rates: dict[str, float] = Field(default=vars(RATES))
+    remarks: list[str] = Field(default=[])
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(self.outputs.values())
+
+
+def calibration_estimate(
+    checkpoint: Checkpoint,
+    texts: dict[str, str],
+    output: Path,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    quantizer: Quantizer = "gptq",
+    memory_limit: int | None = None,
+    device: str = "cpu",
+) -> Estimate:
+    """What ``calibrate`` with these arguments takes; the texts are tokenized.
+
+    Raises:
+        UserError: see ``moe_layers``, ``tokenize`` and ``choose_way``.
+    """
+    layers, tokens = moe_layers(checkpoint), tokenize(checkpoint, texts)
+    total = sum(map(len, tokens))
+    hidden = sum(layer.geometry.hidden for layer in layers)
+    measured = min(total, MAX_RECORDED_BYTES // (4 * hidden))
+    start = 0 if checkpoint.config.get("is_encoder_decoder") else None
+    cut = list(
+        batches(tokens, batch_size=batch_size, sequence_length=sequence_length, measured_tokens=measured, decoder_start=start)
+    )
+    rows = sum(side.real.size for batch in cut for side in batch.sides)
+    way = choose_way(checkpoint, layers, rows=rows, measured_tokens=measured, limit=memory_limit, device=device)
+    outputs = {output.name: sum(JSON_LAYER + JSON_NUMBER * _numbers(layer, len(texts), len(cut)) for layer in layers)}
+    statistics = sum(_statistics_bytes(layer) for layer in layers) if quantizer == "gptq" else 0
+    if statistics:
+        outputs[output.with_suffix(".safetensors").name] = statistics
+    recorded = 4 * measured * (hidden if way.whole else max(layer.geometry.hidden for layer in layers))
+    states = 0 if way.states_in_memory else 8 * rows * max(layer.geometry.hidden for layer in layers)
+    return Estimate(
+        outputs=outputs,
+        temporary_bytes=recorded + states + statistics,
+        memory_bytes=used_memory() + way.memory,
+        cores=_cores(),
+        seconds=_calibration_seconds(checkpoint, layers, rows, measured, quantizer),
+        remarks=[way.reason],
+    )
+
+
+def engine_estimate(
+    checkpoint: Checkpoint,
+    output: Path,
+    lowering: Lowering,
+    *,
+    plan: Plan | None,
+    memory: float = 1.0,
+    dense_format: DenseFormat = "stored",
+    threads: int | None = None,
+) -> Estimate:
+    """What ``compile_engine`` takes; without a ``plan`` that of one which uses all of ``memory`` times the experts' bytes.
+
+    Raises:
+        UserError: see ``moe_layers`` and ``meta_model``.
+    """
+    layers = moe_layers(checkpoint)
+    dense = _dense_sizes(checkpoint, dense_format if lowering == "native" else "fp32")
+    experts = [weight.bytes for layer in plan.layers for weight in expert_weights(layer, lowering)] if plan else []
+    data = sum(size + -size % ALIGNMENT for size in dense + experts)
+    if plan is None:
+        data += int(memory * sum(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers))
+    outputs = {output.name: _graph_bytes(layers, plan, lowering), f"{output.name}.data": data}
+    outputs[output.with_suffix(".json").name] = MANIFEST + (len(plan.model_dump_json(indent=1)) if plan else 0)
+    for file in (checkpoint.path / "tokenizer.json", *licence_texts(checkpoint.path)):
+        if file.is_file():
+            outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
+    # Pieces in flight take as much as the largest layer; a single dense tensor may be more.
+    largest = max(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers)
+    cores = threads or _cores()
+    return Estimate(
+        outputs=outputs,
+        temporary_bytes=0,
+        memory_bytes=PROGRAM + max(largest, 2 * max(dense)),
+        cores=cores,
+        seconds=RATES.start + RATES.export * len(layers) + data / RATES.read + _quantizing_seconds(layers, plan) / cores,
+        remarks=[] if plan else [f"there is no plan yet: the experts are taken to fill --memory {memory:g}"],
+    )
+
+
+def together(first: Estimate, second: Estimate) -> Estimate:
+    """Of two stages, one after the other in one process: what the first leaves is temporary."""
+    return second.model_copy(
+        update={
+            "temporary_bytes": max(first.temporary_bytes, second.temporary_bytes),
+            "memory_bytes": max(first.memory_bytes, second.memory_bytes),
+            "seconds": first.seconds + second.seconds,
+            "remarks": [*first.remarks, *second.remarks],
+        }
+    )
+
+
+def check_space(output: Path, needed: int) -> None:
+    """
+    Raises:
+        UserError: the file system of ``output`` has less than ``needed`` bytes free; what is left of an interrupted
+            compilation counts as free.
+    """
+    partial = output.with_name(f".{output.name}.data.partial")
+    free = shutil.disk_usage(output.parent).free + (partial.stat().st_blocks * 512 if partial.exists() else 0)
+    if free < needed:
+        raise UserError(
+            f"the engine takes {needed / GIB:.2f} GiB, but {output.parent} has {free / GIB:.2f} GiB free; "
+            "free space or choose another output with -o",
+            2,
+        )
+
+
+def expert_weights(plan: LayerPlan, lowering: Lowering) -> list[ExternalWeight]:
+    """The weights of a layer's slots, as the lowering lays them out; none is read."""
+    if lowering != "batched":
+        projections = [slot_weights(plan, projection, _unread, panels=lowering == "native") for projection in ("up", "down")]
+        return [weight for projection in projections for weight in projection.inputs if weight]
+    groups = lane_groups(plan.slots)
+    lanes = [[slot for slot, group in zip(plan.slots, groups, strict=True) if group == number] for number in sorted(set(groups))]
+    return [weight for slots in lanes for p in ("up", "down") for weight in lane_weights(plan, slots, "", p, _unread).all]
+
+
+def _unread(layer: str, expert: int) -> Any:
+    raise AssertionError(f"expert {expert} of {layer} is not to be read")
+
+
+def _dense_sizes(checkpoint: Checkpoint, dense_format: DenseFormat) -> list[int]:
+    """Bytes of each weight beside the experts, in the form that ``dense_gemms`` gives it. A tied embedding is there twice: a
+    product wants it in another order than a table."""
+    model = meta_model(checkpoint)
+    inside = tuple(f"{layer.name}." for layer in moe_layers(checkpoint))
+    matrices, tables = (
+        {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kind)}
+        for kind in (nn.Linear, nn.Embedding)
+    )
+    sizes: dict[tuple[str, bool], int] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(inside):
+            continue
+        stored = dense_name(checkpoint, name)
+        halved = dense_format != "fp32" and checkpoint.tensors[stored].dtype in ("F16", "BF16")
+        if name in matrices and tensor.shape[0] >= ROWS and (halved or dense_format == "int8"):
+            rows = ROWS * panel_count(tensor.shape[0], 1)
+            size = matrix_bytes("int8" if dense_format == "int8" else "bf16", rows, tensor.shape[1])
+        else:
+            size = tensor.numel() * (2 if halved and name in tables else 4)
+        sizes[stored, name in matrices] = size
+    return list(sizes.values())
+
+
+def _graph_bytes(layers: list[MoeLayer], plan: Plan | None, lowering: Lowering) -> int:
+    size = GRAPH_LAYER * len(layers)
+    if lowering == "stock":
+        size += GRAPH_SLOT * sum(
+            len(layer.slots) if plan else layer.geometry.experts for layer in (plan.layers if plan else layers)
+        )
+    elif lowering == "batched" and plan:
+        size += GRAPH_PRODUCT * sum(len(set(lane_groups(layer.slots))) for layer in plan.layers)
+    return size
+
+
+def _statistics_bytes(layer: MoeLayer) -> int:
+    geometry = layer.geometry
+    block = block_size(geometry.intermediate)
+    return 4 * (geometry.hidden**2 + geometry.experts * -(-geometry.intermediate // block) * block**2)
+
+
+def _numbers(layer: MoeLayer, texts: int, batch_count: int) -> int:
+    """Numbers that a calibration holds of one layer: loads, scores and errors of each expert."""
+    return layer.geometry.experts * (2 + texts + batch_count + len(FORMATS))
+
+
+def _calibration_seconds(checkpoint: Checkpoint, layers: list[MoeLayer], rows: int, measured: int, quantizer: Quantizer) -> float:
+    """Every token through the model; every expert rounded; what was routed to it through it, as it is and rounded."""
+    stored = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    held = sum(_expert_size(layer) * layer.geometry.experts for layer in layers)
+    active = stored - held + sum(_expert_size(layer) * layer.geometry.top_k for layer in layers)
+    products = 2.0 * active * rows
+    for layer in layers:
+        pairs = measured * layer.geometry.top_k
+        products += 2.0 * _expert_size(layer) * (pairs + min(pairs, MAX_PAIRS * layer.geometry.experts) * len(QUANTIZED_FORMATS))
+    rounding = held * len(QUANTIZED_FORMATS) / (RATES.gptq if quantizer == "gptq" else RATES.nearest)
+    return RATES.start + 4 * stored / RATES.read + (products / RATES.flops + rounding) / _cores()
+
+
+def _quantizing_seconds(layers: list[MoeLayer], plan: Plan | None) -> float:
+    """On one core; without a plan, of every expert."""
+    if plan is None:
+        return sum(_expert_size(layer) * layer.geometry.experts for layer in layers) / RATES.gptq
+    rate = RATES.gptq if plan.quantizer == "gptq" else RATES.nearest
+    sizes = {layer.name: _expert_size(layer) for layer in layers}
+    quantized = sum(sizes[layer.name] for layer in plan.layers for slot in layer.slots if slot.format in QUANTIZED_FORMATS)
+    return quantized / rate
+
+
+def _expert_size(layer: MoeLayer) -> int:
+    return layer.geometry.hidden * (layer.geometry.up_rows + layer.geometry.intermediate)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

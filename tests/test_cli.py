@@ -68,7 +68,7 @@ print(*sorted(sys.modules.keys() & {{"torch", "transformers", "onnx", "onnxrunti
         (["plan", "x.json", "-o", "y.json", "--policy", "best"], ["'best'", "'optimal'"]),
         (["plan", "x.json", "-o", "y.json", "--target", "gpu"], ["'gpu'", "'cuda'"]),
         (["plan", "x.json", "-o", "y.json", "--option", "memory"], ["--option memory is not KEY=VALUE"]),
-        (["compile", ".", "--plan", "p.json", "-o", "x.plan"], ["TensorRT", "x.onnx"]),
+        (["compile", ".", "--plan", "p.json", "-o", "x.plan", "--lowering", "stock"], ["--lowering has no effect on x.plan"]),
         (["compile", ".", "--plan", "p.json", "-o", "x"], ["x has no extension of an engine", ".onnx"]),
         (["compile", ".", "-o", "x.onnx"], ["--plan FILE", "--text FILE"]),
         (["compile", ".", "--plan", "p.json", "--memory", "1", "-o", "x.onnx"], ["--memory has no effect beside --plan"]),

@@ -26,7 +26,7 @@ def test_writing(tmp_path: Path) -> None:
     assert written == {path.name: path.read_text() for path in COMMITTED.iterdir()}
 
 
-@pytest.fixture(params=DOCUMENTS)
+@pytest.fixture(params=FILES)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -61,7 +61,7 @@ def write_network(
     loop_weights(model)
     router = router_nodes(exported.model)
     typed, versions = half_precision(model, HALVES[precision], router=router, layers=list(layers))
-    dense, aliases = dense_weights(checkpoint, model, exported.parameters)
+    dense, aliases, _ = dense_weights(checkpoint, model, exported.parameters)
     merged, same = _merged(versions, aliases)
     sections = [in_versions(section, merged) for section in (*dense, *experts)]
     largest = max(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers.values())

@@ -1,0 +1,198 @@
+"""``-o engine.plan``: the options, the compilation and the tables of TensorRT engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rq_compile.cli.options import given_options
+from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from rq_compile.calibration.statistics import Statistics
+    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.cli.screen import Screen
+    from rq_compile.planning.schema import Plan
+    from rq_compile.targets.tensorrt.manifest import TensorRTManifest
+    from rq_compile.targets.tensorrt.profiles import Profile, Range
+
+MEGABYTE = 10**6
+OPTIONS = ("builder", "sm", "precision", "profiles", "build")
+OF_ONNX = ("lowering", "activation_bits", "dense_format", "link_weights", "fresh", "dry_run")
+
+
+def tensorrt_options(function: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option(
+            "--builder",
+            type=click.Choice(["tensorrt", "rtx"]),
+            default="tensorrt",
+            show_default=True,
+            help="For .plan: TensorRT, which needs the GPU that it builds for, or TensorRT-RTX, which needs none.",
+        ),
+        click.option("--sm", metavar="80,89,120", help="For .plan by rtx: the compute capabilities to build for."),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp16", "bf16"]),
+            default="fp16",
+            show_default=True,
+            help="For .plan: what products and the cache are computed in; routers and norms stay in fp32.",
+        ),
+        click.option(
+            "--profile",
+            "profiles",
+            multiple=True,
+            metavar="AXIS=MIN:OPT:MAX,...",
+            help="For .plan: the sizes that it takes, as batch=1:8:32,sequence=1,past=1:256:2047; repeatable. "
+            "Default: one for prompts and one for decoding.",
+        ),
+        click.option(
+            "--no-build", "build", is_flag=True, flag_value=False, default=True,
+            help="For .plan: write what the builder needs and how to call it, to build on another machine.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def check_tensorrt_options(output: Path) -> None:
+    """An option that has no effect on this kind of output is a mistake.
+
+    Raises:
+        UserError: such an option was given.
+    """
+    without_effect, instead = (OF_ONNX, ".onnx") if output.suffix == ".plan" else (OPTIONS, ".plan")
+    for name, option in given_options().items():
+        if name in without_effect:
+            raise UserError(f"{option} has no effect on {output}; leave it out, or end the output in {instead}", 2)
+
+
+def compile_plan(
+    screen: Screen,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    options: dict[str, Any],
+    *,
+    statistics: Statistics | None,
+    workload: tuple[int, int],
+    threads: int | None,
+) -> None:
+    """Compile and show the result; ``workload``: the batch and the sequence length that default profiles are made for.
+
+    Raises:
+        UserError: see ``compile_tensorrt``.
+    """
+    from rq_compile.targets.tensorrt.compile import Settings, check_settings, compile_tensorrt
+    from rq_compile.targets.tensorrt.profiles import Profile, default_profiles
+
+    context = checkpoint.config.get("max_position_embeddings")
+    given = [Profile.parse(text) for text in options["profiles"]]
+    settings = Settings(
+        builder=options["builder"],
+        profiles=given or default_profiles(*workload, context),
+        capabilities=capabilities_of(options["sm"]),
+        precision=options["precision"],
+        build=options["build"],
+    )
+    check_settings(settings, plan)
+    with screen.progress("compiling", "MB") as progress:
+        manifest = compile_tensorrt(
+            checkpoint,
+            plan,
+            output,
+            settings,
+            statistics=statistics,
+            threads=threads,
+            progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE),
+        )
+    names = ", ".join([*(file.name for file in manifest.files.values()), output.with_suffix(".json").name])
+    screen.note(f"wrote {names} in {output.parent}")
+    if manifest.built is None:
+        script, line = manifest.files["build script"].name, manifest.files["trtexec line"].name
+        settings_name = manifest.files["build settings"].name
+        screen.note(f"on the machine that has the GPU: python {script} {settings_name}, or sh {line}")
+    screen.result(manifest, *tensorrt_tables(manifest, output), asked_for=False)
+
+
+def capabilities_of(text: str | None) -> list[int]:
+    """
+    Raises:
+        UserError: the text is no list of numbers.
+    """
+    if text is None:
+        return []
+    numbers = text.split(",")
+    if not all(number.strip().isdigit() for number in numbers):
+        raise UserError(f"--sm {text} is no list of compute capabilities; write for example --sm 80,89,120", 2)
+    return sorted({int(number) for number in numbers})
+
+
+def inspect_plan(screen: Screen, file: Path, *, verify: bool = False) -> None:
+    """
+    Raises:
+        UserError: there is no manifest beside it, or with ``verify`` a file is not the one that it describes.
+    """
+    from rq_compile.files import read_document, sha256
+    from rq_compile.targets.tensorrt.manifest import Built, TensorRTManifest
+
+    document, report = file.with_suffix(".json"), file.with_name(f"{file.name}.report.json")
+    if not document.is_file():
+        raise UserError(
+            f"{file} has no manifest {document.name} beside it, and an engine is silent without a GPU; copy it along", 2
+        )
+    manifest = read_document(TensorRTManifest, document)
+    if manifest.built is None and report.is_file():
+        manifest = manifest.model_copy(update={"built": read_document(Built, report)})
+    if verify:
+        for held in manifest.files.values():
+            path = file.parent / held.name
+            if not path.is_file() or sha256(path) != held.sha256:
+                raise UserError(f"{path} is damaged or missing; copy it again or compile again")
+        screen.note(f"{file}: every file is whole")
+    screen.result(manifest, *tensorrt_tables(manifest, file))
+
+
+def tensorrt_tables(manifest: TensorRTManifest, engine: Path) -> list[RenderableType]:
+    from rq_compile.cli.tables import facts, megabytes, plan_tables, table
+
+    built, size = manifest.built, engine.stat().st_size if engine.is_file() else None
+    head: dict[str, object] = {
+        "made_by": manifest.tool,
+        "target": f"{manifest.target}, {manifest.precision}",
+        "compute_capabilities": ", ".join(f"{n // 10}.{n % 10}" for n in manifest.compute_capabilities)
+        or "the building machine's",
+        "engine": megabytes(size) if size else "not built",
+        "files": ", ".join(f"{file.name} ({megabytes(file.bytes)})" for file in manifest.files.values()),
+        "replaced": ", ".join(f"{reason}: {count}" for reason, count in manifest.replaced.items()) or "nothing",
+    }
+    if built is not None:
+        head["built_by"] = f"{built.builder} in {built.build_seconds:.1f} s, read in {built.parse_seconds:.1f} s"
+        head["weights"] = megabytes(built.weight_bytes)
+        head["scratch_memory"] = ", ".join(map(megabytes, built.scratch_bytes))
+        head["layers"] = ", ".join(f"{count} {kind}" for kind, count in built.engine_layers.items())
+        head["network_layers"] = ", ".join(f"{count} {kind}" for kind, count in built.network_layers.items())
+    bindings = table("inputs and outputs", "name", "type", "shape", "")
+    for way, found in (("in", manifest.inputs), ("out", manifest.outputs)):
+        for binding in found:
+            bindings.add_row(binding.name, binding.dtype, " x ".join(map(str, binding.shape)), way)
+    return [facts("engine", **head), bindings, profiles_table(manifest.profiles), *plan_tables(manifest.plan)]
+
+
+def profiles_table(profiles: list[Profile]) -> RenderableType:
+    from rq_compile.cli.tables import table
+
+    made = table("profiles (min : opt : max)", "profile", "batch", "sequence", "past")
+    for number, profile in enumerate(profiles):
+        made.add_row(str(number), *map(range_of, (profile.batch, profile.sequence, profile.past)))
+    return made
+
+
+def range_of(sizes: Range) -> str:
+    return str(sizes.best) if sizes.least == sizes.most else f"{sizes.least} : {sizes.best} : {sizes.most}"

@@ -1,0 +1,202 @@
+"""Build a TensorRT or TensorRT-RTX engine. Needs Python and one of the two packages, and nothing of rq-compile.
+
+rq-compile runs this file in a process of its own. It also writes a copy beside a network, for the machine that has the GPU:
+
+    python engine.build.py engine.build.json
+
+The settings (JSON) name the network (ONNX, with its weights beside it), the engine to write, the builder ("tensorrt" or "rtx"),
+the compute capabilities, and for each profile the least, best and greatest shape of every input. What was built is told beside
+the engine, in ``<engine>.report.json``. Both packages have the same API; what differs between them is in ``BUILDERS``.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Builder:
+    """``ahead``: it builds without a GPU, for compute capabilities that are asked for; else for the GPU at hand, with timings."""
+
+    module: str
+    install: str
+    oldest: tuple[int, int]
+    ahead: bool
+
+
+BUILDERS = {
+    "tensorrt": Builder("tensorrt", "pip install 'tensorrt>=10.13'", (10, 13), ahead=False),
+    "rtx": Builder("tensorrt_rtx", "pip install 'tensorrt-rtx>=1.7'", (1, 7), ahead=True),
+}
+
+
+class BuildError(Exception):
+    """A sentence for the user."""
+
+
+def load(name: str) -> Any:
+    """The Python module of builder ``name``.
+
+    Raises:
+        BuildError: it is not installed, does not load, or is too old.
+    """
+    builder = BUILDERS[name]
+    try:
+        module = importlib.import_module(builder.module)
+    except ModuleNotFoundError as error:
+        others = [f"--builder {other}" for other in BUILDERS if other != name]
+        raise BuildError(
+            f"the package {builder.module} is not installed; run {builder.install}, or choose {' or '.join(others)}"
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BuildError(f"the package {builder.module} does not load: {error}") from error
+    version = tuple(int(number) for number in module.__version__.split(".")[:2])
+    if version < builder.oldest:
+        needed = ".".join(map(str, builder.oldest))
+        raise BuildError(f"{builder.module} {module.__version__} is older than {needed}; run {builder.install}")
+    return module
+
+
+def capabilities(module: Any) -> list[int]:
+    """The compute capabilities that a builder builds for, 89 standing for 8.9; none where it only builds for the GPU at hand."""
+    names = [name for name in dir(getattr(module, "ComputeCapability", None)) if re.fullmatch(r"SM\d+", name)]
+    return sorted(int(name.removeprefix("SM")) for name in names)
+
+
+def build(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Build the engine that ``settings`` describe; files are named from ``folder``. Returns the report.
+
+    Raises:
+        BuildError: the builder is missing, or refuses the network, a profile or a compute capability.
+    """
+    name = settings["builder"]
+    trt = load(name)
+    logger = _logger(trt)
+    started = time.monotonic()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(folder / settings["network"])):
+        error = parser.get_error(0)
+        where = f"{error.node_operator()} {error.node_name()}"
+        raise BuildError(f"{trt.__name__} {trt.__version__} cannot read {settings['network']}, at {where}: {error.desc()}")
+    parsed = time.monotonic()
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # Rounded to 10 bits, as TF32 does, the router would choose other experts.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    for shapes in settings["profiles"]:
+        config.add_optimization_profile(_profile(builder, network, shapes))
+    _set_capabilities(trt, name, config, settings["compute_capabilities"])
+    cache = folder / settings["timing_cache"] if settings.get("timing_cache") and not BUILDERS[name].ahead else None
+    if cache is not None:
+        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.is_file() else b""), False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildError(f"{trt.__name__} {trt.__version__} cannot build {settings['network']}: {logger.reason()}")
+    if cache is not None:
+        cache.write_bytes(config.get_timing_cache().serialize())
+    (folder / settings["engine"]).write_bytes(plan)
+    return {
+        "builder": f"{trt.__name__} {trt.__version__}",
+        "compute_capabilities": settings["compute_capabilities"],
+        "bytes": plan.nbytes,
+        "parse_seconds": round(parsed - started, 2),
+        "build_seconds": round(time.monotonic() - parsed, 2),
+        "network_layers": dict(sorted(Counter(_kind(network, i) for i in range(network.num_layers)).items())),
+        **logger.engine(),
+    }
+
+
+def _profile(builder: Any, network: Any, shapes: dict[str, Any]) -> Any:
+    profile = builder.create_optimization_profile()
+    for number in range(network.num_inputs):
+        name = network.get_input(number).name
+        profile.set_shape(name, *shapes[name])
+    if not profile:
+        raise BuildError(f"the profile {json.dumps(shapes)} is out of order; correct it")
+    return profile
+
+
+def _set_capabilities(trt: Any, name: str, config: Any, wanted: list[int]) -> None:
+    if not wanted:
+        if BUILDERS[name].ahead:
+            raise BuildError(f"--builder {name} needs compute capabilities; give --sm, of {_listed(capabilities(trt))}")
+        return
+    if not BUILDERS[name].ahead:
+        raise BuildError(f"--builder {name} builds for the GPU of this machine; leave --sm out, or choose --builder rtx")
+    missing = [number for number in wanted if number not in capabilities(trt)]
+    if missing:
+        raise BuildError(f"{trt.__name__} does not build for --sm {missing[0]}; choose of {_listed(capabilities(trt))}")
+    config.num_compute_capabilities = len(wanted)
+    for place, number in enumerate(wanted):
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), place)
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _kind(network: Any, number: int) -> str:
+    return network.get_layer(number).type.name
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Keeps errors, and what the builder says of the engine that it made: the engine itself only answers on a GPU."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.told: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+            elif message.startswith(("Max Scratch", "Total Weights", "Layers:")):
+                self.told.append(message)
+
+        def reason(self) -> str:
+            return self.errors[0].splitlines()[0] if self.errors else "it gave no reason"
+
+        def engine(self) -> dict[str, Any]:
+            said = "\n".join(self.told)
+            return {
+                "engine_layers": dict(sorted(Counter(re.findall(r"LayerType: (\w+)", said)).items())),
+                "scratch_bytes": [int(number) for number in re.findall(r"Max Scratch Memory: (\d+)", said)],
+                "weight_bytes": sum(int(number) for number in re.findall(r"Total Weights Memory: (\d+)", said)),
+            }
+
+    return Logger()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build a TensorRT engine.")
+    parser.add_argument("settings", type=Path, help="the .build.json file that rq-compile wrote")
+    parser.add_argument("--builder", choices=BUILDERS, help="instead of the one that the settings name")
+    parser.add_argument("--sm", help="compute capabilities, with --builder rtx: 80,89,120")
+    arguments = parser.parse_args()
+    settings = json.loads(arguments.settings.read_text())
+    if arguments.builder and arguments.builder != settings["builder"]:
+        settings |= {"builder": arguments.builder, "compute_capabilities": []}
+    if arguments.sm:
+        settings["compute_capabilities"] = [int(number) for number in arguments.sm.split(",")]
+    folder = arguments.settings.parent
+    try:
+        report = build(settings, folder)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    (folder / f"{settings['engine']}.report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {settings['engine']}, {report['bytes']} bytes, in {report['build_seconds']} s with {report['builder']}")
+
+
+if __name__ == "__main__":
+    main()

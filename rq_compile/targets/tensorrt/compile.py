@@ -1,0 +1,186 @@
+"""A TensorRT engine, or all that its builder needs: network, engine, context model and manifest, which appear together."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rq_compile import __version__
+from rq_compile.architectures.layers import moe_layers
+from rq_compile.calibration.statistics import Statistics
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+from rq_compile.export.export import Exported, export_graph
+from rq_compile.files import sha256, write_document
+from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.targets.manifest import EngineFile
+from rq_compile.targets.preflight import preflight
+from rq_compile.targets.tensorrt import build_engine
+from rq_compile.targets.tensorrt.ep_context import ep_context
+from rq_compile.targets.tensorrt.manifest import Built, TensorRTManifest, TensorRTTarget, bindings
+from rq_compile.targets.tensorrt.network import Network, Precision, write_network
+from rq_compile.targets.tensorrt.profiles import Profile
+from rq_compile.targets.tensorrt.trtexec import trtexec
+from rq_compile.targets.weights_file import Progress
+
+BuilderName = Literal["tensorrt", "rtx"]
+TARGETS: dict[BuilderName, TensorRTTarget] = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
+# TensorRT's parser turns no wider TopK into a layer.
+MOST_EXPERTS = 3840
+WITHOUT_INT4 = 75
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to build: ``capabilities`` are compute capabilities, 89 for 8.9; without ``build`` everything is done but that."""
+
+    builder: BuilderName
+    profiles: Sequence[Profile]
+    capabilities: Sequence[int] = ()
+    precision: Precision = "fp16"
+    build: bool = True
+
+
+def compile_tensorrt(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    settings: Settings,
+    *,
+    statistics: Statistics | None = None,
+    exported: Exported | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> TensorRTManifest:
+    """Write ``output`` (``.plan``); beside it ``<stem>.context.onnx`` for ONNX Runtime, the tokenizer and the manifest.
+
+    Without ``settings.build`` no engine is written, but what it is built from: ``<stem>.network.onnx`` and its ``.data``, and
+    ``<stem>.build.py``, ``<stem>.build.json`` and ``<stem>.build.sh``, which build it on the machine that has the GPU.
+    ``statistics``, ``exported``, ``threads`` and ``progress``: see ``compile_engine``.
+
+    Raises:
+        UserError: the plan or the settings do not fit, the builder is missing or failed. Nothing is left.
+    """
+    check_settings(settings, plan)
+    # The plan is lowered like any other; what it was made for only decides what it gains.
+    preflight(checkpoint, moe_layers(checkpoint), plan.model_copy(update={"target": "batched"}), "batched")
+    exported = exported or export_graph(checkpoint)
+    if exported.encoder_decoder:
+        raise UserError(
+            f"{checkpoint.name} is an encoder-decoder, which has no TensorRT target; use -o {output.with_suffix('.onnx')}", 2
+        )
+    stem, moments = output.stem, statistics if plan.quantizer == "gptq" else None
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as name:
+        folder = Path(name)
+        network = write_network(
+            checkpoint,
+            plan,
+            exported,
+            settings.profiles,
+            folder / f"{stem}.network.onnx",
+            precision=settings.precision,
+            statistics=moments,
+            threads=threads,
+            progress=progress,
+        )
+        _write_build_files(folder, stem, settings, network)
+        built = _build(folder, stem) if settings.build else None
+        _write_context(folder, stem, settings, network, built)
+        if (checkpoint.path / "tokenizer.json").is_file():
+            shutil.copyfile(checkpoint.path / "tokenizer.json", folder / f"{stem}.tokenizer.json")
+        manifest = TensorRTManifest(
+            tool=f"rq-compile {__version__}",
+            target=TARGETS[settings.builder],
+            precision=settings.precision,
+            compute_capabilities=list(settings.capabilities),
+            files=_kept(folder, stem, built is not None),
+            inputs=bindings(network.model.graph.input),
+            outputs=bindings(network.model.graph.output),
+            profiles=list(settings.profiles),
+            built=built,
+            replaced=network.replaced,
+            plan=plan,
+        )
+        for file in manifest.files.values():
+            (folder / file.name).replace(output.parent / file.name)
+    write_document(manifest, output.with_suffix(".json"))
+    return manifest
+
+
+def check_settings(settings: Settings, plan: Plan) -> None:
+    """Refuse before the long work what a builder would refuse after it.
+
+    Raises:
+        UserError: the builder is not there, or a compute capability or a layer is not for it.
+    """
+    if settings.build:
+        try:
+            known = build_engine.capabilities(build_engine.load(settings.builder))
+        except build_engine.BuildError as error:
+            raise UserError(f"{error}; or write what the builder needs, with --no-build", 2) from error
+        if settings.builder == "rtx" and (missing := [number for number in settings.capabilities if number not in known]):
+            raise UserError(f"TensorRT-RTX does not build for --sm {missing[0]}; choose of {', '.join(map(str, known))}", 2)
+    if settings.builder == "rtx" and not settings.capabilities:
+        raise UserError("--builder rtx builds ahead of time; say for which GPUs, as in --sm 80,89,120", 2)
+    if settings.builder == "tensorrt" and settings.capabilities:
+        raise UserError("--builder tensorrt builds for the GPU of the machine that it runs on; leave --sm out", 2)
+    for layer in plan.layers:
+        _check_layer(layer, settings)
+
+
+def _check_layer(layer: LayerPlan, settings: Settings) -> None:
+    if layer.geometry.experts > MOST_EXPERTS:
+        raise UserError(
+            f"layer {layer.index} has {layer.geometry.experts} experts, above TensorRT's {MOST_EXPERTS} for a TopK", 2
+        )
+    if WITHOUT_INT4 in settings.capabilities and any(slot.format == "int4" for slot in layer.slots):
+        raise UserError(f"layer {layer.index} has experts in int4, which --sm {WITHOUT_INT4} lacks; plan without it", 2)
+
+
+def _write_build_files(folder: Path, stem: str, settings: Settings, network: Network) -> None:
+    shapes = [profile.shapes(network.model) for profile in settings.profiles]
+    content = {
+        "network": f"{stem}.network.onnx",
+        "engine": f"{stem}.plan",
+        "builder": settings.builder,
+        "compute_capabilities": list(settings.capabilities),
+        "timing_cache": f"{stem}.timing",
+        "profiles": shapes,
+    }
+    (folder / f"{stem}.build.json").write_text(json.dumps(content, indent=1) + "\n")
+    shutil.copyfile(build_engine.__file__, folder / f"{stem}.build.py")
+    (folder / f"{stem}.build.sh").write_text(trtexec(f"{stem}.network.onnx", f"{stem}.plan", f"{stem}.timing", shapes))
+
+
+def _build(folder: Path, stem: str) -> Built:
+    """In a process of its own: a builder that crashes takes nothing with it, and its memory is free again after."""
+    command = [sys.executable, str(folder / f"{stem}.build.py"), str(folder / f"{stem}.build.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
+        raise UserError(said[-1] if said else f"the builder ended with status {done.returncode}; look into it with --no-build")
+    report = folder / f"{stem}.plan.report.json"
+    return Built.model_validate_json(report.read_bytes())
+
+
+def _write_context(folder: Path, stem: str, settings: Settings, network: Network, built: Built | None) -> None:
+    sdk = built.builder.split()[-1] if built else ""
+    model = ep_context(network.model, f"{stem}.plan", TARGETS[settings.builder], list(settings.capabilities), sdk)
+    (folder / f"{stem}.context.onnx").write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _kept(folder: Path, stem: str, built: bool) -> dict[str, EngineFile]:
+    """The files to keep, by what they are: an engine alone, or what it is built from."""
+    files = {"context model": f"{stem}.context.onnx", "tokenizer": f"{stem}.tokenizer.json"}
+    if built:
+        files |= {"engine": f"{stem}.plan", "timing cache": f"{stem}.timing"}
+    else:
+        files |= {"network": f"{stem}.network.onnx", "weights": f"{stem}.network.onnx.data"}
+        files |= {"build script": f"{stem}.build.py", "build settings": f"{stem}.build.json", "trtexec line": f"{stem}.build.sh"}
+    there = {what: folder / name for what, name in files.items() if (folder / name).is_file()}
+    return {what: EngineFile(name=path.name, sha256=sha256(path), bytes=path.stat().st_size) for what, path in there.items()}

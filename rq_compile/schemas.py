@@ -8,8 +8,14 @@ from rq_compile.calibration.schema import Calibration
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
 from rq_compile.targets.manifest import Manifest
+from rq_compile.targets.tensorrt.manifest import TensorRTManifest
 
-DOCUMENTS: dict[str, type[Document]] = {"calibration": Calibration, "plan": Plan, "engine": Manifest}
+DOCUMENTS: dict[str, type[Document]] = {
+    "calibration": Calibration,
+    "plan": Plan,
+    "engine": Manifest,
+    "tensorrt-engine": TensorRTManifest,
+}
 
 
 def schema(kind: str) -> str:

@@ -23,6 +23,7 @@ from rq_compile.cli.options import (
     threads_option,
 )
 from rq_compile.cli.screen import Screen, on_screen
+from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, compile_plan, tensorrt_options
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size"
 @click.argument("model", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, help="The plan to follow; without it, --text is needed.")
 @text_option
-@click.option("-o", "--output", type=FILE, required=True, help="The engine to write (.onnx).")
+@click.option("-o", "--output", type=FILE, required=True, help="The engine to write: .onnx, or .plan for TensorRT.")
 @click.option(
     "--lowering",
     type=click.Choice(LOWERINGS),
@@ -63,6 +64,7 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size"
 @click.option("--link-weights", is_flag=True, help="Leave weights in the checkpoint that need no other form (no experts).")
 @click.option("--fresh", is_flag=True, help="Start over, where an interrupted compilation could be continued.")
 @threads_option
+@tensorrt_options
 @planning_options
 @batch_size_option
 @sequence_length_option
@@ -88,6 +90,8 @@ def command(
     check_extension(output)
     check_writable(output)
     check_manifest_place(output)
+    check_tensorrt_options(output)
+    tensorrt = {name: planning.pop(name) for name in OPTIONS}
     if activation_bits != "32" and lowering == "batched":
         raise UserError(f"--activation-bits {activation_bits} has no effect with --lowering batched; leave one of the two out", 2)
     if lowering != "native" and "dense_format" in given_options():
@@ -113,7 +117,8 @@ def command(
         from rq_compile.calibration.calibrate import calibrate
         from rq_compile.planning.plan import check_arguments, make_plan
 
-        planning["target"] = "batched" if lowering == "batched" else "cpu"
+        batched = "tensorrt-rtx" if output.suffix == ".plan" else "batched" if lowering == "batched" else None
+        planning["target"] = batched or "cpu"
         check_arguments(**planning, options=options)
         checkpoint = Checkpoint.open(model)
         with screen.progress("calibrating", "tokens") as progress:
@@ -122,6 +127,11 @@ def command(
             )
         plan = make_plan(calibration, **planning, **options)
         statistics = Statistics.of(tensors)
+
+    if output.suffix == ".plan":
+        workload = (batch_size, sequence_length)
+        compile_plan(screen, checkpoint, plan, output, tensorrt, statistics=statistics, workload=workload, threads=threads)
+        return
 
     from rq_compile.cli.tables import engine_tables
     from rq_compile.targets.onnxruntime import compile_engine
@@ -153,10 +163,8 @@ def check_extension(output: Path) -> None:
     Raises:
         UserError: no target writes such a file.
     """
-    if output.suffix == ".plan":
-        raise UserError(f"{output} asks for TensorRT, which is not built yet; use -o {output.with_suffix('.onnx')}", 2)
-    if output.suffix != ".onnx":
-        raise UserError(f"{output} has no extension of an engine; end it in .onnx (ONNX Runtime)", 2)
+    if output.suffix not in (".onnx", ".plan"):
+        raise UserError(f"{output} has no extension of an engine; end it in .onnx (ONNX Runtime) or .plan (TensorRT)", 2)
 
 
 def check_manifest_place(output: Path) -> None:

@@ -8,6 +8,7 @@ import click
 
 from rq_compile.cli.options import FILE, document_kind
 from rq_compile.cli.screen import Screen, on_screen
+from rq_compile.cli.tensorrt import inspect_plan
 from rq_compile.errors import UserError
 
 
@@ -17,9 +18,13 @@ from rq_compile.errors import UserError
 @on_screen
 def command(screen: Screen, file: Path, verify: bool) -> None:
     """Show FILE, a calibration, a plan or an engine, as tables."""
-    kind = "engine" if file.suffix == ".onnx" else kind_of(file)
+    kind = "engine" if file.suffix in (".onnx", ".plan") else kind_of(file)
     if verify and kind != "engine":
         raise UserError(f"--verify checks an engine's files, but {file} is a {kind}; leave --verify out", 2)
+
+    if file.suffix == ".plan":
+        inspect_plan(screen, file, verify=verify)
+        return
 
     from rq_compile.calibration.schema import Calibration
     from rq_compile.cli import tables
@@ -52,5 +57,5 @@ def kind_of(file: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; check the path", 2) from error
     if kind is None:
-        raise UserError(f"{file} is no file of rq-compile; inspect a calibration, a plan or an engine (.onnx)", 2)
+        raise UserError(f"{file} is no file of rq-compile; inspect a calibration, a plan or an engine (.onnx, .plan)", 2)
     return kind

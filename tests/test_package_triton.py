@@ -107,7 +107,7 @@ def copy_engine(stages: Path, folder: Path) -> Path:
     return folder / "model.onnx"
 
 
-# The TensorRT flavour: the config alone, as no engine of ours is a plan yet.
+# TensorRT: the config alone, no command packages a plan yet.
 
 
 def test_tensorrt_config_has_a_plan_for_each_gpu_and_profiles_for_each_group() -> None:

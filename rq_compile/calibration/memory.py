@@ -124,4 +124,4 @@ def used_memory() -> int:
 
 
 def _size(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+    return f"{size / GIB:.1f} GiB" if size >= 10 * GIB else f"{size / 2**20:.0f} MiB"

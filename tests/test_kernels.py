@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "plugins" / "kernels"
 SMS = [80, 89, 90, 100, 120]
 # Large, small, all formats and one; the others differ in constants.
-BUILT = ["dispatch_count", "dispatch_scan_decode", "dispatch_scatter", "dispatch_small_decode", "combine_bf16"]
+BUILT = ["dispatch_count", "dispatch_scan", "dispatch_scatter", "dispatch_small", "combine_bf16"]
 PRODUCTS = ["up_gated_bf16_mixed_decode", "down_fp16_int4_prefill"]
 PTX_TYPES = {"i32": "u32", "fp32": "f32"}
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of a program, from the CUDA programming guide
@@ -102,7 +102,7 @@ def test_portable_ptx_serves_gpus_that_have_no_cubin(built, tmp_path):
     from triton import knobs
 
     for kernel, one, _ in builds(built, "ptx"):
-        if one["sm"] == 80 and kernel["name"] in ("dispatch_small_decode", "up_gated_bf16_mixed_decode"):
+        if one["sm"] == 80 and kernel["name"] in ("dispatch_small", "up_gated_bf16_mixed_decode"):
             for sm in ("sm_86", "sm_103"):
                 command = [knobs.nvidia.ptxas.path, f"--gpu-name={sm}", built[0] / one["ptx"]["file"], "-o", tmp_path / sm]
                 assert subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -118,7 +118,7 @@ def test_registers_shared_memory_and_spills_are_bounded(built):
 
 
 def test_same_source_same_bytes(built, tmp_path):
-    name = "dispatch_small_decode"
+    name = "dispatch_small"
     assert build(tmp_path, "--only", name, "--sm", "90", "--jobs", "1").returncode == 0
     for kind in ("cubin", "ptx"):
         assert (tmp_path / "sm90" / f"{name}.{kind}").read_bytes() == (built[0] / "sm90" / f"{name}.{kind}").read_bytes()

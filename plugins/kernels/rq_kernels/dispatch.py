@@ -41,7 +41,7 @@ def _copies(replicas, expert, mask, width):
 
 
 @triton.jit
-def _scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, ROWS: tl.constexpr):
+def _scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, rows_per_tile):
     for first in range(0, slots, SLOTS):
         slot = first + tl.arange(0, SLOTS)
         tl.store(offsets + slot, tl.zeros_like(slot), mask=slot < slots)
@@ -72,13 +72,13 @@ def _scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, 
         end = rows_before + tl.cumsum(rows, axis=0)
         begin = end - rows
         tl.store(offsets + slot, begin, mask=slot < slots)
-        needed = (rows + ROWS - 1) // ROWS
+        needed = (rows + rows_per_tile - 1) // rows_per_tile
         tile = tiles_before + tl.cumsum(needed, axis=0) - needed
         for i in range(tl.max(needed, axis=0)):
             at = tiles + 3 * (tile + i)
             tl.store(at, slot, mask=i < needed)
-            tl.store(at + 1, begin + i * ROWS, mask=i < needed)
-            tl.store(at + 2, tl.minimum(begin + (i + 1) * ROWS, end), mask=i < needed)
+            tl.store(at + 1, begin + i * rows_per_tile, mask=i < needed)
+            tl.store(at + 2, tl.minimum(begin + (i + 1) * rows_per_tile, end), mask=i < needed)
         rows_before += tl.sum(rows, axis=0)
         tiles_before += tl.sum(needed, axis=0)
     tl.store(offsets + slots, rows_before)
@@ -106,12 +106,12 @@ def dispatch_count(ids, counts, pairs, experts):
 
 
 @triton.jit
-def dispatch_scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, ROWS: tl.constexpr):
+def dispatch_scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, rows_per_tile):
     """``counts`` become the arrivals before each chunk; ``offsets`` i32 [S+1]; ``tiles`` i32 [:, 3]: slot, first row, end.
 
-    ``replicas`` i32 [E, width], padded with -1. A tile has up to ``ROWS`` rows of one slot; ``tile_count`` i32 [1]. Grid: 1.
+    ``replicas`` i32 [E, width], padded with -1; ``tile_count`` i32 [1]. A tile has up to ``rows_per_tile`` rows of one slot. Grid: 1.
     """
-    _scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, ROWS)
+    _scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, rows_per_tile)
 
 
 @triton.jit
@@ -121,13 +121,13 @@ def dispatch_scatter(ids, counts, replicas, offsets, rows, pairs, experts, width
 
 
 @triton.jit
-def dispatch_small(ids, counts, replicas, offsets, tiles, tile_count, rows, pairs, experts, width, slots, ROWS: tl.constexpr):
+def dispatch_small(ids, counts, replicas, offsets, tiles, tile_count, rows, pairs, experts, width, slots, rows_per_tile):
     """Count, scan and scatter, one after the other. Grid: 1."""
     chunks = (pairs + CHUNK - 1) // CHUNK
     for chunk in range(chunks):
         _count(chunk, ids, counts, pairs, experts)
     tl.debug_barrier()
-    _scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, ROWS)
+    _scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, rows_per_tile)
     tl.debug_barrier()
     for chunk in range(chunks):
         _scatter(chunk, ids, counts, replicas, offsets, rows, pairs, experts, width, slots)

@@ -91,11 +91,11 @@ def route(ids: torch.Tensor, replicas: torch.Tensor, slots: int, rows_per_tile: 
     map_of_tiles = routed.offsets, routed.tiles, routed.tile_count
     if pairs <= small:
         dispatch.dispatch_small[(1,)](
-            ids, counts, replicas, *map_of_tiles, routed.rows, pairs, experts, width, slots, ROWS=rows_per_tile
+            ids, counts, replicas, *map_of_tiles, routed.rows, pairs, experts, width, slots, rows_per_tile
         )
         return routed
     dispatch.dispatch_count[(chunks,)](ids, counts, pairs, experts)
-    dispatch.dispatch_scan[(1,)](counts, replicas, *map_of_tiles, chunks, experts, width, slots, ROWS=rows_per_tile)
+    dispatch.dispatch_scan[(1,)](counts, replicas, *map_of_tiles, chunks, experts, width, slots, rows_per_tile)
     dispatch.dispatch_scatter[(chunks,)](ids, counts, replicas, routed.offsets, routed.rows, pairs, experts, width, slots)
     return routed
 

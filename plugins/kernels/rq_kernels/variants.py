@@ -46,10 +46,8 @@ def variants(
     chunks = (f"ceil(pairs / {CHUNK})", "1", "1")
     yield _variant("dispatch_count", dispatch.dispatch_count, {}, chunks)
     yield _variant("dispatch_scatter", dispatch.dispatch_scatter, {}, chunks)
-    for size in sizes:
-        constants = {"ROWS": UP[size].rows}
-        yield _variant(f"dispatch_scan_{size}", dispatch.dispatch_scan, constants, ("1", "1", "1"))
-        yield _variant(f"dispatch_small_{size}", dispatch.dispatch_small, constants, ("1", "1", "1"))
+    for kernel in (dispatch.dispatch_scan, dispatch.dispatch_small):
+        yield _variant(kernel.__name__, kernel, {}, ("1", "1", "1"))
     for dtype in dtypes:
         grid = ("tokens", f"ceil(hidden / {COMBINE_COLUMNS})", "1")
         yield _variant(f"combine_{dtype}", combine.combine, {"COLUMNS": COMBINE_COLUMNS}, grid, dtype=dtype)

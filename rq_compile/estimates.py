@@ -26,7 +26,7 @@ from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.capacity import lane_groups
 from rq_compile.planning.schema import LayerPlan, Plan
-from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, Quantizer, block_size, matrix_bytes
+from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, SCALE_BYTES, Format, Quantizer, block_size, matrix_bytes
 from rq_compile.rewrite.lane_weights import lane_weights
 from rq_compile.rewrite.panels import ROWS, panel_count
 from rq_compile.rewrite.slot_weights import slot_weights
@@ -48,7 +48,7 @@ class Rates:
     nearest: float = 240e6
     read: float = 1e9  # bytes of weights, a second, checked and converted
     start: float = 10.0  # seconds until the libraries are imported
-    export: float = 4.0  # seconds to export one layer
+    export: float = 5.0  # seconds to export one layer
 
 
 RATES = Rates()
@@ -128,6 +128,7 @@ def engine_estimate(
     plan: Plan | None,
     memory: float = 1.0,
     dense_format: DenseFormat = "stored",
+    link_weights: bool = False,
     threads: int | None = None,
 ) -> Estimate:
     """What ``compile_engine`` takes; without a ``plan`` that of one which uses all of ``memory`` times the experts' bytes.
@@ -136,7 +137,7 @@ def engine_estimate(
         UserError: see ``moe_layers`` and ``meta_model``.
     """
     layers = moe_layers(checkpoint)
-    dense = _dense_sizes(checkpoint, dense_format if lowering == "native" else "fp32")
+    dense = _dense_sizes(checkpoint, dense_format if lowering == "native" else "fp32", link_weights)
     experts = [weight.bytes for layer in plan.layers for weight in expert_weights(layer, lowering)] if plan else []
     data = sum(size + -size % ALIGNMENT for size in dense + experts)
     if plan is None:
@@ -201,7 +202,7 @@ def _unread(layer: str, expert: int) -> Any:
     raise AssertionError(f"expert {expert} of {layer} is not to be read")
 
 
-def _dense_sizes(checkpoint: Checkpoint, dense_format: DenseFormat) -> list[int]:
+def _dense_sizes(checkpoint: Checkpoint, dense_format: DenseFormat, link_weights: bool) -> list[int]:
     """Bytes of each weight beside the experts, in the form that ``dense_gemms`` gives it. A tied embedding is there twice: a
     product wants it in another order than a table."""
     model = meta_model(checkpoint)
@@ -210,30 +211,33 @@ def _dense_sizes(checkpoint: Checkpoint, dense_format: DenseFormat) -> list[int]
         {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kind)}
         for kind in (nn.Linear, nn.Embedding)
     )
-    sizes: dict[tuple[str, bool], int] = {}
+    sizes: dict[tuple[str, bool], tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
         if name.startswith(inside):
             continue
         stored = dense_name(checkpoint, name)
         halved = dense_format != "fp32" and checkpoint.tensors[stored].dtype in ("F16", "BF16")
+        size: tuple[int, ...] = (tensor.numel() * (2 if halved and name in tables else 4),)
         if name in matrices and tensor.shape[0] >= ROWS and (halved or dense_format == "int8"):
-            rows = ROWS * panel_count(tensor.shape[0], 1)
-            size = matrix_bytes("int8" if dense_format == "int8" else "bf16", rows, tensor.shape[1])
-        else:
-            size = tensor.numel() * (2 if halved and name in tables else 4)
+            format: Format = "int8" if dense_format == "int8" else "bf16"
+            rows, columns = ROWS * panel_count(tensor.shape[0], 1), tensor.shape[1]
+            scales = SCALE_BYTES * rows * -(-columns // block_size(columns)) if format == "int8" else 0
+            size = (matrix_bytes(format, rows, columns) - scales, scales)
+        elif link_weights and name not in matrices and size[0] == checkpoint.tensors[stored].bytes:
+            continue
         sizes[stored, name in matrices] = size
-    return list(sizes.values())
+    return [size for parts in sizes.values() for size in parts]
 
 
 def _graph_bytes(layers: list[MoeLayer], plan: Plan | None, lowering: Lowering) -> int:
-    size = GRAPH_LAYER * len(layers)
-    if lowering == "stock":
-        size += GRAPH_SLOT * sum(
-            len(layer.slots) if plan else layer.geometry.experts for layer in (plan.layers if plan else layers)
-        )
-    elif lowering == "batched" and plan:
-        size += GRAPH_PRODUCT * sum(len(set(lane_groups(layer.slots))) for layer in plan.layers)
-    return size
+    if plan:
+        slots = sum(len(planned.slots) for planned in plan.layers)
+        products = sum(len(set(lane_groups(planned.slots).tolist())) for planned in plan.layers)
+    else:
+        slots = sum(layer.geometry.experts for layer in layers)
+        products = len(FORMATS) * len(layers)
+    added = {"native": 0, "stock": GRAPH_SLOT * slots, "batched": GRAPH_PRODUCT * products}
+    return GRAPH_LAYER * len(layers) + added[lowering]
 
 
 def _statistics_bytes(layer: MoeLayer) -> int:

@@ -12,6 +12,7 @@ from rq_compile.cli.options import (
     QUANTIZERS,
     batch_size_option,
     check_writable,
+    dry_run_option,
     given_options,
     read_texts,
     sequence_length_option,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rq_compile.quantization.formats import Quantizer
 
 # The options that say how the model is run and measured.
-MEASURING = ("texts", "batch_size", "sequence_length", "wanda_fraction", "quantizer")
+MEASURING = ("texts", "batch_size", "sequence_length", "wanda_fraction", "quantizer", "dry_run")
 
 
 @click.command("calibrate")
@@ -49,12 +50,14 @@ MEASURING = ("texts", "batch_size", "sequence_length", "wanda_fraction", "quanti
 )
 @click.option("--from-loads", type=FILE, multiple=True, help="Loads that SGLang or TensorRT-LLM recorded; repeatable.")
 @click.option("--calibration", "earlier", type=FILE, help="With --from-loads: the calibration to put these loads into.")
+@dry_run_option
 @on_screen
 def command(
     screen: Screen,
     model: Path,
     texts: tuple[Path, ...],
     output: Path,
+    dry_run: bool,
     batch_size: int,
     sequence_length: int,
     quantizer: Quantizer,
@@ -81,6 +84,15 @@ def command(
     from rq_compile.files import sha256, write_document, written_beside
 
     checkpoint = Checkpoint.open(model)
+    if dry_run:
+        from rq_compile.cli.tables import estimate_tables
+        from rq_compile.estimates import calibration_estimate
+
+        estimate = calibration_estimate(
+            checkpoint, contents, output, batch_size=batch_size, sequence_length=sequence_length, quantizer=quantizer
+        )
+        screen.result(estimate, *estimate_tables(estimate))
+        return
     with screen.progress("calibrating", "tokens") as progress:
         calibration, statistics = calibrate(
             checkpoint,

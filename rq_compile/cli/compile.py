@@ -14,6 +14,7 @@ from rq_compile.cli.options import (
     batch_size_option,
     check_writable,
     document_kind,
+    dry_run_option,
     given_options,
     parse_options,
     planning_options,
@@ -68,6 +69,7 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size"
 @planning_options
 @batch_size_option
 @sequence_length_option
+@dry_run_option
 @on_screen
 def command(
     screen: Screen,
@@ -84,6 +86,7 @@ def command(
     batch_size: int,
     sequence_length: int,
     policy_options: tuple[str, ...],
+    dry_run: bool,
     **planning: Any,
 ) -> None:
     """Compile MODEL into an engine (the default command)."""
@@ -102,6 +105,7 @@ def command(
         raise UserError("compiling needs a plan; give --plan FILE, or --text FILE to calibrate and plan first", 2)
     contents = read_texts(texts) if plan_path is None else {}
     options = parse_options(policy_options)
+    shape: dict[str, Any] = {"dense_format": dense_format, "link_weights": link_weights, "threads": threads}
 
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.checkpoint.checkpoint import Checkpoint
@@ -112,6 +116,9 @@ def command(
         plan = read_document(Plan, plan_path)
         checkpoint = Checkpoint.open(model)
         check_same_model(plan, checkpoint, plan_path)
+        if dry_run:
+            show_estimate(screen, checkpoint, output, lowering, plan=plan, **shape)
+            return
         statistics = Statistics.beside(plan_path.parent, plan.statistics) if plan.statistics else None
     else:
         from rq_compile.calibration.calibrate import calibrate
@@ -121,6 +128,10 @@ def command(
         planning["target"] = batched or "cpu"
         check_arguments(**planning, options=options)
         checkpoint = Checkpoint.open(model)
+        if dry_run:
+            first = {"texts": contents, "batch_size": batch_size, "sequence_length": sequence_length}
+            show_estimate(screen, checkpoint, output, lowering, first, plan=None, memory=planning["memory"], **shape)
+            return
         with screen.progress("calibrating", "tokens") as progress:
             calibration, tensors = calibrate(
                 checkpoint, contents, batch_size=batch_size, sequence_length=sequence_length, progress=progress
@@ -155,6 +166,27 @@ def command(
     tables = engine_tables(manifest)
     # Who gave a plan has seen it.
     screen.result(manifest, *(tables if plan_path is None else tables[:1]), asked_for=False)
+
+
+def show_estimate(
+    screen: Screen,
+    checkpoint: Checkpoint,
+    output: Path,
+    lowering: Lowering,
+    calibrating: dict[str, Any] | None = None,
+    **engine: Any,
+) -> None:
+    """``calibrating`` and ``engine`` are the other arguments of ``calibration_estimate`` and ``engine_estimate``."""
+    if output.suffix != ".onnx":
+        raise UserError(f"--dry-run knows what an .onnx takes, not {output}; leave it out or choose another -o", 2)
+
+    from rq_compile.cli.tables import estimate_tables
+    from rq_compile.estimates import calibration_estimate, engine_estimate, together
+
+    estimate = engine_estimate(checkpoint, output, lowering, **engine)
+    if calibrating is not None:
+        estimate = together(calibration_estimate(checkpoint, output=output, **calibrating), estimate)
+    screen.result(estimate, *estimate_tables(estimate))
 
 
 def check_extension(output: Path) -> None:

@@ -57,6 +57,9 @@ batch_size_option = click.option(
 sequence_length_option = click.option(
     "--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence."
 )
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Only say what disk, memory and, roughly, time it would take; read no weights."
+)
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads; default: the runtime's choice.")
 
 

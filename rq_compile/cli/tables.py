@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rq_compile.calibration.schema import Calibration, LayerCalibration
+from rq_compile.cli.screen import duration
 from rq_compile.evaluation.schema import Bench, Evaluation, TextEvaluation
 from rq_compile.packaging.package import Package
 from rq_compile.planning import metrics
@@ -18,6 +19,9 @@ from rq_compile.planning.replan import Change, Changes
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.formats import FORMATS, Format
 from rq_compile.targets.manifest import Manifest
+
+if TYPE_CHECKING:
+    from rq_compile.estimates import Estimate
 
 # Below, an error is what fp32 arithmetic makes of it.
 EXACT = 1e-12
@@ -72,6 +76,20 @@ def short_names(files: list[str]) -> list[str]:
     """The names up to their first dot, where that tells them apart."""
     short = [file.split(".")[0] for file in files]
     return short if len(set(short)) == len(files) and all(short) else files
+
+
+def estimate_tables(estimate: Estimate) -> list[RenderableType]:
+    values: dict[str, object] = {
+        "to write": megabytes(estimate.output_bytes),
+        "temporary": megabytes(estimate.temporary_bytes),
+        "memory": f"about {megabytes(estimate.memory_bytes)}",
+        "time": f"roughly {duration(estimate.seconds)} on {estimate.cores} cores",
+    }
+    remarks = {f"note_{number}": remark for number, remark in enumerate(estimate.remarks, 1)}
+    made = table("Files", "", "bytes")
+    for name, size in estimate.outputs.items():
+        made.add_row(name, f"{size}")
+    return [facts("Nothing was read or written; it would take", **values, **remarks), made]
 
 
 def calibration_tables(calibration: Calibration) -> list[RenderableType]:

@@ -16,6 +16,7 @@ from rq_compile.architectures.layers import moe_layers
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
+from rq_compile.estimates import check_space, engine_estimate
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import sha256, write_document, written_beside
 from rq_compile.planning.schema import Plan
@@ -73,6 +74,8 @@ def compile_engine(
             "the plan rounds weights by activation statistics (gptq), but has none; calibrate again, or with --quantizer nearest",
             2,
         )
+    estimate = engine_estimate(checkpoint, output, lowering, plan=plan, dense_format=dense_format, link_weights=link_weights)
+    check_space(output, estimate.output_bytes)
 
     exported = exported or export_graph(checkpoint)
 

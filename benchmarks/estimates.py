@@ -1,0 +1,68 @@
+"""The rates of ``rq_compile/estimates.py`` on this machine, per core, and what a dry run says of a sample's engine.
+
+    python benchmarks/estimates.py [-o benchmarks/results/estimates.json]
+
+CPU time on one thread, so that a busy machine shows as little as can be.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from rq_compile.architectures.layers import moe_layers
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.estimates import RATES
+from rq_compile.export.export import export_graph
+from rq_compile.quantization.quantizer import quantize
+from rq_compile.quantization.second_moment import SecondMoment
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int = 1) -> float:
+    begun = time.process_time()
+    for _ in range(repeats):
+        work()
+    return (time.process_time() - begun) / repeats
+
+
+def rates() -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((1024, 2048), dtype=np.float32)
+    inputs = rng.standard_normal((4096, 2048), dtype=np.float32)
+    moment = SecondMoment(inputs.T @ inputs / len(inputs))
+    quantize(weights, "int4", moment)  # the factor of the moment is made once
+    tokens, matrix = torch.randn(512, 2048), torch.randn(2048, 2048)
+    checkpoint = Checkpoint.open(ROOT / "samples" / "olmoe")
+    stored = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+    return {
+        "flops": 2 * 512 * 2048**2 / cpu_seconds(lambda: tokens @ matrix, 10),
+        "gptq": weights.size / cpu_seconds(lambda: quantize(weights, "int4", moment)),
+        "nearest": weights.size / cpu_seconds(lambda: quantize(weights, "int4"), 5),
+        "read": stored / cpu_seconds(lambda: [checkpoint.read(name) for name in checkpoint.names], 5),
+        "export": cpu_seconds(lambda: export_graph(checkpoint)) / len(moe_layers(checkpoint)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [{"rate": name, "measured": float(f"{value:.3g}"), "assumed": getattr(RATES, name)} for name, value in rates().items()]
+    print(f"{'rate':10}{'measured':>12}{'assumed':>12}")
+    for row in rows:
+        print(f"{row['rate']:10}{row['measured']:12.3g}{row['assumed']:12.3g}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -57,7 +57,8 @@ GRAPH_LAYER, GRAPH_SLOT, GRAPH_PRODUCT = 16_500, 4_500, 8_200
 MANIFEST = 3_000  # and the plan
 # Bytes of a number on a line of its own in an indented JSON file, and what a layer has beside its numbers.
 JSON_NUMBER, JSON_LAYER = 14, 500
-PROGRAM = GIB // 2
+# Measured: what the libraries and the exported graph of a small model hold.
+PROGRAM = 600 * 2**20
 
 
 class Estimate(Document):

@@ -109,7 +109,7 @@ def dispatch_count(ids, counts, pairs, experts):
 def dispatch_scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, rows_per_tile):
     """``counts`` become the arrivals before each chunk; ``offsets`` i32 [S+1]; ``tiles`` i32 [:, 3]: slot, first row, end.
 
-    ``replicas`` i32 [E, width], padded with -1; ``tile_count`` i32 [1]. A tile is up to ``rows_per_tile`` rows of a slot. Grid: 1.
+    ``replicas`` i32 [E, width], padded with -1; ``tile_count`` i32 [1]. A tile: up to ``rows_per_tile`` rows of a slot. Grid: 1.
     """
     _scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, rows_per_tile)
 

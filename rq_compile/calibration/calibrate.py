@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import torch
 
 from rq_compile import __version__
 from rq_compile.architectures.configuration import model_config
@@ -61,7 +60,6 @@ def calibrate(
     """
     if not texts:
         raise UserError("there is no text to calibrate on; give at least one", 2)
-    _check_device(device)
     layers = moe_layers(checkpoint)
     tokens = tokenize(checkpoint, texts)
     total = sum(len(ids) for ids in tokens)
@@ -121,13 +119,6 @@ def calibrate(
         layers=measured_layers,
     )
     return calibration, statistics
-
-
-def _check_device(device: str) -> None:
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {device} asks for a GPU, but torch {torch.__version__} finds none on this machine; use --device cpu", 2
-        )
 
 
 def _check_fit(checkpoint: Checkpoint, tokens: list[np.ndarray], sequence_length: int) -> int | None:

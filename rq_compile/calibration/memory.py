@@ -43,13 +43,14 @@ def choose_way(
     ``rows`` is the number of token rows that the batches have, padding included, ``measured_tokens`` that of the tokens measured.
 
     Raises:
-        UserError: not even one layer at a time fits into the ``limit``.
+        UserError: there is no such device, or not even one layer at a time fits into the ``limit``.
     """
+    device_room = None if device == "cpu" else device_memory(device)
     room = available_memory() if limit is None else limit - used_memory()
     model = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     measuring = PROGRAM + _measuring(layers, measured_tokens)
     whole = int(LOADING * model) + measuring
-    if whole <= room and (device == "cpu" or model + GIB <= device_memory(device)):
+    if whole <= room and (device_room is None or model + GIB <= device_room):
         return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory", whole)
     # A tensor is held as stored and in fp32 while it is read.
     layer = 6 * largest_dense_part(checkpoint) + measuring
@@ -109,9 +110,17 @@ def available_memory() -> int:
 
 
 def device_memory(device: str) -> int:
-    """Free bytes of a torch device other than the CPU."""
+    """Free bytes of a torch device other than the CPU.
+
+    Raises:
+        UserError: torch finds none.
+    """
     import torch
 
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device} asks for a GPU, but torch {torch.__version__} finds none on this machine; use --device cpu", 2
+        )
     return torch.cuda.mem_get_info(device)[0]
 
 

@@ -10,6 +10,7 @@ import click
 from rq_compile.cli.options import (
     FILE,
     QUANTIZERS,
+    SIZE,
     batch_size_option,
     check_writable,
     dry_run_option,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from rq_compile.quantization.formats import Quantizer
 
 # The options that say how the model is run and measured.
-MEASURING = ("texts", "batch_size", "sequence_length", "wanda_fraction", "quantizer", "dry_run")
+MEASURING = ("texts", "batch_size", "sequence_length", "wanda_fraction", "quantizer", "memory_limit", "device", "dry_run")
 
 
 @click.command("calibrate")
@@ -48,6 +49,18 @@ MEASURING = ("texts", "batch_size", "sequence_length", "wanda_fraction", "quanti
     show_default=True,
     help="How weights are rounded: by what the text shows of their inputs (GPTQ), or each to the nearest.",
 )
+@click.option(
+    "--memory-limit",
+    type=SIZE,
+    help="Memory to stay below; a model that takes more runs layer by layer. Default: what is available.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What runs the model; the CPU measures.",
+)
 @click.option("--from-loads", type=FILE, multiple=True, help="Loads that SGLang or TensorRT-LLM recorded; repeatable.")
 @click.option("--calibration", "earlier", type=FILE, help="With --from-loads: the calibration to put these loads into.")
 @dry_run_option
@@ -62,6 +75,8 @@ def command(
     sequence_length: int,
     quantizer: Quantizer,
     wanda_fraction: float,
+    memory_limit: int | None,
+    device: str,
     from_loads: tuple[Path, ...],
     earlier: Path | None,
 ) -> None:
@@ -79,6 +94,7 @@ def command(
 
     from rq_compile.calibration.calibrate import calibrate
     from rq_compile.calibration.schema import StatisticsFile
+    from rq_compile.calibration.statistics import write_statistics
     from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.cli.tables import calibration_tables
     from rq_compile.files import sha256, write_document, written_beside
@@ -89,7 +105,14 @@ def command(
         from rq_compile.estimates import calibration_estimate
 
         estimate = calibration_estimate(
-            checkpoint, contents, output, batch_size=batch_size, sequence_length=sequence_length, quantizer=quantizer
+            checkpoint,
+            contents,
+            output,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            quantizer=quantizer,
+            memory_limit=memory_limit,
+            device=device,
         )
         screen.result(estimate, *estimate_tables(estimate))
         return
@@ -102,13 +125,14 @@ def command(
             progress=progress,
             quantizer=quantizer,
             wanda_fraction=wanda_fraction,
+            memory_limit=memory_limit,
+            device=device,
+            remark=screen.note,
         )
-    from safetensors.numpy import save
-
     if statistics:
         path = output.with_suffix(".safetensors")
         with written_beside(path) as temporary:
-            temporary.write_bytes(save(statistics))  # save_file would hide a full disk in an exception of its own
+            write_statistics(statistics, temporary)
         calibration = calibration.model_copy(update={"statistics": StatisticsFile(name=path.name, sha256=sha256(path))})
     write_document(calibration, output)
     screen.note(f"wrote {output}" + (f" and {calibration.statistics.name}" if calibration.statistics else ""))

@@ -1,12 +1,14 @@
 # make demo: from the sample checkpoint to a running engine. make test: the tests. Each sets itself up in .venv.
-# make check: ruff and mypy. make schema: docs/schema anew. make format: what ruff can mend.
+# make tritonserver: Triton Inference Server in .venv-triton, for the tests that talk to it. make check: ruff and mypy. make schema: docs/schema anew. make format: what ruff can mend.
 
 PYTHON ?= python3
 SOURCES := $(shell find rq_compile plugins -type f -not -path '*/__pycache__/*' -not -name '*.so' -not -name '*.md')
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check format schema clean
+TRITON := .venv-triton
+
+.PHONY: demo test tritonserver check format schema clean
 
 $(INSTALLED): pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -18,6 +20,14 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest tests
+
+tritonserver: $(TRITON)/bin/tritonserver
+
+# Without its container: the wheel's server, for the CPU, and what a packaged model.py needs.
+$(TRITON)/bin/tritonserver: tests/install_tritonserver.py
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/pip install --quiet nvidia-pytriton==0.7.0 'numpy<2' 'onnxruntime>=1.23' 'tokenizers>=0.22'
+	$(TRITON)/bin/python $<
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -32,4 +42,4 @@ schema: $(INSTALLED)
 	$(BIN)/python -m rq_compile.schemas docs/schema
 
 clean:
-	rm -rf .venv build demo
+	rm -rf .venv $(TRITON) build demo

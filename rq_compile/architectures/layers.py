@@ -88,9 +88,9 @@ def expert_projection(
     """One of the two matrices of a logical expert and its bias, as ``ExpertWeights`` has them; reads nothing else.
 
     Raises:
-        UserError: a tensor is missing or has another shape than the layer's geometry.
+        UserError: a tensor is missing (``moe_layers`` has compared the shapes).
     """
-    family, geometry = family_of(checkpoint), layer.geometry
+    family = family_of(checkpoint)
     stacked = _stacked(checkpoint, family, layer.name)
     bias = None
     if stacked is None:
@@ -104,13 +104,6 @@ def expert_projection(
             bias = checkpoint.read_row(f"{name}_bias", expert)
             matrix, bias = (_deinterleaved(matrix.T), _deinterleaved(bias)) if projection == "up" else (matrix.T, bias)
             matrix, bias = np.ascontiguousarray(matrix), bias.astype(np.float32)
-    up, down = (geometry.up_rows, geometry.hidden), (geometry.hidden, geometry.intermediate)
-    expected = up if projection == "up" else down
-    if matrix.shape != expected:
-        raise UserError(
-            f"expert {expert} of {layer.name} has a {projection} projection of shape {list(matrix.shape)} where {list(expected)} "
-            "is expected; only experts of equal shapes are supported"
-        )
     return matrix, bias
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.tokenizer import read_tokenizer
 from rq_compile.errors import UserError
 
 MIN_TOKENS = 2
@@ -57,10 +57,7 @@ def tokenize(checkpoint: Checkpoint, texts: dict[str, str]) -> list[np.ndarray]:
     path = checkpoint.path / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{checkpoint.path} has no tokenizer.json; copy the model's tokenizer.json beside its config.json", 2)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower class
-        raise UserError(f"{path} cannot be read: {error}; download it again", 2) from error
+    tokenizer = read_tokenizer(path)
     # Both may be switched on in the file, and truncation would silently cut the text.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -133,13 +133,20 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
 
 
 def read_ends(tensor: StoredTensor, length: int) -> bytes:
-    """The first and the last ``length`` bytes of a tensor (all of it when shorter, twice)."""
+    """The first and the last ``length`` bytes of a tensor (all of it when shorter, twice).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     length = min(length, tensor.bytes)
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        first = file.read(length)
-        file.seek(tensor.offset + tensor.bytes - length)
-        return first + file.read(length)
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset)
+            first = file.read(length)
+            file.seek(tensor.offset + tensor.bytes - length)
+            return first + file.read(length)
+    except OSError as error:
+        raise UserError(f"cannot read {tensor.file}: {error.strerror}; check its permissions", 2) from error
 
 
 def _entries(file: Path, raw: bytes) -> dict[str, Any]:

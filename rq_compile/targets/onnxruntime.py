@@ -1,15 +1,11 @@
 """The ONNX Runtime engine for the CPU: graph, weights file, tokenizer and manifest, which appear together or not at all."""
 
 import hashlib
-import json
 import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
-from typing import Any
-
-from tokenizers import Tokenizer
 
 from rq_compile import __version__
 from rq_compile.architectures.layers import moe_layers
@@ -31,6 +27,7 @@ from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manif
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
+from rq_compile.targets.vocabulary import vocabulary
 from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
 
 
@@ -151,7 +148,7 @@ def compile_engine(
             expert_bytes=sum(section.bytes for section in experts),
             replaced={reason: count for reason, count in replaced.items() if count},
             plan=plan,
-            **_vocabulary(checkpoint),
+            **vocabulary(checkpoint),
         )
         write_document(manifest, document_part)
     return manifest
@@ -171,31 +168,6 @@ def _check_writable(files: list[Path]) -> None:
 def _throughput(written: WeightsFile, seconds: float) -> str:
     new = (written.bytes - written.resumed) / 1e9
     return f"wrote {new:.3g} GB of weights in {seconds:.3g} s, {new / seconds:.3g} GB/s"
-
-
-def _vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a caller must know of the tokens: how many there are, which start and end a text, how long it may be."""
-    path = checkpoint.path / "generation_config.json"
-    generation = json.loads(path.read_bytes()) if path.is_file() else {}
-    end = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    return {
-        "vocabulary": checkpoint.config["vocab_size"],
-        "start_of_text": _start_of_text(checkpoint.path),
-        "end_of_text": end if isinstance(end, list) else [] if end is None else [end],
-        "decoder_start": generation.get("decoder_start_token_id", checkpoint.config.get("decoder_start_token_id")),
-        "context_length": checkpoint.config.get("max_position_embeddings"),
-    }
-
-
-def _start_of_text(checkpoint: Path) -> int | None:
-    """The tokenizer's word on it: config.json may name a token that the tokenizer has for no such purpose (Qwen's do)."""
-    settings, tokenizer = checkpoint / "tokenizer_config.json", checkpoint / "tokenizer.json"
-    if not settings.is_file() or not tokenizer.is_file():
-        return None
-    token = json.loads(settings.read_bytes()).get("bos_token")
-    if isinstance(token, dict):  # with how it is to be stripped
-        token = token.get("content")
-    return Tokenizer.from_file(str(tokenizer)).token_to_id(token) if token else None
 
 
 def _engine_file(final: Path, part: Path) -> EngineFile:

@@ -1,0 +1,38 @@
+"""What a checkpoint says of its tokens, as a manifest has it."""
+
+from pathlib import Path
+from typing import Any
+
+from rq_compile.architectures.configuration import model_config
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.folder import read_json
+from rq_compile.checkpoint.tokenizer import read_tokenizer
+
+
+def vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Fields of ``Manifest``: how many tokens there are, which start and end a text, and how long it may be.
+
+    Raises:
+        UserError: a file that says so cannot be read.
+    """
+    path = checkpoint.path / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    end = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    return {
+        "vocabulary": model_config(checkpoint).vocab_size,
+        "start_of_text": _start_of_text(checkpoint.path),
+        "end_of_text": end if isinstance(end, list) else [] if end is None else [end],
+        "decoder_start": generation.get("decoder_start_token_id", checkpoint.config.get("decoder_start_token_id")),
+        "context_length": checkpoint.config.get("max_position_embeddings"),
+    }
+
+
+def _start_of_text(folder: Path) -> int | None:
+    """The tokenizer's word on it: config.json may name a token that the tokenizer has for no such purpose (Qwen's do)."""
+    settings, tokenizer = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not settings.exists() or not tokenizer.exists():
+        return None
+    token = read_json(settings).get("bos_token")
+    if isinstance(token, dict):  # with how it is to be stripped
+        token = token.get("content")
+    return read_tokenizer(tokenizer).token_to_id(token) if isinstance(token, str) else None

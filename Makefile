@@ -1,4 +1,5 @@
 # make demo: from the sample checkpoint to a running engine. make test: the tests. Each sets itself up in .venv.
+# make kernels: the GPU kernels, compiled ahead of time. make gpu-check: their check on a machine with a GPU.
 # make tritonserver: Triton Inference Server in .venv-triton, for the tests that talk to it. make check: ruff and mypy. make schema: docs/schema anew. make format: what ruff can mend.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ INSTALLED := .venv/installed
 
 TRITON := .venv-triton
 
-.PHONY: demo test tritonserver check format schema clean
+.PHONY: demo test tritonserver kernels gpu-check check format schema clean
 
 $(INSTALLED): pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,6 +29,13 @@ $(TRITON)/bin/tritonserver: tests/install_tritonserver.py
 	$(PYTHON) -m venv $(TRITON)
 	$(TRITON)/bin/pip install --quiet nvidia-pytriton==0.7.0 'numpy<2' 'onnxruntime>=1.23' 'tokenizers>=0.22'
 	$(TRITON)/bin/python $<
+
+kernels: $(INSTALLED)
+	$(BIN)/python plugins/kernels/build.py -o build/kernels
+
+# Needs torch, Triton and a GPU, nothing else: no network and none of this project's dependencies.
+gpu-check:
+	$(PYTHON) plugins/kernels/check_on_gpu.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

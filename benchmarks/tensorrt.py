@@ -61,7 +61,8 @@ def main() -> None:
             print(rows[-1], flush=True)
         unbuilt = Settings("rtx", both, [arguments.sm], build=False)
         compile_tensorrt(checkpoint, plan, folder / "n.plan", unbuilt, statistics=statistics, exported=exported)
-        compile_engine(checkpoint, plan, folder / "cpu.onnx", "batched", statistics, exported)
+        for_cpu = plan.model_copy(update={"target": "batched"})
+        compile_engine(checkpoint, for_cpu, folder / "cpu.onnx", "batched", statistics, exported)
         reference, cpu = Reference.load(checkpoint), Engine.load(folder / "cpu.onnx")
         ids = np.array(cpu.tokenizer.encode(arguments.text.read_text()).ids[: arguments.tokens]).reshape(-1, 256)
         for what, logits in (("fp32 engine", cpu.logits), ("fp16 network", network(folder / "n.network.onnx"))):

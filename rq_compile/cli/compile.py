@@ -134,7 +134,12 @@ def command(
             return
         with screen.progress("calibrating", "tokens") as progress:
             calibration, tensors = calibrate(
-                checkpoint, contents, batch_size=batch_size, sequence_length=sequence_length, progress=progress
+                checkpoint,
+                contents,
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                progress=progress,
+                remark=screen.note,
             )
         plan = make_plan(calibration, **planning, **options)
         statistics = Statistics.of(tensors)

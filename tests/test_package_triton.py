@@ -1,11 +1,13 @@
 """The model repository for Triton: what its files and configs say."""
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +17,12 @@ from google.protobuf import text_format
 from triton_server import Command, as_json, compile_native, read_config, succeed
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
-from rq_compile.errors import UserError
-from rq_compile.files import sha256
-from rq_compile.packaging import triton_tensorrt
-from rq_compile.packaging.triton_config import Tensor, as_text
+from rq_compile.files import read_document, sha256, write_document
+from rq_compile.planning.schema import Plan
 from rq_compile.runtime.engine import Engine
+from rq_compile.targets.manifest import EngineFile
+from rq_compile.targets.tensorrt.manifest import Binding, TensorRTManifest
+from rq_compile.targets.tensorrt.profiles import Profile
 
 
 @pytest.fixture(scope="module")
@@ -107,27 +110,82 @@ def copy_engine(stages: Path, folder: Path) -> Path:
     return folder / "model.onnx"
 
 
-# TensorRT: the config alone, no command packages a plan yet.
+# TensorRT: no GPU is at hand, so an engine here is a file that nobody opens.
 
 
-def test_tensorrt_config_has_a_plan_for_each_gpu_and_profiles_for_each_group() -> None:
-    ids = Tensor("input_ids", np.dtype(np.int64), (-1,))
-    logits = Tensor("logits", np.dtype(np.float16), (-1, 128))
-    plans = {"8.9": "sm89.plan", "9.0": "sm90.plan"}
-    text = as_text(triton_tensorrt.config("moe", plans, [ids], [logits], max_batch_size=8, profiles=[[0], [1, 2]]))
-    config = text_format.Parse(text, ModelConfig())
-    assert (config.backend, config.max_batch_size, config.default_model_filename) == ("tensorrt", 8, "")
-    assert dict(config.cc_model_filenames) == plans
-    assert [[*group.profile] for group in config.instance_group] == [["0"], ["1", "2"]]
-    assert {group.kind for group in config.instance_group} == {ModelInstanceGroup.KIND_GPU}
+def tensorrt_engine(folder: Path, plan: Path, content: bytes = b"engine", **changes: Any) -> Path:
+    folder.mkdir()
+    (folder / "moe.plan").write_bytes(content)
+    span = [Profile.parse("batch=1:2:8,sequence=1:16:32,past=0:0:64"), Profile.parse("batch=1:4:4,sequence=1,past=1:16:64")]
+    manifest = TensorRTManifest(
+        tool="test",
+        target="tensorrt",
+        precision="bf16",
+        compute_capabilities=[],
+        files={"engine": EngineFile(name="moe.plan", sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))},
+        inputs=[
+            Binding(name="input_ids", dtype="int64", shape=["batch", "sequence"]),
+            Binding(name="past_key_values.0.key", dtype="bfloat16", shape=["batch", 4, "past", 16]),
+        ],
+        outputs=[Binding(name="logits", dtype="float32", shape=["batch", "sequence", 128])],
+        profiles=span,
+        built=None,
+        replaced={},
+        plan=read_document(Plan, plan),
+    )
+    write_document(manifest.model_copy(update=changes), folder / "moe.json")
+    return folder / "moe.plan"
+
+
+def test_an_engine_for_each_gpu_and_all_profiles_in_one_group(rq_compile: Command, stages: Path, tmp_path: Path) -> None:
+    ada = tensorrt_engine(tmp_path / "ada", stages / "plan.json")
+    hopper = tensorrt_engine(tmp_path / "hopper", stages / "plan.json", b"another")
+    options = ("--engine-for", f"8.9={ada}", "--engine-for", f"9.0={hopper}", "--json")
+    result = succeed(rq_compile("package", ada, "--for", "triton", *options, "-o", tmp_path / "out"))
+    config = text_format.Parse((tmp_path / "out" / "moe" / "config.pbtxt").read_text(), ModelConfig())
+    assert (config.backend, config.max_batch_size, config.default_model_filename) == ("tensorrt", 4, "")
+    assert {c: (tmp_path / "out/moe/1" / file).read_bytes() for c, file in config.cc_model_filenames.items()} == {
+        "8.9": b"engine",
+        "9.0": b"another",
+    }
+    assert [(group.kind, [*group.profile]) for group in config.instance_group] == [(ModelInstanceGroup.KIND_GPU, ["0", "1"])]
     assert config.HasField("dynamic_batching")
-    assert (config.output[0].data_type, [*config.output[0].dims]) == (DataType.Value("TYPE_FP16"), [-1, 128])
+    assert [(i.name, DataType.Name(i.data_type), [*i.dims]) for i in config.input] == [
+        ("input_ids", "TYPE_INT64", [-1]),
+        ("past_key_values.0.key", "TYPE_BF16", [4, -1, 16]),
+    ]
+    assert [[*output.dims] for output in config.output] == [[-1, 128]]
+    assert "--gpus=all" in json.loads(result.stdout)["run"][1]
 
 
-@pytest.mark.parametrize(("plans", "word"), [({}, "needs a plan"), ({"sm89": "a.plan"}, "sm89"), ({"89": "a.plan"}, "8.9")])
-def test_plans_without_a_compute_capability_are_refused(plans: dict[str, str], word: str) -> None:
-    with pytest.raises(UserError, match=word):
-        triton_tensorrt.config("moe", plans, [], [])
+def test_a_single_engine_is_for_every_gpu(rq_compile: Command, stages: Path, tmp_path: Path) -> None:
+    engine = tensorrt_engine(tmp_path / "engine", stages / "plan.json")
+    succeed(rq_compile("package", engine, "--for", "triton", "-o", tmp_path / "out"))
+    config = text_format.Parse((tmp_path / "out" / "moe" / "config.pbtxt").read_text(), ModelConfig())
+    assert not config.cc_model_filenames
+    assert (tmp_path / "out" / "moe" / "1" / config.default_model_filename).read_bytes() == b"engine"
+
+
+def test_engines_that_cannot_serve_together_are_refused(rq_compile: Command, stages: Path, tmp_path: Path) -> None:
+    plan = stages / "plan.json"
+    engine, rtx = tensorrt_engine(tmp_path / "a", plan), tensorrt_engine(tmp_path / "b", plan, target="tensorrt-rtx")
+    other = tensorrt_engine(tmp_path / "c", plan, profiles=[Profile.parse("batch=1,sequence=1,past=1")])
+    damaged = tensorrt_engine(tmp_path / "d", plan)
+    damaged.write_bytes(b"enginf")
+    for source, options, words in (
+        (engine, [f"sm89={engine}"], ["--engine-for sm89=", "8.9=moe.plan"]),
+        (engine, [f"9.0={other}"], [f"no --engine-for names {engine}"]),
+        (engine, [f"8.9={engine}", f"8.9={other}"], ["--engine-for 8.9 is given twice"]),
+        (engine, [f"8.9={engine}", f"9.0={other}"], ["other tensors or profiles"]),
+        (rtx, [], ["TensorRT-RTX", "--builder tensorrt"]),
+        (damaged, [], ["is damaged"]),
+        (tmp_path / "none.plan", [], ["no engine", "none.plan"]),
+    ):
+        given = [argument for option in options for argument in ("--engine-for", option)]
+        refused(rq_compile("package", source, "--for", "triton", *given, "-o", tmp_path / "out"), 2, *words)
+    flavoured = ("package", engine, "--for", "triton", "--flavour", "python", "-o", tmp_path / "out")
+    refused(rq_compile(*flavoured), 2, "--flavour python does not take", ".onnx")
+    assert not (tmp_path / "out").exists()
 
 
 # What both write.

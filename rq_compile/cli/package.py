@@ -28,7 +28,7 @@ MODULES: dict[Destination, str] = {
 }
 # The destinations that an option is for.
 OPTIONS: dict[str, tuple[Destination, ...]] = {
-    **dict.fromkeys(("flavour", "name", "mount", "instances", "threads", "calibration"), ("triton",)),
+    **dict.fromkeys(("flavour", "name", "mount", "instances", "threads", "calibration", "engine_for"), ("triton",)),
     **dict.fromkeys(("library", "architecture"), ("edge",)),
     "layers": ("sglang",),
     "context_length": ("onnxruntime-genai",),
@@ -41,8 +41,8 @@ OPTIONS: dict[str, tuple[Destination, ...]] = {
 @click.option("-o", "--output", type=FILE, required=True, help="The folder to write; edge: or archive (.tar.gz, .zip).")
 @click.option(
     "--flavour",
-    type=click.Choice(["python", "onnxruntime"]),
-    help="triton: the backend; default: python, which takes and gives text.",
+    type=click.Choice(["python", "onnxruntime", "tensorrt"]),
+    help="triton: the backend; default: python, which takes and gives text, or tensorrt for an engine that ends in .plan.",
 )
 @click.option("--name", help="triton: the model's name; default: the engine's.")
 @click.option("--mount", help="triton, onnxruntime: where the server will see the repository; default: /models.")
@@ -50,6 +50,12 @@ OPTIONS: dict[str, tuple[Destination, ...]] = {
 @click.option("--threads", type=click.IntRange(1), help="triton: threads of an instance; default: ONNX Runtime's choice.")
 @click.option(
     "--calibration", type=FILE, help="triton, onnxruntime: the engine's calibration, for its batch and sequence lengths."
+)
+@click.option(
+    "--engine-for",
+    multiple=True,
+    metavar="8.9=FILE",
+    help="triton, tensorrt: the engine for a compute capability, ENGINE among them; repeatable.",
 )
 @click.option("--library", type=FILE, help="edge: an op library for another machine; default: the one of this machine.")
 @click.option("--architecture", type=click.Choice(list(MACHINES.values())), help="edge: what the op library must be built for.")

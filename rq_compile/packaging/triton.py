@@ -9,24 +9,33 @@ from typing import Any, Literal
 
 from rq_compile.errors import UserError
 from rq_compile.files import folder_written_beside, sha256
-from rq_compile.packaging import triton_onnxruntime, triton_python
+from rq_compile.packaging import triton_onnxruntime, triton_python, triton_tensorrt
 from rq_compile.packaging.edge import CHECKSUMS, engine_parts, library_remark, licence, licence_remark
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.triton_config import as_text, messages
 from rq_compile.runtime.files import read_manifest, verify
+from rq_compile.targets.manifest import Manifest
 
-Flavour = Literal["python", "onnxruntime"]
+Flavour = Literal["python", "onnxruntime", "tensorrt"]
 WRITERS: dict[Flavour, Callable[..., tuple[Any, list[str]]]] = {
     "python": triton_python.write,
     "onnxruntime": triton_onnxruntime.write,
+    "tensorrt": triton_tensorrt.write,
 }
-OPTIONS: dict[Flavour, set[str]] = {"python": {"threads"}, "onnxruntime": {"mount", "threads", "instances", "calibration"}}
+OPTIONS: dict[Flavour, set[str]] = {
+    "python": {"threads"},
+    "onnxruntime": {"mount", "threads", "instances", "calibration"},
+    "tensorrt": {"engine_for"},
+}
+ENDINGS: dict[Flavour, str] = {"python": ".onnx", "onnxruntime": ".onnx", "tensorrt": ".plan"}
+IMAGE = "nvcr.io/nvidia/tritonserver:25.12-py3"
 
 
-def package(source: Path, output: Path, flavour: Flavour = "python", name: str | None = None, **options: Any) -> Package:
+def package(source: Path, output: Path, flavour: Flavour | None = None, name: str | None = None, **options: Any) -> Package:
     """Write ``<name>/config.pbtxt``, ``<name>/1/`` with the engine, the licence and the checksums of all files.
 
-    ``name`` is the model's, by default the engine's. ``options`` are those of the flavour's ``write``. The same engine, op
+    ``flavour`` is by default the one that takes ``source``: "tensorrt" a ``.plan``, "python" an ``.onnx``. ``name`` is the
+    model's, by default the engine's. ``options`` are those of the flavour's ``write``. The same engine, op
     library and options give the same bytes.
 
     Raises:
@@ -38,18 +47,21 @@ def package(source: Path, output: Path, flavour: Flavour = "python", name: str |
         raise UserError(
             f"{name!r} cannot name a model in Triton; give --name letters and digits, with dots and dashes between", 2
         )
+    flavour = flavour or ("tensorrt" if source.suffix == ".plan" else "python")
+    if (flavour == "tensorrt") != (source.suffix == ".plan"):
+        raise UserError(f"--flavour {flavour} does not take {source}; give an engine that ends in {ENDINGS[flavour]}", 2)
     if superfluous := sorted(options.keys() - OPTIONS[flavour]):
-        raise UserError(f"--{superfluous[0]} has no effect with --flavour {flavour}; leave one of the two out", 2)
+        raise UserError(
+            f"--{superfluous[0].replace('_', '-')} has no effect with --flavour {flavour}; leave one of the two out", 2
+        )
     messages()
-    manifest = read_manifest(source)
-    if manifest.encoder_decoder:
-        raise UserError(f"{source} is an encoder-decoder, which has no KV cache to serve from; package a decoder-only engine", 2)
-    verify(source, manifest)
+    manifest = triton_tensorrt.read_engine(source) if flavour == "tensorrt" else read_onnx_engine(source)
+    onnx_engine = manifest if isinstance(manifest, Manifest) else None
 
     with folder_written_beside(output) as repository:
         model = repository / name
         (model / "1").mkdir(parents=True)
-        for part, path in engine_parts(source, manifest).items():
+        for part, path in (engine_parts(source, onnx_engine) if onnx_engine else {}).items():
             shutil.copyfile(path, model / "1" / part)
         config, remarks = WRITERS[flavour](source, manifest, model, **options)
         (model / "config.pbtxt").write_text(as_text(config))
@@ -57,17 +69,31 @@ def package(source: Path, output: Path, flavour: Flavour = "python", name: str |
         files = sorted(path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file())
         (repository / CHECKSUMS).write_text("".join(f"{sha256(repository / file)}  {file}\n" for file in files))
 
-    remarks = [*remarks, library_remark(manifest), licence_remark(manifest)]
-    run = commands(output, name, flavour, manifest.tokenizer is not None, options.get("mount", triton_onnxruntime.MOUNT))
+    if onnx_engine:
+        remarks = [*remarks, library_remark(onnx_engine), licence_remark(onnx_engine)]
+    text = onnx_engine is not None and onnx_engine.tokenizer is not None
+    run = commands(output, name, flavour, text, options.get("mount", triton_onnxruntime.MOUNT))
     return Package(destination="triton", folder=str(output), files=[*files, CHECKSUMS], run=run, remarks=remarks)
+
+
+def read_onnx_engine(source: Path) -> Manifest:
+    """
+    Raises:
+        UserError: it is no whole engine, is damaged, or is an encoder-decoder.
+    """
+    manifest = read_manifest(source)
+    if manifest.encoder_decoder:
+        raise UserError(f"{source} is an encoder-decoder, which has no KV cache to serve from; package a decoder-only engine", 2)
+    verify(source, manifest)
+    return manifest
 
 
 def commands(output: Path, name: str, flavour: Flavour, text: bool, mount: str) -> list[str]:
     check = f"(cd {shlex.quote(str(output))} && sha256sum -c {CHECKSUMS})"
-    if flavour == "onnxruntime":
-        folder = shlex.quote(f"{output.resolve()}:{mount}:ro")
-        image = "nvcr.io/nvidia/tritonserver:25.12-py3"
-        return [check, f"docker run --rm --net=host -v {folder} {image} tritonserver --model-repository={shlex.quote(mount)}"]
+    if flavour != "python":
+        folder, gpus = shlex.quote(f"{output.resolve()}:{mount}:ro"), "--gpus=all " if flavour == "tensorrt" else ""
+        server = f"tritonserver --model-repository={shlex.quote(mount)}"
+        return [check, f"docker run --rm --net=host {gpus}-v {folder} {IMAGE} {server}"]
     asked = '"text_input": "Once upon a time"' if text else '"input_ids": [1, 2, 3]'
     return [
         check,

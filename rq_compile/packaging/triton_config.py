@@ -53,7 +53,7 @@ def data_type(dtype: np.dtype) -> int:
     """The number of Triton's data type for ``dtype``."""
     from tritonclient.utils import np_to_triton_dtype
 
-    known = np_to_triton_dtype(dtype)
+    known = "BF16" if dtype.name == "bfloat16" else np_to_triton_dtype(dtype)
     return messages().DataType.Value("TYPE_STRING" if known == "BYTES" else f"TYPE_{known}")
 
 

@@ -10,8 +10,8 @@ Destination = Literal["triton", "edge", "onnxruntime-genai", "tensorrt-llm", "sg
 
 
 class Package(Document):
-    """``files`` are paths within ``folder``, a folder or an archive; ``run`` are the command lines that start it, ``remarks`` what was
-    lost or must be known, a sentence each."""
+    """``files`` are paths within ``folder``, which may be an archive; ``run`` are the command lines that start it, ``remarks``
+    what was lost or must be known, a sentence each."""
 
     destination: Destination
     folder: str

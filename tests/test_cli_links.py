@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 import tiny
 import torch
 from command_line import Run, names, refused, writing
+from conftest import run_command
 
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.export.export import Exported
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest, verify
 
@@ -42,13 +46,45 @@ def test_what_the_checkpoint_has_is_linked(rq_compile: Run, model: Path, stages:
     np.testing.assert_array_equal(Engine.load(linked).logits(IDS), Engine.load(written).logits(IDS))
 
 
-def test_nothing_of_a_bf16_checkpoint_can_be_linked(rq_compile: Run, stages: Path, out: Path, tmp_path: Path) -> None:
-    model = tiny.build("olmoe", tmp_path / "bf16", dtype=torch.bfloat16)
-    options = ("--text", stages / "text.txt", "--policy", "none", "--lowering", "stock")
-    result = rq_compile(model, *options, "-o", out / "model.onnx", "--link-weights")
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory, stages: Path) -> list[object]:
+    """A 16-bit checkpoint and a plan for it, as arguments of compile; its graph is exported once."""
+    folder = tmp_path_factory.mktemp("bf16")
+    model, calibration, plan = (
+        tiny.build("olmoe", folder / "model", dtype=torch.bfloat16),
+        folder / "c.json",
+        folder / "plan.json",
+    )
+    for arguments in (("calibrate", model, "--text", stages / "text.txt", "-o", calibration), ("plan", calibration, "-o", plan)):
+        assert run_command(*arguments, "-q").exit_code == 0
+    return [model, "--plan", plan]
+
+
+def test_16_bit_embeddings_are_linked_where_they_stay_16_bit(rq_compile: Run, bf16: list[object], out: Path) -> None:
+    for name, link in (("written", ()), ("linked", ("--link-weights",))):
+        assert rq_compile(*bf16, "-o", out / f"{name}.onnx", *link, "-q").exit_code == 0
+    in_shards = {name for name, file in external(out / "linked.onnx").items() if file.endswith("safetensors")}
+    assert in_shards == {"model.embed_tokens.weight"}
+    engines = [Engine.load(out / f"{name}.onnx") for name in ("written", "linked")]
+    np.testing.assert_array_equal(engines[0].logits(IDS), engines[1].logits(IDS))
+
+
+def test_what_the_engine_has_in_fp32_cannot_be_linked_in_bf16(rq_compile: Run, bf16: list[object], out: Path) -> None:
+    result = rq_compile(*bf16, "--lowering", "stock", "-o", out / "model.onnx", "--link-weights")
     assert result.exit_code == 0, result.stderr
     assert "no weight can be linked: none of the engine's is stored like that in the checkpoint (bf16)" in result.stderr
     assert names(out) == ["model.json", "model.onnx", "model.onnx.data", "model.tokenizer.json"]
+
+
+def test_an_exported_graph_compiles_again(
+    rq_compile: Run, bf16: list[object], out: Path, export_once: Callable[[Checkpoint], Exported]
+) -> None:
+    """Whatever was compiled from it before: native keeps 16-bit tables, and stock adds a domain."""
+    exported = export_once(Checkpoint.open(bf16[0]))
+    before = exported.model.SerializeToString(deterministic=True)
+    for lowering in ("native", "stock", "batched"):
+        assert rq_compile(*bf16, "--lowering", lowering, "-o", out / f"{lowering}.onnx", "-q").exit_code == 0
+        assert exported.model.SerializeToString(deterministic=True) == before
 
 
 def test_another_file_system(rq_compile: Run, model: Path, stages: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

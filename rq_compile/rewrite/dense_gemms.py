@@ -9,6 +9,7 @@ Ensures: no weights but the routers', those of fp32 checkpoints and vectors are 
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,8 @@ def dense_gemms(
     """
     if format == "fp32":
         return model, []
-    graph = gs.import_onnx(model)
+    # What graph surgeon imports, tensors and domains, are parts of the model that it was given.
+    graph = gs.import_onnx(deepcopy(model))
     experts = [node for node in graph.nodes if node.op == "Experts" and node.domain == DOMAIN]
     requires(NAME, bool(experts), "the Experts nodes")
     routers = {id(router) for node in experts for router in _routers(node)}

@@ -1,8 +1,8 @@
 """Weights that are used where they lie: in a shard of the checkpoint that is hard-linked beside the engine.
 
-ONNX Runtime refuses a symbolic link that leaves the engine's folder; a hard link leaves nothing. A weight can be linked if its
-bytes in the checkpoint are those that the graph asks for. With a bf16 checkpoint none is, as the graph computes in fp32 and has
-its matrices laid out anew; with an fp32 one those are that no matrix product reads (embeddings, norms).
+ONNX Runtime refuses a symbolic link that leaves the engine's folder; a hard link leaves nothing. (``onnx.load`` refuses both.) A
+weight can be linked if its bytes in the checkpoint are those that the graph asks for. Matrices that are multiplied with are laid
+out anew and norms are fp32, so that little more than the embeddings can be: of a 16-bit checkpoint in the native lowering only.
 """
 
 import os

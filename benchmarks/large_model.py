@@ -3,7 +3,8 @@
 Checkpoints of random weights in the shapes of published models (generated_checkpoint.py): OLMoE-1B-7B whole (13.8 GB), and
 Mixtral-8x7B with 1 and with 3 of its 32 layers, from which the time of all is extrapolated: two points give what a layer takes
 and what is once. Every stage is the command of rq-compile in a process of its own. The limit is on what a process allocates
-(RLIMIT_DATA: an allocation beyond it fails); the peak of the resident memory, mapped files included, stands beside it.
+(RLIMIT_DATA: an allocation beyond it fails): 4 GiB, and 8 GiB for Mixtral, a layer of which has 2.6 GiB. The peak of the resident
+memory, mapped files included, stands beside it.
 
 Beside compile stand its two ceilings on the same bytes: the disk alone (the checkpoint read, not from the cache, and as much as
 the engine has written) and the quantizer alone (one layer's experts, held in memory, quantized and laid out on as many threads).
@@ -11,7 +12,7 @@ GB/s always counts bytes of the checkpoint. "compile: weights" is compile withou
 
     python benchmarks/large_model.py --folder /scratch
 
-Rows go to benchmarks/results/large_model.json. 38 GB of disk are needed at most, and with --scale small, a trial, 1 GB.
+Rows go to benchmarks/results/large_model.json. 30 GB of disk are needed at most, and with --scale small, a trial, 1 GB.
 """
 
 import argparse
@@ -47,8 +48,8 @@ TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
 GIB = 2**30
 BLOCK = 1 << 24
 SCALES = {
-    "full": (("OLMoE-1B-7B", OLMOE_1B_7B), ("Mixtral-8x7B", MIXTRAL_8X7B)),
-    "small": (("small OLMoE", SMALL), ("small Mixtral", SMALL_MIXTRAL)),
+    "full": (("OLMoE-1B-7B", OLMOE_1B_7B, 4 * GIB), ("Mixtral-8x7B", MIXTRAL_8X7B, 8 * GIB)),
+    "small": (("small OLMoE", SMALL, 2 * GIB), ("small Mixtral", SMALL_MIXTRAL, 2 * GIB)),
 }
 FEW_LAYERS = (1, 3)
 
@@ -56,7 +57,6 @@ FEW_LAYERS = (1, 3)
 @dataclass(frozen=True)
 class Settings:
     folder: Path
-    limit: int
     characters: int
     quantizer: str
     memory: float
@@ -103,7 +103,7 @@ def row(name: str, stage: str, seconds: float, size: int, peak: int | None = Non
     }
 
 
-def stages(name: str, model: Model, settings: Settings) -> Iterator[Row]:
+def stages(name: str, model: Model, limit: int, settings: Settings) -> Iterator[Row]:
     """The model generated, calibrated, planned, compiled and run; nothing of it is left."""
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
         files = ("model", "text.txt", "calibration.json", "plan.json", "engine.onnx")
@@ -119,10 +119,10 @@ def stages(name: str, model: Model, settings: Settings) -> Iterator[Row]:
             ("run 8 tokens", ["generate", engine, "--prompt", "The model", "--max-tokens", 8]),
         ):
             if stage == "calibrate":
-                arguments += ["--memory-limit", settings.limit]
+                arguments += ["--memory-limit", limit]
             if stage == "compile":
                 _forget(checkpoint)
-            finished = command(*arguments, limit=settings.limit)
+            finished = command(*arguments, limit=limit)
             yield row(name, stage, finished.seconds, model.bytes, finished.peak)
             if stage == "compile":
                 (seconds,) = re.findall(r"of weights in ([\d.e+]+) s", finished.error)
@@ -131,10 +131,11 @@ def stages(name: str, model: Model, settings: Settings) -> Iterator[Row]:
                 yield row(name, "quantizer alone", quantizer_alone(checkpoint, plan, model), model.bytes)
 
 
-def extrapolated(name: str, model: Model, settings: Settings) -> Iterator[Row]:
+def extrapolated(name: str, model: Model, limit: int, settings: Settings) -> Iterator[Row]:
     """Rows of few layers, and what follows from them for all of the model's."""
     few = {
-        layers: list(stages(f"{name}, {layers} of {model.layers} layers", model.of(layers), settings)) for layers in FEW_LAYERS
+        layers: list(told(stages(f"{name}, {layers} of {model.layers} layers", model.of(layers), limit, settings)))
+        for layers in FEW_LAYERS
     }
     less, more = FEW_LAYERS
     for one, other in zip(few[less], few[more], strict=True):
@@ -213,15 +214,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
-    parser.add_argument("--limit", type=float, default=4.0, help="GiB that a process may allocate")
     parser.add_argument("--characters", type=int, default=4000, help="of text to calibrate with")
     parser.add_argument("--quantizer", choices=("gptq", "nearest"), default="nearest", help="gptq takes hours")
     parser.add_argument("--memory", type=float, default=0.6, help="the plan's memory budget")
     parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/large_model.json at full scale, else none")
     arguments = parser.parse_args()
-    settings = Settings(arguments.folder, int(arguments.limit * GIB), arguments.characters, arguments.quantizer, arguments.memory)
-    (whole_name, whole), (few_name, few) = SCALES[arguments.scale]
-    found = [*told(stages(whole_name, whole, settings)), *extrapolated(few_name, few, settings)]
+    settings = Settings(arguments.folder, arguments.characters, arguments.quantizer, arguments.memory)
+    whole, few = SCALES[arguments.scale]
+    found = [*told(stages(*whole, settings)), *extrapolated(*few, settings)]
     show(found, Console(width=140))
     output = arguments.output or (ROOT / "benchmarks" / "results" / "large_model.json" if arguments.scale == "full" else None)
     if output:

@@ -1,0 +1,79 @@
+// The built kernels, embedded, and their launch by kernels.json; embed.py writes the table.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace rq {
+
+// Everything that a kernel may ask for, by its name in kernels.json, and in the last lines what its grid may be made of.
+struct Arguments {
+  CUdeviceptr ids, counts, replicas, offsets, tiles, tile_count, rows, gates, x, y, out;
+  CUdeviceptr formats, weights, float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias;
+  CUdeviceptr global_scratch, profile_scratch;  // null: no kernel here has any
+  int32_t pairs, chunks, experts, width, slots, rows_per_tile;
+  int32_t top_k, columns, outputs, biased, block, activation, hidden;
+  float alpha, limit;
+  int32_t tokens, row_tiles;
+  int32_t one = 1;
+};
+
+struct Build {
+  int sm;
+  bool ptx;  // text that the driver translates for any GPU from `sm` on; else a cubin, for this major number from `sm` on
+  const char* entry;
+  unsigned shared;  // bytes of dynamic shared memory
+  const unsigned char* image;
+};
+
+// One dimension of a grid: an argument over `divisor`, rounded up.
+struct GridRule {
+  uint16_t offset;
+  int32_t divisor;
+};
+
+struct Kernel {
+  const char* name;
+  unsigned warps;
+  int step;     // columns of quantized weights at a time, which divide a block; 0 if it has none
+  GridRule grid[3];
+  std::vector<uint16_t> parameters;  // offsets in Arguments
+  std::vector<Build> builds;         // cubins by ascending SM, then PTX
+};
+
+// What tiles.py knows, at the time the kernels were built.
+struct TileSize {
+  const char* name;
+  int rows;
+};
+
+// embed.py defines these four.
+extern const std::vector<Kernel> kernels;
+extern const std::vector<TileSize> tile_sizes;  // ascending rows
+extern const int reread;                        // rows whose products take as long as reading their weights once more
+extern const int small;                         // the most pairs of dispatch_small
+
+// Null if this library was built without that kernel.
+const Kernel* find_kernel(const std::string& name);
+
+// The build for a GPU of compute capability `sm`: the latest cubin that runs there, else PTX. Null if there is none.
+const Build* build_for(const Kernel& kernel, int sm);
+
+// A kernel on the GPU of one context.
+struct Loaded {
+  const Kernel* kernel;
+  unsigned shared;
+  CUfunction function;
+};
+
+// Loads a kernel into the current context, once a context. Throws std::runtime_error. Not while a stream is captured.
+Loaded load(const Kernel& kernel);
+
+// No allocation, no synchronisation. A grid without programs is not launched. Throws std::runtime_error.
+void launch(const Loaded& loaded, const Arguments& arguments, CUstream stream);
+
+}  // namespace rq

@@ -5,7 +5,6 @@ part, are counted by layers, slots and products. Time is arithmetic divided by `
 """
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from rq_compile.rewrite.lane_weights import lane_weights
 from rq_compile.rewrite.panels import ROWS, panel_count
 from rq_compile.rewrite.slot_weights import slot_weights
 from rq_compile.rewrite.weights import ExternalWeight
+from rq_compile.targets.in_order import cores
 from rq_compile.targets.licences import licence_texts
 from rq_compile.targets.manifest import DenseFormat, Lowering
 from rq_compile.targets.weights_file import ALIGNMENT
@@ -115,7 +115,7 @@ def calibration_estimate(
         outputs=outputs,
         temporary_bytes=recorded + states + statistics,
         memory_bytes=used_memory() + way.memory,
-        cores=_cores(),
+        cores=cores(),
         seconds=_calibration_seconds(checkpoint, layers, rows, measured, quantizer),
         remarks=[way.reason],
     )
@@ -150,13 +150,13 @@ def engine_estimate(
             outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
     # Pieces in flight take as much as the largest layer; a single dense tensor may be more.
     largest = max(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers)
-    cores = threads or _cores()
+    threads = threads or cores()
     return Estimate(
         outputs=outputs,
         temporary_bytes=0,
         memory_bytes=PROGRAM + max(largest, 2 * max(dense)),
-        cores=cores,
-        seconds=RATES.start + RATES.export * len(layers) + data / RATES.read + _quantizing_seconds(layers, plan) / cores,
+        cores=threads,
+        seconds=RATES.start + RATES.export * len(layers) + data / RATES.read + _quantizing_seconds(layers, plan) / threads,
         remarks=[] if plan else [f"there is no plan yet: the experts are taken to fill --memory {memory:g}"],
     )
 
@@ -262,7 +262,7 @@ def _calibration_seconds(checkpoint: Checkpoint, layers: list[MoeLayer], rows: i
         pairs = measured * layer.geometry.top_k
         products += 2.0 * _expert_size(layer) * (pairs + min(pairs, MAX_PAIRS * layer.geometry.experts) * len(QUANTIZED_FORMATS))
     rounding = held * len(QUANTIZED_FORMATS) / (RATES.gptq if quantizer == "gptq" else RATES.nearest)
-    return RATES.start + 4 * stored / RATES.read + (products / RATES.flops + rounding) / _cores()
+    return RATES.start + 4 * stored / RATES.read + (products / RATES.flops + rounding) / cores()
 
 
 def _quantizing_seconds(layers: list[MoeLayer], plan: Plan | None) -> float:
@@ -277,7 +277,3 @@ def _quantizing_seconds(layers: list[MoeLayer], plan: Plan | None) -> float:
 
 def _expert_size(layer: MoeLayer) -> int:
     return layer.geometry.hidden * (layer.geometry.up_rows + layer.geometry.intermediate)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

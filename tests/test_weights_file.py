@@ -129,6 +129,19 @@ def test_an_error_of_a_piece_ends_the_work() -> None:
     assert len(begun) <= 4
 
 
+class Full(io.BytesIO):
+    def write(self, data: object) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_no_thread_goes_on_when_writing_failed() -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_weights([section("a", np.ones((20, 4), np.uint8), pieces=20)], Full(), threads=1, memory=2000)
+    assert caught.tb is not None  # which holds the frames of what failed
+    assert set(threading.enumerate()) == before
+
+
 # Interrupted and resumed
 
 VALUES = [np.random.default_rng(number).standard_normal((4, 300 * (number + 1))).astype(np.float32) for number in range(5)]
@@ -239,6 +252,34 @@ def test_a_journal_that_was_cut_off(tmp_path: Path, whole: bytes, cut: int) -> N
     run = Run(tmp_path / "w")
     assert run.computed == ([4] if cut == 1 else [3, 4])
     assert (tmp_path / "w").read_bytes() == whole
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_it_is_interrupted_again_after_a_journal_was_cut_off(tmp_path: Path, whole: bytes, cut: int) -> None:
+    journal = tmp_path / ".w.journal"
+    interrupted(tmp_path / "w", 2)
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    interrupted(tmp_path / "w", 4)
+    assert Run(tmp_path / "w").computed == [4]
+    assert (tmp_path / "w").read_bytes() == whole
+
+
+def test_other_sections_in_the_same_job_are_kept_after_the_next_interruption(tmp_path: Path) -> None:
+    """As another version of what exports the model may make them."""
+
+    def written(*names: str, stop: bool = False) -> int:
+        with resumable(tmp_path / "w", JOB) as journal:
+            done = write_weights([section(name, VALUES[0]) for name in names], journal.file, journal=journal)
+            if stop:
+                raise KeyboardInterrupt
+        return done.resumed
+
+    with pytest.raises(KeyboardInterrupt):
+        written("a", "b", "c", stop=True)
+    with pytest.raises(KeyboardInterrupt):
+        written("a", "x", "y", stop=True)
+    assert written("a", "x", "y") == layout([section(name, VALUES[0]) for name in ("a", "x", "y")]).bytes
+    assert [file.name for file in tmp_path.iterdir()] == ["w"]
 
 
 def test_another_job_starts_over_and_says_so(tmp_path: Path, whole: bytes) -> None:

@@ -1,7 +1,8 @@
 """Pieces of weights computed on several threads, and handed on in their order."""
 
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from rq_compile.rewrite.weights import Piece, stored
@@ -9,7 +10,12 @@ from rq_compile.rewrite.weights import Piece, stored
 Stored = list[memoryview]
 
 
-def in_order(pieces: Iterable[Piece], threads: int, memory: int) -> Iterator[tuple[Piece, Stored]]:
+def cores() -> int:
+    """How many cores this process may use, where the system tells; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(pieces: Iterable[Piece], threads: int, memory: int) -> Generator[tuple[Piece, Stored]]:
     """Each piece with the bytes of its values, one ``memoryview`` for each weight.
 
     Pieces are begun ahead of their turn while those in flight take no more than ``memory`` bytes; one always is. Results do not

@@ -49,7 +49,7 @@ class Journal:
         """Section ``number`` and all after it are not as they were written."""
         self._say(f"{self.records[number].section} of the partial file is not as it was written; going on from there")
         del self.records[number:]
-        _write_lines(self.path, [self.path.read_text().splitlines()[0], *(record.model_dump_json() for record in self.records)])
+        _write_lines(self.path, self.path.read_text().splitlines()[0], self.records)
 
 
 @contextmanager
@@ -72,7 +72,8 @@ def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda te
         journal.records += _records(lines, job, path, fresh, say)
         if not journal.records:
             file.truncate(0)
-            _write_lines(lines, [json.dumps(job)])
+        # Without a line that was cut off: the next would be added to it.
+        _write_lines(lines, json.dumps(job), journal.records)
         yield journal
         file.flush()
         # Before the renaming, after which the two names are free for another process.
@@ -82,8 +83,9 @@ def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda te
         if isinstance(error, OSError | KeyboardInterrupt | SystemExit) and journal.records:
             say(f"{partial} holds what was done; the same command goes on from there, or starts over with --fresh")
         else:
-            partial.unlink(missing_ok=True)
+            # In this order: without the partial file, which is locked, the journal may be another process's.
             lines.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         # An error with another file's name is about one that was read.
         if isinstance(error, OSError) and error.filename in (None, str(partial), str(lines)):
             reason = error.strerror or error
@@ -136,5 +138,5 @@ def _difference(first: str, job: Job) -> str:
     return f"with another {' and '.join(names)}" if names else "in another way"
 
 
-def _write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines))
+def _write_lines(path: Path, job: str, records: list[Record]) -> None:
+    path.write_text("".join(f"{line}\n" for line in (job, *(record.model_dump_json() for record in records))))

@@ -4,8 +4,8 @@ So what is there after an interruption is the beginning of the file that would h
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO
@@ -22,7 +22,7 @@ from rq_compile.rewrite.weights import (
     external_tensors,
     stored_bytes,
 )
-from rq_compile.targets.in_order import Stored, in_order
+from rq_compile.targets.in_order import Stored, cores, in_order
 from rq_compile.targets.partial_file import Journal, Record
 
 ALIGNMENT = 4096  # a page, so that a weight can be mapped into memory by itself
@@ -90,17 +90,18 @@ def write_weights(
     file.seek(resumed)
     file.truncate()
     pieces = (piece for section in sections[found:] for piece in section.pieces)
-    computed = in_order(pieces, threads or len(os.sched_getaffinity(0)), memory)
-    for section, end in zip(sections[found:], places.ends[found:], strict=True):
-        for weight, data in _by_weight(section, islice(computed, len(section.pieces))):
-            writer.fill_up(places.starts[weight.name])
-            writer.put(data)
-            if progress:
-                progress(writer.position, places.bytes)
-        if journal:
-            file.flush()
-            journal.add(Record(section=section.name, end=end, sha256=writer.section.hexdigest()))
-        writer.section = hashlib.sha256()
+    # Closed, so that after a failure to write no thread goes on computing.
+    with closing(in_order(pieces, threads or cores(), memory)) as computed:
+        for section, end in zip(sections[found:], places.ends[found:], strict=True):
+            for weight, data in _by_weight(section, islice(computed, len(section.pieces))):
+                writer.fill_up(places.starts[weight.name])
+                writer.put(data)
+                if progress:
+                    progress(writer.position, places.bytes)
+            if journal:
+                file.flush()
+                journal.add(Record(section=section.name, end=end, sha256=writer.section.hexdigest()))
+            writer.section = hashlib.sha256()
     return WeightsFile(places.starts, places.bytes, writer.whole.hexdigest(), resumed)
 
 
@@ -151,6 +152,7 @@ def _verified(sections: Sequence[Section], places: Layout, writer: _Writer, jour
     """How many sections at the beginning of the file are as the journal says they were written; ``writer`` is behind them."""
     for number, record in enumerate(journal.records[: len(sections)]):
         if (record.section, record.end) != (sections[number].name, places.ends[number]):
+            journal.distrust(number)
             return number
         before, start = writer.whole.copy(), writer.position
         writer.file.seek(start)

@@ -24,6 +24,24 @@ def test_an_output_that_cannot_be_written(rq_compile: Run, model: Path, stages: 
     assert names(out) == ["model.json", "model.onnx"]
 
 
+def test_statistics_do_not_overwrite_the_model(rq_compile: Run, model: Path, stages: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    before = (copy / "model.safetensors").read_bytes()
+    refused(rq_compile(*writing("calibrate", copy, stages, copy), "-q"), 2, "would overwrite", "model.safetensors", "weights")
+    assert (copy / "model.safetensors").read_bytes() == before
+    assert names(copy) == names(model)
+
+
+def test_a_manifest_does_not_overwrite_that_of_another_engine(rq_compile: Run, model: Path, stages: Path, out: Path) -> None:
+    shutil.copy(stages / "model.json", out)
+    before = (out / "model.json").read_bytes()
+    result = rq_compile(*writing("compile", model, stages, out)[:-1], out / "model.plan", "--no-build", "-q")
+    refused(result, 2, "would overwrite", "model.json, which is that of model.onnx", "-o")
+    assert (out / "model.json").read_bytes() == before
+    (out / "model.json").write_bytes(before.replace(b'"target": "cpu"', b'"target": "tensorrt"', 1))
+    refused(rq_compile(*writing("compile", model, stages, out), "-q"), 2, "which is that of model.plan")
+
+
 @contextmanager
 def file_size_limited(size: int) -> Iterator[None]:
     """No file may grow beyond ``size`` bytes: writing fails as on a full disk, with another errno.

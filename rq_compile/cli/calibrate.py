@@ -23,6 +23,7 @@ from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
+    from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.quantization.formats import Quantizer
 
 # The options that say how the model is run and measured.
@@ -100,6 +101,8 @@ def command(
     from rq_compile.files import sha256, write_document, written_beside
 
     checkpoint = Checkpoint.open(model)
+    if quantizer == "gptq":
+        check_statistics_place(output, checkpoint)
     if dry_run:
         from rq_compile.cli.tables import estimate_tables
         from rq_compile.estimates import calibration_estimate
@@ -137,6 +140,17 @@ def command(
     write_document(calibration, output)
     screen.note(f"wrote {output}" + (f" and {calibration.statistics.name}" if calibration.statistics else ""))
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)
+
+
+def check_statistics_place(output: Path, checkpoint: Checkpoint) -> None:
+    """The statistics are written as ``<stem>.safetensors``, where the weights of the model may lie.
+
+    Raises:
+        UserError: they would be lost.
+    """
+    place = output.with_suffix(".safetensors")
+    if place.resolve() in {tensor.file.resolve() for tensor in checkpoint.tensors.values()}:
+        raise UserError(f"the statistics would overwrite {place}, weights of the model; choose another output with -o", 2)
 
 
 def from_recorded_loads(screen: Screen, model: Path, output: Path, paths: tuple[Path, ...], earlier: Path | None) -> None:

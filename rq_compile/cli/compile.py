@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,9 +183,6 @@ def show_estimate(
     **engine: Any,
 ) -> None:
     """``calibrating`` and ``engine`` are the other arguments of ``calibration_estimate`` and ``engine_estimate``."""
-    if output.suffix != ".onnx":
-        raise UserError(f"--dry-run knows what an .onnx takes, not {output}; leave it out or choose another -o", 2)
-
     from rq_compile.cli.tables import estimate_tables
     from rq_compile.estimates import calibration_estimate, engine_estimate, together
 
@@ -205,14 +203,20 @@ def check_extension(output: Path) -> None:
 
 
 def check_manifest_place(output: Path) -> None:
-    """The manifest is written as ``<stem>.json``, where a plan or a calibration may lie.
+    """The manifest is written as ``<stem>.json``, where a plan, a calibration or the manifest of another engine may lie.
 
     Raises:
         UserError: such a file would be lost.
     """
     place = output.with_suffix(".json")
-    if place.is_file() and (kind := document_kind(place)) != "engine":
+    if not place.is_file():
+        return
+    if (kind := document_kind(place)) == "engine":
+        suffix = ".plan" if str(json.loads(place.read_bytes()).get("target")).startswith("tensorrt") else ".onnx"
+        is_a = None if suffix == output.suffix else f"is that of {output.with_suffix(suffix).name}"
+    else:
         is_a = f"is a {kind}" if kind else "is no engine's"
+    if is_a:
         raise UserError(f"the engine's manifest would overwrite {place}, which {is_a}; choose another output with -o", 2)
 
 

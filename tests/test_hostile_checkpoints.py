@@ -489,6 +489,13 @@ def test_a_weight_that_is_not_finite_is_named_where_it_is_read(sharded: Path, na
         checkpoint.read_row(name, checkpoint.shape(name)[0] - 1)
 
 
+def test_a_number_beside_the_weights_is_no_hindrance(model: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"steps": torch.tensor(3)}, directory / "model.safetensors", metadata={"format": "pt"})
+    assert "steps" not in load_model(Checkpoint.open(directory)).state_dict()
+
+
 # Nothing is unpickled
 
 

@@ -70,3 +70,27 @@ def test_an_engine_knows_where_a_text_begins_and_how_long_it_may_be(model: Path,
     manifest = read_manifest(stages / "model.onnx")
     assert (manifest.start_of_text, manifest.end_of_text) == (0, [1])
     assert manifest.context_length == json.loads((model / "config.json").read_text())["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("generation", "words"),
+    [
+        ('{"eos_token_id": "</s>"}', "has eos_token_id '</s>', which is no whole number"),
+        ('{"eos_token_id": [1, null]}', "has eos_token_id None"),
+        ('{"decoder_start_token_id": 0.5}', "has decoder_start_token_id 0.5"),
+        ("{", "cannot read"),
+    ],
+)
+def test_what_is_said_of_tokens_is_read_before_the_long_work(
+    rq_compile: Callable[..., Result],
+    model: Path,
+    stages: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    generation: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr("rq_compile.targets.onnxruntime.export_graph", lambda _: pytest.fail("it was exported"))
+    checkpoint = Path(shutil.copytree(model, tmp_path / "checkpoint"))
+    (checkpoint / "generation_config.json").write_text(generation)
+    refused(rq_compile(checkpoint, "--plan", stages / "plan.json", "-o", tmp_path / "m.onnx", "-q"), 2, words)

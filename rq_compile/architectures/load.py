@@ -134,7 +134,7 @@ def _mapped(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the weights of {checkpoint.path}: {error}; download the checkpoint again", 2) from error
     for name, stored in checkpoint.tensors.items():
-        check_finite(name, stored, tensors[name].view(torch.uint8).numpy())
+        check_finite(name, stored, tensors[name].reshape(-1).view(torch.uint8).numpy())
     return tensors
 
 

@@ -73,6 +73,7 @@ def compile_engine(
         )
     estimate = engine_estimate(checkpoint, output, lowering, plan=plan, dense_format=dense_format, link_weights=link_weights)
     check_space(output, estimate.output_bytes)
+    tokens = vocabulary(checkpoint)
 
     exported = exported or export_graph(checkpoint)
 
@@ -148,7 +149,7 @@ def compile_engine(
             expert_bytes=sum(section.bytes for section in experts),
             replaced={reason: count for reason, count in replaced.items() if count},
             plan=plan,
-            **vocabulary(checkpoint),
+            **tokens,
         )
         write_document(manifest, document_part)
     return manifest

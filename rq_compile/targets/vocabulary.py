@@ -7,23 +7,32 @@ from rq_compile.architectures.configuration import model_config
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.folder import read_json
 from rq_compile.checkpoint.tokenizer import read_tokenizer
+from rq_compile.errors import UserError
 
 
 def vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
     """Fields of ``Manifest``: how many tokens there are, which start and end a text, and how long it may be.
 
     Raises:
-        UserError: a file that says so cannot be read.
+        UserError: a file that says so cannot be read, or says no whole number.
     """
     path = checkpoint.path / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
-    end = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    said = checkpoint.config | (read_json(path) if path.exists() else {})
+    end = said.get("eos_token_id")
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    start, length = said.get("decoder_start_token_id"), checkpoint.config.get("max_position_embeddings")
+    optional = (("decoder_start_token_id", start), ("max_position_embeddings", length))
+    for key, number in (*(("eos_token_id", one) for one in ends), *(pair for pair in optional if pair[1] is not None)):
+        if type(number) is not int:
+            raise UserError(
+                f"{checkpoint.path} has {key} {repr(number)[:40]}, which is no whole number; correct its config files", 2
+            )
     return {
         "vocabulary": model_config(checkpoint).vocab_size,
         "start_of_text": _start_of_text(checkpoint.path),
-        "end_of_text": end if isinstance(end, list) else [] if end is None else [end],
-        "decoder_start": generation.get("decoder_start_token_id", checkpoint.config.get("decoder_start_token_id")),
-        "context_length": checkpoint.config.get("max_position_embeddings"),
+        "end_of_text": ends,
+        "decoder_start": start,
+        "context_length": length,
     }
 
 

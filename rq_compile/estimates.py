@@ -16,10 +16,9 @@ from torch import nn
 from rq_compile.architectures.dense import dense_name
 from rq_compile.architectures.layers import MoeLayer, moe_layers
 from rq_compile.architectures.load import meta_model
-from rq_compile.calibration.calibrate import MAX_RECORDED_BYTES
+from rq_compile.calibration.calibrate import work_of
 from rq_compile.calibration.measure import MAX_PAIRS
-from rq_compile.calibration.memory import choose_way, used_memory
-from rq_compile.calibration.text import batches, tokenize
+from rq_compile.calibration.memory import used_memory
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.files import Document
@@ -93,30 +92,26 @@ def calibration_estimate(
     """What ``calibrate`` with these arguments takes; the texts are tokenized.
 
     Raises:
-        UserError: see ``moe_layers``, ``tokenize`` and ``choose_way``.
+        UserError: see ``work_of``.
     """
-    layers, tokens = moe_layers(checkpoint), tokenize(checkpoint, texts)
-    total = sum(map(len, tokens))
-    hidden = sum(layer.geometry.hidden for layer in layers)
-    measured = min(total, MAX_RECORDED_BYTES // (4 * hidden))
-    start = 0 if checkpoint.config.get("is_encoder_decoder") else None
-    cut = list(
-        batches(tokens, batch_size=batch_size, sequence_length=sequence_length, measured_tokens=measured, decoder_start=start)
+    work = work_of(
+        checkpoint, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device
     )
-    rows = sum(side.real.size for batch in cut for side in batch.sides)
-    way = choose_way(checkpoint, layers, rows=rows, measured_tokens=measured, limit=memory_limit, device=device)
-    outputs = {output.name: sum(JSON_LAYER + JSON_NUMBER * _numbers(layer, len(texts), len(cut)) for layer in layers)}
+    layers, way = work.layers, work.way
+    outputs = {output.name: sum(JSON_LAYER + JSON_NUMBER * _numbers(layer, len(texts), len(work.batches)) for layer in layers)}
     statistics = sum(_statistics_bytes(layer) for layer in layers) if quantizer == "gptq" else 0
     if statistics:
         outputs[output.with_suffix(".safetensors").name] = statistics
-    recorded = 4 * measured * (hidden if way.whole else max(layer.geometry.hidden for layer in layers))
-    states = 0 if way.states_in_memory else 8 * rows * max(layer.geometry.hidden for layer in layers)
+    hidden = [layer.geometry.hidden for layer in layers]
+    # Layer by layer every token's inputs are kept, of one layer and of that before it.
+    recorded = 4 * (work.measured * sum(hidden) if way.whole else 2 * work.total * max(hidden))
+    states = 0 if way.states_in_memory else 8 * work.rows * max(hidden)
     return Estimate(
         outputs=outputs,
         temporary_bytes=recorded + states + statistics,
         memory_bytes=used_memory() + way.memory,
         cores=cores(),
-        seconds=_calibration_seconds(checkpoint, layers, rows, measured, quantizer),
+        seconds=_calibration_seconds(checkpoint, layers, work.rows, work.measured, quantizer),
         remarks=[way.reason],
     )
 

@@ -132,3 +132,9 @@ def test_layer_by_layer_is_told(model: Path, out: Path, monkeypatch: pytest.Monk
     assert "layer by layer" in estimate.remarks[0]
     rows = len(tiny.tokenizer()(TEXT["a.txt"], add_special_tokens=False).input_ids)
     assert estimate.temporary_bytes >= 8 * rows * 32
+
+
+def test_a_dry_run_refuses_what_the_run_would(model: Path, stages: Path, out: Path, rq_compile: Run) -> None:
+    arguments = ["--text", stages / "text.txt", "--sequence-length", 10_000, "--dry-run"]
+    for command in (["calibrate", model, "-o", out / "x.json"], [model, "-o", out / "x.onnx"]):
+        refused(rq_compile(*command, *arguments), 2, "--sequence-length 10000 is more than the model's")

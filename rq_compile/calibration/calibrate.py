@@ -2,22 +2,23 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from rq_compile import __version__
 from rq_compile.architectures.configuration import model_config
-from rq_compile.architectures.layers import ExpertWeights, moe_layers
+from rq_compile.architectures.layers import ExpertWeights, MoeLayer, moe_layers
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
-from rq_compile.calibration.memory import choose_way
+from rq_compile.calibration.memory import Way, choose_way
 from rq_compile.calibration.recording import LayerRecording, record_whole_model
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
 from rq_compile.calibration.scratch import on_disk
 from rq_compile.calibration.statistics import tensors_of
 from rq_compile.calibration.streaming import record_layer_by_layer
-from rq_compile.calibration.text import batches, tokenize
+from rq_compile.calibration.text import Batch, batches, tokenize
 from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
@@ -25,6 +26,52 @@ from rq_compile.quantization.formats import Quantizer
 
 # What the recorded inputs of all layers may take on disk. Beyond, an even sample of the tokens is measured (all are counted).
 MAX_RECORDED_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to run, known before any weight is read: the ``tokens`` of each text, of which so many are ``measured``, and
+    ``rows`` of them in the batches, padding included."""
+
+    layers: list[MoeLayer]
+    tokens: list[np.ndarray]
+    measured: int
+    batches: list[Batch]
+    rows: int
+    way: Way
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.tokens))
+
+
+def work_of(
+    checkpoint: Checkpoint,
+    texts: dict[str, str],
+    *,
+    batch_size: int,
+    sequence_length: int,
+    memory_limit: int | None = None,
+    device: str = "cpu",
+) -> Work:
+    """What ``calibrate`` with these arguments runs, and how.
+
+    Raises:
+        UserError: there is no text or one of too few tokens, the tokenizer is missing or not the model's, the sequences are
+            longer than the model's, the device is none, or not one layer fits into the limit.
+    """
+    if not texts:
+        raise UserError("there is no text to calibrate on; give at least one", 2)
+    layers, tokens = moe_layers(checkpoint), tokenize(checkpoint, texts)
+    start = _check_fit(checkpoint, tokens, sequence_length)
+    recorded = MAX_RECORDED_BYTES // (4 * sum(layer.geometry.hidden for layer in layers))
+    cut = list(
+        batches(tokens, batch_size=batch_size, sequence_length=sequence_length, measured_tokens=recorded, decoder_start=start)
+    )
+    measured = min(sum(map(len, tokens)), recorded)
+    rows = sum(side.real.size for batch in cut for side in batch.sides)
+    way = choose_way(checkpoint, layers, rows=rows, measured_tokens=measured, limit=memory_limit, device=device)
+    return Work(layers, tokens, measured, cut, rows, way)
 
 
 def calibrate(
@@ -54,41 +101,19 @@ def calibrate(
     the quantizer "nearest", which needs none.
 
     Raises:
-        UserError: there is no text or one of too few tokens, the tokenizer is missing or not the model's, the sequences are
-            longer than the model's, the device is none, not one layer fits into the limit, or a layer's routing or output is
-            not what it must be (see ``LayerRecording``).
+        UserError: see ``work_of``; or a layer's routing or output is not what it must be (see ``LayerRecording``).
     """
-    if not texts:
-        raise UserError("there is no text to calibrate on; give at least one", 2)
-    layers = moe_layers(checkpoint)
-    tokens = tokenize(checkpoint, texts)
-    total = sum(len(ids) for ids in tokens)
-    start = _check_fit(checkpoint, tokens, sequence_length)
-    recorded_tokens = MAX_RECORDED_BYTES // (4 * sum(layer.geometry.hidden for layer in layers))
-    cut = list(
-        batches(
-            tokens,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            measured_tokens=recorded_tokens,
-            decoder_start=start,
-        )
+    work = work_of(
+        checkpoint, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device
     )
-    way = choose_way(
-        checkpoint,
-        layers,
-        rows=sum(rows.real.size for batch in cut for rows in batch.sides),
-        measured_tokens=min(total, recorded_tokens),
-        limit=memory_limit,
-        device=device,
-    )
-    remark(way.reason)
-    report = partial(_report, progress, total)
-    if way.whole:
-        recorded = record_whole_model(checkpoint, layers, list(texts), cut, device=device, progress=report)
+    remark(work.way.reason)
+    report = partial(_report, progress, work.total)
+    if work.way.whole:
+        recorded = record_whole_model(checkpoint, work.layers, list(texts), work.batches, device=device, progress=report)
     else:
+        in_memory = work.way.states_in_memory
         recorded = record_layer_by_layer(
-            checkpoint, layers, list(texts), cut, device=device, in_memory=way.states_in_memory, progress=report
+            checkpoint, work.layers, list(texts), work.batches, device=device, in_memory=in_memory, progress=report
         )
     measured_layers: list[LayerCalibration] = []
     statistics: dict[str, np.ndarray] = {}
@@ -106,11 +131,11 @@ def calibrate(
         dtype=checkpoint.dtype,
         texts=[
             CalibrationText(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=len(ids))
-            for (name, text), ids in zip(texts.items(), tokens, strict=True)
+            for (name, text), ids in zip(texts.items(), work.tokens, strict=True)
         ],
-        tokens=total,
-        measured_tokens=min(total, recorded_tokens),
-        padding_tokens=sum(batch.padding_tokens for batch in cut),
+        tokens=work.total,
+        measured_tokens=work.measured,
+        padding_tokens=sum(batch.padding_tokens for batch in work.batches),
         batch_size=batch_size,
         sequence_length=sequence_length,
         wanda_fraction=wanda_fraction,

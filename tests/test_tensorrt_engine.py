@@ -185,6 +185,8 @@ def test_what_a_builder_would_refuse_is_refused_at_once(
     options: list[str], words: list[str], rq_compile: Callable, model: Path, stages: Path, out: Path
 ) -> None:
     refused(rq_compile(model, "--plan", stages / "plan.json", "-o", out / "m.plan", *options), 2, *words)
+    # Without a plan, before the model is calibrated: progress would stand on stderr.
+    refused(rq_compile(model, "--text", stages / "text.txt", "-o", out / "m.plan", *options), 2, *words)
     assert names(out) == []
 
 

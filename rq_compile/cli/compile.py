@@ -25,7 +25,7 @@ from rq_compile.cli.options import (
     threads_option,
 )
 from rq_compile.cli.screen import Screen, on_screen
-from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, compile_plan, tensorrt_options
+from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, checked_settings, compile_plan, tensorrt_options
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,9 +113,10 @@ def command(
     from rq_compile.files import read_document
     from rq_compile.planning.schema import Plan
 
+    checkpoint = Checkpoint.open(model)
+    settings = checked_settings(tensorrt, checkpoint, (batch_size, sequence_length)) if output.suffix == ".plan" else None
     if plan_path is not None:
         plan = read_document(Plan, plan_path)
-        checkpoint = Checkpoint.open(model)
         check_same_model(plan, checkpoint, plan_path)
         if dry_run:
             show_estimate(screen, checkpoint, output, lowering, plan=plan, **shape)
@@ -128,7 +129,6 @@ def command(
         batched = "tensorrt-rtx" if output.suffix == ".plan" else "batched" if lowering == "batched" else None
         planning["target"] = batched or "cpu"
         check_arguments(**planning, options=options)
-        checkpoint = Checkpoint.open(model)
         if dry_run:
             first = {"texts": contents, "batch_size": batch_size, "sequence_length": sequence_length}
             show_estimate(screen, checkpoint, output, lowering, first, plan=None, memory=planning["memory"], **shape)
@@ -145,9 +145,8 @@ def command(
         plan = make_plan(calibration, **planning, **options)
         statistics = Statistics.of(tensors)
 
-    if output.suffix == ".plan":
-        workload = (batch_size, sequence_length)
-        compile_plan(screen, checkpoint, plan, output, tensorrt, statistics=statistics, workload=workload, threads=threads)
+    if settings is not None:
+        compile_plan(screen, checkpoint, plan, output, settings, statistics=statistics, threads=threads)
         return
 
     from rq_compile.cli.tables import engine_tables

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.cli.screen import Screen
     from rq_compile.planning.schema import Plan
+    from rq_compile.targets.tensorrt.compile import Settings
     from rq_compile.targets.tensorrt.manifest import TensorRTManifest
     from rq_compile.targets.tensorrt.profiles import Profile, Range
 
@@ -73,23 +74,13 @@ def check_tensorrt_options(output: Path) -> None:
             raise UserError(f"{option} has no effect on {output}; leave it out, or end the output in {instead}", 2)
 
 
-def compile_plan(
-    screen: Screen,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    output: Path,
-    options: dict[str, Any],
-    *,
-    statistics: Statistics | None,
-    workload: tuple[int, int],
-    threads: int | None,
-) -> None:
-    """Compile and show the result; ``workload``: the batch and the sequence length that default profiles are made for.
+def checked_settings(options: dict[str, Any], checkpoint: Checkpoint, workload: tuple[int, int]) -> Settings:
+    """How to build; ``workload``: the batch and the sequence length that default profiles are made for.
 
     Raises:
-        UserError: see ``compile_tensorrt``.
+        UserError: an option cannot be read, or see ``check_settings``.
     """
-    from rq_compile.targets.tensorrt.compile import Settings, check_settings, compile_tensorrt
+    from rq_compile.targets.tensorrt.compile import Settings, check_settings
     from rq_compile.targets.tensorrt.profiles import Profile, default_profiles
 
     context = checkpoint.config.get("max_position_embeddings")
@@ -101,7 +92,27 @@ def compile_plan(
         precision=options["precision"],
         build=options["build"],
     )
-    check_settings(settings, plan)
+    check_settings(settings)
+    return settings
+
+
+def compile_plan(
+    screen: Screen,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    settings: Settings,
+    *,
+    statistics: Statistics | None,
+    threads: int | None,
+) -> None:
+    """Compile and show the result.
+
+    Raises:
+        UserError: see ``compile_tensorrt``.
+    """
+    from rq_compile.targets.tensorrt.compile import compile_tensorrt
+
     with screen.progress("compiling", "MB") as progress:
         manifest = compile_tensorrt(
             checkpoint,

@@ -112,8 +112,8 @@ def compile_tensorrt(
     return manifest
 
 
-def check_settings(settings: Settings, plan: Plan) -> None:
-    """Refuse before the long work what a builder would refuse after it.
+def check_settings(settings: Settings, plan: Plan | None = None) -> None:
+    """Refuse before the long work what a builder would refuse after it; of the layers once there is a plan.
 
     Raises:
         UserError: the builder is not there, or a compute capability or a layer is not for it.
@@ -129,7 +129,7 @@ def check_settings(settings: Settings, plan: Plan) -> None:
         raise UserError("--builder rtx builds ahead of time; say for which GPUs, as in --sm 80,89,120", 2)
     if settings.builder == "tensorrt" and settings.capabilities:
         raise UserError("--builder tensorrt builds for the GPU of the machine that it runs on; leave --sm out", 2)
-    for layer in plan.layers:
+    for layer in plan.layers if plan else ():
         _check_layer(layer, settings)
 
 

@@ -6,7 +6,8 @@
 
 namespace {
 
-using Launched = int (*)(const void* image, const char* entry, const unsigned* grid, unsigned threads, unsigned shared, void** parameters);
+using Launched = int (*)(const void* image, const char* entry, const unsigned* grid, unsigned threads, unsigned shared,
+                         void** parameters);
 
 struct Function {
   const void* image;
@@ -58,8 +59,8 @@ CUresult cuGetErrorString(CUresult, const char** words) {
   *words = "the stand-in refuses";
   return CUDA_SUCCESS;
 }
-CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
-                        CUstream, void** parameters, void**) {
+CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
+                        unsigned shared, CUstream, void** parameters, void**) {
   const auto* held = reinterpret_cast<const Function*>(function);
   if (static_cast<int>(shared) > held->allowed_shared) return CUDA_ERROR_INVALID_VALUE;
   const unsigned grid[] = {x, y, z};

@@ -118,7 +118,7 @@ def inputs_of(layer, x, ids, gates):
     return result
 
 
-def enqueue(layer, x, ids, gates, launches, room=1 << 22):
+def enqueue(layer, x, ids, gates, launches, room=1 << 22, shares=None):
     """The plugin's answer to a batch, from a workspace of the size that it declared and not a byte more."""
     inputs = inputs_of(layer, x, ids, gates)
     described = [Tensor(t.dim(), (ctypes.c_int64 * 8)(*t.shape), CODES[t.dtype], 0, 1.0) for t in inputs]
@@ -127,7 +127,8 @@ def enqueue(layer, x, ids, gates, launches, room=1 << 22):
     workspace = torch.full((room,), 0xA5, dtype=torch.uint8)
     asked = ctypes.c_size_t(room - GUARD)
     step = HOST.rq_enqueue(
-        os.environ["RQ_PLUGIN"].encode(), (ctypes.c_int32 * len(formats))(*formats), len(formats), layer.activation.encode(),
+        os.environ["RQ_PLUGIN"].encode(), (ctypes.c_int32 * len(formats))(*formats),
+        (ctypes.c_float * len(formats))(*shares) if shares else None, len(formats), layer.activation.encode(),
         ctypes.c_float(layer.limit), (Tensor * len(inputs))(*described), len(inputs), ctypes.c_int64(len(x)),
         (ctypes.c_void_p * len(inputs))(*[t.data_ptr() for t in inputs]), ctypes.c_void_p(out.data_ptr()),
         ctypes.c_void_p(workspace.data_ptr()), ctypes.byref(asked),
@@ -188,15 +189,16 @@ def test_no_token_no_launch():
     assert (step, launches.seen) == (0, [])
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 60, 200, 511, 512, 513, 3000])
-def test_tiles_and_grids_are_those_of_the_rule(tokens):
+@pytest.mark.parametrize("shares", [None, [0.875, 0.03125, 0.03125, 0.03125, 0.03125]])
+@pytest.mark.parametrize("tokens", [1, 7, 20, 60, 200, 511, 512, 513, 3000])
+def test_tiles_and_grids_are_those_of_the_rule(tokens, shares):
     """Nothing is computed: which kernels are chosen, and how many programs."""
     random = torch.Generator().manual_seed(SEED)
     held = example(random)
     launches = Launches(compute=False)
-    assert enqueue(held.layer, *batch(held.layer, tokens, 2, random), launches, 1 << 23)[0] == 0
+    assert enqueue(held.layer, *batch(held.layer, tokens, 2, random), launches, 1 << 23, shares)[0] == 0
     pairs = 2 * tokens
-    size = tiles.choose(tiles.expected_rows([1 / 5] * 5, pairs))
+    size = tiles.choose(tiles.expected_rows(shares or [1 / 5] * 5, pairs))
     most = tiles.most_tiles(pairs, 5, tiles.UP[size].rows)
     chunks = -(-pairs // tiles.CHUNK)
     expected = [("dispatch_small", 1, 1)]
@@ -207,9 +209,9 @@ def test_tiles_and_grids_are_those_of_the_rule(tokens):
     assert [(name, x, y) for name, _, (x, y, _) in launches.seen] == expected
 
 
-@pytest.mark.parametrize(("sm", "kind"), [(80, "cubin"), (86, "cubin"), (89, "cubin"), (90, "ptx"), (121, "ptx"), (75, None)])
+@pytest.mark.parametrize(("sm", "kind"), [(80, "cubin"), (86, "cubin"), (90, "ptx"), (120, "cubin"), (121, "ptx"), (75, None)])
 def test_a_cubin_for_its_major_number_and_ptx_for_later_ones(sm, kind):
-    """The kernels were built for SM 80 alone."""
+    """The cubins of SM 120 are bound to it; the PTX is that of SM 80."""
     held = example(torch.Generator().manual_seed(SEED))
     batches = batch(held.layer, 3, 2, torch.Generator().manual_seed(SEED))
     launches = Launches(sm, compute=False)

@@ -1,119 +1,14 @@
-// A host of the plugin library that has TensorRT's headers only.
-//   tensorrt_host LIBRARY              everything up to enqueue, right and wrong; exits with 1 and says what differs
+// The plugin library up to enqueue.
+//   tensorrt_host LIBRARY              right and wrong; exits with 1 and says what differs
 //   tensorrt_host LIBRARY SEED COUNT   random fields and shapes
-// As a library: rq_enqueue, for a test that has a CUDA driver, or what stands in for one.
-#include <NvInferRuntime.h>
-#include <dlfcn.h>
+#include "tensorrt_host.h"
 
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+#include <algorithm>
 #include <random>
-#include <string>
-#include <vector>
-
-using namespace nvinfer1;
 
 namespace {
 
-constexpr auto kX = DataType::kHALF;
-
-struct Log : ILogger, ILoggerFinder {
-  std::string last;
-  void log(Severity, AsciiChar const* message) noexcept override { last = message; }
-  ILogger* findLogger() override { return this; }
-};
-Log logger;
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  ++failures;
-  std::printf("FAILED: %s (last message: %s)\n", what.c_str(), logger.last.c_str());
-}
-
-// A call that has to fail, and to say something about `about`.
-void expect_refusal(bool refused, const std::string& about) {
-  expect(refused, "refusal of " + about);
-  expect(logger.last.find(about) != std::string::npos, "a message about " + about);
-  logger.last.clear();
-}
-
-IPluginCreatorV3One* open(const char* library) {
-  void* handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
-  if (!handle) {
-    std::fprintf(stderr, "%s\n", dlerror());
-    std::exit(2);
-  }
-  reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(handle, "setLoggerFinder"))(&logger);
-  int32_t count = 0;
-  auto* creators = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(handle, "getCreators"))(count);
-  expect(count == 1, "one creator");
-  return static_cast<IPluginCreatorV3One*>(creators[0]);
-}
-
-struct Plugin {
-  std::unique_ptr<IPluginV3> held;
-  explicit Plugin(IPluginV3* plugin) : held(plugin) {}
-  IPluginV3OneBuild& build() { return *static_cast<IPluginV3OneBuild*>(held->getCapabilityInterface(PluginCapabilityType::kBUILD)); }
-  IPluginV3OneCore& core() { return *static_cast<IPluginV3OneCore*>(held->getCapabilityInterface(PluginCapabilityType::kCORE)); }
-  IPluginV3OneRuntime& runtime() {
-    return *static_cast<IPluginV3OneRuntime*>(held->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-  }
-};
-
-IPluginV3* create(IPluginCreatorV3One& creator, const std::vector<PluginField>& fields, TensorRTPhase phase = TensorRTPhase::kBUILD) {
-  const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
-  return creator.createPlugin("layer", &collection, phase);
-}
-
-Dims dims_of(std::initializer_list<int64_t> sizes) {
-  Dims dims{};
-  for (int64_t size : sizes) dims.d[dims.nbDims++] = size;
-  return dims;
-}
-
-struct Tensor {
-  const char* name;
-  DataType type;
-  Dims dims;
-};
-
-// Slots of all formats, swiglu: hidden 256, intermediate 128, 3 experts in 5 slots, 2 choices a token, blocks of 128.
-const std::vector<int32_t> kFormats = {0, 1, 2, 1, 2};
-const std::vector<Tensor> kTensors = {
-    {"x", kX, dims_of({-1, 256})}, {"ids", DataType::kINT64, dims_of({-1, 2})}, {"gates", DataType::kFLOAT, dims_of({-1, 2})},
-    {"replicas", DataType::kINT32, dims_of({3, 3})}, {"formats", DataType::kINT32, dims_of({5})},
-    {"up_index", DataType::kINT32, dims_of({5})}, {"up_float_weights", kX, dims_of({1, 256, 256})},
-    {"up_int8_packed", DataType::kINT8, dims_of({2, 256, 256})}, {"up_int8_scales", DataType::kFLOAT, dims_of({2, 256, 2})},
-    {"up_int4_packed", DataType::kINT8, dims_of({2, 256, 128})}, {"up_int4_scales", DataType::kFLOAT, dims_of({2, 256, 2})},
-    {"up_bias", DataType::kFLOAT, dims_of({5, 256})},
-    {"down_index", DataType::kINT32, dims_of({5})}, {"down_float_weights", kX, dims_of({1, 256, 128})},
-    {"down_int8_packed", DataType::kINT8, dims_of({2, 256, 128})}, {"down_int8_scales", DataType::kFLOAT, dims_of({2, 256, 1})},
-    {"down_int4_packed", DataType::kINT8, dims_of({2, 256, 64})}, {"down_int4_scales", DataType::kFLOAT, dims_of({2, 256, 1})},
-    {"down_bias", DataType::kFLOAT, dims_of({5, 256})}};
-
-std::vector<DynamicPluginTensorDesc> described(const std::vector<Tensor>& tensors, int64_t most_tokens) {
-  std::vector<DynamicPluginTensorDesc> result;
-  for (const Tensor& tensor : tensors) {
-    DynamicPluginTensorDesc one{};
-    one.desc = {tensor.dims, tensor.type, TensorFormat::kLINEAR, 1.0f};
-    one.min = one.max = one.opt = tensor.dims;
-    if (tensor.dims.d[0] < 0) one.min.d[0] = 1, one.opt.d[0] = 1 + most_tokens / 2, one.max.d[0] = most_tokens;
-    result.push_back(one);
-  }
-  return result;
-}
-
-std::vector<PluginField> fields_of(const std::vector<int32_t>& formats, const char* activation = "swiglu") {
-  return {{"formats", formats.data(), PluginFieldType::kINT32, static_cast<int32_t>(formats.size())},
-          {"activation", activation, PluginFieldType::kCHAR, static_cast<int32_t>(std::strlen(activation))}};
-}
-
-int configure(Plugin& plugin, const std::vector<DynamicPluginTensorDesc>& inputs) {
-  return plugin.build().configurePlugin(inputs.data(), static_cast<int32_t>(inputs.size()), inputs.data(), 1);
-}
+using namespace host;
 
 struct Builder : IExprBuilder {};
 struct Size : IDimensionExpr {};
@@ -136,7 +31,8 @@ void check_shapes_and_types(Plugin& plugin) {
   for (DataType type : {DataType::kHALF, DataType::kBF16}) {
     std::vector<DataType> types(count, type);
     DataType found = DataType::kBOOL;
-    expect(plugin.build().getOutputDataTypes(&found, 1, types.data(), count) == 0 && found == type, "the output has the type of x");
+    expect(plugin.build().getOutputDataTypes(&found, 1, types.data(), count) == 0 && found == type,
+           "the output has the type of x");
   }
 }
 
@@ -161,7 +57,8 @@ void check_format_combinations(Plugin& plugin) {
           tensors[position].desc.format = static_cast<TensorFormat>(format);
           const bool found = plugin.build().supportsFormatCombination(position, tensors.data(), count, 1);
           accepted += found;
-          expect(found == right, "type " + std::to_string(type) + " in format " + std::to_string(format) + " of tensor " + std::to_string(position));
+          expect(found == right, "type " + std::to_string(type) + " in format " + std::to_string(format) + " of tensor " +
+                                     std::to_string(position));
         }
   expect(accepted == 2 * (count + 2), "as many combinations as tensors, and one more for x");
   auto tensors = described(kTensors, 8);
@@ -186,7 +83,8 @@ void check_configurations(IPluginCreatorV3One& creator, Plugin& plugin) {
     };
     expect_refusal(changed([](auto& desc) { desc.type = DataType::kFP8; }), "type");
     expect(changed([](auto& desc) { desc.dims.nbDims = 4; }), std::string("refusal of four dimensions of ") + kTensors[i].name);
-    expect(changed([](auto& desc) { desc.dims.nbDims = -1; }), std::string("refusal of negative dimensions of ") + kTensors[i].name);
+    expect(changed([](auto& desc) { desc.dims.nbDims = -1; }),
+           std::string("refusal of negative dimensions of ") + kTensors[i].name);
     for (int d = kTensors[i].dims.d[0] < 0; d < kTensors[i].dims.nbDims; ++d) {
       // Any number of experts, of replicas of one, and of matrices fits, if the other inputs agree.
       if ((i == 3) || (d == 0 && std::strstr(kTensors[i].name, "float_weights"))) continue;
@@ -198,10 +96,48 @@ void check_configurations(IPluginCreatorV3One& creator, Plugin& plugin) {
   // The kernels take multiples of 16.
   const std::vector<int32_t> floats = {0, 0};
   Plugin odd(create(creator, fields_of(floats, "relu")));
-  const std::vector<Tensor> tensors = {{"", kX, dims_of({-1, 72})}, {"", DataType::kINT64, dims_of({-1, 1})},
-      {"", DataType::kFLOAT, dims_of({-1, 1})}, {"", DataType::kINT32, dims_of({2, 1})}, {"", DataType::kINT32, dims_of({2})},
-      {"", DataType::kINT32, dims_of({2})}, {"", kX, dims_of({2, 64, 72})}, {"", DataType::kINT32, dims_of({2})}, {"", kX, dims_of({2, 72, 64})}};
+  const std::vector<Tensor> tensors = {
+      {"", kX, dims_of({-1, 72})}, {"", DataType::kINT64, dims_of({-1, 1})}, {"", DataType::kFLOAT, dims_of({-1, 1})},
+      {"", DataType::kINT32, dims_of({2, 1})}, {"", DataType::kINT32, dims_of({2})}, {"", DataType::kINT32, dims_of({2})},
+      {"", kX, dims_of({2, 64, 72})}, {"", DataType::kINT32, dims_of({2})}, {"", kX, dims_of({2, 72, 64})}};
   expect_refusal(configure(odd, described(tensors, 9)) != 0, "multiples of 16, not 72");
+}
+
+// Hidden 384, intermediate 192, two slots of each of `formats`, each with a matrix of its own.
+std::vector<Tensor> tensors_of(DataType type, const std::vector<int32_t>& formats, bool gated, int64_t block) {
+  const auto slots = static_cast<int64_t>(formats.size());
+  std::vector<Tensor> tensors = {{"", type, dims_of({-1, 384})}, {"", DataType::kINT64, dims_of({-1, 1})},
+      {"", DataType::kFLOAT, dims_of({-1, 1})}, {"", DataType::kINT32, dims_of({slots, 1})},
+      {"", DataType::kINT32, dims_of({slots})}};
+  for (bool down : {false, true}) {
+    const int64_t outputs = down ? 384 : gated ? 384 : 192, columns = down ? 192 : 384, blocks = (columns + block - 1) / block;
+    tensors.push_back({"", DataType::kINT32, dims_of({slots})});
+    for (int32_t format = 0; format < 3; ++format) {
+      const int64_t group = std::count(formats.begin(), formats.end(), format);
+      if (group == 0) continue;
+      if (format == 0) tensors.push_back({"", type, dims_of({group, outputs, columns})});
+      if (format == 0) continue;
+      tensors.push_back({"", DataType::kINT8, dims_of({group, outputs, blocks * block / format})});
+      tensors.push_back({"", DataType::kFLOAT, dims_of({group, outputs, blocks})});
+    }
+  }
+  return tensors;
+}
+
+// The library holds every kernel, so a layer of any type, formats, activation and block is taken.
+void check_every_layer(IPluginCreatorV3One& creator) {
+  for (const std::vector<int32_t>& formats : std::vector<std::vector<int32_t>>{{0, 0}, {1, 1}, {2, 2}, {0, 1, 2}, {1, 2}})
+    for (DataType type : {DataType::kHALF, DataType::kBF16})
+      for (const char* activation : {"none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"})
+        for (int64_t block : {64, 128, 192}) {
+          Plugin plugin(create(creator, fields_of(formats, activation)));
+          const bool gated = std::strstr(activation, "glu") != nullptr;
+          const auto inputs = described(tensors_of(type, formats, gated, block), 9);
+          expect(configure(plugin, inputs) == 0, std::string("a layer of ") + activation);
+        }
+  const std::vector<int32_t> int8 = {1, 1};
+  Plugin plugin(create(creator, fields_of(int8, "relu")));
+  expect_refusal(configure(plugin, described(tensors_of(kX, int8, false, 32), 9)) != 0, "multiples of 64, not 32");
 }
 
 void check_workspace(Plugin& plugin) {
@@ -215,7 +151,8 @@ void check_workspace(Plugin& plugin) {
   for (int64_t tokens : {0, 1, 17, 999}) expect(bytes(tokens) > 0 && bytes(tokens) <= most, "a smaller batch takes less");
   auto wrong = described(kTensors, 10);
   wrong[5].desc.dims.d[0] = 4;
-  expect_refusal(plugin.build().getWorkspaceSize(wrong.data(), static_cast<int32_t>(wrong.size()), wrong.data(), 1) == 0, "up_index");
+  expect_refusal(plugin.build().getWorkspaceSize(wrong.data(), static_cast<int32_t>(wrong.size()), wrong.data(), 1) == 0,
+                 "up_index");
 }
 
 std::string text_of(const PluginFieldCollection& collection) {
@@ -247,7 +184,8 @@ void check_copies(IPluginCreatorV3One& creator) {
   for (Plugin* plugin : {&again, &copy, &attached}) {
     expect(text_of(*plugin->runtime().getFieldsToSerialize()) == given, "a copy outlives what it was made from");
     expect(std::string(plugin->core().getPluginName()) == "MoeLayer" && std::string(plugin->core().getPluginVersion()) == "1" &&
-               std::string(plugin->core().getPluginNamespace()) == "rq.moe", "name, version and namespace");
+               std::string(plugin->core().getPluginNamespace()) == "rq.moe",
+           "name, version and namespace");
   }
 }
 
@@ -288,7 +226,9 @@ void check_run_without_a_driver(Plugin& plugin) {
   const auto count = static_cast<int32_t>(inputs.size());
   std::vector<const void*> pointers(inputs.size());
   void* out = nullptr;
-  const auto enqueue = [&] { return plugin.runtime().enqueue(inputs.data(), inputs.data(), pointers.data(), &out, nullptr, nullptr); };
+  const auto enqueue = [&] {
+    return plugin.runtime().enqueue(inputs.data(), inputs.data(), pointers.data(), &out, nullptr, nullptr);
+  };
   expect_refusal(enqueue() != 0, "onShapeChange comes first");
   expect_refusal(plugin.runtime().onShapeChange(inputs.data(), count, inputs.data(), 1) != 0, "CUDA");
   inputs[1].dims.d[0] = 5;
@@ -315,7 +255,8 @@ int fuzz(IPluginCreatorV3One& creator, unsigned seed, int count) {
       const int64_t length = below(7);
       data.emplace_back(8 * length + 1);
       for (char& byte : data.back()) byte = static_cast<char>(below(4) ? below(3) : random());
-      fields.emplace_back(names[below(7)], data.back().data(), static_cast<PluginFieldType>(below(16) - 1), static_cast<int32_t>(length));
+      fields.emplace_back(names[below(7)], data.back().data(), static_cast<PluginFieldType>(below(16) - 1),
+                          static_cast<int32_t>(length));
     }
     IPluginV3* plugin = create(creator, fields, below(2) ? TensorRTPhase::kBUILD : TensorRTPhase::kRUNTIME);
     if (!plugin) continue;
@@ -336,43 +277,15 @@ int fuzz(IPluginCreatorV3One& creator, unsigned seed, int count) {
     std::vector<PluginTensorDesc> fixed;
     for (auto& input : inputs) fixed.push_back(input.desc);
     held.runtime().onShapeChange(fixed.data(), given, fixed.data(), 1);
-    expect(text_of(*held.runtime().getFieldsToSerialize()) == text_of(*Plugin(held.held->clone()).runtime().getFieldsToSerialize()), "a clone");
+    expect(
+        text_of(*held.runtime().getFieldsToSerialize()) == text_of(*Plugin(held.held->clone()).runtime().getFieldsToSerialize()),
+        "a clone");
   }
   std::printf("%d made, %d configured\n", made, configured);
   return made && configured ? 0 : 1;
 }
 
 }  // namespace
-
-// Creates, configures and enqueues a layer; a wrong step's number, or 0. `workspace` gets `*workspace_bytes` of room, of which
-// the plugin is given what it asks for; that many are returned in it.
-extern "C" int rq_enqueue(const char* library, const int32_t* formats, int32_t slots, const char* activation, float limit,
-                          const PluginTensorDesc* inputs, int32_t count, int64_t most_tokens, const void* const* pointers, void* out,
-                          void* workspace, size_t* workspace_bytes) {
-  auto fields = fields_of({formats, formats + slots}, activation);
-  fields[0].data = formats;
-  fields.emplace_back("limit", &limit, PluginFieldType::kFLOAT32, 1);
-  Plugin plugin(create(*open(library), fields));
-  const auto failed = [](int step) {
-    std::fprintf(stderr, "%s\n", logger.last.c_str());
-    return step;
-  };
-  if (!plugin.held) return failed(1);
-  std::vector<DynamicPluginTensorDesc> dynamic;
-  for (int32_t i = 0; i < count; ++i) {
-    DynamicPluginTensorDesc one{inputs[i], inputs[i].dims, inputs[i].dims, inputs[i].dims};
-    if (i < 3) one.desc.dims.d[0] = -1, one.max.d[0] = most_tokens;
-    dynamic.push_back(one);
-  }
-  if (configure(plugin, dynamic)) return failed(2);
-  const size_t wanted = plugin.build().getWorkspaceSize(dynamic.data(), count, dynamic.data(), 1);
-  if (wanted == 0 || wanted > *workspace_bytes) return failed(3);
-  *workspace_bytes = wanted;
-  Plugin attached(plugin.runtime().attachToContext(nullptr));
-  if (attached.runtime().onShapeChange(inputs, count, inputs, 1)) return failed(4);
-  if (attached.runtime().enqueue(inputs, inputs, pointers, &out, workspace, nullptr)) return failed(5);
-  return 0;
-}
 
 int main(int count, char** arguments) {
   if (count != 2 && count != 4) return 2;
@@ -384,6 +297,7 @@ int main(int count, char** arguments) {
   check_shapes_and_types(plugin);
   check_format_combinations(plugin);
   check_configurations(creator, plugin);
+  check_every_layer(creator);
   check_workspace(plugin);
   check_copies(creator);
   check_refused_fields(creator);

@@ -1,5 +1,6 @@
 """librq_tensorrt.so without TensorRT's builder and without a GPU."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -44,6 +45,33 @@ def kernels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
     build = ROOT / "plugins" / "kernels" / "build.py"
     checked(sys.executable, build, "-o", folder, "--sm", "80", "--jobs", "2", "--only", *BUILT)
+    # The files of SM 80 stand for those of one whose instructions no other has.
+    described = json.loads((folder / "kernels.json").read_text())
+    for kernel in described["kernels"]:
+        kernel["builds"].append(kernel["builds"][0] | {"sm": 120, "portable_ptx": False})
+    (folder / "kernels.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def all_kernels(tmp_path_factory):
+    """kernels.json of every kernel, with one image that is none: enough for all but a launch."""
+    folder = tmp_path_factory.mktemp("all_kernels")
+    (folder / "image").write_bytes(b"none")
+    script = """
+import json, sys
+sys.path.append(sys.argv[1])
+from build import describe
+from rq_kernels import tiles
+from rq_kernels.variants import variants
+build = json.loads(sys.argv[2])
+rule = {"rows": {name: tile.rows for name, tile in tiles.UP.items()}, "reread": tiles.REREAD, "small": tiles.SMALL}
+print(json.dumps({"version": 1, "tiles": rule, "kernels": [describe(v, [build | {"entry": v.name}]) for v in variants()]}))
+"""
+    image = {"file": "image", "sha256": hashlib.sha256(b"none").hexdigest()}
+    build = {"sm": 80, "shared": 0, "portable_ptx": True, "cubin": image, "ptx": image}
+    described = checked(sys.executable, "-c", script, ROOT / "plugins" / "kernels", json.dumps(build))
+    (folder / "kernels.json").write_text(described)
     return folder
 
 
@@ -67,10 +95,10 @@ def compiled(source, output, headers, *options):
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory, headers, kernels):
+def host(tmp_path_factory, headers, all_kernels):
     """Runs the host program with a library, both of which check themselves."""
     folder = tmp_path_factory.mktemp("sanitized")
-    checking = library(folder, headers, kernels, "-DRQ_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug")
+    checking = library(folder, headers, all_kernels, "-DRQ_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug")
     program = compiled("tensorrt_host.cc", folder / "host", headers, "-g", "-fsanitize=address,undefined")
     environment = os.environ | {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
     return lambda *arguments: checked(program, checking, *arguments, env=environment)
@@ -112,7 +140,7 @@ print(type(creator).__name__, creator.name, [field.name for field in creator.fie
 def test_what_it_launches_is_the_layer(plugin, headers, kernels, tmp_path, monkeypatch):
     """In another Python: whether Triton interprets is decided when it is first imported."""
     stand_in = compiled("cuda_stand_in.cc", tmp_path / "libcuda.so.1", headers, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
-    shared_host = compiled("tensorrt_host.cc", tmp_path / "libhost.so", headers, "-shared", "-fPIC")
+    shared_host = compiled("tensorrt_enqueue.cc", tmp_path / "libhost.so", headers, "-shared", "-fPIC")
     for name, path in (("PLUGIN", plugin), ("HOST", shared_host), ("STAND_IN", stand_in), ("KERNELS", kernels)):
         monkeypatch.setenv(f"RQ_{name}", str(path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -39,11 +39,18 @@ def grid_rule(rule: str) -> str:
     return f"{{offsetof(Arguments, {'one' if alone == '1' else alone or argument}), {divisor or 1}}}"
 
 
+def runs_on(build: dict[str, Any], kind: str) -> str:
+    """An architecture's own instructions bind the cubin to it, like the PTX (CUDA programming guide, feature sets)."""
+    if kind == "ptx":
+        return "kLater"
+    return "kLaterMinor" if build["portable_ptx"] else "kItself"
+
+
 def table_entry(kernel: dict[str, Any], symbols: list[str]) -> str:
     """One ``Kernel``. A name that ``Arguments`` lacks, or has as another type, does not compile."""
     names = [parameter["name"] for parameter in kernel["parameters"]] + kernel["hidden_parameters"]
     builds = [
-        f'{{{build["sm"]}, {"true" if kind == "ptx" else "false"}, "{build["entry"]}", {build["shared"]}, {symbol}}}'
+        f'{{{build["sm"]}, RunsOn::{runs_on(build, kind)}, "{build["entry"]}", {build["shared"]}, {symbol}}}'
         for (build, kind), symbol in zip(images(kernel), symbols, strict=True)
     ]
     return "\n     ".join(

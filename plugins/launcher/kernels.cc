@@ -54,8 +54,10 @@ const Kernel* find_kernel(const std::string& name) {
 const Build* build_for(const Kernel& kernel, int sm) {
   const Build* best = nullptr;
   for (const Build& build : kernel.builds) {
-    const bool runs = build.sm <= sm && (build.ptx || build.sm / 10 == sm / 10);
-    if (runs && !(best && build.ptx)) best = &build;
+    if (best && build.runs_on == RunsOn::kLater) break;
+    const bool same_major = build.sm / 10 == sm / 10;
+    const bool runs_later = build.runs_on == RunsOn::kLater || (build.runs_on == RunsOn::kLaterMinor && same_major);
+    if (build.sm == sm || (build.sm < sm && runs_later)) best = &build;
   }
   return best;
 }
@@ -83,7 +85,8 @@ void launch(const Loaded& loaded, const Arguments& arguments, CUstream stream) {
   char* base = const_cast<char*>(reinterpret_cast<const char*>(&arguments));  // the driver only reads, but says so nowhere
   for (uint16_t offset : kernel.parameters) parameters[count++] = base + offset;
   const unsigned threads = kThreadsOfWarp * kernel.warps;
-  check(driver().cuLaunchKernel(loaded.function, grid[0], grid[1], grid[2], threads, 1, 1, loaded.shared, stream, parameters, nullptr),
+  check(driver().cuLaunchKernel(loaded.function, grid[0], grid[1], grid[2], threads, 1, 1, loaded.shared, stream, parameters,
+                                nullptr),
         kernel.name);
 }
 

@@ -22,9 +22,16 @@ struct Arguments {
   int32_t one = 1;
 };
 
+// On which GPUs an image runs, beside those of its own SM.
+enum class RunsOn {
+  kItself,      // a cubin that uses what its architecture alone has
+  kLaterMinor,  // a cubin: later ones of the same major number
+  kLater        // PTX, which the driver translates
+};
+
 struct Build {
   int sm;
-  bool ptx;  // text that the driver translates for any GPU from `sm` on; else a cubin, for this major number from `sm` on
+  RunsOn runs_on;
   const char* entry;
   unsigned shared;  // bytes of dynamic shared memory
   const unsigned char* image;
@@ -39,10 +46,10 @@ struct GridRule {
 struct Kernel {
   const char* name;
   unsigned warps;
-  int step;     // columns of quantized weights at a time, which divide a block; 0 if it has none
+  int step;  // columns of quantized weights at a time, which divide a block; 0 if it has none
   GridRule grid[3];
   std::vector<uint16_t> parameters;  // offsets in Arguments
-  std::vector<Build> builds;         // cubins by ascending SM, then PTX
+  std::vector<Build> builds;         // cubins by ascending SM, then at most one PTX
 };
 
 // What tiles.py knows, at the time the kernels were built.
@@ -60,7 +67,8 @@ extern const int small;                         // the most pairs of dispatch_sm
 // Null if this library was built without that kernel.
 const Kernel* find_kernel(const std::string& name);
 
-// The build for a GPU of compute capability `sm`: the latest cubin that runs there, else PTX. Null if there is none.
+// The build for a GPU of compute capability `sm` (90 stands for 9.0): the latest cubin that runs there, else PTX. Null if there
+// is none.
 const Build* build_for(const Kernel& kernel, int sm);
 
 // A kernel on the GPU of one context.

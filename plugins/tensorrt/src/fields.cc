@@ -20,7 +20,8 @@ constexpr int kMostSlots = 1 << 16;
 }
 
 void expect(const PluginField& field, std::initializer_list<PluginFieldType> types, const char* words) {
-  if (std::find(types.begin(), types.end(), field.type) == types.end()) refuse(field.name, std::string("has another type than ") + words);
+  if (std::find(types.begin(), types.end(), field.type) == types.end())
+    refuse(field.name, std::string("has another type than ") + words);
   if (field.length < 0 || field.length > kMostSlots) refuse(field.name, "has length " + std::to_string(field.length));
   if (field.length && !field.data) refuse(field.name, "has no data");
 }
@@ -30,7 +31,7 @@ std::vector<int32_t> integers(const PluginField& field) {
   std::vector<int32_t> values(field.length);
   for (int i = 0; i < field.length; ++i) {
     const int64_t value = field.type == PluginFieldType::kINT32 ? static_cast<const int32_t*>(field.data)[i]
-                                                                 : static_cast<const int64_t*>(field.data)[i];
+                                                                : static_cast<const int64_t*>(field.data)[i];
     if (value < 0 || value > 2) refuse(field.name, "has " + std::to_string(value) + "; 0, 1 and 2 are float, int8 and int4");
     values[i] = static_cast<int32_t>(value);
   }
@@ -64,9 +65,10 @@ std::string activation(const PluginField& field) {
 bool Fields::has(int format) const { return std::find(formats.begin(), formats.end(), format) != formats.end(); }
 
 std::array<PluginField, kFieldCount> field_names() {
-  return {PluginField{"formats", nullptr, PluginFieldType::kINT32, 1}, PluginField{"activation", nullptr, PluginFieldType::kCHAR, 1},
-          PluginField{"alpha", nullptr, PluginFieldType::kFLOAT32, 1}, PluginField{"limit", nullptr, PluginFieldType::kFLOAT32, 1},
-          PluginField{"shares", nullptr, PluginFieldType::kFLOAT32, 1}};
+  return {
+      PluginField{"formats", nullptr, PluginFieldType::kINT32, 1}, PluginField{"activation", nullptr, PluginFieldType::kCHAR, 1},
+      PluginField{"alpha", nullptr, PluginFieldType::kFLOAT32, 1}, PluginField{"limit", nullptr, PluginFieldType::kFLOAT32, 1},
+      PluginField{"shares", nullptr, PluginFieldType::kFLOAT32, 1}};
 }
 
 Fields parse_fields(const nvinfer1::PluginFieldCollection* collection) {
@@ -94,7 +96,8 @@ Fields parse_fields(const nvinfer1::PluginFieldCollection* collection) {
   }
   if (fields.formats.empty()) refuse("formats", "is missing; give the format of every slot");
   if (!fields.shares.empty() && fields.shares.size() != fields.formats.size())
-    refuse("shares", "has " + std::to_string(fields.shares.size()) + " values for " + std::to_string(fields.formats.size()) + " slots");
+    refuse("shares",
+           "has " + std::to_string(fields.shares.size()) + " values for " + std::to_string(fields.formats.size()) + " slots");
   for (float share : fields.shares)
     if (share < 0 || share > 1) refuse("shares", "has " + std::to_string(share) + "; a share is a part of all pairs, 0 to 1");
   return fields;
@@ -106,7 +109,8 @@ std::vector<PluginField> as_plugin_fields(const Fields& fields) {
                                      {"activation", fields.activation.data(), PluginFieldType::kCHAR, length(fields.activation)},
                                      {"alpha", &fields.alpha, PluginFieldType::kFLOAT32, 1},
                                      {"limit", &fields.limit, PluginFieldType::kFLOAT32, 1}};
-  if (!fields.shares.empty()) result.emplace_back("shares", fields.shares.data(), PluginFieldType::kFLOAT32, length(fields.shares));
+  if (!fields.shares.empty())
+    result.emplace_back("shares", fields.shares.data(), PluginFieldType::kFLOAT32, length(fields.shares));
   return result;
 }
 

@@ -9,7 +9,7 @@ namespace {
 using nvinfer1::DataType;
 using nvinfer1::Dims;
 
-constexpr const char* kNames[] = {"x", "ids", "gates", "replicas", "formats", "index", "float_weights",
+constexpr const char* kNames[] = {"x",           "ids",         "gates",       "replicas",    "formats", "index", "float_weights",
                                   "int8_packed", "int8_scales", "int4_packed", "int4_scales", "bias"};
 constexpr int64_t kAny = -1;  // of a dimension that is checked elsewhere, or may be any
 constexpr int64_t kMostOfASize = 1 << 24;
@@ -75,21 +75,15 @@ std::vector<Input> input_list(const Fields& fields, int count) {
 
 bool is_type_of(const Input& input, DataType type, DataType type_of_x) {
   switch (input.role) {
-    case Role::kX:
-      return type == DataType::kHALF || type == DataType::kBF16;
-    case Role::kFloat:
-      return type == type_of_x;
-    case Role::kIds:
-      return type == DataType::kINT64;
+    case Role::kX: return type == DataType::kHALF || type == DataType::kBF16;
+    case Role::kFloat: return type == type_of_x;
+    case Role::kIds: return type == DataType::kINT64;
     case Role::kReplicas:
     case Role::kFormats:
-    case Role::kIndex:
-      return type == DataType::kINT32;
+    case Role::kIndex: return type == DataType::kINT32;
     case Role::kInt8Packed:
-    case Role::kInt4Packed:
-      return type == DataType::kINT8;
-    default:
-      return type == DataType::kFLOAT;
+    case Role::kInt4Packed: return type == DataType::kINT8;
+    default: return type == DataType::kFLOAT;
   }
 }
 
@@ -128,16 +122,12 @@ Layer describe_layer(const Fields& fields, const std::vector<nvinfer1::PluginTen
     const int outputs = input.down ? layer.hidden : halves * layer.intermediate;
     const int columns = input.down ? layer.intermediate : layer.hidden;
     switch (input.role) {
-      case Role::kIndex:
-        require_shape(input, dims(i), {layer.slots()});
-        break;
+      case Role::kIndex: require_shape(input, dims(i), {layer.slots()}); break;
       case Role::kFloat:
         require_shape(input, dims(i), {kAny, outputs, columns});
         known_size(input, dims(i), 0);
         break;
-      case Role::kBias:
-        require_shape(input, dims(i), {layer.slots(), outputs});
-        break;
+      case Role::kBias: require_shape(input, dims(i), {layer.slots(), outputs}); break;
       case Role::kInt8Packed:
       case Role::kInt4Packed: {
         require_shape(input, dims(i), {kAny, outputs, kAny});

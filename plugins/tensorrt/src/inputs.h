@@ -10,7 +10,20 @@
 
 namespace rq {
 
-enum class Role { kX, kIds, kGates, kReplicas, kFormats, kIndex, kFloat, kInt8Packed, kInt8Scales, kInt4Packed, kInt4Scales, kBias };
+enum class Role {
+  kX,
+  kIds,
+  kGates,
+  kReplicas,
+  kFormats,
+  kIndex,
+  kFloat,
+  kInt8Packed,
+  kInt8Scales,
+  kInt4Packed,
+  kInt4Scales,
+  kBias
+};
 
 struct Input {
   Role role;

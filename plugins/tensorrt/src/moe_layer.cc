@@ -51,7 +51,8 @@ int32_t MoeLayer::getOutputShapes(DimsExprs const* inputs, int32_t input_count, 
   return guarded(-1, [&] {
     require_one_output(output_count);
     input_list(fields_, input_count);
-    if (inputs[0].nbDims != 2) throw std::invalid_argument("x has " + std::to_string(inputs[0].nbDims) + " dimensions where 2 are needed");
+    if (inputs[0].nbDims != 2)
+      throw std::invalid_argument("x has " + std::to_string(inputs[0].nbDims) + " dimensions where 2 are needed");
     outputs[0] = inputs[0];
     return 0;
   });

@@ -45,8 +45,8 @@ class MoeLayer final : public nvinfer1::IPluginV3,
   // Loads the kernels: after this nothing is allocated.
   int32_t onShapeChange(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count, nvinfer1::PluginTensorDesc const*,
                         int32_t output_count) noexcept override;
-  int32_t enqueue(nvinfer1::PluginTensorDesc const* input_descriptions, nvinfer1::PluginTensorDesc const*, void const* const* inputs,
-                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
+  int32_t enqueue(nvinfer1::PluginTensorDesc const* input_descriptions, nvinfer1::PluginTensorDesc const*,
+                  void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
   nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 

@@ -14,9 +14,12 @@ from command_line import Run, names, refused, writing
 from conftest import run_command
 
 from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.safetensors_file import StoredTensor
+from rq_compile.errors import UserError
 from rq_compile.export.export import Exported
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest, verify
+from rq_compile.targets.links import link_names
 
 IDS = np.arange(3, 20, dtype=np.int64)[None]
 
@@ -85,6 +88,15 @@ def test_an_exported_graph_compiles_again(
     for lowering in ("native", "stock", "batched"):
         assert rq_compile(*bf16, "--lowering", lowering, "-o", out / f"{lowering}.onnx", "-q").exit_code == 0
         assert exported.model.SerializeToString(deterministic=True) == before
+
+
+def test_two_shards_of_one_name(out: Path) -> None:
+    one, other = (StoredTensor(out / folder / "x.safetensors", 0, 4, "F32", (1,)) for folder in "ab")
+    assert link_names({"w": one, "v": one}, out / "e.onnx") == {one.file: out / "e.x.safetensors"}
+    with pytest.raises(
+        UserError, match=r"a/x.safetensors and .*b/x.safetensors would both be linked as .*e.x.safetensors; leave"
+    ):
+        link_names({"w": one, "v": other}, out / "e.onnx")
 
 
 def test_another_file_system(rq_compile: Run, model: Path, stages: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

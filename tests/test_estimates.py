@@ -17,7 +17,7 @@ from rq_compile.calibration.calibrate import calibrate
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.estimates import calibration_estimate, engine_estimate, expert_weights
 from rq_compile.export.export import Exported, export_graph
-from rq_compile.files import read_document
+from rq_compile.files import read_document, write_document
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.schema import Plan
 from rq_compile.targets.manifest import DenseFormat, Lowering
@@ -132,6 +132,14 @@ def test_layer_by_layer_is_told(model: Path, out: Path, monkeypatch: pytest.Monk
     assert "layer by layer" in estimate.remarks[0]
     rows = len(tiny.tokenizer()(TEXT["a.txt"], add_special_tokens=False).input_ids)
     assert estimate.temporary_bytes >= 8 * rows * 32
+
+
+def test_a_dry_run_with_a_plan_refuses_what_the_run_would(model: Path, stages: Path, out: Path, rq_compile: Run) -> None:
+    plan = read_document(Plan, stages / "plan.json").model_copy(update={"target": "cuda", "statistics": None})
+    write_document(plan, out / "plan.json")
+    for more in ([], ["--dry-run"]):
+        result = rq_compile(model, "--plan", out / "plan.json", "-o", out / "x.onnx", "-q", *more)
+        refused(result, 2, "the plan is for target cuda, but ONNX engines are for cpu or batched")
 
 
 def test_a_dry_run_refuses_what_the_run_would(model: Path, stages: Path, out: Path, rq_compile: Run) -> None:

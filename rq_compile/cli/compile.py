@@ -22,7 +22,6 @@ from rq_compile.cli.options import (
     read_texts,
     sequence_length_option,
     text_option,
-    threads_option,
 )
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, checked_settings, compile_plan, tensorrt_options
@@ -65,7 +64,7 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size"
 )
 @click.option("--link-weights", is_flag=True, help="Leave weights in the checkpoint that need no other form (no experts).")
 @click.option("--fresh", is_flag=True, help="Start over, where an interrupted compilation could be continued.")
-@threads_option
+@click.option("--threads", type=click.IntRange(1), help="Threads that compute the weights; default: one for each core.")
 @tensorrt_options
 @planning_options
 @batch_size_option
@@ -119,6 +118,10 @@ def command(
         plan = read_document(Plan, plan_path)
         check_same_model(plan, checkpoint, plan_path)
         if dry_run:
+            from rq_compile.architectures.layers import moe_layers
+            from rq_compile.targets.preflight import preflight
+
+            preflight(checkpoint, moe_layers(checkpoint), plan, lowering)
             show_estimate(screen, checkpoint, output, lowering, plan=plan, **shape)
             return
         statistics = Statistics.beside(plan_path.parent, plan.statistics) if plan.statistics else None

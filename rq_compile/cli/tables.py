@@ -85,11 +85,13 @@ def estimate_tables(estimate: Estimate) -> list[RenderableType]:
         "memory": f"about {megabytes(estimate.memory_bytes)}",
         "time": f"roughly {duration(estimate.seconds)} on {estimate.cores} cores",
     }
-    remarks = {f"note_{number}": remark for number, remark in enumerate(estimate.remarks, 1)}
-    made = table("Files", "", "bytes")
+    head = facts("what it would take (no weight was read)", **values)
+    for remark in estimate.remarks:
+        head.add_row("remark", remark)
+    made = table("files", "", "bytes")
     for name, size in estimate.outputs.items():
         made.add_row(name, f"{size}")
-    return [facts("Nothing was read or written; it would take", **values, **remarks), made]
+    return [head, made]
 
 
 def calibration_tables(calibration: Calibration) -> list[RenderableType]:

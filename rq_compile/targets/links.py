@@ -22,8 +22,17 @@ def linkable(weight: ExternalWeight, tensor: StoredTensor, *, transposed: bool) 
 
 
 def link_names(linked: Mapping[str, StoredTensor], output: Path) -> dict[Path, Path]:
-    """Shard -> the link to it beside ``output``, for the shards that hold ``linked`` weights."""
-    return {tensor.file: output.with_suffix(f".{tensor.file.name}") for tensor in linked.values()}
+    """Shard -> the link to it beside ``output``, for the shards that hold ``linked`` weights.
+
+    Raises:
+        UserError: two of them, in folders of their own, have one name.
+    """
+    links = {tensor.file: output.with_suffix(f".{tensor.file.name}") for tensor in linked.values()}
+    shards = {link: shard for shard, link in links.items()}
+    for shard, link in links.items():
+        if shards[link] != shard:
+            raise UserError(f"{shard} and {shards[link]} would both be linked as {link}; leave --link-weights out", 2)
+    return links
 
 
 @contextmanager

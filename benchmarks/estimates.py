@@ -1,4 +1,4 @@
-"""The rates of ``rq_compile/estimates.py`` on this machine, per core, and what a dry run says of a sample's engine.
+"""The rates of ``rq_compile/estimates.py`` on this machine, per core, beside those that it assumes.
 
     python benchmarks/estimates.py [-o benchmarks/results/estimates.json]
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, block_size
-from rq_compile.quantization.quantizer import quantize, whole_numbers
+from rq_compile.quantization.quantizer import FLOAT_DTYPES, quantize, whole_numbers
 from rq_compile.quantization.rounding import holding_scales, nearest
-from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, FLOAT_DTYPES, Source
+from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, Source
 from rq_compile.rewrite.weights import INT4, ExternalWeight, Piece
 
 QUANTIZED_DTYPES = {"int8": np.dtype(np.int8), "int4": INT4}
@@ -62,8 +62,9 @@ def lane_weights(
             if not packed:
                 return matrix.astype(dtype, copy=False).T, *biases
             if whole:
-                scale = holding_scales(matrix.astype(np.float32), format)
-                return nearest(matrix.astype(np.float32), scale, format).astype(np.int8).T, scale[None], *biases
+                matrix = matrix.astype(np.float32)
+                scale = holding_scales(matrix, format)
+                return nearest(matrix, scale, format).astype(np.int8).T, scale[None], *biases
             result = quantize(matrix, format, getattr(expert, f"{projection}_moment"))
             return whole_numbers(result, format).T, result.scales.T, *biases
 

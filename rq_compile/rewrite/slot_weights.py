@@ -4,13 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 
 from rq_compile.architectures.geometry import GATED
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import BITS, FLOAT_FORMATS, Format, block_size
-from rq_compile.quantization.quantizer import Quantized, quantize
+from rq_compile.quantization.quantizer import FLOAT_DTYPES, Quantized, quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
 from rq_compile.rewrite.weights import ExternalWeight, Piece
@@ -20,7 +19,6 @@ Source = Callable[[str, int], "Expert"]
 # A weight while it is read, quantized and packed: at most as fp32 in two forms.
 BYTES_OF_A_WEIGHT = 8
 GROUPS = ("float", "int8", "int4")
-FLOAT_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Expert(Protocol):

@@ -1,5 +1,5 @@
 # make demo: from the sample checkpoint to a running engine. make test: the tests. Each sets itself up in .venv.
-# make kernels: the GPU kernels, compiled ahead of time. make gpu-check: their check on a machine with a GPU.
+# make kernels: the GPU kernels, compiled ahead of time; make tensorrt-plugin: the library with them. make gpu-check: their check on a machine with a GPU.
 # make tritonserver: Triton Inference Server in .venv-triton, for the tests that talk to it. make check: ruff and mypy. make schema: docs/schema anew. make format: what ruff can mend.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ INSTALLED := .venv/installed
 
 TRITON := .venv-triton
 
-.PHONY: demo test tritonserver kernels gpu-check check format schema clean
+.PHONY: demo test tritonserver kernels tensorrt-plugin gpu-check check format schema clean
 
 $(INSTALLED): pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,6 +32,11 @@ $(TRITON)/bin/tritonserver: tests/install_tritonserver.py
 
 kernels: $(INSTALLED)
 	$(BIN)/python plugins/kernels/build.py -o build/kernels
+
+tensorrt-plugin: kernels
+	cmake -S plugins/tensorrt -B build/tensorrt -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DTENSORRT_INCLUDE_DIR=$$($(BIN)/python -c "import kernel_lens; print(kernel_lens.__path__[0])")/include/tensorrt
+	cmake --build build/tensorrt --parallel 2
 
 # Needs torch, Triton and a GPU, nothing else: no network and none of this project's dependencies.
 gpu-check:

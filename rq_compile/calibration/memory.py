@@ -98,15 +98,22 @@ def available_memory() -> int:
     found = re.search(r"MemAvailable: *(\d+) kB", machine.read_text())
     available = [int(found[1]) * 1024] if found else []
     group = re.search(r"^0::(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-    folder = Path("/sys/fs/cgroup") / (group[1].strip("/") if group else "")
-    if (folder / "memory.max").exists() and (limit := (folder / "memory.max").read_text().strip()) != "max":
-        # What was read from disk counts as used, but gives way.
-        cached = re.findall(r"^(?:in)?active_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-        available.append(int(limit) - int((folder / "memory.current").read_text()) + sum(map(int, cached)))
+    available += left_by_groups(Path("/sys/fs/cgroup") / (group[1].strip("/") if group else ""))
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     if own != resource.RLIM_INFINITY:
         available.append(own - int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE)
     return max(0, min(available))
+
+
+def left_by_groups(folder: Path) -> list[int]:
+    """Bytes left to the control group (version 2) of this folder, by its own limit and by those of the groups that it is in."""
+    left = []
+    for group in (folder, *folder.parents):
+        if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+            # What was read from disk counts as used, but gives way.
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+            left.append(int(limit) - int((group / "memory.current").read_text()) + sum(map(int, cached)))
+    return left
 
 
 def device_memory(device: str) -> int:

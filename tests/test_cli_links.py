@@ -19,7 +19,7 @@ from rq_compile.errors import UserError
 from rq_compile.export.export import Exported
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest, verify
-from rq_compile.targets.links import link_names
+from rq_compile.targets.links import hard_linked, link_names
 
 IDS = np.arange(3, 20, dtype=np.int64)[None]
 
@@ -88,6 +88,16 @@ def test_an_exported_graph_compiles_again(
     for lowering in ("native", "stock", "batched"):
         assert rq_compile(*bf16, "--lowering", lowering, "-o", out / f"{lowering}.onnx", "-q").exit_code == 0
         assert exported.model.SerializeToString(deterministic=True) == before
+
+
+def test_another_that_is_refused_takes_only_its_own_link_away(out: Path) -> None:
+    (out / "shard").write_text("weights")
+    with hard_linked(out / "shard", out / "e.shard"):
+        with pytest.raises(UserError), hard_linked(out / "shard", out / "e.shard"):
+            raise UserError("another rq-compile is writing")
+        assert not (out / "e.shard").exists()
+    assert names(out) == ["e.shard", "shard"]
+    assert (out / "e.shard").samefile(out / "shard")
 
 
 def test_two_shards_of_one_name(out: Path) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor
 from rq_compile.errors import UserError
@@ -42,9 +43,9 @@ def hard_linked(source: Path, path: Path) -> Iterator[None]:
     Raises:
         UserError: the two are not on one file system, or that has no hard links.
     """
-    temporary = path.with_name(f".{path.name}.link")
+    # A name of its own: another process that comes to write the same engine, and is refused, takes its link away again.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        temporary.unlink(missing_ok=True)
         os.link(source.resolve(), temporary)
     except OSError as error:
         raise UserError(

@@ -184,7 +184,7 @@ def interrupted(path: Path, stop: int, error: BaseException | None = None) -> No
         Run(path, stop, error)
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("error", [None, MemoryError(), KeyboardInterrupt(), SystemExit(143)])
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_it_goes_on_where_it_was(tmp_path: Path, whole: bytes, stop: int, error: BaseException | None) -> None:
     path = tmp_path / "w"

@@ -56,8 +56,8 @@ class Journal:
 def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda text: None) -> Iterator[Journal]:
     """Yield the journal of ``path``'s partial file: that of an earlier ``job`` that was the same, unless ``fresh``, or a new one.
 
-    On success the partial file is renamed onto ``path``. When interrupted, or when disk or memory is full, it and the journal stay
-    if a section is whole; on any other failure they are removed. ``say`` takes a sentence for the user.
+    On success the partial file is renamed onto ``path``. When interrupted, or when disk or memory is full, it and the journal
+    stay if a section is whole; on any other failure they are removed. ``say`` takes a sentence for the user.
 
     Raises:
         UserError: another process writes ``path``, or it cannot be written.

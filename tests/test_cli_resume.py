@@ -116,6 +116,20 @@ def test_a_flipped_bit_is_found(rq_compile: Run, model: Path, stages: Path, left
     same_engine(stages, left)
 
 
+def test_a_shard_that_was_written_again_starts_over(
+    rq_compile: Run, model: Path, stages: Path, left: Path, read: set[int], tmp_path: Path
+) -> None:
+    """A weight in the middle of a tensor, where no fingerprint looks, may be another."""
+    again = shutil.copytree(model, tmp_path / model.name, copy_function=shutil.copy2)
+    shard = again / "model.safetensors"
+    assert Checkpoint.open(again).version == Checkpoint.open(model).version
+    shard.write_bytes(shard.read_bytes())
+    result = rq_compile(*writing("compile", again, stages, left))
+    assert "was begun with another version of the shards; starting over" in result.stderr
+    assert read == {0, 1}
+    same_engine(stages, left)
+
+
 @pytest.mark.parametrize(
     ("options", "named"), [(("--lowering", "stock"), "lowering"), (("--plan", "other.json"), "plan and activation statistics")]
 )

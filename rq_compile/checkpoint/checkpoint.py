@@ -107,6 +107,12 @@ class Checkpoint:
             digest.update(read_ends(tensor, SAMPLE))
         return digest.hexdigest()
 
+    @property
+    def version(self) -> str:
+        """sha256 over the shards' sizes and times: changes with any change of a shard, and when the checkpoint is copied."""
+        stats = [(file, file.stat()) for file in sorted({tensor.file for tensor in self.tensors.values()})]
+        return hashlib.sha256(repr([(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]).encode()).hexdigest()
+
     def _stored(self, name: str) -> StoredTensor:
         try:
             return self.tensors[name]

@@ -89,6 +89,8 @@ def compile_engine(
     job: Job = {
         "tool": f"rq-compile {__version__}",
         "checkpoint": checkpoint.fingerprint,
+        # The fingerprint samples a tensor's ends; a shard that was repaired in its middle must not be taken for the old one.
+        "version of the shards": checkpoint.version,
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
         "activation statistics": moments.sha256 if moments else None,
         "lowering": lowering,

@@ -307,6 +307,18 @@ def test_documents_of_another_engine(
     assert names(out) == []
 
 
+@pytest.mark.parametrize("lost", ["model.onnx", "model.json", "model.onnx.data", "bench.json"])
+def test_what_it_is_made_from_is_not_overwritten(
+    rq_compile: Command, stages: Path, measured: Path, tmp_path: Path, lost: str
+) -> None:
+    for path in (*stages.glob("model.*"), measured / "bench.json"):
+        shutil.copyfile(path, tmp_path / path.name)
+    before = (tmp_path / lost).read_bytes()
+    result = rq_compile("report", tmp_path / "model.onnx", "--bench", tmp_path / "bench.json", "-o", tmp_path / lost)
+    refused(result, 2, "would overwrite", "choose another output with -o")
+    assert (tmp_path / lost).read_bytes() == before
+
+
 def test_files_that_are_missing(rq_compile: Command, stages: Path, out: Path, tmp_path: Path) -> None:
     refused(rq_compile("report", tmp_path / "no.onnx", "-o", out / "report.html"), 2, "no such engine")
     refused(rq_compile("report", stages / "model.onnx", "-o", out / "no" / "report.html"), 2, "there is no folder")

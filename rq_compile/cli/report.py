@@ -8,6 +8,7 @@ import click
 
 from rq_compile.cli.options import FILE, check_writable
 from rq_compile.cli.screen import Screen, on_screen
+from rq_compile.errors import UserError
 
 
 @click.command("report")
@@ -29,9 +30,13 @@ def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None,
     from rq_compile.reporting.headline import headline
     from rq_compile.reporting.page import page
     from rq_compile.reporting.same_engine import check_bench, check_evaluation
-    from rq_compile.runtime.files import read_manifest
+    from rq_compile.runtime.files import engine_files, manifest_path, read_manifest
 
     manifest = read_manifest(engine)
+    parts = (engine.parent / file.name for file in engine_files(manifest))
+    read = [manifest_path(engine), *parts, *(path for path in (evaluation, bench) if path)]
+    if output.resolve() in {path.resolve() for path in read}:
+        raise UserError(f"the page would overwrite {output}, which it is made from; choose another output with -o", 2)
     evaluated = timed = None
     if evaluation is not None:
         evaluated = read_document(Evaluation, evaluation)

@@ -54,14 +54,6 @@ def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: 
     )
 
 
-def memory(manifest: Manifest) -> list[Bar]:
-    plan = manifest.plan
-    values = [("experts in the checkpoint", plan.bytes_before, False)]
-    if size(plan.bytes_after) != size(manifest.expert_bytes):
-        values.append(("all slots of the plan", plan.bytes_after, True))
-    return bars(*values, ("experts in this engine", manifest.expert_bytes, True))
-
-
 def environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -201,3 +201,13 @@ def test_a_damaged_engine_is_refused(rq_compile: Command, rewritten: Callable[..
 def test_context_length_is_for_this_destination_alone(rq_compile: Command, stages: Path, tmp_path: Path) -> None:
     arguments = ("package", stages / "model.onnx", "--for", "edge", "--context-length", 64, "-o", tmp_path / "edge")
     refused(rq_compile(*arguments), 2, "--context-length has no effect with --for edge")
+
+
+def test_a_manifest_called_as_a_file_of_its_own_is_refused(
+    rq_compile: Command, stages: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "tokenizer.onnx"
+    assert rq_compile(tiny_checkpoint("olmoe"), "--plan", stages / "plan.json", "-o", source).exit_code == 0
+    arguments = ("package", source, "--for", "onnxruntime-genai", "--context-length", 64, "-o", tmp_path / "genai")
+    refused(rq_compile(*arguments), 2, "tokenizer.json is the manifest", "compile to another name")
+    assert not (tmp_path / "genai").exists()

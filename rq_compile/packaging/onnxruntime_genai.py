@@ -30,10 +30,13 @@ def package(source: Path, output: Path, context_length: int | None = None) -> Pa
 
     Raises:
         UserError: ``source`` is no whole engine or is damaged, does not know its context length and none is given, cannot be run
-            by onnxruntime-genai (see ``check_runnable``), or see ``folder_written_beside``.
+            by onnxruntime-genai (see ``check_runnable``), has a manifest called as one of its files, or see
+            ``folder_written_beside``.
     """
     manifest = read_manifest(source)
     check_runnable(source, manifest)
+    if (place := manifest_path(source).name) in (CONFIG, TOKENIZER, TOKENIZER_CONFIG):
+        raise UserError(f"{place} is the manifest of {source} and a file of onnxruntime-genai; compile to another name", 2)
     length = context_length or manifest.context_length
     if length is None:
         raise UserError(f"{source} does not say how many tokens its model was made for; give --context-length", 2)

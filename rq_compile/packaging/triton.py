@@ -39,14 +39,16 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
     library and options give the same bytes.
 
     Raises:
-        UserError: ``source`` is no whole engine or is damaged, is an encoder-decoder, an option is not for this flavour or
-            is refused by it, tritonclient is missing, or see ``folder_written_beside``.
+        UserError: ``name`` cannot be a model's, ``source`` is no whole engine, is damaged or an encoder-decoder, an option is
+            not for this flavour or is refused by it, tritonclient is missing, or see ``folder_written_beside``.
     """
     name = name or source.stem
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise UserError(
             f"{name!r} cannot name a model in Triton; give --name letters and digits, with dots and dashes between", 2
         )
+    if name in ("LICENSE", CHECKSUMS):
+        raise UserError(f"a file of the package is called {name}, so no model can be; give another --name", 2)
     flavour = flavour or ("tensorrt" if source.suffix == ".plan" else "python")
     if (flavour == "tensorrt") != (source.suffix == ".plan"):
         raise UserError(f"--flavour {flavour} does not take {source}; give an engine that ends in {ENDINGS[flavour]}", 2)

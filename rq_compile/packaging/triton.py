@@ -71,6 +71,8 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
         files = sorted(path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file())
         (repository / CHECKSUMS).write_text("".join(f"{sha256(repository / file)}  {file}\n" for file in files))
 
+    if flavour != "python":
+        remarks.append("the container of the last command is a proposal: no image of NVIDIA was tried with this package")
     if onnx_engine:
         remarks = [*remarks, library_remark(onnx_engine), licence_remark(onnx_engine)]
     text = onnx_engine is not None and onnx_engine.tokenizer is not None

@@ -58,7 +58,10 @@ class Profile(Document):
             UserError: it is not of that form.
         """
         try:
-            pairs = dict(part.split("=") for part in text.split(","))
+            parts = [part.split("=") for part in text.split(",")]
+            pairs = dict(parts)
+            if len(pairs) < len(parts):
+                raise ValueError("an axis is given twice")
             profile = cls(**{axis: Range.parse(value) for axis, value in pairs.items()})
             if not (profile.batch.least and profile.sequence.least):
                 raise ValueError("batch and sequence begin at 1")

@@ -60,7 +60,7 @@ PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size"
     type=click.Choice(DENSE_FORMATS),
     default="stored",
     show_default=True,
-    help="What is not an expert (native only): 16 bit as stored, rounded to int8 for a faster decode, or widened to fp32.",
+    help="What is not an expert (native only): 16 bit as stored, rounded to int8, or widened to fp32.",
 )
 @click.option("--link-weights", is_flag=True, help="Leave weights in the checkpoint that need no other form (no experts).")
 @click.option("--fresh", is_flag=True, help="Start over, where an interrupted compilation could be continued.")

@@ -5,7 +5,7 @@ in fp32 only, so that a bf16 matrix would take twice its bytes; DenseGemm widens
 and reads int8 in panels as ExpertGemm does.
 
 Requires: the Experts nodes, by which routers are known: their matrices stay as they are, since rounding them changes routing.
-Ensures: no weights but the routers', those of fp32 checkpoints and vectors are left in fp32 beside an int8 or 16-bit DenseGemm.
+Ensures: every other product by a weight matrix of 16 rows or more is a DenseGemm, unless the matrix is kept in fp32.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,11 +1,8 @@
 #include "fields.h"
 
 #include <algorithm>
-#include <cmath>
 #include <set>
 #include <stdexcept>
-
-#include "layer.h"
 
 namespace rq {
 namespace {
@@ -13,17 +10,11 @@ namespace {
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-constexpr int kMostSlots = 1 << 16;
-
-[[noreturn]] void refuse(const std::string& name, const std::string& what) {
-  throw std::invalid_argument("field " + name + " " + what);
-}
-
 void expect(const PluginField& field, std::initializer_list<PluginFieldType> types, const char* words) {
   if (std::find(types.begin(), types.end(), field.type) == types.end())
-    refuse(field.name, std::string("has another type than ") + words);
-  if (field.length < 0 || field.length > kMostSlots) refuse(field.name, "has length " + std::to_string(field.length));
-  if (field.length && !field.data) refuse(field.name, "has no data");
+    refuse_field(field.name, std::string("has another type than ") + words);
+  if (field.length < 0 || field.length > kMostSlots) refuse_field(field.name, "has length " + std::to_string(field.length));
+  if (field.length && !field.data) refuse_field(field.name, "has no data");
 }
 
 std::vector<int32_t> integers(const PluginField& field) {
@@ -32,8 +23,7 @@ std::vector<int32_t> integers(const PluginField& field) {
   for (int i = 0; i < field.length; ++i) {
     const int64_t value = field.type == PluginFieldType::kINT32 ? static_cast<const int32_t*>(field.data)[i]
                                                                 : static_cast<const int64_t*>(field.data)[i];
-    if (value < 0 || value > 2) refuse(field.name, "has " + std::to_string(value) + "; 0, 1 and 2 are float, int8 and int4");
-    values[i] = static_cast<int32_t>(value);
+    values[i] = format_code(value);
   }
   return values;
 }
@@ -41,28 +31,22 @@ std::vector<int32_t> integers(const PluginField& field) {
 std::vector<float> floats(const PluginField& field) {
   expect(field, {PluginFieldType::kFLOAT32}, "float32");
   const auto* values = static_cast<const float*>(field.data);
-  if (!std::all_of(values, values + field.length, [](float value) { return std::isfinite(value); }))
-    refuse(field.name, "has a value that is not finite");
   return {values, values + field.length};
 }
 
 float one_float(const PluginField& field) {
   const std::vector<float> values = floats(field);
-  if (values.size() != 1) refuse(field.name, "has " + std::to_string(values.size()) + " values; give one");
+  if (values.size() != 1) refuse_field(field.name, "has " + std::to_string(values.size()) + " values; give one");
   return values[0];
 }
 
 std::string activation(const PluginField& field) {
   expect(field, {PluginFieldType::kCHAR}, "char");
   const auto* letters = static_cast<const char*>(field.data);
-  const std::string name(letters, std::find(letters, letters + field.length, '\0'));
-  if (activation_code(name) < 0) refuse(field.name, "has an activation that is unknown; plugins/tensorrt/README.md lists them");
-  return name;
+  return {letters, std::find(letters, letters + field.length, '\0')};
 }
 
 }  // namespace
-
-bool Fields::has(int format) const { return std::find(formats.begin(), formats.end(), format) != formats.end(); }
 
 std::array<PluginField, kFieldCount> field_names() {
   return {
@@ -80,7 +64,7 @@ Fields parse_fields(const nvinfer1::PluginFieldCollection* collection) {
     const PluginField& field = collection->fields[i];
     if (!field.name) throw std::invalid_argument("a field has no name");
     const std::string name = field.name;
-    if (!seen.insert(name).second) refuse(name, "is given twice");
+    if (!seen.insert(name).second) refuse_field(name, "is given twice");
     if (name == "formats")
       fields.formats = integers(field);
     else if (name == "activation")
@@ -92,14 +76,9 @@ Fields parse_fields(const nvinfer1::PluginFieldCollection* collection) {
     else if (name == "shares")
       fields.shares = floats(field);
     else
-      refuse(name, "is unknown; there are formats, activation, alpha, limit and shares");
+      refuse_field(name, "is unknown; there are formats, activation, alpha, limit and shares");
   }
-  if (fields.formats.empty()) refuse("formats", "is missing; give the format of every slot");
-  if (!fields.shares.empty() && fields.shares.size() != fields.formats.size())
-    refuse("shares",
-           "has " + std::to_string(fields.shares.size()) + " values for " + std::to_string(fields.formats.size()) + " slots");
-  for (float share : fields.shares)
-    if (share < 0 || share > 1) refuse("shares", "has " + std::to_string(share) + "; a share is a part of all pairs, 0 to 1");
+  check_fields(fields);
   return fields;
 }
 

@@ -4,19 +4,11 @@
 #include <NvInferRuntime.h>
 
 #include <array>
-#include <string>
 #include <vector>
 
+#include "node.h"
+
 namespace rq {
-
-struct Fields {
-  std::vector<int32_t> formats;  // [S] 0 float, 1 int8, 2 int4; required
-  std::string activation = "none";
-  float alpha = 1.702f, limit = 7.0f;
-  std::vector<float> shares;  // [S] or empty
-
-  bool has(int format) const;
-};
 
 constexpr int kFieldCount = 5;
 

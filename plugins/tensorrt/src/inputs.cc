@@ -1,172 +1,35 @@
 #include "inputs.h"
 
-#include <stdexcept>
-#include <string>
+#include <algorithm>
 
 namespace rq {
-namespace {
 
 using nvinfer1::DataType;
 using nvinfer1::Dims;
 
-constexpr const char* kNames[] = {"x",           "ids",         "gates",       "replicas",    "formats", "index", "float_weights",
-                                  "int8_packed", "int8_scales", "int4_packed", "int4_scales", "bias"};
-constexpr int64_t kAny = -1;  // of a dimension that is checked elsewhere, or may be any
-constexpr int64_t kMostOfASize = 1 << 24;
-
-std::string name_of(const Input& input) {
-  const std::string name = kNames[static_cast<int>(input.role)];
-  return input.role < Role::kIndex ? name : (input.down ? "down_" : "up_") + name;
-}
-
-void require_shape(const Input& input, const Dims& dims, std::initializer_list<int64_t> expected) {
-  const auto text = [](auto begin, auto end) {
-    std::string joined;
-    for (auto i = begin; i != end; ++i) joined += (i == begin ? "" : ", ") + (*i == kAny ? std::string("?") : std::to_string(*i));
-    return "[" + joined + "]";
-  };
-  bool fits = dims.nbDims == static_cast<int>(expected.size());
-  for (int i = 0; fits && i < dims.nbDims; ++i) {
-    const int64_t wanted = expected.begin()[i];
-    fits = wanted == kAny ? dims.d[i] >= -1 : dims.d[i] == wanted;
-  }
-  if (fits) return;
-  const int shown = dims.nbDims < 0 ? 0 : dims.nbDims > Dims::MAX_DIMS ? Dims::MAX_DIMS : dims.nbDims;
-  throw std::invalid_argument(name_of(input) + " is " + text(dims.d, dims.d + shown) + " where " +
-                              text(expected.begin(), expected.end()) + " is needed");
-}
-
-int known_size(const Input& input, const Dims& dims, int i) {
-  if (dims.d[i] < 1 || dims.d[i] > kMostOfASize)
-    throw std::invalid_argument("dimension " + std::to_string(i) + " of " + name_of(input) + " is " + std::to_string(dims.d[i]) +
-                                "; only the number of tokens may change");
-  return static_cast<int>(dims.d[i]);
-}
-
-// Columns that share a scale.
-int block_of(const Input& input, const Dims& packed, const Dims& scales, int columns) {
-  const int bytes = known_size(input, packed, 2), blocks = known_size(input, scales, 2);
-  const int filled = input.role == Role::kInt4Packed ? 2 * bytes : bytes;
-  const int block = filled / blocks;
-  if (filled % blocks || blocks != columns / block + (columns % block != 0))
-    throw std::invalid_argument(name_of(input) + " has " + std::to_string(filled) + " columns in " + std::to_string(blocks) +
-                                " blocks, which are not those of " + std::to_string(columns) + " columns");
-  return block;
-}
-
-}  // namespace
-
-std::vector<Input> input_list(const Fields& fields, int count) {
-  std::vector<Role> weights = {Role::kIndex};
-  if (fields.has(0)) weights.push_back(Role::kFloat);
-  if (fields.has(1)) weights.insert(weights.end(), {Role::kInt8Packed, Role::kInt8Scales});
-  if (fields.has(2)) weights.insert(weights.end(), {Role::kInt4Packed, Role::kInt4Scales});
-  const int without = 5 + 2 * static_cast<int>(weights.size());
-  if (count != without && count != without + 2)
-    throw std::invalid_argument("these formats need " + std::to_string(without) + " inputs, or " + std::to_string(without + 2) +
-                                " with biases, and " + std::to_string(count) + " are given");
-  if (count != without) weights.push_back(Role::kBias);
-  std::vector<Input> list;
-  for (Role role : {Role::kX, Role::kIds, Role::kGates, Role::kReplicas, Role::kFormats}) list.push_back({role, false});
-  for (bool down : {false, true})
-    for (Role role : weights) list.push_back({role, down});
-  return list;
-}
-
-bool is_type_of(const Input& input, DataType type, DataType type_of_x) {
-  switch (input.role) {
-    case Role::kX: return type == DataType::kHALF || type == DataType::kBF16;
-    case Role::kFloat: return type == type_of_x;
-    case Role::kIds: return type == DataType::kINT64;
-    case Role::kReplicas:
-    case Role::kFormats:
-    case Role::kIndex: return type == DataType::kINT32;
-    case Role::kInt8Packed:
-    case Role::kInt4Packed: return type == DataType::kINT8;
-    default: return type == DataType::kFLOAT;
+TensorType tensor_type(DataType type) {
+  switch (type) {
+    case DataType::kHALF: return TensorType::kFp16;
+    case DataType::kBF16: return TensorType::kBf16;
+    case DataType::kFLOAT: return TensorType::kFp32;
+    case DataType::kINT8: return TensorType::kInt8;
+    case DataType::kINT32: return TensorType::kInt32;
+    case DataType::kINT64: return TensorType::kInt64;
+    default: return TensorType::kOther;
   }
 }
 
-Layer describe_layer(const Fields& fields, const std::vector<nvinfer1::PluginTensorDesc>& inputs) {
-  const std::vector<Input> list = input_list(fields, static_cast<int>(inputs.size()));
-  for (size_t i = 0; i < list.size(); ++i)
-    if (!is_type_of(list[i], inputs[i].type, inputs[0].type)) throw std::invalid_argument(name_of(list[i]) + " has a wrong type");
-  Layer layer;
-  layer.dtype = inputs[0].type == DataType::kHALF ? Float::kFp16 : Float::kBf16;
-  layer.formats.assign(fields.formats.begin(), fields.formats.end());
-  layer.shares = fields.shares;
-  layer.activation = activation_code(fields.activation);
-  layer.alpha = fields.alpha;
-  layer.limit = fields.limit;
-  layer.biased = list.back().role == Role::kBias;
-  const int halves = is_gated(layer.activation) ? 2 : 1;
-
-  const auto dims = [&](size_t i) -> const Dims& { return inputs[i].dims; };
-  require_shape(list[0], dims(0), {kAny, kAny});
-  require_shape(list[1], dims(1), {kAny, kAny});
-  layer.hidden = known_size(list[0], dims(0), 1);
-  layer.top_k = known_size(list[1], dims(1), 1);
-  require_shape(list[2], dims(2), {kAny, layer.top_k});
-  require_shape(list[3], dims(3), {kAny, kAny});
-  layer.experts = known_size(list[3], dims(3), 0);
-  layer.width = known_size(list[3], dims(3), 1);
-  require_shape(list[4], dims(4), {layer.slots()});
-
-  for (size_t i = 5; i < list.size(); ++i) {
-    const Input& input = list[i];
-    const bool first_weights = !input.down && list[i - 1].role == Role::kIndex;
-    if (first_weights) {
-      require_shape(input, dims(i), {kAny, kAny, kAny});
-      layer.intermediate = known_size(input, dims(i), 1) / halves;
-    }
-    const int outputs = input.down ? layer.hidden : halves * layer.intermediate;
-    const int columns = input.down ? layer.intermediate : layer.hidden;
-    switch (input.role) {
-      case Role::kIndex: require_shape(input, dims(i), {layer.slots()}); break;
-      case Role::kFloat:
-        require_shape(input, dims(i), {kAny, outputs, columns});
-        known_size(input, dims(i), 0);
-        break;
-      case Role::kBias: require_shape(input, dims(i), {layer.slots(), outputs}); break;
-      case Role::kInt8Packed:
-      case Role::kInt4Packed: {
-        require_shape(input, dims(i), {kAny, outputs, kAny});
-        require_shape(list[i + 1], dims(i + 1), {known_size(input, dims(i), 0), outputs, kAny});
-        int& block = input.down ? layer.down_block : layer.up_block;
-        const int found = block_of(input, dims(i), dims(i + 1), columns);
-        if (block && block != found) throw std::invalid_argument("int8 and int4 weights have blocks of different sizes");
-        block = found;
-        break;
-      }
-      default:  // scales were looked at with what they scale
-        break;
-    }
+std::vector<TensorDescription> described(const nvinfer1::PluginTensorDesc* inputs, int32_t count) {
+  std::vector<TensorDescription> result;
+  for (int32_t i = 0; i < count; ++i) {
+    const Dims& dims = inputs[i].dims;
+    result.push_back({tensor_type(inputs[i].type), {dims.d, dims.d + std::clamp<int32_t>(dims.nbDims, 0, Dims::MAX_DIMS)}});
   }
-  return layer;
+  return result;
 }
 
 int64_t token_count(const nvinfer1::PluginTensorDesc* inputs) {
-  const int64_t tokens = inputs[0].dims.d[0];
-  if (tokens < 0 || inputs[1].dims.d[0] != tokens || inputs[2].dims.d[0] != tokens)
-    throw std::invalid_argument("x, ids and gates are of different numbers of tokens");
-  return tokens;
-}
-
-Buffers device_buffers(const std::vector<Input>& list, const void* const* inputs, void* out, void* workspace) {
-  Buffers buffers{inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], {}, {}, out, workspace};
-  for (size_t i = 5; i < list.size(); ++i) {
-    Weights& weights = list[i].down ? buffers.down : buffers.up;
-    switch (list[i].role) {
-      case Role::kIndex: weights.index = inputs[i]; break;
-      case Role::kFloat: weights.float_weights = inputs[i]; break;
-      case Role::kInt8Packed: weights.int8_packed = inputs[i]; break;
-      case Role::kInt8Scales: weights.int8_scales = inputs[i]; break;
-      case Role::kInt4Packed: weights.int4_packed = inputs[i]; break;
-      case Role::kInt4Scales: weights.int4_scales = inputs[i]; break;
-      default: weights.bias = inputs[i]; break;
-    }
-  }
-  return buffers;
+  return token_count(inputs[0].dims.d[0], inputs[1].dims.d[0], inputs[2].dims.d[0]);
 }
 
 }  // namespace rq

@@ -15,10 +15,10 @@ void require_one_output(int32_t count) {
   if (count != 1) throw std::invalid_argument("there is one output, not " + std::to_string(count));
 }
 
-std::vector<PluginTensorDesc> descriptions(const DynamicPluginTensorDesc* inputs, int32_t count) {
-  std::vector<PluginTensorDesc> result;
-  for (int32_t i = 0; i < count; ++i) result.push_back(inputs[i].desc);
-  return result;
+std::vector<TensorDescription> described(const DynamicPluginTensorDesc* inputs, int32_t count) {
+  std::vector<PluginTensorDesc> descriptions;
+  for (int32_t i = 0; i < count; ++i) descriptions.push_back(inputs[i].desc);
+  return rq::described(descriptions.data(), count);
 }
 
 }  // namespace
@@ -67,7 +67,8 @@ bool MoeLayer::supportsFormatCombination(int32_t position, DynamicPluginTensorDe
     const PluginTensorDesc& tensor = tensors[position].desc;
     if (tensor.format != TensorFormat::kLINEAR) return false;
     const DataType type_of_x = tensors[0].desc.type;
-    return position == input_count ? tensor.type == type_of_x : is_type_of(list[position], tensor.type, type_of_x);
+    return position == input_count ? tensor.type == type_of_x
+                                   : is_type_of(list[position], tensor_type(tensor.type), tensor_type(type_of_x));
   });
 }
 
@@ -75,7 +76,7 @@ int32_t MoeLayer::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t
                                   int32_t output_count) noexcept {
   return guarded(-1, [&] {
     require_one_output(output_count);
-    LayerKernels{describe_layer(fields_, descriptions(inputs, input_count))};
+    LayerKernels{describe_layer(fields_, described(inputs, input_count))};
     return 0;
   });
 }
@@ -83,7 +84,7 @@ int32_t MoeLayer::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t
 size_t MoeLayer::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t input_count, DynamicPluginTensorDesc const*,
                                   int32_t) const noexcept {
   return guarded(size_t{0}, [&] {
-    const Layer layer = describe_layer(fields_, descriptions(inputs, input_count));
+    const Layer layer = describe_layer(fields_, described(inputs, input_count));
     return workspace_bytes(layer, std::max<int64_t>(inputs[0].max.d[0], 0));
   });
 }
@@ -93,7 +94,7 @@ int32_t MoeLayer::onShapeChange(PluginTensorDesc const* inputs, int32_t input_co
   kernels_.reset();
   return guarded(-1, [&] {
     require_one_output(output_count);
-    LayerKernels kernels(describe_layer(fields_, {inputs, inputs + input_count}));
+    LayerKernels kernels(describe_layer(fields_, described(inputs, input_count)));
     token_count(inputs);
     kernels.load();
     inputs_ = input_list(fields_, input_count);

@@ -74,6 +74,9 @@ class Info {
  public:
   Info(const Api& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
 
+  const Api& api() const { return api_; }
+  const OrtKernelInfo* raw() const { return info_; }
+
   int64_t integer(const char* name) const {
     int64_t value = 0;
     check(api_, api_.KernelInfoGetAttribute_int64(info_, name, &value));
@@ -120,6 +123,10 @@ class Context {
   }
 
   static constexpr size_t kAnyRank = SIZE_MAX;
+
+  const Api& api() const { return api_; }
+  OrtKernelContext* raw() const { return context_; }
+  size_t inputs() const { return inputs_; }
 
   // The input, or a Tensor that is not `present` when the node leaves it out. Throws on another rank, or one above kMaxRank.
   Tensor input(size_t index, const char* name, size_t rank = kAnyRank) const {

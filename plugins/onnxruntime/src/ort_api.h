@@ -1,4 +1,5 @@
-// The part of ONNX Runtime's C interface that this library uses, at the version it targets (17, ONNX Runtime 1.17).
+// The part of ONNX Runtime's C interface that our libraries use, at the version they target (17, ONNX Runtime 1.17; what the
+// CUDA library alone asks for is of version 18).
 //
 // OrtApi is a table of function pointers that only ever grows at its end, so an entry is its index. The indices were
 // counted in ONNX Runtime's source, whose own static assertions pin the last index of every version.
@@ -16,6 +17,9 @@ struct OrtTensorTypeAndShapeInfo;
 struct OrtSessionOptions;
 struct OrtCustomOpDomain;
 struct OrtShapeInferContext;
+struct OrtAllocator;
+struct OrtMemoryInfo;
+struct OrtTypeInfo;
 struct OrtApi;  // seen only as a table of pointers, through Api below
 
 struct OrtApiBase {
@@ -55,8 +59,8 @@ namespace rq {
 constexpr uint32_t kApiVersion = 17;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
-enum Characteristic : int { kRequired = 0, kOptional = 1 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
+enum Characteristic : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
 
 // A typed view of the table.
 class Api {
@@ -75,10 +79,13 @@ class Api {
   RQ_ENTRY(27, OrtStatus*, CustomOpDomain_Add, OrtCustomOpDomain*, const OrtCustomOp*)
   RQ_ENTRY(28, OrtStatus*, AddCustomOpDomain, OrtSessionOptions*, OrtCustomOpDomain*)
   RQ_ENTRY(51, OrtStatus*, GetTensorMutableData, OrtValue*, void**)
+  RQ_ENTRY(55, OrtStatus*, CastTypeInfoToTensorInfo, const OrtTypeInfo*, const OrtTensorTypeAndShapeInfo**)
   RQ_ENTRY(60, OrtStatus*, GetTensorElementType, const OrtTensorTypeAndShapeInfo*, int*)
   RQ_ENTRY(61, OrtStatus*, GetDimensionsCount, const OrtTensorTypeAndShapeInfo*, size_t*)
   RQ_ENTRY(62, OrtStatus*, GetDimensions, const OrtTensorTypeAndShapeInfo*, int64_t*, size_t)
   RQ_ENTRY(65, OrtStatus*, GetTensorTypeAndShape, const OrtValue*, OrtTensorTypeAndShapeInfo**)
+  RQ_ENTRY(75, OrtStatus*, AllocatorAlloc, OrtAllocator*, size_t bytes, void**)
+  RQ_ENTRY(76, OrtStatus*, AllocatorFree, OrtAllocator*, void*)
   RQ_ENTRY(85, OrtStatus*, KernelInfoGetAttribute_float, const OrtKernelInfo*, const char*, float*)
   RQ_ENTRY(86, OrtStatus*, KernelInfoGetAttribute_int64, const OrtKernelInfo*, const char*, int64_t*)
   RQ_ENTRY(87, OrtStatus*, KernelInfoGetAttribute_string, const OrtKernelInfo*, const char*, char*, size_t*)
@@ -86,10 +93,22 @@ class Api {
   RQ_ENTRY(90, OrtStatus*, KernelContext_GetInput, const OrtKernelContext*, size_t, const OrtValue**)
   RQ_ENTRY(91, OrtStatus*, KernelContext_GetOutput, OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)
   RQ_ENTRY(93, void, ReleaseStatus, OrtStatus*)
+  RQ_ENTRY(98, void, ReleaseTypeInfo, OrtTypeInfo*)
   RQ_ENTRY(99, void, ReleaseTensorTypeAndShapeInfo, OrtTensorTypeAndShapeInfo*)
   RQ_ENTRY(101, void, ReleaseCustomOpDomain, OrtCustomOpDomain*)
+  RQ_ENTRY(132, void, ReleaseAllocator, OrtAllocator*)
+  RQ_ENTRY(162, OrtStatus*, KernelInfoGetAttributeArray_float, const OrtKernelInfo*, const char*, float*, size_t*)
   RQ_ENTRY(163, OrtStatus*, KernelInfoGetAttributeArray_int64, const OrtKernelInfo*, const char*, int64_t*, size_t*)
+  RQ_ENTRY(193, OrtStatus*, KernelContext_GetGPUComputeStream, const OrtKernelContext*, void**)
+  RQ_ENTRY(194, OrtStatus*, GetTensorMemoryInfo, const OrtValue*, const OrtMemoryInfo**)
+  RQ_ENTRY(230, OrtStatus*, KernelInfo_GetInputCount, const OrtKernelInfo*, size_t*)
+  RQ_ENTRY(234, OrtStatus*, KernelInfo_GetInputTypeInfo, const OrtKernelInfo*, size_t, OrtTypeInfo**)
+  RQ_ENTRY(253, OrtStatus*, KernelContext_GetAllocator, const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator**)
+  RQ_ENTRY(268, OrtStatus*, ShapeInferContext_GetInputTypeShape, const OrtShapeInferContext*, size_t, OrtTensorTypeAndShapeInfo**)
+  RQ_ENTRY(270, OrtStatus*, ShapeInferContext_SetOutputTypeShape, const OrtShapeInferContext*, size_t,
+           const OrtTensorTypeAndShapeInfo*)
   RQ_ENTRY(274, OrtStatus*, KernelContext_ParallelFor, const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)
+  RQ_ENTRY(277, OrtStatus*, KernelContext_GetScratchBuffer, const OrtKernelContext*, const OrtMemoryInfo*, size_t bytes, void**)
 #undef RQ_ENTRY
 
  private:

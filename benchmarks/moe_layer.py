@@ -1,15 +1,24 @@
-"""One MoE layer on the CPU: our kernels against ONNX Runtime's MoE, QMoE and MatMulNBits and torch's grouped_mm.
+"""One MoE layer on the CPU: our kernels against ONNX Runtime's MoE, QMoE and MatMulNBits, torch's grouped_mm and llama.cpp.
 
 All variants of a cell (shape, format, threads, tokens, routing) run in turn, and between them a probe measures what the machine
 can do, so that whatever else it does meets all of them; times and ceilings are medians. Every variant is first checked against
-ours. ``roofline`` is the time that the touched weights at that read bandwidth, or the multiply-adds at that peak, need at least,
-over the time taken.
+ours. Its threads are asleep when a run begins; with few tokens an untimed run on other experts goes before. ``roofline`` is the
+time that the touched weights at that read bandwidth, or the multiply-adds at that peak, need at least, over the time taken; the
+bytes are those of our formats, also where a variant's are some more (llama.cpp's: see llama_cpp_layer.py).
 
+Without --full, in half an hour on two idle cores: uniform routing with one thread everywhere, two threads at 1, 16, 256 and 1024
+tokens, skewed routing at 16 and 256 tokens for int4 and mixed; Mixtral's shape up to 64 tokens, at 8 and at 4 bits; no layer of
+more than 1.5 GB, since every variant holds it once; and neither our kernels with fp32 activations nor MatMulNBits that multiplies
+in fp32, which is nowhere the best stock variant. The rows are written after each cell, and an interrupt ends with the summary of
+those that are there.
+
+    python benchmarks/llama_cpp/build.py
     python benchmarks/moe_layer.py --quick
     python benchmarks/moe_layer.py -o benchmarks/results/moe_layer.json
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -19,12 +28,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import llama_cpp_layer
 from machine import Machine, Probe
+from moe_goals import OTHER_PRODUCT, OURS, Row, summary
 from moe_variants import Batch, Builder, Run, Shape, formats_of
 
 from rq_compile.quantization.formats import Format
@@ -33,14 +45,36 @@ SHAPES = [
     Shape("H1024-F2816-E16-k2", 1024, 2816, 16, 2),
     Shape("OLMoE", 2048, 1024, 64, 8),
     Shape("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
+    Shape("Mixtral", 4096, 14336, 8, 2),
 ]
-LARGE = Shape("Mixtral", 4096, 14336, 8, 2)
 TOKENS = (1, 4, 16, 64, 256, 1024)
 FORMATS = ("fp32", "int8", "int4", "mixed")
 ROUTINGS = ("uniform", "skewed")
+FEW = 16  # tokens: with so few a run is short
 BATCHES = 16  # with few tokens, runs in a row must not find their experts in a cache
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.5, 5, 60
-OURS = "rq.moe"
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 3, 3, 60  # of a cell
+REST = 0.015  # seconds that torch's threads, the last of a round, need to stop spinning
+
+
+class Cell(NamedTuple):
+    """What is measured in one turn of all variants."""
+
+    shape: Shape
+    format: str
+    threads: int
+    tokens: int
+    routing: str
+
+    @property
+    def chosen(self) -> bool:
+        """Whether it is measured without --full."""
+        large = self.shape.hidden * self.shape.intermediate > 2**24
+        return (
+            sum(self.shape.geometry.expert_bytes(format) for format in formats_of(self.shape, self.format)) <= 1.5e9
+            and (not large or (self.tokens <= 64 and self.format != "mixed"))
+            and (self.threads == 1 or self.tokens in (1, 16, 256, 1024))
+            and (self.routing == "uniform" or (self.tokens in (16, 256) and self.format in ("int4", "mixed")))
+        )
 
 
 def batch(shape: Shape, tokens: int, routing: str, seed: int) -> Batch:
@@ -57,18 +91,22 @@ def batch(shape: Shape, tokens: int, routing: str, seed: int) -> Batch:
     return Batch(random.standard_normal((tokens, shape.hidden), np.float32), ids, gates, logits)
 
 
-def variants(builder: Builder, format: str, threads: int) -> dict[str, Run]:
+def variants(builder: Builder, format: str, threads: int, llama_cpp: ctypes.CDLL | None, full: bool) -> dict[str, Run]:
     built = {OURS: builder.rewritten(format, "native", 8, threads)}
     if format == "fp32":
         built["stock Gemm in If"] = builder.rewritten(format, "stock", 32, threads)
         built["MoE"] = builder.fused(format, threads)
-        built["torch grouped_mm"] = builder.grouped_mm(threads)
-        return built
-    built[f"{OURS} fp32 activations"] = builder.rewritten(format, "native", 32, threads)
-    built["MatMulNBits in If, accuracy 4"] = builder.rewritten(format, "stock", 8, threads)
-    built["MatMulNBits in If, accuracy 0"] = builder.rewritten(format, "stock", 32, threads)
-    if format != "mixed":
+    else:
+        built["MatMulNBits in If, accuracy 4"] = builder.rewritten(format, "stock", 8, threads)
+    if full and format != "fp32":
+        built[f"{OURS} fp32 activations"] = builder.rewritten(format, "native", 32, threads)
+        built["MatMulNBits in If, accuracy 0"] = builder.rewritten(format, "stock", 32, threads)
+    if format in ("int8", "int4"):
         built["QMoE"] = builder.fused(format, threads)
+    if llama_cpp and format in llama_cpp_layer.NAMES:
+        built[f"{OTHER_PRODUCT} {llama_cpp_layer.NAMES[format]}"] = builder.llama_cpp(llama_cpp, format, threads)
+    if format == "fp32":
+        built["torch grouped_mm"] = builder.grouped_mm(threads)
     return built
 
 
@@ -87,16 +125,20 @@ def timed(built: dict[str, Run], batches: list[Batch], probe: Probe, threads: in
     """Median seconds of each variant, and the machine meanwhile: all run in turn."""
     times: dict[str, list[float]] = {name: [] for name in built}
     machines = []
+    before = [min(batches, key=lambda other: len(np.intersect1d(other.ids, inputs.ids))) for inputs in batches]
     start = time.perf_counter()
     for round in range(MAX_ROUNDS):
-        if round >= MIN_ROUNDS and time.perf_counter() - start > SECONDS * len(built):
+        if round >= MIN_ROUNDS and time.perf_counter() - start > SECONDS:
             break
         machines.append(probe.machine(threads))
-        inputs = batches[round % len(batches)]
+        inputs, other = batches[round % len(batches)], before[round % len(batches)]
         for name, run in built.items():
+            if len(inputs.x) <= FEW:
+                run(other)
             begin = time.perf_counter()
             run(inputs)
             times[name].append(time.perf_counter() - begin)
+        time.sleep(REST)
     return {name: median(values) for name, values in times.items()}, Machine.of(machines, median)
 
 
@@ -115,36 +157,45 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
     return median(touched), {kind: median(m[kind] for m in macs) for kind in macs[0]}
 
 
-def cells(shape: Shape, folder: Path, probe: Probe, args: argparse.Namespace) -> Iterator[tuple[list[dict], Machine]]:
+def measured(cells: list[Cell], probe: Probe, llama_cpp: ctypes.CDLL | None, full: bool) -> Iterator[tuple[list[Row], Machine]]:
     """The rows of one cell after the other, ours first, and the machine meanwhile."""
-    builder = Builder(shape, folder)
-    for format, threads in itertools.product(args.formats, args.threads):
-        built = variants(builder, format, threads)
-        for tokens, routing in itertools.product(args.tokens, args.routings):
-            batches = [batch(shape, tokens, routing, seed) for seed in range(BATCHES if tokens <= 16 else 2)]
-            check(built, batches[0])
-            touched, macs = work(shape, format, batches)
-            seconds, machine = timed(built, batches, probe, threads)
-            bound = max(touched / machine.bandwidth, sum(n / machine.peaks[kind] for kind, n in macs.items()))
-            rows = [
-                {
-                    "shape": shape.name,
-                    "tokens": tokens,
-                    "format": format,
-                    "threads": threads,
-                    "routing": routing,
-                    "variant": variant,
-                    "ms": round(taken * 1e3, 4),
-                    "gbytes_per_s": round(touched / taken / 1e9, 2),
-                    "gflops": round(2 * sum(macs.values()) / taken / 1e9, 1),
-                    "roofline": round(bound / taken, 3),
-                }
-                for variant, taken in seconds.items()
-            ]
-            yield rows, machine
+    for shape, same_shape in itertools.groupby(cells, lambda cell: cell.shape):
+        with tempfile.TemporaryDirectory() as folder:
+            builder = Builder(shape, Path(folder))
+            for (format, threads), same in itertools.groupby(same_shape, lambda cell: (cell.format, cell.threads)):
+                built = variants(builder, format, threads, llama_cpp, full)
+                for cell in same:
+                    yield rows_of(cell, built, probe)
+                built.clear()  # before the next are built beside them
 
 
-def report(cell: list[dict]) -> None:
+def rows_of(cell: Cell, built: dict[str, Run], probe: Probe) -> tuple[list[Row], Machine]:
+    """One row for each variant, and the machine meanwhile."""
+    count = BATCHES if cell.tokens <= FEW else 2
+    batches = [batch(cell.shape, cell.tokens, cell.routing, seed) for seed in range(count)]
+    check(built, batches[0])
+    touched, macs = work(cell.shape, cell.format, batches)
+    seconds, machine = timed(built, batches, probe, cell.threads)
+    bound = max(touched / machine.bandwidth, sum(n / machine.peaks[kind] for kind, n in macs.items()))
+    rows = [
+        {
+            "shape": cell.shape.name,
+            "tokens": cell.tokens,
+            "format": cell.format,
+            "threads": cell.threads,
+            "routing": cell.routing,
+            "variant": variant,
+            "ms": round(taken * 1e3, 4),
+            "gbytes_per_s": round(touched / taken / 1e9, 2),
+            "gflops": round(2 * sum(macs.values()) / taken / 1e9, 1),
+            "roofline": round(bound / taken, 3),
+        }
+        for variant, taken in seconds.items()
+    ]
+    return rows, machine
+
+
+def report(cell: list[Row]) -> None:
     """One line: ours, and each other variant's time over ours."""
     ours, *others = cell
     head = f"{ours['shape']:19} {ours['format']:5} T={ours['tokens']:<5} {ours['threads']} threads {ours['routing']:8}"
@@ -157,36 +208,46 @@ def report(cell: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one shape, uniform routing, 1, 16 and 256 tokens")
-    parser.add_argument("--large", action="store_true", help="add Mixtral's shape, at 4 bits only")
-    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="the first shape, uniform routing, 1, 16 and 256 tokens")
+    parser.add_argument("--full", action="store_true", help="every cell and variant: hours, and 24 GB of memory or more")
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
+    help = "where llama_cpp/build.py was told to build, default: %(default)s"
+    parser.add_argument("--llama-cpp", type=Path, default=Path(__file__).parents[1] / "build" / "llama_cpp", help=help)
     parser.add_argument("-o", "--output", type=Path, help="where the rows go, as JSON")
     args = parser.parse_args()
     if args.quick:
-        args.shapes, args.tokens, args.routings = [SHAPES[0].name], (1, 16, 256), ("uniform",)
-    probe = Probe()
-    found: list[dict] = []
+        args.shapes, args.tokens, args.routings = names[:1], (1, 16, 256), ("uniform",)
+    shapes = [shape for shape in SHAPES if shape.name in args.shapes]
+    product = itertools.product(shapes, args.formats, args.threads, args.tokens, args.routings)
+    cells = [cell for cell in itertools.starmap(Cell, product) if args.full or cell.chosen]
+    if not cells:
+        sys.exit("none of these cells is measured without --full")
+    llama_cpp = llama_cpp_layer.library(args.llama_cpp)
+    if not llama_cpp:
+        print(f"llama.cpp is left out, since {args.llama_cpp} has none; benchmarks/llama_cpp/build.py builds it")
+    found: list[Row] = []
     machines: dict[int, list[Machine]] = {threads: [] for threads in args.threads}
-    chosen = [shape for shape in SHAPES if shape.name in args.shapes]
-    for shape in [*chosen, *([LARGE] if args.large else [])]:
-        if shape is LARGE:
-            args.formats = ["int4"]
-        with tempfile.TemporaryDirectory() as folder:
-            for rows, machine in cells(shape, Path(folder), probe, args):
-                report(rows)
-                found += rows
-                machines[rows[0]["threads"]].append(machine)
-                if args.output:
-                    write(args.output, found, machines)
+    try:
+        for rows, machine in measured(cells, Probe(), llama_cpp, args.full):
+            report(rows)
+            found += rows
+            machines[rows[0]["threads"]].append(machine)
+            if args.output:
+                write(args.output, found, machines)
+    except KeyboardInterrupt:
+        print(f"interrupted; {len(found)} rows of {len(cells)} cells are there")
     for threads, several in machines.items():
-        print(f"{threads} threads at best: {Machine.of(several, max)}")
+        if several:
+            print(f"{threads} threads at best: {Machine.of(several, max)}")
+    print(*summary(found), sep="\n")
 
 
-def write(output: Path, rows: list[dict], machines: dict[int, list[Machine]]) -> None:
+def write(output: Path, rows: list[Row], machines: dict[int, list[Machine]]) -> None:
     """``machine``: the best ceilings of the cells so far, and how busy the machine is besides."""
     best = {threads: Machine.of(several, max) for threads, several in machines.items() if several}
     ceilings = [

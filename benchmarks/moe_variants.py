@@ -1,5 +1,6 @@
-"""One MoE layer in every implementation that the benchmark compares: ours, ONNX Runtime's own, torch's."""
+"""One MoE layer in every implementation that the benchmark compares: ours, ONNX Runtime's own, torch's, llama.cpp's."""
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import onnxruntime
+from llama_cpp_layer import LlamaCppLayer, blocks
 from onnx import TensorProto, helper
 
 from rq_compile.architectures.geometry import ExpertGeometry
@@ -21,7 +23,7 @@ from rq_compile.targets.library import library_path
 from rq_compile.targets.weights_file import locate, write_weights
 
 LAYER = "layer"
-DISTINCT = 3  # experts that differ; the others repeat them, each with bytes of its own
+DISTINCT = 2  # experts that differ; the others repeat them, each with bytes of its own
 
 
 class Batch(NamedTuple):
@@ -110,6 +112,23 @@ class Builder:
         session = _session(path, threads)
         return lambda batch: session.run(None, {"x": batch.x, "logits": batch.logits})[0]
 
+    def llama_cpp(self, library: ctypes.CDLL, format: str, threads: int) -> Run:
+        """llama.cpp's operators, on the whole numbers that ours have."""
+        shape, half = self.shape, self.shape.intermediate
+        layer = LlamaCppLayer(library, format, shape.hidden, shape.intermediate, shape.experts, shape.top_k, threads)
+
+        def matrix(weights: np.ndarray) -> np.ndarray:
+            return weights if format == "fp32" else blocks(self._quantize(weights, format), format)  # type: ignore[arg-type]
+
+        up = [matrix(expert.up) for expert in self.experts[:DISTINCT]]
+        layer.set_weights("gate", self._of_all([m[:half] for m in up]))
+        layer.set_weights("linear", self._of_all([m[half:] for m in up]))
+        layer.set_weights("down", self._of_all([matrix(expert.down) for expert in self.experts[:DISTINCT]]))
+        return lambda batch: layer.run(batch.x, batch.ids, batch.gates)
+
+    def _of_all(self, distinct: list[np.ndarray]) -> np.ndarray:
+        return np.stack([distinct[e % DISTINCT] for e in range(self.shape.experts)])
+
     def _fused_model(self, format: str) -> onnx.ModelProto:
         shape, weights = self.shape, []
         attributes = {"k": shape.top_k, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
@@ -121,8 +140,7 @@ class Builder:
                 quantized = [quantize(m, format) for m in matrices]  # type: ignore[arg-type]
                 parts = {f"fc{i}": [q.packed for q in quantized], f"fc{i}_scales": [q.scales for q in quantized]}
             for name, arrays in parts.items():
-                stacked = np.stack([arrays[e % DISTINCT] for e in range(shape.experts)])
-                weights.append(onnx.numpy_helper.from_array(stacked, name))
+                weights.append(onnx.numpy_helper.from_array(self._of_all(arrays), name))
         if format == "fp32":
             inputs = ["x", "logits", "fc1", "", "fc2"]
         else:
@@ -189,5 +207,7 @@ def _experts_node(shape: Shape) -> onnx.ModelProto:
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Otherwise its threads spin for some 50 ms after a run, on the cores of the variant that is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.register_custom_ops_library(str(library_path()))
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,50 @@
+"""Fetches llama.cpp, as the package index has it in the sources of llama-cpp-python, and builds its ggml and our layer on it.
+
+Some 80 MB and a few minutes; needs pip, CMake and a C++ compiler. ``moe_layer.py`` then times it beside the others.
+
+    python benchmarks/llama_cpp/build.py
+"""
+
+import argparse
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parents[1] / "build" / "llama_cpp"
+RELEASE = "0.3.36"  # of llama-cpp-python; its vendor/llama.cpp is what is built
+
+
+def fetch(folder: Path) -> Path:
+    """The sources of llama.cpp: of all that the package holds, ggml and the licence."""
+    name = f"llama_cpp_python-{RELEASE}"
+    archive = folder / f"{name}.tar.gz"
+    if not archive.is_file():
+        package = f"llama-cpp-python=={RELEASE}"
+        command = ["pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder), package]
+        subprocess.run([sys.executable, "-m", *command], check=True)
+    sources = f"{name}/vendor/llama.cpp"
+    with tarfile.open(archive) as file:
+        wanted = [m for m in file if m.name.startswith(f"{sources}/ggml/") or m.name == f"{sources}/LICENSE"]
+        file.extractall(folder, wanted, filter="data")
+    return folder / sources
+
+
+def build(sources: Path, folder: Path, jobs: int) -> None:
+    subprocess.run(["cmake", "-S", HERE, "-B", folder, f"-DLLAMA_CPP={sources.resolve()}"], check=True)
+    subprocess.run(["cmake", "--build", folder, "--parallel", str(jobs)], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything goes, default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    build(fetch(args.folder), args.folder / "build", args.jobs)
+    print(f"built; python benchmarks/moe_layer.py --llama-cpp {args.folder} times it")
+
+
+if __name__ == "__main__":
+    main()

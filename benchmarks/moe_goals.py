@@ -1,0 +1,69 @@
+"""What the rows of moe_layer.py say of its goals: each as a range over cells."""
+
+from collections.abc import Callable, Iterable
+from itertools import groupby
+
+Row = dict
+OURS = "rq.moe"
+OTHER_PRODUCT = "llama.cpp"  # what is no part of a stock runtime begins so
+CELL = ("shape", "format", "threads", "tokens", "routing")
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """A sentence for each goal that some row belongs to.
+
+    - One token: the fraction of the read bandwidth, over the bytes that must be touched.
+    - 16 and 256 tokens at 8 and at 4 bits: the time of the best stock variant over ours, and llama.cpp's over ours.
+    - 1024 tokens: the fraction of the peak.
+    - Skewed routing: our time per touched byte, over that of the same cell with uniform routing.
+    """
+    cells = [list(cell) for _, cell in groupby(rows, lambda row: [row[key] for key in CELL])]
+    uniform = [cell for cell in cells if cell[0]["routing"] == "uniform"]
+    lines = [_line("1 token: fraction of the read bandwidth", _rooflines(uniform, 1), lambda value: value >= 0.9, "at least 0.9")]
+    for tokens in (16, 256):
+        for format in ("int8", "int4"):
+            same = [cell for cell in uniform if (cell[0]["tokens"], cell[0]["format"]) == (tokens, format)]
+            head = f"{tokens} tokens, {format}: times as fast as"
+            stock, other = _speedups(same, stock=True), _speedups(same, stock=False)
+            lines.append(_line(f"{head} the best stock variant", stock, lambda value: value >= 1.5, "at least 1.5"))
+            lines.append(_line(f"{head} {OTHER_PRODUCT}", other, lambda value: value >= 1.5, "at least 1.5"))
+    lines.append(
+        _line("1024 tokens: fraction of the peak", _rooflines(uniform, 1024), lambda value: value >= 0.6, "at least 0.6")
+    )
+    lines.append(_line("skewed over uniform, time per touched byte", _skews(cells), lambda value: value <= 1.1, "at most 1.1"))
+    return [line for line in lines if line]
+
+
+def _line(what: str, values: Iterable[float], reached: Callable[[float], bool], goal: str) -> str:
+    found = sorted(values)
+    if not found:
+        return ""
+    return f"{what}: {found[0]:.2f} to {found[-1]:.2f} ({goal}: {sum(map(reached, found))} of {len(found)} cells)"
+
+
+def _ours(cell: list[Row]) -> Row:
+    return next(row for row in cell if row["variant"] == OURS)
+
+
+def _rooflines(cells: list[list[Row]], tokens: int) -> list[float]:
+    return [_ours(cell)["roofline"] for cell in cells if cell[0]["tokens"] == tokens]
+
+
+def _speedups(cells: list[list[Row]], stock: bool) -> list[float]:
+    found = []
+    for cell in cells:
+        others = [row for row in cell if not row["variant"].startswith(OURS)]
+        times = [row["ms"] for row in others if row["variant"].startswith(OTHER_PRODUCT) != stock]
+        if times:
+            found.append(min(times) / _ours(cell)["ms"])
+    return found
+
+
+def _skews(cells: list[list[Row]]) -> list[float]:
+    """The gigabytes per second are those of touched weights."""
+    by_cell = {tuple(cell[0][key] for key in CELL): _ours(cell)["gbytes_per_s"] for cell in cells}
+    return [
+        by_cell[(*same, "uniform")] / speed
+        for (*same, routing), speed in by_cell.items()
+        if routing == "skewed" and (*same, "uniform") in by_cell
+    ]

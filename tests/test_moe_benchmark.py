@@ -1,0 +1,65 @@
+"""What benchmarks/moe_layer.py says of its rows, and how it hands our weights to llama.cpp."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import llama_cpp_layer
+import moe_goals
+
+from rq_compile.quantization.formats import Format
+from rq_compile.quantization.quantizer import dequantize, quantize
+
+
+def cell(
+    tokens: int, format: str = "int4", routing: str = "uniform", threads: int = 1, speed: float = 10, **ms: float
+) -> list[dict]:
+    """Rows of variants that take ``ms``, ours 1, of which the roofline is 0.8."""
+    names = {"ours": "rq.moe", "fp32_activations": "rq.moe fp32 activations", "llama": "llama.cpp Q4_0"}
+    head = {"shape": "OLMoE", "tokens": tokens, "format": format, "threads": threads, "routing": routing}
+    times = {"ours": 1.0, **ms}
+    return [
+        head | {"variant": names.get(name, name), "ms": time, "gbytes_per_s": speed / time, "roofline": 0.8 / time}
+        for name, time in times.items()
+    ]
+
+
+def test_summary_gives_the_range_of_each_goal_and_how_many_cells_reach_it() -> None:
+    rows = [
+        *cell(1, fp32_activations=0.5),
+        *cell(16, QMoE=1.4, MatMulNBits=1.2, llama=3.0, fp32_activations=0.5),
+        *cell(16, QMoE=1.6, MatMulNBits=1.9, llama=1.0, threads=2),
+        *cell(1024, QMoE=9.0),
+        *cell(16, routing="skewed", speed=8, QMoE=9.0),
+        *cell(16, routing="skewed", speed=9.5, threads=2),
+        *cell(256, routing="skewed"),
+    ]
+    assert moe_goals.summary(rows) == [
+        "1 token: fraction of the read bandwidth: 0.80 to 0.80 (at least 0.9: 0 of 1 cells)",
+        "16 tokens, int4: times as fast as the best stock variant: 1.20 to 1.60 (at least 1.5: 1 of 2 cells)",
+        "16 tokens, int4: times as fast as llama.cpp: 1.00 to 3.00 (at least 1.5: 1 of 2 cells)",
+        "1024 tokens: fraction of the peak: 0.80 to 0.80 (at least 0.6: 1 of 1 cells)",
+        "skewed over uniform, time per touched byte: 1.05 to 1.25 (at most 1.1: 1 of 2 cells)",
+    ]
+
+
+def test_summary_of_no_rows_is_empty() -> None:
+    assert moe_goals.summary([]) == []
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("columns", [256, 96])
+def test_blocks_of_llama_cpp_hold_our_weights(format: Format, columns: int) -> None:
+    quantized = quantize(np.random.default_rng().standard_normal((5, columns), np.float32), format)
+    packed = llama_cpp_layer.blocks(quantized, format)
+    assert packed.shape == (5, columns // 32, 34 if format == "int8" else 18)
+
+    scales = packed[..., :2].copy().view(np.float16).astype(np.float32)
+    numbers = packed[..., 2:].astype(np.int32)
+    signed = numbers - 256 * (numbers > 127)
+    nibbles = np.concatenate([numbers % 16, numbers // 16], axis=-1) - 8  # the first half of a block is in the low ones
+    q = signed if format == "int8" else nibbles
+    np.testing.assert_allclose((q * scales).reshape(5, columns), dequantize(quantized, format, columns), rtol=1e-3)

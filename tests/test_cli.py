@@ -72,6 +72,7 @@ print(*sorted(sys.modules.keys() & {{"torch", "transformers", "onnx", "onnxrunti
         (["compile", ".", "--plan", "p.json", "-o", "x"], ["x has no extension of an engine", ".onnx"]),
         (["compile", ".", "-o", "x.onnx"], ["--plan FILE", "--text FILE"]),
         (["compile", ".", "--plan", "p.json", "--memory", "1", "-o", "x.onnx"], ["--memory has no effect beside --plan"]),
+        (["compile", ".", "--plan", "p.json", "--mixed-copies", "-o", "x.onnx"], ["--mixed-copies has no effect beside --plan"]),
         (["compile", ".", "--plan", "p.json", "--batch-size", "1", "-o", "x.onnx"], ["--batch-size has no effect beside --plan"]),
         (
             ["compile", ".", "--plan", "p.json", "--activation-bits", "8", "--lowering", "batched", "-o", "x.onnx"],
@@ -106,6 +107,8 @@ def test_a_mistyped_command_in_a_real_process(tmp_path: Path) -> None:
     [
         (["--memory", "nan"], ["memory nan", "above 0"]),
         (["--option", "memory=2"], ["policy optimal has no option memory"]),
+        (["--option", "mixed_copies=true"], ["give --mixed-copies"]),
+        (["--policy", "paper", "--mixed-copies"], ["--mixed-copies has no effect with --policy paper"]),
         (["--option", "balance=much"], ["option balance", "'much'"]),
         (["--policy", "paper", "--option", "balance=1"], ["policy paper has no option balance"]),
     ],

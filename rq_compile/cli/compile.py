@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rq_compile.targets.manifest import DenseFormat, Lowering
 
 MEGABYTE = 10**6
-PLANNING = ("policy", "memory", "ranks", "policy_options", "texts", "batch_size", "sequence_length")
+PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "texts", "batch_size", "sequence_length")
 
 
 @click.command("compile")
@@ -85,6 +85,7 @@ def command(
     threads: int | None,
     batch_size: int,
     sequence_length: int,
+    mixed_copies: bool,
     policy_options: tuple[str, ...],
     dry_run: bool,
     **planning: Any,
@@ -104,7 +105,7 @@ def command(
     elif not texts:
         raise UserError("compiling needs a plan; give --plan FILE, or --text FILE to calibrate and plan first", 2)
     contents = read_texts(texts) if plan_path is None else {}
-    options = parse_options(policy_options)
+    options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies)
     shape: dict[str, Any] = {"dense_format": dense_format, "link_weights": link_weights, "threads": threads}
 
     from rq_compile.calibration.statistics import Statistics

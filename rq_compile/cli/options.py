@@ -74,6 +74,11 @@ def planning_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Bytes the plan may take, as a multiple of the experts' bytes in the checkpoint.",
         ),
         click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Devices that share the experts."),
+        click.option(
+            "--mixed-copies",
+            is_flag=True,
+            help="Let copies of an expert differ in format, as in the paper: an answer then depends on who shares its batch.",
+        ),
         click.option("--option", "policy_options", multiple=True, metavar="KEY=VALUE", help="A policy's own option; repeatable."),
     ]
     for option in reversed(options):
@@ -81,22 +86,26 @@ def planning_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def parse_options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """``key=value`` pairs; a value that reads as a JSON number or boolean is one.
+def parse_options(pairs: tuple[str, ...], *, policy: str, mixed_copies: bool) -> dict[str, Any]:
+    """What a policy is given: ``key=value`` pairs, of which a value that reads as a JSON number or boolean is one, and the flag.
 
     Raises:
-        UserError: a pair has no ``=``.
+        UserError: a pair has no ``=`` or repeats the flag, or ``policy`` does not have it.
     """
+    if mixed_copies and policy != "optimal":
+        raise UserError(f"--mixed-copies has no effect with --policy {policy}; leave one of the two out", 2)
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
             raise UserError(f"--option {pair} is not KEY=VALUE; write for example --option fraction=0.5", 2)
+        if key == "mixed_copies":
+            raise UserError(f"--option {pair} has a flag of its own; give --mixed-copies, or leave it out", 2)
         try:
             parsed[key] = json.loads(value)
         except ValueError:
             parsed[key] = value
-    return parsed
+    return parsed | ({"mixed_copies": True} if mixed_copies else {})
 
 
 def read_texts(paths: tuple[Path, ...]) -> dict[str, str]:

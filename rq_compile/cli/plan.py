@@ -24,11 +24,12 @@ def command(
     policy: str,
     memory: float,
     ranks: int,
+    mixed_copies: bool,
     policy_options: tuple[str, ...],
 ) -> None:
     """Decide how often and in which format each expert is stored."""
     check_writable(output)
-    options = parse_options(policy_options)
+    options = parse_options(policy_options, policy=policy, mixed_copies=mixed_copies)
 
     from rq_compile.calibration.schema import Calibration
     from rq_compile.cli.tables import plan_tables

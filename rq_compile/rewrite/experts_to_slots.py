@@ -33,6 +33,22 @@ def replica_table(plan: LayerPlan) -> np.ndarray:
     return np.array([held + [-1] * (width - len(held)) for held in copies], np.int32)
 
 
+def experts_nodes(graph: gs.Graph, plans: Sequence[LayerPlan]) -> list[tuple[LayerPlan, gs.Node]]:
+    """Every Experts node of ``graph`` with its layer's plan.
+
+    Raises:
+        UserError: a layer of the model is missing from the plan, or the other way round (the layer is named).
+    """
+    by_name = {plan.name: plan for plan in plans}
+    nodes = {node.attrs["layer"]: node for node in graph.nodes if node.op == "Experts" and node.domain == DOMAIN}
+    for name in [*nodes, *by_name]:
+        if name not in by_name:
+            raise UserError(f"MoE layer {name} of the model is not in the plan; re-run rq-compile plan", 2)
+        if name not in nodes:
+            raise UserError(f"layer {name} of the plan is not an MoE layer of the model; re-run rq-compile plan", 2)
+    return [(by_name[name], node) for name, node in nodes.items()]
+
+
 def experts_to_slots(
     graph: gs.Graph,
     plans: Sequence[LayerPlan],
@@ -49,20 +65,13 @@ def experts_to_slots(
     Raises:
         UserError: a layer of the model is missing from the plan, or the other way round (the layer is named).
     """
-    by_name = {plan.name: plan for plan in plans}
-    nodes = {node.attrs["layer"]: node for node in graph.nodes if node.op == "Experts" and node.domain == DOMAIN}
-    for name in [*nodes, *by_name]:
-        if name not in by_name:
-            raise UserError(f"MoE layer {name} of the model is not in the plan; re-run rq-compile plan", 2)
-        if name not in nodes:
-            raise UserError(f"layer {name} of the plan is not an MoE layer of the model; re-run rq-compile plan", 2)
     sections = []
-    for name, node in nodes.items():
-        up, down = (slot_weights(by_name[name], p, source, panels=panels) for p in ("up", "down"))
-        sections.append(_replace(graph, node, by_name[name], up, down, activation_bits))
+    for plan, node in experts_nodes(graph, plans):
+        up, down = (slot_weights(plan, p, source, panels=panels) for p in ("up", "down"))
+        sections.append(_replace(graph, node, plan, up, down, activation_bits))
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")
-    ensures(NAME, {offsets_name(n) for n in by_name} <= set(graph.tensors()), "slot_offsets for every layer")
+    ensures(NAME, {offsets_name(plan.name) for plan in plans} <= set(graph.tensors()), "slot_offsets for every layer")
     return sections
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from copy import deepcopy
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
@@ -10,6 +11,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity, batched_experts
 from rq_compile.rewrite.experts_to_slots import DOMAIN, experts_to_slots
+from rq_compile.rewrite.moe_layers import moe_layers
 from rq_compile.rewrite.slot_weights import Source
 from rq_compile.rewrite.stock_combine import stock_combine
 from rq_compile.rewrite.stock_dispatch import stock_dispatch
@@ -58,6 +60,20 @@ def rewrite(
         del rewritten.opset_import[:]
         rewritten.opset_import.extend(kept)
     return rewritten, sections, _counts(plan)
+
+
+def rewrite_to_moe_layers(
+    model: onnx.ModelProto, plan: Plan, source: Source, half: np.dtype
+) -> tuple[onnx.ModelProto, list[Section], dict[str, int]]:
+    """``rewrite`` for the libraries whose op is a whole layer, ``rq.moe::MoeLayer`` in ``half`` (float16 or bfloat16).
+
+    Raises:
+        UserError: the layers of the plan and of the model differ.
+        ContractError: a pass is at fault.
+    """
+    graph = gs.import_onnx(deepcopy(model))
+    sections = moe_layers(graph, plan.layers, source, half)
+    return gs.export_onnx(graph), sections, _counts(plan)
 
 
 def _counts(plan: Plan) -> dict[str, int]:

@@ -1,0 +1,107 @@
+"""Pass: every Experts node becomes one MoeLayer node, the op of the GPU libraries, with the weights of the plan's slots.
+
+The node's inputs, their types and its attributes are those that plugins/tensorrt/README.md lists; its ``plugin_`` attributes are
+how TensorRT's ONNX parser finds a plugin. It computes in 16 bit, between two casts, whatever the graph around it computes in.
+
+Requires: one ``rq.moe::Experts`` node for each layer of the plan, known by its attribute ``layer``.
+Ensures: no Experts node is left, and a ``rq.moe::MoeLayer`` named ``{layer}.moe`` stands for each layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from rq_compile.errors import UserError
+from rq_compile.planning.schema import LayerPlan
+from rq_compile.rewrite.contract import ensures
+from rq_compile.rewrite.experts_to_slots import DOMAIN, experts_nodes, replica_table
+from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_weights
+from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, constant
+
+NAME = "moe_layers"
+OP = "MoeLayer"
+PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+
+
+def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half: np.dtype) -> list[Section]:
+    """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
+
+    ``half``: float16 or bfloat16, of what goes in and comes out and of float weights, whichever float the plan names.
+
+    Raises:
+        UserError: a layer of the model is missing from the plan, or the other way round (the layer is named). A piece of the
+            weights raises it for a weight that ``half`` cannot hold.
+    """
+    sections = []
+    for plan, node in experts_nodes(graph, plans):
+        projections = [_projection(plan, name, source, half) for name in ("up", "down")]
+        _replace(graph, node, plan, projections, half)
+        weights, pieces = ([held for p in projections for held in getattr(p, what) if held] for what in ("inputs", "pieces"))
+        sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
+    graph.cleanup().toposort()
+    ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")
+    return sections
+
+
+def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[SlotWeights], half: np.dtype) -> None:
+    x, ids, gates = node.inputs
+    (y,) = node.outputs
+    node.outputs.clear()
+    graph.nodes.remove(node)
+    layer, geometry = f"{plan.name}.moe", plan.geometry
+    formats = [group_of(slot.format) for slot in plan.slots]
+    tables = {"replicas": replica_table(plan), "formats": np.array(formats, np.int32)}
+    inputs = [gs.Constant(f"{plan.name}.{name}", values) for name, values in tables.items()]
+    for name, weights in zip(("up", "down"), projections, strict=True):
+        inputs.append(gs.Constant(f"{plan.name}.{name}.index", np.array(weights.index, np.int32)))
+        inputs += [constant(weight) for weight in weights.inputs if weight]
+
+    op, element = Ops(graph, layer), onnx.helper.np_dtype_to_tensor_dtype(half)
+    narrow = op("Cast", x, to=element)
+    # ONNX knows no types of an op of ours.
+    out = gs.Variable(f"{layer}.out", element, [None, geometry.hidden])
+    numbers = {"alpha": float(geometry.alpha), "limit": float(geometry.limit), **_shares(plan)}
+    attributes = {"formats": formats, "activation": geometry.activation, **numbers, **PLUGIN}
+    graph.nodes.append(gs.Node(OP, layer, attributes, [narrow, ids, gates, *inputs], [out], domain=DOMAIN))
+    op("Cast", out, to=onnx.TensorProto.FLOAT, out=y)
+
+
+def _shares(plan: LayerPlan) -> dict[str, list[float]]:
+    """The attribute ``shares``, left out where a slot's load is not known."""
+    loads = [slot.load for slot in plan.slots]
+    return {} if None in loads else {"shares": [float(load) for load in loads if load is not None]}
+
+
+def _projection(plan: LayerPlan, name: str, source: Source, half: np.dtype) -> SlotWeights:
+    """One projection with its weights in the types that the node declares: packed ones in int8, float ones in ``half``."""
+    described = slot_weights(plan, name, source, panels=False)
+    declared = {weight.name: _declared(weight, half) for weight in described.inputs if weight}
+
+    def declared_piece(piece: Piece) -> Piece:
+        weights = tuple(declared[weight.name] for weight in piece.weights)
+        values = lambda: tuple(map(_in_type, piece.values(), weights))  # noqa: E731
+        return Piece(weights, values, piece.memory)
+
+    inputs = tuple(declared[weight.name] if weight else None for weight in described.inputs)
+    return SlotWeights(inputs, described.index, tuple(map(declared_piece, described.pieces)))
+
+
+def _declared(weight: ExternalWeight, half: np.dtype) -> ExternalWeight:
+    if weight.dtype == np.uint8:
+        return replace(weight, dtype=np.dtype(np.int8))
+    return replace(weight, dtype=half) if weight.name.endswith(".float_weights") else weight
+
+
+def _in_type(values: np.ndarray, weight: ExternalWeight) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values.view(np.int8)
+    with np.errstate(over="ignore"):
+        made = values.astype(weight.dtype, copy=False)
+    if weight.dtype.itemsize == 2 and not np.isfinite(made).all():
+        largest = np.abs(values.astype(np.float32)).max()
+        raise UserError(f"{weight.name} has the value {largest:.4g}, which {weight.dtype} cannot hold; use --precision bf16")
+    return made

@@ -1,0 +1,77 @@
+"""What a node MoeLayer of a compiled model computes, in float64, read from its inputs as plugins/tensorrt/README.md says them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from onnx import helper, numpy_helper
+
+sys.path.append(str(Path(__file__).parents[1] / "plugins" / "kernels"))
+
+from rq_kernels import reference
+from rq_kernels.activations import GATED
+from rq_kernels.launch import Layer, Projection
+
+ROLES = (("float_weights",), ("int8_packed", "int8_scales"), ("int4_packed", "int4_scales"))
+FIRST = ("x", "ids", "gates", "replicas", "formats")
+
+
+def moe_nodes(model):
+    return [node for node in model.graph.node if node.op_type == "MoeLayer" and node.domain == "rq.moe"]
+
+
+def attributes_of(node):
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def inputs_of(node):
+    """Names of the node's inputs by what they are, those of a projection as ``up_index`` or ``down_index``."""
+    formats = attributes_of(node)["formats"]
+    roles = ["index", *(role for code in range(3) if code in formats for role in ROLES[code])]
+    if len(node.input) > len(FIRST) + 2 * len(roles):
+        roles.append("bias")
+    names = [*FIRST, *(f"{projection}_{role}" for projection in ("up", "down") for role in roles)]
+    return dict(zip(names, node.input, strict=True))
+
+
+def constants_of(model):
+    """Every initializer; those in a file have to be loaded."""
+    return {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
+
+
+def exact(node, constants):
+    """The layer as ``rq_kernels.reference`` takes it: its weights in float64, unpacked."""
+    attributes, held = attributes_of(node), {name: constants.get(tensor) for name, tensor in inputs_of(node).items()}
+    activation = attributes["activation"].decode()
+    some_down = next(held[f"down_{role}"] for roles in ROLES for role in roles if f"down_{role}" in held)
+    some_up = next(held[f"up_{role}"] for roles in ROLES for role in roles if f"up_{role}" in held)
+    hidden, intermediate = some_down.shape[1], some_up.shape[1] // (1 + (activation in GATED))
+    formats, projections, weights = attributes["formats"], [], []
+    for name, columns in (("up", hidden), ("down", intermediate)):
+        index, bias = held[f"{name}_index"], held.get(f"{name}_bias")
+        parts = [[held.get(f"{name}_{role}") for role in ROLES[code]] for code in range(3)]
+        slots = zip(formats, index, strict=True)
+        exact_slots = [unpacked(format, [part[i] for part in parts[format]], columns) for format, i in slots]
+        weights.append(torch.from_numpy(np.stack(exact_slots)))
+        projections.append(Projection(torch.from_numpy(index), bias=None if bias is None else torch.from_numpy(bias)))
+    tables = (torch.from_numpy(held[name]) for name in ("formats", "replicas"))
+    layer = Layer(hidden, intermediate, activation, *tables, *projections, attributes["alpha"], attributes["limit"])
+    return reference.Example(layer, *weights)
+
+
+def unpacked(format, parts, columns):
+    if format == 0:
+        return parts[0].astype(np.float64)
+    packed, scales = parts
+    assert packed.dtype == np.int8
+    q, zero = packed.view(np.uint8).astype(np.int64), 128
+    if format == 2:
+        q, zero = np.stack([q % 16, q // 16], -1).reshape(len(q), -1), 8
+    return ((q - zero) * np.repeat(scales.astype(np.float64), q.shape[1] // scales.shape[1], axis=1))[:, :columns]
+
+
+def evaluated(node, constants, x, ids, gates):
+    """float64 ``[T, hidden]``."""
+    arrays = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x.astype(np.float64), ids, gates))
+    return reference.moe_layer(*arrays, exact(node, constants)).numpy()

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner, Result
+from plugin_builds import built_kernels, described_kernels  # noqa: F401 - fixtures
 
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli.main import main

@@ -18,6 +18,7 @@ struct Function {
 int sm = 80;
 Launched launched = nullptr;
 int modules = 0;
+CUstream stream = nullptr;
 
 }  // namespace
 
@@ -28,6 +29,7 @@ void stand_in(int capability, Launched function) {
   launched = function;
 }
 int modules_loaded() { return modules; }
+void* stream_of_last_launch() { return stream; }
 
 CUresult cuCtxGetDevice(CUdevice* device) {
   *device = 0;
@@ -60,7 +62,8 @@ CUresult cuGetErrorString(CUresult, const char** words) {
   return CUDA_SUCCESS;
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
-                        unsigned shared, CUstream, void** parameters, void**) {
+                        unsigned shared, CUstream given, void** parameters, void**) {
+  stream = given;
   const auto* held = reinterpret_cast<const Function*>(function);
   if (static_cast<int>(shared) > held->allowed_shared) return CUDA_ERROR_INVALID_VALUE;
   const unsigned grid[] = {x, y, z};

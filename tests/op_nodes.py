@@ -40,6 +40,26 @@ def python_with(isa, *arguments):
     return subprocess.run(command, cwd=places[0], env=environment, capture_output=True, text=True, check=False)
 
 
+OLD_RUNTIME = """
+import ctypes, sys
+create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(lambda code, text: print(text.decode()) or 1)
+table = (ctypes.c_void_p * 102)(ctypes.cast(create, ctypes.c_void_p).value)
+get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(lambda version: ctypes.addressof(table) if version == 1 else None)
+version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(text))
+text = ctypes.create_string_buffer(b"1.2.3")
+base = (ctypes.c_void_p * 2)(ctypes.cast(get_api, ctypes.c_void_p).value, ctypes.cast(version, ctypes.c_void_p).value)
+register = ctypes.CDLL(sys.argv[1]).RegisterCustomOps
+register.restype = ctypes.c_void_p
+assert register(None, ctypes.byref(base)) == 1
+"""
+
+
+def registered_with_an_old_runtime(library):
+    """What RegisterCustomOps says to a runtime that knows version 1 only; in a child, so that a crash is a failure."""
+    command = [sys.executable, "-c", OLD_RUNTIME, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def run_op(op, inputs, results, threads=1, **attributes):
     """Run one node; `inputs` maps its input names, in order, to arrays or to None where the node leaves one out."""
     feeds = {name: array for name, array in inputs.items() if array is not None and name not in CONSTANTS}

@@ -1,6 +1,5 @@
 """librq_tensorrt.so without TensorRT's builder and without a GPU."""
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -12,19 +11,11 @@ import sys
 from pathlib import Path
 
 import op_nodes
+import plugin_builds
 import pytest
+from plugin_builds import ROOT, SANITIZED, SANITIZERS, checked, compiled, shared_library, stand_in_driver
 
-ROOT = Path(__file__).parents[1]
-TESTS = ROOT / "tests"
 LAUNCHER = ROOT / "plugins" / "launcher"
-# What layers of mixed formats in fp16 need.
-BUILT = ["dispatch_*", "combine_fp16", "up_gated_fp16_mixed_*", "down_fp16_mixed_*"]
-
-
-def checked(*command, **options):
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -40,66 +31,22 @@ def headers():
     return Path(package.submodule_search_locations[0]) / "include" / "tensorrt", cuda[0]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kernels")
-    build = ROOT / "plugins" / "kernels" / "build.py"
-    checked(sys.executable, build, "-o", folder, "--sm", "80", "--jobs", "2", "--only", *BUILT)
-    # The files of SM 80 stand for those of one whose instructions no other has.
-    described = json.loads((folder / "kernels.json").read_text())
-    for kernel in described["kernels"]:
-        kernel["builds"].append(kernel["builds"][0] | {"sm": 120, "portable_ptx": False})
-    (folder / "kernels.json").write_text(json.dumps(described))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def all_kernels(tmp_path_factory):
-    """kernels.json of every kernel, with one image that is none: enough for all but a launch."""
-    folder = tmp_path_factory.mktemp("all_kernels")
-    (folder / "image").write_bytes(b"none")
-    script = """
-import json, sys
-sys.path.append(sys.argv[1])
-from build import describe
-from rq_kernels import tiles
-from rq_kernels.variants import variants
-build = json.loads(sys.argv[2])
-rule = {"rows": {name: tile.rows for name, tile in tiles.UP.items()}, "reread": tiles.REREAD, "small": tiles.SMALL}
-print(json.dumps({"version": 1, "tiles": rule, "kernels": [describe(v, [build | {"entry": v.name}]) for v in variants()]}))
-"""
-    image = {"file": "image", "sha256": hashlib.sha256(b"none").hexdigest()}
-    build = {"sm": 80, "shared": 0, "portable_ptx": True, "cubin": image, "ptx": image}
-    described = checked(sys.executable, "-c", script, ROOT / "plugins" / "kernels", json.dumps(build))
-    (folder / "kernels.json").write_text(described)
-    return folder
-
-
 def library(folder, headers, kernels, *options):
-    where = [f"-DTENSORRT_INCLUDE_DIR={headers[0]}", f"-DCUDA_INCLUDE_DIR={headers[1]}", f"-DRQ_KERNELS={kernels}"]
-    python = f"-DPython3_EXECUTABLE={sys.executable}"
-    checked("cmake", "-S", ROOT / "plugins" / "tensorrt", "-B", folder, *where, python, *options)
-    checked("cmake", "--build", folder, "--parallel", "2")
-    return folder / "librq_tensorrt.so"
+    where = [f"-DTENSORRT_INCLUDE_DIR={headers[0]}", f"-DCUDA_INCLUDE_DIR={headers[1]}"]
+    return plugin_builds.library("tensorrt", "librq_tensorrt.so", folder, kernels, *where, *options)
 
 
 @pytest.fixture(scope="module")
-def plugin(tmp_path_factory, headers, kernels):
-    return library(tmp_path_factory.mktemp("plugin"), headers, kernels)
-
-
-def compiled(source, output, headers, *options):
-    folders = [part for folder in headers for part in ("-isystem", folder)]
-    checked("g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *folders, *options, TESTS / source, "-ldl", "-o", output)
-    return output
+def plugin(tmp_path_factory, headers, built_kernels):
+    return library(tmp_path_factory.mktemp("plugin"), headers, built_kernels)
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory, headers, all_kernels):
+def host(tmp_path_factory, headers, described_kernels):
     """Runs the host program with a library, both of which check themselves."""
     folder = tmp_path_factory.mktemp("sanitized")
-    checking = library(folder, headers, all_kernels, "-DRQ_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug")
-    program = compiled("tensorrt_host.cc", folder / "host", headers, "-g", "-fsanitize=address,undefined")
+    checking = library(folder, headers, described_kernels, *SANITIZED)
+    program = compiled("tensorrt_host.cc", folder / "host", headers, "-g", f"-fsanitize={SANITIZERS}")
     environment = os.environ | {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
     return lambda *arguments: checked(program, checking, *arguments, env=environment)
 
@@ -137,11 +84,11 @@ print(type(creator).__name__, creator.name, [field.name for field in creator.fie
     assert "IPluginCreatorV3One MoeLayer ['formats', 'activation', 'alpha', 'limit', 'shares']" in listed
 
 
-def test_what_it_launches_is_the_layer(plugin, headers, kernels, tmp_path, monkeypatch):
+def test_what_it_launches_is_the_layer(plugin, headers, built_kernels, tmp_path, monkeypatch):
     """In another Python: whether Triton interprets is decided when it is first imported."""
-    stand_in = compiled("cuda_stand_in.cc", tmp_path / "libcuda.so.1", headers, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
-    shared_host = compiled("tensorrt_enqueue.cc", tmp_path / "libhost.so", headers, "-shared", "-fPIC")
-    for name, path in (("PLUGIN", plugin), ("HOST", shared_host), ("STAND_IN", stand_in), ("KERNELS", kernels)):
+    stand_in = stand_in_driver(tmp_path, headers)
+    shared_host = shared_library("tensorrt_enqueue.cc", tmp_path / "libhost.so", headers)
+    for name, path in (("PLUGIN", plugin), ("HOST", shared_host), ("STAND_IN", stand_in), ("KERNELS", built_kernels)):
         monkeypatch.setenv(f"RQ_{name}", str(path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "interpreted_plugin.py"]
@@ -154,8 +101,8 @@ def embed(kernels, output):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_files_that_kernels_json_does_not_describe_are_not_embedded(kernels, tmp_path):
-    shutil.copytree(kernels, tmp_path / "kernels")
+def test_files_that_kernels_json_does_not_describe_are_not_embedded(built_kernels, tmp_path):
+    shutil.copytree(built_kernels, tmp_path / "kernels")
     file = tmp_path / "kernels" / "sm80" / "dispatch_small.cubin"
     file.write_bytes(file.read_bytes() + b"\0")
     result = embed(tmp_path / "kernels", tmp_path / "out")
@@ -163,8 +110,8 @@ def test_files_that_kernels_json_does_not_describe_are_not_embedded(kernels, tmp
     assert "is not the file that kernels.json describes; build the kernels again" in result.stderr
 
 
-def test_a_parameter_that_the_launcher_does_not_know_fails_the_build(kernels, headers, tmp_path):
-    shutil.copytree(kernels, tmp_path / "kernels")
+def test_a_parameter_that_the_launcher_does_not_know_fails_the_build(built_kernels, headers, tmp_path):
+    shutil.copytree(built_kernels, tmp_path / "kernels")
     file = tmp_path / "kernels" / "kernels.json"
     document = json.loads(file.read_text())
     for name, kind in (("zero_points", "*i32"), ("experts", "*i32")):

@@ -20,15 +20,15 @@ class Attributes {
   }
   void read(const char* name, std::vector<int64_t>& value) const {
     size_t size = 0;
-    if (!succeeded(integers(name, nullptr, &size))) return refuse_other_type(name, "a list of integers");
+    if (!succeeded(integers(name, nullptr, &size)) || size == 0) return refuse_other_type(name, "list of integers");
     value.resize(size);
-    if (size) check(api_, integers(name, value.data(), &size));
+    check(api_, integers(name, value.data(), &size));
   }
   void read(const char* name, std::vector<float>& value) const {
     size_t size = 0;
-    if (!succeeded(floats(name, nullptr, &size))) return refuse_other_type(name, "a list of floats");
+    if (!succeeded(floats(name, nullptr, &size)) || size == 0) return refuse_other_type(name, "list of floats");
     value.resize(size);
-    if (size) check(api_, floats(name, value.data(), &size));
+    check(api_, floats(name, value.data(), &size));
   }
 
  private:
@@ -45,7 +45,7 @@ class Attributes {
     if (status) api_.ReleaseStatus(status);
     return status == nullptr;
   }
-  // To a getter of one type, an attribute of another is as good as left out.
+  // A getter of one type fails on an attribute of another as if it was left out; those of lists then find an empty one.
   void refuse_other_type(const char* name, const char* words) const {
     int64_t integer;
     float real;
@@ -53,7 +53,7 @@ class Attributes {
     if (succeeded(api_.KernelInfoGetAttribute_int64(info_, name, &integer)) ||
         succeeded(api_.KernelInfoGetAttribute_float(info_, name, &real)) || succeeded(text(name, nullptr, &size)) ||
         succeeded(integers(name, nullptr, &size)) || succeeded(floats(name, nullptr, &size)))
-      refuse_field(name, std::string("has another type than ") + words);
+      refuse_field(name, std::string("is no ") + words);
   }
 
   const Api& api_;

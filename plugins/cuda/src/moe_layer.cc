@@ -114,6 +114,7 @@ const OrtCustomOp* moe_layer_op() {
     OrtCustomOp o = *custom_op<MoeLayerOf<kTypeOfX>>();
     o.GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };
     o.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return i < 5 ? kRequired : kVariadic; };
+    o.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 4; };  // an index and weights, twice
     o.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
     o.InferOutputShapeFn = infer_shape;
     return o;

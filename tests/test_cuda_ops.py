@@ -1,0 +1,168 @@
+"""librq_moe_cuda.so in ONNX Runtime, without CUDA and without a GPU."""
+
+import importlib.util
+import re
+import secrets
+from pathlib import Path
+
+import numpy as np
+import op_nodes
+import plugin_builds
+import pytest
+from moe_layer_node import arrays_of, feeds_of, model_of, session_of
+from onnx import TensorProto
+from plugin_builds import ROOT, SANITIZED, checked, shared_library, stand_in_driver
+
+NAME = "librq_moe_cuda.so"
+MIXED = [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def headers():
+    """CUDA's, as Triton carries them: no toolkit is needed."""
+    package = importlib.util.find_spec("triton")
+    if package is None:
+        pytest.skip("no CUDA headers: pip install triton")
+    return Path(package.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
+
+
+def built(folder, headers, kernels, *options):
+    return plugin_builds.library("cuda", NAME, folder, kernels, f"-DCUDA_INCLUDE_DIR={headers}", *options)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, headers, built_kernels):
+    return built(tmp_path_factory.mktemp("cuda_ops"), headers, built_kernels)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, headers):
+    """What lets ONNX Runtime's CPU provider take the ops, and a driver for them."""
+    folder = tmp_path_factory.mktemp("parts")
+    interface = [f"-I{ROOT / 'plugins' / 'onnxruntime' / 'src'}"]
+    host = shared_library("cuda_ops_on_host.cc", folder / "libhost.so", [headers], *interface)
+    return {"RQ_HOST": str(host), "RQ_STAND_IN": str(stand_in_driver(folder, [headers]))}
+
+
+@pytest.fixture
+def on_host(library, parts, monkeypatch):
+    """The library to register in ONNX Runtime, by which the CPU provider takes the ops."""
+    monkeypatch.setenv("RQ_LIBRARY", str(library))
+    return parts["RQ_HOST"]
+
+
+def test_it_exports_one_function_and_needs_neither_onnxruntime_nor_a_driver(library):
+    exported = checked("nm", "-D", "--defined-only", library)
+    assert [line.split()[-1] for line in exported.splitlines()] == ["RegisterCustomOps"]
+    needed = re.findall(r"NEEDED.*\[(.+)\]", checked("readelf", "-d", library))
+    assert not [name for name in needed if re.search("cuda|cudart|onnx", name)]
+
+
+def test_old_runtime_is_refused_politely(library):
+    expected = "librq_moe_cuda.so needs ONNX Runtime 1.18 or newer, this is 1.2.3; upgrade onnxruntime"
+    assert op_nodes.registered_with_an_old_runtime(library) == expected
+
+
+@pytest.mark.parametrize("type_of_x", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+@pytest.mark.parametrize("formats", [[0, 0], [1, 1], [2, 2], [0, 1], MIXED])
+@pytest.mark.parametrize("bias", [False, True])
+def test_onnxruntime_takes_the_node_and_misses_only_cuda(library, type_of_x, formats, bias):
+    """The graph is resolved against the registered schema before kernels are looked for."""
+    model = as_type(model_of(arrays_of(formats, bias=bias), type_of_x=type_of_x, formats=formats), type_of_x)
+    with pytest.raises(Exception, match=r"NOT_IMPLEMENTED.*implementation for MoeLayer\(1\)"):
+        session_of(model, library)
+
+
+def as_type(model, type_of_x):
+    for constant in model.graph.initializer:
+        if constant.data_type == TensorProto.FLOAT16:
+            constant.data_type = type_of_x
+    return model
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype", "name"), [(0, np.float32, "x"), (1, np.int32, "ids"), (2, np.float16, "gates"), (3, np.int64, "replicas")]
+)
+def test_onnxruntime_refuses_wrong_types_by_the_schema(library, place, dtype, name):
+    arrays = arrays_of(MIXED)
+    arrays[place] = arrays[place].astype(dtype)
+    with pytest.raises(Exception, match=rf"Type Error: Type .* of input parameter \(input{place}\) of operator \(MoeLayer\)"):
+        session_of(model_of(arrays, formats=MIXED), library)
+
+
+def test_onnxruntime_refuses_too_few_inputs_by_the_schema(library):
+    with pytest.raises(Exception, match=r"has input size 8 not in range \[min=9"):
+        session_of(model_of(arrays_of([0, 0])[:8], formats=[0, 0]), library)
+
+
+REFUSED = {
+    "field formats is missing": {},
+    "field formats has 3; 0, 1 and 2 are float, int8 and int4": {"formats": [0, 3]},
+    "field formats is no list of integers": {"formats": [0.5, 1.5]},
+    "field activation has an activation that is unknown": {"formats": MIXED, "activation": "swish"},
+    "field activation is no string": {"formats": MIXED, "activation": 1},
+    "field alpha is no float": {"formats": MIXED, "alpha": 2},
+    "field limit has a value that is not finite": {"formats": MIXED, "limit": float("inf")},
+    "field shares is no list of floats": {"formats": MIXED, "shares": [1, 0, 0]},
+    "field shares has 2 values for 3 slots": {"formats": MIXED, "shares": [0.5, 0.5]},
+    "field shares has 2.0+; a share is a part of all pairs": {"formats": MIXED, "shares": [2.0, 0.5, 0.5]},
+    "these formats need 17 inputs, or 19 with biases, and 18 are given": {"formats": MIXED, "extra": 1},
+    "up_int8_packed has a wrong type": {"formats": MIXED, "change": (7, np.int32)},
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_the_schema_cannot_know_is_refused_at_load(on_host, sentence):
+    attributes = dict(REFUSED[sentence])
+    arrays = arrays_of(MIXED)
+    arrays += [arrays[5]] * attributes.pop("extra", 0)
+    if "change" in attributes:
+        place, dtype = attributes.pop("change")
+        arrays[place] = arrays[place].astype(dtype)
+    with pytest.raises(Exception, match=f"rq.moe MoeLayer: {sentence}"):
+        session_of(model_of(arrays, **attributes), on_host)
+
+
+def test_shapes_that_the_graph_knows_are_checked_at_load(on_host):
+    for wrong, sentence in (({"hidden": 72}, "multiples of 16, not 72"), ({"block": 32}, "multiples of 64, not 32")):
+        with pytest.raises(Exception, match=f"rq.moe MoeLayer: .*{sentence}"):
+            session_of(model_of(arrays_of(MIXED, gated=True, **wrong), formats=MIXED, activation="swiglu"), on_host)
+
+
+def test_bf16_is_taken_by_an_op_of_its_own(on_host):
+    """Known by the kernel that is missing: only those of fp16 were built."""
+    model = as_type(model_of(arrays_of(MIXED), type_of_x=TensorProto.BFLOAT16, formats=MIXED), TensorProto.BFLOAT16)
+    with pytest.raises(Exception, match="this library was built without the kernel combine_bf16"):
+        session_of(model, on_host)
+
+
+def test_without_a_driver_a_run_is_refused_and_not_the_session(on_host):
+    if any(Path(folder, "libcuda.so.1").exists() for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib")):
+        pytest.skip("this machine has a CUDA driver")
+    arrays = arrays_of(MIXED, gated=True)
+    session = session_of(model_of(arrays, formats=MIXED, activation="swiglu"), on_host)
+    with pytest.raises(Exception, match=r"rq.moe MoeLayer: no CUDA driver: libcuda.so.1"):
+        session.run(None, feeds_of(session, arrays))
+
+
+def test_what_it_computes_is_the_layer(library, parts, built_kernels, monkeypatch):
+    """In another Python: whether Triton interprets is decided when it is first imported."""
+    for name, value in {**parts, "RQ_LIBRARY": library, "RQ_KERNELS": built_kernels, "TRITON_INTERPRET": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "interpreted_cuda_ops.py"]
+    result = op_nodes.python_with(None, *arguments)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+def test_random_nodes_break_nothing(tmp_path, headers, parts, described_kernels, monkeypatch):
+    """A library that checks itself, in a Python that has the sanitizers' libraries."""
+    checking = built(tmp_path, headers, described_kernels, *SANITIZED)
+    sanitizers = [checked("gcc", f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "LD_PRELOAD": " ".join(sanitizers)}
+    for name, value in {**parts, **options, "RQ_LIBRARY": str(checking)}.items():
+        monkeypatch.setenv(name, value)
+    seed = secrets.randbits(31)
+    result = op_nodes.python_with(None, "cuda_ops_fuzz.py", str(seed), "600")
+    assert result.returncode == 0, f"seed {seed}\n{result.stdout[-2000:]}{result.stderr[-3000:]}"
+    taken, ran = map(int, result.stdout.split())
+    assert taken > ran > 0, f"seed {seed}"

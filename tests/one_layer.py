@@ -141,7 +141,7 @@ def reference(
     for token, choice in np.ndindex(*ids.shape):
         expert, format = slots[chosen[token, choice]]
         weights = experts[expert]
-        up, down = (stored(w, format).astype(np.float64) for w in (weights.up, weights.down))
+        up, down = (stored(w, format, most=geometry.block).astype(np.float64) for w in (weights.up, weights.down))
         h = up @ x[token].astype(np.float64) + (weights.up_bias if geometry.bias else 0)
         out = down @ activate(h, geometry) + (weights.down_bias if geometry.bias else 0)
         y[token] += gates[token, choice] * out

@@ -15,6 +15,7 @@ from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli import options
 from rq_compile.cli.main import COMMANDS, main
 from rq_compile.planning.schema import Policy, Target
+from rq_compile.quantization.formats import BLOCKS
 from rq_compile.runtime.engine import Engine
 from rq_compile.targets.manifest import DenseFormat, Lowering
 
@@ -24,6 +25,7 @@ def test_choices_are_those_of_the_schemas() -> None:
     assert get_args(Target) == options.TARGETS
     assert get_args(Lowering) == options.LOWERINGS
     assert get_args(DenseFormat) == options.DENSE_FORMATS
+    assert [str(block) for block in BLOCKS] == list(options.BLOCKS)
 
 
 def test_help_names_every_command_and_no_line_is_cut(rq_compile: Run) -> None:
@@ -120,6 +122,28 @@ def test_planning_options_are_checked_before_the_long_work(
     refused(rq_compile(model, "--text", stages / "text.txt", *arguments, "-o", out / "m.onnx", "-q"), 2, *words)
     refused(rq_compile("plan", stages / "calibration.json", *arguments, "-o", out / "p.json", "-q"), 2, *words)
     assert names(out) == []
+
+
+def test_the_block_goes_from_the_calibration_to_the_engine(
+    rq_compile: Run, model: Path, stages: Path, out: Path, export_once: object
+) -> None:
+    text, calibration = out / "short.txt", out / "calibration.json"
+    text.write_text((stages / "text.txt").read_text()[:500])
+    for arguments in (
+        ("calibrate", model, "--text", text, "--block", 32, "--quantizer", "nearest", "-o", calibration),
+        ("plan", calibration, "--memory", 0.6, "-o", out / "plan.json"),
+        (model, "--plan", out / "plan.json", "-o", out / "model.onnx"),
+    ):
+        result = rq_compile(*arguments, "-q")
+        assert result.exit_code == 0, result.stderr
+    manifest = json.loads((out / "model.json").read_text())
+    assert {layer["geometry"]["block"] for layer in manifest["plan"]["layers"]} == {32}
+    old = json.loads((stages / "plan.json").read_text())
+    for layer in old["layers"]:
+        del layer["geometry"]["block"]  # as it was before there was a choice
+    (out / "old.json").write_text(json.dumps(old))
+    shown = json.loads(rq_compile("inspect", out / "old.json", "--json").stdout)
+    assert {layer["geometry"]["block"] for layer in shown["layers"]} == {128}
 
 
 # What is printed

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rq_compile.errors import UserError
-from rq_compile.quantization.formats import QUANTIZED_FORMATS, Format, block_size, matrix_bytes
+from rq_compile.quantization.formats import BLOCKS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
 from rq_compile.quantization.quantizer import dequantize, quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
 
@@ -32,10 +32,12 @@ def correlated(tokens: int, columns: int, seed: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packed_weights_are_the_stored_ones(shape: tuple[int, int], format: Format) -> None:
     weights = normal(*shape)
-    for moment in (None, whole_moment(correlated(50, shape[1])), block_moment(correlated(50, shape[1]), block_size(shape[1]))):
-        packed = quantize(weights, format, moment)
-        assert packed.packed.nbytes + packed.scales.nbytes == matrix_bytes(format, *shape)
-        np.testing.assert_array_equal(dequantize(packed, format, shape[1]), stored(weights, format, moment))
+    inputs = correlated(50, shape[1])
+    for block in BLOCKS:
+        for moment in (None, whole_moment(inputs), block_moment(inputs, block_size(shape[1]))):
+            packed = quantize(weights, format, moment, block)
+            assert packed.packed.nbytes + packed.scales.nbytes == matrix_bytes(format, *shape, block)
+            np.testing.assert_array_equal(dequantize(packed, format, shape[1]), stored(weights, format, moment, block))
 
 
 @pytest.mark.parametrize(("format", "levels"), [("int8", 127), ("int4", 8)])
@@ -91,6 +93,33 @@ def test_gptq_changes_outputs_less_on_inputs_it_has_not_seen(format: Format) -> 
     by_block = output_error(weights, stored(weights, format, block_moment(seen, 128)), unseen)
     whole = output_error(weights, stored(weights, format, whole_moment(seen)), unseen)
     assert whole < by_block < 0.7 * nearest
+
+
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_blocks_of_32_err_less_also_within_a_moment_of_128(format: Format) -> None:
+    weights = normal(64, 256)
+    inputs = correlated(1200, 256)
+    seen, unseen = inputs[:600], inputs[600:]
+    wide, narrow = block_moment(seen, 128), block_moment(seen, 32)
+    error = {
+        (block, name): output_error(weights, stored(weights, format, moment, block), unseen)
+        for name, moment in (("none", None), ("narrow", narrow), ("wide", wide), ("whole", whole_moment(seen)))
+        for block in BLOCKS
+        if (block, name) != (128, "narrow")
+    }
+    for name in ("none", "wide", "whole"):
+        assert error[32, name] < 0.8 * error[128, name]
+    assert error[32, "whole"] < error[32, "wide"] < error[32, "narrow"] < error[32, "none"]
+    assert matrix_bytes("int8", 1, 256, 32) == 256 + 8 * 4
+
+
+def test_a_moment_by_blocks_is_a_whole_one_that_knows_nothing_between_them() -> None:
+    """So what GPTQ does inside a block of the moment, scales of 32 weights included, is what it does in a whole one."""
+    weights, moment = normal(16, 256), block_moment(correlated(300, 256), 128)
+    whole = np.zeros((256, 256), np.float32)
+    whole[:128, :128], whole[128:, 128:] = moment.values
+    for block in BLOCKS:
+        np.testing.assert_array_equal(stored(weights, "int4", moment, block), stored(weights, "int4", SecondMoment(whole), block))
 
 
 def test_gptq_with_inputs_that_do_not_correlate_is_rounding_with_the_best_scale() -> None:

@@ -42,6 +42,17 @@ def test_every_format_and_block(hidden: int, intermediate: int, format: str, low
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
+def test_blocks_of_32(lowering: str, tmp_path: Path) -> None:
+    geometry = ExpertGeometry(experts=4, top_k=2, hidden=128, intermediate=192, activation="swiglu", block=32)
+    experts, inputs = random_experts(geometry), batch(geometry, 9)
+    y, _ = compiled(plan_of(geometry, MIXED), experts, lowering, tmp_path).run(*inputs)
+    np.testing.assert_allclose(y, reference(*inputs, geometry, MIXED, experts), atol=5e-5)
+    wide = geometry.model_copy(update={"block": 128})
+    assert np.abs(y - reference(*inputs, wide, MIXED, experts)).max() > 1e-2
+    assert geometry.expert_bytes("int4") - wide.expert_bytes("int4") == 4 * (384 * (4 - 1) + 128 * (6 - 3))
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
 def test_extreme_batches(lowering: str, tmp_path: Path) -> None:
     geometry = ExpertGeometry(experts=4, top_k=2, hidden=32, intermediate=32, activation="swiglu")
     experts = random_experts(geometry)

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from rq_compile.files import Document
-from rq_compile.quantization.formats import Format, matrix_bytes
+from rq_compile.quantization.formats import Block, Format, matrix_bytes
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"]
 GATED: frozenset[Activation] = frozenset({"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"})
@@ -19,6 +19,8 @@ class ExpertGeometry(Document):
     Activations: ``swiglu``: ``silu(gate) * up``; ``geglu``: ``gelu(gate) * up`` with the exact (erf) gelu;
     ``geglu_tanh``: with the tanh approximation; ``clamped_swiglu`` (GPT-OSS): ``g = min(gate, limit)``,
     ``u = clamp(up, -limit, limit)``, ``(u + 1) * g * sigmoid(alpha * g)``; ``relu``, ``gelu`` (erf): not gated.
+
+    ``block``: the most weights of a row that share a scale where an expert is quantized; chosen, not read from the checkpoint.
     """
 
     experts: int
@@ -29,6 +31,7 @@ class ExpertGeometry(Document):
     bias: bool = False
     alpha: float = 1.702
     limit: float = 7.0
+    block: Block = 128
 
     @property
     def up_rows(self) -> int:
@@ -36,5 +39,6 @@ class ExpertGeometry(Document):
 
     def expert_bytes(self, format: Format) -> int:
         """Bytes of one expert in ``format``, scales, padding and fp32 biases included."""
-        weights = matrix_bytes(format, self.up_rows, self.hidden) + matrix_bytes(format, self.hidden, self.intermediate)
+        matrices = ((self.up_rows, self.hidden), (self.hidden, self.intermediate))
+        weights = sum(matrix_bytes(format, rows, columns, self.block) for rows, columns in matrices)
         return weights + (4 * (self.up_rows + self.hidden) if self.bias else 0)

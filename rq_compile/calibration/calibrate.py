@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,7 @@ from rq_compile.calibration.text import Batch, batches, tokenize
 from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
-from rq_compile.quantization.formats import Quantizer
+from rq_compile.quantization.formats import Block, Quantizer
 
 # What the recorded inputs of all layers may take on disk. Beyond, an even sample of the tokens is measured (all are counted).
 MAX_RECORDED_BYTES = 4 * 2**30
@@ -82,12 +82,14 @@ def calibrate(
     sequence_length: int,
     progress: Callable[[int, int], None],
     quantizer: Quantizer = "gptq",
+    block: Block = 128,
     wanda_fraction: float = WANDA_FRACTION,
     memory_limit: int | None = None,
     device: str = "cpu",
     remark: Callable[[str], None] = lambda text: None,
 ) -> tuple[Calibration, dict[str, np.ndarray]]:
-    """Run the model over ``texts`` (name to content) in fp32 and measure every expert in every format, rounded by ``quantizer``.
+    """Run the model over ``texts`` (name to content) in fp32 and measure every expert in every format, rounded by ``quantizer``
+    in blocks of ``block`` weights, as the engines of this calibration then will be.
 
     A text is cut into sequences of ``sequence_length`` tokens; a batch holds up to ``batch_size`` of one text. An
     encoder-decoder model reads the first half of a sequence with its encoder and the second with its decoder.
@@ -107,13 +109,14 @@ def calibrate(
         checkpoint, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device
     )
     remark(work.way.reason)
+    layers = [replace(layer, geometry=layer.geometry.model_copy(update={"block": block})) for layer in work.layers]
     report = partial(_report, progress, work.total)
     if work.way.whole:
-        recorded = record_whole_model(checkpoint, work.layers, list(texts), work.batches, device=device, progress=report)
+        recorded = record_whole_model(checkpoint, layers, list(texts), work.batches, device=device, progress=report)
     else:
         in_memory = work.way.states_in_memory
         recorded = record_layer_by_layer(
-            checkpoint, work.layers, list(texts), work.batches, device=device, in_memory=in_memory, progress=report
+            checkpoint, layers, list(texts), work.batches, device=device, in_memory=in_memory, progress=report
         )
     measured_layers: list[LayerCalibration] = []
     statistics: dict[str, np.ndarray] = {}

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rq_compile.architectures.geometry import GATED, ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
-from rq_compile.quantization.formats import Format
+from rq_compile.quantization.formats import Block, Format
 from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import block_products
 
@@ -16,14 +16,14 @@ from rq_compile.quantization.second_moment import block_products
 CHUNK = 2**22
 
 
-def in_format(weights: ExpertWeights, format: Format) -> ExpertWeights:
+def in_format(weights: ExpertWeights, format: Format, most: Block = 128) -> ExpertWeights:
     """The expert with the fp32 values that its matrices have once stored in ``format``, rounded as its moments, where it has
-    any, tell best; biases stay as they are."""
+    any, tell best; biases stay as they are. ``most``: see ``block_size``."""
     with np.errstate(over="ignore"):  # beyond fp16's range is infinity, which `weight_error` reports
         return replace(
             weights,
-            up=stored(weights.up, format, weights.up_moment),
-            down=stored(weights.down, format, weights.down_moment),
+            up=stored(weights.up, format, weights.up_moment, most),
+            down=stored(weights.down, format, weights.down_moment, most),
         )
 
 

@@ -30,7 +30,7 @@ class ExpertMeasurement:
 
     ``energy``: ``gate**2 * ||E(x)||**2``. ``error[format]``: ``gate**2 * ||E_format(x) - E(x)||**2``, infinite where the format
     cannot hold a weight. Beside the sums, ``weight_error[format]`` (see ``weight_error``), ``wanda`` (see ``wanda_score``) and
-    ``intermediate_moment``, that of the down projection's inputs by quantization blocks.
+    ``intermediate_moment``, that of the down projection's inputs by blocks of columns.
     """
 
     pairs: int
@@ -140,7 +140,7 @@ def _measure_expert(
     sampled_x, sampled_y, sampled_gate = x[sample], y[sample], gate[sample]
     weight_errors, errors = {}, {}
     for format in formats:
-        changed = in_format(weights, format)
+        changed = in_format(weights, format, geometry.block)
         weight_errors[format] = weight_error(changed, original)
         if np.isinf(weight_errors[format]):
             errors[format] = np.inf

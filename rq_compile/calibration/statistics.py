@@ -1,8 +1,8 @@
 """The activation statistics of a calibration, read one layer or expert at a time while an engine's weights are quantized.
 
 Tensors by name, fp32: ``{layer name}.input_moment [hidden, hidden]``, the mean of ``x x^T`` over all tokens of the layer, and
-``{layer name}.intermediate_moment [m, blocks, block, block]``, that of each expert's inputs of the down projection, by
-quantization blocks. One moment serves all up projections of a layer, and a down projection's is kept by blocks only: whole
+``{layer name}.intermediate_moment [m, blocks, block, block]``, that of each expert's inputs of the down projection, by blocks
+of up to 128 columns. One moment serves all up projections of a layer, and a down projection's is kept by blocks only: whole
 moments of every expert would be as large as the experts.
 """
 

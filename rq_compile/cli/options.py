@@ -20,6 +20,7 @@ from rq_compile.errors import UserError
 POLICIES = ("none", "paper", "eplb", "place", "optimal")
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched")
 QUANTIZERS = ("gptq", "nearest")
+BLOCKS = ("128", "32")
 LOWERINGS = ("native", "stock", "batched")
 DENSE_FORMATS = ("stored", "int8", "fp32")
 

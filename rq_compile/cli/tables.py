@@ -129,7 +129,8 @@ def calibration_tables(calibration: Calibration) -> list[RenderableType]:
 
 def errors_table(layers: list[LayerCalibration], formats: list[Format]) -> Table:
     columns = (*(f"all in {format}" for format in formats), "too few tokens to measure")
-    made = table("relative squared error of the output", "layer", *columns)
+    blocks = f"quantized in blocks of {layers[0].geometry.block}"
+    made = table(f"relative squared error of the output, {blocks}", "layer", *columns)
     for layer in layers:
         made.add_row(
             str(layer.index),

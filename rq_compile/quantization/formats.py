@@ -12,20 +12,23 @@ BITS: dict[Format, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4"
 WHOLE_NUMBERS: dict[Format, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
 SCALE_BYTES = 4
 BLOCK_SIZES = (128, 64, 32, 16)
+# The most weights that share one scale: with fewer, what is stored is nearer to the weights and takes more bytes.
+Block = Literal[128, 32]
+BLOCKS: tuple[Block, ...] = get_args(Block)
 
 
-def block_size(columns: int) -> int:
-    """Weights that share one scale in a row of ``columns``: the largest of 128, 64, 32, 16 that divides it.
+def block_size(columns: int, most: Block = 128) -> int:
+    """Weights that share one scale in a row of ``columns``: the largest of 128, 64, 32, 16 up to ``most`` that divides it.
 
     Where none does, 16, and the last block is padded with zeros.
     """
-    return next((block for block in BLOCK_SIZES if columns % block == 0), BLOCK_SIZES[-1])
+    return next((block for block in BLOCK_SIZES if block <= most and columns % block == 0), BLOCK_SIZES[-1])
 
 
-def matrix_bytes(format: Format, rows: int, columns: int) -> int:
-    """Bytes of one ``[rows, columns]`` matrix in ``format``, scales and padding included."""
+def matrix_bytes(format: Format, rows: int, columns: int, most: Block = 128) -> int:
+    """Bytes of one ``[rows, columns]`` matrix in ``format``, scales and padding included; ``most``: see ``block_size``."""
     if format in FLOAT_FORMATS:
         return rows * columns * BITS[format] // 8
-    block = block_size(columns)
+    block = block_size(columns, most)
     blocks = -(-columns // block)
     return rows * blocks * (block * BITS[format] // 8 + SCALE_BYTES)

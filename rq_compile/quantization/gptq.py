@@ -18,23 +18,27 @@ FRACTIONS: dict[Format, np.ndarray] = {"int8": np.linspace(1.0, 0.9, 5), "int4":
 def gptq(blocks: np.ndarray, format: Format, moment: SecondMoment) -> tuple[np.ndarray, np.ndarray]:
     """Round ``blocks [rows, blocks, block]``, filled up with zeros beyond the moment's columns.
 
-    Returns whole numbers of that shape, as floats, and fp32 scales ``[rows, blocks]``.
+    A block is no wider than those of the moment, and lies in one of them. Returns whole numbers of that shape, as floats, and
+    fp32 scales ``[rows, blocks]``.
 
     Raises:
         UserError: a weight is not a finite number.
     """
     rows, count, width = blocks.shape
-    columns = moment.values.shape[0] if moment.whole else count * width
+    # Columns that are rounded with a look at each other: all of them, or those of one block of the moment.
+    known = moment.values.shape[-1]
+    columns = known if moment.whole else count * width
     left = blocks.reshape(rows, -1).astype(np.float64)
     q, scales = np.zeros_like(left), np.empty((rows, count), np.float32)
     diagonal = moment.damped.diagonal(axis1=-2, axis2=-1).reshape(-1)
+    factors = moment.inverse_factor.reshape(-1, known, known)
     for number in range(count):
         mine = slice(number * width, min((number + 1) * width, columns))
-        factor = moment.inverse_factor[mine, mine] if moment.whole else moment.inverse_factor[number]
+        part, first = divmod(mine.start, known)
+        held = slice(first, first + mine.stop - mine.start)
         scales[:, number] = _best_scales(left[:, mine], format, diagonal[mine])
-        q[:, mine], errors = _in_turn(left[:, mine], scales[:, number], format, factor)
-        if moment.whole:
-            left[:, mine.stop : columns] -= errors @ moment.inverse_factor[mine, mine.stop :]
+        q[:, mine], errors = _in_turn(left[:, mine], scales[:, number], format, factors[part, held, held])
+        left[:, mine.stop : (part + 1) * known] -= errors @ factors[part, held, held.stop :]
     return q.reshape(blocks.shape), scales
 
 

@@ -1,6 +1,6 @@
 """Weights in a format: quantized, packed as the engines read them, and what they are worth once stored.
 
-Block-wise and symmetric: ``block_size(columns)`` neighbours of a row share one scale, and a weight is ``q * scale`` with q in
+Block-wise and symmetric: ``block_size`` neighbours of a row share one scale, and a weight is ``q * scale`` with q in
 [-127, 127] (int8) or [-8, 7] (int4). Packed, q is offset by 128 or 8, the zero points of ONNX Runtime's ``MatMulNBits``; int4
 holds the even column in the low nibble.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from rq_compile.quantization.formats import QUANTIZED_FORMATS, Format, block_size
+from rq_compile.quantization.formats import QUANTIZED_FORMATS, Block, Format, block_size
 from rq_compile.quantization.gptq import gptq
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
@@ -36,20 +36,21 @@ class Quantized:
     scales: np.ndarray
 
 
-def quantize(weights: np.ndarray, format: Format, moment: SecondMoment | None = None) -> Quantized:
+def quantize(weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128) -> Quantized:
     """Round ``weights [rows, columns]`` of any float dtype to what ``format`` ("int8" or "int4") holds.
 
     To the nearest; or, where the second ``moment`` of the matrix's inputs is given, such that its outputs change least (GPTQ).
+    ``most`` weights share a scale, see ``block_size``.
 
     Raises:
         UserError: a weight is not a finite number.
     """
-    packed, scales = zip(*((_pack(q, format), scales) for q, scales in _rounded(weights, format, moment)), strict=True)
+    packed, scales = zip(*((_pack(q, format), scales) for q, scales in _rounded(weights, format, moment, most)), strict=True)
     return Quantized(np.concatenate(packed), np.concatenate(scales))
 
 
-def stored(weights: np.ndarray, format: Format, moment: SecondMoment | None = None) -> np.ndarray:
-    """fp32 ``[rows, columns]``: the values that ``weights`` have once they are kept in ``format``; ``moment``: see ``quantize``.
+def stored(weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128) -> np.ndarray:
+    """fp32 ``[rows, columns]``: the values that ``weights`` have once kept in ``format``; ``moment``, ``most``: see ``quantize``.
 
     Raises:
         UserError: a weight that is to be quantized is not a finite number.
@@ -58,15 +59,17 @@ def stored(weights: np.ndarray, format: Format, moment: SecondMoment | None = No
         return weights.astype(FLOAT_DTYPES[format]).astype(np.float32)
     columns = weights.shape[1]
     return np.concatenate(
-        [_columns(q.astype(np.float32) * scales[..., None], columns) for q, scales in _rounded(weights, format, moment)]
+        [_columns(q.astype(np.float32) * scales[..., None], columns) for q, scales in _rounded(weights, format, moment, most)]
     )
 
 
-def _rounded(weights: np.ndarray, format: Format, moment: SecondMoment | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _rounded(
+    weights: np.ndarray, format: Format, moment: SecondMoment | None, most: Block
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Whole numbers ``[rows, blocks, block]`` and scales ``[rows, blocks]``, of some rows at a time."""
     rows = max(1, (NEAREST_TILE if moment is None else GPTQ_TILE) // weights.shape[1])
     for start in range(0, max(1, len(weights)), rows):
-        blocks = _blocks(weights[start : start + rows])
+        blocks = _blocks(weights[start : start + rows], most)
         if moment is not None:
             yield gptq(blocks, format, moment)
         else:
@@ -88,10 +91,10 @@ def dequantize(quantized: Quantized, format: Format, columns: int) -> np.ndarray
     return _columns(q * quantized.scales[..., None], columns)
 
 
-def _blocks(weights: np.ndarray) -> np.ndarray:
+def _blocks(weights: np.ndarray, most: Block) -> np.ndarray:
     """fp32 ``[rows, blocks, block]``, the last block of a row filled up with zeros."""
     rows, columns = weights.shape
-    block = block_size(columns)
+    block = block_size(columns, most)
     values = weights.astype(np.float32)
     if columns % block:
         values = np.pad(values, ((0, 0), (0, -columns % block)))

@@ -13,7 +13,7 @@ ROWS_AT_ONCE = 4096
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
     """``values`` fp32: mean of ``x x^T`` over inputs x, whole ``[columns, columns]``, or only what the columns of one
-    quantization block share, ``[blocks, block, block]`` (the last block filled up with zeros): ``columns / block`` times smaller.
+    block share, ``[blocks, block, block]`` (the last one filled up with zeros): ``columns / block`` times smaller.
     """
 
     values: np.ndarray

@@ -45,7 +45,7 @@ def lane_weights(
     geometry, format = plan.geometry, slots[0].format
     rows, columns = (geometry.up_rows, geometry.hidden) if projection == "up" else (geometry.hidden, geometry.intermediate)
     whole = whole_columns and format == "int8"
-    block = columns if whole else block_size(columns)
+    block = columns if whole else block_size(columns, geometry.block)
     blocks = -(-columns // block)
     held, fp32 = len(slots), np.dtype(np.float32)
     packed = format in QUANTIZED_FORMATS
@@ -65,7 +65,7 @@ def lane_weights(
                 matrix = matrix.astype(np.float32)
                 scale = holding_scales(matrix, format)
                 return nearest(matrix, scale, format).astype(np.int8).T, scale[None], *biases
-            result = quantize(matrix, format, getattr(expert, f"{projection}_moment"))
+            result = quantize(matrix, format, getattr(expert, f"{projection}_moment"), geometry.block)
             return whole_numbers(result, format).T, result.scales.T, *biases
 
         filled = tuple(weight for weight in (values, scales, bias) if weight)

@@ -8,7 +8,7 @@ import numpy as np
 
 from rq_compile.architectures.geometry import GATED
 from rq_compile.planning.schema import LayerPlan, Slot
-from rq_compile.quantization.formats import BITS, FLOAT_FORMATS, Format, block_size
+from rq_compile.quantization.formats import BITS, FLOAT_FORMATS, Block, Format, block_size
 from rq_compile.quantization.quantizer import FLOAT_DTYPES, Quantized, quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
@@ -73,8 +73,9 @@ def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bo
             group.append(slot)
 
     halves = 2 if projection == "up" and geometry.activation in GATED else 1
-    layout = _Panels(rows, columns, halves) if panels else _Rows(rows, columns)
-    part = _Projection(plan.name, projection, source)
+    block = block_size(columns, geometry.block)
+    layout = _Panels(rows, columns, block, halves) if panels else _Rows(rows, columns, block)
+    part = _Projection(plan.name, projection, source, geometry.block)
     bias, biases = _bias(part, plan, rows)
     found = [_floats(part, groups[0], layout), *(_quantized(part, groups[code], layout, GROUPS[code]) for code in (1, 2))]
     inputs = [weight for weights, _ in found for weight in weights] + [bias]
@@ -88,6 +89,7 @@ class _Projection:
     layer: str
     name: str
     source: Source
+    block: Block
 
     def matrix(self, expert: int) -> np.ndarray:
         return getattr(self.source(self.layer, expert), self.name)
@@ -97,7 +99,7 @@ class _Projection:
 
     def quantized(self, expert: int, format: Format) -> Quantized:
         weights = self.source(self.layer, expert)
-        return quantize(getattr(weights, self.name), format, getattr(weights, f"{self.name}_moment"))
+        return quantize(getattr(weights, self.name), format, getattr(weights, f"{self.name}_moment"), self.block)
 
     def weight(self, suffix: str, dtype: np.dtype, shape: tuple[int, ...]) -> ExternalWeight:
         return ExternalWeight(f"{self.layer}.{self.name}.{suffix}", dtype, shape)
@@ -106,8 +108,8 @@ class _Projection:
 class _Rows:
     """A matrix row by row; quantized, as ``quantize`` packs it."""
 
-    def __init__(self, rows: int, columns: int) -> None:
-        self.rows, self.columns, self.block = rows, columns, block_size(columns)
+    def __init__(self, rows: int, columns: int, block: int) -> None:
+        self.rows, self.columns, self.block = rows, columns, block
         self.blocks = -(-columns // self.block)
         self.memory = BYTES_OF_A_WEIGHT * rows * columns
 
@@ -130,8 +132,8 @@ class _Rows:
 class _Panels(_Rows):
     """A matrix as ``panels`` lays it out."""
 
-    def __init__(self, rows: int, columns: int, halves: int) -> None:
-        super().__init__(rows, columns)
+    def __init__(self, rows: int, columns: int, block: int, halves: int) -> None:
+        super().__init__(rows, columns, block)
         self.halves, self.panels = halves, panel_count(rows, halves)
 
     def float_shape(self) -> tuple[int, ...]:

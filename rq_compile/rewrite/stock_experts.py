@@ -80,19 +80,21 @@ def _busy(
     graph = gs.Graph(name=f"{plan.name}.slot_{slot}", opset=1)
     op = Ops(graph, graph.name)
     token = op("Div", op("Slice", rows, start, end, [0]), geometry.top_k)
-    middle = _product(op, op("Gather", x, token), operands[0], geometry.up_rows, geometry.hidden, accuracy_level)
-    result = _product(op, activated(op, middle, geometry), operands[1], geometry.hidden, geometry.intermediate, accuracy_level)
+    blocks = [block_size(columns, geometry.block) for columns in (geometry.hidden, geometry.intermediate)]
+    middle = _product(op, op("Gather", x, token), operands[0], geometry.up_rows, geometry.hidden, blocks[0], accuracy_level)
+    activity = activated(op, middle, geometry)
+    result = _product(op, activity, operands[1], geometry.hidden, geometry.intermediate, blocks[1], accuracy_level)
     graph.outputs = [result]
     return graph
 
 
-def _product(op: Ops, x: gs.Tensor, operands: _Operands, rows: int, columns: int, accuracy_level: int) -> gs.Tensor:
+def _product(op: Ops, x: gs.Tensor, operands: _Operands, rows: int, columns: int, block: int, accuracy_level: int) -> gs.Tensor:
     if operands.format not in QUANTIZED_FORMATS:
         weight = slice_of(operands.weight, operands.index)
         if operands.format != "fp32":
             weight = op("Cast", weight, to=onnx.TensorProto.FLOAT)
         return op("Gemm", x, weight, *([operands.bias] if operands.bias else []), transB=1)
-    block, bits = block_size(columns), BITS[operands.format]
+    bits = BITS[operands.format]
     packed = slice_of(operands.weight, operands.index, (rows, -(-columns // block), block * bits // 8))
     attributes = {"N": rows, "K": columns, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
     y = op("MatMulNBits", x, packed, operands.scales, domain="com.microsoft", **attributes)

@@ -57,8 +57,9 @@ def _same_experts(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan) -> N
                 f"(0-{experts - 1}); re-run rq-compile plan",
                 2,
             )
-    if plan.geometry != layer.geometry:
-        field, expected = next((k, v) for k, v in layer.geometry if getattr(plan.geometry, k) != v)
+    different = [(k, v) for k, v in layer.geometry if k != "block" and getattr(plan.geometry, k) != v]
+    if different:
+        field, expected = different[0]
         raise UserError(
             f"layer {layer.index} of the plan has {field} {getattr(plan.geometry, field)}, but {checkpoint.name} has {expected}; "
             "re-run rq-compile plan",

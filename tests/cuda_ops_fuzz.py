@@ -10,7 +10,8 @@ import os
 import sys
 
 import numpy as np
-from moe_layer_node import arrays_of, feeds_of, model_of, session_of
+from layer_arrays import arrays_of
+from node_model import feeds_of, model_of, session_of
 
 LAUNCHED = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p)
 DRIVER = ctypes.CDLL(os.environ["RQ_STAND_IN"], mode=ctypes.RTLD_GLOBAL)

@@ -5,15 +5,22 @@ RQ_HOST is the library of cuda_ops_on_host.cc, RQ_LIBRARY librq_moe_cuda.so, and
 
 import ctypes
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from interpreted_launches import CASES, DRIVER, LAUNCHED, SEED, Launches, batch, example, inputs_of
-from moe_layer_node import feeds_of, model_of, session_of
+from interpreted_launches import CASES, DRIVER, LAUNCHED, SEED, Launches, batch, example
 from rq_kernels import reference
+
+sys.path.append(str(Path(__file__).parents[1] / "plugins" / "cuda"))
+
+import check_in_onnxruntime
+from check_in_onnxruntime import arrays_of, attributes_of
+from node_model import feeds_of, model_of, session_of
 
 LIBRARY = os.environ["RQ_HOST"]
 HOST = ctypes.CDLL(LIBRARY)
@@ -29,14 +36,8 @@ def stream():
     HOST.on_stream(False)
 
 
-def arrays_of(layer, x, ids, gates):
-    """Packed bytes are declared int8."""
-    return [(t.view(torch.int8) if t.dtype == torch.uint8 else t).numpy() for t in inputs_of(layer, x, ids, gates)]
-
-
 def session_for(layer, arrays, **options):
-    said = {"formats": layer.formats.tolist(), "activation": layer.activation, "limit": layer.limit}
-    return session_of(model_of(arrays, **said, **options), LIBRARY)
+    return session_of(model_of(arrays, **attributes_of(layer), **options), LIBRARY)
 
 
 def close(out, x, ids, gates, held):
@@ -140,3 +141,16 @@ def test_a_batch_whose_inputs_disagree_is_refused():
     shifted = np.zeros(x.size + 1, np.float16)[1:].reshape(x.shape)
     assert "x begins at an address that is no multiple of 16 bytes" in refused(session, [shifted, *rest])
     assert not launches.seen
+
+
+def test_the_check_for_a_gpu_says_what_is_right_and_what_is_wrong(stream, capsys):
+    launches = Launches()
+    arguments = [LIBRARY, "--provider", "CPUExecutionProvider", "--seed", str(SEED)]
+    assert check_in_onnxruntime.main([*arguments, "--only", "o"]) == 1
+    said = capsys.readouterr().out
+    assert "ok      one token" in said
+    assert "ok      no token" in said
+    assert "FAILED  float bf16: " in said  # not built
+    launches.compute = False
+    assert check_in_onnxruntime.main([*arguments, "--only", "one token"]) == 1
+    assert "FAILED  one token" in capsys.readouterr().out

@@ -5,12 +5,13 @@ import re
 import secrets
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import op_nodes
 import plugin_builds
 import pytest
-from moe_layer_node import arrays_of, feeds_of, model_of, session_of
-from onnx import TensorProto
+from layer_arrays import arrays_of
+from node_model import feeds_of, model_of, session_of
 from plugin_builds import ROOT, SANITIZED, checked, shared_library, stand_in_driver
 
 NAME = "librq_moe_cuda.so"
@@ -63,21 +64,13 @@ def test_old_runtime_is_refused_politely(library):
     assert op_nodes.registered_with_an_old_runtime(library) == expected
 
 
-@pytest.mark.parametrize("type_of_x", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("formats", [[0, 0], [1, 1], [2, 2], [0, 1], MIXED])
 @pytest.mark.parametrize("bias", [False, True])
-def test_onnxruntime_takes_the_node_and_misses_only_cuda(library, type_of_x, formats, bias):
+def test_onnxruntime_takes_the_node_and_misses_only_cuda(library, half, formats, bias):
     """The graph is resolved against the registered schema before kernels are looked for."""
-    model = as_type(model_of(arrays_of(formats, bias=bias), type_of_x=type_of_x, formats=formats), type_of_x)
     with pytest.raises(Exception, match=r"NOT_IMPLEMENTED.*implementation for MoeLayer\(1\)"):
-        session_of(model, library)
-
-
-def as_type(model, type_of_x):
-    for constant in model.graph.initializer:
-        if constant.data_type == TensorProto.FLOAT16:
-            constant.data_type = type_of_x
-    return model
+        session_of(model_of(arrays_of(formats, bias=bias, half=half), formats=formats), library)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +124,8 @@ def test_shapes_that_the_graph_knows_are_checked_at_load(on_host):
 
 def test_bf16_is_taken_by_an_op_of_its_own(on_host):
     """Known by the kernel that is missing: only those of fp16 were built."""
-    model = as_type(model_of(arrays_of(MIXED), type_of_x=TensorProto.BFLOAT16, formats=MIXED), TensorProto.BFLOAT16)
     with pytest.raises(Exception, match="this library was built without the kernel combine_bf16"):
-        session_of(model, on_host)
+        session_of(model_of(arrays_of(MIXED, half=ml_dtypes.bfloat16), formats=MIXED), on_host)
 
 
 def test_without_a_driver_a_run_is_refused_and_not_the_session(on_host):
@@ -154,9 +146,9 @@ def test_what_it_computes_is_the_layer(library, parts, built_kernels, monkeypatc
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
-def test_random_nodes_break_nothing(tmp_path, headers, parts, described_kernels, monkeypatch):
+def test_random_nodes_break_nothing(tmp_path, headers, parts, built_kernels, monkeypatch):
     """A library that checks itself, in a Python that has the sanitizers' libraries."""
-    checking = built(tmp_path, headers, described_kernels, *SANITIZED)
+    checking = built(tmp_path, headers, built_kernels, *SANITIZED)
     sanitizers = [checked("gcc", f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "LD_PRELOAD": " ".join(sanitizers)}
     for name, value in {**parts, **options, "RQ_LIBRARY": str(checking)}.items():

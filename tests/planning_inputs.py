@@ -8,7 +8,7 @@ import numpy as np
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
 from rq_compile.planning.schema import LayerPlan, Plan
-from rq_compile.quantization.formats import Format
+from rq_compile.quantization.formats import Block, Format
 
 INDEX = 3  # the first decoder layer with experts, so that places and indices differ
 
@@ -22,13 +22,15 @@ def layer(
     wanda: Sequence[float] | None = None,
     hidden: int = 64,
     intermediate: int = 32,
+    block: Block = 128,
     batches: Sequence[Sequence[int]] | None = None,
 ) -> LayerCalibration:
     experts = len(texts[0])
+    shape = {"experts": experts, "top_k": top_k, "hidden": hidden, "intermediate": intermediate}
     return LayerCalibration(
         name=f"model.layers.{INDEX + place}.mlp.experts",
         index=INDEX + place,
-        geometry=ExpertGeometry(experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate, activation="swiglu"),
+        geometry=ExpertGeometry(**shape, activation="swiglu", block=block),
         load=np.sum(texts, axis=0).tolist(),
         text_loads=[list(text) for text in texts],
         batch_loads=[list(batch) for batch in (texts if batches is None else batches)],
@@ -104,7 +106,7 @@ def slot_bytes(geometry: ExpertGeometry, format: Format) -> int:
         return sum(rows * columns for rows, columns in matrices) * (4 if format == "fp32" else 2)
     total = 0
     for rows, columns in matrices:
-        block = next((size for size in (128, 64, 32, 16) if columns % size == 0), 16)
+        block = next((size for size in (128, 64, 32, 16) if size <= geometry.block and columns % size == 0), 16)
         blocks = -(-columns // block)
         total += rows * blocks * (block * (8 if format == "int8" else 4) // 8 + 4)
     return total

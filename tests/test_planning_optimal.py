@@ -29,7 +29,7 @@ def optimal(calibration: Calibration, **options: object) -> Plan:
 
 @st.composite
 def calibrations(draw: st.DrawFn, most_layers: int = 3, most_experts: int = 6, texts: int = 3) -> Calibration:
-    experts = draw(st.integers(1, most_experts))
+    experts, block = draw(st.integers(1, most_experts)), draw(st.sampled_from([128, 32]))
     loads = st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)
     errors = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 0.1)), min_size=experts, max_size=experts)
     layers = [
@@ -38,6 +38,7 @@ def calibrations(draw: st.DrawFn, most_layers: int = 3, most_experts: int = 6, t
             {"int8": draw(errors), "int4": draw(errors)},
             place=place,
             intermediate=draw(st.sampled_from([16, 24, 32])),
+            block=block,
         )
         for place in range(draw(st.integers(1, most_layers)))
     ]

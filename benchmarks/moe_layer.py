@@ -1,16 +1,16 @@
 """One MoE layer on the CPU: our kernels against ONNX Runtime's MoE, QMoE and MatMulNBits, torch's grouped_mm and llama.cpp.
 
-All variants of a cell (shape, format, threads, tokens, routing) run in turn, and between them a probe measures what the machine
-can do, so that whatever else it does meets all of them; times and ceilings are medians. Every variant is first checked against
-ours. Its threads are asleep when a run begins; with few tokens an untimed run on other experts goes before. ``roofline`` is the
-time that the touched weights at that read bandwidth, or the multiply-adds at that peak, need at least, over the time taken; the
-bytes are those of our formats, also where a variant's are some more (llama.cpp's: see llama_cpp_layer.py).
+All variants of a cell (shape, format, threads, tokens), with each routing, run in turn, and between them a probe measures what
+the machine can do, so that whatever else it does meets all of them; times and ceilings are medians. Every variant is first
+checked against ours. Its threads are asleep when a run begins; with few tokens an untimed run on other experts goes before.
+``roofline`` is the time that the touched weights at that read bandwidth, or the multiply-adds at that peak, need at least, over
+the time taken; the bytes are those of our formats, also where a variant's are some more (llama.cpp's: see llama_cpp_layer.py).
 
 Without --full, in half an hour on two idle cores: uniform routing with one thread everywhere, two threads at 1, 16, 256 and 1024
-tokens, skewed routing at 16 and 256 tokens for int4 and mixed; Mixtral's shape up to 64 tokens, at 8 and at 4 bits; no layer of
-more than 1.5 GB, since every variant holds it once; and neither our kernels with fp32 activations nor MatMulNBits that multiplies
-in fp32, which is nowhere the best stock variant. The rows are written after each cell, and an interrupt ends with the summary of
-those that are there.
+tokens but not in fp32; the other routings at 16 and 256 tokens, skewed for int4 and mixed, even for int4; Mixtral's shape up to
+64 tokens, at 8 and at 4 bits; no layer of more than 1.7 GB, since every variant holds it once, which takes 8 GB; and neither our
+kernels with fp32 activations nor MatMulNBits that multiplies in fp32, which is nowhere the best stock variant. The rows are
+written after each cell, and an interrupt ends with the summary of those that are there.
 
     python benchmarks/llama_cpp/build.py
     python benchmarks/moe_layer.py --quick
@@ -49,10 +49,10 @@ SHAPES = [
 ]
 TOKENS = (1, 4, 16, 64, 256, 1024)
 FORMATS = ("fp32", "int8", "int4", "mixed")
-ROUTINGS = ("uniform", "skewed")
+ROUTINGS = ("uniform", "skewed", "even")
 FEW = 16  # tokens: with so few a run is short
 BATCHES = 16  # with few tokens, runs in a row must not find their experts in a cache
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 3, 3, 60  # of a cell
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 4, 5, 60  # of a cell
 REST = 0.015  # seconds that torch's threads, the last of a round, need to stop spinning
 
 
@@ -70,19 +70,25 @@ class Cell(NamedTuple):
         """Whether it is measured without --full."""
         large = self.shape.hidden * self.shape.intermediate > 2**24
         return (
-            sum(self.shape.geometry.expert_bytes(format) for format in formats_of(self.shape, self.format)) <= 1.5e9
+            sum(self.shape.geometry.expert_bytes(format) for format in formats_of(self.shape, self.format)) <= 1.7e9
             and (not large or (self.tokens <= 64 and self.format != "mixed"))
-            and (self.threads == 1 or self.tokens in (1, 16, 256, 1024))
-            and (self.routing == "uniform" or (self.tokens in (16, 256) and self.format in ("int4", "mixed")))
+            and (self.threads == 1 or (self.tokens in (1, 16, 256, 1024) and self.format != "fp32"))
+            and (self.routing == "uniform" or self.tokens in (16, 256))
+            and self.format in {"uniform": FORMATS, "skewed": ("int4", "mixed"), "even": ("int4",)}[self.routing]
         )
 
 
 def batch(shape: Shape, tokens: int, routing: str, seed: int) -> Batch:
-    """Experts are drawn without replacement, all alike or, skewed, the e-th with weight 1 / (e + 1)."""
+    """Experts are drawn without replacement, all alike or, skewed, the e-th with weight 1 / (e + 1).
+
+    Or all the experts that the skewed batch of this seed touches are chosen in turn: equal bytes and work, evenly.
+    """
     random = np.random.default_rng(seed)
-    weight = np.log(1 / np.arange(1, shape.experts + 1)) if routing == "skewed" else np.zeros(shape.experts)
+    weight = np.zeros(shape.experts) if routing == "uniform" else np.log(1 / np.arange(1, shape.experts + 1))
     keys = weight + random.gumbel(size=(tokens, shape.experts))
     ids = np.ascontiguousarray(np.argsort(-keys, axis=1)[:, : shape.top_k])
+    if routing == "even":
+        ids = np.resize(random.permutation(np.unique(ids)), ids.shape)
     gates = random.uniform(0.5, 1, ids.shape).astype(np.float32)
     gates /= gates.sum(1, keepdims=True)
     # Their softmax, over the top k and normalized, is the gates.
@@ -121,25 +127,26 @@ def check(built: dict[str, Run], inputs: Batch) -> None:
         assert error < 0.02, f"{name} differs from {OURS} by {error:.3f}"
 
 
-def timed(built: dict[str, Run], batches: list[Batch], probe: Probe, threads: int) -> tuple[dict[str, float], Machine]:
-    """Median seconds of each variant, and the machine meanwhile: all run in turn."""
-    times: dict[str, list[float]] = {name: [] for name in built}
+def timed(built: dict[str, Run], routed: list[list[Batch]], probe: Probe, threads: int) -> tuple[list[dict[str, float]], Machine]:
+    """Median seconds of each variant, for each of the ``routed`` batches, and the machine meanwhile: all run in turn."""
+    times: list[dict[str, list[float]]] = [{name: [] for name in built} for _ in routed]
     machines = []
-    before = [min(batches, key=lambda other: len(np.intersect1d(other.ids, inputs.ids))) for inputs in batches]
     start = time.perf_counter()
     for round in range(MAX_ROUNDS):
-        if round >= MIN_ROUNDS and time.perf_counter() - start > SECONDS:
+        if round >= MIN_ROUNDS and time.perf_counter() - start > SECONDS * len(routed):
             break
         machines.append(probe.machine(threads))
-        inputs, other = batches[round % len(batches)], before[round % len(batches)]
-        for name, run in built.items():
-            if len(inputs.x) <= FEW:
-                run(other)
-            begin = time.perf_counter()
-            run(inputs)
-            times[name].append(time.perf_counter() - begin)
-        time.sleep(REST)
-    return {name: median(values) for name, values in times.items()}, Machine.of(machines, median)
+        for batches, taken in zip(routed, times, strict=True):
+            inputs = batches[round % len(batches)]
+            others = min(batches, key=lambda other: len(np.intersect1d(other.ids, inputs.ids)))
+            for name, run in built.items():
+                if len(inputs.x) <= FEW:
+                    run(others)
+                begin = time.perf_counter()
+                run(inputs)
+                taken[name].append(time.perf_counter() - begin)
+            time.sleep(REST)
+    return [{name: median(values) for name, values in taken.items()} for taken in times], Machine.of(machines, median)
 
 
 def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[str, float]]:
@@ -164,35 +171,37 @@ def measured(cells: list[Cell], probe: Probe, llama_cpp: ctypes.CDLL | None, ful
             builder = Builder(shape, Path(folder))
             for (format, threads), same in itertools.groupby(same_shape, lambda cell: (cell.format, cell.threads)):
                 built = variants(builder, format, threads, llama_cpp, full)
-                for cell in same:
-                    yield rows_of(cell, built, probe)
+                for _, routed in itertools.groupby(same, lambda cell: cell.tokens):
+                    yield from rows_of(list(routed), built, probe)
                 built.clear()  # before the next are built beside them
 
 
-def rows_of(cell: Cell, built: dict[str, Run], probe: Probe) -> tuple[list[Row], Machine]:
-    """One row for each variant, and the machine meanwhile."""
-    count = BATCHES if cell.tokens <= FEW else 2
-    batches = [batch(cell.shape, cell.tokens, cell.routing, seed) for seed in range(count)]
-    check(built, batches[0])
-    touched, macs = work(cell.shape, cell.format, batches)
-    seconds, machine = timed(built, batches, probe, cell.threads)
-    bound = max(touched / machine.bandwidth, sum(n / machine.peaks[kind] for kind, n in macs.items()))
-    rows = [
-        {
-            "shape": cell.shape.name,
-            "tokens": cell.tokens,
-            "format": cell.format,
-            "threads": cell.threads,
-            "routing": cell.routing,
-            "variant": variant,
-            "ms": round(taken * 1e3, 4),
-            "gbytes_per_s": round(touched / taken / 1e9, 2),
-            "gflops": round(2 * sum(macs.values()) / taken / 1e9, 1),
-            "roofline": round(bound / taken, 3),
-        }
-        for variant, taken in seconds.items()
-    ]
-    return rows, machine
+def rows_of(cells: list[Cell], built: dict[str, Run], probe: Probe) -> Iterator[tuple[list[Row], Machine]]:
+    """The rows of each of the cells, which differ in routing alone and are measured in turn, and the machine meanwhile."""
+    count = BATCHES if cells[0].tokens <= FEW else 2
+    routed = [[batch(cell.shape, cell.tokens, cell.routing, seed) for seed in range(count)] for cell in cells]
+    for batches in routed:
+        check(built, batches[0])
+    times, machine = timed(built, routed, probe, cells[0].threads)
+    for cell, batches, seconds in zip(cells, routed, times, strict=True):
+        touched, macs = work(cell.shape, cell.format, batches)
+        bound = max(touched / machine.bandwidth, sum(n / machine.peaks[kind] for kind, n in macs.items()))
+        rows = [
+            {
+                "shape": cell.shape.name,
+                "tokens": cell.tokens,
+                "format": cell.format,
+                "threads": cell.threads,
+                "routing": cell.routing,
+                "variant": variant,
+                "ms": round(taken * 1e3, 4),
+                "gbytes_per_s": round(touched / taken / 1e9, 2),
+                "gflops": round(2 * sum(macs.values()) / taken / 1e9, 1),
+                "roofline": round(bound / taken, 3),
+            }
+            for variant, taken in seconds.items()
+        ]
+        yield rows, machine
 
 
 def report(cell: list[Row]) -> None:
@@ -232,6 +241,7 @@ def main() -> None:
         print(f"llama.cpp is left out, since {args.llama_cpp} has none; benchmarks/llama_cpp/build.py builds it")
     found: list[Row] = []
     machines: dict[int, list[Machine]] = {threads: [] for threads in args.threads}
+    start = time.perf_counter()
     try:
         for rows, machine in measured(cells, Probe(), llama_cpp, args.full):
             report(rows)
@@ -240,7 +250,8 @@ def main() -> None:
             if args.output:
                 write(args.output, found, machines)
     except KeyboardInterrupt:
-        print(f"interrupted; {len(found)} rows of {len(cells)} cells are there")
+        print("interrupted")
+    print(f"{len(found)} rows, of {len(cells)} cells to be measured, after {(time.perf_counter() - start) / 60:.1f} minutes")
     for threads, several in machines.items():
         if several:
             print(f"{threads} threads at best: {Machine.of(several, max)}")

@@ -15,8 +15,9 @@ from onnx import TensorProto, helper
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
-from rq_compile.quantization.formats import BITS, Format, block_size
+from rq_compile.quantization.formats import BITS, Block, Format, block_size
 from rq_compile.quantization.quantizer import Quantized, quantize
+from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite import slot_weights
 from rq_compile.rewrite.rewrite import rewrite
 from rq_compile.targets.library import library_path
@@ -79,13 +80,13 @@ class Builder:
     def __init__(self, shape: Shape, folder: Path) -> None:
         self.shape, self.folder = shape, folder
         self.experts = random_experts(shape)
-        self._quantized: dict[tuple[int, str], Quantized] = {}
+        self._quantized: dict[tuple[int, str, int], Quantized] = {}
         slot_weights.quantize = self._quantize
 
-    def _quantize(self, weights: np.ndarray, format: Format, _: object = None) -> Quantized:
-        key = (id(weights), format)
+    def _quantize(self, weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128) -> Quantized:
+        key = (id(weights), format, most)
         if key not in self._quantized:
-            self._quantized[key] = quantize(weights, format)
+            self._quantized[key] = quantize(weights, format, moment, most)
         return self._quantized[key]
 
     def rewritten(self, format: str, lowering: str, bits: int, threads: int) -> Run:
@@ -137,7 +138,7 @@ class Builder:
             if format == "fp32":
                 parts = {f"fc{i}": matrices}
             else:
-                quantized = [quantize(m, format) for m in matrices]  # type: ignore[arg-type]
+                quantized = [quantize(matrix, format) for matrix in matrices]  # type: ignore[arg-type]
                 parts = {f"fc{i}": [q.packed for q in quantized], f"fc{i}_scales": [q.scales for q in quantized]}
             for name, arrays in parts.items():
                 weights.append(onnx.numpy_helper.from_array(self._of_all(arrays), name))

@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 sys.path.append(str(Path(__file__).parents[1] / "plugins" / "kernels"))
 
@@ -75,3 +77,29 @@ def evaluated(node, constants, x, ids, gates):
     """float64 ``[T, hidden]``."""
     arrays = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x.astype(np.float64), ids, gates))
     return reference.moe_layer(*arrays, exact(node, constants)).numpy()
+
+
+def run(model, feeds):
+    """All outputs of a compiled model, by name: ONNX Runtime computes it on the CPU, save its MoeLayer nodes.
+
+    The graph is cut at these. It is run once for each, to learn what goes in, and once more with what comes out of all.
+    """
+    nodes, constants = moe_nodes(model), constants_of(model)
+    outputs = [value.name for value in model.graph.output]
+    cut = onnx.ModelProto.FromString(model.SerializeToString())
+    for node in moe_nodes(cut):
+        cut.graph.node.remove(node)
+    types = dict.fromkeys((name for node in nodes for name in (node.input[0], node.output[0])), TensorProto.FLOAT16)
+    for node in nodes:
+        types |= {node.input[1]: TensorProto.INT64, node.input[2]: TensorProto.FLOAT}
+    for node in nodes:
+        cut.graph.input.append(helper.make_tensor_value_info(node.output[0], types[node.output[0]], None))
+    for name in dict.fromkeys(name for node in nodes for name in node.input[:3]):
+        cut.graph.output.append(helper.make_tensor_value_info(name, types[name], None))
+    session = onnxruntime.InferenceSession(cut.SerializeToString(), providers=["CPUExecutionProvider"])
+    tokens = feeds["input_ids"].size
+    made = {node.output[0]: np.zeros((tokens, exact(node, constants).layer.hidden), np.float16) for node in nodes}
+    for node in nodes:
+        x, ids, gates = session.run(node.input[:3], feeds | made)
+        made[node.output[0]] = evaluated(node, constants, x, ids, gates).astype(np.float16)
+    return dict(zip(outputs, session.run(outputs, feeds | made), strict=True))

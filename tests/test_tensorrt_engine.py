@@ -243,9 +243,10 @@ def test_every_format_is_built_with_further_passes(tmp_path: Path) -> None:
 
 def test_int4_needs_a_gpu_that_has_it() -> None:
     plan = plan_of(GEOMETRY, MIXED)
+    (layer,) = plan.layers
     with pytest.raises(UserError, match="layer 0 has experts in int4, which --sm 75 lacks"):
-        target.check_settings(target.Settings("rtx", (), [75], build=False), plan)
-    target.check_settings(target.Settings("rtx", (), [80], build=False), plan)
+        target.check_layer(layer, target.Settings("rtx", (), [75], build=False))
+    target.check_layer(layer, target.Settings("rtx", (), [80], build=False))
 
 
 @rtx

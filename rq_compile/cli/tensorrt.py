@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rq_compile.cli.options import given_options
+from rq_compile.cli.options import FILE, given_options
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rq_compile.targets.tensorrt.profiles import Profile, Range
 
 MEGABYTE = 10**6
-OPTIONS = ("builder", "sm", "precision", "profiles", "build")
+OPTIONS = ("builder", "plugins", "stock", "sm", "precision", "profiles", "build")
 OF_ONNX = ("lowering", "activation_bits", "dense_format", "link_weights", "fresh", "dry_run")
 
 
@@ -36,6 +36,13 @@ def tensorrt_options(function: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="For .plan: TensorRT, which needs the GPU that it builds for, or TensorRT-RTX, which needs none.",
         ),
+        click.option(
+            "--plugins",
+            type=FILE,
+            metavar="LIBRARY",
+            help="For .plan by TensorRT: build MoE layers with the plugins of this librq_tensorrt.so; the engine carries it.",
+        ),
+        click.option("--stock", is_flag=True, help="For .plan: build MoE layers of standard ops, as without --plugins."),
         click.option("--sm", metavar="80,89,120", help="For .plan by rtx: the compute capabilities to build for."),
         click.option(
             "--precision",
@@ -83,6 +90,8 @@ def checked_settings(options: dict[str, Any], checkpoint: Checkpoint, workload: 
     from rq_compile.targets.tensorrt.compile import Settings, check_settings
     from rq_compile.targets.tensorrt.profiles import Profile, default_profiles
 
+    if options["stock"] and options["plugins"]:
+        raise UserError("--stock is without plugins; leave one of --stock and --plugins out", 2)
     context = checkpoint.config.get("max_position_embeddings")
     given = [Profile.parse(text) for text in options["profiles"]]
     settings = Settings(
@@ -91,8 +100,9 @@ def checked_settings(options: dict[str, Any], checkpoint: Checkpoint, workload: 
         capabilities=capabilities_of(options["sm"]),
         precision=options["precision"],
         build=options["build"],
+        plugins=options["plugins"],
     )
-    check_settings(settings)
+    check_settings(settings, checkpoint)
     return settings
 
 
@@ -113,6 +123,8 @@ def compile_plan(
     """
     from rq_compile.targets.tensorrt.compile import compile_tensorrt
 
+    if settings.builder == "tensorrt" and not {"plugins", "stock"} & given_options().keys():
+        screen.note("MoE layers are built of standard ops; --plugins librq_tensorrt.so builds them with kernels of their own")
     with screen.progress("compiling", "MB") as progress:
         manifest = compile_tensorrt(
             checkpoint,
@@ -177,6 +189,7 @@ def tensorrt_tables(manifest: TensorRTManifest, engine: Path) -> list[Renderable
     head: dict[str, object] = {
         "made_by": manifest.tool,
         "target": f"{manifest.target}, {manifest.precision}",
+        "moe_layers": "plugins" if manifest.lowering == "plugins" else "standard ops",
         "compute_capabilities": ", ".join(f"{n // 10}.{n % 10}" for n in manifest.compute_capabilities)
         or "the building machine's",
         "engine": megabytes(size) if size else "not built",

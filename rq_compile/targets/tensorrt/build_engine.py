@@ -5,8 +5,9 @@ rq-compile runs this file in a process of its own. It also writes a copy beside 
     python engine.build.py engine.build.json
 
 The settings (JSON) name the network (ONNX, with its weights beside it), the engine to write, the builder ("tensorrt" or "rtx"),
-the compute capabilities, and for each profile the least, best and greatest shape of every input. What was built is told beside
-the engine, in ``<engine>.report.json``. Both packages have the same API; what differs between them is in ``BUILDERS``.
+the library of the network's plugins if it has any, the compute capabilities, and for each profile the least, best and greatest
+shape of every input. What was built is told beside the engine, in ``<engine>.report.json``. Both packages have the same API;
+what differs between them is in ``BUILDERS``.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Builder:
-    """``ahead``: it builds without a GPU, for compute capabilities that are asked for; else for the GPU at hand, with timings."""
+    """``ahead``: it builds without a GPU, for compute capabilities that are asked for, and without plugins; else for the GPU at
+    hand, with timings."""
 
     module: str
     install: str
@@ -74,13 +76,14 @@ def build(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Build the engine that ``settings`` describe; files are named from ``folder``. Returns the report.
 
     Raises:
-        BuildError: the builder is missing, or refuses the network, a profile or a compute capability.
+        BuildError: the builder is missing, or refuses the network, its plugins, a profile or a compute capability.
     """
     name = settings["builder"]
     trt = load(name)
     logger = _logger(trt)
     started = time.monotonic()
     builder = trt.Builder(logger)
+    plugins = _load_plugins(trt, name, builder, logger, folder, settings.get("plugins"))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(folder / settings["network"])):
@@ -92,6 +95,8 @@ def build(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # Rounded to 10 bits, as TF32 does, the router would choose other experts.
     config.clear_flag(trt.BuilderFlag.TF32)
+    if plugins:
+        config.plugins_to_serialize = plugins
     for shapes in settings["profiles"]:
         config.add_optimization_profile(_profile(builder, network, shapes))
     _set_capabilities(trt, name, config, settings["compute_capabilities"])
@@ -113,6 +118,19 @@ def build(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         "network_layers": dict(sorted(Counter(_kind(network, i) for i in range(network.num_layers)).items())),
         **logger.engine(),
     }
+
+
+def _load_plugins(trt: Any, name: str, builder: Any, logger: Any, folder: Path, library: str | None) -> list[str]:
+    """The parser knows a plugin once its library is loaded, which the engine is to carry."""
+    if library is None:
+        return []
+    if BUILDERS[name].ahead:
+        raise BuildError(f"the network has plugins, which {trt.__name__} does not take; compile it with --stock")
+    # A name without a folder would be looked for where the system keeps its libraries.
+    path = str((folder / library).resolve())
+    if builder.get_plugin_registry().load_library(path) is None:
+        raise BuildError(f"{trt.__name__} {trt.__version__} cannot load the plugins of {library}: {logger.reason()}")
+    return [path]
 
 
 def _profile(builder: Any, network: Any, shapes: dict[str, Any]) -> Any:

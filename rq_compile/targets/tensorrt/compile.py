@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Literal
 
 from rq_compile import __version__
+from rq_compile.architectures.configuration import model_config
 from rq_compile.architectures.layers import moe_layers
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import sha256, write_document
-from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.planning.schema import LayerPlan, Plan, Target
 from rq_compile.targets.manifest import EngineFile
 from rq_compile.targets.preflight import preflight
-from rq_compile.targets.tensorrt import build_engine
+from rq_compile.targets.tensorrt import build_engine, plugins
 from rq_compile.targets.tensorrt.ep_context import ep_context
 from rq_compile.targets.tensorrt.manifest import Built, TensorRTManifest, TensorRTTarget, bindings
 from rq_compile.targets.tensorrt.network import Network, Precision, write_network
@@ -37,13 +38,22 @@ WITHOUT_INT4 = 75
 
 @dataclass(frozen=True)
 class Settings:
-    """How to build: ``capabilities`` are compute capabilities, 89 for 8.9; without ``build`` everything is done but that."""
+    """How to build: ``capabilities`` are compute capabilities, 89 for 8.9; without ``build`` everything is done but that.
+
+    ``plugins``: the library with which MoE layers are built; None: they are standard ops.
+    """
 
     builder: BuilderName
     profiles: Sequence[Profile]
     capabilities: Sequence[int] = ()
     precision: Precision = "fp16"
     build: bool = True
+    plugins: Path | None = None
+
+    @property
+    def planned_for(self) -> Target:
+        """What a plan for such an engine is best made for: standard ops take lanes of one width, as TensorRT-RTX does."""
+        return "tensorrt-rtx" if self.plugins is None else "tensorrt"
 
 
 def compile_tensorrt(
@@ -60,20 +70,17 @@ def compile_tensorrt(
     """Write ``output`` (``.plan``); beside it ``<stem>.context.onnx`` for ONNX Runtime, the tokenizer and the manifest.
 
     Without ``settings.build`` no engine is written, but what it is built from: ``<stem>.network.onnx`` and its ``.data``, and
-    ``<stem>.build.py``, ``<stem>.build.json`` and ``<stem>.build.sh``, which build it on the machine that has the GPU.
+    ``<stem>.build.py``, ``<stem>.build.json`` and ``<stem>.build.sh``, which build it on the machine that has the GPU. With
+    ``settings.plugins`` their library is copied to ``<stem>.plugins.so``; an engine is told to carry it, too.
     ``statistics``, ``exported``, ``threads`` and ``progress``: see ``compile_engine``.
 
     Raises:
         UserError: the plan or the settings do not fit, the builder is missing or failed. Nothing is left.
     """
-    check_settings(settings, plan)
+    check_settings(settings, checkpoint, plan)
     # The plan is lowered like any other; what it was made for only decides what it gains.
     preflight(checkpoint, moe_layers(checkpoint), plan.model_copy(update={"target": "batched"}), "batched")
     exported = exported or export_graph(checkpoint)
-    if exported.encoder_decoder:
-        raise UserError(
-            f"{checkpoint.name} is an encoder-decoder, which has no TensorRT target; use -o {output.with_suffix('.onnx')}", 2
-        )
     stem, moments = output.stem, statistics if plan.quantizer == "gptq" else None
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as name:
         folder = Path(name)
@@ -84,6 +91,7 @@ def compile_tensorrt(
             settings.profiles,
             folder / f"{stem}.network.onnx",
             precision=settings.precision,
+            plugins=settings.plugins is not None,
             statistics=moments,
             threads=threads,
             progress=progress,
@@ -93,12 +101,14 @@ def compile_tensorrt(
         _write_context(folder, stem, settings, network, built)
         if (checkpoint.path / "tokenizer.json").is_file():
             shutil.copyfile(checkpoint.path / "tokenizer.json", folder / f"{stem}.tokenizer.json")
+        files = _kept(folder, stem, built is not None)
         manifest = TensorRTManifest(
             tool=f"rq-compile {__version__}",
             target=TARGETS[settings.builder],
             precision=settings.precision,
+            lowering="batched" if settings.plugins is None else "plugins",
             compute_capabilities=list(settings.capabilities),
-            files=_kept(folder, stem, built is not None),
+            files=files,
             inputs=bindings(network.model.graph.input),
             outputs=bindings(network.model.graph.output),
             profiles=list(settings.profiles),
@@ -106,18 +116,25 @@ def compile_tensorrt(
             replaced=network.replaced,
             plan=plan,
         )
-        for file in manifest.files.values():
-            (folder / file.name).replace(output.parent / file.name)
-    write_document(manifest, output.with_suffix(".json"))
+        write_document(manifest, folder / f"{stem}.json")
+        # All of them are there. The manifest comes last, so that what it describes is never missing beside it.
+        for name in (*(file.name for file in files.values()), f"{stem}.json"):
+            (folder / name).replace(output.parent / name)
     return manifest
 
 
-def check_settings(settings: Settings, plan: Plan | None = None) -> None:
+def check_settings(settings: Settings, checkpoint: Checkpoint, plan: Plan | None = None) -> None:
     """Refuse before the long work what a builder would refuse after it; of the layers once there is a plan.
 
     Raises:
-        UserError: the builder is not there, or a compute capability or a layer is not for it.
+        UserError: the builder or the plugin library is not there, or the model, a compute capability or a layer is not for it.
     """
+    if model_config(checkpoint).is_encoder_decoder:
+        raise UserError(f"{checkpoint.name} is an encoder-decoder, which has no TensorRT target; end the output in .onnx", 2)
+    if settings.plugins is not None:
+        if settings.builder == "rtx":
+            raise UserError("--builder rtx takes no plugins; leave --plugins out, or choose --builder tensorrt", 2)
+        plugins.check_library(settings.plugins)
     if settings.build:
         try:
             known = build_engine.capabilities(build_engine.load(settings.builder))
@@ -130,10 +147,16 @@ def check_settings(settings: Settings, plan: Plan | None = None) -> None:
     if settings.builder == "tensorrt" and settings.capabilities:
         raise UserError("--builder tensorrt builds for the GPU of the machine that it runs on; leave --sm out", 2)
     for layer in plan.layers if plan else ():
-        _check_layer(layer, settings)
+        check_layer(layer, settings)
 
 
-def _check_layer(layer: LayerPlan, settings: Settings) -> None:
+def check_layer(layer: LayerPlan, settings: Settings) -> None:
+    """
+    Raises:
+        UserError: the layer is not for the builder, its GPU or the plugins.
+    """
+    if settings.plugins is not None:
+        plugins.check_layer(layer)
     if layer.geometry.experts > MOST_EXPERTS:
         raise UserError(
             f"layer {layer.index} has {layer.geometry.experts} experts, above TensorRT's {MOST_EXPERTS} for a TopK", 2
@@ -144,17 +167,23 @@ def _check_layer(layer: LayerPlan, settings: Settings) -> None:
 
 def _write_build_files(folder: Path, stem: str, settings: Settings, network: Network) -> None:
     shapes = [profile.shapes(network.model) for profile in settings.profiles]
+    library = None
+    if settings.plugins is not None:
+        library = f"{stem}.plugins.so"
+        shutil.copyfile(settings.plugins, folder / library)
     content = {
         "network": f"{stem}.network.onnx",
         "engine": f"{stem}.plan",
         "builder": settings.builder,
+        "plugins": library,
         "compute_capabilities": list(settings.capabilities),
         "timing_cache": f"{stem}.timing",
         "profiles": shapes,
     }
     (folder / f"{stem}.build.json").write_text(json.dumps(content, indent=1) + "\n")
     shutil.copyfile(build_engine.__file__, folder / f"{stem}.build.py")
-    (folder / f"{stem}.build.sh").write_text(trtexec(f"{stem}.network.onnx", f"{stem}.plan", f"{stem}.timing", shapes))
+    line = trtexec(f"{stem}.network.onnx", f"{stem}.plan", f"{stem}.timing", shapes, library)
+    (folder / f"{stem}.build.sh").write_text(line)
 
 
 def _build(folder: Path, stem: str) -> Built:
@@ -176,7 +205,7 @@ def _write_context(folder: Path, stem: str, settings: Settings, network: Network
 
 def _kept(folder: Path, stem: str, built: bool) -> dict[str, EngineFile]:
     """The files to keep, by what they are: an engine alone, or what it is built from."""
-    files = {"context model": f"{stem}.context.onnx", "tokenizer": f"{stem}.tokenizer.json"}
+    files = {"context model": f"{stem}.context.onnx", "tokenizer": f"{stem}.tokenizer.json", "plugins": f"{stem}.plugins.so"}
     if built:
         files |= {"engine": f"{stem}.plan", "timing cache": f"{stem}.timing"}
     else:

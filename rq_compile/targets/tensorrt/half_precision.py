@@ -2,10 +2,11 @@
 
 fp32 remain: (1) the router, from its product to the gates; (2) the reductions of norms and what they are joined with, rotary
 angles and other functions that 16 bit would spoil; (3) the sum over a token's experts; (4) what leaves the graph, save the cache.
-Products and the experts' lanes are 16 bit. Any other node computes in fp32 if all its operands are fp32, so that the scale and
-the rotation behind a norm still do, else in 16 bit.
+Products and the experts' lanes are 16 bit; a MoeLayer keeps the types that it has. Any other node computes in fp32 if all its
+operands are fp32, so that the scale and the rotation behind a norm still do, else in 16 bit.
 
-Requires: nodes sorted by dependence, every float fp32 save weights that are cast to it, names unique over all subgraphs.
+Requires: nodes sorted by dependence, names unique over all subgraphs; every float fp32, save weights that are cast to it and
+what MoeLayer nodes have, behind casts, in the same 16 bit.
 Ensures: the graph is well typed; its floating inputs and its ``present`` outputs are 16 bit; a weight is held in the type that it
 is computed with in.
 """
@@ -19,6 +20,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
 from rq_compile.rewrite.contract import ContractError, requires
+from rq_compile.rewrite.moe_layers import OP as MOE_LAYER
 from rq_compile.rewrite.weights import LOCATION, external_name
 from rq_compile.targets.tensorrt.narrow import Version, Versions, narrowed
 
@@ -67,19 +69,24 @@ def half_precision(
 @dataclass
 class _Scope:
     """What a graph sees: ``types`` of the floating values computed so far and the op that made them; float ``constants``;
-    ``floats``: the names of what is not constant and was a float before the pass; ``casts`` made already."""
+    ``floats``: what is not constant and was a float before the pass, with the type that it had; ``casts`` made already."""
 
     types: dict[str, int] = field(default_factory=dict)
     constants: dict[str, TensorProto] = field(default_factory=dict)
-    floats: set[str] = field(default_factory=set)
+    floats: dict[str, int] = field(default_factory=dict)
     makers: dict[str, str] = field(default_factory=dict)
     casts: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def inside(self, graph: GraphProto) -> "_Scope":
         described = (*graph.value_info, *graph.input, *graph.output)
-        own = {value.name for value in described if value.type.tensor_type.elem_type in FLOATS}
+        elements = {value.name: value.type.tensor_type.elem_type for value in described}
+        own = {name: element for name, element in elements.items() if element in FLOATS}
         constants = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type in FLOATS}
         return _Scope(dict(self.types), self.constants | constants, self.floats | own, dict(self.makers), dict(self.casts))
+
+    def declared(self, name: str) -> int:
+        """The type that ``name`` had before the pass."""
+        return self.constants[name].data_type if name in self.constants else self.floats[name]
 
 
 class _Pass:
@@ -125,13 +132,14 @@ class _Pass:
             self._convert_graph(body, scope, dict.fromkeys((value.name for value in body.output), self.narrow))
         inputs = [name for name in node.input if name in scope.floats or name in scope.constants]
         outputs = [name for name in node.output if name in scope.floats]
-        element = self.narrow if bodies else self._element(node, inputs, scope)
+        keeps = node.op_type == MOE_LAYER
+        element = self.narrow if bodies or keeps else self._element(node, inputs, scope)
         casts: list[NodeProto] = []
-        if node.op_type != "Cast" or outputs:
-            for place, name in enumerate(node.input):
-                if name in inputs:
-                    is_scale = node.op_type == "DequantizeLinear" and place == 1
-                    node.input[place] = self._typed(name, element, scope, casts, is_scale)
+        for place, name in enumerate(node.input):
+            if name in inputs and node.op_type != "Cast":
+                is_scale = node.op_type == "DequantizeLinear" and place == 1
+                wanted = scope.declared(name) if keeps else element
+                node.input[place] = self._typed(name, wanted, scope, casts, is_scale)
         if node.op_type == "Cast" and outputs:
             attributes["to"].i = element
         for name in outputs:
@@ -141,7 +149,8 @@ class _Pass:
     def _element(self, node: NodeProto, inputs: Sequence[str], scope: _Scope) -> int:
         if node.name in self.router or (node.name.startswith(self.sums) and node.op_type in ("Mul", "ReduceSum")):
             return FLOAT
-        if node.op_type in PRODUCTS or node.name.startswith(self.lanes):
+        to_narrow = node.op_type == "Cast" and scope.floats.get(node.output[0]) == self.narrow
+        if node.op_type in PRODUCTS or to_narrow or node.name.startswith(self.lanes):
             return self.narrow
         if node.op_type in SENSITIVE or (node.op_type in ("Mul", "Div") and any(scope.makers.get(i) in ROOTS for i in inputs)):
             return FLOAT

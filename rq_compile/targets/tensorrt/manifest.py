@@ -44,6 +44,7 @@ class TensorRTManifest(Document):
     tool: str
     target: TensorRTTarget
     precision: Literal["fp16", "bf16"]
+    lowering: Literal["batched", "plugins"] = Field(default="batched", description="of MoE layers: standard ops, or plugins")
     compute_capabilities: list[int] = Field(description="asked for, 89 for 8.9; none: that of the machine that builds")
     files: dict[str, EngineFile]
     inputs: list[Binding]

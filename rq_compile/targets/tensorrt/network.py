@@ -1,4 +1,4 @@
-"""The network that a builder gets: a checkpoint's graph by a plan, in the form that TensorRT's parser takes and keeps packed."""
+"""The network that a builder gets: a checkpoint's graph by a plan, in ops that TensorRT's parser takes and keeps packed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.export.export import Exported
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity
-from rq_compile.rewrite.rewrite import rewrite
+from rq_compile.rewrite.rewrite import rewrite, rewrite_to_moe_layers
 from rq_compile.targets.streamed import StreamedExpert, dense_weights
 from rq_compile.targets.tensorrt.half_precision import half_precision, router_nodes
 from rq_compile.targets.tensorrt.loop_weights import loop_weights
@@ -42,12 +42,15 @@ def write_network(
     path: Path,
     *,
     precision: Precision = "fp16",
+    plugins: bool = False,
     statistics: Statistics | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Network:
     """Write ``path`` (ONNX) and its weights ``path.data``. In ONNX Runtime it gives the answers that the engine is to give.
 
+    With ``plugins`` every MoE layer is a MoeLayer node, which ONNX Runtime does not have on the CPU; else it is standard ops with
+    lanes as wide as ``profiles`` ask for.
     ``statistics``: those of the calibration, by which int4 slots are rounded. Weights are streamed, as in ``compile_engine``.
 
     Raises:
@@ -55,12 +58,18 @@ def write_network(
     """
     layers = {layer.name: layer for layer in moe_layers(checkpoint)}
     source = lambda layer, expert: StreamedExpert(checkpoint, layers[layer], expert, statistics)  # noqa: E731
-    model, experts, replaced = rewrite(
-        exported.model, plan, source, "batched", expected=expected_capacity(profiles), whole_columns=True
-    )
-    loop_weights(model)
+    half = HALVES[precision]
+    if plugins:
+        model, experts, replaced = rewrite_to_moe_layers(exported.model, plan, source, half)
+    else:
+        expected = expected_capacity(profiles)
+        model, experts, replaced = rewrite(exported.model, plan, source, "batched", expected=expected, whole_columns=True)
+        loop_weights(model)
+        replaced["int8 slots with a scale for each column"] = sum(
+            s.format == "int8" for layer in plan.layers for s in layer.slots
+        )
     router = router_nodes(exported.model)
-    typed, versions = half_precision(model, HALVES[precision], router=router, layers=list(layers))
+    typed, versions = half_precision(model, half, router=router, layers=list(layers))
     dense, aliases, _ = dense_weights(checkpoint, model, exported.parameters)
     merged, same = _merged(versions, aliases)
     sections = [in_versions(section, merged) for section in (*dense, *experts)]
@@ -70,8 +79,6 @@ def write_network(
         written = write_weights(sections, file, progress, threads=threads, memory=largest)
     locate(typed, written.starts | {name: written.starts[other] for name, other in same.items()}, data.name)
     path.write_bytes(typed.SerializeToString(deterministic=True))
-    slots = [slot for layer in plan.layers for slot in layer.slots]
-    replaced["int8 slots with a scale for each column"] = sum(slot.format == "int8" for slot in slots)
     replaced["equal tensors written once"] = len(same)
     return Network(typed, written, {reason: count for reason, count in replaced.items() if count})
 

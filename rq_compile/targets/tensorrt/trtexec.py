@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from rq_compile.targets.tensorrt.profiles import Shapes
 
 
-def trtexec(network: str, engine: str, timing_cache: str, profiles: Sequence[Shapes]) -> str:
-    """A shell script of one command; the files are named from its own folder."""
+def trtexec(network: str, engine: str, timing_cache: str, profiles: Sequence[Shapes], plugins: str | None = None) -> str:
+    """A shell script of one command; the files are named from its own folder. ``plugins``: the library that the engine needs."""
     arguments = [
         f"--onnx={network}",
         f"--saveEngine={engine}",
@@ -15,6 +15,9 @@ def trtexec(network: str, engine: str, timing_cache: str, profiles: Sequence[Sha
         "--noTF32",
         f"--timingCacheFile={timing_cache}",
     ]
+    if plugins is not None:
+        # A name without a slash would be looked for where the system keeps its libraries.
+        arguments += [f"--dynamicPlugins=./{plugins}", f"--setPluginsToSerialize=./{plugins}"]
     for number, shapes in enumerate(profiles):
         arguments.append(f"--profile={number}")
         for place, end in enumerate(("min", "opt", "max")):

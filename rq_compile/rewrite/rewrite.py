@@ -9,9 +9,12 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from rq_compile.planning.schema import Plan
+from rq_compile.rewrite.attention import attention
 from rq_compile.rewrite.batched_experts import ExpectedCapacity, batched_experts
 from rq_compile.rewrite.experts_to_slots import DOMAIN, experts_to_slots
 from rq_compile.rewrite.moe_layers import moe_layers
+from rq_compile.rewrite.rms_norms import rms_norms
+from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
 from rq_compile.rewrite.slot_weights import Source
 from rq_compile.rewrite.stock_combine import stock_combine
 from rq_compile.rewrite.stock_dispatch import stock_dispatch
@@ -46,7 +49,11 @@ def rewrite(
     # Graph surgeon adds domains to the list of the model that it was given.
     graph = gs.import_onnx(deepcopy(model))
     sections = experts_to_slots(graph, plan.layers, source, panels=lowering == "native", activation_bits=activation_bits)
-    if lowering != "native":
+    if lowering == "native":
+        rms_norms(graph)
+        rotary_embeddings(graph)
+        attention(graph)
+    else:
         stock_dispatch(graph)
         stock_combine(graph)
     if lowering == "stock":

@@ -1,0 +1,88 @@
+"""Pass: attention in single ops becomes ONNX Runtime's MultiHeadAttention, on keys and values as the cache holds them.
+
+torch's ``scaled_dot_product_attention`` is exported as some twenty ops, which copy and transpose the keys of all tokens so far
+for each new one. The fused op reads both where the cache's Concat left them, as [batch, heads, tokens, dimension].
+
+1. As many heads of keys as of queries: the op as it is.
+2. g heads of queries for each head of keys (grouped-query attention): the exporter repeats keys and values g times, and the op
+   knows no groups either. Here the g queries of a head stand one below the other, as if the sequence were g times as long, with
+   the mask repeated (a small tensor, the same for every layer); keys and values are not copied.
+
+Latent attention, whose values are narrower than its keys, stays as it is: the op has one width for both. A query that may attend
+to nothing (a padding token) gets 0, as in torch.
+
+Requires: nothing. Ensures: what torch computes by ``scaled_dot_product_attention`` with a mask is one op, but for that exception.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from rq_compile.rewrite.contract import ensures
+from rq_compile.rewrite.match import concatenated, match, numbers
+from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.rotary_embeddings import HEADS, SWAP_HEADS, merged_heads
+
+NAME = "attention"
+KEYS = ("Reshape", ("Transpose", {"perm": [0, 2, 1]}, ("Reshape", "keys", "matrices")), "transposed")
+SCORES = ("Add", ("MatMul", ("Mul", "query", "query_scale"), ("Mul", KEYS, "key_scale")), "mask")
+WEIGHTED = ("Where", "nothing", "zeros", ("MatMul", ("Softmax", {"axis": -1}, SCORES), "values"))
+ATTENTION = ("Transpose", {"perm": SWAP_HEADS}, ("Reshape", WEIGHTED, "shape"))
+REPEATED = ("Reshape", ("Expand", ("Unsqueeze", "held", "axis"), "repeats"), "shape")
+
+
+def attention(graph: gs.Graph) -> None:
+    """Rewrite every attention of ``graph`` in place."""
+    op = Ops(graph, NAME)
+    masks: dict[tuple[int, int], gs.Tensor] = {}
+    for node in [node for node in graph.nodes if node.op == "Transpose"]:
+        (result,) = node.outputs
+        if found := _attention(result):
+            node.outputs.clear()
+            y = _fused(op, result.shape[2], found, masks)
+            for merge in list(result.outputs):
+                merge.inputs[0] = y
+    graph.cleanup().toposort()
+    left = [node for node in graph.nodes if node.op == "Transpose" and _attention(node.outputs[0])]
+    ensures(NAME, not left, "that no attention is left in parts")
+
+
+def _attention(result: gs.Tensor) -> dict[str, gs.Tensor] | None:
+    found = match(result, ATTENTION)
+    if found is None or any(node.op != "Reshape" for node in result.outputs):
+        return None
+    query, by_token = found["query"].shape or [], result.shape or []
+    known = len(query) == len(by_token) == 4 and all(isinstance(size, int) for size in by_token[2:])
+    scales = len(numbers(found["query_scale"])) == len(numbers(found["key_scale"])) == 1
+    return found if known and scales and query[3] == by_token[3] else None
+
+
+def _fused(op: Ops, heads: int, found: dict[str, gs.Tensor], masks: dict[tuple[int, int], gs.Tensor]) -> gs.Tensor:
+    """``[batch, sequence, heads * dimension]``. ``masks`` are those that were repeated before, by mask and number."""
+    keys, values, groups = _held(found)
+    key_heads, dimension = heads // groups, found["query"].shape[3]
+    by_head, mask = match(found["query"], HEADS), found["mask"]
+    query = merged_heads(op, by_head["by_token"] if by_head else op("Transpose", found["query"], perm=SWAP_HEADS))
+    if groups > 1:
+        if (id(mask), groups) not in masks:
+            masks[id(mask), groups] = op("Concat", *[mask] * groups, axis=2)
+        mask = masks[id(mask), groups]
+        by_group = op("Transpose", op("Reshape", query, [0, 0, key_heads, groups, dimension]), perm=[0, 3, 1, 2, 4])
+        query = op("Reshape", by_group, [0, -1, key_heads * dimension])
+    scale = numbers(found["query_scale"])[0] * numbers(found["key_scale"])[0]
+    operands = [query, keys, values, gs.Variable.empty(), gs.Variable.empty(), mask]
+    y = op("MultiHeadAttention", *operands, num_heads=key_heads, scale=scale, domain="com.microsoft")
+    if groups > 1:
+        by_token = op("Transpose", op("Reshape", y, [0, groups, -1, key_heads, dimension]), perm=[0, 2, 3, 1, 4])
+        y = op("Reshape", by_token, [0, 0, heads * dimension])
+    return op("Where", op("Squeeze", found["nothing"], [1]), np.float32(0), y)
+
+
+def _held(found: dict[str, gs.Tensor]) -> tuple[gs.Tensor, gs.Tensor, int]:
+    """Keys and values ``[batch, key heads, tokens, dimension]``, and for how many heads of queries each is."""
+    keys, values = match(found["keys"], REPEATED), match(found["values"], REPEATED)
+    if keys and values and numbers(keys["axis"]) == numbers(values["axis"]) == [2]:
+        shapes = [concatenated(repeated["repeats"])[1:3] for repeated in (keys, values)]
+        groups = shapes[0][1] if shapes[0] else None
+        if groups and shapes[0][0] and shapes[0] == shapes[1]:
+            return keys["held"], values["held"], groups
+    return found["keys"], found["values"], 1

@@ -1,0 +1,199 @@
+"""Norms, rotations and attention as ONNX Runtime's fused ops: where they stand, and what they give, against float64.
+
+That whole models give the same logits as before is seen in test_families.py and test_runtime.py.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+
+from rq_compile.rewrite.attention import attention
+from rq_compile.rewrite.match import match
+from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.rms_norms import rms_norms
+from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
+
+END = np.iinfo(np.int64).max
+FUSED = ("SimplifiedLayerNormalization", "RotaryEmbedding", "MultiHeadAttention")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+def graph_of(*inputs):
+    """An empty graph whose inputs are (name, shape), all fp32."""
+    tensors = [gs.Variable(name, np.float32, shape) for name, shape in inputs]
+    graph = gs.Graph(inputs=tensors, opset=21, ir_version=10)
+    return graph, Ops(graph, "test"), tensors
+
+
+def ops_of(graph):
+    return Counter(node.op for node in graph.nodes)
+
+
+def run(graph, **feeds):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    model = gs.export_onnx(graph)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, feeds)[
+        0
+    ]
+
+
+def exported_norm(op, x, weight, *, exponent=2.0, axis=-1, epsilon=1e-5):
+    mean = op("ReduceMean", op("Pow", x, np.float32(exponent)), [axis], keepdims=1)
+    return op("Mul", weight, op("Mul", x, op("Reciprocal", op("Sqrt", op("Add", mean, np.float32(epsilon))))))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32), (3, 7, 65), (2, 0, 8)])
+def test_a_norm(rng, shape):
+    graph, op, (x,) = graph_of(("x", ["b", "s", shape[-1]]))
+    weight = rng.standard_normal(shape[-1]).astype(np.float32)
+    y = exported_norm(op, x, weight)
+    y.dtype, graph.outputs = np.float32, [y]
+    rms_norms(graph)
+    assert ops_of(graph) == {"SimplifiedLayerNormalization": 1}
+    values = (3 * rng.standard_normal(shape)).astype(np.float32)
+    exact = values.astype(np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * weight
+    np.testing.assert_allclose(run(graph, x=values), exact, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("other", [{"exponent": 3.0}, {"axis": 1}])
+def test_what_is_no_norm_stays(other):
+    graph, op, (x,) = graph_of(("x", ["b", "s", 8]))
+    graph.outputs = [exported_norm(op, x, np.ones(8, np.float32), **other)]
+    rms_norms(graph)
+    assert ops_of(graph)["Pow"] == 1
+
+
+def exported_rotation(op, x, angle, dimension, *, middle, scaling=1.25):
+    both = op("Concat", angle, angle, axis=-1)
+    cos, sin = (op("Unsqueeze", op("Mul", op(f, both), np.float32(scaling)), [1]) for f in ("Cos", "Sin"))
+    latter, former = op("Slice", x, [middle], [END], [3], [1]), op("Slice", x, [0], [middle], [3], [1])
+    return op("Add", op("Mul", x, cos), op("Mul", op("Concat", op("Neg", latter), former, axis=-1), sin))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("positions", [[[0, 1, 2]], [[5, 6, 7], [0, 0, 1]], [[900], [3], [77]]])
+def test_a_rotation_at_any_positions(rng, positions, normed):
+    heads, dimension = 3, 8
+    graph, op, (x, angle) = graph_of(("x", ["b", "s", heads * dimension]), ("angle", ["b", "s", dimension // 2]))
+    by_token = op("Reshape", x, [0, 0, heads, dimension])
+    if normed:
+        by_token = op("Mul", by_token, np.linspace(1, 2, dimension, dtype=np.float32))
+    by_head = op("Transpose", by_token, perm=[0, 2, 1, 3])
+    by_head.shape, by_head.dtype = ["b", heads, "s", dimension], np.float32
+    y = exported_rotation(op, by_head, angle, dimension, middle=dimension // 2)
+    y.dtype, graph.outputs = np.float32, [y]
+    rotary_embeddings(graph)
+    assert ops_of(graph)["RotaryEmbedding"] == 1
+    assert not ops_of(graph)["Neg"]
+    angles = np.array(positions, np.float32)[..., None] * np.array([1, 0.1, 0.01, 0.001], np.float32)
+    values = rng.standard_normal((*angles.shape[:2], heads, dimension)).astype(np.float32)
+    turned = (values * (np.linspace(1, 2, dimension) if normed else 1)).transpose(0, 2, 1, 3)
+    a, b = turned[..., :4], turned[..., 4:]
+    cos, sin = 1.25 * np.cos(angles.astype(np.float64))[:, None], 1.25 * np.sin(angles.astype(np.float64))[:, None]
+    exact = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    found = run(graph, x=values.reshape(*angles.shape[:2], -1), angle=angles)
+    np.testing.assert_allclose(found, exact, atol=2e-6)
+
+
+def test_a_rotation_of_unequal_parts_stays():
+    graph, op, (x, angle) = graph_of(("x", ["b", "s", 16]), ("angle", ["b", "s", 4]))
+    by_head = op("Transpose", op("Reshape", x, [0, 0, 2, 8]), perm=[0, 2, 1, 3])
+    by_head.shape = ["b", 2, "s", 8]
+    graph.outputs = [exported_rotation(op, by_head, angle, 8, middle=3)]
+    rotary_embeddings(graph)
+    assert ops_of(graph)["Neg"] == 1
+
+
+def exported_attention(op, query, keys, values, mask, heads, key_heads, dimension, value_dimension):
+    """As torch's exporter writes ``scaled_dot_product_attention``; ``mask`` is 0 or the lowest number."""
+    groups = heads // key_heads
+    if groups > 1:
+        batch, tokens = op("Shape", keys, start=0, end=1), op("Shape", keys, start=2, end=3)
+        repeated = op("Concat", batch, [key_heads], [groups], tokens, [dimension], axis=0)
+        merged = op("Concat", batch, [heads], tokens, [dimension], axis=0)
+        keys, values = (
+            op("Reshape", op("Expand", op("Slice", op("Unsqueeze", held, [2]), [0], [END], [3], [1]), repeated), merged)
+            for held in (keys, values)
+        )
+    tokens = op("Shape", keys, start=2, end=3)
+    matrices = op("Transpose", op("Reshape", keys, op("Concat", [-1], tokens, [dimension], axis=0)), perm=[0, 2, 1])
+    transposed = op("Reshape", matrices, op("Concat", [-1], [heads], [dimension], tokens, axis=0))
+    root = np.float32(dimension**-0.25)
+    scores = op("Add", op("MatMul", op("Mul", query, root), op("Mul", transposed, root)), mask)
+    y = op("MatMul", op("Softmax", scores, axis=-1), values)
+    seen = op("ReduceMax", mask, [-1], keepdims=1)
+    y = op("Where", op("Less", seen, np.float32(-1)), np.float32(0), y)
+    by_token = op("Transpose", op("Reshape", y, [0, heads, -1, value_dimension]), perm=[0, 2, 1, 3])
+    by_token.shape = ["b", "s", heads, value_dimension]
+    return op("Reshape", by_token, [0, 0, heads * value_dimension])
+
+
+def attention_graph(heads, key_heads, dimension, value_dimension=None):
+    value_dimension = value_dimension or dimension
+    graph, op, (query, keys, values, mask) = graph_of(
+        ("query", ["b", heads, "s", dimension]),
+        ("keys", ["b", key_heads, "t", dimension]),
+        ("values", ["b", key_heads, "t", value_dimension]),
+        ("mask", ["b", 1, "s", "t"]),
+    )
+    y = exported_attention(op, query, keys, values, mask, heads, key_heads, dimension, value_dimension)
+    y.dtype, graph.outputs = np.float32, [y]
+    return graph
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 9), (2, 5, 5), (3, 4, 11)])
+@pytest.mark.parametrize(("heads", "key_heads", "dimension"), [(4, 4, 8), (4, 2, 8), (6, 2, 5), (3, 1, 16)])
+def test_attention(rng, heads, key_heads, dimension, sizes):
+    batch, sequence, tokens = sizes
+    graph = attention_graph(heads, key_heads, dimension)
+    attention(graph)
+    found = ops_of(graph)
+    assert found["MultiHeadAttention"] == 1
+    assert not found["Softmax"]
+    assert not found["Expand"], "keys and values are not copied"
+
+    query = rng.standard_normal((batch, heads, sequence, dimension)).astype(np.float32)
+    keys, values = rng.standard_normal((2, batch, key_heads, tokens, dimension)).astype(np.float32)
+    seen = np.tril(np.ones((sequence, tokens), bool), tokens - sequence)[None, None].repeat(batch, 0)
+    seen[-1, :, :, : tokens // 2] = False  # padding on the left; with no past, the first queries see nothing
+    mask = np.where(seen, np.float32(0), np.finfo(np.float32).min)
+    result = run(graph, query=query, keys=keys, values=values, mask=mask)
+
+    repeated_keys, repeated_values = (held.astype(np.float64).repeat(heads // key_heads, 1) for held in (keys, values))
+    scores = query @ repeated_keys.transpose(0, 1, 3, 2) / np.sqrt(dimension)
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * seen
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    exact = (weights @ repeated_values).transpose(0, 2, 1, 3).reshape(batch, sequence, -1)
+    np.testing.assert_allclose(result, exact, atol=2e-6)
+
+
+def test_latent_attention_stays():
+    graph = attention_graph(2, 2, 8, value_dimension=6)
+    attention(graph)
+    assert ops_of(graph)["Softmax"] == 1
+
+
+def test_a_slice_is_seen_through_only_if_it_keeps_everything():
+    for bounds, seen in (([0], [END], [1], [1]), True), (([0], [END], [1], [2]), False), (([1], [END], [1], [1]), False):
+        _, op, (x,) = graph_of(("x", ["b", 8]))
+        assert (match(op("Neg", op("Slice", x, *bounds)), ("Neg", "y"))["y"] is x) == seen
+
+
+def test_an_engine_has_them_and_the_other_lowerings_do_not(stages: Path, rq_compile, model: Path, tmp_path: Path) -> None:
+    for lowering, counts in (("native", (9, 4, 2)), ("stock", (0, 0, 0))):
+        path = tmp_path / f"{lowering}.onnx"
+        arguments = (model, "--plan", stages / "plan.json", "--lowering", lowering, "-q", "-o", path)
+        assert rq_compile(*arguments).exit_code == 0
+        found = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+        assert tuple(found[op] for op in FUSED) == counts

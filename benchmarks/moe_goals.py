@@ -1,7 +1,7 @@
 """What the rows of moe_layer.py say of its goals: each as a range over cells."""
 
-from collections.abc import Callable, Iterable
-from itertools import groupby
+from itertools import groupby, product
+from math import inf
 
 Row = dict
 OURS = "rq.moe"
@@ -20,28 +20,23 @@ def summary(rows: list[Row]) -> list[str]:
     """
     cells = [list(cell) for _, cell in groupby(rows, lambda row: [row[key] for key in CELL])]
     uniform = [cell for cell in cells if cell[0]["routing"] == "uniform"]
-    lines = [_line("1 token: fraction of the read bandwidth", _rooflines(uniform, 1), lambda value: value >= 0.9, "at least 0.9")]
-    for tokens in (16, 256):
-        for format in ("int8", "int4"):
-            same = [cell for cell in uniform if (cell[0]["tokens"], cell[0]["format"]) == (tokens, format)]
-            head = f"{tokens} tokens, {format}: times as fast as"
-            stock, other = _speedups(same, stock=True), _speedups(same, stock=False)
-            lines.append(_line(f"{head} the best stock variant", stock, lambda value: value >= 1.5, "at least 1.5"))
-            lines.append(_line(f"{head} {OTHER_PRODUCT}", other, lambda value: value >= 1.5, "at least 1.5"))
-    lines.append(
-        _line("1024 tokens: fraction of the peak", _rooflines(uniform, 1024), lambda value: value >= 0.6, "at least 0.6")
-    )
-    lines.append(
-        _line("skewed over even routing of the same experts, time", _skews(cells), lambda value: value <= 1.1, "at most 1.1")
-    )
+    lines = [_line("1 token: fraction of the read bandwidth", _rooflines(uniform, 1), at_least=0.9)]
+    for tokens, format in product((16, 256), ("int8", "int4")):
+        same = [cell for cell in uniform if (cell[0]["tokens"], cell[0]["format"]) == (tokens, format)]
+        head = f"{tokens} tokens, {format}: times as fast as"
+        lines.append(_line(f"{head} the best stock variant", _speedups(same, stock=True), at_least=1.5))
+        lines.append(_line(f"{head} {OTHER_PRODUCT}", _speedups(same, stock=False), at_least=1.5))
+    lines.append(_line("1024 tokens: fraction of the peak", _rooflines(uniform, 1024), at_least=0.6))
+    lines.append(_line("skewed over even routing of the same experts, time", _skews(cells), at_most=1.1))
     return [line for line in lines if line]
 
 
-def _line(what: str, values: Iterable[float], reached: Callable[[float], bool], goal: str) -> str:
-    found = sorted(values)
-    if not found:
+def _line(what: str, values: list[float], at_least: float = 0.0, at_most: float = inf) -> str:
+    if not values:
         return ""
-    return f"{what}: {found[0]:.2f} to {found[-1]:.2f} ({goal}: {sum(map(reached, found))} of {len(found)} cells)"
+    goal = f"at least {at_least}" if at_least else f"at most {at_most}"
+    reached = sum(at_least <= value <= at_most for value in values)
+    return f"{what}: {min(values):.2f} to {max(values):.2f} ({goal}: {reached} of {len(values)} cells)"
 
 
 def _ours(cell: list[Row]) -> Row:

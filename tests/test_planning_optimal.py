@@ -274,6 +274,17 @@ def test_beats_the_paper(memory: float, seed: int) -> None:
     assert sum(layer.predicted.error for layer in alike.layers) <= sum(layer.predicted.error for layer in paper.layers)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_within_the_paper_s_bytes_and_half_its_error_it_is_far_better_balanced(seed: int) -> None:
+    calibration = inputs.skewed(seed=seed)
+    paper = make_plan(calibration, policy="paper", memory=1.0, ranks=1, target="batched")
+    memory, error = paper.bytes_after / paper.bytes_before, np.mean([layer.predicted.error for layer in paper.layers])
+    plan = optimal(calibration, memory=memory, max_error=error / 2)
+    assert plan.bytes_after <= paper.bytes_after
+    assert np.mean([layer.predicted.error for layer in plan.layers]) <= error / 2
+    assert inputs.mean_lis(plan) - 1 < 0.7 * (inputs.mean_lis(paper) - 1)
+
+
 def test_on_one_ragged_device_memory_goes_to_bits() -> None:
     calibration = inputs.skewed()
     whole = optimal(calibration, target="cpu")

@@ -18,8 +18,9 @@ the paper, which leaves most experts as they are; both are far below what a perp
 the checkpoint's own format, or cold experts make room for them at less error, that is what the objective finds.
 
 All copies of an expert share a format, so that an answer does not depend on who shares the batch; ``mixed_copies`` lifts that.
-``max_error`` is a bound on the mean error of a layer; where it binds, balance gives way. On a target that waits for nothing, the
-plan with ``max_error`` takes the fewest bytes that keep to it, since bytes are what a step costs there.
+``max_error`` is a bound on the mean error of a layer; where it binds, balance gives way, in all layers alike: the imbalance that
+costs nothing is raised until the error fits. (Weighing imbalance less would leave only the convex hull of what can be had.) On a
+target that waits for nothing, the plan with ``max_error`` takes the fewest bytes that keep to it: they are what a step costs.
 
 With several ranks every layer gets the same number of slots and every rank its equal share of them, as serving systems need.
 Optimality is proved by the bound that stands in the plan: for one rank it is usually met exactly (``allocation``, ``exact``), for
@@ -157,8 +158,9 @@ def _solution(problem: Problem, options: Options) -> Solution | None:
         return solve(problem, objective, int(problem.budget * (1 - part)))
 
     def more_balance(part: float) -> Solution | None:
-        weighed = replace(objective, balance=part * objective.balance, hedge=part * objective.hedge)
-        return solve(problem, weighed, problem.budget)
+        worst = max(layer.experts for layer in problem.layers)
+        eased = replace(objective, goal=objective.goal**part * worst ** (1 - part), hedge=part * objective.hedge)
+        return solve(problem, eased, problem.budget)
 
     return _furthest(fewer_bytes if problem.cost.busiest == "nothing" else more_balance, problem, options.max_error)
 

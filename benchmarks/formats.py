@@ -80,8 +80,8 @@ def rows(name: str) -> Iterator[dict[str, object]]:
                     lost[format, rounding, held] += energy(values - weights, moment)
             for key, value in lost.items():
                 error[key] += value / outputs / len(layers)
-        for (format, rounding, bits), value in error.items():
-            yield {"model": name, "block": block, "format": format, "rounding": rounding, "bits": bits, "error": value}
+        for (format, rounding, held), value in error.items():
+            yield {"model": name, "block": block, "format": format, "rounding": rounding, "bits": held, "error": value}
 
 
 def energy(weights: np.ndarray, moment: SecondMoment) -> float:

@@ -1,5 +1,6 @@
 """The ops of rq.moe as ONNX Runtime runs them, against a float64 reference in numpy."""
 
+import itertools
 from pathlib import Path
 
 import ml_dtypes
@@ -34,13 +35,22 @@ def test_dispatch_splits_an_experts_arrivals_over_its_replicas(rng, top_k):
 
 
 @pytest.mark.parametrize("float_type", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("columns", [128, 48, 40, 37, 3])
+@pytest.mark.parametrize("columns", [300, 128, 48, 40, 37, 3])
 @pytest.mark.parametrize("gather", [0, 1])
 def test_every_format_in_one_layer(rng, float_type, columns, gather):
     weights = pack(rng, [0, 1, 2, 1, 0, 2], 19, columns, float_type)
     rows, offsets = routed(rng, 23, 2, 6)
     x = rng.normal(size=(23 if gather else 46, columns)).astype(np.float32)
     assert_close(expert_gemm(x, rows, offsets, weights, gather=gather), reference(x, rows, offsets, weights, gather=gather))
+
+
+@pytest.mark.parametrize("block", [16, 32, 48, 1024])
+@pytest.mark.parametrize("tokens", [1, 2, 30])
+def test_every_block(rng, block, tokens):
+    weights = pack(rng, [1, 2], 70, 2 * block - 3, block=block)
+    rows, offsets = np.arange(2 * tokens, dtype=np.int32), np.array([0, tokens, 2 * tokens], np.int32)
+    x = rng.normal(size=(2 * tokens, 2 * block - 3)).astype(np.float32)
+    assert_close(expert_gemm(x, rows, offsets, weights), reference(x, rows, offsets, weights))
 
 
 @pytest.mark.parametrize("activation", ["none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"])
@@ -100,20 +110,27 @@ def test_combine(rng, top_k):
     assert_close(combine(y, rows, gates), exact)
 
 
-def test_threads_and_batch_mates_do_not_change_a_bit(rng):
-    weights = pack(rng, [0, 1, 2, 2], 70, 72, np.float16, gated=True)
+@pytest.mark.parametrize("activation_bits", [8, 32])
+@pytest.mark.parametrize("float_type", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_threads_and_batch_mates_do_not_change_a_bit(rng, float_type, activation_bits):
+    weights = pack(rng, [0, 1, 2, 2], 70, 300, float_type, gated=True)
     rows, offsets = routed(rng, 60, 2, 4)
-    x = rng.normal(size=(120, 72)).astype(np.float32)
-    one = expert_gemm(x, rows, offsets, weights, activation="swiglu")
-    two = expert_gemm(x, rows, offsets, weights, activation="swiglu", threads=2)
+    x = rng.normal(size=(120, 300)).astype(np.float32)
+    options = {"activation": "swiglu", "activation_bits": activation_bits}
+    one = expert_gemm(x, rows, offsets, weights, **options)
+    two = expert_gemm(x, rows, offsets, weights, **options, threads=2)
     assert one.tobytes() == two.tobytes()
-    for slot in range(4):  # the first row of each slot alone: the packed weights are read directly, not unpacked first
-        i = offsets[slot]
-        alone = np.array([0] * (slot + 1) + [1] * (4 - slot), np.int32)
-        single = expert_gemm(x[i : i + 1], np.zeros(1, np.int32), alone, weights, activation="swiglu")
-        assert single.tobytes() == one[i : i + 1].tobytes()
-    gates = rng.uniform(size=(60, 2)).astype(np.float32)
-    assert combine(one, rows, gates).tobytes() == combine(one, rows, gates, threads=2).tobytes()
+    for slot, count in itertools.product(range(4), range(1, 8)):  # few rows read several panels side by side
+        here = slice(offsets[slot], offsets[slot] + count)
+        alone = np.array([0] * (slot + 1) + [count] * (4 - slot), np.int32)
+        few = expert_gemm(x[here], np.arange(count, dtype=np.int32), alone, weights, **options)
+        assert few.tobytes() == one[here].tobytes()
+
+
+def test_threads_do_not_change_a_bit_of_combine(rng):
+    y = rng.normal(size=(120, 70)).astype(np.float32)
+    rows, gates = rng.permutation(120).astype(np.int32), rng.uniform(size=(60, 2)).astype(np.float32)
+    assert combine(y, rows, gates).tobytes() == combine(y, rows, gates, threads=2).tobytes()
 
 
 def test_nan_stays_in_its_row(rng):

@@ -134,7 +134,7 @@ struct ExpertGemm {
   int64_t cut(const int32_t* offset, int64_t slots, int64_t* first_tile) const {
     int64_t strips = 0;  // of up to kTileRows rows
     for (int64_t s = 0; s < slots; ++s) strips += (offset[s + 1] - offset[s] + kTileRows - 1) / kTileRows;
-    const int64_t at_once = std::clamp<int64_t>(strips * groups / kTiles, 1, groups);
+    const int64_t beside = kSideBySide / parts, at_once = std::max<int64_t>(1, strips * groups / kTiles / beside) * beside;
     int64_t tiles = 0;
     for (int64_t s = 0; s < slots; ++s) {
       first_tile[s] = tiles;
@@ -152,22 +152,26 @@ struct ExpertGemm {
     const int64_t first = place / strips * call.groups_at_once, last = std::min(groups, first + call.groups_at_once);
     const Matrix matrix = weights.of(call.bound, slot);
     const float* bias = call.bias ? call.bias + slot * outputs * parts : nullptr;
-    alignas(64) float products[2][kTileRows * kPanel];
-    for (int64_t group = first; group < last; ++group) {
-      const int64_t count = std::min(kPanel, outputs - group * kPanel);
-      for (int64_t p = 0; p < parts; ++p) {
-        const int64_t panel = group * parts + p;
-        if (quantizes && weights.quantized(slot)) {
-          kernels.multiply_quantized(call.quantized + begin, rows, call.layout, matrix, panel, products[p]);
-        } else {
-          kernels.multiply_floats(call.floats + begin, rows, matrix, panel, products[p]);
-        }
-        if (bias) add_bias(bias + p * outputs + group * kPanel, count, rows, products[p]);
+    alignas(64) float products[kSideBySide * kTileRows * kPanel];
+    for (int64_t panel = first * parts; panel < last * parts; panel += kSideBySide) {
+      const int64_t panels = std::min(kSideBySide, last * parts - panel);
+      if (quantizes && weights.quantized(slot)) {
+        kernels.multiply_quantized(call.quantized + begin, rows, call.layout, matrix, panel, panels, products);
+      } else {
+        kernels.multiply_floats(call.floats + begin, rows, matrix, panel, panels, products);
       }
-      kernels.activate(activation, alpha, limit, products[1], products[0], rows * kPanel);
-      float* out = call.out + begin * outputs + group * kPanel;
-      for (int64_t i = 0; i < rows; ++i) std::copy_n(products[0] + i * kPanel, count, out + i * outputs);
+      for (int64_t p = 0; p < panels; p += parts) {
+        finish((panel + p) / parts, bias, rows, products + p * rows * kPanel, call.out + begin * outputs);
+      }
     }
+  }
+
+  // Bias and activation of 16 outputs, whose products are one panel after the other.
+  void finish(int64_t group, const float* bias, int64_t rows, float* products, float* out) const {
+    const int64_t count = std::min(kPanel, outputs - group * kPanel), size = rows * kPanel;
+    for (int64_t p = 0; bias && p < parts; ++p) add_bias(bias + p * outputs + group * kPanel, count, rows, products + p * size);
+    kernels.activate(activation, alpha, limit, products + size, products, size);
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(products + i * kPanel, count, out + i * outputs + group * kPanel);
   }
 
   static void add_bias(const float* bias, int64_t count, int64_t rows, float* products) {

@@ -11,6 +11,7 @@ enum class Storage { fp32, fp16, bf16, int8, int4 };
 enum class Activation { none, swiglu, geglu, geglu_tanh, clamped_swiglu, relu, gelu };
 
 constexpr int64_t kPanel = 16;  // weight rows of a panel: the lanes of a kernel
+constexpr int64_t kSideBySide = 4;  // panels that a kernel takes at once, at most
 constexpr int64_t kMaxBlock = 1024;  // dot products of int8 blocks up to here are exact in fp32
 
 // The weights of one slot, in panels of 16 rows: see README.md for the layout. `scales` holds 16 numbers for each panel and
@@ -38,11 +39,11 @@ QuantizedLayout quantized_layout(int64_t block, int64_t blocks);
 // who shares its batch. With quantized x it is even the same on every instruction set.
 struct Kernels {
   const char* name;
-  // out[i * kPanel + j] = dot(x[i], row j of the panel) for i < rows.
-  void (*multiply_floats)(const float* const* x, int64_t rows, const Matrix& weights, int64_t panel, float* out);
+  // out[(p * rows + i) * kPanel + j] = dot(x[i], row j of panel first + p) for i < rows and p < panels, up to kSideBySide.
+  void (*multiply_floats)(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t panels, float* out);
   // The same for rows of x as `quantize` left them.
   void (*multiply_quantized)(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
-                             int64_t panel, float* out);
+                             int64_t first, int64_t panels, float* out);
   // Rounds a row of x.
   void (*quantize)(const float* x, int64_t columns, const QuantizedLayout& layout, uint8_t* out);
   // gate[i] = activation(gate[i], up[i]) for i < n; one that is not gated leaves `up` alone.

@@ -5,8 +5,17 @@
 namespace rq {
 namespace {
 
-// Weights are read once from one end to the other; a processor's own prefetcher stops at every page.
-constexpr int64_t kAhead = 4096;
+#define RQ_INLINE inline __attribute__((always_inline))  // what must keep its sums in registers
+
+// The same byte four times in every word.
+inline Ints set_bytes(uint32_t byte) { return set(static_cast<int32_t>(byte * 0x01010101u)); }
+
+// Weights are read once from one end to the other. In a single panel the processor's own prefetcher stops at every page; in
+// several side by side it keeps up and must not be overtaken.
+template <int panels>
+inline void prefetch(const uint8_t* p) {
+  __builtin_prefetch(p + (panels == 1 ? 4096 : 512));
+}
 
 #include "activation_kernel.h"
 #include "float_kernel.h"

@@ -17,7 +17,6 @@ inline Floats load(const float* p) {
 inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 inline Floats set(float x) { return Floats{x, x, x, x}; }
 inline Floats add(Floats a, Floats b) { return a + b; }
-inline Floats subtract(Floats a, Floats b) { return a - b; }
 inline Floats multiply(Floats a, Floats b) { return a * b; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
@@ -51,12 +50,8 @@ inline Ints spread(const uint8_t* four) {
   memcpy(&word, four, sizeof word);
   return set(word);
 }
-inline Ints subtract(Ints a, Ints b) { return a - b; }
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
-template <int bits>
-inline Ints field(Ints v, int shift) {
-  return (v >> shift) & ((1 << bits) - 1);
-}
+inline Ints top_byte(Ints v, int j) { return (v << (24 - 8 * j)) & static_cast<int32_t>(0xff000000u); }
 inline Ints low_nibbles(Ints v) { return v & 0x0f0f0f0f; }
 inline Ints high_nibbles(Ints v) { return (v >> 4) & 0x0f0f0f0f; }
 

@@ -7,7 +7,7 @@
 namespace rq {
 namespace {
 
-constexpr int64_t kColumns = 92, kBlock = 48, kBlocks = 2, kRows = 15;  // nothing divides anything
+constexpr int64_t kColumns = 92, kBlock = 48, kBlocks = 2, kRows = 15, kPanels = kSideBySide;  // nothing divides anything
 
 // A linear congruential generator (its upper bits): the check must be the same on every run.
 struct Random {
@@ -16,17 +16,17 @@ struct Random {
   float real() { return static_cast<float>(operator()() & 0xffff) / 32768.0f - 1.0f; }
 };
 
-std::vector<uint8_t> random_panel(Storage storage, Random& random) {
+std::vector<uint8_t> random_panels(Storage storage, Random& random) {
   const int bits = storage == Storage::fp32 ? 32 : storage == Storage::int8 ? 8 : storage == Storage::int4 ? 4 : 16;
-  std::vector<uint8_t> panel(static_cast<size_t>(kBlocks * kBlock * kPanel * bits / 8));
-  for (size_t i = 0; i < panel.size(); i += 4) {
+  std::vector<uint8_t> panels(static_cast<size_t>(kPanels * kBlocks * kBlock * kPanel * bits / 8));
+  for (size_t i = 0; i < panels.size(); i += 4) {
     // fp16 and bf16: small numbers of either sign; fp32: a real number.
     uint32_t word = random() ^ random() << 16;
     if (bits == 16) word = (word & 0x83ff83ffu) | 0x38003800u;
     const float real = random.real();
-    std::memcpy(panel.data() + i, bits == 32 ? static_cast<const void*>(&real) : &word, 4);
+    std::memcpy(panels.data() + i, bits == 32 ? static_cast<const void*>(&real) : &word, 4);
   }
-  return panel;
+  return panels;
 }
 
 bool close(const std::vector<float>& a, const std::vector<float>& b) {
@@ -44,11 +44,11 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
-  const std::vector<uint8_t> panel = random_panel(storage, random);
-  std::vector<float> scales(kBlocks * kPanel), x(kRows * kColumns);
+  const std::vector<uint8_t> data = random_panels(storage, random);
+  std::vector<float> scales(kPanels * kBlocks * kPanel), x(kRows * kColumns);
   for (float& scale : scales) scale = random.real();
   for (float& value : x) value = random.real();
-  const Matrix weights{storage, panel.data(), panel.size(), scales.data(), kColumns, kBlock, kBlocks};
+  const Matrix weights{storage, data.data(), data.size() / kPanels, scales.data(), kColumns, kBlock, kBlocks};
   const QuantizedLayout layout = quantized_layout(kBlock, kBlocks);
   std::vector<uint8_t> records(static_cast<size_t>(kRows * layout.row_bytes)), plain_records = records;
   std::vector<const float*> floats;
@@ -60,15 +60,16 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
     kPlainKernels.quantize(floats[i], kColumns, layout, plain_records.data() + i * layout.row_bytes);
   }
   if (records != plain_records) return false;
-  // Every number of rows that a kernel may take at once, and more.
-  for (int64_t rows = 1; rows <= kRows; ++rows) {
-    std::vector<float> out(rows * kPanel), expected = out;
-    kernels.multiply_floats(floats.data(), rows, weights, 0, out.data());
-    kPlainKernels.multiply_floats(floats.data(), rows, weights, 0, expected.data());
+  // Every number of rows that a kernel may take at once, and more; every number of panels.
+  for (int64_t i = 0; i < kRows * kPanels; ++i) {
+    const int64_t rows = i / kPanels + 1, panels = i % kPanels + 1, first = kPanels - panels;
+    std::vector<float> out(panels * rows * kPanel), expected = out;
+    kernels.multiply_floats(floats.data(), rows, weights, first, panels, out.data());
+    kPlainKernels.multiply_floats(floats.data(), rows, weights, first, panels, expected.data());
     if (!close(out, expected)) return false;
     if (storage != Storage::int8 && storage != Storage::int4) continue;
-    kernels.multiply_quantized(quantized.data(), rows, layout, weights, 0, out.data());
-    kPlainKernels.multiply_quantized(quantized.data(), rows, layout, weights, 0, expected.data());
+    kernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, out.data());
+    kPlainKernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, expected.data());
     if (!same(out, expected)) return false;
   }
   return true;

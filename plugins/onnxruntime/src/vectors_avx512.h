@@ -14,7 +14,6 @@ inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Floats set(float x) { return _mm512_set1_ps(x); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -30,11 +29,11 @@ inline Ints spread(const uint8_t* four) {
   memcpy(&word, four, sizeof word);
   return set(word);
 }
-inline Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
-template <int bits>
-inline Ints field(Ints v, int shift) {
-  return _mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32((1 << bits) - 1));
+// Byte j of each word moves to the top, zeros follow it.
+inline Ints top_byte(Ints v, int j) {
+  const Ints top = _mm512_set1_epi32(static_cast<int32_t>(0xff000000u));
+  return _mm512_and_si512(_mm512_sll_epi32(v, _mm_cvtsi32_si128(24 - 8 * j)), top);
 }
 inline Ints low_nibbles(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline Ints high_nibbles(Ints v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }

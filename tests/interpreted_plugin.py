@@ -7,7 +7,11 @@ import ctypes
 import os
 from dataclasses import replace
 
+import moe_nodes
+import numpy as np
+import one_layer
 import pytest
+import test_moe_layers
 import torch
 from interpreted_launches import CASES, DRIVER, LAUNCHED, SEED, Launches, batch, example, inputs_of
 from rq_kernels import reference, tiles
@@ -29,9 +33,9 @@ class Tensor(ctypes.Structure):
     ]
 
 
-def enqueue(layer, x, ids, gates, launches, room=1 << 22, shares=None):
+def enqueue(layer, x, ids, gates, launches, room=1 << 22, shares=None, inputs=None):
     """The plugin's answer to a batch, from a workspace of the size that it declared and not a byte more."""
-    inputs = inputs_of(layer, x, ids, gates)
+    inputs = inputs or inputs_of(layer, x, ids, gates)
     described = [Tensor(t.dim(), (ctypes.c_int64 * 8)(*t.shape), CODES[t.dtype], 0, 1.0) for t in inputs]
     formats = layer.formats.tolist()
     out = torch.full_like(x, float("nan"))
@@ -67,6 +71,24 @@ def test_enqueue_against_float64(case):
     ]  # fmt: skip
     expected = reference.moe_layer(x, ids, gates, held)
     assert (out.double() - expected).abs().max() < 2e-3 * expected.abs().max(), f"seed {SEED}"
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
+def test_a_node_that_the_compiler_writes(activation, tmp_path):
+    """From its bytes to the answer, which is that of the weights before they were packed."""
+    geometry = test_moe_layers.geometry_of(activation, bias=activation == "clamped_swiglu")
+    geometry = geometry.model_copy(update={"alpha": 1.702})  # rq_enqueue gives no other
+    model, experts = test_moe_layers.compiled(geometry, one_layer.MIXED, tmp_path)
+    (node,), constants = moe_nodes.moe_nodes(model), moe_nodes.constants_of(model)
+    x, ids, gates = one_layer.batch(geometry, 9, seed=SEED)
+    x = x.astype(np.float16)
+    inputs = moe_nodes.arrays_of(node, constants, x, ids, gates)
+    launches = Launches()
+    step, out = enqueue(moe_nodes.exact(node, constants).layer, *inputs[:3], launches, inputs=inputs)
+    assert step == 0
+    assert [name for name, *_ in launches.seen][1:3] == ["up_gated_fp16_mixed_decode", "down_fp16_mixed_decode_block64"]
+    wanted = one_layer.reference(x, ids, gates, geometry, one_layer.MIXED, experts)
+    assert np.abs(out.numpy().astype(np.float64) - wanted).max() < 2e-3 * np.abs(wanted).max(), f"seed {SEED}"
 
 
 def test_no_token_no_launch():

@@ -42,6 +42,12 @@ def constants_of(model):
     return {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
 
 
+def arrays_of(node, constants, *of_tokens):
+    """The node's inputs in their order, as torch tensors; ``of_tokens``: x, ids and gates."""
+    arrays = [*of_tokens, *(constants[name] for name in list(node.input)[len(of_tokens) :])]
+    return [torch.from_numpy(array.view(np.uint8) if array.dtype == np.int8 else array) for array in arrays]
+
+
 def exact(node, constants):
     """The layer as ``rq_kernels.reference`` takes it: its weights in float64, unpacked."""
     attributes, held = attributes_of(node), {name: constants.get(tensor) for name, tensor in inputs_of(node).items()}

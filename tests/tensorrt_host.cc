@@ -1,10 +1,13 @@
 // The plugin library up to enqueue.
 //   tensorrt_host LIBRARY              right and wrong; exits with 1 and says what differs
+//   tensorrt_host LIBRARY NODES        a line for each line of the file NODES, what becomes of the node that it describes
 //   tensorrt_host LIBRARY SEED COUNT   random fields and shapes
 #include "tensorrt_host.h"
 
 #include <algorithm>
+#include <fstream>
 #include <random>
+#include <sstream>
 
 namespace {
 
@@ -285,11 +288,61 @@ int fuzz(IPluginCreatorV3One& creator, unsigned seed, int count) {
   return made && configured ? 0 : 1;
 }
 
+template <typename T>
+std::vector<T> numbers(std::istream& words) {
+  size_t count = 0;
+  words >> count;
+  std::vector<T> values(count);
+  for (T& value : values) words >> value;
+  return values;
+}
+
+// `formats COUNT F.. activation NAME alpha A limit L shares COUNT S..`, then for each input `input TYPE RANK SIZE..`.
+std::string what_becomes_of(IPluginCreatorV3One& creator, std::istream& words) {
+  std::vector<int32_t> formats;
+  std::vector<float> shares;
+  std::string word, activation;
+  float alpha = 0, limit = 0;
+  std::vector<Tensor> tensors;
+  while (words >> word) {
+    if (word == "formats") formats = numbers<int32_t>(words);
+    if (word == "shares") shares = numbers<float>(words);
+    if (word == "activation") words >> activation;
+    if (word == "alpha") words >> alpha;
+    if (word == "limit") words >> limit;
+    if (word == "input") {
+      int type = 0;
+      words >> type;
+      Dims dims{};
+      for (int64_t size : numbers<int64_t>(words)) dims.d[dims.nbDims++] = size;
+      tensors.push_back({"", static_cast<DataType>(type), dims});
+    }
+  }
+  auto fields = fields_of(formats, activation.c_str());
+  fields.emplace_back("alpha", &alpha, PluginFieldType::kFLOAT32, 1);
+  fields.emplace_back("limit", &limit, PluginFieldType::kFLOAT32, 1);
+  if (!shares.empty()) fields.emplace_back("shares", shares.data(), PluginFieldType::kFLOAT32, static_cast<int32_t>(shares.size()));
+  Plugin plugin(create(creator, fields));
+  if (!plugin.held) return "refused: " + logger.last;
+  const auto inputs = described(tensors, 100);
+  if (configure(plugin, inputs) != 0) return "refused: " + logger.last;
+  const bool room = plugin.build().getWorkspaceSize(inputs.data(), static_cast<int32_t>(inputs.size()), inputs.data(), 1) > 0;
+  return room ? "taken" : "refused: no workspace";
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 2 && count != 4) return 2;
+  if (count < 2 || count > 4) return 2;
   IPluginCreatorV3One& creator = *open(arguments[1]);
+  if (count == 3) {
+    std::ifstream nodes(arguments[2]);
+    for (std::string line; std::getline(nodes, line);) {
+      std::istringstream words(line);
+      std::printf("%s\n", what_becomes_of(creator, words).c_str());
+    }
+    return failures != 0;
+  }
   if (count == 4) return fuzz(creator, static_cast<unsigned>(std::atol(arguments[2])), std::atoi(arguments[3])) || failures;
   expect(creator.getFieldNames()->nbFields == 5, "five fields");
   Plugin plugin(create(creator, fields_of(kFormats)));

@@ -10,10 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
+import moe_nodes
+import numpy as np
+import onnx
 import op_nodes
 import plugin_builds
 import pytest
+from one_layer import MIXED, PLAIN
+from onnx import TensorProto, helper
 from plugin_builds import ROOT, SANITIZED, SANITIZERS, checked, compiled, shared_library, stand_in_driver
+from test_moe_layers import ACTIVATIONS, INT4_ALONE, geometry_of, plan_of
+from test_moe_layers import compiled as compiled_layer
 
 LAUNCHER = ROOT / "plugins" / "launcher"
 
@@ -59,6 +67,121 @@ def test_random_fields_and_shapes_break_nothing(host):
     seed = secrets.randbits(31)
     made = re.search(r"(\d+) made, (\d+) configured", host(seed, 4000))
     assert made, f"seed {seed}"
+
+
+# nvinfer1::DataType
+TYPES = {TensorProto.FLOAT: 0, TensorProto.FLOAT16: 1, TensorProto.INT8: 2, TensorProto.INT32: 3, TensorProto.INT64: 8}
+TYPES[TensorProto.BFLOAT16] = 7
+
+
+def description(model):
+    """Of the model's one MoeLayer, a line as tensorrt_host.cc reads it, made as TensorRT's parser makes fields and inputs."""
+    (node,) = moe_nodes.moe_nodes(model)
+    attributes = moe_nodes.attributes_of(node)
+    words = []
+    for name, value in attributes.items():
+        if isinstance(value, list):
+            words += [name, len(value), *value]
+        elif not name.startswith("plugin_"):
+            words += [name, value.decode() if isinstance(value, bytes) else value]
+    known = {value.name: value.type.tensor_type for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    known |= {value.name: value.type.tensor_type for value in model.graph.input}
+    held = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name in node.input:
+        if name in held:
+            words += ["input", TYPES[held[name].data_type], len(held[name].dims), *held[name].dims]
+        else:
+            words += ["input", TYPES[known[name].elem_type], 2, -1, known[name].shape.dim[1].dim_value]
+    return " ".join(map(str, words))
+
+
+def test_every_node_that_the_compiler_writes_is_taken(host, tmp_path):
+    """Of every activation, in both 16-bit types, with formats alone and mixed, with biases and loads."""
+    lines = []
+    for activation in ACTIVATIONS:
+        for half in (np.float16, ml_dtypes.bfloat16):
+            for slots in (PLAIN, INT4_ALONE, MIXED):
+                geometry = geometry_of(activation, bias=slots is MIXED)
+                plan = plan_of(geometry, slots)
+                if slots is MIXED:
+                    (layer,) = plan.layers
+                    loaded = [slot.model_copy(update={"load": 1 / len(slots)}) for slot in layer.slots]
+                    plan = plan.model_copy(update={"layers": [layer.model_copy(update={"slots": loaded})]})
+                lines.append(description(compiled_layer(geometry, slots, tmp_path, half=np.dtype(half), plan=plan)[0]))
+    (tmp_path / "nodes").write_text("\n".join(lines) + "\n")
+    assert host(tmp_path / "nodes").splitlines() == ["taken"] * len(lines)
+
+
+def test_a_damaged_node_is_refused(host, tmp_path):
+    line = description(compiled_layer(geometry_of(), MIXED, tmp_path)[0])
+    damaged = {
+        "field formats has 3": line.replace("formats 8 1", "formats 8 3"),
+        "field activation has an activation that is unknown": line.replace("swiglu", "swish"),
+        "these formats need 17 inputs": line.rsplit(" input", 1)[0],
+        "up_int8_packed has a wrong type": line.replace("input 2 3 2 128 128", "input 0 3 2 128 128", 1),
+        "up_int8_scales is [2, 127, 1] where [2, 128, ?]": line.replace("input 0 3 2 128 1 ", "input 0 3 2 127 1 ", 1),
+    }
+    (tmp_path / "nodes").write_text("\n".join(damaged.values()) + "\n")
+    for words, found in zip(damaged, host(tmp_path / "nodes").splitlines(), strict=True):
+        assert found.startswith("refused: ")
+        assert words in found
+
+
+PARSE = """
+import sys, tensorrt_rtx as trt
+class Logger(trt.ILogger):
+    def __init__(self):
+        trt.ILogger.__init__(self)
+    def log(self, severity, message):
+        print(message, flush=True)
+logger = Logger()
+builder = trt.Builder(logger)
+assert builder.get_plugin_registry().load_library(sys.argv[1])
+network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+trt.OnnxParser(network, logger).parse_from_file(sys.argv[2])
+"""
+
+
+def parsed(plugin, model):
+    """What TensorRT-RTX says while it parses. It has TensorRT's parser and registry but takes no plugin: where it has one made
+    and would add it to the network, it ends the process."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("no ONNX parser of TensorRT: pip install tensorrt-rtx")
+    command = [sys.executable, "-c", PARSE, plugin, model]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def test_the_parser_of_tensorrt_makes_plugins_of_a_compiled_node(plugin, tmp_path):
+    model, _ = compiled_layer(geometry_of("clamped_swiglu", bias=True), MIXED, tmp_path)
+    said = parsed(plugin, tmp_path / "layer.onnx")
+    assert "Successfully created plugin: MoeLayer" in said
+    (inputs,) = re.findall(r"\[MoeLayer\] inputs: (.*)", said)
+    kinds = {TensorProto.FLOAT: "FLOAT", TensorProto.FLOAT16: "HALF", TensorProto.INT8: "INT8", TensorProto.INT32: "INT32"}
+    (node,) = moe_nodes.moe_nodes(model)
+    held = {tensor.name: tensor for tensor in model.graph.initializer}
+    wanted = [f"({', '.join(map(str, held[name].dims))})[{kinds[held[name].data_type]}]" for name in node.input[3:]]
+    assert re.findall(r"-> (\([^)]*\)\[\w+\])", inputs) == ["(-1, 128)[HALF]", "(-1, 2)[INT64]", "(-1, 2)[FLOAT]", *wanted]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("formats", [1, 2, 0, 1, 1, 2, 0, 3], "field formats has 3; 0, 1 and 2 are float, int8 and int4"),
+        ("activation", "swish", "field activation has an activation that is unknown"),
+        ("plugin_version", "2", "Plugin not found"),
+    ],
+)
+def test_the_parser_of_tensorrt_tells_what_the_plugin_refuses(plugin, name, value, words, tmp_path):
+    compiled_layer(geometry_of(), MIXED, tmp_path)
+    model = onnx.load(tmp_path / "layer.onnx", load_external_data=False)
+    (node,) = moe_nodes.moe_nodes(model)
+    (attribute,) = (held for held in node.attribute if held.name == name)
+    attribute.CopyFrom(helper.make_attribute(name, value))
+    onnx.save(model, tmp_path / "damaged.onnx")
+    said = parsed(plugin, tmp_path / "damaged.onnx")
+    assert words in said
+    assert "Successfully created plugin" not in said
 
 
 def test_it_exports_two_functions_and_needs_neither_tensorrt_nor_a_driver(plugin):

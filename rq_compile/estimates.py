@@ -26,12 +26,14 @@ from rq_compile.planning.capacity import lane_groups
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, SCALE_BYTES, Format, Quantizer, block_size, matrix_bytes
 from rq_compile.rewrite.lane_weights import lane_weights
+from rq_compile.rewrite.moe_layers import projection
 from rq_compile.rewrite.panels import ROWS, panel_count
 from rq_compile.rewrite.slot_weights import slot_weights
 from rq_compile.rewrite.weights import ExternalWeight
 from rq_compile.targets.in_order import cores
 from rq_compile.targets.licences import licence_texts
 from rq_compile.targets.manifest import DenseFormat, Lowering
+from rq_compile.targets.tensorrt.narrow import HALVES
 from rq_compile.targets.weights_file import ALIGNMENT
 
 GIB = 2**30
@@ -186,9 +188,12 @@ def check_space(output: Path, needed: int) -> None:
 
 def expert_weights(plan: LayerPlan, lowering: Lowering) -> list[ExternalWeight]:
     """The weights of a layer's slots, as the lowering lays them out; none is read."""
+    if lowering == "cuda":
+        projections = [projection(plan, name, _unread, HALVES["fp16"]) for name in ("up", "down")]
+        return [weight for held in projections for weight in held.inputs if weight]
     if lowering != "batched":
-        projections = [slot_weights(plan, projection, _unread, panels=lowering == "native") for projection in ("up", "down")]
-        return [weight for projection in projections for weight in projection.inputs if weight]
+        projections = [slot_weights(plan, name, _unread, panels=lowering == "native") for name in ("up", "down")]
+        return [weight for held in projections for weight in held.inputs if weight]
     groups = lane_groups(plan.slots)
     lanes = [[slot for slot, group in zip(plan.slots, groups, strict=True) if group == number] for number in sorted(set(groups))]
     return [weight for slots in lanes for p in ("up", "down") for weight in lane_weights(plan, slots, "", p, _unread).all]
@@ -232,7 +237,7 @@ def _graph_bytes(layers: list[MoeLayer], plan: Plan | None, lowering: Lowering) 
     else:
         slots = sum(layer.geometry.experts for layer in layers)
         products = len(FORMATS) * len(layers)
-    added = {"native": 0, "stock": GRAPH_SLOT * slots, "batched": GRAPH_PRODUCT * products}
+    added: dict[Lowering, int] = {"native": 0, "cuda": 0, "stock": GRAPH_SLOT * slots, "batched": GRAPH_PRODUCT * products}
     return GRAPH_LAYER * len(layers) + added[lowering]
 
 

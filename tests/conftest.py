@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner, Result
-from plugin_builds import built_kernels, described_kernels  # noqa: F401 - fixtures
+from plugin_builds import built_kernels, cuda_headers, cuda_ops, cuda_parts, described_kernels  # noqa: F401 - fixtures
 
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli.main import main

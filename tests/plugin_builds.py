@@ -1,6 +1,7 @@
 """Kernels and libraries on the launcher, built for tests; conftest.py has the fixtures, so that kernels are built once."""
 
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -79,3 +80,31 @@ print(json.dumps({"version": 1, "tiles": rule, "kernels": [describe(v, [build | 
     described = checked(sys.executable, "-c", script, ROOT / "plugins" / "kernels", json.dumps(build))
     (folder / "kernels.json").write_text(described)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cuda_headers():
+    """CUDA's, as Triton carries them: no toolkit is needed."""
+    package = importlib.util.find_spec("triton")
+    if package is None:
+        pytest.skip("no CUDA headers: pip install triton")
+    return Path(package.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
+
+
+def cuda_library(folder, headers, kernels, *options):
+    return library("cuda", "librq_moe_cuda.so", folder, kernels, f"-DCUDA_INCLUDE_DIR={headers}", *options)
+
+
+@pytest.fixture(scope="session")
+def cuda_ops(tmp_path_factory, cuda_headers, built_kernels):
+    """librq_moe_cuda.so."""
+    return cuda_library(tmp_path_factory.mktemp("cuda_ops"), cuda_headers, built_kernels)
+
+
+@pytest.fixture(scope="session")
+def cuda_parts(tmp_path_factory, cuda_headers):
+    """What lets ONNX Runtime's CPU provider take the ops, and a driver for them, by the variables that say where they are."""
+    folder = tmp_path_factory.mktemp("cuda_parts")
+    interface = f"-I{ROOT / 'plugins' / 'onnxruntime' / 'src'}"
+    host = shared_library("cuda_ops_on_host.cc", folder / "libhost.so", [cuda_headers], interface)
+    return {"RQ_HOST": str(host), "RQ_STAND_IN": str(stand_in_driver(folder, [cuda_headers]))}

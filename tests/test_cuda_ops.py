@@ -1,6 +1,5 @@
 """librq_moe_cuda.so in ONNX Runtime, without CUDA and without a GPU."""
 
-import importlib.util
 import re
 import secrets
 from pathlib import Path
@@ -8,84 +7,55 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import op_nodes
-import plugin_builds
 import pytest
 from layer_arrays import arrays_of
 from node_model import feeds_of, model_of, session_of
-from plugin_builds import ROOT, SANITIZED, checked, shared_library, stand_in_driver
+from plugin_builds import SANITIZED, checked, cuda_library
 
-NAME = "librq_moe_cuda.so"
 MIXED = [0, 1, 2]
 
 
-@pytest.fixture(scope="module")
-def headers():
-    """CUDA's, as Triton carries them: no toolkit is needed."""
-    package = importlib.util.find_spec("triton")
-    if package is None:
-        pytest.skip("no CUDA headers: pip install triton")
-    return Path(package.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
-
-
-def built(folder, headers, kernels, *options):
-    return plugin_builds.library("cuda", NAME, folder, kernels, f"-DCUDA_INCLUDE_DIR={headers}", *options)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory, headers, built_kernels):
-    return built(tmp_path_factory.mktemp("cuda_ops"), headers, built_kernels)
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory, headers):
-    """What lets ONNX Runtime's CPU provider take the ops, and a driver for them."""
-    folder = tmp_path_factory.mktemp("parts")
-    interface = [f"-I{ROOT / 'plugins' / 'onnxruntime' / 'src'}"]
-    host = shared_library("cuda_ops_on_host.cc", folder / "libhost.so", [headers], *interface)
-    return {"RQ_HOST": str(host), "RQ_STAND_IN": str(stand_in_driver(folder, [headers]))}
-
-
 @pytest.fixture
-def on_host(library, parts, monkeypatch):
+def on_host(cuda_ops, cuda_parts, monkeypatch):
     """The library to register in ONNX Runtime, by which the CPU provider takes the ops."""
-    monkeypatch.setenv("RQ_LIBRARY", str(library))
-    return parts["RQ_HOST"]
+    monkeypatch.setenv("RQ_LIBRARY", str(cuda_ops))
+    return cuda_parts["RQ_HOST"]
 
 
-def test_it_exports_one_function_and_needs_neither_onnxruntime_nor_a_driver(library):
-    exported = checked("nm", "-D", "--defined-only", library)
+def test_it_exports_one_function_and_needs_neither_onnxruntime_nor_a_driver(cuda_ops):
+    exported = checked("nm", "-D", "--defined-only", cuda_ops)
     assert [line.split()[-1] for line in exported.splitlines()] == ["RegisterCustomOps"]
-    needed = re.findall(r"NEEDED.*\[(.+)\]", checked("readelf", "-d", library))
+    needed = re.findall(r"NEEDED.*\[(.+)\]", checked("readelf", "-d", cuda_ops))
     assert not [name for name in needed if re.search("cuda|cudart|onnx", name)]
 
 
-def test_old_runtime_is_refused_politely(library):
+def test_old_runtime_is_refused_politely(cuda_ops):
     expected = "librq_moe_cuda.so needs ONNX Runtime 1.18 or newer, this is 1.2.3; upgrade onnxruntime"
-    assert op_nodes.registered_with_an_old_runtime(library) == expected
+    assert op_nodes.registered_with_an_old_runtime(cuda_ops) == expected
 
 
 @pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("formats", [[0, 0], [1, 1], [2, 2], [0, 1], MIXED])
 @pytest.mark.parametrize("bias", [False, True])
-def test_onnxruntime_takes_the_node_and_misses_only_cuda(library, half, formats, bias):
+def test_onnxruntime_takes_the_node_and_misses_only_cuda(cuda_ops, half, formats, bias):
     """The graph is resolved against the registered schema before kernels are looked for."""
     with pytest.raises(Exception, match=r"NOT_IMPLEMENTED.*implementation for MoeLayer\(1\)"):
-        session_of(model_of(arrays_of(formats, bias=bias, half=half), formats=formats), library)
+        session_of(model_of(arrays_of(formats, bias=bias, half=half), formats=formats), cuda_ops)
 
 
 @pytest.mark.parametrize(
     ("place", "dtype", "name"), [(0, np.float32, "x"), (1, np.int32, "ids"), (2, np.float16, "gates"), (3, np.int64, "replicas")]
 )
-def test_onnxruntime_refuses_wrong_types_by_the_schema(library, place, dtype, name):
+def test_onnxruntime_refuses_wrong_types_by_the_schema(cuda_ops, place, dtype, name):
     arrays = arrays_of(MIXED)
     arrays[place] = arrays[place].astype(dtype)
     with pytest.raises(Exception, match=rf"Type Error: Type .* of input parameter \(input{place}\) of operator \(MoeLayer\)"):
-        session_of(model_of(arrays, formats=MIXED), library)
+        session_of(model_of(arrays, formats=MIXED), cuda_ops)
 
 
-def test_onnxruntime_refuses_too_few_inputs_by_the_schema(library):
+def test_onnxruntime_refuses_too_few_inputs_by_the_schema(cuda_ops):
     with pytest.raises(Exception, match=r"has input size 8 not in range \[min=9"):
-        session_of(model_of(arrays_of([0, 0])[:8], formats=[0, 0]), library)
+        session_of(model_of(arrays_of([0, 0])[:8], formats=[0, 0]), cuda_ops)
 
 
 REFUSED = {
@@ -137,21 +107,21 @@ def test_without_a_driver_a_run_is_refused_and_not_the_session(on_host):
         session.run(None, feeds_of(session, arrays))
 
 
-def test_what_it_computes_is_the_layer(library, parts, built_kernels, monkeypatch):
+def test_what_it_computes_is_the_layer(cuda_ops, cuda_parts, built_kernels, monkeypatch):
     """In another Python: whether Triton interprets is decided when it is first imported."""
-    for name, value in {**parts, "RQ_LIBRARY": library, "RQ_KERNELS": built_kernels, "TRITON_INTERPRET": 1}.items():
+    for name, value in {**cuda_parts, "RQ_LIBRARY": cuda_ops, "RQ_KERNELS": built_kernels, "TRITON_INTERPRET": 1}.items():
         monkeypatch.setenv(name, str(value))
     arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "interpreted_cuda_ops.py"]
     result = op_nodes.python_with(None, *arguments)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
-def test_random_nodes_break_nothing(tmp_path, headers, parts, built_kernels, monkeypatch):
+def test_random_nodes_break_nothing(tmp_path, cuda_headers, cuda_parts, built_kernels, monkeypatch):
     """A library that checks itself, in a Python that has the sanitizers' libraries."""
-    checking = built(tmp_path, headers, built_kernels, *SANITIZED)
+    checking = cuda_library(tmp_path, cuda_headers, built_kernels, *SANITIZED)
     sanitizers = [checked("gcc", f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "LD_PRELOAD": " ".join(sanitizers)}
-    for name, value in {**parts, **options, "RQ_LIBRARY": str(checking)}.items():
+    for name, value in {**cuda_parts, **options, "RQ_LIBRARY": str(checking)}.items():
         monkeypatch.setenv(name, value)
     seed = secrets.randbits(31)
     result = op_nodes.python_with(None, "cuda_ops_fuzz.py", str(seed), "600")

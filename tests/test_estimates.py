@@ -20,7 +20,7 @@ from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import read_document, write_document
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.schema import Plan
-from rq_compile.targets.manifest import DenseFormat, Lowering
+from rq_compile.targets.manifest import CpuLowering, DenseFormat
 from rq_compile.targets.onnxruntime import compile_engine
 
 TEXT = {"a.txt": "the quick brown fox jumps over the lazy dog " * 8}
@@ -30,9 +30,9 @@ def written(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("lowering", get_args(Lowering))
+@pytest.mark.parametrize("lowering", get_args(CpuLowering))
 def test_an_engine_takes_what_was_estimated(
-    stages: Path, model: Path, out: Path, export_once: Callable[[Checkpoint], Exported], lowering: Lowering
+    stages: Path, model: Path, out: Path, export_once: Callable[[Checkpoint], Exported], lowering: CpuLowering
 ) -> None:
     """The weights to the byte, but for the alignment at the end; the graph and the manifest about."""
     checkpoint, plan = Checkpoint.open(model), read_document(Plan, stages / "plan.json")
@@ -135,11 +135,11 @@ def test_layer_by_layer_is_told(model: Path, out: Path, monkeypatch: pytest.Monk
 
 
 def test_a_dry_run_with_a_plan_refuses_what_the_run_would(model: Path, stages: Path, out: Path, rq_compile: Run) -> None:
-    plan = read_document(Plan, stages / "plan.json").model_copy(update={"target": "cuda", "statistics": None})
+    plan = read_document(Plan, stages / "plan.json").model_copy(update={"target": "tensorrt", "statistics": None})
     write_document(plan, out / "plan.json")
     for more in ([], ["--dry-run"]):
         result = rq_compile(model, "--plan", out / "plan.json", "-o", out / "x.onnx", "-q", *more)
-        refused(result, 2, "the plan is for target cuda, but ONNX engines are for cpu or batched")
+        refused(result, 2, "the plan is for target tensorrt, but ONNX engines are for cpu, batched or cuda")
 
 
 def test_a_dry_run_refuses_what_the_run_would(model: Path, stages: Path, out: Path, rq_compile: Run) -> None:

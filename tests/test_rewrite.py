@@ -13,9 +13,9 @@ from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.errors import UserError
 from rq_compile.rewrite.contract import ContractError
 from rq_compile.rewrite.rewrite import rewrite
-from rq_compile.targets.manifest import Lowering
+from rq_compile.targets.manifest import CpuLowering
 
-LOWERINGS = get_args(Lowering)
+LOWERINGS = get_args(CpuLowering)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

@@ -46,7 +46,8 @@ PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "text
     type=click.Choice(LOWERINGS),
     default="native",
     show_default=True,
-    help="native needs the op library of rq-compile; stock runs in any ONNX Runtime; batched is plain ONNX, for large batches.",
+    help="native needs the op library of rq-compile; stock runs in any ONNX Runtime; batched is plain ONNX, for large batches; "
+    "cuda needs the op library of plugins/cuda and is the default for a plan with the target cuda.",
 )
 @click.option(
     "--activation-bits",
@@ -96,10 +97,7 @@ def command(
     check_manifest_place(output)
     check_tensorrt_options(output)
     tensorrt = {name: planning.pop(name) for name in OPTIONS}
-    if activation_bits != "32" and lowering == "batched":
-        raise UserError(f"--activation-bits {activation_bits} has no effect with --lowering batched; leave one of the two out", 2)
-    if lowering != "native" and "dense_format" in given_options():
-        raise UserError(f"--dense-format has no effect with --lowering {lowering}; leave one of the two out", 2)
+    check_lowering_options(lowering, activation_bits)
     if plan_path is not None:
         refuse_planning_options()
     elif not texts:
@@ -118,6 +116,9 @@ def command(
     if plan_path is not None:
         plan = read_document(Plan, plan_path)
         check_same_model(plan, checkpoint, plan_path)
+        if plan.target == "cuda" and settings is None and "lowering" not in given_options():
+            lowering = "cuda"
+            check_lowering_options(lowering, activation_bits)
         if dry_run:
             from rq_compile.architectures.layers import moe_layers
             from rq_compile.targets.preflight import preflight
@@ -130,8 +131,7 @@ def command(
         from rq_compile.calibration.calibrate import calibrate
         from rq_compile.planning.plan import check_arguments, make_plan
 
-        batched = "tensorrt-rtx" if output.suffix == ".plan" else "batched" if lowering == "batched" else None
-        planning["target"] = batched or "cpu"
+        planning["target"] = settings.planned_for if settings else lowering if lowering in ("batched", "cuda") else "cpu"
         check_arguments(**planning, options=options)
         if dry_run:
             first = {"texts": contents, "batch_size": batch_size, "sequence_length": sequence_length}
@@ -193,6 +193,19 @@ def show_estimate(
     if calibrating is not None:
         estimate = together(calibration_estimate(checkpoint, output=output, **calibrating), estimate)
     screen.result(estimate, *estimate_tables(estimate))
+
+
+def check_lowering_options(lowering: Lowering, activation_bits: str) -> None:
+    """
+    Raises:
+        UserError: an option was given that the lowering has no use for.
+    """
+    if activation_bits != "32" and lowering in ("batched", "cuda"):
+        raise UserError(
+            f"--activation-bits {activation_bits} has no effect with --lowering {lowering}; leave one of the two out", 2
+        )
+    if lowering != "native" and "dense_format" in given_options():
+        raise UserError(f"--dense-format has no effect with --lowering {lowering}; leave one of the two out", 2)
 
 
 def check_extension(output: Path) -> None:

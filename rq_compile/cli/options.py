@@ -21,7 +21,7 @@ POLICIES = ("none", "paper", "eplb", "place", "optimal")
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched")
 QUANTIZERS = ("gptq", "nearest")
 BLOCKS = ("128", "32")
-LOWERINGS = ("native", "stock", "batched")
+LOWERINGS = ("native", "stock", "batched", "cuda")
 DENSE_FORMATS = ("stored", "int8", "fp32")
 
 FILE = click.Path(path_type=Path)

@@ -271,12 +271,13 @@ def moves_of(change: Change, ranks: int) -> str:
 
 def engine_tables(manifest: Manifest) -> list[RenderableType]:
     files = [manifest.graph, manifest.weights, *([manifest.tokenizer] if manifest.tokenizer else [])]
-    library = f"op library rq.moe {manifest.op_library}" if manifest.op_library is not None else "any ONNX Runtime"
+    library = "any ONNX Runtime" if manifest.op_library is None else f"op library rq.moe {manifest.op_library}"
     head = facts(
         "engine",
         made_by=manifest.tool,
         files=", ".join(f"{file.name} ({megabytes(file.bytes)})" for file in files),
-        runs_in=f"{library}; lowering {manifest.lowering}, {manifest.activation_bits}-bit activations, opset {manifest.opset}",
+        runs_in=f"{library}, {manifest.provider}; lowering {manifest.lowering}, {manifest.activation_bits}-bit activations, "
+        f"opset {manifest.opset}",
         weights=f"{megabytes(manifest.expert_bytes)} of experts, {megabytes(manifest.dense_bytes)} of the rest",
         dense=manifest.dense_format,
         replaced=", ".join(f"{reason}: {count}" for reason, count in manifest.replaced.items()) or "nothing",

@@ -14,7 +14,7 @@ from rq_compile.packaging.archive import Files, archive_writer, write_files
 from rq_compile.packaging.op_library import machine, op_library
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.sbom import bill_of_materials
-from rq_compile.runtime.files import engine_files, manifest_path, read_manifest, verify
+from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
 from rq_compile.targets.library import library_path
 from rq_compile.targets.manifest import Manifest
 
@@ -37,7 +37,7 @@ def package(source: Path, output: Path, library: Path | None = None, architectur
         UserError: ``source`` is no whole engine or is damaged, is an encoder-decoder, needs no op library although one is
             given, or see ``op_library`` and ``write_files``.
     """
-    manifest = read_manifest(source)
+    manifest = read_cpu_manifest(source)
     if manifest.encoder_decoder:
         raise UserError(f"{source} is an encoder-decoder, which the examples cannot run; package a decoder-only engine", 2)
     if library is not None and manifest.op_library is None:

@@ -11,7 +11,7 @@ from rq_compile.files import folder_written_beside, write_document
 from rq_compile.packaging.edge import OP_LIBRARY, library_remark, licence_remark
 from rq_compile.packaging.package import Package
 from rq_compile.runtime.engine import FOLDING_LIMIT
-from rq_compile.runtime.files import engine_files, manifest_path, read_manifest, verify
+from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
 from rq_compile.targets.library import library_path
 from rq_compile.targets.manifest import CacheTensor, Manifest
 
@@ -33,7 +33,7 @@ def package(source: Path, output: Path, context_length: int | None = None) -> Pa
             by onnxruntime-genai (see ``check_runnable``), has a manifest called as one of its files, or see
             ``folder_written_beside``.
     """
-    manifest = read_manifest(source)
+    manifest = read_cpu_manifest(source)
     check_runnable(source, manifest)
     if (place := manifest_path(source).name) in (CONFIG, TOKENIZER, TOKENIZER_CONFIG):
         raise UserError(f"{place} is the manifest of {source} and a file of onnxruntime-genai; compile to another name", 2)

@@ -13,7 +13,7 @@ from rq_compile.packaging import triton_onnxruntime, triton_python, triton_tenso
 from rq_compile.packaging.edge import CHECKSUMS, engine_parts, library_remark, licence, licence_remark
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.triton_config import as_text, messages
-from rq_compile.runtime.files import read_manifest, verify
+from rq_compile.runtime.files import read_cpu_manifest, verify
 from rq_compile.targets.manifest import Manifest
 
 Flavour = Literal["python", "onnxruntime", "tensorrt"]
@@ -85,7 +85,7 @@ def read_onnx_engine(source: Path) -> Manifest:
     Raises:
         UserError: it is no whole engine, is damaged, or is an encoder-decoder.
     """
-    manifest = read_manifest(source)
+    manifest = read_cpu_manifest(source)
     if manifest.encoder_decoder:
         raise UserError(f"{source} is an encoder-decoder, which has no KV cache to serve from; package a decoder-only engine", 2)
     verify(source, manifest)

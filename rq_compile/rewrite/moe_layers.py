@@ -38,7 +38,7 @@ def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half
     """
     sections = []
     for plan, node in experts_nodes(graph, plans):
-        projections = [_projection(plan, name, source, half) for name in ("up", "down")]
+        projections = [projection(plan, name, source, half) for name in ("up", "down")]
         _replace(graph, node, plan, projections, half)
         weights, pieces = ([held for p in projections for held in getattr(p, what) if held] for what in ("inputs", "pieces"))
         sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
@@ -76,7 +76,7 @@ def _shares(plan: LayerPlan) -> dict[str, list[float]]:
     return {} if None in loads else {"shares": [float(load) for load in loads if load is not None]}
 
 
-def _projection(plan: LayerPlan, name: str, source: Source, half: np.dtype) -> SlotWeights:
+def projection(plan: LayerPlan, name: str, source: Source, half: np.dtype) -> SlotWeights:
     """One projection with its weights in the types that the node declares: packed ones in int8, float ones in ``half``."""
     described = slot_weights(plan, name, source, panels=False)
     declared = {weight.name: _declared(weight, half) for weight in described.inputs if weight}

@@ -20,7 +20,7 @@ from rq_compile.rewrite.stock_combine import stock_combine
 from rq_compile.rewrite.stock_dispatch import stock_dispatch
 from rq_compile.rewrite.stock_experts import stock_experts
 from rq_compile.rewrite.weights import Section
-from rq_compile.targets.manifest import Lowering
+from rq_compile.targets.manifest import CpuLowering
 
 # Graph surgeon warns on stderr about bf16, whose values it never has to read here.
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -30,7 +30,7 @@ def rewrite(
     model: onnx.ModelProto,
     plan: Plan,
     source: Source,
-    lowering: Lowering,
+    lowering: CpuLowering,
     *,
     activation_bits: int = 32,
     expected: ExpectedCapacity | None = None,

@@ -36,8 +36,8 @@ class Engine:
         """Load the engine at ``path`` (``.onnx``) to run on ``threads`` threads, by default ONNX Runtime's choice.
 
         Raises:
-            UserError: a file of the engine is missing or has another size than its manifest says, or ONNX Runtime
-                refuses the graph.
+            UserError: a file of the engine is missing or has another size than its manifest says, ONNX Runtime has not the
+                execution provider that the engine is for, or refuses the graph.
         """
         engine = cls(path, read_manifest(path), threads)
         engine._session  # noqa: B018 - a graph that does not load must be reported here, not at the first token
@@ -78,7 +78,17 @@ class Engine:
     def counted_logits(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As :meth:`logits`, and the rows of each slot: layer name -> int64 ``[slots]``. Padding counts as rows."""
+        """As :meth:`logits`, and the rows of each slot: layer name -> int64 ``[slots]``. Padding counts as rows.
+
+        Raises:
+            UserError: the engine's lowering does not count them.
+        """
+        if not self.manifest.slot_offsets:
+            raise UserError(
+                f"{self.path} does not count the rows of its slots (lowering {self.manifest.lowering}); "
+                "take the same plan, compiled with --lowering native",
+                2,
+            )
         feeds = self._feeds(input_ids, attention_mask, decoder_input_ids)
         layers = self.manifest.slot_offsets
         outputs = self._counting_session.run(["logits", *layers.values()], self._accepted(self._counting_session, feeds))
@@ -171,6 +181,13 @@ class Engine:
     def _open(self, model: str | bytes) -> onnxruntime.InferenceSession:
         import onnxruntime
 
+        provider = self.manifest.provider
+        if provider not in onnxruntime.get_available_providers():
+            raise UserError(
+                f"{self.path} is for {provider}, which ONNX Runtime {onnxruntime.__version__} does not have here; "
+                "install onnxruntime-gpu on a machine with a GPU, or compile with --lowering native",
+                2,
+            )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry(WEIGHTS_FOLDER, str(self.path.parent.resolve()))
@@ -179,11 +196,13 @@ class Engine:
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         if self.manifest.op_library is not None:
-            from rq_compile.targets.library import library_path
+            from rq_compile.targets.library import CPU_LIBRARY, library_path
 
-            options.register_custom_ops_library(str(library_path()))
+            options.register_custom_ops_library(str(library_path(self.manifest.op_library_name or CPU_LIBRARY)))
+        # What a GPU has no kernel for, ONNX Runtime runs on the CPU.
+        providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
         try:
-            return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(model, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"ONNX Runtime {onnxruntime.__version__} cannot load {self.path}: {reason}") from error

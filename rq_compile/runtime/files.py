@@ -38,6 +38,18 @@ def read_manifest(engine: Path) -> Manifest:
     return manifest
 
 
+def read_cpu_manifest(engine: Path) -> Manifest:
+    """``read_manifest``, for who makes something of the engine that runs it on the CPU.
+
+    Raises:
+        UserError: also if the engine is for another provider.
+    """
+    manifest = read_manifest(engine)
+    if manifest.provider != "CPUExecutionProvider":
+        raise UserError(f"{engine} is for {manifest.provider}, and packages are for the CPU; compile with --lowering native", 2)
+    return manifest
+
+
 def verify(engine: Path, manifest: Manifest) -> None:
     """Recompute the SHA-256 of every file.
 

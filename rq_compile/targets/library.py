@@ -1,4 +1,4 @@
-"""Where the custom-op library of the `native` lowering is."""
+"""Where the custom-op libraries of the lowerings `native` and `cuda` are."""
 
 from pathlib import Path
 
@@ -6,15 +6,22 @@ import rq_compile
 from rq_compile.errors import UserError
 
 OP_SET_VERSION = 1
+CPU_LIBRARY = "librq_moe.so"
+CUDA_LIBRARY = "librq_moe_cuda.so"
+# How a missing one is got.
+WAYS_OUT = {
+    CPU_LIBRARY: "run pip install . or use --lowering stock",
+    CUDA_LIBRARY: "build it as plugins/cuda/README.md says and put it there",
+}
 
 
-def library_path() -> Path:
-    """The custom-op library ``librq_moe.so`` that was built with this package.
+def library_path(name: str = CPU_LIBRARY) -> Path:
+    """The custom-op library of this name in the package; ``librq_moe.so`` is built with it.
 
     Raises:
-        UserError: the package was installed without its library.
+        UserError: it is not there.
     """
-    path = Path(rq_compile.__file__).parent / "lib" / "librq_moe.so"
+    path = Path(rq_compile.__file__).parent / "lib" / name
     if not path.is_file():
-        raise UserError(f"the custom-op library {path} is missing; run pip install . or use --lowering stock", 2)
+        raise UserError(f"the custom-op library {path} is missing; {WAYS_OUT[name]}", 2)
     return path

@@ -7,7 +7,9 @@ from pydantic import Field
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
 
-Lowering = Literal["native", "stock", "batched"]
+CpuLowering = Literal["native", "stock", "batched"]
+Lowering = Literal["native", "stock", "batched", "cuda"]
+Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
 DenseFormat = Literal["stored", "int8", "fp32"]
 
 
@@ -32,17 +34,19 @@ class CacheTensor(Document):
 
 
 class Manifest(Document):
-    """``op_library``: the custom-op library's op-set version the engine needs, or None when it runs in any ONNX Runtime.
+    """``op_library``: the custom-op library's op-set version the engine needs, or None when it runs in any ONNX Runtime;
+    ``op_library_name``: which library, None for engines of before there were two, which need that of the CPU.
 
     ``slot_offsets[layer name]`` is the graph's int32 ``[slots + 1]`` tensor with the cumulative rows per slot, from
-    which an engine's own load can be read. ``replaced`` counts what was skipped, padded or replaced, by reason.
-    ``licences`` are the texts that lay beside the checkpoint's weights, ``licence`` is what its model card declares.
+    which an engine's own load can be read; the lowering cuda has none. ``replaced`` counts what was skipped, padded or
+    replaced, by reason. ``licences`` are the texts that lay beside the checkpoint's weights, ``licence`` is what its model
+    card declares.
     """
 
     schema_version: Literal[1] = 1
     kind: Literal["engine"] = "engine"
     tool: str
-    target: Literal["cpu"] = "cpu"
+    target: Literal["cpu", "cuda"] = "cpu"
     lowering: Lowering
     graph: EngineFile
     weights: EngineFile
@@ -51,6 +55,8 @@ class Manifest(Document):
     licences: list[EngineFile] = Field(default=[])
     licence: str | None = None
     op_library: int | None
+    op_library_name: str | None = None
+    provider: Provider = Field(default="CPUExecutionProvider", description="ONNX Runtime's execution provider")
     activation_bits: int = Field(default=32, description="of what quantized weights are multiplied with: 8, or 32 for fp32")
     dense_format: DenseFormat = Field(default="fp32", description="of the matrices that are no experts: as stored, int8 or fp32")
     opset: int

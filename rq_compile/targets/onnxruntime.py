@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine for the CPU: graph, weights file, tokenizer and manifest, which appear together or not at all."""
+"""The ONNX Runtime engine: graph, weights file, tokenizer and manifest, which appear together or not at all."""
 
 import hashlib
 import os
@@ -18,17 +18,20 @@ from rq_compile.files import sha256, write_document, written_beside
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.dense_gemms import dense_gemms
 from rq_compile.rewrite.experts_to_slots import offsets_name
-from rq_compile.rewrite.rewrite import rewrite
+from rq_compile.rewrite.rewrite import rewrite, rewrite_to_moe_layers
 from rq_compile.rewrite.weights import Section
-from rq_compile.targets.library import OP_SET_VERSION
+from rq_compile.targets.library import CPU_LIBRARY, CUDA_LIBRARY, OP_SET_VERSION
 from rq_compile.targets.licences import declared_licence, licence_texts
 from rq_compile.targets.links import hard_linked, link_names, linked_sentence
 from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manifest
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
+from rq_compile.targets.tensorrt.narrow import HALVES
 from rq_compile.targets.vocabulary import vocabulary
 from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
+
+LIBRARIES: dict[Lowering, str] = {"native": CPU_LIBRARY, "cuda": CUDA_LIBRARY}
 
 
 def compile_engine(
@@ -55,8 +58,9 @@ def compile_engine(
 
     ``statistics`` are those of the calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported``
     is the checkpoint's graph, for who compiles several plans of one. ``activation_bits``: see ``rewrite``; ``dense_format``: see
-    ``dense_gemms``, which only the native lowering has. ``progress(done, total)`` counts the bytes of the weights; ``say`` takes
-    a sentence for the user.
+    ``dense_gemms``, which only the native lowering has. The lowering "cuda" computes experts in 16 bit (bf16 if the checkpoint
+    is, else fp16) between two casts, and all else in fp32. ``progress(done, total)`` counts the bytes of the weights; ``say``
+    takes a sentence for the user.
 
     Raises:
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written.
@@ -83,7 +87,11 @@ def compile_engine(
     if lowering == "native":
         stored = stored_weights(checkpoint, exported.parameters)
         model, matrices = dense_gemms(model, dense_format, stored, activation_bits)
-    model, experts, replaced = rewrite(model, plan, source, lowering, activation_bits=activation_bits)
+    if lowering == "cuda":
+        half = HALVES["bf16" if checkpoint.dtype == "bf16" else "fp16"]
+        model, experts, replaced = rewrite_to_moe_layers(model, plan, source, half)
+    else:
+        model, experts, replaced = rewrite(model, plan, source, lowering, activation_bits=activation_bits)
     dense, aliases, linked = dense_weights(checkpoint, model, exported.parameters, link=link_weights)
     dense += matrices
     job: Job = {
@@ -133,6 +141,7 @@ def compile_engine(
         replaced["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
         manifest = Manifest(
             tool=f"rq-compile {__version__}",
+            target="cuda" if lowering == "cuda" else "cpu",
             lowering=lowering,
             graph=_engine_file(output, graph_part),
             weights=EngineFile(name=data.name, sha256=written.sha256, bytes=written.bytes),
@@ -140,13 +149,15 @@ def compile_engine(
             tokenizer=copied,
             licences=licences,
             licence=declared_licence(checkpoint.path),
-            op_library=OP_SET_VERSION if lowering == "native" else None,
+            op_library=OP_SET_VERSION if lowering in LIBRARIES else None,
+            op_library_name=LIBRARIES.get(lowering),
+            provider="CUDAExecutionProvider" if lowering == "cuda" else "CPUExecutionProvider",
             activation_bits=activation_bits,
             dense_format=dense_format if lowering == "native" else "fp32",
             opset=exported.opset,
             encoder_decoder=exported.encoder_decoder,
             cache=exported.cache,
-            slot_offsets={layer.name: offsets_name(layer.name) for layer in plan.layers},
+            slot_offsets={layer.name: offsets_name(layer.name) for layer in plan.layers if lowering != "cuda"},
             dense_bytes=sum(section.bytes for section in dense),
             expert_bytes=sum(section.bytes for section in experts),
             replaced={reason: count for reason, count in replaced.items() if count},

@@ -8,12 +8,13 @@ from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.planning.schema import LayerPlan, Plan, Target
 from rq_compile.quantization.formats import FORMATS, Format
+from rq_compile.targets.kernel_sizes import check_kernel_sizes
 from rq_compile.targets.manifest import Lowering
 
 ACTIVATIONS: dict[Lowering, tuple[Activation, ...]] = dict.fromkeys(get_args(Lowering), get_args(Activation))
 TARGET_FORMATS: dict[Lowering, tuple[Format, ...]] = dict.fromkeys(get_args(Lowering), FORMATS)
 # Every lowering executes the slots of a plan made for another; what the plan was made for only decides what it gains.
-TARGETS: tuple[Target, ...] = ("cpu", "batched")
+TARGETS: tuple[Target, ...] = ("cpu", "batched", "cuda")
 # Every lowering counts rows and indexes a slot's weights in int32.
 LARGEST_MATRIX = 2**31 - 1
 
@@ -25,9 +26,8 @@ def preflight(checkpoint: Checkpoint, layers: list[MoeLayer], plan: Plan, loweri
         UserError: the first thing that does not fit, named with its layer and value.
     """
     if plan.target not in TARGETS:
-        raise UserError(
-            f"the plan is for target {plan.target}, but ONNX engines are for {' or '.join(TARGETS)}; re-run rq-compile plan", 2
-        )
+        known = f"{', '.join(TARGETS[:-1])} or {TARGETS[-1]}"
+        raise UserError(f"the plan is for target {plan.target}, but ONNX engines are for {known}; re-run rq-compile plan", 2)
     planned = {layer.name: layer for layer in plan.layers}
     for layer in layers:
         if layer.name in planned:
@@ -73,6 +73,8 @@ def _supported(plan: LayerPlan, lowering: Lowering) -> None:
         raise UserError(
             f"layer {plan.index} uses activation {geometry.activation}, which {lowering} lacks; use another --lowering", 2
         )
+    if lowering == "cuda":
+        check_kernel_sizes(plan, "compile with --lowering native")
     for slot in plan.slots:
         if slot.format not in TARGET_FORMATS[lowering]:
             raise UserError(

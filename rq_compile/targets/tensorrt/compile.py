@@ -19,6 +19,7 @@ from rq_compile.errors import UserError
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import sha256, write_document
 from rq_compile.planning.schema import LayerPlan, Plan, Target
+from rq_compile.targets.kernel_sizes import check_kernel_sizes
 from rq_compile.targets.manifest import EngineFile
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.tensorrt import build_engine, plugins
@@ -156,7 +157,7 @@ def check_layer(layer: LayerPlan, settings: Settings) -> None:
         UserError: the layer is not for the builder, its GPU or the plugins.
     """
     if settings.plugins is not None:
-        plugins.check_layer(layer)
+        check_kernel_sizes(layer, "compile with --stock")
     if layer.geometry.experts > MOST_EXPERTS:
         raise UserError(
             f"layer {layer.index} has {layer.geometry.experts} experts, above TensorRT's {MOST_EXPERTS} for a TopK", 2

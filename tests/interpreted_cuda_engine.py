@@ -1,0 +1,47 @@
+"""An engine of the lowering cuda in ONNX Runtime, its launches computed by Triton's interpreter: test_cuda_engine.py runs this.
+
+RQ_ENGINE is that engine, RQ_NATIVE one of the same plan for the CPU; see interpreted_cuda_ops.py for the rest.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from interpreted_launches import Launches
+
+from rq_compile.runtime.engine import Engine
+from rq_compile.runtime.files import read_manifest
+from rq_compile.targets import library
+
+HOST = ctypes.CDLL(os.environ["RQ_HOST"])
+ENGINE = Path(os.environ["RQ_ENGINE"])
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """On the CPU provider, with the library by which it takes the ops."""
+    HOST.on_stream(True)
+    monkeypatch.setattr(library, "library_path", lambda name: os.environ["RQ_HOST"])
+    yield Engine(ENGINE, read_manifest(ENGINE).model_copy(update={"provider": "CPUExecutionProvider"}), 1)
+    HOST.on_stream(False)
+
+
+def test_it_says_what_the_native_engine_says(engine):
+    launches = Launches()
+    ids = np.random.default_rng(0).integers(4, 99, (2, 9))
+    logits = engine.logits(ids)
+    assert launches.failure is None
+    assert [name for name, *_ in launches.seen].count("combine_fp16") == len(engine.manifest.plan.layers)
+    wanted = np.load(os.environ["RQ_NATIVE"])
+    # A token whose experts are a rounding apart may go to another.
+    assert np.quantile(np.abs(logits - wanted).max(-1), 0.9) < 0.01 * np.abs(wanted).max()
+
+
+def test_generating_with_the_cache_is_recomputing_everything(engine):
+    launches = Launches()
+    ids = [5, 9, 77]
+    generated = list(engine.generate(ids, 3, stop=False))
+    assert launches.failure is None
+    assert engine.logits(np.array([ids + generated[:2]]))[0, -1].argmax() == generated[2]

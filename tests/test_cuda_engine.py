@@ -28,7 +28,7 @@ SLOTS = [(0, "fp32"), (1, "int8"), (2, "int4"), (3, "int8"), (0, "fp32"), (2, "i
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Run) -> Path:
+def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Run, export_once: object) -> Path:
     """A folder with a checkpoint, a plan for cuda in every format, and the engine of both."""
     folder = tmp_path_factory.mktemp("wide")
     with pytest.MonkeyPatch.context() as patch:

@@ -4,18 +4,19 @@ from pathlib import Path
 
 import rq_compile
 from rq_compile.errors import UserError
+from rq_compile.targets.manifest import OpLibrary
 
 OP_SET_VERSION = 1
-CPU_LIBRARY = "librq_moe.so"
-CUDA_LIBRARY = "librq_moe_cuda.so"
+CPU_LIBRARY: OpLibrary = "librq_moe.so"
+CUDA_LIBRARY: OpLibrary = "librq_moe_cuda.so"
 # How a missing one is got.
-WAYS_OUT = {
+WAYS_OUT: dict[OpLibrary, str] = {
     CPU_LIBRARY: "run pip install . or use --lowering stock",
     CUDA_LIBRARY: "build it as plugins/cuda/README.md says and put it there",
 }
 
 
-def library_path(name: str = CPU_LIBRARY) -> Path:
+def library_path(name: OpLibrary = CPU_LIBRARY) -> Path:
     """The custom-op library of this name in the package; ``librq_moe.so`` is built with it.
 
     Raises:

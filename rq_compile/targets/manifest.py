@@ -10,6 +10,7 @@ from rq_compile.planning.schema import Plan
 CpuLowering = Literal["native", "stock", "batched"]
 Lowering = Literal["native", "stock", "batched", "cuda"]
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
+OpLibrary = Literal["librq_moe.so", "librq_moe_cuda.so"]
 DenseFormat = Literal["stored", "int8", "fp32"]
 
 
@@ -55,7 +56,7 @@ class Manifest(Document):
     licences: list[EngineFile] = Field(default=[])
     licence: str | None = None
     op_library: int | None
-    op_library_name: str | None = None
+    op_library_name: OpLibrary | None = None
     provider: Provider = Field(default="CPUExecutionProvider", description="ONNX Runtime's execution provider")
     activation_bits: int = Field(default=32, description="of what quantized weights are multiplied with: 8, or 32 for fp32")
     dense_format: DenseFormat = Field(default="fp32", description="of the matrices that are no experts: as stored, int8 or fp32")

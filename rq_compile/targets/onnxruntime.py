@@ -23,7 +23,7 @@ from rq_compile.rewrite.weights import Section
 from rq_compile.targets.library import CPU_LIBRARY, CUDA_LIBRARY, OP_SET_VERSION
 from rq_compile.targets.licences import declared_licence, licence_texts
 from rq_compile.targets.links import hard_linked, link_names, linked_sentence
-from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manifest
+from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manifest, OpLibrary
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
@@ -31,7 +31,7 @@ from rq_compile.targets.tensorrt.narrow import HALVES
 from rq_compile.targets.vocabulary import vocabulary
 from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
 
-LIBRARIES: dict[Lowering, str] = {"native": CPU_LIBRARY, "cuda": CUDA_LIBRARY}
+LIBRARIES: dict[Lowering, OpLibrary] = {"native": CPU_LIBRARY, "cuda": CUDA_LIBRARY}
 
 
 def compile_engine(

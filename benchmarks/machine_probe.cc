@@ -21,14 +21,18 @@ double seconds_of(int threads, const std::function<void(int)>& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+// Four places in turn, 64 bytes from each: one place after the other leaves a core's memory requests unused.
 void read(const uint8_t* data, size_t bytes) {
-  __m256i sum[8] = {};
-  for (size_t i = 0; i + 256 <= bytes; i += 256) {
-    for (int j = 0; j < 8; ++j) {
-      sum[j] = _mm256_xor_si256(sum[j], _mm256_load_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j)));
+  constexpr int kPlaces = 4;
+  const size_t stride = bytes / kPlaces;
+  __m256i sum[2 * kPlaces] = {};
+  for (size_t i = 0; i + 64 <= stride; i += 64) {
+    for (int j = 0; j < 2 * kPlaces; ++j) {
+      const uint8_t* place = data + j / 2 * stride + i + j % 2 * 32;
+      sum[j] = _mm256_xor_si256(sum[j], _mm256_load_si256(reinterpret_cast<const __m256i*>(place)));
     }
   }
-  for (int j = 0; j < 8; ++j) asm volatile("" ::"x"(sum[j]));
+  for (int j = 0; j < 2 * kPlaces; ++j) asm volatile("" ::"x"(sum[j]));
 }
 
 constexpr int kChains = 12;

@@ -9,8 +9,11 @@ constexpr int columns_of(Storage storage) { return storage == Storage::int8 ? 4 
 constexpr int64_t bytes_of(Storage storage) { return kPanel * (storage == Storage::fp16 || storage == Storage::bf16 ? 2 : 4); }
 // More rows than these are worth a buffer.
 constexpr int direct_rows(Storage storage) { return is_quantized(storage) ? 4 : kFloatRows; }
-// So many rows times panels leave registers for what turns weights into fp32.
-constexpr int sums_of(Storage storage) { return is_quantized(storage) ? 2 : storage == Storage::fp32 ? kFloatRows : 4; }
+// Panels that R rows read side by side: what the sums leave of the registers must do for turning weights into fp32.
+constexpr int panels_of(Storage storage, int rows) {
+  const int sums = storage == Storage::fp32 ? kFloatRows : 4, most = is_quantized(storage) ? 2 : kSideBySide;
+  return sums / rows >= most ? most : sums / rows >= 2 ? 2 : 1;
+}
 // Quantized weights come as whole numbers over this: what is converted is the uppermost byte of a word.
 constexpr float unit_of(Storage storage) {
   return storage == Storage::int8 ? 0x1p-24f : storage == Storage::int4 ? 0x1p-28f : 1.0f;
@@ -51,10 +54,10 @@ struct Chunk {
   float unit;
 };
 
-// Adds column j and those after it of a group, whose x is at x[i] + c.
+// Adds column j and those after it of a group, whose x is at x[i] + c. Not inlined, it would keep its sums in memory.
 template <Storage storage, int j, int R, int P>
-RQ_INLINE void add_columns(const float* const* x, int64_t c, const uint8_t* group, size_t stride,
-                           Floats (&total)[R][P][kVectors]) {
+__attribute__((always_inline)) inline void add_columns(const float* const* x, int64_t c, const uint8_t* group, size_t stride,
+                                                       Floats (&total)[R][P][kVectors]) {
   for (int p = 0; p < P; ++p) {
     Floats w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = weights_at<storage>(group + p * stride, v, j);
@@ -132,7 +135,7 @@ void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights,
 // Few rows leave registers for panels side by side.
 template <Storage storage, int R = 1>
 void multiply_panels(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {
-  constexpr int P = sums_of(storage) / R >= kSideBySide ? kSideBySide : sums_of(storage) / R >= 2 ? 2 : 1;
+  constexpr int P = panels_of(storage, R);
   if constexpr (P > 1) {
     if (rows > R) return multiply_panels<storage, R + 1>(x, rows, weights, first, count, out);
     for (; count >= P; count -= P, first += P, out += P * R * kPanel) multiply_chunks<storage, R, P>(x, R, weights, first, out);

@@ -5,8 +5,6 @@
 namespace rq {
 namespace {
 
-#define RQ_INLINE inline __attribute__((always_inline))  // what must keep its sums in registers
-
 // The same byte four times in every word.
 inline Ints set_bytes(uint32_t byte) { return set(static_cast<int32_t>(byte * 0x01010101u)); }
 

@@ -4,8 +4,8 @@
 // total[i][p] += dot(x[i], 16 rows of panel p) over a block; the weights are still offset, int8 by kInt8Offset, int4 by 8.
 // The P panels are `stride` bytes apart and read side by side.
 template <int R, int P>
-RQ_INLINE void add_int8_products(const uint8_t* const* x, const uint8_t* w, size_t stride, int64_t block,
-                                 Ints (*total)[P][kVectors]) {
+void add_int8_products(const uint8_t* const* x, const uint8_t* w, size_t stride, int64_t block,
+                       Ints (*total)[P][kVectors]) {
   for (int64_t c = 0; c < block; c += 4, w += kPanel * 4) {
     for (int p = 0; p < P; ++p) {
       prefetch<P>(w + p * stride);
@@ -21,8 +21,8 @@ RQ_INLINE void add_int8_products(const uint8_t* const* x, const uint8_t* w, size
 
 // A Partial holds the products of up to 32 columns without overflow: `step` of them.
 template <int R, int P, int step>
-RQ_INLINE void add_int4_products(const uint8_t* const* x, const uint8_t* w, size_t stride, int64_t block,
-                                 Ints (*total)[P][kVectors]) {
+void add_int4_products(const uint8_t* const* x, const uint8_t* w, size_t stride, int64_t block,
+                       Ints (*total)[P][kVectors]) {
   for (int64_t begin = 0; begin < block; begin += step) {
     Partial partial[R][P][kVectors];
 #pragma GCC unroll 4
@@ -52,7 +52,7 @@ RQ_INLINE void add_int4_products(const uint8_t* const* x, const uint8_t* w, size
 }
 
 template <Storage storage, int R, int P>
-RQ_INLINE void add_products(const uint8_t* const* x, const uint8_t* w, size_t stride, int64_t block, Ints (*total)[P][kVectors]) {
+void add_products(const uint8_t* const* x, const uint8_t* w, size_t stride, int64_t block, Ints (*total)[P][kVectors]) {
   if constexpr (storage == Storage::int8) return add_int8_products<R, P>(x, w, stride, block, total);
   if (block % 32 == 0) return add_int4_products<R, P, 32>(x, w, stride, block, total);
   add_int4_products<R, P, 16>(x, w, stride, block, total);

@@ -43,7 +43,7 @@ class Probe:
         self._library.read_bandwidth.restype = self._library.peak.restype = ctypes.c_double
 
     def machine(self, threads: int) -> Machine:
-        """One measurement, of some 20 ms."""
+        """One measurement, of some 10 ms."""
         peaks = {kind: self._library.peak(i, threads) for i, kind in enumerate(KINDS)}
         return Machine(self._library.read_bandwidth(threads), peaks)
 

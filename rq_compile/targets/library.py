@@ -1,11 +1,12 @@
 """Where the custom-op libraries of the lowerings `native` and `cuda` are."""
 
 from pathlib import Path
+from typing import Literal
 
 import rq_compile
 from rq_compile.errors import UserError
-from rq_compile.targets.manifest import OpLibrary
 
+OpLibrary = Literal["librq_moe.so", "librq_moe_cuda.so"]
 OP_SET_VERSION = 1
 CPU_LIBRARY: OpLibrary = "librq_moe.so"
 CUDA_LIBRARY: OpLibrary = "librq_moe_cuda.so"

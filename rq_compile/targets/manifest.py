@@ -6,11 +6,11 @@ from pydantic import Field
 
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
+from rq_compile.targets.library import OpLibrary
 
 CpuLowering = Literal["native", "stock", "batched"]
 Lowering = Literal["native", "stock", "batched", "cuda"]
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
-OpLibrary = Literal["librq_moe.so", "librq_moe_cuda.so"]
 DenseFormat = Literal["stored", "int8", "fp32"]
 
 

@@ -20,10 +20,10 @@ from rq_compile.rewrite.dense_gemms import dense_gemms
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.rewrite import rewrite, rewrite_to_moe_layers
 from rq_compile.rewrite.weights import Section
-from rq_compile.targets.library import CPU_LIBRARY, CUDA_LIBRARY, OP_SET_VERSION
+from rq_compile.targets.library import CPU_LIBRARY, CUDA_LIBRARY, OP_SET_VERSION, OpLibrary
 from rq_compile.targets.licences import declared_licence, licence_texts
 from rq_compile.targets.links import hard_linked, link_names, linked_sentence
-from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manifest, OpLibrary
+from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manifest
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights

@@ -9,7 +9,7 @@ for each new one. The fused op reads both where the cache's Concat left them, as
    the mask repeated (a small tensor, the same for every layer); keys and values are not copied.
 
 Latent attention, whose values are narrower than its keys, stays as it is: the op has one width for both. A query that may attend
-to nothing (a padding token) gets 0, as in torch.
+to nothing (a padding token) gets 0, as in torch. A graph with the op needs ONNX Runtime 1.23, and says so.
 
 Requires: nothing. Ensures: what torch computes by ``scaled_dot_product_attention`` with a mask is one op, but for that exception.
 """
@@ -23,6 +23,9 @@ from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.rotary_embeddings import HEADS, SWAP_HEADS, merged_heads
 
 NAME = "attention"
+# With several sequences ONNX Runtime 1.20 reads a mask that all heads share wrongly, without an error. Of the file format's
+# versions this is the first that it refuses, as do 1.21 and 1.22; 1.23 is the first that accepts it.
+FILE_FORMAT = 11
 KEYS = ("Reshape", ("Transpose", {"perm": [0, 2, 1]}, ("Reshape", "keys", "matrices")), "transposed")
 SCORES = ("Add", ("MatMul", ("Mul", "query", "query_scale"), ("Mul", KEYS, "key_scale")), "mask")
 WEIGHTED = ("Where", "nothing", "zeros", ("MatMul", ("Softmax", {"axis": -1}, SCORES), "values"))
@@ -38,6 +41,7 @@ def attention(graph: gs.Graph) -> None:
         (result,) = node.outputs
         if found := _attention(result):
             node.outputs.clear()
+            graph.ir_version = max(graph.ir_version, FILE_FORMAT)
             y = _fused(op, result.shape[2], found, masks)
             for merge in list(result.outputs):
                 merge.inputs[0] = y

@@ -6,6 +6,7 @@
    grows with the batch; masked, it falls.
 4. *replicas in full precision or not*: plans that may quantize, and plans that may not.
 5. *does load tell importance?* Rank correlation of an expert's load with its measured error in int4, per layer.
+6. *tolerance, mixed copies, block*: what these options of planning and calibrating bring and cost, in compiled engines.
 
     python benchmarks/ablations.py olmoe
 
@@ -16,6 +17,7 @@ benchmarks/results/ablations.json.
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -27,20 +29,40 @@ from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from balance import Remembered, rows_of_plan
 
 from rq_compile.architectures.layers import moe_layers
 from rq_compile.architectures.load import load_model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.schema import Calibration
+from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli.tables import table
+from rq_compile.export.export import export_graph
 from rq_compile.planning.metrics import excess_removed, lis, slot_loads
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.schema import Plan
+from rq_compile.quantization.formats import Block
+from rq_compile.runtime.engine import Engine
+from rq_compile.runtime.reference import Reference
+from rq_compile.targets.onnxruntime import compile_engine
 
 KINDS = ("scripture", "hacker", "dictionary", "satire")
 CALIBRATED = KINDS[:3]
+TOKENS = 12288
+# By block: memory, and options of planning.
+VARIANTS: dict[Block, list[tuple[float, dict[str, object]]]] = {
+    128: [
+        (0.6, {}),
+        (0.6, {"tolerance": 0.1}),
+        (0.6, {"mixed_copies": True}),
+        *((1.0, {"tolerance": tolerance}) for tolerance in (0.01, 0.05, 0.1, 0.2, 0.5)),
+        (1.0, {"mixed_copies": True}),
+    ],
+    32: [(0.6, {}), (1.0, {})],
+}
 Row = dict[str, object]
 
 
@@ -137,10 +159,38 @@ def load_and_importance(calibration: Calibration) -> Iterator[Row]:
         }
 
 
+def in_engines(checkpoint: Checkpoint) -> Iterator[Row]:
+    texts = {kind: text(kind, "calibration") for kind in CALIBRATED}
+    exported, reference = export_graph(checkpoint), Remembered(Reference.load(checkpoint))
+    for block, variants in VARIANTS.items():
+        arguments = {"batch_size": 8, "sequence_length": 256, "progress": lambda done, total: None, "block": block}
+        calibration, tensors = calibrate(checkpoint, texts, **arguments)
+        for memory, options in variants:
+            plan = planned(calibration, memory, **options)
+            with tempfile.TemporaryDirectory() as folder:
+                output = Path(folder) / "model.onnx"
+                compile_engine(checkpoint, plan, output, "native", Statistics.of(tensors), exported)
+                for row in rows_of_plan(checkpoint.name, plan, Engine.load(output), reference, TOKENS):
+                    yield {
+                        "memory": memory,
+                        "block": block,
+                        "tolerance": plan.options["tolerance"],
+                        "mixed_copies": plan.options["mixed_copies"],
+                        "tested_on": row["text"],
+                        "bytes": row["bytes_after"] / row["bytes_before"],
+                        "slots": sum(len(layer.slots) for layer in plan.layers),
+                        "lis_after": row["lis_after"],
+                        "padded_work": mean(layer.predicted.padded_work_after for layer in plan.layers),
+                        "error": mean(layer.predicted.error for layer in plan.layers),
+                        "kl": row["kl"],
+                        "top1_agreement": row["top1_agreement"],
+                    }
+
+
 def show(title: str, rows: list[Row], console: Console) -> None:
     made = table(title, *(name.replace("_", " ") for name in rows[0]))
     for row in rows:
-        made.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        made.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(made, "")
 
 
@@ -158,6 +208,7 @@ def main() -> None:
         "batch size and padding, lines of a dictionary": list(batches_and_padding(checkpoint)),
         "precision of replicas": list(precision_of_replicas(calibration, heldout)),
         "load and importance, rank correlation": list(load_and_importance(calibration)),
+        "tolerance, mixed copies, block": list(in_engines(checkpoint)),
     }
     for title, rows in found.items():
         show(title, rows, Console(width=130))

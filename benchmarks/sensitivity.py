@@ -1,21 +1,26 @@
 """Does the error that a plan predicts tell what it does to the model? Random plans, measured, beside the Wanda-style score.
 
-Every plan stores a random half of each layer's experts in int4 and the others as they are, so all plans take the same bytes and
-only the choice of experts differs. Predicted by *measured error*: the sum of the experts' errors in the calibration. By the
-*Wanda-style score* of the paper, which quantizes the experts with the highest: minus the sum of the scores. By *load*: the sum of
-the loads. Observed, on held-out text: KL divergence to the original and change of perplexity. Spearman's rank correlation.
+Every plan stores a random share of each layer's experts in int4 and the others as they are. In the first experiment that is half
+of them, so all plans take the same bytes and only the choice of experts differs; in the second it is drawn between a tenth and
+all for each plan, so that changes of perplexity come out of the noise. Predicted by *measured error*: the sum of the experts'
+errors in the calibration. By the *Wanda-style score* of the paper, which quantizes the experts with the highest: the sum of what
+each is below its layer's highest. By *load*: the sum of the loads. By the *number* of experts. Observed, on held-out text: KL
+divergence to the original and change of perplexity. Spearman's rank correlation; where plans differ in the number of experts,
+also that of what a line through the number leaves of both.
 
-    python benchmarks/sensitivity.py olmoe --plans 40 --tokens 4608
+    python benchmarks/sensitivity.py olmoe
 
 Rows (a plan each) go to benchmarks/results/sensitivity.json.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -39,32 +44,46 @@ from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
 from rq_compile.targets.onnxruntime import compile_engine
 
-PREDICTORS = ("measured_error", "wanda", "load")
+PREDICTORS = ("measured_error", "wanda", "load", "number")
 
 
-def random_plan(calibration: Calibration, random: np.random.Generator) -> tuple[Plan, dict[str, float]]:
+class Experiment(NamedTuple):
+    """``plans`` store between ``least`` and ``most`` of the experts in int4 and are run on so many held-out ``tokens``."""
+
+    least: float
+    most: float
+    plans: int
+    tokens: int
+
+
+EXPERIMENTS = {"half of the experts": Experiment(0.5, 0.5, 40, 4608), "a tenth to all": Experiment(0.1, 1.0, 32, 18432)}
+
+
+def random_plan(calibration: Calibration, share: float, random: np.random.Generator) -> tuple[Plan, dict[str, float]]:
     """The plan, and what each predictor says of it: the larger, the worse."""
     plan = make_plan(calibration, policy="none", memory=1.0, ranks=1, target="cpu")
     layers, predicted = [], dict.fromkeys(PREDICTORS, 0.0)
     for layer_plan, layer in zip(plan.layers, calibration.layers, strict=True):
         experts = layer.geometry.experts
-        coarse = set(random.permutation(experts)[: experts // 2].tolist())
+        coarse = set(random.permutation(experts)[: round(share * experts)].tolist())
         slots = [Slot(expert=e, format="int4" if e in coarse else calibration.dtype) for e in range(experts)]
         layers.append(layer_plan.model_copy(update={"slots": slots}))
         predicted["measured_error"] += sum(layer.error["int4"][e] for e in coarse)
-        predicted["wanda"] -= sum(layer.wanda[e] for e in coarse)
+        predicted["wanda"] += sum(max(layer.wanda) - layer.wanda[e] for e in coarse)
         predicted["load"] += sum(layer.load[e] for e in coarse)
+        predicted["number"] += len(coarse)
     return plan.model_copy(update={"layers": layers}), predicted
 
 
-def rows(name: str, plans: int, tokens: int, seed: int) -> Iterator[dict[str, object]]:
+def rows(name: str, experiment: str, seed: int) -> Iterator[dict[str, object]]:
+    least, most, plans, tokens = EXPERIMENTS[experiment]
     checkpoint = Checkpoint.open(ROOT / "samples" / name)
     texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
     calibration, tensors = calibrate(checkpoint, texts, batch_size=8, sequence_length=LENGTH, progress=lambda done, total: None)
     exported, reference = export_graph(checkpoint), Remembered(Reference.load(checkpoint))
     random = np.random.default_rng(seed)
-    for number in range(plans):
-        plan, predicted = random_plan(calibration, random)
+    for number, share in enumerate(np.random.default_rng((seed, 1)).uniform(least, most, plans)):
+        plan, predicted = random_plan(calibration, share, random)
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "model.onnx"
             compile_engine(checkpoint, plan, output, "native", Statistics.of(tensors), exported)
@@ -72,32 +91,50 @@ def rows(name: str, plans: int, tokens: int, seed: int) -> Iterator[dict[str, ob
             held_out = [windows(engine, kind, tokens // len(SAME_KIND)) for kind in SAME_KIND]
             total = evaluate(engine, reference, held_out, reference_name=name).total
         change = total.perplexity_engine / total.perplexity_reference - 1
-        yield {"model": name, "plan": number, **predicted, "kl": total.kl, "perplexity_change": change}
+        observed = {"kl": total.kl, "perplexity_change": change}
+        yield {"model": name, "experiment": experiment, "tokens": tokens, "plan": number, **predicted, **observed}
 
 
 def show(found: list[dict[str, object]], console: Console) -> None:
-    made = table(f"rank correlation over {len(found)} plans", "predicted by", "with KL", "with change of perplexity")
+    what = f"{found[0]['model']}, {found[0]['experiment']}, {found[0]['tokens']} tokens"
+    columns = ("predicted by", "with KL", "of equal number", "with change of perplexity", "of equal number")
+    made = table(f"{what}: rank correlation over {len(found)} plans", *columns)
+    number = np.array([row["number"] for row in found])
+    observed = [np.array([row[name] for row in found]) for name in ("kl", "perplexity_change")]
     for predictor in PREDICTORS:
-        given = [row[predictor] for row in found]
-        observed = (spearmanr(given, [row[what] for row in found]).statistic for what in ("kl", "perplexity_change"))
-        made.add_row(predictor.replace("_", " "), *(f"{value:+.2f}" for value in observed))
+        given = np.array([row[predictor] for row in found])
+        if np.ptp(given) == 0:
+            continue
+        cells = []
+        for values in observed:
+            alike = (
+                "" if np.ptp(number) == 0 or predictor == "number" else correlation(beyond(number, given), beyond(number, values))
+            )
+            cells += [correlation(given, values), alike]
+        made.add_row(predictor.replace("_", " "), *cells)
     console.print(made)
+
+
+def correlation(first: np.ndarray, second: np.ndarray) -> str:
+    return f"{spearmanr(first, second).statistic:+.2f}"
+
+
+def beyond(number: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """What the best line through ``number`` does not tell of ``values``."""
+    return values - np.polynomial.Polynomial.fit(number, values, 1)(number)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", default=["olmoe"], help="folders of samples/")
-    parser.add_argument("--plans", type=int, default=40)
-    parser.add_argument("--tokens", type=int, default=6144, help="held-out tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "sensitivity.json")
     arguments = parser.parse_args()
     found = []
-    for model in arguments.models:
-        of_model = list(rows(model, arguments.plans, arguments.tokens, arguments.seed))
-        Console().print(f"[bold]{model}[/bold]")
-        show(of_model, Console(width=120))
-        found += of_model
+    for model, experiment in itertools.product(arguments.models, EXPERIMENTS):
+        made = list(rows(model, experiment, arguments.seed))
+        show(made, Console(width=120))
+        found += made
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -86,3 +86,4 @@ def test_with_mixed_copies_an_answer_depends_on_its_batch(copied: Callable[[Copi
     found = differences(copied(MIXED), ids, mask)
     assert found[0] == 0
     assert (found[1:] > 1000 * PADDED).mean() > 0.8
+    assert found.max() > 1

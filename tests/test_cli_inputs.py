@@ -97,7 +97,7 @@ def set_slot(**values: object) -> Callable[[dict], None]:
         (lambda plan: plan.update(schema_version=2), ["schema_version"]),
         (lambda plan: plan["layers"].pop(), ["no layer model.layers.1.mlp.experts"]),
         (lambda plan: plan.pop("layers"), ["layers: Field required"]),
-        (lambda plan: plan.update(target="cuda"), ["target cuda"]),
+        (lambda plan: plan.update(target="tensorrt"), ["target tensorrt"]),
     ],
 )
 def test_a_plan_that_cannot_be_compiled(

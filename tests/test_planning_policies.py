@@ -159,7 +159,14 @@ def test_a_plan_says_when_it_balances_nothing() -> None:
     assert plan_of([even], "none").remarks[0].startswith("LIS was 1.000 and is 1.000: on batched this plan balances nothing")
     skewed = inputs.layer([[30, 10, 10, 10]], {"int8": [0.0] * 4})
     assert plan_of([skewed], "none").remarks[0].startswith("LIS was 2.000 and is 2.000")
-    assert plan_of([skewed], "optimal").remarks[0].startswith("LIS falls from 2.000 to 1.000, 100.0 % of the excess")
+    planned = plan_of([skewed], "optimal")
+    assert planned.remarks[0].startswith("LIS falls from 2.000 to 1.000, 100.0 % of the excess")
+    predicted = planned.layers[0].predicted
+    rows = predicted.padded_work_before, predicted.padded_work_after, predicted.strict_lis_before, predicted.strict_lis_after
+    before, after, one_before, one_after = (f"{value:.2f}" for value in rows)
+    assert f"computes {before} rows for every useful one without this plan and {after} with it" in planned.remarks[1]
+    assert f"in lanes of one width it would be {one_before} and {one_after}." in planned.remarks[1]
+    assert not any("lanes" in remark for remark in plan_of([skewed], "optimal", ranks=2).remarks)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

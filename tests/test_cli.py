@@ -14,6 +14,7 @@ from rq_compile.architectures.load import load_model
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli import options
 from rq_compile.cli.main import COMMANDS, main
+from rq_compile.errors import UserError
 from rq_compile.planning.schema import Policy, Target
 from rq_compile.quantization.formats import BLOCKS
 from rq_compile.runtime.engine import Engine
@@ -122,6 +123,24 @@ def test_planning_options_are_checked_before_the_long_work(
     refused(rq_compile(model, "--text", stages / "text.txt", *arguments, "-o", out / "m.onnx", "-q"), 2, *words)
     refused(rq_compile("plan", stages / "calibration.json", *arguments, "-o", out / "p.json", "-q"), 2, *words)
     assert names(out) == []
+
+
+@pytest.mark.parametrize("given", [[], ["--mixed-copies"]])
+def test_mixed_copies_reach_the_planner(
+    rq_compile: Run, model: Path, stages: Path, out: Path, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ``plan``, and of compiling in one go."""
+    seen: list[bool] = []
+
+    def planned(*_: object, **options: object) -> None:
+        seen.append(bool(options.get("mixed_copies", False)))
+        raise UserError("planned")
+
+    monkeypatch.setattr("rq_compile.planning.plan.make_plan", planned)
+    monkeypatch.setattr("rq_compile.calibration.calibrate.calibrate", lambda *_, **__: (None, {}))
+    rq_compile("plan", stages / "calibration.json", *given, "-o", out / "p.json", "-q")
+    rq_compile(model, "--text", stages / "text.txt", *given, "-o", out / "m.onnx", "-q")
+    assert seen == [bool(given)] * 2
 
 
 def test_the_block_goes_from_the_calibration_to_the_engine(

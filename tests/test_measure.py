@@ -90,6 +90,20 @@ def test_error_is_what_the_layer_s_output_changes_by(tiny_checkpoint: Callable[[
             )
 
 
+def test_errors_are_those_of_the_block_that_was_asked_for() -> None:
+    """Of an expert that is linear here, with an up projection that every format holds exactly."""
+    random, errors = np.random.default_rng(0), {}
+    weights = ExpertWeights(np.eye(128, dtype=np.float32), random.standard_normal((128, 128)).astype(np.float32))
+    x = np.abs(random.standard_normal((64, 128))).astype(np.float32)
+    for block in (128, 32):
+        geometry = ExpertGeometry(experts=1, top_k=1, hidden=128, intermediate=128, activation="relu", block=block)
+        given = x, np.zeros((64, 1), np.int64), np.ones((64, 1), np.float32)
+        errors[block] = measure_layer(geometry, *given, lambda _: weights, quantizer="nearest").error["int4"][0]
+        changed = stored(weights.down, "int4", most=block).astype(np.float64) - weights.down
+        np.testing.assert_allclose(errors[block], ((x @ changed.T) ** 2).sum(), rtol=1e-4)
+    assert errors[32] < 0.8 * errors[128]
+
+
 @pytest.mark.parametrize(("family", "tolerance"), [("switch_transformers", 1e-3), ("mixtral", 0.1), ("gpt_oss", 0.1)])
 def test_errors_add_up(tiny_checkpoint: Callable[[str], Path], family: str, tolerance: float) -> None:
     """All experts in int4: the layer's relative error is their sum, exactly where a token has one expert."""

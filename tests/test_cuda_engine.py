@@ -59,6 +59,8 @@ def test_a_plan_for_cuda_becomes_an_engine_for_it(wide: Path) -> None:
     manifest = read_manifest(wide / "engine.onnx")
     assert (manifest.target, manifest.lowering, manifest.provider) == ("cuda", "cuda", "CUDAExecutionProvider")
     assert (manifest.op_library, manifest.op_library_name) == (1, "librq_moe_cuda.so")
+    assert manifest.activation_bits == 16
+    assert manifest.replaced["float slots kept in fp16"] == 4
     model = onnx.load(wide / "engine.onnx", load_external_data=False)
     assert [(node.op_type, node.domain) for node in model.graph.node if node.domain] == [("MoeLayer", "rq.moe")] * 2
     assert {"engine.onnx", "engine.onnx.data", "engine.json", "engine.tokenizer.json"} <= set(names(wide))

@@ -58,7 +58,7 @@ class Manifest(Document):
     op_library: int | None
     op_library_name: OpLibrary | None = None
     provider: Provider = Field(default="CPUExecutionProvider", description="ONNX Runtime's execution provider")
-    activation_bits: int = Field(default=32, description="of what quantized weights are multiplied with: 8, or 32 for fp32")
+    activation_bits: int = Field(default=32, description="of what quantized weights meet: 8, or 16 or 32 for floats")
     dense_format: DenseFormat = Field(default="fp32", description="of the matrices that are no experts: as stored, int8 or fp32")
     opset: int
     encoder_decoder: bool

@@ -16,6 +16,7 @@ from rq_compile.estimates import check_space, engine_estimate
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import sha256, write_document, written_beside
 from rq_compile.planning.schema import Plan
+from rq_compile.quantization.formats import FLOAT_FORMATS
 from rq_compile.rewrite.dense_gemms import dense_gemms
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.rewrite import rewrite, rewrite_to_moe_layers
@@ -88,8 +89,11 @@ def compile_engine(
         stored = stored_weights(checkpoint, exported.parameters)
         model, matrices = dense_gemms(model, dense_format, stored, activation_bits)
     if lowering == "cuda":
-        half = HALVES["bf16" if checkpoint.dtype == "bf16" else "fp16"]
-        model, experts, replaced = rewrite_to_moe_layers(model, plan, source, half)
+        half = "bf16" if checkpoint.dtype == "bf16" else "fp16"
+        model, experts, replaced = rewrite_to_moe_layers(model, plan, source, HALVES[half])
+        activation_bits = 16
+        floats = [slot.format for layer in plan.layers for slot in layer.slots if slot.format in FLOAT_FORMATS]
+        replaced[f"float slots kept in {half}"] = sum(format != half for format in floats)
     else:
         model, experts, replaced = rewrite(model, plan, source, lowering, activation_bits=activation_bits)
     dense, aliases, linked = dense_weights(checkpoint, model, exported.parameters, link=link_weights)

@@ -45,7 +45,8 @@ MODELS = ("olmoe", "qwen2-moe", "top1", "deepseek-v2")
 SAME_KIND = ("scripture", "hacker", "dictionary")
 OTHER_KIND = ("satire",)
 LENGTH = 256
-# Policy or a variant of it (see ``planned``), memory, ranks. EPLB copies in full precision: it needs memory for that, and its row says how much.
+# Policy or a variant of it (see ``planned``), memory, ranks. EPLB copies in full precision: it needs memory for that, and its row
+# says how much.
 PLANS = (
     ("none", 1.0, 1),
     ("paper", 1.0, 1),

@@ -1,5 +1,6 @@
 # make demo: from the sample checkpoint to a running engine. make test: the tests. Each sets itself up in .venv.
-# make kernels: the GPU kernels, compiled ahead of time; make tensorrt-plugin: the library with them. make gpu-check: their check on a machine with a GPU.
+# make kernels: the GPU kernels, compiled ahead of time; make tensorrt-plugin, make cuda-ops: the libraries with them.
+# make gpu-check, make cuda-ops-check: their checks on a machine with a GPU. make sanitize: the CPU ops' tests under ASan and UBSan.
 # make tritonserver: Triton Inference Server in .venv-triton, for the tests that talk to it. make check: ruff and mypy. make schema: docs/schema anew. make format: what ruff can mend.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ INSTALLED := .venv/installed
 
 TRITON := .venv-triton
 
-.PHONY: demo test tritonserver kernels tensorrt-plugin gpu-check check format schema clean
+.PHONY: demo test sanitize tritonserver kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check format schema clean
 
 $(INSTALLED): pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,6 +22,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest tests
+
+sanitize: $(INSTALLED)
+	PYTHON=$(BIN)/python plugins/onnxruntime/sanitize.sh
 
 tritonserver: $(TRITON)/bin/tritonserver
 
@@ -38,9 +42,19 @@ tensorrt-plugin: kernels
 	  -DTENSORRT_INCLUDE_DIR=$$($(BIN)/python -c "import kernel_lens; print(kernel_lens.__path__[0])")/include/tensorrt
 	cmake --build build/tensorrt --parallel 2
 
+cuda-ops: kernels
+	cmake -S plugins/cuda -B build/cuda -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DCUDA_INCLUDE_DIR=$$($(BIN)/python -c "import triton; print(triton.__path__[0])")/backends/nvidia/include
+	cmake --build build/cuda --parallel 2
+	install -D -t $$($(BIN)/python -P -c "import rq_compile; print(rq_compile.__path__[0])")/lib build/cuda/librq_moe_cuda.so
+
 # Needs torch, Triton and a GPU, nothing else: no network and none of this project's dependencies.
 gpu-check:
 	$(PYTHON) plugins/kernels/check_on_gpu.py
+
+# Needs onnxruntime-gpu, onnx, torch and a GPU; no network.
+cuda-ops-check:
+	$(PYTHON) plugins/cuda/check_in_onnxruntime.py build/cuda/librq_moe_cuda.so
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

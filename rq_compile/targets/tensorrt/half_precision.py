@@ -149,8 +149,7 @@ class _Pass:
     def _element(self, node: NodeProto, inputs: Sequence[str], scope: _Scope) -> int:
         if node.name in self.router or (node.name.startswith(self.sums) and node.op_type in ("Mul", "ReduceSum")):
             return FLOAT
-        to_narrow = node.op_type == "Cast" and scope.floats.get(node.output[0]) == self.narrow
-        if node.op_type in PRODUCTS or to_narrow or node.name.startswith(self.lanes):
+        if node.op_type in PRODUCTS or node.name.startswith(self.lanes):
             return self.narrow
         if node.op_type in SENSITIVE or (node.op_type in ("Mul", "Div") and any(scope.makers.get(i) in ROOTS for i in inputs)):
             return FLOAT

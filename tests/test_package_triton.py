@@ -166,6 +166,15 @@ def test_a_single_engine_is_for_every_gpu(rq_compile: Command, stages: Path, tmp
     assert (tmp_path / "out" / "moe" / "1" / config.default_model_filename).read_bytes() == b"engine"
 
 
+def test_an_engine_with_plugins_is_allowed_to_bring_their_code(rq_compile: Command, stages: Path, tmp_path: Path) -> None:
+    for lowering, allowed in (("plugins", True), ("batched", False)):
+        engine = tensorrt_engine(tmp_path / lowering, stages / "plan.json", lowering=lowering)
+        result = succeed(rq_compile("package", engine, "--for", "triton", "--json", "-o", tmp_path / f"{lowering}-out"))
+        package = json.loads(result.stdout)
+        assert package["run"][-1].endswith("--backend-config=tensorrt,version-compatible=true") == allowed
+        assert any("carries the code" in remark for remark in package["remarks"]) == allowed
+
+
 def test_engines_that_cannot_serve_together_are_refused(rq_compile: Command, stages: Path, tmp_path: Path) -> None:
     plan = stages / "plan.json"
     engine, rtx = tensorrt_engine(tmp_path / "a", plan), tensorrt_engine(tmp_path / "b", plan, target="tensorrt-rtx")

@@ -77,6 +77,8 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
         remarks = [*remarks, library_remark(onnx_engine), licence_remark(onnx_engine)]
     text = onnx_engine is not None and onnx_engine.tokenizer is not None
     run = commands(output, name, flavour, text, options.get("mount", triton_onnxruntime.MOUNT))
+    if onnx_engine is None and manifest.lowering == "plugins":
+        run[-1] += f" {triton_tensorrt.CODE_ALLOWED}"
     return Package(destination="triton", folder=str(output), files=[*files, CHECKSUMS], run=run, remarks=remarks)
 
 

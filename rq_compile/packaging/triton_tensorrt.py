@@ -18,6 +18,8 @@ from rq_compile.packaging.triton_config import Tensor, messages, model_config
 from rq_compile.targets.tensorrt.manifest import Binding, TensorRTManifest
 
 BATCH = "batch"
+# By the backend's source (loader.cc), what lets an engine bring code of its own, be it a runtime or plugins.
+CODE_ALLOWED = "--backend-config=tensorrt,version-compatible=true"
 
 
 def read_engine(source: Path) -> TensorRTManifest:
@@ -72,6 +74,10 @@ def write(source: Path, manifest: TensorRTManifest, model: Path, engine_for: tup
         "the client carries the KV cache from step to step",
         "an engine runs on the GPU model and the TensorRT version that built it; the server says so when it loads",
     ]
+    if manifest.lowering == "plugins":
+        remarks.append(
+            f"the engine carries the code of its MoE layers; the backend runs it only in a server started with {CODE_ALLOWED}"
+        )
     if most > 1:
         remarks.append("requests share a batch only while their shapes are equal: as many new and as many cached tokens")
     return config(model.name, names, inputs, outputs, most, len(manifest.profiles)), remarks

@@ -20,9 +20,9 @@ from rq_compile.quantization.quantizer import stored
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
 from rq_compile.targets import onnxruntime as target
-from rq_compile.targets.manifest import Lowering
+from rq_compile.targets.manifest import CpuLowering
 
-LOWERINGS = get_args(Lowering)
+LOWERINGS = get_args(CpuLowering)
 MIXED: tuple[Format, ...] = ("fp32", "int8", "int4")
 
 
@@ -163,7 +163,7 @@ def test_replicated_and_quantized(checkpoint: Checkpoint, exported: Exported, tm
 
 @pytest.mark.parametrize("lowering", ["stock", "batched"])
 def test_an_engine_that_needs_no_op_library(
-    checkpoint: Checkpoint, exported: Exported, lowering: Lowering, tmp_path: Path
+    checkpoint: Checkpoint, exported: Exported, lowering: CpuLowering, tmp_path: Path
 ) -> None:
     target.compile_engine(checkpoint, plan_of(checkpoint, replicated_and_quantized), tmp_path / "model.onnx", lowering)
     onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])

@@ -145,6 +145,7 @@ def test_the_command_writes_the_figures_of_the_documents(
         f"{manifest.expert_bytes / manifest.plan.bytes_before:.2f} {TIMES} ",
         f"{100 * (evaluation.total.perplexity_engine / evaluation.total.perplexity_reference - 1):+.2f} %",
         f"{bench.ratio_prefill:.1f} {TIMES} / {bench.ratio_decode:.1f} {TIMES}",
+        bench.machine,
         manifest.plan.fingerprint,
         manifest.weights.sha256,
         *manifest.plan.remarks,
@@ -294,6 +295,7 @@ def test_the_same_documents_give_the_same_bytes(documents: tuple[Manifest, Evalu
             {"engine": {"name": "other.onnx", "prefill": 1.0, "decode": 1.0}},
             ["benchmark of other.onnx", "rq-compile bench"],
         ),
+        ("bench", {"weights_sha256": "0" * 64}, ["benchmark of an earlier model.onnx, not of model.onnx"]),
         ("bench", {"rounds": "many"}, ["is not a valid bench: rounds"]),
     ],
 )

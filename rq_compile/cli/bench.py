@@ -43,6 +43,7 @@ def command(
             loaded,
             other,
             names=(engine.name, against.name if against else ""),
+            weights_sha256=loaded.manifest.weights.sha256,
             vocabulary=loaded.manifest.vocabulary,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,

@@ -43,7 +43,7 @@ def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None,
         check_evaluation(engine, manifest, evaluated, evaluation)
     if bench is not None:
         timed = read_document(Bench, bench)
-        check_bench(engine, timed, bench)
+        check_bench(engine, manifest, timed, bench)
     with written_beside(output) as temporary:
         temporary.write_text(page(engine.name, manifest, evaluated, timed), encoding="utf-8")
     screen.note(f"wrote {output}")

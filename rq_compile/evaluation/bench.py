@@ -6,6 +6,7 @@ from time import perf_counter
 
 import numpy as np
 
+from rq_compile.evaluation.machine import describe_machine
 from rq_compile.evaluation.schema import Bench, Speed
 from rq_compile.runtime.language_model import LanguageModel
 
@@ -26,6 +27,7 @@ def bench(
     other: LanguageModel | None,
     *,
     names: tuple[str, str],
+    weights_sha256: str | None = None,
     vocabulary: int,
     prompt_tokens: int = 128,
     new_tokens: int = 32,
@@ -33,7 +35,10 @@ def bench(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
-    """Time ``engine`` and ``other`` on the same random prompt (fixed seed), batch 1; one round warms up unrecorded."""
+    """Time ``engine`` and ``other`` on the same random prompt (fixed seed), batch 1; one round warms up unrecorded.
+
+    ``weights_sha256`` tells which engine it is, beside its name.
+    """
     prompt = np.random.default_rng(0).integers(0, vocabulary, prompt_tokens).tolist()
     models = [engine] if other is None else [engine, other]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
@@ -50,6 +55,8 @@ def bench(
     ]
     ours, theirs = speeds[0], speeds[1] if other is not None else None
     return Bench(
+        machine=describe_machine(),
+        weights_sha256=weights_sha256,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,

@@ -51,8 +51,12 @@ class Speed(Document):
 
 
 class Bench(Document):
-    """``ratio_*`` is engine / other, None without another side."""
+    """``ratio_*`` is engine / other, None without another side. ``machine``: see ``describe_machine``; ``weights_sha256`` is of
+    the engine's weights file. Both are None in documents of earlier versions.
+    """
 
+    machine: str | None = None
+    weights_sha256: str | None = None
     prompt_tokens: int
     new_tokens: int
     rounds: int

@@ -29,14 +29,17 @@ def check_evaluation(engine: Path, manifest: Manifest, evaluation: Evaluation, p
             )
 
 
-def check_bench(engine: Path, bench: Bench, path: Path) -> None:
+def check_bench(engine: Path, manifest: Manifest, bench: Bench, path: Path) -> None:
     """
     Raises:
-        UserError: the benchmark at ``path`` timed another engine.
+        UserError: the benchmark at ``path`` timed another engine, or one of that name with other weights.
     """
-    if bench.engine.name != engine.name:
+    other = bench.engine.name if bench.engine.name != engine.name else None
+    if bench.weights_sha256 not in (None, manifest.weights.sha256):
+        other = other or f"an earlier {engine.name}"
+    if other:
         raise UserError(
-            f"{path} is a benchmark of {bench.engine.name}, not of {engine.name}; make it with "
+            f"{path} is a benchmark of {other}, not of {engine.name}; make it with "
             f"rq-compile bench {engine.name} --against MODEL --json",
             2,
         )

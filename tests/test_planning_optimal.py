@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
+from rq_compile.planning.budget import allowed
 from rq_compile.planning.copies import copy_sequence
 from rq_compile.planning.demand import demand
 from rq_compile.planning.knapsack import choose_formats
@@ -64,12 +65,12 @@ def test_any_plan_is_feasible_whole_and_proved(
         sum(layer.geometry.experts * min(inputs.slot_bytes(layer.geometry, f) for f in formats) for layer in calibration.layers)
         for formats in (["bf16", "int8", "int4"], ["bf16"])
     )
-    if least > memory * before:
-        with pytest.raises(UserError, match=f"takes {least} bytes, {least - int(memory * before)} more than"):
+    if least > allowed(memory, before):
+        with pytest.raises(UserError, match=f"takes {least} bytes, {least - allowed(memory, before)} more than"):
             optimal(calibration, **arguments)
         return
     plan = optimal(calibration, **arguments)
-    assert inputs.plan_bytes(plan) == plan.bytes_after <= memory * plan.bytes_before * (1 + 1e-9)
+    assert inputs.plan_bytes(plan) == plan.bytes_after <= allowed(memory, plan.bytes_before)
     assert Plan.model_validate_json(plan.model_dump_json()) == plan == optimal(calibration, **arguments)
     assert plan.optimality is not None
     assert 0 <= plan.optimality.bound <= plan.optimality.objective
@@ -177,7 +178,7 @@ def test_the_bound_on_ranks_holds(load: list[int], errors: list[float], memory: 
         if len({sum(rank in ranks for ranks in where) for rank in (0, 1)}) > 1:
             continue
         for formats in itertools.product(size, repeat=4):
-            if sum(len(ranks) * size[f] for ranks, f in zip(where, formats, strict=True)) <= memory * plan.bytes_before:
+            if sum(len(ranks) * size[f] for ranks, f in zip(where, formats, strict=True)) <= allowed(memory, plan.bytes_before):
                 error = sum(calibration.layers[0].error[f][e] for e, f in enumerate(formats) if f != "bf16")
                 best = min(best, error + max(0.0, max(rank_load) / 2 - 1.01))
     assert plan.optimality.bound <= best + 1e-9
@@ -263,7 +264,7 @@ def test_beats_the_paper(memory: float, seed: int) -> None:
     calibration = inputs.skewed(seed=seed)
     paper = make_plan(calibration, policy="paper", memory=memory, ranks=1, target="batched")
     plan = optimal(calibration, memory=memory, hedge=0)
-    assert inputs.plan_bytes(plan) <= memory * plan.bytes_before
+    assert inputs.plan_bytes(plan) <= allowed(memory, plan.bytes_before)
     assert objective(plan, calibration) < objective(paper, calibration)
     for ours, theirs in zip(plan.layers, paper.layers, strict=True):
         assert ours.predicted.lis_after <= theirs.predicted.lis_after

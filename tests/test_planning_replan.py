@@ -13,6 +13,7 @@ from rq_compile.calibration.schema import Calibration
 from rq_compile.cli.main import main
 from rq_compile.errors import UserError
 from rq_compile.files import read_document, write_document
+from rq_compile.planning.budget import allowed
 from rq_compile.planning.demand import demand
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.replan import Changes, replan
@@ -34,7 +35,7 @@ def drifted(calibration: Calibration, seed: int) -> Calibration:
 
 def check(old: Plan, new: Plan, changes: Changes, memory: float) -> None:
     assert Plan.model_validate_json(new.model_dump_json()) == new
-    assert inputs.plan_bytes(new) == new.bytes_after <= memory * new.bytes_before
+    assert inputs.plan_bytes(new) == new.bytes_after <= allowed(memory, new.bytes_before)
     for before, after, layer in zip(old.layers, new.layers, changes.layers, strict=True):
         assert layer.imbalance_after <= layer.imbalance_before
         changed = {change.slot: change for change in layer.changes}

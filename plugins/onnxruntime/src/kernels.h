@@ -50,7 +50,7 @@ struct Kernels {
   void (*activate)(Activation activation, float alpha, float limit, const float* up, float* gate, int64_t n);
 };
 
-extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels, kAvx512VnniKernels;
+extern const Kernels kPlainKernels, kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels;
 
 // The fastest set that this processor has and that passes its self-check; RQ_MOE_ISA=plain|avx2|avx512|avx512vnni asks for
 // that set, if the processor has it.

@@ -1,45 +1,9 @@
-// AVX2, FMA and F16C: 8 lanes.
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
+// AVX2: an instruction multiplies an unsigned and a signed byte and sums pairs of products in 16 bits.
+#include "vectors_avx2.h"
 
 namespace {
 
-using Floats = __m256;
-using Ints = __m256i;
-constexpr int64_t kLanes = 8, kVectors = 2;
-constexpr int kFloatRows = 6, kQuantizedRows = 2;  // rows of x at once: what the registers hold
 constexpr int32_t kInt8Offset = 0;  // left in the weights that dot_int8 multiplies
-inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-inline Floats set(float x) { return _mm256_set1_ps(x); }
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline Floats load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline Floats load_bfloat(const uint16_t* p) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
-inline Ints load_ints(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Ints set(int32_t x) { return _mm256_set1_epi32(x); }
-inline Ints spread(const uint8_t* four) {
-  int32_t word;
-  memcpy(&word, four, sizeof word);
-  return set(word);
-}
-inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
-// Byte j of each word moves to the top, zeros follow it.
-inline Ints top_byte(Ints v, int j) {
-  alignas(16) static constexpr int8_t kPlaces[4][16] = {{-1, -1, -1, 0, -1, -1, -1, 4, -1, -1, -1, 8, -1, -1, -1, 12},
-                                                        {-1, -1, -1, 1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13},
-                                                        {-1, -1, -1, 2, -1, -1, -1, 6, -1, -1, -1, 10, -1, -1, -1, 14},
-                                                        {-1, -1, -1, 3, -1, -1, -1, 7, -1, -1, -1, 11, -1, -1, -1, 15}};
-  return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kPlaces[j]))));
-}
-inline Ints low_nibbles(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-inline Ints high_nibbles(Ints v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
 
 // A pair of products of int4 and int8 is at most 2 * 15 * 127 in magnitude: 16 bits hold the sum of eight pairs.
 struct Partial {

@@ -1,0 +1,8 @@
+// The AVX-512 kernels on a processor without it, emulated: they check themselves.
+#include "self_check.h"
+
+int main() {
+  const bool agree = rq::agrees_with_plain(rq::kAvx512Kernels);
+  const bool with_vnni_agree = rq::agrees_with_plain(rq::kAvx512VnniKernels);
+  return agree && with_vnni_agree ? 0 : 1;
+}

@@ -126,7 +126,7 @@ def moe_layer(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, held: Exa
     slots = routed_slots(ids, held.layer.replicas)
     outputs = down(up(x, slots, held), slots, gates, held)
     outputs[slots < 0] = 0
-    return outputs.reshape(*ids.shape, -1).sum(1)
+    return outputs.reshape(*ids.shape, outputs.shape[1]).sum(1)
 
 
 def _products(x: torch.Tensor, slots: torch.Tensor, exact: torch.Tensor, held: Projection) -> torch.Tensor:

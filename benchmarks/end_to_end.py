@@ -2,8 +2,9 @@
 
 Two models: the sample (samples/olmoe, trained), and three layers of OLMoE-1B-7B's widths with half its experts (1.6 GB, random
 weights). Every engine is compiled by one plan, at memory 0.6. transformers runs in fp32, with its default ``grouped_mm`` and with
-``eager``. All variants of a model take turns in one process, so that the machine's moods meet all alike; a round is the prefill
-of a random prompt and then greedy decoding, batch 1. Speeds are medians, ``ratio`` is over transformers' default.
+``eager``. All variants of a model take turns in one process, so that the machine's moods meet all alike, and rest before, so that
+the threads of the last one sleep. A round is the prefill of a random prompt and then greedy decoding, batch 1. Speeds are
+medians, ``ratio`` is over transformers' default.
 
     python benchmarks/end_to_end.py --scale small
     python benchmarks/end_to_end.py -o benchmarks/results/end_to_end.json
@@ -52,7 +53,6 @@ ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
 CHARACTERS = 4000  # of the text, to calibrate with
 THREE_LAYERS = replace(OLMOE_1B_7B, layers=3, experts=32)
-REST = 0.02  # seconds that the threads of the last variant need to stop spinning
 BASE = "transformers, grouped_mm"
 GROUPS = {
     "experts": ("Dispatch", "ExpertGemm", "Combine"),
@@ -152,7 +152,6 @@ def speeds(name: str, models: dict[str, LanguageModel], vocabulary: int, setting
     for number in range(settings.rounds + 1):
         for variant, model in models.items():
             speed = time_round(model, prompt, settings.new_tokens)
-            time.sleep(REST)
             if number > 0:  # the first warms up
                 rounds[variant].append(speed)
     for stage, of_stage in (("prefill", 0), ("decode", 1)):

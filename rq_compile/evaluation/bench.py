@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 
@@ -10,9 +10,16 @@ from rq_compile.evaluation.machine import describe_machine
 from rq_compile.evaluation.schema import Bench, Speed
 from rq_compile.runtime.language_model import LanguageModel
 
+# Seconds before a model's turn: ONNX Runtime's threads were seen to spin for 55 ms after a run, on the cores of the next.
+REST = 0.2
+
 
 def time_round(model: LanguageModel, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-    """Prefill and decode in tokens per second: the time to the first token of ``prompt``, then the time between tokens."""
+    """Prefill and decode in tokens per second: the time to the first token of ``prompt``, then the time between tokens.
+
+    Waits before, until the threads of whatever ran last are idle.
+    """
+    sleep(REST)
     start = perf_counter()
     stream = model.generate(prompt, new_tokens + 1, stop=False)
     next(stream)

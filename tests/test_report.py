@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from click.testing import Result
 from command_line import names, refused
+from html_page import Read
 
 from rq_compile.evaluation.schema import Bench, Evaluation
 from rq_compile.planning.schema import LayerPlan, Slot
@@ -23,7 +23,6 @@ from rq_compile.targets.manifest import Manifest
 Command = Callable[..., Result]
 HOSTILE = "<script>pwned = 1</script>\"'><img src=x onerror=pwned=1>&amp;"
 TIMES = "\N{MULTIPLICATION SIGN}"
-VOID = {"meta", "link", "img", "br"}
 
 
 @pytest.fixture(scope="module")
@@ -91,36 +90,6 @@ def large(manifest: Manifest, layers: int = 64, experts: int = 256) -> Manifest:
         predicted = first.predicted.model_copy(update={"lis_before": experts * load.max(), "lis_after": 1.0, **stored})
         made.append(LayerPlan(name=f"layer.{index}", index=index, geometry=geometry, slots=slots, predicted=predicted))
     return manifest.model_copy(update={"plan": manifest.plan.model_copy(update={"layers": made})})
-
-
-class Read(HTMLParser):
-    """Tags, attributes and text of a page; every tag that needs it is closed, in order."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.attributes: list[tuple[str, str]] = []
-        self.words: list[str] = []
-        self.feed(content)
-        assert self.open == []
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes += [(name, value or "") for name, value in attributes]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
-            self.words.append(data)
 
 
 # What it says

@@ -148,7 +148,7 @@ def test_a_last_block_is_filled_up(tmp_path):
 def test_a_weight_beyond_fp16_is_named(tmp_path):
     geometry, experts = geometry_of(), random_experts(geometry_of())
     experts[2].down[3, 4] = 70000
-    words = f"{LAYER}.down.float_weights has the value 7e+04, which float16 cannot hold; use --precision bf16"
+    words = f"{LAYER}.down.float_weights has the value 7e+04, which float16 cannot hold; for .plan use --precision bf16"
     with pytest.raises(UserError, match=re.escape(words)):
         compiled(geometry, PLAIN, tmp_path, experts=experts)
     compiled(geometry, PLAIN, tmp_path, experts=experts, half=BF16)

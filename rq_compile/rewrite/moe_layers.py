@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from rq_compile.errors import UserError
 from rq_compile.planning.schema import LayerPlan
 from rq_compile.rewrite.contract import ensures
 from rq_compile.rewrite.experts_to_slots import DOMAIN, experts_nodes, replica_table
+from rq_compile.rewrite.halves import in_half
 from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_weights
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, constant
@@ -99,9 +99,4 @@ def _declared(weight: ExternalWeight, half: np.dtype) -> ExternalWeight:
 def _in_type(values: np.ndarray, weight: ExternalWeight) -> np.ndarray:
     if values.dtype == np.uint8:
         return values.view(np.int8)
-    with np.errstate(over="ignore"):
-        made = values.astype(weight.dtype, copy=False)
-    if weight.dtype.itemsize == 2 and not np.isfinite(made).all():
-        largest = np.abs(values.astype(np.float32)).max()
-        raise UserError(f"{weight.name} has the value {largest:.4g}, which {weight.dtype} cannot hold; use --precision bf16")
-    return made
+    return in_half(values, weight.dtype, weight.name) if weight.dtype.itemsize == 2 else values

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 
-from rq_compile.errors import UserError
+from rq_compile.rewrite.halves import in_half
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section
 
 HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -65,11 +65,7 @@ def _piece(piece: Piece, made: Mapping[str, Sequence[_Made]]) -> Piece:
 
 
 def _converted(values: np.ndarray, version: Version) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        made = values.astype(np.float32, copy=False).astype(version.dtype)
-    if not np.isfinite(made).all():
-        largest = np.abs(values.astype(np.float32)).max()
-        raise UserError(f"{version.name} has the value {largest:.4g}, which {version.dtype} cannot hold; use --precision bf16")
+    made = in_half(values.astype(np.float32, copy=False), version.dtype, version.name)
     if version.is_scale:
         # Of a block of zeros, where any scale gives the same, or too small to be told from zero.
         made[made == 0] = ml_dtypes.finfo(version.dtype).smallest_subnormal

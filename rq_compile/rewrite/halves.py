@@ -1,0 +1,22 @@
+"""Weights in 16 bit, which may be too narrow for them."""
+
+import numpy as np
+
+from rq_compile.errors import UserError
+
+
+def in_half(values: np.ndarray, half: np.dtype, name: str) -> np.ndarray:
+    """``values`` in ``half``, float16 or bfloat16; ``name`` is the weight's.
+
+    Raises:
+        UserError: ``half`` cannot hold one of them.
+    """
+    with np.errstate(over="ignore"):
+        made = values.astype(half, copy=False)
+    if not np.isfinite(made).all():
+        largest = np.abs(values.astype(np.float32)).max()
+        raise UserError(
+            f"{name} has the value {largest:.4g}, which {half} cannot hold; "
+            "for .plan use --precision bf16, for .onnx --lowering native"
+        )
+    return made

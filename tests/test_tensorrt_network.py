@@ -197,9 +197,7 @@ def test_a_weight_in_two_versions_and_one_beyond_fp16() -> None:
     as_it_was, narrow = in_versions(section(values), {"w": both}).pieces[0].values()
     assert np.array_equal(as_it_was, values)
     assert narrow.astype(np.float32).tolist() == [1.5, 70144]
-    with pytest.raises(
-        UserError, match=r"w.fp16 has the value 7e\+04, which float16 cannot hold; for .plan use"
-    ):
+    with pytest.raises(UserError, match=r"w.fp16 has the value 7e\+04, which float16 cannot hold; for .plan use"):
         in_versions(section(values), {"w": [Version("w.fp16", np.dtype(np.float16))]}).pieces[0].values()
 
 

@@ -33,12 +33,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from balance import Remembered, rows_of_plan
 
-from rq_compile.architectures.layers import moe_layers
 from rq_compile.architectures.load import load_model
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli.tables import table
 from rq_compile.export.export import export_graph
 from rq_compile.planning.metrics import excess_removed, lis, slot_loads
@@ -70,7 +69,7 @@ def text(kind: str, part: str) -> str:
     return (ROOT / "samples" / "text" / f"{kind}.{part}.txt").read_text()
 
 
-def calibrated(checkpoint: Checkpoint, texts: dict[str, str]) -> Calibration:
+def calibrated(checkpoint: Model, texts: dict[str, str]) -> Calibration:
     arguments = {"batch_size": 8, "sequence_length": 256, "progress": lambda done, total: None, "quantizer": "nearest"}
     return calibrate(checkpoint, texts, **arguments)[0]
 
@@ -91,7 +90,7 @@ def held_against(plan: Plan, heldout: Calibration, kinds: tuple[str, ...] = KIND
     return {"lis_before": mean(before), "lis_after": mean(after), "excess_removed": excess_removed(mean(before), mean(after))}
 
 
-def calibration_size(checkpoint: Checkpoint, heldout: Calibration) -> Iterator[Row]:
+def calibration_size(checkpoint: Model, heldout: Calibration) -> Iterator[Row]:
     for share in (0.01, 0.1, 1.0):
         texts = {kind: text(kind, "calibration") for kind in CALIBRATED}
         plan = planned(calibrated(checkpoint, {kind: whole[: int(share * len(whole))] for kind, whole in texts.items()}))
@@ -99,19 +98,19 @@ def calibration_size(checkpoint: Checkpoint, heldout: Calibration) -> Iterator[R
             yield {"calibration_size": share, "tested_on": " ".join(tested), **held_against(plan, heldout, tested)}
 
 
-def shift(checkpoint: Checkpoint, heldout: Calibration) -> Iterator[Row]:
+def shift(checkpoint: Model, heldout: Calibration) -> Iterator[Row]:
     for kind in CALIBRATED:
         plan = planned(calibrated(checkpoint, {kind: text(kind, "calibration")}))
         for tested in KINDS:
             yield {"calibrated_on": kind, "tested_on": tested, **held_against(plan, heldout, (tested,))}
 
 
-def batches_and_padding(checkpoint: Checkpoint) -> Iterator[Row]:
+def batches_and_padding(checkpoint: Model) -> Iterator[Row]:
     """Lines of the held-out dictionary, shortest and longest together, as they come."""
     tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
     lines = [line for line in text("dictionary", "heldout").splitlines() if len(line) > 20][:1024]
     ids = [tokenizer.encode(line).ids[:128] for line in lines]
-    model, layers = load_model(checkpoint), moe_layers(checkpoint)
+    model, layers = load_model(checkpoint), checkpoint.layers
     chosen: dict[str, np.ndarray] = {}
     for layer in layers:
         model.get_submodule(layer.name).register_forward_pre_hook(
@@ -159,7 +158,7 @@ def load_and_importance(calibration: Calibration) -> Iterator[Row]:
         }
 
 
-def in_engines(checkpoint: Checkpoint) -> Iterator[Row]:
+def in_engines(checkpoint: Model) -> Iterator[Row]:
     texts = {kind: text(kind, "calibration") for kind in CALIBRATED}
     exported, reference = export_graph(checkpoint), Remembered(Reference.load(checkpoint))
     for block, variants in VARIANTS.items():
@@ -199,7 +198,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="olmoe", help="a folder of samples/")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "ablations.json")
     arguments = parser.parse_args()
-    checkpoint = Checkpoint.open(ROOT / "samples" / arguments.model)
+    checkpoint = Model.open(ROOT / "samples" / arguments.model)
     heldout = calibrated(checkpoint, {kind: text(kind, "heldout") for kind in KINDS})
     calibration = calibrated(checkpoint, {kind: text(kind, "calibration") for kind in CALIBRATED})
     found = {

@@ -25,10 +25,10 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli.tables import table
 from rq_compile.evaluation.evaluate import evaluate
 from rq_compile.evaluation.schema import LayerBalance
@@ -122,7 +122,7 @@ def rows_of_plan(name: str, plan: Plan, engine: Engine, reference: Remembered, t
 
 
 def rows_of_model(name: str, tokens: int, note: Console) -> Iterator[dict[str, object]]:
-    checkpoint = Checkpoint.open(ROOT / "samples" / name)
+    checkpoint = Model.open(ROOT / "samples" / name)
     texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
     calibration, tensors = calibrate(checkpoint, texts, batch_size=8, sequence_length=LENGTH, progress=lambda done, total: None)
     exported, reference = export_graph(checkpoint), Remembered(Reference.load(checkpoint))

@@ -35,7 +35,7 @@ from op_profile import op_times
 from rich.console import Console
 
 from rq_compile.architectures.load import load_model
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model as Opened
 from rq_compile.cli.main import main as rq_compile
 from rq_compile.cli.tables import table
 from rq_compile.evaluation.bench import time_round
@@ -104,7 +104,7 @@ class TransformersModel(Reference):
 
 def measured(name: str, folder: Path, scratch: Path, settings: Settings) -> Iterator[Row]:
     """The rows of the checkpoint in ``folder``; its engines are written to ``scratch``."""
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Opened.open(folder)
     engines = compiled(checkpoint, scratch)
     models: dict[str, LanguageModel] = {variant: Engine.load(path, settings.threads) for variant, path in engines.items()}
     shared = load_model(checkpoint)
@@ -117,7 +117,7 @@ def measured(name: str, folder: Path, scratch: Path, settings: Settings) -> Iter
             yield from profile(name, variant, path, settings)
 
 
-def compiled(checkpoint: Checkpoint, scratch: Path) -> dict[str, Path]:
+def compiled(checkpoint: Opened, scratch: Path) -> dict[str, Path]:
     """An engine of each variant by one plan, which is made here."""
     text, calibration, document = (scratch / name for name in ("text.txt", "calibration.json", "plan.json"))
     text.write_text(TEXT.read_text()[:CHARACTERS])
@@ -134,7 +134,7 @@ def compiled(checkpoint: Checkpoint, scratch: Path) -> dict[str, Path]:
     return paths
 
 
-def _compile(checkpoint: Checkpoint, plan: Plan, path: Path, variant: Variant, exported: Exported) -> None:
+def _compile(checkpoint: Opened, plan: Plan, path: Path, variant: Variant, exported: Exported) -> None:
     compile_engine(
         checkpoint,
         plan,

@@ -18,8 +18,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from rq_compile.architectures.layers import moe_layers
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.estimates import RATES
 from rq_compile.export.export import export_graph
 from rq_compile.quantization.quantizer import quantize
@@ -40,14 +39,14 @@ def rates() -> dict[str, float]:
     moment = SecondMoment(inputs.T @ inputs / len(inputs))
     quantize(weights, "int4", moment)  # the factor of the moment is made once
     tokens, matrix = torch.randn(512, 2048), torch.randn(2048, 2048)
-    checkpoint = Checkpoint.open(ROOT / "samples" / "olmoe")
-    stored = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+    checkpoint = Model.open(ROOT / "samples" / "olmoe")
+    stored = sum(tensor.bytes for tensor in checkpoint.checkpoint.stored_tensors())
     return {
         "flops": 2 * 512 * 2048**2 / cpu_seconds(lambda: tokens @ matrix, 10),
         "gptq": weights.size / cpu_seconds(lambda: quantize(weights, "int4", moment)),
         "nearest": weights.size / cpu_seconds(lambda: quantize(weights, "int4"), 5),
         "read": stored / cpu_seconds(lambda: [checkpoint.read(name) for name in checkpoint.names], 5),
-        "export": cpu_seconds(lambda: export_graph(checkpoint)) / len(moe_layers(checkpoint)),
+        "export": cpu_seconds(lambda: export_graph(checkpoint)) / len(checkpoint.layers),
     }
 
 

@@ -25,10 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from balance import LENGTH, SAME_KIND
 
-from rq_compile.architectures.layers import expert_projection, moe_layers
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli.tables import table
 from rq_compile.quantization.formats import BITS, BLOCKS, SCALE_BYTES, Block, block_size
 from rq_compile.quantization.quantizer import stored
@@ -58,14 +57,14 @@ def candidates(weights: np.ndarray, moment: SecondMoment, block: Block) -> Itera
 
 
 def rows(name: str) -> Iterator[dict[str, object]]:
-    checkpoint = Checkpoint.open(ROOT / "samples" / name)
+    checkpoint = Model.open(ROOT / "samples" / name)
     # The statistics are the same, whatever the quantizer and the block that errors are measured for.
     texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
     statistics = Statistics.of(
         calibrate(checkpoint, texts, batch_size=8, sequence_length=LENGTH, progress=lambda done, total: None)[1]
     )
     assert statistics is not None
-    layers = moe_layers(checkpoint)
+    layers = checkpoint.layers
     for block in BLOCKS:
         error: dict[tuple[str, str, float], float] = defaultdict(float)
         for layer in layers:
@@ -73,7 +72,7 @@ def rows(name: str) -> Iterator[dict[str, object]]:
             lost: dict[tuple[str, str, float], float] = defaultdict(float)
             outputs = 0.0
             for expert in range(layer.geometry.experts):
-                weights = expert_projection(checkpoint, layer, expert, "up")[0].astype(np.float32)
+                weights = checkpoint.matrix(layer, expert, "up").astype(np.float32)
                 outputs += energy(weights, moment)
                 for format, rounding, bits, values in candidates(weights, moment, block):
                     held = bits + 8 * SCALE_BYTES / block_size(weights.shape[1], block)

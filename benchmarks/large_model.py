@@ -36,8 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from generated_checkpoint import MIXTRAL_8X7B, OLMOE_1B_7B, SMALL, SMALL_MIXTRAL, Model, generate
 from rich.console import Console
 
-from rq_compile.architectures.layers import expert_weights, moe_layers
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model as Opened
 from rq_compile.cli.tables import table
 from rq_compile.files import read_document
 from rq_compile.planning.schema import Plan
@@ -166,9 +165,9 @@ def disk_alone(checkpoint: Path, weights: Path) -> float:
 
 def quantizer_alone(folder: Path, plan_path: Path, model: Model) -> float:
     """Seconds for all layers, from those that the first takes without reading and writing."""
-    checkpoint, plan = Checkpoint.open(folder), read_document(Plan, plan_path)
-    layer = moe_layers(checkpoint)[0]
-    two = [expert_weights(checkpoint, layer, expert) for expert in range(2)]
+    checkpoint, plan = Opened.open(folder), read_document(Plan, plan_path)
+    layer = checkpoint.layers[0]
+    two = [checkpoint.expert(layer, expert) for expert in range(2)]
     pieces = [
         piece
         for projection in ("up", "down")

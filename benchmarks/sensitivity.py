@@ -31,10 +31,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from balance import LENGTH, SAME_KIND, Remembered, windows
 
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli.tables import table
 from rq_compile.evaluation.evaluate import evaluate
 from rq_compile.export.export import export_graph
@@ -77,7 +77,7 @@ def random_plan(calibration: Calibration, share: float, random: np.random.Genera
 
 def rows(name: str, experiment: str, seed: int) -> Iterator[dict[str, object]]:
     least, most, plans, tokens = EXPERIMENTS[experiment]
-    checkpoint = Checkpoint.open(ROOT / "samples" / name)
+    checkpoint = Model.open(ROOT / "samples" / name)
     texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
     calibration, tensors = calibrate(checkpoint, texts, batch_size=8, sequence_length=LENGTH, progress=lambda done, total: None)
     exported, reference = export_graph(checkpoint), Remembered(Reference.load(checkpoint))

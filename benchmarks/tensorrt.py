@@ -22,8 +22,8 @@ import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.evaluation.divergence import Divergence
 from rq_compile.export.export import export_graph
 from rq_compile.files import read_document
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--sm", type=int, default=89)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    checkpoint, plan = Checkpoint.open(arguments.model), read_document(Plan, arguments.plan)
+    checkpoint, plan = Model.open(arguments.model), read_document(Plan, arguments.plan)
     statistics = Statistics.beside(arguments.plan.parent, plan.statistics) if plan.statistics else None
     exported = export_graph(checkpoint)
     both = default_profiles(8, 256, checkpoint.config.get("max_position_embeddings"))

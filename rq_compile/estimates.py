@@ -6,6 +6,7 @@ part, are counted by layers, slots and products. Time is arithmetic divided by `
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +14,11 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from rq_compile.architectures.dense import dense_name
-from rq_compile.architectures.layers import MoeLayer, moe_layers
-from rq_compile.architectures.load import meta_model
+from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import work_of
 from rq_compile.calibration.measure import MAX_PAIRS
 from rq_compile.calibration.memory import used_memory
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.capacity import lane_groups
@@ -81,7 +80,7 @@ class Estimate(Document):
 
 
 def calibration_estimate(
-    checkpoint: Checkpoint,
+    model: Model,
     texts: dict[str, str],
     output: Path,
     *,
@@ -96,9 +95,7 @@ def calibration_estimate(
     Raises:
         UserError: see ``work_of``.
     """
-    work = work_of(
-        checkpoint, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device
-    )
+    work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
     layers, way = work.layers, work.way
     outputs = {output.name: sum(JSON_LAYER + JSON_NUMBER * _numbers(layer, len(texts), len(work.batches)) for layer in layers)}
     statistics = sum(_statistics_bytes(layer) for layer in layers) if quantizer == "gptq" else 0
@@ -113,13 +110,13 @@ def calibration_estimate(
         temporary_bytes=recorded + states + statistics,
         memory_bytes=used_memory() + way.memory,
         cores=cores(),
-        seconds=_calibration_seconds(checkpoint, layers, work.rows, work.measured, quantizer),
+        seconds=_calibration_seconds(model, layers, work.rows, work.measured, quantizer),
         remarks=[way.reason],
     )
 
 
 def engine_estimate(
-    checkpoint: Checkpoint,
+    model: Model,
     output: Path,
     lowering: Lowering,
     *,
@@ -134,24 +131,23 @@ def engine_estimate(
     Raises:
         UserError: see ``moe_layers`` and ``meta_model``.
     """
-    layers = moe_layers(checkpoint)
-    dense = _dense_sizes(checkpoint, dense_format if lowering == "native" else "fp32", link_weights)
+    layers = model.layers
+    dense = _dense_sizes(model, dense_format if lowering == "native" else "fp32", link_weights)
     experts = [weight.bytes for layer in plan.layers for weight in expert_weights(layer, lowering)] if plan else []
     data = sum(size + -size % ALIGNMENT for size in dense + experts)
     if plan is None:
-        data += int(memory * sum(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers))
+        data += int(memory * model.expert_bytes)
     outputs = {output.name: _graph_bytes(layers, plan, lowering), f"{output.name}.data": data}
     outputs[output.with_suffix(".json").name] = MANIFEST + (len(plan.model_dump_json(indent=1)) if plan else 0)
-    for file in (checkpoint.path / "tokenizer.json", *licence_texts(checkpoint.path)):
+    for file in (model.path / "tokenizer.json", *licence_texts(model.path)):
         if file.is_file():
             outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
     # Pieces in flight take as much as the largest layer; a single dense tensor may be more.
-    largest = max(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers)
     threads = threads or cores()
     return Estimate(
         outputs=outputs,
         temporary_bytes=0,
-        memory_bytes=PROGRAM + max(largest, 2 * max(dense)),
+        memory_bytes=PROGRAM + max(model.largest_layer_bytes, 2 * max(dense)),
         cores=threads,
         seconds=RATES.start + RATES.export * len(layers) + data / RATES.read + _quantizing_seconds(layers, plan) / threads,
         remarks=[] if plan else [f"there is no plan yet: the experts are taken to fill --memory {memory:g}"],
@@ -203,34 +199,31 @@ def _unread(layer: str, expert: int) -> Any:
     raise AssertionError(f"expert {expert} of {layer} is not to be read")
 
 
-def _dense_sizes(checkpoint: Checkpoint, dense_format: DenseFormat, link_weights: bool) -> list[int]:
+def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) -> list[int]:
     """Bytes of each weight beside the experts, in the form that ``dense_gemms`` gives it. A tied embedding is there twice: a
     product wants it in another order than a table."""
-    model = meta_model(checkpoint)
-    inside = tuple(f"{layer.name}." for layer in moe_layers(checkpoint))
+    empty = model.without_weights
     matrices, tables = (
-        {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kind)}
+        {f"{name}.weight" for name, module in empty.named_modules() if isinstance(module, kind)}
         for kind in (nn.Linear, nn.Embedding)
     )
     sizes: dict[tuple[str, bool], tuple[int, ...]] = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith(inside):
-            continue
-        stored = dense_name(checkpoint, name)
-        halved = dense_format != "fp32" and checkpoint.tensors[stored].dtype in ("F16", "BF16")
-        size: tuple[int, ...] = (tensor.numel() * (2 if halved and name in tables else 4),)
-        if name in matrices and tensor.shape[0] >= ROWS and (halved or dense_format == "int8"):
+    for name in model.names:
+        shape, stored = model.shape(name), model.stored(name)
+        halved = dense_format != "fp32" and stored.dtype in ("F16", "BF16")
+        size: tuple[int, ...] = (math.prod(shape) * (2 if halved and name in tables else 4),)
+        if name in matrices and shape[0] >= ROWS and (halved or dense_format == "int8"):
             format: Format = "int8" if dense_format == "int8" else "bf16"
-            rows, columns = ROWS * panel_count(tensor.shape[0], 1), tensor.shape[1]
+            rows, columns = ROWS * panel_count(shape[0], 1), shape[1]
             scales = SCALE_BYTES * rows * -(-columns // block_size(columns)) if format == "int8" else 0
             size = (matrix_bytes(format, rows, columns) - scales, scales)
-        elif link_weights and name not in matrices and size[0] == checkpoint.tensors[stored].bytes:
+        elif link_weights and name not in matrices and size[0] == stored.bytes:
             continue
-        sizes[stored, name in matrices] = size
+        sizes[model.tensor(name), name in matrices] = size
     return [size for parts in sizes.values() for size in parts]
 
 
-def _graph_bytes(layers: list[MoeLayer], plan: Plan | None, lowering: Lowering) -> int:
+def _graph_bytes(layers: Sequence[MoeLayer], plan: Plan | None, lowering: Lowering) -> int:
     if plan:
         slots = sum(len(planned.slots) for planned in plan.layers)
         products = sum(len(set(lane_groups(planned.slots).tolist())) for planned in plan.layers)
@@ -252,9 +245,9 @@ def _numbers(layer: MoeLayer, texts: int, batch_count: int) -> int:
     return layer.geometry.experts * (2 + texts + batch_count + len(FORMATS))
 
 
-def _calibration_seconds(checkpoint: Checkpoint, layers: list[MoeLayer], rows: int, measured: int, quantizer: Quantizer) -> float:
+def _calibration_seconds(model: Model, layers: Sequence[MoeLayer], rows: int, measured: int, quantizer: Quantizer) -> float:
     """Every token through the model; every expert rounded; what was routed to it through it, as it is and rounded."""
-    stored = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    stored = model.parameter_count
     held = sum(_expert_size(layer) * layer.geometry.experts for layer in layers)
     active = stored - held + sum(_expert_size(layer) * layer.geometry.top_k for layer in layers)
     products = 2.0 * active * rows
@@ -265,7 +258,7 @@ def _calibration_seconds(checkpoint: Checkpoint, layers: list[MoeLayer], rows: i
     return RATES.start + 4 * stored / RATES.read + (products / RATES.flops + rounding) / cores()
 
 
-def _quantizing_seconds(layers: list[MoeLayer], plan: Plan | None) -> float:
+def _quantizing_seconds(layers: Sequence[MoeLayer], plan: Plan | None) -> float:
     """On one core; without a plan, of every expert."""
     if plan is None:
         return sum(_expert_size(layer) * layer.geometry.experts for layer in layers) / RATES.gptq

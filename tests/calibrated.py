@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from rq_compile.architectures.geometry import ExpertGeometry
-from rq_compile.architectures.layers import MoeLayer, expert_weights, moe_layers
+from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.load import load_model
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.schema import Calibration
-from rq_compile.checkpoint.checkpoint import Checkpoint
 
 LENGTH = 12
 LETTERS = np.array([chr(code) for code in range(32, 127)])
@@ -34,33 +34,33 @@ TOKENS = 8 * LENGTH + 8
 SWIGLU = ExpertGeometry(experts=6, top_k=2, hidden=48, intermediate=20, activation="swiglu")
 
 
-def run(checkpoint: Checkpoint, texts: dict[str, str] = TEXTS, batch_size: int = 4, **options: float) -> Calibration:
+def run(checkpoint: Model, texts: dict[str, str] = TEXTS, batch_size: int = 4, **options: float) -> Calibration:
     return calibrate(
         checkpoint, texts, batch_size=batch_size, sequence_length=LENGTH, progress=lambda done, total: None, **options
     )[0]
 
 
-def copied(directory: Path, target: Path, **changes: object) -> Checkpoint:
+def copied(directory: Path, target: Path, **changes: object) -> Model:
     """A copy of the checkpoint with another config."""
     shutil.copytree(directory, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, **changes}))
-    return Checkpoint.open(target)
+    return Model.open(target)
 
 
-def with_tensor(directory: Path, target: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Checkpoint:
+def with_tensor(directory: Path, target: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Model:
     """A copy of the checkpoint in which one tensor is another."""
     shutil.copytree(directory, target)
     tensors = load_file(target / "model.safetensors")
     tensors[name] = change(tensors[name])
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return Checkpoint.open(target)
+    return Model.open(target)
 
 
-def routers_choices(checkpoint: Checkpoint, text: str, model: nn.Module | None = None) -> dict[str, np.ndarray]:
+def routers_choices(checkpoint: Model, text: str, model: nn.Module | None = None) -> dict[str, np.ndarray]:
     """What transformers' routers choose for each sequence alone, without any padding, ``[tokens * k]`` by experts module."""
     model = model or load_model(checkpoint)
-    chosen: dict[str, list[np.ndarray]] = {layer.name: [] for layer in moe_layers(checkpoint)}
+    chosen: dict[str, list[np.ndarray]] = {layer.name: [] for layer in checkpoint.layers}
 
     def listen(name: str) -> Callable[..., None]:
         def after_router(module: nn.Module, inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
@@ -97,6 +97,6 @@ def inputs(geometry: ExpertGeometry, tokens: int, seed: int = 0) -> tuple[np.nda
 
 
 def measured(
-    checkpoint: Checkpoint, layer: MoeLayer, given: tuple[np.ndarray, np.ndarray, np.ndarray], **options: Any
+    checkpoint: Model, layer: MoeLayer, given: tuple[np.ndarray, np.ndarray, np.ndarray], **options: Any
 ) -> LayerMeasurement:
-    return measure_layer(layer.geometry, *given, lambda expert: expert_weights(checkpoint, layer, expert), **options)
+    return measure_layer(layer.geometry, *given, lambda expert: checkpoint.expert(layer, expert), **options)

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner, Result
 from plugin_builds import built_kernels, cuda_headers, cuda_ops, cuda_parts, described_kernels  # noqa: F401 - fixtures
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.cli.main import main
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.targets import onnxruntime as target
@@ -45,11 +45,11 @@ def rq_compile() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def export_once() -> Iterator[Callable[[Checkpoint], Exported]]:
+def export_once() -> Iterator[Callable[[Model], Exported]]:
     """While this is in use a checkpoint is exported once, which takes seconds, however often it is compiled."""
     known: dict[Path, Exported] = {}
 
-    def export(checkpoint: Checkpoint) -> Exported:
+    def export(checkpoint: Model) -> Exported:
         if checkpoint.path not in known:
             known[checkpoint.path] = export_graph(checkpoint)
         return known[checkpoint.path]
@@ -63,7 +63,7 @@ def export_once() -> Iterator[Callable[[Checkpoint], Exported]]:
 def stages(
     tiny_checkpoint: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
-    export_once: Callable[[Checkpoint], Exported],
+    export_once: Callable[[Model], Exported],
 ) -> Path:
     """What the commands write on the tiny OLMoE's way: text.txt, calibration.json, plan.json (replicas, formats) and
     model.onnx with its files; do not write to it."""

@@ -14,11 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rq_compile.architectures.dense import dense_tensor
 from rq_compile.architectures.families import FAMILIES
-from rq_compile.architectures.layers import ExpertWeights, expert_weights, moe_layers
+from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.architectures.load import load_model, meta_model
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
 
 PER_EXPERT_OR_STACKED_ON_DISK = {
@@ -37,12 +36,12 @@ PER_EXPERT_OR_STACKED_ON_DISK = {
 }
 
 
-def edited(directory: Path, target: Path, **changes: object) -> Checkpoint:
+def edited(directory: Path, target: Path, **changes: object) -> Model:
     """A copy of the checkpoint with another config."""
     shutil.copytree(directory, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, **changes}))
-    return Checkpoint.open(target)
+    return Model.open(target)
 
 
 def held(module: nn.Module, expert: int) -> ExpertWeights:
@@ -62,13 +61,13 @@ def held(module: nn.Module, expert: int) -> ExpertWeights:
     )
 
 
-def assert_model_equals_checkpoint(checkpoint: Checkpoint) -> None:
-    model, layers = load_model(checkpoint), moe_layers(checkpoint)
+def assert_model_equals_checkpoint(checkpoint: Model) -> None:
+    model, layers = load_model(checkpoint), checkpoint.layers
     assert not model.training
     for layer in layers:
         module = model.get_submodule(layer.name)
         for expert in range(layer.geometry.experts):
-            read, expected = expert_weights(checkpoint, layer, expert), held(module, expert)
+            read, expected = checkpoint.expert(layer, expert), held(module, expert)
             for field in ("up", "down", "up_bias", "down_bias"):
                 ours, theirs = getattr(read, field), getattr(expected, field)
                 assert (ours is None) == (theirs is None)
@@ -80,7 +79,7 @@ def assert_model_equals_checkpoint(checkpoint: Checkpoint) -> None:
     for name, values in persistent.items():
         assert values.dtype == torch.float32
         if not name.startswith(inside_experts):
-            np.testing.assert_array_equal(dense_tensor(checkpoint, name).astype(np.float32), values.numpy(), err_msg=name)
+            np.testing.assert_array_equal(checkpoint.read(name).astype(np.float32), values.numpy(), err_msg=name)
             compared += 1
     assert compared > len(layers)
 
@@ -91,30 +90,30 @@ def test_tiny_checkpoints_cover_every_family() -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_reads_what_the_model_holds(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
-    assert PER_EXPERT_OR_STACKED_ON_DISK[family] in checkpoint
+    checkpoint = Model.open(tiny_checkpoint(family))
+    assert PER_EXPERT_OR_STACKED_ON_DISK[family] in checkpoint.checkpoint
     assert_model_equals_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "granitemoe", "gpt_oss"])
 def test_reads_half_precision(tmp_path: Path, family: str) -> None:
-    assert_model_equals_checkpoint(Checkpoint.open(tiny.build(family, tmp_path / "model", dtype=torch.bfloat16)))
+    assert_model_equals_checkpoint(Model.open(tiny.build(family, tmp_path / "model", dtype=torch.bfloat16)))
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "phimoe", "granitemoe", "qwen3_moe"])
 def test_reads_experts_stored_under_the_model_s_names(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
-    model = load_model(Checkpoint.open(tiny_checkpoint(family)))
+    model = load_model(Model.open(tiny_checkpoint(family)))
     model.save_pretrained(tmp_path / "stacked", save_original_format=False)
-    checkpoint = Checkpoint.open(tmp_path / "stacked")
-    assert f"{moe_layers(checkpoint)[0].name}.gate_up_proj" in checkpoint
+    checkpoint = Model.open(tmp_path / "stacked")
+    assert f"{checkpoint.layers[0].name}.gate_up_proj" in checkpoint.checkpoint
     assert_model_equals_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_meta_model_is_the_model_without_weights(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
+    checkpoint = Model.open(tiny_checkpoint(family))
     real, meta = load_model(checkpoint), meta_model(checkpoint)
     assert type(real) is type(meta)
     shapes = {name: tensor.shape for name, tensor in real.state_dict().items()}
@@ -130,10 +129,10 @@ def test_meta_model_is_the_model_without_weights(tiny_checkpoint: Callable[[str]
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_routing_uses_the_geometry(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
     """Each experts module is called once a forward, on gates of ``top_k``; more than one expert is chosen."""
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
+    checkpoint = Model.open(tiny_checkpoint(family))
     model = load_model(checkpoint)
     chosen: dict[str, torch.Tensor] = {}
-    for layer in moe_layers(checkpoint):
+    for layer in checkpoint.layers:
         model.get_submodule(layer.name).register_forward_pre_hook(
             lambda _, inputs, keywords, name=layer.name: chosen.__setitem__(name, [*inputs, *keywords.values()][1]),
             with_kwargs=True,
@@ -141,7 +140,7 @@ def test_routing_uses_the_geometry(tiny_checkpoint: Callable[[str], Path], famil
     tokens = torch.randint(4, tiny.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
     decoder = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     assert torch.isfinite(model(input_ids=tokens, **decoder).logits).all()
-    for layer in moe_layers(checkpoint):
+    for layer in checkpoint.layers:
         ids = chosen[layer.name]
         if decoder:
             assert ids.shape[-1] == layer.geometry.experts
@@ -152,7 +151,7 @@ def test_routing_uses_the_geometry(tiny_checkpoint: Callable[[str], Path], famil
             assert ids.max() < layer.geometry.experts
 
 
-def block_output(checkpoint: Checkpoint, layer: int, x: torch.Tensor) -> torch.Tensor:
+def block_output(checkpoint: Model, layer: int, x: torch.Tensor) -> torch.Tensor:
     return load_model(checkpoint).model.layers[layer].mlp(x[None])[0]
 
 
@@ -174,7 +173,7 @@ def test_llama_moe_block_computes_its_definition(tiny_checkpoint: Callable[[str]
         for expert, score in zip(order.tolist(), scores, strict=True):
             weights = [tensors[f"{at}.calculator.experts.weight_{part}.{expert}"] for part in ("gate", "up", "down")]
             expected[token] += score * swiglu_mlp(x[token], *weights)
-    torch.testing.assert_close(block_output(Checkpoint.open(directory), 1, x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(block_output(Model.open(directory), 1, x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -211,32 +210,30 @@ def test_activation_follows_the_config(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str, key: str, value: str, activation: str
 ) -> None:
     checkpoint = edited(tiny_checkpoint(family), tmp_path / "model", **{key: value})
-    assert {layer.geometry.activation for layer in moe_layers(checkpoint)} == {activation}
+    assert {layer.geometry.activation for layer in checkpoint.layers} == {activation}
 
 
 def test_refuses_another_activation(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    checkpoint = edited(tiny_checkpoint("qwen2_moe"), tmp_path / "model", hidden_act="mish")
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.experts .* hidden_act=mish, .* silu"):
-        moe_layers(checkpoint)
+        edited(tiny_checkpoint("qwen2_moe"), tmp_path / "model", hidden_act="mish")
 
 
 def test_ignores_layers_beyond_the_model_s(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """DeepSeek-V3's multi-token-prediction head is stored as one layer more."""
     checkpoint = edited(tiny_checkpoint("deepseek_v3"), tmp_path / "model", num_hidden_layers=2)
-    assert [layer.index for layer in moe_layers(checkpoint)] == [1]
+    assert [layer.index for layer in checkpoint.layers] == [1]
 
 
 def test_refuses_a_dense_model(tmp_path: Path) -> None:
     small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**small)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is not an MoE: the model llama has no experts"):
-        moe_layers(Checkpoint.open(tmp_path))
+        Model.open(tmp_path)
 
 
 def test_lists_the_supported_families(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    checkpoint = edited(tiny_checkpoint("olmoe"), tmp_path / "model", model_type="hunyuan_v1_moe")
     with pytest.raises(UserError) as caught:
-        moe_layers(checkpoint)
+        edited(tiny_checkpoint("olmoe"), tmp_path / "model", model_type="hunyuan_v1_moe")
     assert "hunyuan_v1_moe" in str(caught.value)
     assert all(family in str(caught.value) for family in FAMILIES)
 
@@ -250,7 +247,7 @@ def test_refuses_mxfp4_blocks(tiny_checkpoint: Callable[[str], Path], tmp_path: 
         tensors[f"{name}_blocks"] = torch.zeros(4, 8, dtype=torch.uint8)
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"MXFP4 blocks; dequantize"):
-        moe_layers(Checkpoint.open(tmp_path / "model"))
+        Model.open(tmp_path / "model")
 
 
 @pytest.mark.parametrize("family", ["olmoe", "llama_moe"])
@@ -261,14 +258,13 @@ def test_refuses_a_checkpoint_that_lacks_a_tensor(tiny_checkpoint: Callable[[str
     del tensors["model.norm.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"no tensor for .*model\.norm\.weight"):
-        load_model(Checkpoint.open(tmp_path / "model"))
+        load_model(Model.open(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(("key", "value"), [("gate_network", "linear"), ("size_experts", [[32, 32, 48, 16]] * 2)])
 def test_refuses_another_llama_moe(tiny_checkpoint: Callable[[str], Path], tmp_path: Path, key: str, value: object) -> None:
-    checkpoint = edited(tiny_checkpoint("llama_moe"), tmp_path / "model", **{key: value})
     with pytest.raises(UserError, match=key):
-        moe_layers(checkpoint)
+        edited(tiny_checkpoint("llama_moe"), tmp_path / "model", **{key: value})
 
 
 def test_tiny_tokenizer_round_trips(tiny_checkpoint: Callable[[str], Path]) -> None:

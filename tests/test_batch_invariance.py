@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.export.export import Exported
 from rq_compile.files import read_document
 from rq_compile.planning.schema import Plan, Slot
@@ -33,11 +33,11 @@ MIXED: Copies = (("int8", "int4"), ("int4", "int8"))
 def copied(
     stages: Path,
     tiny_checkpoint: Callable[[str], Path],
-    export_once: Callable[[Checkpoint], Exported],
+    export_once: Callable[[Model], Exported],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Copies], Engine]:
     """``copied(formats)`` is an engine of the tiny OLMoE with two copies of every expert."""
-    checkpoint, folder = Checkpoint.open(tiny_checkpoint("olmoe")), tmp_path_factory.mktemp("copied")
+    checkpoint, folder = Model.open(tiny_checkpoint("olmoe")), tmp_path_factory.mktemp("copied")
     planned = read_document(Plan, stages / "plan.json").model_copy(update={"quantizer": "nearest"})
 
     def compiled(formats: Copies) -> Engine:

@@ -11,15 +11,14 @@ from calibrated import LENGTH, TEXTS, TOKENS, copied, inputs, letters, measured,
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from rq_compile.architectures.layers import moe_layers
 from rq_compile.architectures.load import load_model
+from rq_compile.architectures.model import Model
 from rq_compile.calibration import calibrate as calibrate_module
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.recording import record
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.text import batches, tokenize
 from rq_compile.calibration.wanda import WANDA_FRACTION
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.cli.main import main
 from rq_compile.files import read_document, write_document
 from rq_compile.quantization.formats import FORMATS
@@ -27,9 +26,9 @@ from rq_compile.quantization.formats import FORMATS
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_loads_are_what_transformers_routers_choose(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
+    checkpoint = Model.open(tiny_checkpoint(family))
     found = run(checkpoint)
-    assert [layer.name for layer in found.layers] == [layer.name for layer in moe_layers(checkpoint)]
+    assert [layer.name for layer in found.layers] == [layer.name for layer in checkpoint.layers]
     assert [text.tokens for text in found.texts] == [len(text) for text in TEXTS.values()]
     assert found.tokens == found.measured_tokens == TOKENS
     assert found.padding_tokens > 0
@@ -48,7 +47,7 @@ def test_loads_are_what_transformers_routers_choose(tiny_checkpoint: Callable[[s
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_padding_and_batch_size_change_nothing(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
+    checkpoint = Model.open(tiny_checkpoint(family))
     alone, together = run(checkpoint, batch_size=1), run(checkpoint, batch_size=8)
     assert alone.padding_tokens <= 1 < together.padding_tokens
     for one, many in zip(alone.layers, together.layers, strict=True):
@@ -63,7 +62,7 @@ def test_padding_and_batch_size_change_nothing(tiny_checkpoint: Callable[[str], 
 def test_what_is_recorded_gives_the_layer_s_output(tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     """Recorded with padding, inputs, ids and gates give the output that transformers has without; Switch drops most tokens."""
     checkpoint = copied(tiny_checkpoint(family), tmp_path / "model", expert_capacity=1)
-    layers, text = moe_layers(checkpoint), TEXTS["second.txt"]
+    layers, text = checkpoint.layers, TEXTS["second.txt"]
     cut = batches(
         tokenize(checkpoint, {"a": text}),
         batch_size=4,
@@ -88,7 +87,7 @@ def test_what_is_recorded_gives_the_layer_s_output(tiny_checkpoint: Callable[[st
 def test_long_texts_are_counted_whole_and_measured_in_part(
     tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("mixtral"))
+    checkpoint = Model.open(tiny_checkpoint("mixtral"))
     texts = {"long.txt": letters(2400, 3), "other.txt": letters(1200, 4)}
 
     def both() -> tuple[Calibration, dict[str, np.ndarray]]:
@@ -126,7 +125,7 @@ def test_an_even_sample_has_the_tokens_asked_for() -> None:
 
 
 def test_statistics_are_of_the_experts_inputs(tiny_checkpoint: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("qwen3_moe"))
+    checkpoint = Model.open(tiny_checkpoint("qwen3_moe"))
     found, statistics = calibrate(checkpoint, TEXTS, batch_size=2, sequence_length=LENGTH, progress=lambda done, total: None)
     shapes = {"input_moment": (32, 32), "intermediate_moment": (8, 1, 32, 32)}
     assert {name: array.shape for name, array in statistics.items()} == {
@@ -146,7 +145,7 @@ def test_statistics_are_of_the_experts_inputs(tiny_checkpoint: Callable[[str], P
 
 
 def test_the_same_bytes_twice(tiny_checkpoint: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("deepseek_v3"))
+    checkpoint = Model.open(tiny_checkpoint("deepseek_v3"))
     (first, one), (second, other) = (
         calibrate(checkpoint, TEXTS, batch_size=4, sequence_length=LENGTH, progress=lambda done, total: None) for _ in range(2)
     )
@@ -157,7 +156,7 @@ def test_the_same_bytes_twice(tiny_checkpoint: Callable[[str], Path]) -> None:
 def test_progress_ends_with_all_tokens(tiny_checkpoint: Callable[[str], Path]) -> None:
     told: list[tuple[int, int]] = []
     calibrate(
-        Checkpoint.open(tiny_checkpoint("switch_transformers")),
+        Model.open(tiny_checkpoint("switch_transformers")),
         TEXTS,
         batch_size=2,
         sequence_length=LENGTH,
@@ -183,17 +182,17 @@ def test_tokens_that_switch_drops_are_load_and_are_counted(tiny_checkpoint: Call
     assert 0 < layer.dropped == sum(layer.load) - kept
     assert sum(layer.load) == layer.tokens
     # An expert whose tokens are all dropped has nothing to lose: the drops carry no error.
-    roomy = run(Checkpoint.open(tiny_checkpoint("switch_transformers")))
+    roomy = run(Model.open(tiny_checkpoint("switch_transformers")))
     assert roomy.layers[0].dropped == 0
     assert layer.load == roomy.layers[0].load
     hidden, ids, gates = inputs(layer.geometry, 60)
     gates[ids == 0] = 0
-    first = moe_layers(checkpoint)[0]
+    first = checkpoint.layers[0]
     assert measured(checkpoint, first, (hidden, ids, gates)).error["int4"][0] == 0
 
 
 def test_what_the_calibration_says_of_itself(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    checkpoint = Model.open(tiny_checkpoint("olmoe"))
     found = run(checkpoint, wanda_fraction=0.25)
     assert (found.model, found.model_type, found.dtype) == ("olmoe", "olmoe", "fp32")
     assert found.fingerprint == checkpoint.fingerprint

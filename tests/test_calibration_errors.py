@@ -15,21 +15,21 @@ from calibrated import LENGTH, SWIGLU, TEXTS, copied, run, with_tensor
 from torch import nn
 
 from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.model import Model
 from rq_compile.calibration import recording
 from rq_compile.calibration.recording import LayerRecording
 from rq_compile.calibration.routing import Routing
 from rq_compile.calibration.text import batches, tokenize
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 
 
-def refused(checkpoint: Checkpoint, match: str, texts: dict[str, str] = TEXTS) -> None:
+def refused(checkpoint: Model, match: str, texts: dict[str, str] = TEXTS) -> None:
     with pytest.raises(UserError, match=match):
         run(checkpoint, texts)
 
 
 def test_refuses_texts_that_are_none(tiny_checkpoint: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    checkpoint = Model.open(tiny_checkpoint("olmoe"))
     refused(checkpoint, "there is no text to calibrate on", {})
     refused(checkpoint, r"empty\.txt has 0 tokens, but a calibration needs at least 2; give a longer", {"empty.txt": ""})
     refused(checkpoint, r"short\.txt has 1 tokens", {**TEXTS, "short.txt": "a"})
@@ -37,7 +37,7 @@ def test_refuses_texts_that_are_none(tiny_checkpoint: Callable[[str], Path]) -> 
 
 def test_two_tokens_are_enough(tiny_checkpoint: Callable[[str], Path]) -> None:
     for family in ("gpt_oss", "switch_transformers"):
-        found = run(Checkpoint.open(tiny_checkpoint(family)), {"two.txt": "ab"})
+        found = run(Model.open(tiny_checkpoint(family)), {"two.txt": "ab"})
         for layer in found.layers:
             assert layer.estimated == list(range(layer.geometry.experts))
             assert all(0 < error < math.inf for error in layer.error["int8"])
@@ -79,7 +79,7 @@ def test_names_the_first_layer_that_is_not_finite(tiny_checkpoint: Callable[[str
 
 
 def test_names_the_expert_whose_weight_is_not_finite(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    checkpoint = Model.open(tiny_checkpoint("olmoe"))
     texts = {"two.txt": "ab"}
     unreached = run(checkpoint, texts).layers[1].load.index(0)
     name = f"model.layers.1.mlp.experts.{unreached}.up_proj.weight"
@@ -103,7 +103,7 @@ def test_refuses_a_layer_that_was_bypassed(tiny_checkpoint: Callable[[str], Path
 
     monkeypatch.setattr(recording, "watch", watch_others)
     refused(
-        Checkpoint.open(tiny_checkpoint("mixtral")),
+        Model.open(tiny_checkpoint("mixtral")),
         r"model\.layers\.1\.mlp\.experts routed 0 \(token, choice\) pairs of a batch of first\.txt where 48 tokens",
     )
 
@@ -137,6 +137,6 @@ def test_says_where_the_disk_is_full(tiny_checkpoint: Callable[[str], Path], mon
 
     monkeypatch.setattr(recording.tempfile, "TemporaryFile", lambda prefix: Full())
     refused(
-        Checkpoint.open(tiny_checkpoint("phimoe")),
+        Model.open(tiny_checkpoint("phimoe")),
         rf"cannot keep the inputs of model\.layers\.0\.mlp\.experts in {tempfile.gettempdir()}: No space left on device; free",
     )

@@ -11,7 +11,7 @@ import torch
 from command_line import Run, names, python, refused, writing
 
 from rq_compile.architectures.load import load_model
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.cli import options
 from rq_compile.cli.main import COMMANDS, main
 from rq_compile.errors import UserError
@@ -242,7 +242,7 @@ def test_generate_streams_what_transformers_would_write(
     result = json.loads(rq_compile("generate", engine, "--prompt", prompt, "--max-tokens", 12, "--json").stdout)
     tokenizer = Engine.load(engine).tokenizer
     ids = torch.tensor([tokenizer.encode(prompt).ids])
-    expected = load_model(Checkpoint.open(model)).generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    expected = load_model(Model.open(model)).generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
     assert result["tokens"] == [token for token in expected if token != 1]  # the end-of-text token
     assert result["text"] == tokenizer.decode(expected)
 

@@ -13,7 +13,7 @@ import torch
 from command_line import Run, names, refused, writing
 from conftest import run_command
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported
@@ -80,10 +80,10 @@ def test_what_the_engine_has_in_fp32_cannot_be_linked_in_bf16(rq_compile: Run, b
 
 
 def test_an_exported_graph_compiles_again(
-    rq_compile: Run, bf16: list[object], out: Path, export_once: Callable[[Checkpoint], Exported]
+    rq_compile: Run, bf16: list[object], out: Path, export_once: Callable[[Model], Exported]
 ) -> None:
     """Whatever was compiled from it before: native keeps 16-bit tables, and stock adds a domain."""
-    exported = export_once(Checkpoint.open(bf16[0]))
+    exported = export_once(Model.open(bf16[0]))
     before = exported.model.SerializeToString(deterministic=True)
     for lowering in ("native", "stock", "batched"):
         assert rq_compile(*bf16, "--lowering", lowering, "-o", out / f"{lowering}.onnx", "-q").exit_code == 0

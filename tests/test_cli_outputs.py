@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import Run, names, python, refused, writing
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.export.export import Exported
 
 
@@ -84,12 +84,12 @@ def test_an_interrupted_compilation_leaves_nothing(
     stages: Path,
     out: Path,
     tmp_path: Path,
-    export_once: Callable[[Checkpoint], Exported],
+    export_once: Callable[[Model], Exported],
     sent: signal.Signals,
     status: int,
 ) -> None:
     """It is interrupted when half of the weights are written."""
-    (tmp_path / "exported").write_bytes(pickle.dumps(export_once(Checkpoint.open(model))))
+    (tmp_path / "exported").write_bytes(pickle.dumps(export_once(Model.open(model))))
     # Who runs the tests in the background may have given them an ignored SIGINT, which Python would then leave ignored.
     program = f"""
 import pickle, signal, time

@@ -4,31 +4,31 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from command_line import Run, names, python, refused, writing
 
-from rq_compile.architectures import layers as architecture
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.model import Model
 from rq_compile.cli.main import main
 from rq_compile.export.export import Exported
 from rq_compile.targets import onnxruntime as target
-from rq_compile.targets import streamed
 
 PARTS = [".model.onnx.data.journal", ".model.onnx.data.partial"]
 PROGRAM = """
 import pickle, sys, time
 import rq_compile.targets.onnxruntime as target
-import rq_compile.targets.streamed as streamed
+from rq_compile.architectures.model import Model
 target.export_graph = lambda _: pickle.load(open(sys.argv[1], "rb"))
-read = streamed.expert_projection
-def stop_in_the_second_layer(checkpoint, layer, expert, projection):
+read = Model.matrix
+def stop_in_the_second_layer(model, layer, expert, projection):
     if layer.index == 1 and projection == "down":
         print("stopped", flush=True)
         time.sleep(600)
-    return read(checkpoint, layer, expert, projection)
-streamed.expert_projection = stop_in_the_second_layer
+    return read(model, layer, expert, projection)
+Model.matrix = stop_in_the_second_layer
 from rq_compile.cli.main import main
 main(sys.argv[2:])
 """
@@ -37,7 +37,7 @@ main(sys.argv[2:])
 @pytest.fixture(scope="module")
 def exported(export_once: Callable, tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exported") / "exported"
-    path.write_bytes(pickle.dumps(export_once(Checkpoint.open(tiny_checkpoint("olmoe")))))
+    path.write_bytes(pickle.dumps(export_once(Model.open(tiny_checkpoint("olmoe")))))
     return path
 
 
@@ -77,11 +77,13 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The layers of which experts were read."""
     found: set[int] = set()
 
-    def remember(checkpoint: Checkpoint, layer: architecture.MoeLayer, *what: object) -> tuple:
-        found.add(layer.index)
-        return architecture.expert_projection(checkpoint, layer, *what)
+    original = Model.matrix
 
-    monkeypatch.setattr(streamed, "expert_projection", remember)
+    def remember(model: Model, layer: MoeLayer, *what: Any) -> np.ndarray:
+        found.add(layer.index)
+        return original(model, layer, *what)
+
+    monkeypatch.setattr(Model, "matrix", remember)
     return found
 
 
@@ -122,7 +124,7 @@ def test_a_shard_that_was_written_again_starts_over(
     """A weight in the middle of a tensor, where no fingerprint looks, may be another."""
     again = shutil.copytree(model, tmp_path / model.name, copy_function=shutil.copy2)
     shard = again / "model.safetensors"
-    assert Checkpoint.open(again).version == Checkpoint.open(model).version
+    assert Model.open(again).version == Model.open(model).version
     shard.write_bytes(shard.read_bytes())
     result = rq_compile(*writing("compile", again, stages, left))
     assert "was begun with another version of the shards; starting over" in result.stderr
@@ -157,13 +159,13 @@ def test_threads_change_nothing(rq_compile: Run, model: Path, stages: Path, out:
 
 @pytest.mark.parametrize("lowering", ["stock", "batched"])
 def test_threads_change_nothing_in_other_lowerings(
-    model: Path, stages: Path, tmp_path: Path, export_once: Callable[[Checkpoint], Exported], lowering: str
+    model: Path, stages: Path, tmp_path: Path, export_once: Callable[[Model], Exported], lowering: str
 ) -> None:
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
     from rq_compile.planning.schema import Plan
 
-    checkpoint, plan = Checkpoint.open(model), read_document(Plan, stages / "plan.json")
+    checkpoint, plan = Model.open(model), read_document(Plan, stages / "plan.json")
     assert plan.quantizer == "gptq"
     statistics = Statistics.beside(stages, plan.statistics)
     exported = export_once(checkpoint)

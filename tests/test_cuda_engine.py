@@ -12,8 +12,7 @@ from command_line import Run, names, refused
 from one_layer import PREDICTION
 from transformers import OlmoeConfig
 
-from rq_compile.architectures.layers import moe_layers
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
 from rq_compile.estimates import engine_estimate
 from rq_compile.files import read_document, write_document
@@ -33,14 +32,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Run, export_once:
     folder = tmp_path_factory.mktemp("wide")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.CONFIGS, "olmoe", lambda: OlmoeConfig(**{**tiny.COMMON, **SIZES}))
-        checkpoint = Checkpoint.open(tiny.build("olmoe", folder / "model"))
+        checkpoint = Model.open(tiny.build("olmoe", folder / "model"))
     write_document(plan_for(checkpoint), folder / "plan.json")
     result = rq_compile(folder / "model", "--plan", folder / "plan.json", "-o", folder / "engine.onnx", "-q")
     assert result.exit_code == 0, result.stderr
     return folder
 
 
-def plan_for(checkpoint: Checkpoint) -> Plan:
+def plan_for(checkpoint: Model) -> Plan:
     layers = [
         LayerPlan(
             name=layer.name,
@@ -49,7 +48,7 @@ def plan_for(checkpoint: Checkpoint) -> Plan:
             slots=[Slot(expert=e, format=f) for e, f in SLOTS],
             predicted=PREDICTION,
         )
-        for layer in moe_layers(checkpoint)
+        for layer in checkpoint.layers
     ]
     about = {"tool": "test", "model": "m", "model_type": "olmoe", "fingerprint": checkpoint.fingerprint, "policy": "none"}
     return Plan(**about, calibration_sha256=None, target="cuda", memory=1.0, layers=layers)
@@ -68,7 +67,7 @@ def test_a_plan_for_cuda_becomes_an_engine_for_it(wide: Path) -> None:
 
 def test_it_takes_what_was_estimated(wide: Path) -> None:
     """The weights to the byte, but for the alignment at the end."""
-    checkpoint, plan = Checkpoint.open(wide / "model"), read_document(Plan, wide / "plan.json")
+    checkpoint, plan = Model.open(wide / "model"), read_document(Plan, wide / "plan.json")
     estimate = engine_estimate(checkpoint, wide / "engine.onnx", "cuda", plan=plan)
     assert 0 <= estimate.outputs["engine.onnx.data"] - (wide / "engine.onnx.data").stat().st_size < 4096
     assert estimate.outputs["engine.onnx"] == pytest.approx((wide / "engine.onnx").stat().st_size, rel=0.3)

@@ -14,7 +14,7 @@ from op_nodes import assert_close, pack, reference, run_op
 from test_families import plan_of, unchanged
 
 from rq_compile.architectures.load import load_model
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.export.export import export_graph
 from rq_compile.planning.schema import Slot
 from rq_compile.quantization.quantizer import stored
@@ -73,10 +73,10 @@ def test_what_is_no_dense_matrix_is_refused(rng):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, dict[str, Path]]:
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, dict[str, Path]]:
     """A bf16 checkpoint, and its engine with the dense part in each format."""
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = Checkpoint.open(tiny.build(request.param, folder / "checkpoint", dtype=torch.bfloat16))
+    checkpoint = Model.open(tiny.build(request.param, folder / "checkpoint", dtype=torch.bfloat16))
     exported = export_graph(checkpoint)
     plan = plan_of(checkpoint, lambda layer: [Slot(expert=slot.expert, format="bf16") for slot in unchanged(layer)])
     paths = {format: folder / f"{format}.onnx" for format in ("fp32", "stored", "int8")}
@@ -97,7 +97,7 @@ def matrices(path: Path, ending: str) -> set[str]:
     return {name.removesuffix(ending).removesuffix(".transposed") for name in names if name.endswith(ending)}
 
 
-def test_kept_as_stored_nothing_is_lost(engines: tuple[Checkpoint, dict[str, Path]]) -> None:
+def test_kept_as_stored_nothing_is_lost(engines: tuple[Model, dict[str, Path]]) -> None:
     _, paths = engines
     np.testing.assert_allclose(logits(paths["stored"]), logits(paths["fp32"]), rtol=0, atol=1e-5)
     sizes = {format: Manifest.model_validate_json(path.with_suffix(".json").read_bytes()) for format, path in paths.items()}
@@ -105,7 +105,7 @@ def test_kept_as_stored_nothing_is_lost(engines: tuple[Checkpoint, dict[str, Pat
     assert sizes["int8"].dense_bytes < sizes["stored"].dense_bytes < 0.7 * sizes["fp32"].dense_bytes
 
 
-def test_in_int8_it_is_the_model_with_rounded_matrices(engines: tuple[Checkpoint, dict[str, Path]]) -> None:
+def test_in_int8_it_is_the_model_with_rounded_matrices(engines: tuple[Model, dict[str, Path]]) -> None:
     checkpoint, paths = engines
     rounded = matrices(paths["int8"], ".int8_packed")
     assert rounded == matrices(paths["stored"], ".panels")
@@ -123,6 +123,6 @@ def test_in_int8_it_is_the_model_with_rounded_matrices(engines: tuple[Checkpoint
 
 
 def test_an_fp32_checkpoint_is_left_to_onnxruntime(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    checkpoint = Model.open(tiny_checkpoint("olmoe"))
     compile_engine(checkpoint, plan_of(checkpoint, unchanged), tmp_path / "model.onnx")
     assert not matrices(tmp_path / "model.onnx", ".panels")

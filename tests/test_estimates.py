@@ -13,8 +13,8 @@ import torch
 from command_line import Run, names, refused
 
 from rq_compile import estimates
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.estimates import calibration_estimate, engine_estimate, expert_weights
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import read_document, write_document
@@ -32,10 +32,10 @@ def written(folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("lowering", get_args(CpuLowering))
 def test_an_engine_takes_what_was_estimated(
-    stages: Path, model: Path, out: Path, export_once: Callable[[Checkpoint], Exported], lowering: CpuLowering
+    stages: Path, model: Path, out: Path, export_once: Callable[[Model], Exported], lowering: CpuLowering
 ) -> None:
     """The weights to the byte, but for the alignment at the end; the graph and the manifest about."""
-    checkpoint, plan = Checkpoint.open(model), read_document(Plan, stages / "plan.json")
+    checkpoint, plan = Model.open(model), read_document(Plan, stages / "plan.json")
     plan = plan.model_copy(update={"quantizer": "nearest"})
     estimate = engine_estimate(checkpoint, out / "x.onnx", lowering, plan=plan)
     manifest = compile_engine(checkpoint, plan, out / "x.onnx", lowering)
@@ -49,7 +49,7 @@ def test_an_engine_takes_what_was_estimated(
 
 
 def test_tied_embeddings_in_16_bit(tmp_path: Path, out: Path) -> None:
-    checkpoint = Checkpoint.open(tiny.build("granitemoe", tmp_path / "model", dtype=torch.bfloat16))
+    checkpoint = Model.open(tiny.build("granitemoe", tmp_path / "model", dtype=torch.bfloat16))
     settings = {"batch_size": 2, "sequence_length": 32}
     calibration, _ = calibrate(checkpoint, TEXT, progress=lambda *_: None, quantizer="nearest", **settings)
     plan = make_plan(calibration, policy="none", memory=1.0, ranks=1, target="cpu")
@@ -128,7 +128,7 @@ def test_a_full_disk_is_noticed_before_the_export(
 
 def test_layer_by_layer_is_told(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rq_compile.calibration.memory.available_memory", lambda: 0)
-    estimate = calibration_estimate(Checkpoint.open(model), TEXT, out / "x.json", batch_size=2, sequence_length=32)
+    estimate = calibration_estimate(Model.open(model), TEXT, out / "x.json", batch_size=2, sequence_length=32)
     assert "layer by layer" in estimate.remarks[0]
     rows = len(tiny.tokenizer()(TEXT["a.txt"], add_special_tokens=False).input_ids)
     assert estimate.temporary_bytes >= 8 * rows * 32

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rq_compile.architectures.load import load_model
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
 from rq_compile.evaluation import bench as bench_module
 from rq_compile.evaluation.balance import balance, logical_loads
@@ -135,7 +135,7 @@ def test_a_layer_without_rows_is_an_error(plan: Plan) -> None:
 
 
 def test_evaluation_is_a_direct_computation(stages: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    checkpoint = Model.open(tiny_checkpoint("olmoe"))
     engine = Engine.load(stages / "model.onnx", threads=1)
     texts = {"a": "The quick brown fox jumps over the lazy dog. " * 3, "b": "0123456789 " * 9}
     windows = [cut(name, text, engine.tokenizer, 32) for name, text in texts.items()]

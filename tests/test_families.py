@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 
-from rq_compile.architectures.layers import MoeLayer, moe_layers
+from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.load import load_model
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
 from rq_compile.quantization.formats import Format
@@ -26,13 +26,13 @@ LOWERINGS = get_args(CpuLowering)
 MIXED: tuple[Format, ...] = ("fp32", "int8", "int4")
 
 
-def plan_of(checkpoint: Checkpoint, slots: Callable[[MoeLayer], list[Slot]]) -> Plan:
+def plan_of(checkpoint: Model, slots: Callable[[MoeLayer], list[Slot]]) -> Plan:
     prediction = LayerPrediction(
         lis_before=1, lis_after=1, strict_lis_before=1, strict_lis_after=1, bytes_before=1, bytes_after=1, error=0
     )
     layers = [
         LayerPlan(name=layer.name, index=layer.index, geometry=layer.geometry, slots=slots(layer), predicted=prediction)
-        for layer in moe_layers(checkpoint)
+        for layer in checkpoint.layers
     ]
     return Plan(
         tool="test",
@@ -62,12 +62,12 @@ def replicated_and_quantized(layer: MoeLayer) -> list[Slot]:
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
-def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Checkpoint:
-    return Checkpoint.open(tiny_checkpoint(request.param))
+def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Model:
+    return Model.open(tiny_checkpoint(request.param))
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint: Checkpoint) -> Iterator[Exported]:
+def exported(checkpoint: Model) -> Iterator[Exported]:
     """The family's graph, exported once: exporting is what takes the time."""
     graph = export_graph(checkpoint)
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +76,7 @@ def exported(checkpoint: Checkpoint) -> Iterator[Exported]:
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Checkpoint) -> Reference:
+def reference(checkpoint: Model) -> Reference:
     return Reference.load(checkpoint)
 
 
@@ -88,10 +88,10 @@ def decoder_tokens(model: Reference | Engine, batch: int) -> dict[str, np.ndarra
     return {"decoder_input_ids": tokens(batch, 6, seed=9)} if model.encoder_decoder else {}
 
 
-def quantized_in_place(checkpoint: Checkpoint) -> Reference:
+def quantized_in_place(checkpoint: Model) -> Reference:
     """transformers, its experts' weights replaced by what the plan's formats hold of them."""
     model = load_model(checkpoint)
-    for layer in moe_layers(checkpoint):
+    for layer in checkpoint.layers:
         module = model.get_submodule(layer.name)
         for expert in range(layer.geometry.experts):
             if isinstance(module, torch.nn.ModuleDict):
@@ -105,11 +105,11 @@ def quantized_in_place(checkpoint: Checkpoint) -> Reference:
     return Reference(model)
 
 
-def test_the_graph_has_one_experts_node_per_layer_and_no_weights(checkpoint: Checkpoint, exported: Exported) -> None:
+def test_the_graph_has_one_experts_node_per_layer_and_no_weights(checkpoint: Model, exported: Exported) -> None:
     nodes = {
         attribute.s.decode() for node in exported.model.graph.node if node.op_type == "Experts" for attribute in node.attribute
     }
-    assert nodes == {layer.name for layer in moe_layers(checkpoint)}
+    assert nodes == {layer.name for layer in checkpoint.layers}
     assert not any(name.startswith(layer) for name in exported.parameters for layer in nodes)
     for value in exported.model.graph.input:
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch", value.name
@@ -117,7 +117,7 @@ def test_the_graph_has_one_experts_node_per_layer_and_no_weights(checkpoint: Che
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_plan_that_changes_nothing_changes_no_logit(
-    checkpoint: Checkpoint, exported: Exported, reference: Reference, lowering: str, tmp_path: Path
+    checkpoint: Model, exported: Exported, reference: Reference, lowering: str, tmp_path: Path
 ) -> None:
     target.compile_engine(checkpoint, plan_of(checkpoint, unchanged), tmp_path / "model.onnx", lowering)
     engine = Engine.load(tmp_path / "model.onnx", threads=1)
@@ -130,9 +130,7 @@ def test_a_plan_that_changes_nothing_changes_no_logit(
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_padding_is_masked(
-    checkpoint: Checkpoint, exported: Exported, reference: Reference, lowering: str, tmp_path: Path
-) -> None:
+def test_padding_is_masked(checkpoint: Model, exported: Exported, reference: Reference, lowering: str, tmp_path: Path) -> None:
     target.compile_engine(checkpoint, plan_of(checkpoint, unchanged), tmp_path / "model.onnx", lowering)
     engine = Engine.load(tmp_path / "model.onnx", threads=1)
     ids, mask = tokens(2, 9), np.ones((2, 9), np.int64)
@@ -143,7 +141,7 @@ def test_padding_is_masked(
     np.testing.assert_allclose(ours[seen], theirs[seen], atol=1e-4, rtol=0)
 
 
-def test_replicated_and_quantized(checkpoint: Checkpoint, exported: Exported, tmp_path: Path) -> None:
+def test_replicated_and_quantized(checkpoint: Model, exported: Exported, tmp_path: Path) -> None:
     expected = quantized_in_place(checkpoint)
     plan = plan_of(checkpoint, replicated_and_quantized)
     ids = tokens(2, 24)
@@ -162,8 +160,6 @@ def test_replicated_and_quantized(checkpoint: Checkpoint, exported: Exported, tm
 
 
 @pytest.mark.parametrize("lowering", ["stock", "batched"])
-def test_an_engine_that_needs_no_op_library(
-    checkpoint: Checkpoint, exported: Exported, lowering: CpuLowering, tmp_path: Path
-) -> None:
+def test_an_engine_that_needs_no_op_library(checkpoint: Model, exported: Exported, lowering: CpuLowering, tmp_path: Path) -> None:
     target.compile_engine(checkpoint, plan_of(checkpoint, replicated_and_quantized), tmp_path / "model.onnx", lowering)
     onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])

@@ -15,8 +15,8 @@ import torch
 from hostile import INDEX, one_sentence, refused, write
 from safetensors.torch import load_file, save_file
 
-from rq_compile.architectures.layers import moe_layers
 from rq_compile.architectures.load import load_model, meta_model
+from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.safetensors_file import all_finite
 from rq_compile.errors import UserError
@@ -142,7 +142,7 @@ def test_a_hub_cache_is_read(sharded: Path, tmp_path: Path) -> None:
     assert cached.fingerprint == expected.fingerprint
     for name in expected.names:
         np.testing.assert_array_equal(cached.read(name), expected.read(name))
-    model, same = load_model(cached).state_dict(), load_model(expected).state_dict()
+    model, same = (load_model(Model.open(folder)).state_dict() for folder in (snapshot, sharded))
     assert all(torch.equal(model[name], same[name]) for name in same)
 
 
@@ -181,12 +181,12 @@ def test_no_tensors_at_all(sharded: Path) -> None:
 # The config against the tensors
 
 
-def reconfigured(model: Path, target: Path, **changes: object) -> Checkpoint:
+def reconfigured(model: Path, target: Path, **changes: object) -> Model:
     """The checkpoint with changes to its config."""
     shutil.copytree(model, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, **changes}))
-    return Checkpoint.open(target)
+    return Model.open(target)
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,8 @@ def reconfigured(model: Path, target: Path, **changes: object) -> Checkpoint:
 def test_a_config_that_its_tensors_do_not_bear_out_is_refused(
     model: Path, tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
-    checkpoint = reconfigured(model, tmp_path / "model", **change)
     with pytest.raises(UserError, match=words) as caught:
-        meta_model(checkpoint)
+        meta_model(reconfigured(model, tmp_path / "model", **change))
     one_sentence(caught.value)
 
 
@@ -234,30 +233,29 @@ def test_experts_of_unequal_shapes_are_refused_before_any_is_read(model: Path, t
     with pytest.raises(
         UserError, match=rf"{name} of .* has shape \[32, 48\] where \[48, 32\] is expected of one of 8 equal experts"
     ):
-        moe_layers(Checkpoint.open(directory))
+        Model.open(directory)
 
 
 def test_nothing_but_the_checked_tensors_is_loaded(model: Path, tmp_path: Path) -> None:
     """What transformers would take in their place: an adapter's base model, a distributed checkpoint, a kernel, remote code."""
-    expected = load_model(Checkpoint.open(model)).state_dict()
+    expected = load_model(Model.open(model)).state_dict()
     hostile = {"auto_map": {"AutoModelForCausalLM": "trap.Model"}, "transformers_weights": "other.safetensors"}
     checkpoint = reconfigured(model, tmp_path / "model", **hostile, _attn_implementation="some/kernel", attn_implementation="a/b")
     (checkpoint.path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/where", "peft_type": "LORA"}')
     (checkpoint.path / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     (checkpoint.path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     (checkpoint.path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
-    loaded = load_model(Checkpoint.open(checkpoint.path))
+    loaded = load_model(Model.open(checkpoint.path))
     assert all(torch.equal(values, expected[name]) for name, values in loaded.state_dict().items())
     assert loaded.config._attn_implementation in ("sdpa", "eager")
     assert not (tmp_path / "sprung").exists()
 
 
 def test_a_family_that_needs_code_of_its_own_is_refused(model: Path, tmp_path: Path) -> None:
-    checkpoint = reconfigured(model, tmp_path / "model", model_type="new_moe", auto_map={"AutoModelForCausalLM": "m.Model"})
     with pytest.raises(
         UserError, match=r"new_moe of .*, needs code of its own to run \(auto_map\), which is never done, is not supp"
     ):
-        moe_layers(checkpoint)
+        reconfigured(model, tmp_path / "model", model_type="new_moe", auto_map={"AutoModelForCausalLM": "m.Model"})
 
 
 # Values
@@ -283,7 +281,7 @@ def test_a_weight_that_is_not_finite_is_named_where_it_is_read(sharded: Path, na
     with pytest.raises(UserError, match=f"{name} in {file} has a weight that is not finite"):
         checkpoint.read(name)
     with pytest.raises(UserError, match=f"{name} in {file} has a weight that is not finite"):
-        load_model(checkpoint)
+        load_model(Model.open(sharded))
     with pytest.raises(UserError, match="not finite"):
         checkpoint.read_row(name, checkpoint.shape(name)[0] - 1)
 
@@ -292,7 +290,7 @@ def test_a_number_beside_the_weights_is_no_hindrance(model: Path, tmp_path: Path
     directory = Path(shutil.copytree(model, tmp_path / "model"))
     tensors = load_file(directory / "model.safetensors")
     save_file(tensors | {"steps": torch.tensor(3)}, directory / "model.safetensors", metadata={"format": "pt"})
-    assert "steps" not in load_model(Checkpoint.open(directory)).state_dict()
+    assert "steps" not in load_model(Model.open(directory)).state_dict()
 
 
 # Nothing is unpickled

@@ -33,8 +33,7 @@ def no_weights(layer: str, expert: int) -> None:
 PROGRAM = """
 import json, resource, sys
 from pathlib import Path
-from rq_compile.architectures.layers import moe_layers
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.export.export import export_graph
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
 from rq_compile.targets.onnxruntime import compile_engine
@@ -42,7 +41,7 @@ from rq_compile.targets.onnxruntime import compile_engine
 def resident(which):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(which)) * 1024
 
-checkpoint = Checkpoint.open(sys.argv[1])
+checkpoint = Model.open(sys.argv[1])
 predicted = LayerPrediction(
     lis_before=1, lis_after=1, strict_lis_before=1, strict_lis_after=1, bytes_before=1, bytes_after=1, error=0
 )
@@ -52,7 +51,7 @@ layers = [
         name=layer.name, index=layer.index, geometry=layer.geometry, predicted=predicted,
         slots=[Slot(expert=e, format=formats[e % 4]) for e in range(layer.geometry.experts)],
     )
-    for layer in moe_layers(checkpoint)
+    for layer in checkpoint.layers
 ]
 plan = Plan(
     tool="test", model="m", model_type="olmoe", fingerprint=checkpoint.fingerprint, calibration_sha256=None, policy="none",

@@ -9,7 +9,7 @@ import pytest
 from click.testing import Result
 from command_line import refused
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.files import read_document
 from rq_compile.planning.schema import Plan
 from rq_compile.runtime.files import read_manifest
@@ -54,9 +54,9 @@ def test_an_engine_has_its_models_licence(
     (checkpoint / "NOTICE.txt").write_text("Made of noise.\n")
     (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n")
     engine = tmp_path / "small.onnx"
-    exported = export_once(Checkpoint.open(model))  # the same graph
+    exported = export_once(Model.open(model))  # the same graph
     plan = read_document(Plan, stages / "plan.json")
-    compile_engine(Checkpoint.open(checkpoint), plan.model_copy(update={"quantizer": "nearest"}), engine, exported=exported)
+    compile_engine(Model.open(checkpoint), plan.model_copy(update={"quantizer": "nearest"}), engine, exported=exported)
     manifest = read_manifest(engine)
     assert manifest.licence == "mit"
     assert [file.name for file in manifest.licences] == ["small.LICENSE", "small.NOTICE.txt"]

@@ -13,15 +13,15 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from rq_compile.architectures.geometry import ExpertGeometry
-from rq_compile.architectures.layers import ExpertWeights, MoeLayer, expert_weights, moe_layers
+from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.load import load_model
+from rq_compile.architectures.model import Model
 from rq_compile.calibration import measure
 from rq_compile.calibration.estimate import MIN_PAIRS, relative_errors
 from rq_compile.calibration.expert import activate
 from rq_compile.calibration.measure import measure_layer
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.wanda import WANDA_FRACTION
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.files import read_document, write_document
 from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import SecondMoment
@@ -45,7 +45,7 @@ def put(module: nn.Module, expert: int, up: np.ndarray, down: np.ndarray) -> Non
 class Reference:
     """transformers' experts of one layer in float64."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: MoeLayer) -> None:
+    def __init__(self, checkpoint: Model, layer: MoeLayer) -> None:
         model = load_model(checkpoint)
         if not model.config.is_encoder_decoder:
             model.set_experts_implementation("eager")
@@ -55,14 +55,14 @@ class Reference:
     def output(self, hidden: np.ndarray, ids: np.ndarray, gates: np.ndarray, **formats: str) -> np.ndarray:
         """The layer's output when the experts ``e3="int4"`` and so on are stored in a format."""
         for name, format in formats.items():
-            weights = expert_weights(self.checkpoint, self.layer, int(name[1:]))
+            weights = self.checkpoint.expert(self.layer, int(name[1:]))
             put(self.module, int(name[1:]), stored(weights.up, format), stored(weights.down, format))
         chosen = torch.from_numpy(ids)
         if isinstance(self.module, nn.ModuleDict):
             chosen = nn.functional.one_hot(chosen, self.layer.geometry.experts)
         found = self.module(torch.from_numpy(hidden).double(), chosen, torch.from_numpy(gates).double()).numpy()
         for name in formats:
-            weights = expert_weights(self.checkpoint, self.layer, int(name[1:]))
+            weights = self.checkpoint.expert(self.layer, int(name[1:]))
             put(self.module, int(name[1:]), weights.up, weights.down)
         return found
 
@@ -70,8 +70,8 @@ class Reference:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_error_is_what_the_layer_s_output_changes_by(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
     """One expert in a format: the relative squared change of the whole layer's output, in float64."""
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
-    layer = moe_layers(checkpoint)[-1]
+    checkpoint = Model.open(tiny_checkpoint(family))
+    layer = checkpoint.layers[-1]
     given = inputs(layer.geometry, 160)
     found = measured(checkpoint, layer, given, quantizer="nearest")
     errors, estimated = relative_errors(found, found.pairs)
@@ -107,8 +107,8 @@ def test_errors_are_those_of_the_block_that_was_asked_for() -> None:
 @pytest.mark.parametrize(("family", "tolerance"), [("switch_transformers", 1e-3), ("mixtral", 0.1), ("gpt_oss", 0.1)])
 def test_errors_add_up(tiny_checkpoint: Callable[[str], Path], family: str, tolerance: float) -> None:
     """All experts in int4: the layer's relative error is their sum, exactly where a token has one expert."""
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
-    layer = moe_layers(checkpoint)[0]
+    checkpoint = Model.open(tiny_checkpoint(family))
+    layer = checkpoint.layers[0]
     given = inputs(layer.geometry, 400)
     found = measured(checkpoint, layer, given, quantizer="nearest")
     errors, estimated = relative_errors(found, found.pairs)
@@ -134,12 +134,12 @@ def float64_intermediate(x: np.ndarray, weights: ExpertWeights, geometry: Expert
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
 @pytest.mark.parametrize("fraction", [0.01, WANDA_FRACTION, 1.0])
 def test_wanda_score_and_moments_against_a_loop(tiny_checkpoint: Callable[[str], Path], family: str, fraction: float) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
-    layer = moe_layers(checkpoint)[0]
+    checkpoint = Model.open(tiny_checkpoint(family))
+    layer = checkpoint.layers[0]
     hidden, ids, gates = inputs(layer.geometry, 90)
     found = measured(checkpoint, layer, (hidden, ids, gates), wanda_fraction=fraction)
     for expert in range(layer.geometry.experts):
-        weights = expert_weights(checkpoint, layer, expert)
+        weights = checkpoint.expert(layer, expert)
         x = hidden[(ids == expert).any(axis=1)]
         assert found.pairs[expert] == len(x) > 0
         intermediate = float64_intermediate(x, weights, layer.geometry)
@@ -162,15 +162,15 @@ def test_wanda_score_and_moments_against_a_loop(tiny_checkpoint: Callable[[str],
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
 def test_the_error_measured_is_that_of_the_weights_that_gptq_leaves(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
-    layer = moe_layers(checkpoint)[0]
+    checkpoint = Model.open(tiny_checkpoint(family))
+    layer = checkpoint.layers[0]
     given = inputs(layer.geometry, 400)
     found = measured(checkpoint, layer, given)
     nearest = measured(checkpoint, layer, given, quantizer="nearest")
     assert all(found.error[format].sum() < nearest.error[format].sum() for format in ("int8", "int4"))
     reference = Reference(checkpoint, layer)
     output = reference.output(*given)
-    weights = expert_weights(checkpoint, layer, 1)
+    weights = checkpoint.expert(layer, 1)
     up = stored(weights.up, "int4", found.input_moment)
     down = stored(weights.down, "int4", SecondMoment(found.intermediate_moments[1]))
     put(reference.module, 1, up, down)
@@ -255,7 +255,7 @@ def test_a_format_that_cannot_hold_a_weight_costs_infinitely(tmp_path: Path, tin
     errors, _ = relative_errors(found.scaled(found.pairs, 1.0), found.pairs)
     assert np.isinf(errors["fp16"]).tolist() == [False, True, False, False, False, True]
     assert all(np.isfinite(errors[format]).all() for format in ("fp32", "bf16", "int8", "int4"))
-    calibration = run(Checkpoint.open(tiny_checkpoint("olmoe")))
+    calibration = run(Model.open(tiny_checkpoint("olmoe")))
     layer = calibration.layers[0].model_copy(update={"error": {"fp16": errors["fp16"].tolist()}})
     write_document(calibration.model_copy(update={"layers": [layer]}), tmp_path / "c.json")
     assert read_document(Calibration, tmp_path / "c.json").layers[0].error["fp16"] == errors["fp16"].tolist()

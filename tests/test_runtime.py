@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
@@ -120,7 +120,7 @@ def test_counted_rows_are_those_that_transformers_routes(
 ) -> None:
     """On the first layer, whose inputs no plan has changed."""
     ids = tokens(2, 40)
-    model = Reference.load(Checkpoint.open(tiny_checkpoint("olmoe"))).model
+    model = Reference.load(Model.open(tiny_checkpoint("olmoe"))).model
     chosen: list[np.ndarray] = []
     model.model.layers[0].mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2].numpy()))
     Reference(model).logits(ids)

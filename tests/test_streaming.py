@@ -19,8 +19,8 @@ from command_line import python
 from safetensors.torch import save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM, PretrainedConfig
 
-from rq_compile.architectures.layers import moe_layers
 from rq_compile.architectures.load import meta_model
+from rq_compile.architectures.model import Model
 from rq_compile.calibration import calibrate as calibrate_module
 from rq_compile.calibration import memory, streaming
 from rq_compile.calibration.calibrate import calibrate
@@ -38,7 +38,7 @@ MIB = 2**20
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calibrated]:
     """``run(checkpoint, whole, in_memory)`` calibrates that way, whatever memory there is."""
 
-    def run(checkpoint: Checkpoint, whole: bool, in_memory: bool = True, **given: Any) -> Calibrated:
+    def run(checkpoint: Model, whole: bool, in_memory: bool = True, **given: Any) -> Calibrated:
         monkeypatch.setattr(calibrate_module, "choose_way", lambda *_, **__: Way(whole, in_memory, "as asked for"))
         options = {"texts": TEXTS, "batch_size": 4, "sequence_length": LENGTH, "progress": lambda done, total: None}
         return calibrate(checkpoint, **{**options, **given})
@@ -64,7 +64,7 @@ def test_gives_what_the_whole_model_gives(
     tiny_checkpoint: Callable[[str], Path], run: Callable[..., Calibrated], family: str
 ) -> None:
     """One batch of each text is shorter than the others; the last layer's inputs have come through all before it."""
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
+    checkpoint = Model.open(tiny_checkpoint(family))
     same(run(checkpoint, True), run(checkpoint, False))
 
 
@@ -78,7 +78,7 @@ def test_hidden_states_on_disk_change_nothing(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     seen: list[Path] = []
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
+    checkpoint = Model.open(tiny_checkpoint(family))
     in_memory, on_disk = (
         run(checkpoint, False, where, progress=lambda done, total: seen.extend(tmp_path.iterdir())) for where in (True, False)
     )
@@ -98,7 +98,7 @@ def test_four_layers_and_tokens_of_which_a_sample_is_measured(
     monkeypatch.setitem(tiny.CONFIGS, "granitemoe", deeper)
     monkeypatch.setattr(calibrate_module, "MAX_RECORDED_BYTES", 100 * 4 * 32 * 4)
     monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 7)
-    checkpoint = Checkpoint.open(tiny.build("granitemoe", tmp_path / "model"))
+    checkpoint = Model.open(tiny.build("granitemoe", tmp_path / "model"))
     whole, streamed = (run(checkpoint, way, texts={"long": letters(900, 3)}, batch_size=batch_size) for way in (True, False))
     assert (len(whole[0].layers), whole[0].measured_tokens) == (4, 100)
     same(whole, streamed)
@@ -114,18 +114,18 @@ def test_what_switch_drops(tiny_checkpoint: Callable[[str], Path], run: Callable
 def test_every_tensor_is_read_once(
     tiny_checkpoint: Callable[[str], Path], run: Callable[..., Calibrated], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("qwen2_moe"))
+    checkpoint = Model.open(tiny_checkpoint("qwen2_moe"))
     read: list[str] = []
     original = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.append(name) or original(self, name))
     run(checkpoint, False)
-    assert sorted([*read, "lm_head.weight"]) == checkpoint.names
+    assert sorted([*read, "lm_head.weight"]) == checkpoint.checkpoint.names
 
 
 def test_progress_ends_with_all_tokens(tiny_checkpoint: Callable[[str], Path], run: Callable[..., Calibrated]) -> None:
     for family in ("switch_transformers", "deepseek"):
         told: list[tuple[int, int]] = []
-        run(Checkpoint.open(tiny_checkpoint(family)), False, progress=lambda *both, told=told: told.append(both))
+        run(Model.open(tiny_checkpoint(family)), False, progress=lambda *both, told=told: told.append(both))
         assert told == sorted(told)
         assert 0 < told[0][0] < TOKENS / 2
         assert told[-1] == (TOKENS, TOKENS)
@@ -134,19 +134,19 @@ def test_progress_ends_with_all_tokens(tiny_checkpoint: Callable[[str], Path], r
 def test_refuses_a_layer_that_the_model_does_not_call(
     tiny_checkpoint: Callable[[str], Path], run: Callable[..., Calibrated], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_second_layer(checkpoint: Checkpoint) -> Any:
+    def without_second_layer(checkpoint: Model) -> Any:
         model = meta_model(checkpoint)
         model.config.num_hidden_layers = 1
         return model
 
     monkeypatch.setattr(streaming, "meta_model", without_second_layer)
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.experts was bypassed by the model; use a transformers version"):
-        run(Checkpoint.open(tiny_checkpoint("mixtral")), False)
+        run(Model.open(tiny_checkpoint("mixtral")), False)
 
 
 def test_the_way_is_chosen_by_the_memory(tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
-    layers = moe_layers(checkpoint)
+    checkpoint = Model.open(tiny_checkpoint("olmoe"))
+    layers = checkpoint.layers
     monkeypatch.setattr(memory, "PROGRAM", 0)
     monkeypatch.setattr(memory, "used_memory", lambda: 1000 * MIB)
 
@@ -169,8 +169,8 @@ def test_the_way_is_chosen_by_the_memory(tiny_checkpoint: Callable[[str], Path],
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_largest_dense_part_has_no_experts(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint(family))
-    model, layers = meta_model(checkpoint), moe_layers(checkpoint)
+    checkpoint = Model.open(tiny_checkpoint(family))
+    model, layers = meta_model(checkpoint), checkpoint.layers
     parts = Counter[str]()
     for name, tensor in model.state_dict().items():
         if not any(name.startswith(layer.name) for layer in layers):
@@ -229,9 +229,7 @@ def test_scratch_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refuses_a_device_that_is_not_there(tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"--device cuda asks for a GPU, but torch .* finds none on this machine; use --dev"):
-        calibrate(
-            Checkpoint.open(tiny_checkpoint("olmoe")), TEXTS, batch_size=1, sequence_length=8, progress=print, device="cuda"
-        )
+        calibrate(Model.open(tiny_checkpoint("olmoe")), TEXTS, batch_size=1, sequence_length=8, progress=print, device="cuda")
 
 
 LIMIT = 700 * MIB
@@ -244,9 +242,9 @@ import torch
 torch.set_num_threads(1)
 from rq_compile.architectures.load import load_model
 from rq_compile.calibration import calibrate as module
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 
-checkpoint, limit = Checkpoint.open(sys.argv[1]), int(sys.argv[2])
+checkpoint, limit = Model.open(sys.argv[1]), int(sys.argv[2])
 if limit:
     module.measure_layer = partial(module.measure_layer, formats=("fp16",))  # others take as much memory, and longer
     module.calibrate(checkpoint, {"text": sys.argv[3]}, batch_size=2, sequence_length=64, progress=lambda *_: None,

@@ -18,7 +18,7 @@ from onnx import AttributeProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 from test_tensorrt_network import GEOMETRY, layer_in_half
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.cli.compile import command as compile_command
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported
@@ -36,7 +36,7 @@ DECODING = "batch=1:2:4,sequence=1,past=1:16:60"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def exported_once(export_once: Callable[[Checkpoint], Exported]) -> Iterator[None]:
+def exported_once(export_once: Callable[[Model], Exported]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, "export_graph", export_once)
         yield

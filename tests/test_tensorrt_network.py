@@ -12,7 +12,7 @@ from one_layer import LAYER, MIXED, batch, one_layer, plan_of, random_experts, r
 from onnx import TensorProto, helper
 
 from rq_compile.architectures.geometry import ExpertGeometry
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported
 from rq_compile.files import read_document
@@ -105,12 +105,12 @@ def test_int4_weights_are_kept_apart_in_loops(tmp_path: Path) -> None:
 def network(
     tiny_checkpoint: Callable[[str], Path],
     stages: Path,
-    export_once: Callable[[Checkpoint], Exported],
+    export_once: Callable[[Model], Exported],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, onnx.ModelProto, Exported]:
     """The tiny OLMoE with the replicas of its plan, but with nothing quantized, so that only fp16 keeps it from the original."""
     path = tmp_path_factory.mktemp("network") / "net.onnx"
-    checkpoint, plan = Checkpoint.open(tiny_checkpoint("olmoe")), read_document(Plan, stages / "plan.json")
+    checkpoint, plan = Model.open(tiny_checkpoint("olmoe")), read_document(Plan, stages / "plan.json")
     exported = export_once(checkpoint)
     layers = [
         layer.model_copy(update={"slots": [slot.model_copy(update={"format": "fp32"}) for slot in layer.slots]})
@@ -127,7 +127,7 @@ def test_a_model_gives_the_logits_of_transformers(network: tuple[Path, onnx.Mode
     past = {tensor.past: np.zeros((3, tensor.heads, 0, tensor.dimension), np.float16) for tensor in exported.cache}
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.tile(np.arange(40), (3, 1))}
     logits, *present = running.run(None, feeds | past)
-    wanted = Reference.load(Checkpoint.open(model)).logits(ids)
+    wanted = Reference.load(Model.open(model)).logits(ids)
     assert logits.dtype == np.float32
     assert {array.dtype for array in present} == {np.dtype(np.float16)}
     # A token whose experts are a rounding apart may go to another.

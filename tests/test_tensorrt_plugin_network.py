@@ -18,7 +18,7 @@ from moe_nodes import attributes_of, constants_of, inputs_of, moe_nodes, run
 from onnx import TensorProto
 from transformers import OlmoeConfig
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.export.export import Exported
 from rq_compile.files import read_document, write_document
 from rq_compile.planning.schema import LayerPlan, Plan
@@ -44,7 +44,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Callable, stages: Path) -> tuple[Checkpoint, Path]:
+def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Callable, stages: Path) -> tuple[Model, Path]:
     """An OLMoE of sizes that the kernels take, unlike those of the other tests, and its plan: replicas, int8 and int4."""
     folder = tmp_path_factory.mktemp("wide")
     model, calibration, plan = folder / "model", folder / "calibration.json", folder / "plan.json"
@@ -60,7 +60,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Callable, stages:
         assert result.exit_code == 0, result.stderr
     made = read_document(Plan, plan)
     write_document(made.model_copy(update={"layers": [with_copies(layer, 3) for layer in made.layers]}), plan)
-    return Checkpoint.open(model), plan
+    return Model.open(model), plan
 
 
 def with_copies(layer: LayerPlan, count: int) -> LayerPlan:
@@ -71,7 +71,7 @@ def with_copies(layer: LayerPlan, count: int) -> LayerPlan:
 
 @pytest.fixture(scope="module")
 def network(
-    wide: tuple[Checkpoint, Path], export_once: Callable[[Checkpoint], Exported], tmp_path_factory: pytest.TempPathFactory
+    wide: tuple[Model, Path], export_once: Callable[[Model], Exported], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[onnx.ModelProto, Plan]:
     """Without the calibration's statistics: rounded to the nearest."""
     checkpoint, plan = wide[0], read_document(Plan, wide[1])
@@ -92,7 +92,7 @@ def as_planned(reference: Reference, plan: Plan) -> Reference:
     return reference
 
 
-def test_a_model_gives_the_logits_of_transformers(wide: tuple[Checkpoint, Path], network: tuple[onnx.ModelProto, Plan]) -> None:
+def test_a_model_gives_the_logits_of_transformers(wide: tuple[Model, Path], network: tuple[onnx.ModelProto, Plan]) -> None:
     model, plan = network
     slots = [slot for layer in plan.layers for slot in layer.slots]
     assert {"int8", "int4"} <= {slot.format for slot in slots}
@@ -112,7 +112,7 @@ def test_a_model_gives_the_logits_of_transformers(wide: tuple[Checkpoint, Path],
 
 
 def test_a_layer_keeps_its_types_and_the_router_stays_in_fp32(
-    wide: tuple[Checkpoint, Path], network: tuple[onnx.ModelProto, Plan], export_once: Callable[[Checkpoint], Exported]
+    wide: tuple[Model, Path], network: tuple[onnx.ModelProto, Plan], export_once: Callable[[Model], Exported]
 ) -> None:
     model, plan = network
     assert len(moe_nodes(model)) == len(plan.layers) == 2
@@ -132,7 +132,7 @@ def test_a_layer_keeps_its_types_and_the_router_stays_in_fp32(
             assert half not in [known.get(name) for name in (*node.input, *node.output)]
 
 
-def test_bf16(wide: tuple[Checkpoint, Path], export_once: Callable[[Checkpoint], Exported], tmp_path: Path) -> None:
+def test_bf16(wide: tuple[Model, Path], export_once: Callable[[Model], Exported], tmp_path: Path) -> None:
     checkpoint, path = wide
     plan = read_document(Plan, path)
     write_network(checkpoint, plan, export_once(checkpoint), PROFILES, tmp_path / "n.onnx", precision="bf16", plugins=True)
@@ -141,10 +141,10 @@ def test_bf16(wide: tuple[Checkpoint, Path], export_once: Callable[[Checkpoint],
 
 @pytest.fixture(scope="module")
 def unbuilt(
-    wide: tuple[Checkpoint, Path],
+    wide: tuple[Model, Path],
     library: Path,
     rq_compile: Callable,
-    export_once: Callable[[Checkpoint], Exported],
+    export_once: Callable[[Model], Exported],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     checkpoint, plan = wide
@@ -183,7 +183,7 @@ def test_the_loads_that_were_planned_for_are_told(unbuilt: Path) -> None:
 
 
 def test_without_plugins_it_is_said_and_with_stock_it_is_not(
-    wide: tuple[Checkpoint, Path], rq_compile: Callable, export_once: Callable, out: Path, monkeypatch: pytest.MonkeyPatch
+    wide: tuple[Model, Path], rq_compile: Callable, export_once: Callable, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target, "export_graph", export_once)
     checkpoint, plan = wide

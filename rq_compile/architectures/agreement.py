@@ -6,12 +6,13 @@ Then, with the empty model at hand, the shape of every tensor.
 
 from typing import TYPE_CHECKING
 
-from rq_compile.architectures.dense import dense_name
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from rq_compile.architectures.model import Model
 
 # What a config calls the dimensions of its tensors. Those of the second row may be 0 or null, where a family goes without.
 DIMENSIONS = (
@@ -30,9 +31,9 @@ def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
     Raises:
         UserError: a size that the config states is no whole number, or larger than any of the tensors can bear out.
     """
-    largest = max((max(tensor.shape, default=1) for tensor in checkpoint.tensors.values()), default=1)
+    largest = max((max(tensor.shape, default=1) for tensor in checkpoint.stored_tensors()), default=1)
     limits = dict.fromkeys(DIMENSIONS, (1, largest)) | dict.fromkeys(OPTIONAL_DIMENSIONS, (0, largest))
-    limits |= dict.fromkeys(LAYERS, (1, len(checkpoint.tensors)))
+    limits |= dict.fromkeys(LAYERS, (1, len(checkpoint.names)))
     for key, (least, most) in limits.items():
         value = getattr(config, key, None)
         if not hasattr(config, key) or (value is None and least == 0):
@@ -46,20 +47,19 @@ def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
             )
 
 
-def check_tensors(checkpoint: Checkpoint, model: "PreTrainedModel", experts: list[str]) -> None:
-    """``model`` is the empty model, ``experts`` its experts modules, whose tensors ``moe_layers`` has compared.
+def check_tensors(model: "Model", empty: "PreTrainedModel") -> None:
+    """Of all non-expert weights; ``moe_layers`` has compared those of the experts. ``empty`` is the model without weights.
 
     Raises:
         UserError: a tensor is missing, or its shape is not the model's.
     """
-    inside = tuple(f"{module}." for module in experts)
-    for parameter, tensor in model.state_dict().items():
+    inside = tuple(f"{layer.name}." for layer in model.layers)
+    for parameter, tensor in empty.state_dict().items():
         if parameter.startswith(inside):
             continue
-        name = dense_name(checkpoint, parameter)
-        if checkpoint.shape(name) != tuple(tensor.shape):
+        if model.shape(parameter) != tuple(tensor.shape):
             raise UserError(
-                f"{name} of {checkpoint.path} has shape {list(checkpoint.shape(name))} where its config.json asks for "
-                f"{list(tensor.shape)}; download the checkpoint again",
+                f"{model.tensor(parameter)} of {model.path} has shape {list(model.shape(parameter))} where its config.json asks "
+                f"for {list(tensor.shape)}; download the checkpoint again",
                 2,
             )

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from rq_compile.architectures.configuration import model_config
-from rq_compile.architectures.families import Family, family_of
+from rq_compile.architectures.families import Family
 from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
@@ -52,15 +51,13 @@ class ExpertWeights:
     down_moment: SecondMoment | None = None
 
 
-def moe_layers(checkpoint: Checkpoint) -> list[MoeLayer]:
+def moe_layers(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig") -> list[MoeLayer]:
     """Every MoE layer by index, from the config and the tensors' names and shapes; no weights are read.
 
     Raises:
-        UserError: see ``model_config``; no MoE layer, an activation that is not supported, or experts that are missing, of
-            unequal shapes, or not as many as the config says.
+        UserError: no MoE layer, an activation that is not supported, or experts that are missing, of unequal shapes, or not as
+            many as the config says.
     """
-    family = family_of(checkpoint)
-    config = model_config(checkpoint)
     layers = [
         MoeLayer(name, number, _geometry(checkpoint, family, config, name))
         for number, name in enumerate(_experts_modules(family, config))
@@ -71,40 +68,36 @@ def moe_layers(checkpoint: Checkpoint) -> list[MoeLayer]:
     return layers
 
 
-def expert_weights(checkpoint: Checkpoint, layer: MoeLayer, expert: int) -> ExpertWeights:
-    """The weights of one logical expert; reads no other's.
+def expert_matrix(checkpoint: Checkpoint, family: Family, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray:
+    """One of the two matrices of a logical expert, as ``ExpertWeights`` has them; reads nothing else.
 
     Raises:
-        UserError: see ``expert_projection``.
+        UserError: a tensor is missing (``moe_layers`` has compared the shapes), or a value is not finite.
     """
-    up, up_bias = expert_projection(checkpoint, layer, expert, "up")
-    down, down_bias = expert_projection(checkpoint, layer, expert, "down")
-    return ExpertWeights(up, down, up_bias, down_bias)
-
-
-def expert_projection(
-    checkpoint: Checkpoint, layer: MoeLayer, expert: int, projection: Projection
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """One of the two matrices of a logical expert and its bias, as ``ExpertWeights`` has them; reads nothing else.
-
-    Raises:
-        UserError: a tensor is missing (``moe_layers`` has compared the shapes).
-    """
-    family = family_of(checkpoint)
     stacked = _stacked(checkpoint, family, layer.name)
-    bias = None
     if stacked is None:
         names = family.up if projection == "up" else (family.down,)
         parts = [checkpoint.read(_expert_tensor(family, layer.name, name, expert)) for name in names]
-        matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    else:
-        name = stacked[PROJECTIONS.index(projection)]
-        matrix = checkpoint.read_row(name, expert)
-        if family.transposed:
-            bias = checkpoint.read_row(f"{name}_bias", expert)
-            matrix, bias = (_deinterleaved(matrix.T), _deinterleaved(bias)) if projection == "up" else (matrix.T, bias)
-            matrix, bias = np.ascontiguousarray(matrix), bias.astype(np.float32)
-    return matrix, bias
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    matrix = checkpoint.read_row(stacked[PROJECTIONS.index(projection)], expert)
+    if family.transposed:
+        matrix = np.ascontiguousarray(_deinterleaved(matrix.T) if projection == "up" else matrix.T)
+    return matrix
+
+
+def expert_bias(
+    checkpoint: Checkpoint, family: Family, layer: MoeLayer, expert: int, projection: Projection
+) -> np.ndarray | None:
+    """The bias of one of the two matrices, as ``ExpertWeights`` has it; reads nothing else.
+
+    Raises:
+        UserError: see ``expert_matrix``.
+    """
+    stacked = _stacked(checkpoint, family, layer.name)
+    if stacked is None or not family.transposed:
+        return None
+    bias = checkpoint.read_row(f"{stacked[PROJECTIONS.index(projection)]}_bias", expert)
+    return (_deinterleaved(bias) if projection == "up" else bias).astype(np.float32)
 
 
 def _deinterleaved(rows: np.ndarray) -> np.ndarray:

@@ -2,34 +2,31 @@
 
 No code of a checkpoint is ever run, so there is no ``--trust-remote-code``: every supported family's classes are transformers'
 own or in ``remote.py``, and a family that is neither could not be exported by running its code alone. transformers is given the
-config and the tensors that ``Checkpoint`` has checked, never the folder: there it would follow an ``adapter_config.json`` to
+config and the tensors that ``Model`` has checked, never the folder: there it would follow an ``adapter_config.json`` to
 another repository, unpickle a distributed checkpoint's ``.metadata``, or take other weights than the rest of rq-compile does.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from rq_compile.architectures.agreement import check_tensors
-from rq_compile.architectures.configuration import model_config
-from rq_compile.architectures.dense import dense_tensor
-from rq_compile.architectures.layers import MoeLayer, expert_weights, moe_layers
+from rq_compile.architectures.model import Model
 from rq_compile.architectures.remote import REMOTE_CLASSES
-from rq_compile.checkpoint.checkpoint import Checkpoint
-from rq_compile.checkpoint.safetensors_file import check_finite
+from rq_compile.checkpoint.mapped import mapped
 from rq_compile.errors import UserError
 
 # One product per expert that has tokens. "batched_mm" would gather whole weight matrices per token.
 EXPERTS_IMPLEMENTATION = "grouped_mm"
 
 
-def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
+def load_model(model: Model) -> PreTrainedModel:
     """The model in fp32 on the CPU, in eval mode, without gradients.
 
     transformers converts the weights of its own families, which takes about 2.5 times their fp32 bytes meanwhile; the others are
@@ -38,39 +35,47 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         UserError: see ``meta_model``; or a weight is not finite.
     """
-    layers, model = moe_layers(checkpoint), meta_model(checkpoint)
-    if checkpoint.model_type in REMOTE_CLASSES:
-        _fill(model, checkpoint, layers)
+    loaded = meta_model(model)
+    if model.model_type in REMOTE_CLASSES:
+        _fill(loaded, model)
     else:
-        model = _converted(type(model), checkpoint)
-        _choose_experts_implementation(model)
-    return model.eval().requires_grad_(False)
+        loaded = _converted(type(loaded), model)
+        _choose_experts_implementation(loaded)
+    return loaded.eval().requires_grad_(False)
 
 
-def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The same module as ``load_model`` gives, its parameters on the meta device.
+def meta_model(model: Model) -> PreTrainedModel:
+    """The same module as ``load_model`` gives, its parameters on the meta device; a copy of its own for each caller.
 
     Buffers that no checkpoint holds (the rotary embeddings' frequencies) are real.
 
     Raises:
-        UserError: see ``moe_layers``; or the config describes no model, or one that the checkpoint's tensors are not of.
+        UserError: the config describes no model, or one that the checkpoint's tensors are not of.
     """
-    config = model_config(checkpoint)
+    return deepcopy(model.without_weights)
+
+
+def built_without_weights(model: Model) -> PreTrainedModel:
+    """What ``Model.without_weights`` keeps.
+
+    Raises:
+        UserError: see ``meta_model``.
+    """
     try:
-        model = _empty(_model_class(checkpoint, config), config)
+        empty = _empty(_model_class(model), model.config)
     except Exception as error:  # a config may be wrong in any way
         reason = " ".join(str(error).split())
-        raise UserError(f"{checkpoint.path / 'config.json'} describes no model that can be built: {reason}", 2) from error
-    check_tensors(checkpoint, model, [layer.name for layer in moe_layers(checkpoint)])
-    _choose_experts_implementation(model)
-    return model.eval().requires_grad_(False)
+        raise UserError(f"{model.path / 'config.json'} describes no model that can be built: {reason}", 2) from error
+    check_tensors(model, empty)
+    _choose_experts_implementation(empty)
+    return empty.eval().requires_grad_(False)
 
 
-def _model_class(checkpoint: Checkpoint, config: PretrainedConfig) -> type[PreTrainedModel]:
-    if checkpoint.model_type in REMOTE_CLASSES:
-        return REMOTE_CLASSES[checkpoint.model_type]
-    mapping: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[type(config)]
+def _model_class(model: Model) -> type[PreTrainedModel]:
+    if model.model_type in REMOTE_CLASSES:
+        return REMOTE_CLASSES[model.model_type]
+    mapping: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if model.config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping[type(model.config)]
 
 
 def _empty(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -84,38 +89,36 @@ def _empty(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreT
     return model
 
 
-def materialize(
-    model: PreTrainedModel, checkpoint: Checkpoint, name: str = "", device: str = "cpu", without: str | None = None
-) -> None:
+def materialize(empty: PreTrainedModel, model: Model, name: str = "", device: str = "cpu", without: str | None = None) -> None:
     """Give what the module ``name`` of a meta model holds its values, in fp32 on ``device``: all but the module ``without``.
 
     Raises:
         UserError: the checkpoint has no such tensor, or one of another shape.
     """
-    module = model.get_submodule(name)
+    module = empty.get_submodule(name)
     for below, tensor in [*module.named_parameters(), *module.named_buffers()]:
         path = f"{name}.{below}" if name else below
         owner, _, attribute = path.rpartition(".")
         if without is not None and path.startswith(f"{without}."):
             continue
-        value = _fp32(dense_tensor(checkpoint, path)) if tensor.is_meta else tensor.detach()
+        value = _fp32(model.read(path)) if tensor.is_meta else tensor.detach()
         if value.shape != tensor.shape:
             raise UserError(
                 f"{path} has shape {list(value.shape)} where {list(tensor.shape)} is expected; check the model's config.json", 2
             )
         value = value.to(device)
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value)
+        setattr(empty.get_submodule(owner), attribute, nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value)
 
 
-def _converted(model_class: type[PreTrainedModel], checkpoint: Checkpoint) -> PreTrainedModel:
+def _converted(model_class: type[PreTrainedModel], model: Model) -> PreTrainedModel:
     """The model with the checkpoint's tensors, renamed and stacked by transformers."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         return model_class.from_pretrained(
             None,
-            config=model_config(checkpoint),
-            state_dict=_mapped(checkpoint),
+            config=deepcopy(model.config),
+            state_dict=mapped(model.checkpoint),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -126,36 +129,24 @@ def _converted(model_class: type[PreTrainedModel], checkpoint: Checkpoint) -> Pr
             logging.enable_progress_bar()
 
 
-def _mapped(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every tensor, mapped from its file."""
-    try:
-        files = {file: safe_open(file, "pt") for file in {tensor.file for tensor in checkpoint.tensors.values()}}
-        tensors = {name: files[tensor.file].get_tensor(name) for name, tensor in checkpoint.tensors.items()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights of {checkpoint.path}: {error}; download the checkpoint again", 2) from error
-    for name, stored in checkpoint.tensors.items():
-        check_finite(name, stored, tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return tensors
-
-
 def _choose_experts_implementation(model: PreTrainedModel) -> None:
     # Switch has experts of its own, outside the experts interface.
     if not model.config.is_encoder_decoder:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
 
-def _fill(model: PreTrainedModel, checkpoint: Checkpoint, layers: list[MoeLayer]) -> None:
+def _fill(empty: PreTrainedModel, model: Model) -> None:
     """Give every meta parameter of a gated model without expert biases its values."""
-    for layer in layers:
-        module: Any = model.get_submodule(layer.name)
+    for layer in model.layers:
+        module: Any = empty.get_submodule(layer.name)
         up = torch.empty(module.gate_up_proj.shape)
         down = torch.empty(module.down_proj.shape)
         for expert in range(layer.geometry.experts):
-            weights = expert_weights(checkpoint, layer, expert)
+            weights = model.expert(layer, expert)
             up[expert], down[expert] = _fp32(weights.up), _fp32(weights.down)
         module.gate_up_proj, module.down_proj = nn.Parameter(up), nn.Parameter(down)
-    materialize(model, checkpoint)
-    model.tie_weights()
+    materialize(empty, model)
+    empty.tie_weights()
 
 
 def _fp32(array: np.ndarray) -> torch.Tensor:

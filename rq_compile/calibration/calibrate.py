@@ -1,15 +1,15 @@
 """Calibrate a checkpoint on texts: run it once, recording, and measure layer after layer."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from rq_compile import __version__
-from rq_compile.architectures.configuration import model_config
-from rq_compile.architectures.layers import ExpertWeights, MoeLayer, moe_layers
+from rq_compile.architectures.layers import ExpertWeights, MoeLayer
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.memory import Way, choose_way
@@ -20,7 +20,6 @@ from rq_compile.calibration.statistics import tensors_of
 from rq_compile.calibration.streaming import record_layer_by_layer
 from rq_compile.calibration.text import Batch, batches, tokenize
 from rq_compile.calibration.wanda import WANDA_FRACTION
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import Block, Quantizer
 
@@ -33,7 +32,7 @@ class Work:
     """What there is to run, known before any weight is read: the ``tokens`` of each text, of which so many are ``measured``, and
     ``rows`` of them in the batches, padding included."""
 
-    layers: list[MoeLayer]
+    layers: Sequence[MoeLayer]
     tokens: list[np.ndarray]
     measured: int
     batches: list[Batch]
@@ -46,7 +45,7 @@ class Work:
 
 
 def work_of(
-    checkpoint: Checkpoint,
+    model: Model,
     texts: dict[str, str],
     *,
     batch_size: int,
@@ -62,20 +61,20 @@ def work_of(
     """
     if not texts:
         raise UserError("there is no text to calibrate on; give at least one", 2)
-    layers, tokens = moe_layers(checkpoint), tokenize(checkpoint, texts)
-    start = _check_fit(checkpoint, tokens, sequence_length)
+    layers, tokens = model.layers, tokenize(model, texts)
+    start = _check_fit(model, tokens, sequence_length)
     recorded = MAX_RECORDED_BYTES // (4 * sum(layer.geometry.hidden for layer in layers))
     cut = list(
         batches(tokens, batch_size=batch_size, sequence_length=sequence_length, measured_tokens=recorded, decoder_start=start)
     )
     measured = min(sum(map(len, tokens)), recorded)
     rows = sum(side.real.size for batch in cut for side in batch.sides)
-    way = choose_way(checkpoint, layers, rows=rows, measured_tokens=measured, limit=memory_limit, device=device)
+    way = choose_way(model, layers, rows=rows, measured_tokens=measured, limit=memory_limit, device=device)
     return Work(layers, tokens, measured, cut, rows, way)
 
 
 def calibrate(
-    checkpoint: Checkpoint,
+    model: Model,
     texts: dict[str, str],
     *,
     batch_size: int,
@@ -105,18 +104,16 @@ def calibrate(
     Raises:
         UserError: see ``work_of``; or a layer's routing or output is not what it must be (see ``LayerRecording``).
     """
-    work = work_of(
-        checkpoint, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device
-    )
+    work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
     remark(work.way.reason)
     layers = [replace(layer, geometry=layer.geometry.model_copy(update={"block": block})) for layer in work.layers]
     report = partial(_report, progress, work.total)
     if work.way.whole:
-        recorded = record_whole_model(checkpoint, layers, list(texts), work.batches, device=device, progress=report)
+        recorded = record_whole_model(model, layers, list(texts), work.batches, device=device, progress=report)
     else:
         in_memory = work.way.states_in_memory
         recorded = record_layer_by_layer(
-            checkpoint, layers, list(texts), work.batches, device=device, in_memory=in_memory, progress=report
+            model, layers, list(texts), work.batches, device=device, in_memory=in_memory, progress=report
         )
     measured_layers: list[LayerCalibration] = []
     statistics: dict[str, np.ndarray] = {}
@@ -128,10 +125,10 @@ def calibrate(
             statistics |= {name: on_disk(moment) for name, moment in moments.items()}
     calibration = Calibration(
         tool=f"rq-compile {__version__}",
-        model=checkpoint.name,
-        model_type=checkpoint.model_type,
-        fingerprint=checkpoint.fingerprint,
-        dtype=checkpoint.dtype,
+        model=model.name,
+        model_type=model.model_type,
+        fingerprint=model.fingerprint,
+        dtype=model.dtype,
         texts=[
             CalibrationText(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=len(ids))
             for (name, text), ids in zip(texts.items(), work.tokens, strict=True)
@@ -149,13 +146,13 @@ def calibrate(
     return calibration, statistics
 
 
-def _check_fit(checkpoint: Checkpoint, tokens: list[np.ndarray], sequence_length: int) -> int | None:
+def _check_fit(model: Model, tokens: list[np.ndarray], sequence_length: int) -> int | None:
     """The first decoder token of an encoder-decoder model, once tokens and sequences are known to fit the model."""
-    config = model_config(checkpoint)
+    config = model.config
     highest = max(int(ids.max()) for ids in tokens)
     if highest >= config.vocab_size:
         raise UserError(
-            f"the tokenizer.json of {checkpoint.path} gives the token {highest}, but the model knows {config.vocab_size} tokens "
+            f"the tokenizer.json of {model.path} gives the token {highest}, but the model knows {config.vocab_size} tokens "
             f"(0-{config.vocab_size - 1}); copy the model's own tokenizer.json there",
             2,
         )

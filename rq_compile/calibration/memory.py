@@ -7,12 +7,12 @@ import re
 import resource
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rq_compile.architectures.families import family_of
 from rq_compile.architectures.layers import MoeLayer
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
 
 GIB = 2**30
@@ -36,7 +36,7 @@ class Way:
 
 
 def choose_way(
-    checkpoint: Checkpoint, layers: list[MoeLayer], *, rows: int, measured_tokens: int, limit: int | None, device: str
+    model: Model, layers: Sequence[MoeLayer], *, rows: int, measured_tokens: int, limit: int | None, device: str
 ) -> Way:
     """The whole model where it fits into ``limit`` bytes of memory (None: into what is available), else layer by layer.
 
@@ -47,16 +47,16 @@ def choose_way(
     """
     device_room = None if device == "cpu" else device_memory(device)
     room = available_memory() if limit is None else limit - used_memory()
-    model = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    weights = 4 * model.parameter_count
     measuring = PROGRAM + _measuring(layers, measured_tokens)
-    whole = int(LOADING * model) + measuring
-    if whole <= room and (device_room is None or model + GIB <= device_room):
+    whole = int(LOADING * weights) + measuring
+    if whole <= room and (device_room is None or weights + GIB <= device_room):
         return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory", whole)
     # A tensor is held as stored and in fp32 while it is read.
-    layer = 6 * largest_dense_part(checkpoint) + measuring
+    layer = 6 * largest_dense_part(model) + measuring
     if limit is not None and layer > room:
         raise UserError(
-            f"--memory-limit is {_size(limit)}, but a single layer of {checkpoint.path} takes {_size(layer + limit - room)} "
+            f"--memory-limit is {_size(limit)}, but a single layer of {model.path} takes {_size(layer + limit - room)} "
             "while it is measured, the program included; give that much",
             2,
         )
@@ -68,7 +68,7 @@ def choose_way(
     return Way(False, in_memory, reason, layer + states * in_memory)
 
 
-def _measuring(layers: list[MoeLayer], measured_tokens: int) -> int:
+def _measuring(layers: Sequence[MoeLayer], measured_tokens: int) -> int:
     """About what ``measure_layer`` takes at its peak: the factors were measured, GPTQ's float64 copies of the weights."""
     return max(
         32 * geometry.hidden * geometry.up_rows + 36 * geometry.hidden**2 + 28 * measured_tokens * geometry.hidden
@@ -76,17 +76,12 @@ def _measuring(layers: list[MoeLayer], measured_tokens: int) -> int:
     )
 
 
-def largest_dense_part(checkpoint: Checkpoint) -> int:
+def largest_dense_part(model: Model) -> int:
     """Weights beside the experts of the layer, or of the tensor outside of all layers, that has most."""
-    family = family_of(checkpoint)
-    modules = [pattern.format(layer=0) for pattern in (family.experts, family.decoder_experts) if pattern]
-    names = [family.tensor_name(module + tensor) for module in modules for tensor in (".", ".gate_up_proj", ".down_proj")]
-    experts = re.compile("|".join(re.escape(name).replace(r"\.0\.", r"\.\d+\.", 1) for name in names))
     parts: Counter[str] = Counter()
-    for name, tensor in checkpoint.tensors.items():
-        if not experts.match(name):
-            number = re.search(r"\.\d+\.", name)
-            parts[name[: number.end()] if number else name] += math.prod(tensor.shape)
+    for name in model.names:
+        number = re.search(r"\.\d+\.", name)
+        parts[name[: number.end()] if number else name] += math.prod(model.shape(name))
     return max(parts.values())
 
 

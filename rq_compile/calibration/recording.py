@@ -1,18 +1,18 @@
 """Run the model over batches; count what every layer's router chose and keep the inputs of its experts on disk."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from rq_compile.architectures.layers import ExpertWeights, MoeLayer, expert_weights
+from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.load import load_model
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.routing import Routing, watch
 from rq_compile.calibration.text import Batch
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 
 
@@ -115,8 +115,8 @@ Recorded = tuple[LayerRecording, Callable[[int], ExpertWeights]]
 
 
 def record_whole_model(
-    checkpoint: Checkpoint,
-    layers: list[MoeLayer],
+    model: Model,
+    layers: Sequence[MoeLayer],
     texts: list[str],
     batches: list[Batch],
     *,
@@ -129,15 +129,15 @@ def record_whole_model(
         UserError: see ``record``.
     """
     total = sum(batch.tokens for batch in batches)
-    recordings = record(checkpoint, layers, texts, batches, lambda done: progress(done / total / 2), device)
+    recordings = record(model, layers, texts, batches, lambda done: progress(done / total / 2), device)
     for number, recording in enumerate(recordings):
-        yield recording, partial(expert_weights, checkpoint, recording.layer)
+        yield recording, partial(model.expert, recording.layer)
         progress((1 + (number + 1) / len(recordings)) / 2)
 
 
 def record(
-    checkpoint: Checkpoint,
-    layers: list[MoeLayer],
+    model: Model,
+    layers: Sequence[MoeLayer],
     texts: list[str],
     batches: Iterable[Batch],
     progress: Callable[[int], None],
@@ -149,18 +149,18 @@ def record(
     Raises:
         UserError: see ``load_model`` and ``LayerRecording``.
     """
-    model: Any = load_model(checkpoint)
-    model.to(device)
+    module: Any = load_model(model)
+    module.to(device)
     recordings = [LayerRecording(layer, texts) for layer in layers]
     for recording in recordings:
-        watch(model, recording.layer, recording.receive)
+        watch(module, recording.layer, recording.receive)
     done = 0
     for batch in batches:
         for recording in recordings:
             recording.begin(batch)
         with torch.inference_mode():
             # Without the head, whose logits nobody reads, where the model has a body of its own.
-            model.base_model(**model_arguments(batch, device))
+            module.base_model(**model_arguments(batch, device))
         for recording in recordings:
             recording.end()
         done += batch.tokens

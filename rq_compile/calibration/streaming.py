@@ -9,22 +9,21 @@ its tokens run through it, and it is measured. The second visit computes the lay
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from rq_compile.architectures.families import family_of
-from rq_compile.architectures.layers import ExpertWeights, MoeLayer, expert_weights
+from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.load import materialize, meta_model
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.expert import expert_outputs, in_format
 from rq_compile.calibration.recording import LayerRecording, Recorded, model_arguments
 from rq_compile.calibration.routing import watch
 from rq_compile.calibration.scratch import release, scratch
 from rq_compile.calibration.text import Batch, Rows
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 
 # Of one expert's tokens, held at a time beside the expert.
@@ -32,8 +31,8 @@ ROWS_AT_ONCE = 4096
 
 
 def record_layer_by_layer(
-    checkpoint: Checkpoint,
-    layers: list[MoeLayer],
+    model: Model,
+    layers: Sequence[MoeLayer],
     texts: list[str],
     batches: list[Batch],
     *,
@@ -49,7 +48,7 @@ def record_layer_by_layer(
     Raises:
         UserError: see ``materialize``, ``expert_weights``, ``scratch`` and ``LayerRecording``.
     """
-    run = _Run(checkpoint, batches, device)
+    run = _Run(model, batches, device)
     stacks = run.stacks(layers[0].geometry.hidden, in_memory)
     by_module = {re.sub(r"(\.\d+)\..*", r"\1", layer.name): layer for layer in layers}
     visits = (len(layers) - 1 + sum(1 + len(stack.layers) for stack in stacks)) * len(batches)
@@ -63,7 +62,7 @@ def record_layer_by_layer(
                 if layer is not None:
                     recording = LayerRecording(layer, texts, every_token=True)
                     run.record(recording)
-                    experts = _Experts(checkpoint, recording, stack)
+                    experts = _Experts(model, recording, stack)
                     yield recording, experts.read
                     if layer is layers[-1]:
                         progress(1)
@@ -122,41 +121,41 @@ class _Stack:
 class _Run:
     """The model's own forward over one batch after the other, as far as a module."""
 
-    def __init__(self, checkpoint: Checkpoint, batches: list[Batch], device: str) -> None:
+    def __init__(self, model: Model, batches: list[Batch], device: str) -> None:
         self.visits = 0
         self.on_visit: Callable[[], None] = lambda: None
-        self._checkpoint, self._batches, self._device = checkpoint, batches, device
-        self._model = meta_model(checkpoint)
+        self._model, self._batches, self._device = model, batches, device
+        self._module = meta_model(model)
         self.batch = 0  # the number of the one that runs
 
     def stacks(self, hidden: int, in_memory: bool) -> list[_Stack]:
         """In the order in which they run; what stands beside their layers and embeddings (norms) has its weights."""
-        family = family_of(self._checkpoint)
+        family = self._model.family
         stacks = []
         for number, pattern in enumerate(filter(None, (family.experts, family.decoder_experts))):
             name = pattern.partition(".{layer}")[0]
             sides = [batch.sides[number] for batch in self._batches]
-            layers: Any = self._model.get_submodule(name)
+            layers: Any = self._module.get_submodule(name)
             stack = _Stack(name, len(layers), sides, hidden, in_memory, self._device)
-            for child, _ in self._model.get_submodule(stack.parent).named_children():
+            for child, _ in self._module.get_submodule(stack.parent).named_children():
                 if (path := f"{stack.parent}.{child}") not in (stack.name, stack.embedding):
-                    materialize(self._model, self._checkpoint, path, self._device)
+                    materialize(self._module, self._model, path, self._device)
             stacks.append(stack)
         return stacks
 
     @contextmanager
     def materialized(self, name: str, without: str | None = None) -> Iterator[None]:
         """The module's weights are there, and no longer afterwards."""
-        materialize(self._model, self._checkpoint, name, self._device, without)
+        materialize(self._module, self._model, name, self._device, without)
         try:
             yield
         finally:
-            self._model.get_submodule(name).to("meta")
+            self._module.get_submodule(name).to("meta")
 
     @contextmanager
     def instead(self, name: str, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         """The module computes ``forward``; yields what it did before."""
-        module: Any = self._model.get_submodule(name)
+        module: Any = self._module.get_submodule(name)
         before = module.forward
         module.forward = forward
         try:
@@ -175,7 +174,7 @@ class _Run:
             for number in range(len(self._batches)):
                 self._run(number, name)
         returned = stack.hidden if name == stack.embedding else stack.returned
-        module: Any = self._model.get_submodule(name)
+        module: Any = self._module.get_submodule(name)
         module.forward = lambda *args, **kwargs: returned(self.batch)
 
     def record(self, recording: LayerRecording) -> None:
@@ -185,7 +184,7 @@ class _Run:
             raise _End
 
         name = recording.layer.name
-        handle = watch(self._model, recording.layer, recording.receive)
+        handle = watch(self._module, recording.layer, recording.receive)
         with self.instead(name, end):
             for number, batch in enumerate(self._batches):
                 recording.begin(batch)
@@ -196,7 +195,7 @@ class _Run:
     def _run(self, number: int, name: str) -> None:
         self.batch = number
         with torch.inference_mode(), suppress(_End):
-            self._model.base_model(**model_arguments(self._batches[number], self._device))
+            self._module.base_model(**model_arguments(self._batches[number], self._device))
             raise UserError(f"{name} was bypassed by the model; use a transformers version that this rq-compile asks for")
         self.visits += 1
         self.on_visit()
@@ -205,15 +204,15 @@ class _Run:
 class _Experts:
     """The experts of one layer, read one at a time; what they give together for each real token is summed as they are."""
 
-    def __init__(self, checkpoint: Checkpoint, recording: LayerRecording, stack: _Stack) -> None:
-        self._checkpoint, self._layer, self._stack = checkpoint, recording.layer, stack
+    def __init__(self, model: Model, recording: LayerRecording, stack: _Stack) -> None:
+        self._model, self._layer, self._stack = model, recording.layer, stack
         self._hidden, self._ids, self._gates = recording.kept()
         self._starts = np.cumsum([0, *(int(rows.real.sum()) for rows in stack.sides)])
         stack.outputs[:] = 0
 
     def read(self, expert: int) -> ExpertWeights:
         """Read the weights of one expert and run its tokens through it."""
-        weights = expert_weights(self._checkpoint, self._layer, expert)
+        weights = self._model.expert(self._layer, expert)
         tokens, choices = np.nonzero((self._ids == expert) & (self._gates != 0))
         gates = self._gates[tokens, choices]
         original = in_format(weights, "fp32")

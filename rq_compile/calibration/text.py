@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.tokenizer import read_tokenizer
 from rq_compile.errors import UserError
 
@@ -48,15 +48,15 @@ class Batch:
         return sum(rows.real.size for rows in self.sides) - self.tokens
 
 
-def tokenize(checkpoint: Checkpoint, texts: dict[str, str]) -> list[np.ndarray]:
+def tokenize(model: Model, texts: dict[str, str]) -> list[np.ndarray]:
     """Token ids int64 ``[tokens]`` of each text, without special tokens.
 
     Raises:
         UserError: the checkpoint has no readable tokenizer.json, or a text has fewer than two tokens.
     """
-    path = checkpoint.path / "tokenizer.json"
+    path = model.path / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{checkpoint.path} has no tokenizer.json; copy the model's tokenizer.json beside its config.json", 2)
+        raise UserError(f"{model.path} has no tokenizer.json; copy the model's tokenizer.json beside its config.json", 2)
     tokenizer = read_tokenizer(path)
     # Both may be switched on in the file, and truncation would silently cut the text.
     tokenizer.no_truncation()

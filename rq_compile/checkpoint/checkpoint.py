@@ -1,7 +1,9 @@
 """A Hugging Face checkpoint folder, opened lazily: headers on opening, one tensor or slice at a time afterwards."""
 
 import hashlib
+import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +23,14 @@ FLOATS: dict[str, Format] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``config`` is the parsed ``config.json``. Tensors are named as in the files, see ``names``."""
+    """``config`` is the parsed ``config.json``. Tensors are named as in the files, see ``names``.
+
+    Every value that is read of a checkpoint goes through ``read``, ``read_row`` or ``mapped``.
+    """
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, StoredTensor] = field(repr=False)
+    _tensors: dict[str, StoredTensor] = field(repr=False)
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
@@ -59,17 +64,30 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> list[str]:
-        return sorted(self.tensors)
+        return sorted(self._tensors)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted({tensor.file for tensor in self._tensors.values()})
+
+    @cached_property
+    def weights(self) -> int:
+        """How many weights are stored."""
+        return sum(math.prod(tensor.shape) for tensor in self._tensors.values())
+
+    def stored_tensors(self) -> Iterable[StoredTensor]:
+        return self._tensors.values()
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors
+        return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored(name).shape
+        return self.stored(name).shape
 
     def stored_dtype(self, name: str) -> np.dtype:
         """What ``read`` gives (bf16 as ``ml_dtypes.bfloat16``)."""
-        return DTYPES[self._stored(name).dtype]
+        return DTYPES[self.stored(name).dtype]
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype (bf16 as ``ml_dtypes.bfloat16``).
@@ -77,11 +95,11 @@ class Checkpoint:
         Raises:
             UserError: there is no such tensor, or a value of it is infinite or no number.
         """
-        return read_tensor(name, self._stored(name))
+        return read_tensor(name, self.stored(name))
 
     def read_row(self, name: str, index: int) -> np.ndarray:
         """Slice ``index`` of the first dimension; reads no more than that."""
-        stored = self._stored(name)
+        stored = self.stored(name)
         if not stored.shape or not 0 <= index < stored.shape[0]:
             raise UserError(f"{name} has shape {list(stored.shape)}, so no slice {index}; check the checkpoint's config.json", 2)
         return read_tensor(name, stored, index)
@@ -90,7 +108,7 @@ class Checkpoint:
     def dtype(self) -> Format:
         """The format that most bytes of the experts (of all tensors, where no name tells experts) are stored in."""
         total: Counter[str] = Counter()
-        for tensor in [stored for name, stored in self.tensors.items() if "expert" in name] or self.tensors.values():
+        for tensor in [stored for name, stored in self._tensors.items() if "expert" in name] or self._tensors.values():
             total[tensor.dtype] += tensor.bytes
         stored_as = total.most_common(1)[0][0]
         if stored_as not in FLOATS:
@@ -102,7 +120,7 @@ class Checkpoint:
         """sha256 over config.json and every tensor's name, dtype, shape and first and last 4 KiB, by sorted name."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for name in self.names:
-            tensor = self.tensors[name]
+            tensor = self._tensors[name]
             digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
             digest.update(read_ends(tensor, SAMPLE))
         return digest.hexdigest()
@@ -110,11 +128,16 @@ class Checkpoint:
     @property
     def version(self) -> str:
         """sha256 over the shards' sizes and times: changes with any change of a shard, and when the checkpoint is copied."""
-        stats = [(file, file.stat()) for file in sorted({tensor.file for tensor in self.tensors.values()})]
+        stats = [(file, file.stat()) for file in self.files]
         return hashlib.sha256(repr([(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]).encode()).hexdigest()
 
-    def _stored(self, name: str) -> StoredTensor:
+    def stored(self, name: str) -> StoredTensor:
+        """Where a tensor lies, and how.
+
+        Raises:
+            UserError: there is no such tensor.
+        """
         try:
-            return self.tensors[name]
+            return self._tensors[name]
         except KeyError:
             raise UserError(f"{self.path} has no tensor {name}; download the checkpoint again", 2) from None

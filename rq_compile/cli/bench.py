@@ -59,7 +59,7 @@ def load_either(path: Path, threads: int | None) -> LanguageModel:
 
     if path.suffix == ".onnx":
         return Engine.load(path, threads)
-    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.architectures.model import Model
     from rq_compile.runtime.reference import Reference
 
-    return Reference.load(Checkpoint.open(path), threads)
+    return Reference.load(Model.open(path), threads)

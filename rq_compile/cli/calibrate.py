@@ -24,7 +24,7 @@ from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
-    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.architectures.model import Model
     from rq_compile.quantization.formats import Block, Quantizer
 
 # The options that say how the model is run and measured.
@@ -42,7 +42,7 @@ MEASURING = (
 
 
 @click.command("calibrate")
-@click.argument("model", type=FILE)
+@click.argument("folder", metavar="MODEL", type=FILE)
 @text_option
 @click.option("-o", "--output", type=FILE, required=True, help="The calibration to write (.json).")
 @batch_size_option
@@ -86,7 +86,7 @@ MEASURING = (
 @on_screen
 def command(
     screen: Screen,
-    model: Path,
+    folder: Path,
     texts: tuple[Path, ...],
     output: Path,
     dry_run: bool,
@@ -108,26 +108,26 @@ def command(
         raise UserError(f"-o {output} names the calibration, whose statistics go into a .safetensors; end it in .json", 2)
     check_writable(output)
     if from_loads or earlier:
-        from_recorded_loads(screen, model, output, from_loads, earlier)
+        from_recorded_loads(screen, folder, output, from_loads, earlier)
         return
     contents = read_texts(texts)
 
+    from rq_compile.architectures.model import Model
     from rq_compile.calibration.calibrate import calibrate
     from rq_compile.calibration.schema import StatisticsFile
     from rq_compile.calibration.statistics import write_statistics
-    from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.cli.tables import calibration_tables
     from rq_compile.files import sha256, write_document, written_beside
 
-    checkpoint = Checkpoint.open(model)
+    model = Model.open(folder)
     if quantizer == "gptq":
-        check_statistics_place(output, checkpoint)
+        check_statistics_place(output, model)
     if dry_run:
         from rq_compile.cli.tables import estimate_tables
         from rq_compile.estimates import calibration_estimate
 
         estimate = calibration_estimate(
-            checkpoint,
+            model,
             contents,
             output,
             batch_size=batch_size,
@@ -140,7 +140,7 @@ def command(
         return
     with screen.progress("calibrating", "tokens") as progress:
         calibration, statistics = calibrate(
-            checkpoint,
+            model,
             contents,
             batch_size=batch_size,
             sequence_length=sequence_length,
@@ -162,18 +162,18 @@ def command(
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)
 
 
-def check_statistics_place(output: Path, checkpoint: Checkpoint) -> None:
+def check_statistics_place(output: Path, model: Model) -> None:
     """The statistics are written as ``<stem>.safetensors``, where the weights of the model may lie.
 
     Raises:
         UserError: they would be lost.
     """
     place = output.with_suffix(".safetensors")
-    if place.resolve() in {tensor.file.resolve() for tensor in checkpoint.tensors.values()}:
+    if place.resolve() in {file.resolve() for file in model.checkpoint.files}:
         raise UserError(f"the statistics would overwrite {place}, weights of the model; choose another output with -o", 2)
 
 
-def from_recorded_loads(screen: Screen, model: Path, output: Path, paths: tuple[Path, ...], earlier: Path | None) -> None:
+def from_recorded_loads(screen: Screen, folder: Path, output: Path, paths: tuple[Path, ...], earlier: Path | None) -> None:
     """
     Raises:
         UserError: an option is missing or has no effect, or the calibration is of another model.
@@ -186,16 +186,16 @@ def from_recorded_loads(screen: Screen, model: Path, output: Path, paths: tuple[
         if name in MEASURING:
             raise UserError(f"{option} has no effect with --from-loads, which runs nothing; leave one of the two out", 2)
 
+    from rq_compile.architectures.model import Model
     from rq_compile.calibration.recorded_loads import with_recorded_loads
     from rq_compile.calibration.schema import Calibration
-    from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.cli.tables import calibration_tables
     from rq_compile.files import read_document, write_document
 
     calibration = read_document(Calibration, earlier)
-    checkpoint = Checkpoint.open(model)
-    if calibration.fingerprint != checkpoint.fingerprint:
-        raise UserError(f"{earlier} is of {calibration.model}, not of {model}; give a calibration of this MODEL", 2)
+    model = Model.open(folder)
+    if calibration.fingerprint != model.fingerprint:
+        raise UserError(f"{earlier} is of {calibration.model}, not of {folder}; give a calibration of this MODEL", 2)
     made = with_recorded_loads(calibration, list(paths))
     if made.statistics:
         made = made.model_copy(update={"statistics": made.statistics.named_from(earlier.parent, output)})

@@ -28,7 +28,7 @@ from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, checked_set
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
-    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.architectures.model import Model
     from rq_compile.planning.schema import Plan
     from rq_compile.targets.manifest import DenseFormat, Lowering
 
@@ -37,7 +37,7 @@ PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "text
 
 
 @click.command("compile")
-@click.argument("model", type=FILE)
+@click.argument("folder", metavar="MODEL", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, help="The plan to follow; without it, --text is needed.")
 @text_option
 @click.option("-o", "--output", type=FILE, required=True, help="The engine to write: .onnx, or .plan for TensorRT.")
@@ -74,7 +74,7 @@ PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "text
 @on_screen
 def command(
     screen: Screen,
-    model: Path,
+    folder: Path,
     plan_path: Path | None,
     texts: tuple[Path, ...],
     output: Path,
@@ -106,25 +106,24 @@ def command(
     options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies)
     shape: dict[str, Any] = {"dense_format": dense_format, "link_weights": link_weights, "threads": threads}
 
+    from rq_compile.architectures.model import Model
     from rq_compile.calibration.statistics import Statistics
-    from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.files import read_document
     from rq_compile.planning.schema import Plan
 
-    checkpoint = Checkpoint.open(model)
-    settings = checked_settings(tensorrt, checkpoint, (batch_size, sequence_length)) if output.suffix == ".plan" else None
+    model = Model.open(folder)
+    settings = checked_settings(tensorrt, model, (batch_size, sequence_length)) if output.suffix == ".plan" else None
     if plan_path is not None:
         plan = read_document(Plan, plan_path)
-        check_same_model(plan, checkpoint, plan_path)
+        check_same_model(plan, model, plan_path)
         if plan.target == "cuda" and settings is None and "lowering" not in given_options():
             lowering = "cuda"
             check_lowering_options(lowering, activation_bits)
         if dry_run:
-            from rq_compile.architectures.layers import moe_layers
             from rq_compile.targets.preflight import preflight
 
-            preflight(checkpoint, moe_layers(checkpoint), plan, lowering)
-            show_estimate(screen, checkpoint, output, lowering, plan=plan, **shape)
+            preflight(model, plan, lowering)
+            show_estimate(screen, model, output, lowering, plan=plan, **shape)
             return
         statistics = Statistics.beside(plan_path.parent, plan.statistics) if plan.statistics else None
     else:
@@ -135,11 +134,11 @@ def command(
         check_arguments(**planning, options=options)
         if dry_run:
             first = {"texts": contents, "batch_size": batch_size, "sequence_length": sequence_length}
-            show_estimate(screen, checkpoint, output, lowering, first, plan=None, memory=planning["memory"], **shape)
+            show_estimate(screen, model, output, lowering, first, plan=None, memory=planning["memory"], **shape)
             return
         with screen.progress("calibrating", "tokens") as progress:
             calibration, tensors = calibrate(
-                checkpoint,
+                model,
                 contents,
                 batch_size=batch_size,
                 sequence_length=sequence_length,
@@ -150,7 +149,7 @@ def command(
         statistics = Statistics.of(tensors)
 
     if settings is not None:
-        compile_plan(screen, checkpoint, plan, output, settings, statistics=statistics, threads=threads)
+        compile_plan(screen, model, plan, output, settings, statistics=statistics, threads=threads)
         return
 
     from rq_compile.cli.tables import engine_tables
@@ -158,7 +157,7 @@ def command(
 
     with screen.progress("compiling", "MB") as progress:
         manifest = compile_engine(
-            checkpoint,
+            model,
             plan,
             output,
             lowering,
@@ -179,7 +178,7 @@ def command(
 
 def show_estimate(
     screen: Screen,
-    checkpoint: Checkpoint,
+    model: Model,
     output: Path,
     lowering: Lowering,
     calibrating: dict[str, Any] | None = None,
@@ -189,9 +188,9 @@ def show_estimate(
     from rq_compile.cli.tables import estimate_tables
     from rq_compile.estimates import calibration_estimate, engine_estimate, together
 
-    estimate = engine_estimate(checkpoint, output, lowering, **engine)
+    estimate = engine_estimate(model, output, lowering, **engine)
     if calibrating is not None:
-        estimate = together(calibration_estimate(checkpoint, output=output, **calibrating), estimate)
+        estimate = together(calibration_estimate(model, output=output, **calibrating), estimate)
     screen.result(estimate, *estimate_tables(estimate))
 
 
@@ -247,14 +246,14 @@ def refuse_planning_options() -> None:
             raise UserError(f"{option} has no effect beside --plan; leave one of the two out", 2)
 
 
-def check_same_model(plan: Plan, checkpoint: Checkpoint, path: Path) -> None:
+def check_same_model(plan: Plan, model: Model, path: Path) -> None:
     """
     Raises:
         UserError: the plan was made for other weights.
     """
-    if plan.fingerprint != checkpoint.fingerprint:
+    if plan.fingerprint != model.fingerprint:
         raise UserError(
-            f"{path} was made for {plan.model} ({plan.fingerprint[:12]}), not for {checkpoint.path} "
-            f"({checkpoint.fingerprint[:12]}); calibrate and plan this model",
+            f"{path} was made for {plan.model} ({plan.fingerprint[:12]}), not for {model.path} "
+            f"({model.fingerprint[:12]}); calibrate and plan this model",
             2,
         )

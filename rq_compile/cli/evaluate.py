@@ -23,7 +23,7 @@ def command(
     """Perplexity, agreement, KL and LIS of ENGINE on held-out text."""
     contents = read_texts(texts)
 
-    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.architectures.model import Model
     from rq_compile.cli.compile import check_same_model
     from rq_compile.cli.tables import evaluation_tables
     from rq_compile.evaluation.evaluate import evaluate
@@ -32,11 +32,9 @@ def command(
     from rq_compile.runtime.reference import Reference
 
     loaded = Engine.load(engine, threads)
-    checkpoint = Checkpoint.open(reference)
-    check_same_model(loaded.manifest.plan, checkpoint, engine)
+    model = Model.open(reference)
+    check_same_model(loaded.manifest.plan, model, engine)
     windows = [cut(name, text, loaded.tokenizer, sequence_length) for name, text in contents.items()]
     with screen.progress("evaluating", "tokens") as progress:
-        evaluation = evaluate(
-            loaded, Reference.load(checkpoint, threads), windows, reference_name=checkpoint.name, progress=progress
-        )
+        evaluation = evaluate(loaded, Reference.load(model, threads), windows, reference_name=model.name, progress=progress)
     screen.result(evaluation, *evaluation_tables(evaluation))

@@ -14,8 +14,8 @@ from rq_compile.errors import UserError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from rq_compile.architectures.model import Model
     from rq_compile.calibration.statistics import Statistics
-    from rq_compile.checkpoint.checkpoint import Checkpoint
     from rq_compile.cli.screen import Screen
     from rq_compile.planning.schema import Plan
     from rq_compile.targets.tensorrt.compile import Settings
@@ -81,7 +81,7 @@ def check_tensorrt_options(output: Path) -> None:
             raise UserError(f"{option} has no effect on {output}; leave it out, or end the output in {instead}", 2)
 
 
-def checked_settings(options: dict[str, Any], checkpoint: Checkpoint, workload: tuple[int, int]) -> Settings:
+def checked_settings(options: dict[str, Any], model: Model, workload: tuple[int, int]) -> Settings:
     """How to build; ``workload``: the batch and the sequence length that default profiles are made for.
 
     Raises:
@@ -92,7 +92,7 @@ def checked_settings(options: dict[str, Any], checkpoint: Checkpoint, workload: 
 
     if options["stock"] and options["plugins"]:
         raise UserError("--stock is without plugins; leave one of --stock and --plugins out", 2)
-    context = checkpoint.config.get("max_position_embeddings")
+    context = model.stated.get("max_position_embeddings")
     given = [Profile.parse(text) for text in options["profiles"]]
     settings = Settings(
         builder=options["builder"],
@@ -102,13 +102,13 @@ def checked_settings(options: dict[str, Any], checkpoint: Checkpoint, workload: 
         build=options["build"],
         plugins=options["plugins"],
     )
-    check_settings(settings, checkpoint)
+    check_settings(settings, model)
     return settings
 
 
 def compile_plan(
     screen: Screen,
-    checkpoint: Checkpoint,
+    model: Model,
     plan: Plan,
     output: Path,
     settings: Settings,
@@ -127,7 +127,7 @@ def compile_plan(
         screen.note("MoE layers are built of standard ops; --plugins librq_tensorrt.so builds them with kernels of their own")
     with screen.progress("compiling", "MB") as progress:
         manifest = compile_tensorrt(
-            checkpoint,
+            model,
             plan,
             output,
             settings,

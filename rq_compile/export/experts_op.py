@@ -4,6 +4,7 @@ A node takes ``x [T, hidden]``, expert ids int64 ``[T, k]`` and gates ``[T, k]``
 module, by which the rewrite finds the layer's plan and weights. It has no weights of its own.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import onnx
@@ -30,7 +31,7 @@ def _(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, layer: str) -> to
     return torch.empty_like(x)
 
 
-def route_to_experts_nodes(model: PreTrainedModel, layers: list[MoeLayer]) -> None:
+def route_to_experts_nodes(model: PreTrainedModel, layers: Iterable[MoeLayer]) -> None:
     """Make ``model``, of a family that uses transformers' experts interface, call the op in place of its experts."""
     for layer in layers:
         module: Any = model.get_submodule(layer.name)

@@ -19,9 +19,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-from rq_compile.architectures.layers import moe_layers
 from rq_compile.architectures.load import meta_model
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.export.experts_op import route_to_experts_nodes
 from rq_compile.export.graph import Parameter, folded, without_weights
 from rq_compile.export.switch import route_switch_to_experts_nodes
@@ -49,7 +48,7 @@ class Exported:
     cache: list[CacheTensor]
 
 
-def export_graph(checkpoint: Checkpoint) -> Exported:
+def export_graph(model: Model) -> Exported:
     """Export without reading a weight.
 
     Inputs: ``input_ids`` and ``position_ids`` int64 ``[batch, sequence]``, ``attention_mask`` int64 ``[batch, past + sequence]``,
@@ -58,25 +57,24 @@ def export_graph(checkpoint: Checkpoint) -> Exported:
     ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
 
     Raises:
-        UserError: see ``moe_layers``.
+        UserError: see ``meta_model``.
     """
-    layers = moe_layers(checkpoint)
     with _silence():
-        model = meta_model(checkpoint)
+        module = meta_model(model)
         encoder_decoder = bool(model.config.is_encoder_decoder)
         if encoder_decoder:
-            route_switch_to_experts_nodes(model, layers)
+            route_switch_to_experts_nodes(module, model.layers)
             inputs, cache = _encoder_decoder_inputs(), list[CacheTensor]()
         else:
-            route_to_experts_nodes(model, layers)
-            inputs, cache = _causal_inputs(model)
+            route_to_experts_nodes(module, model.layers)
+            inputs, cache = _causal_inputs(module)
         # Folding constants would read weights that a meta model does not have: `folded` does it, around them.
         config = OnnxConfig(dynamic=True, optimize=False, opset_version=OPSET)
-        exported = OnnxExporter().export(model, inputs, config=config).program
+        exported = OnnxExporter().export(module, inputs, config=config).program
         if encoder_decoder:
             _keep_logits(exported.graph)
         _name_inputs_and_outputs(exported.graph)
-        exported, parameters = folded(exported, without_weights(exported.graph, model))
+        exported, parameters = folded(exported, without_weights(exported.graph, module))
     return Exported(onnx_ir.to_proto(exported), parameters, OPSET, encoder_decoder, cache)
 
 
@@ -86,10 +84,10 @@ def _encoder_decoder_inputs() -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": decoder_ids, "use_cache": False}
 
 
-def _causal_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], list[CacheTensor]]:
+def _causal_inputs(module: PreTrainedModel) -> tuple[dict[str, Any], list[CacheTensor]]:
     """What to trace with, and the cache's tensors as the model itself shapes them (latent attention has two widths)."""
     ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64, device="meta")
-    held = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    held = module(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
     cache, tensors = DynamicCache(), []
     for number, layer in enumerate(held.layers):
         pair = {}

@@ -13,8 +13,7 @@ from onnx_ir.passes import common as passes
 from onnxscript.optimizer import fold_constants
 from torch import nn
 
-from rq_compile.architectures.dense import dense_tensor
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.rewrite.weights import LOCATION
 
 
@@ -25,13 +24,13 @@ class Parameter:
     name: str
     transposed: bool = False
 
-    def read(self, checkpoint: Checkpoint) -> np.ndarray:
+    def read(self, model: Model) -> np.ndarray:
         """In the checkpoint's dtype.
 
         Raises:
             UserError: the checkpoint has no such tensor.
         """
-        tensor = dense_tensor(checkpoint, self.name)
+        tensor = model.read(self.name)
         return tensor.T if self.transposed else tensor
 
 

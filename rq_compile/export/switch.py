@@ -1,5 +1,6 @@
 """Switch Transformers, whose experts lie outside transformers' experts interface: its sparse block, rewritten to export."""
 
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -11,7 +12,7 @@ from rq_compile.architectures.layers import MoeLayer
 from rq_compile.export.experts_op import experts
 
 
-def route_switch_to_experts_nodes(model: PreTrainedModel, layers: list[MoeLayer]) -> None:
+def route_switch_to_experts_nodes(model: PreTrainedModel, layers: Iterable[MoeLayer]) -> None:
     """Make every sparse block of ``model`` call the op ``rq_moe::experts`` in place of its loop over experts."""
     for layer in layers:
         block: Any = model.get_submodule(layer.name.rpartition(".")[0])

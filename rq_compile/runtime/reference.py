@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.architectures.model import Model
 
 
 class Reference:
@@ -22,10 +22,10 @@ class Reference:
         self.model = model
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, threads: int | None = None) -> Reference:
+    def load(cls, model: Model, threads: int | None = None) -> Reference:
         from rq_compile.architectures.load import load_model
 
-        return cls(load_model(checkpoint), threads)
+        return cls(load_model(model), threads)
 
     @property
     def encoder_decoder(self) -> bool:

@@ -8,9 +8,8 @@ from pathlib import Path
 from time import monotonic
 
 from rq_compile import __version__
-from rq_compile.architectures.layers import moe_layers
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.estimates import check_space, engine_estimate
 from rq_compile.export.export import Exported, export_graph
@@ -36,7 +35,7 @@ LIBRARIES: dict[Lowering, OpLibrary] = {"native": CPU_LIBRARY, "cuda": CUDA_LIBR
 
 
 def compile_engine(
-    checkpoint: Checkpoint,
+    model: Model,
     plan: Plan,
     output: Path,
     lowering: Lowering = "native",
@@ -67,42 +66,42 @@ def compile_engine(
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written.
     """
     data, tokenizer, document = Path(f"{output}.data"), output.with_suffix(".tokenizer.json"), output.with_suffix(".json")
-    texts = {output.with_suffix(f".{path.name}"): path for path in licence_texts(checkpoint.path)}
+    texts = {output.with_suffix(f".{path.name}"): path for path in licence_texts(model.path)}
     _check_writable([output, data, tokenizer, document, *texts])
-    layers = {layer.name: layer for layer in moe_layers(checkpoint)}
-    preflight(checkpoint, list(layers.values()), plan, lowering)
+    layers = {layer.name: layer for layer in model.layers}
+    preflight(model, plan, lowering)
     if plan.quantizer == "gptq" and statistics is None:
         raise UserError(
             "the plan rounds weights by activation statistics (gptq), but has none; calibrate again, or with --quantizer nearest",
             2,
         )
-    estimate = engine_estimate(checkpoint, output, lowering, plan=plan, dense_format=dense_format, link_weights=link_weights)
+    estimate = engine_estimate(model, output, lowering, plan=plan, dense_format=dense_format, link_weights=link_weights)
     check_space(output, estimate.output_bytes)
-    tokens = vocabulary(checkpoint)
+    tokens = vocabulary(model)
 
-    exported = exported or export_graph(checkpoint)
+    exported = exported or export_graph(model)
 
     moments = statistics if plan.quantizer == "gptq" else None
-    source = lambda layer, expert: StreamedExpert(checkpoint, layers[layer], expert, moments)  # noqa: E731
-    model, matrices = exported.model, list[Section]()
+    source = lambda layer, expert: StreamedExpert(model, layers[layer], expert, moments)  # noqa: E731
+    graph, matrices = exported.model, list[Section]()
     if lowering == "native":
-        stored = stored_weights(checkpoint, exported.parameters)
-        model, matrices = dense_gemms(model, dense_format, stored, activation_bits)
+        stored = stored_weights(model, exported.parameters)
+        graph, matrices = dense_gemms(graph, dense_format, stored, activation_bits)
     if lowering == "cuda":
-        half = "bf16" if checkpoint.dtype == "bf16" else "fp16"
-        model, experts, replaced = rewrite_to_moe_layers(model, plan, source, HALVES[half])
+        half = "bf16" if model.dtype == "bf16" else "fp16"
+        graph, experts, replaced = rewrite_to_moe_layers(graph, plan, source, HALVES[half])
         activation_bits = 16
         floats = [slot.format for layer in plan.layers for slot in layer.slots if slot.format in FLOAT_FORMATS]
         replaced[f"float slots kept in {half}"] = sum(format != half for format in floats)
     else:
-        model, experts, replaced = rewrite(model, plan, source, lowering, activation_bits=activation_bits)
-    dense, aliases, linked = dense_weights(checkpoint, model, exported.parameters, link=link_weights)
+        graph, experts, replaced = rewrite(graph, plan, source, lowering, activation_bits=activation_bits)
+    dense, aliases, linked = dense_weights(model, graph.graph, exported.parameters, link=link_weights)
     dense += matrices
     job: Job = {
         "tool": f"rq-compile {__version__}",
-        "checkpoint": checkpoint.fingerprint,
+        "checkpoint": model.fingerprint,
         # The fingerprint samples a tensor's ends; a shard that was repaired in its middle must not be taken for the old one.
-        "version of the shards": checkpoint.version,
+        "version of the shards": model.version,
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
         "activation statistics": moments.sha256 if moments else None,
         "lowering": lowering,
@@ -114,9 +113,9 @@ def compile_engine(
     with ExitStack() as stack:
         document_part = stack.enter_context(written_beside(document))
         copied = None
-        if (checkpoint.path / "tokenizer.json").is_file():
+        if (model.path / "tokenizer.json").is_file():
             tokenizer_part = stack.enter_context(written_beside(tokenizer))
-            shutil.copyfile(checkpoint.path / "tokenizer.json", tokenizer_part)
+            shutil.copyfile(model.path / "tokenizer.json", tokenizer_part)
             copied = _engine_file(tokenizer, tokenizer_part)
         else:
             replaced["no tokenizer.json in the checkpoint"] = 1
@@ -129,18 +128,19 @@ def compile_engine(
         for shard, link in links.items():
             stack.enter_context(hard_linked(shard, link))
         if link_weights:
-            say(linked_sentence(linked.values(), sum(section.bytes for section in dense), checkpoint.dtype))
+            say(linked_sentence(linked.values(), sum(section.bytes for section in dense), model.dtype))
         graph_part = stack.enter_context(written_beside(output))
         journal = stack.enter_context(resumable(data, job, fresh=fresh, say=say))
         began = monotonic()
-        layer_bytes = max(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers.values())
         sections = [*dense, *experts]
-        written = write_weights(sections, journal.file, progress, threads=threads, memory=layer_bytes, journal=journal)
+        written = write_weights(
+            sections, journal.file, progress, threads=threads, memory=model.largest_layer_bytes, journal=journal
+        )
         say(_throughput(written, monotonic() - began))
         starts = written.starts | {alias: written.starts[name] for alias, name in aliases.items()}
         elsewhere = {name: (links[tensor.file].name, tensor.offset) for name, tensor in linked.items()}
-        locate(model, starts, data.name, elsewhere)
-        graph_part.write_bytes(model.SerializeToString(deterministic=True))
+        locate(graph, starts, data.name, elsewhere)
+        graph_part.write_bytes(graph.SerializeToString(deterministic=True))
         replaced["equal tensors written once"] = len(aliases)
         replaced["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
         manifest = Manifest(
@@ -152,7 +152,7 @@ def compile_engine(
             linked=[_engine_file(link, shard) for shard, link in links.items()],
             tokenizer=copied,
             licences=licences,
-            licence=declared_licence(checkpoint.path),
+            licence=declared_licence(model.path),
             op_library=OP_SET_VERSION if lowering in LIBRARIES else None,
             op_library_name=LIBRARIES.get(lowering),
             provider="CUDAExecutionProvider" if lowering == "cuda" else "CPUExecutionProvider",

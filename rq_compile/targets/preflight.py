@@ -4,7 +4,7 @@ from typing import get_args
 
 from rq_compile.architectures.geometry import GATED, Activation
 from rq_compile.architectures.layers import MoeLayer
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
 from rq_compile.planning.schema import LayerPlan, Plan, Target
 from rq_compile.quantization.formats import FORMATS, Format
@@ -19,8 +19,8 @@ TARGETS: tuple[Target, ...] = ("cpu", "batched", "cuda")
 LARGEST_MATRIX = 2**31 - 1
 
 
-def preflight(checkpoint: Checkpoint, layers: list[MoeLayer], plan: Plan, lowering: Lowering) -> None:
-    """Check that ``plan`` belongs to ``checkpoint`` and that ``lowering`` can take all of it.
+def preflight(model: Model, plan: Plan, lowering: Lowering) -> None:
+    """Check that ``plan`` belongs to ``model`` and that ``lowering`` can take all of it.
 
     Raises:
         UserError: the first thing that does not fit, named with its layer and value.
@@ -29,31 +29,31 @@ def preflight(checkpoint: Checkpoint, layers: list[MoeLayer], plan: Plan, loweri
         known = f"{', '.join(TARGETS[:-1])} or {TARGETS[-1]}"
         raise UserError(f"the plan is for target {plan.target}, but ONNX engines are for {known}; re-run rq-compile plan", 2)
     planned = {layer.name: layer for layer in plan.layers}
-    for layer in layers:
+    for layer in model.layers:
         if layer.name in planned:
-            _same_experts(checkpoint, layer, planned[layer.name])
-    if plan.fingerprint != checkpoint.fingerprint:
+            _same_experts(model, layer, planned[layer.name])
+    if plan.fingerprint != model.fingerprint:
         raise UserError(
-            f"the plan was made for {plan.model} ({plan.fingerprint[:12]}), not for {checkpoint.name} "
-            f"({checkpoint.fingerprint[:12]}); re-run rq-compile plan on a calibration of {checkpoint.name}",
+            f"the plan was made for {plan.model} ({plan.fingerprint[:12]}), not for {model.name} "
+            f"({model.fingerprint[:12]}); re-run rq-compile plan on a calibration of {model.name}",
             2,
         )
-    missing = [layer.name for layer in layers if layer.name not in planned]
-    unknown = sorted(planned.keys() - {layer.name for layer in layers})
+    missing = [layer.name for layer in model.layers if layer.name not in planned]
+    unknown = sorted(planned.keys() - {layer.name for layer in model.layers})
     if missing:
-        raise UserError(f"the plan has no layer {missing[0]} of {checkpoint.name}; re-run rq-compile plan", 2)
+        raise UserError(f"the plan has no layer {missing[0]} of {model.name}; re-run rq-compile plan", 2)
     if unknown:
-        raise UserError(f"{checkpoint.name} has no MoE layer {unknown[0]} of the plan; re-run rq-compile plan", 2)
+        raise UserError(f"{model.name} has no MoE layer {unknown[0]} of the plan; re-run rq-compile plan", 2)
     for layer_plan in plan.layers:
         _supported(layer_plan, lowering)
 
 
-def _same_experts(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan) -> None:
+def _same_experts(model: Model, layer: MoeLayer, plan: LayerPlan) -> None:
     experts = layer.geometry.experts
     for slot in plan.slots:
         if slot.expert >= experts:
             raise UserError(
-                f"layer {layer.index} of the plan places expert {slot.expert}, but {checkpoint.name} has {experts} experts "
+                f"layer {layer.index} of the plan places expert {slot.expert}, but {model.name} has {experts} experts "
                 f"(0-{experts - 1}); re-run rq-compile plan",
                 2,
             )
@@ -61,7 +61,7 @@ def _same_experts(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan) -> N
     if different:
         field, expected = different[0]
         raise UserError(
-            f"layer {layer.index} of the plan has {field} {getattr(plan.geometry, field)}, but {checkpoint.name} has {expected}; "
+            f"layer {layer.index} of the plan has {field} {getattr(plan.geometry, field)}, but {model.name} has {expected}; "
             "re-run rq-compile plan",
             2,
         )

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from rq_compile.architectures.dense import dense_name
-from rq_compile.architectures.layers import MoeLayer, Projection, expert_projection
+from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.export.graph import Parameter
 from rq_compile.quantization.second_moment import SecondMoment
@@ -21,26 +20,26 @@ from rq_compile.targets.links import linkable
 class StreamedExpert:
     """As ``ExpertWeights``, but every matrix, bias and moment is read anew whenever it is asked for."""
 
-    checkpoint: Checkpoint
+    model: Model
     layer: MoeLayer
     expert: int
     statistics: Statistics | None
 
     @property
     def up(self) -> np.ndarray:
-        return self._read("up")[0]
+        return self.model.matrix(self.layer, self.expert, "up")
 
     @property
     def down(self) -> np.ndarray:
-        return self._read("down")[0]
+        return self.model.matrix(self.layer, self.expert, "down")
 
     @property
     def up_bias(self) -> np.ndarray | None:
-        return self._read("up")[1]
+        return self.model.bias(self.layer, self.expert, "up")
 
     @property
     def down_bias(self) -> np.ndarray | None:
-        return self._read("down")[1]
+        return self.model.bias(self.layer, self.expert, "down")
 
     @property
     def up_moment(self) -> SecondMoment | None:
@@ -50,12 +49,9 @@ class StreamedExpert:
     def down_moment(self) -> SecondMoment | None:
         return self.statistics.intermediate_moment(self.layer.name, self.expert) if self.statistics else None
 
-    def _read(self, projection: Projection) -> tuple[np.ndarray, np.ndarray | None]:
-        return expert_projection(self.checkpoint, self.layer, self.expert, projection)
-
 
 def dense_weights(
-    checkpoint: Checkpoint, model: onnx.ModelProto, parameters: dict[str, Parameter], *, link: bool = False
+    model: Model, graph: onnx.GraphProto, parameters: dict[str, Parameter], *, link: bool = False
 ) -> tuple[list[Section], dict[str, str], dict[str, StoredTensor]]:
     """The weights the graph refers to that are no experts, in the graph's dtype, a section for each.
 
@@ -67,32 +63,32 @@ def dense_weights(
     aliases: dict[str, str] = {}
     linked: dict[str, StoredTensor] = {}
     seen: dict[tuple[str, bool, np.dtype], str] = {}
-    for tensor in external_tensors(model.graph):
+    for tensor in external_tensors(graph):
         name = external_name(tensor)
         if name in parameters:
             parameter = parameters[name]
             dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-            weight, stored_as = ExternalWeight(name, dtype, tuple(tensor.dims)), dense_name(checkpoint, parameter.name)
-            same = seen.setdefault((stored_as, parameter.transposed, dtype), name)
-            if link and linkable(weight, checkpoint.tensors[stored_as], transposed=parameter.transposed):
-                linked[name] = checkpoint.tensors[stored_as]
+            weight, stored_as = ExternalWeight(name, dtype, tuple(tensor.dims)), model.stored(parameter.name)
+            same = seen.setdefault((model.tensor(parameter.name), parameter.transposed, dtype), name)
+            if link and linkable(weight, stored_as, transposed=parameter.transposed):
+                linked[name] = stored_as
             elif same == name:
-                sections.append(_dense(checkpoint, weight, parameter))
+                sections.append(_dense(model, weight, parameter))
             else:
                 aliases[name] = same
     return sections, aliases, linked
 
 
-def stored_weights(checkpoint: Checkpoint, parameters: dict[str, Parameter]) -> DenseWeights:
+def stored_weights(model: Model, parameters: dict[str, Parameter]) -> DenseWeights:
     """The checkpoint's tensors for ``parameters``, by initializer."""
 
     def dtype_of(name: str) -> np.dtype:
-        return checkpoint.stored_dtype(dense_name(checkpoint, parameters[name].name))
+        return model.stored_dtype(parameters[name].name)
 
-    return DenseWeights(dtype_of, lambda name: parameters[name].read(checkpoint))
+    return DenseWeights(dtype_of, lambda name: parameters[name].read(model))
 
 
-def _dense(checkpoint: Checkpoint, weight: ExternalWeight, parameter: Parameter) -> Section:
+def _dense(model: Model, weight: ExternalWeight, parameter: Parameter) -> Section:
     # Read in the checkpoint's dtype, and written in the graph's.
-    memory = checkpoint.tensors[dense_name(checkpoint, parameter.name)].bytes + weight.bytes
-    return Section(weight.name, (weight,), (Piece((weight,), lambda: (parameter.read(checkpoint),), memory),))
+    memory = model.stored(parameter.name).bytes + weight.bytes
+    return Section(weight.name, (weight,), (Piece((weight,), lambda: (parameter.read(model),), memory),))

@@ -3,33 +3,30 @@
 from pathlib import Path
 from typing import Any
 
-from rq_compile.architectures.configuration import model_config
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.folder import read_json
 from rq_compile.checkpoint.tokenizer import read_tokenizer
 from rq_compile.errors import UserError
 
 
-def vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
+def vocabulary(model: Model) -> dict[str, Any]:
     """Fields of ``Manifest``: how many tokens there are, which start and end a text, and how long it may be.
 
     Raises:
         UserError: a file that says so cannot be read, or says no whole number.
     """
-    path = checkpoint.path / "generation_config.json"
-    said = checkpoint.config | (read_json(path) if path.exists() else {})
+    path = model.path / "generation_config.json"
+    said = model.stated | (read_json(path) if path.exists() else {})
     end = said.get("eos_token_id")
     ends = end if isinstance(end, list) else [] if end is None else [end]
-    start, length = said.get("decoder_start_token_id"), checkpoint.config.get("max_position_embeddings")
+    start, length = said.get("decoder_start_token_id"), model.stated.get("max_position_embeddings")
     optional = (("decoder_start_token_id", start), ("max_position_embeddings", length))
     for key, number in (*(("eos_token_id", one) for one in ends), *(pair for pair in optional if pair[1] is not None)):
         if type(number) is not int:
-            raise UserError(
-                f"{checkpoint.path} has {key} {repr(number)[:40]}, which is no whole number; correct its config files", 2
-            )
+            raise UserError(f"{model.path} has {key} {repr(number)[:40]}, which is no whole number; correct its config files", 2)
     return {
-        "vocabulary": model_config(checkpoint).vocab_size,
-        "start_of_text": _start_of_text(checkpoint.path),
+        "vocabulary": model.config.vocab_size,
+        "start_of_text": _start_of_text(model.path),
         "end_of_text": ends,
         "decoder_start": start,
         "context_length": length,

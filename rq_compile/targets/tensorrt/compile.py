@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from rq_compile import __version__
-from rq_compile.architectures.configuration import model_config
-from rq_compile.architectures.layers import moe_layers
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import sha256, write_document
@@ -58,7 +56,7 @@ class Settings:
 
 
 def compile_tensorrt(
-    checkpoint: Checkpoint,
+    model: Model,
     plan: Plan,
     output: Path,
     settings: Settings,
@@ -78,15 +76,15 @@ def compile_tensorrt(
     Raises:
         UserError: the plan or the settings do not fit, the builder is missing or failed. Nothing is left.
     """
-    check_settings(settings, checkpoint, plan)
+    check_settings(settings, model, plan)
     # The plan is lowered like any other; what it was made for only decides what it gains.
-    preflight(checkpoint, moe_layers(checkpoint), plan.model_copy(update={"target": "batched"}), "batched")
-    exported = exported or export_graph(checkpoint)
+    preflight(model, plan.model_copy(update={"target": "batched"}), "batched")
+    exported = exported or export_graph(model)
     stem, moments = output.stem, statistics if plan.quantizer == "gptq" else None
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as name:
         folder = Path(name)
         network = write_network(
-            checkpoint,
+            model,
             plan,
             exported,
             settings.profiles,
@@ -100,8 +98,8 @@ def compile_tensorrt(
         _write_build_files(folder, stem, settings, network)
         built = _build(folder, stem) if settings.build else None
         _write_context(folder, stem, settings, network, built)
-        if (checkpoint.path / "tokenizer.json").is_file():
-            shutil.copyfile(checkpoint.path / "tokenizer.json", folder / f"{stem}.tokenizer.json")
+        if (model.path / "tokenizer.json").is_file():
+            shutil.copyfile(model.path / "tokenizer.json", folder / f"{stem}.tokenizer.json")
         files = _kept(folder, stem, built is not None)
         manifest = TensorRTManifest(
             tool=f"rq-compile {__version__}",
@@ -124,14 +122,14 @@ def compile_tensorrt(
     return manifest
 
 
-def check_settings(settings: Settings, checkpoint: Checkpoint, plan: Plan | None = None) -> None:
+def check_settings(settings: Settings, model: Model, plan: Plan | None = None) -> None:
     """Refuse before the long work what a builder would refuse after it; of the layers once there is a plan.
 
     Raises:
         UserError: the builder or the plugin library is not there, or the model, a compute capability or a layer is not for it.
     """
-    if model_config(checkpoint).is_encoder_decoder:
-        raise UserError(f"{checkpoint.name} is an encoder-decoder, which has no TensorRT target; end the output in .onnx", 2)
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{model.name} is an encoder-decoder, which has no TensorRT target; end the output in .onnx", 2)
     if settings.plugins is not None:
         if settings.builder == "rtx":
             raise UserError("--builder rtx takes no plugins; leave --plugins out, or choose --builder tensorrt", 2)

@@ -7,9 +7,8 @@ from typing import Literal
 
 import onnx
 
-from rq_compile.architectures.layers import moe_layers
+from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.export.export import Exported
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity
@@ -35,7 +34,7 @@ class Network:
 
 
 def write_network(
-    checkpoint: Checkpoint,
+    model: Model,
     plan: Plan,
     exported: Exported,
     profiles: Sequence[Profile],
@@ -56,27 +55,26 @@ def write_network(
     Raises:
         UserError: the plan does not fit, or a weight is beyond what ``precision`` can hold.
     """
-    layers = {layer.name: layer for layer in moe_layers(checkpoint)}
-    source = lambda layer, expert: StreamedExpert(checkpoint, layers[layer], expert, statistics)  # noqa: E731
+    layers = {layer.name: layer for layer in model.layers}
+    source = lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics)  # noqa: E731
     half = HALVES[precision]
     if plugins:
-        model, experts, replaced = rewrite_to_moe_layers(exported.model, plan, source, half)
+        graph, experts, replaced = rewrite_to_moe_layers(exported.model, plan, source, half)
     else:
         expected = expected_capacity(profiles)
-        model, experts, replaced = rewrite(exported.model, plan, source, "batched", expected=expected, whole_columns=True)
-        loop_weights(model)
+        graph, experts, replaced = rewrite(exported.model, plan, source, "batched", expected=expected, whole_columns=True)
+        loop_weights(graph)
         replaced["int8 slots with a scale for each column"] = sum(
             s.format == "int8" for layer in plan.layers for s in layer.slots
         )
     router = router_nodes(exported.model)
-    typed, versions = half_precision(model, half, router=router, layers=list(layers))
-    dense, aliases, _ = dense_weights(checkpoint, model, exported.parameters)
+    typed, versions = half_precision(graph, half, router=router, layers=list(layers))
+    dense, aliases, _ = dense_weights(model, graph.graph, exported.parameters)
     merged, same = _merged(versions, aliases)
     sections = [in_versions(section, merged) for section in (*dense, *experts)]
-    largest = max(layer.geometry.experts * layer.geometry.expert_bytes(checkpoint.dtype) for layer in layers.values())
     data = Path(f"{path}.data")
     with data.open("wb") as file:
-        written = write_weights(sections, file, progress, threads=threads, memory=largest)
+        written = write_weights(sections, file, progress, threads=threads, memory=model.largest_layer_bytes)
     locate(typed, written.starts | {name: written.starts[other] for name, other in same.items()}, data.name)
     path.write_bytes(typed.SerializeToString(deterministic=True))
     replaced["equal tensors written once"] = len(same)

@@ -1,0 +1,157 @@
+"""A checkpoint opened once: all that later stages ask of it."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rq_compile.architectures.configuration import model_config
+from rq_compile.architectures.dense import tensor_of
+from rq_compile.architectures.families import Family, family_of
+from rq_compile.architectures.layers import ExpertWeights, MoeLayer, Projection, expert_bias, expert_matrix, moe_layers
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.safetensors_file import StoredTensor
+from rq_compile.quantization.formats import Format
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A checkpoint with its family, its transformers config (every default filled in) and its MoE layers by index.
+
+    Non-expert weights go by their parameter's name in the transformers model, experts by layer and number. Nothing but
+    headers is read on opening; ``read``, ``expert``, ``matrix`` and ``bias`` read what is asked for, each time anew.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    config: "PretrainedConfig"
+    layers: tuple[MoeLayer, ...]
+    _tensors: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Model":
+        """
+        Raises:
+            UserError: see ``Checkpoint.open``, ``model_config`` and ``moe_layers``.
+        """
+        checkpoint = Checkpoint.open(path)
+        family = family_of(checkpoint)
+        config = model_config(checkpoint)
+        return cls(checkpoint, family, config, tuple(moe_layers(checkpoint, family, config)))
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.checkpoint.name
+
+    @property
+    def model_type(self) -> str:
+        return self.checkpoint.model_type
+
+    @property
+    def fingerprint(self) -> str:
+        """See ``Checkpoint.fingerprint``."""
+        return self.checkpoint.fingerprint
+
+    @property
+    def version(self) -> str:
+        """See ``Checkpoint.version``."""
+        return self.checkpoint.version
+
+    @property
+    def dtype(self) -> Format:
+        """The format that most bytes of the experts are stored in."""
+        return self.checkpoint.dtype
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """``config.json`` as it is."""
+        return self.checkpoint.config
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Weights that the checkpoint stores."""
+        return self.checkpoint.weights
+
+    @property
+    def largest_layer_bytes(self) -> int:
+        """Bytes of all experts of the MoE layer that has most, in ``dtype``."""
+        return max(layer.geometry.experts * layer.geometry.expert_bytes(self.dtype) for layer in self.layers)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts of all layers, in ``dtype``."""
+        return sum(layer.geometry.experts * layer.geometry.expert_bytes(self.dtype) for layer in self.layers)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of all non-expert weights: parameters and persistent buffers.
+
+        Raises:
+            UserError: see ``meta_model``.
+        """
+        inside = tuple(f"{layer.name}." for layer in self.layers)
+        return tuple(name for name in self.without_weights.state_dict() if not name.startswith(inside))
+
+    def tensor(self, name: str) -> str:
+        """The checkpoint's tensor for a non-expert weight. Tied weights have one.
+
+        Raises:
+            UserError: the checkpoint has no such tensor.
+        """
+        if name not in self._tensors:
+            self._tensors[name] = tensor_of(self.checkpoint, self.family, name)
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a non-expert weight."""
+        return self.checkpoint.shape(self.tensor(name))
+
+    def stored(self, name: str) -> StoredTensor:
+        """Where a non-expert weight lies, and how."""
+        return self.checkpoint.stored(self.tensor(name))
+
+    def stored_dtype(self, name: str) -> np.dtype:
+        """What ``read`` gives for a non-expert weight (bf16 as ``ml_dtypes.bfloat16``)."""
+        return self.checkpoint.stored_dtype(self.tensor(name))
+
+    def read(self, name: str) -> np.ndarray:
+        """A non-expert weight in its stored dtype.
+
+        Raises:
+            UserError: the checkpoint has no such tensor, or a value of it is not finite.
+        """
+        return self.checkpoint.read(self.tensor(name))
+
+    def matrix(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray:
+        """One of the two matrices of a logical expert, as ``ExpertWeights`` has it; reads nothing else."""
+        return expert_matrix(self.checkpoint, self.family, layer, expert, projection)
+
+    def bias(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray | None:
+        """The bias of such a matrix, or None; reads nothing else."""
+        return expert_bias(self.checkpoint, self.family, layer, expert, projection)
+
+    def expert(self, layer: MoeLayer, expert: int) -> ExpertWeights:
+        """The weights of one logical expert; reads no other's."""
+        up, down = self.matrix(layer, expert, "up"), self.matrix(layer, expert, "down")
+        return ExpertWeights(up, down, self.bias(layer, expert, "up"), self.bias(layer, expert, "down"))
+
+    @cached_property
+    def without_weights(self) -> "PreTrainedModel":
+        """The transformers model on the meta device, to look at; ``meta_model`` gives a copy to work with.
+
+        Raises:
+            UserError: see ``meta_model``.
+        """
+        from rq_compile.architectures.load import built_without_weights
+
+        return built_without_weights(self)

@@ -10,7 +10,7 @@ copies of any expert (``copies.copy_sequence``); the N - k others cost at least 
 price per byte that is a sum over experts, which bounds the optimum as in ``allocation``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from rq_compile.planning.exact import polished
 from rq_compile.planning.metrics import copy_numbers
 from rq_compile.planning.placement import copied_anew, imbalance, pack
 from rq_compile.planning.problem import Layer, Problem
-from rq_compile.planning.solver import ROUNDING, LayerSolution, Objective, Solution
+from rq_compile.planning.solver import ROUNDING, LayerSolution, Objective, Solution, solution_of
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def solve_on_ranks(problem: Problem, objective: Objective, budget: int) -> Solut
     for number in sorted(relaxed, key=lambda number: relaxed[number].value + least[number]):
         if best is not None and relaxed[number].bound + least[number] >= best.value:
             break
-        for solution in _packed(sequences, relaxed[number], objective, problem.ranks, budget):
+        for solution in _packed(problem, sequences, relaxed[number], objective, budget):
             if best is None or solution.value < best.value:
                 best = solution
-    return None if best is None else Solution(best.layers, best.value, min(bound, best.value))
+    return None if best is None else replace(best, bound=min(bound, best.value))
 
 
 def _sequences(problem: Problem, objective: Objective) -> list[_LayerSequence]:
@@ -98,20 +98,20 @@ def _bound(choices: list[LayerChoices], number: int, ranks: int, price: float, b
 
 
 def _packed(
-    sequences: list[_LayerSequence], allocation: Allocation, objective: Objective, ranks: int, budget: int
+    problem: Problem, sequences: list[_LayerSequence], allocation: Allocation, objective: Objective, budget: int
 ) -> list[Solution]:
     """The copies of ``allocation`` on ranks, and with others copied instead in the layers that stay out of balance."""
     packed = [
-        pack(sequence.layer.demand, chosen.copies, ranks, objective.goal)
+        pack(sequence.layer.demand, chosen.copies, problem.ranks, objective.goal)
         for sequence, chosen in zip(sequences, allocation.layers, strict=True)
     ]
     anew = [copied_anew(sequence.layer.demand, holds, objective.goal) for sequence, holds in zip(sequences, packed, strict=True)]
-    found = [_with_formats(sequences, placed, objective, budget) for placed in (packed, anew)]
+    found = [_with_formats(problem, sequences, placed, objective, budget) for placed in (packed, anew)]
     return [solution for solution in found if solution is not None]
 
 
 def _with_formats(
-    sequences: list[_LayerSequence], placed: list[np.ndarray], objective: Objective, budget: int
+    problem: Problem, sequences: list[_LayerSequence], placed: list[np.ndarray], objective: Objective, budget: int
 ) -> Solution | None:
     """The best formats for experts on ranks, ``placed[l]`` bool ``[R, m]``."""
     choices, imbalances = [], []
@@ -133,7 +133,7 @@ def _with_formats(
         LayerSolution(chosen, _ranks_of_slots(holds), value)
         for chosen, holds, value in zip(allocation.layers, placed, imbalances, strict=True)
     ]
-    return Solution(layers, allocation.value, allocation.bound)
+    return solution_of(problem, layers, allocation.value, allocation.bound)
 
 
 def _ranks_of_slots(holds: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rq_compile.planning.allocation import LayerChoice, LayerChoices, allocate
-from rq_compile.planning.copies import copy_sequence
+from rq_compile.planning.allocation import LayerChoice, LayerChoices, allocate, slot_experts
+from rq_compile.planning.copies import CopySequence, copy_sequence
 from rq_compile.planning.exact import polished
 from rq_compile.planning.problem import Layer, Problem
 
@@ -46,11 +46,54 @@ class LayerSolution:
 
 @dataclass(frozen=True)
 class Solution:
-    """``value`` is the objective of ``layers``, ``bound`` what nothing within the budget can undercut."""
+    """``value`` is the objective of ``layers``, ``bound`` what nothing within the budget can undercut.
+
+    ``mean_error``: of a layer's output, relative, mean over the layers; ``bytes``: of all slots.
+    """
 
     layers: list[LayerSolution]
     value: float
     bound: float
+    mean_error: float
+    bytes: int
+
+
+def solution_of(problem: Problem, layers: list[LayerSolution], value: float, bound: float) -> Solution:
+    errors = [error_of(layer, solved) for layer, solved in zip(problem.layers, layers, strict=True)]
+    size = sum(int(layer.size[solved.choice.format].sum()) for layer, solved in zip(problem.layers, layers, strict=True))
+    return Solution(layers, value, bound, sum(errors) / len(errors), size)
+
+
+def error_of(layer: Layer, solved: LayerSolution) -> float:
+    """Relative output error of one layer: each expert's, averaged over its copies."""
+    copies, experts = solved.choice.copies, slot_experts(solved.choice.copies)
+    return float((layer.error[experts, solved.choice.format] / copies[experts]).sum())
+
+
+def objective_of(problem: Problem, objective: Objective, layers: list[LayerSolution]) -> float:
+    """``objective`` of any solution, whatever problem it was found for."""
+    total = 0.0
+    for layer, solved in zip(problem.layers, layers, strict=True):
+        total += error_of(layer, solved)
+        if problem.cost.busiest != "nothing":
+            drifted = drift_imbalance(problem, layer, objective, solved)
+            total += float(objective.missed(solved.imbalance) + objective.exposed(drifted))
+    return total
+
+
+def drift_imbalance(problem: Problem, layer: Layer, objective: Objective, solved: LayerSolution) -> float:
+    """The busiest slot if any one expert gains what drift may bring.
+
+    On one rank, drift counts once the texts are balanced: before, the drift imbalance is that of the layer just balanced, and as
+    much more as the texts are out of balance beyond that.
+    """
+    load = layer.worst_demand()
+    gain = layer.drift_gain(objective.drift)
+    if problem.cost.busiest == "slot" and solved.imbalance > objective.goal + ROUNDING:
+        sequence = _sequence(layer, objective, layer.experts)
+        balanced = sequence.balanced
+        return float(solved.imbalance - sequence.level[balanced] + sequence.drift_level[balanced])
+    return float(((load + gain) / solved.choice.copies).max())
 
 
 def solve_on_one_rank(problem: Problem, objective: Objective, budget: int) -> Solution | None:
@@ -67,14 +110,20 @@ def solve_on_one_rank(problem: Problem, objective: Objective, budget: int) -> So
         LayerSolution(chosen, np.zeros(len(chosen.format), np.int64), float((layer.worst_demand() / chosen.copies).max()))
         for layer, chosen in zip(problem.layers, allocation.layers, strict=True)
     ]
-    return Solution(layers, allocation.value, allocation.bound)
+    return solution_of(problem, layers, allocation.value, allocation.bound)
 
 
 def _choices(layer: Layer, objective: Objective, replicates: bool) -> LayerChoices:
-    load = layer.worst_demand()
     # No expert's worst load is above m, so m copies are always enough.
-    most_copies = layer.experts if replicates else 1
-    gain = layer.drift_gain(objective.drift)
-    sequence = copy_sequence(load, goal=objective.goal + ROUNDING, gain=gain, most_copies=2 * most_copies - 1)
+    sequence = _sequence(layer, objective, layer.experts if replicates else 1)
     penalty = objective.missed(sequence.level) + objective.exposed(sequence.drift_level)
     return LayerChoices(sequence, penalty, layer.error, layer.size, objective.mixed_copies)
+
+
+def _sequence(layer: Layer, objective: Objective, most_copies: int) -> CopySequence:
+    return copy_sequence(
+        layer.worst_demand(),
+        goal=objective.goal + ROUNDING,
+        gain=layer.drift_gain(objective.drift),
+        most_copies=2 * most_copies - 1,
+    )

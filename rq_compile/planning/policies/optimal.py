@@ -11,23 +11,23 @@ a tenth of its energy. So in practice every layer is first balanced to the toler
 the bytes left buy bits where they save most error. *drift imbalance* is the busiest slot if any one expert may gain ``drift``
 mean loads, as happens on text of a kind that nobody calibrated on (``demand.drift_gain``). It counts only once the texts are
 balanced, and little: on four trained models (benchmarks/balance.py) ``hedge`` 0.0002 balances text of another kind as well as
-0.01 does, and 0.01 pays for that with int4 where int8 would fit.
+0.01 does, and 0.01 pays for that with int4 where int8 would fit. On one rank, a layer whose texts are out of balance counts as
+just balanced, plus what is missing to that.
 
 So a plan that balances what policy ``paper`` leaves unbalanced stores more experts in int8, and its error is then above that of
 the paper, which leaves most experts as they are; both are far below what a perplexity shows. Where the budget holds replicas in
 the checkpoint's own format, or cold experts make room for them at less error, that is what the objective finds.
 
 All copies of an expert share a format, so that an answer does not depend on who shares the batch; ``mixed_copies`` lifts that.
-``max_error`` is a bound on the mean error of a layer; where it binds, balance gives way, in all layers alike: the imbalance that
-costs nothing is raised until the error fits. (Weighing imbalance less would leave only the convex hull of what can be had.) On a
-target that waits for nothing, the plan with ``max_error`` takes the fewest bytes that keep to it: they are what a step costs.
+``max_error`` bounds the mean error of a layer. Where it binds, balance gives way (``max_error``). On a target that waits for
+nothing, the plan with ``max_error`` takes the fewest bytes that keep to it, because they are what a step costs; it then states
+no objective.
 
 With several ranks every layer gets the same number of slots and every rank its equal share of them, as serving systems need.
 Optimality is proved by the bound that stands in the plan: for one rank it is usually met exactly (``allocation``, ``exact``), for
 several the packing leaves a gap (``rank_solver``).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -38,13 +38,12 @@ from rq_compile.files import Document
 from rq_compile.planning.allocation import slot_experts
 from rq_compile.planning.budget import over_budget
 from rq_compile.planning.knapsack import smallest_formats
+from rq_compile.planning.max_error import fewest_bytes, least_objective
 from rq_compile.planning.problem import Decision, Layer, Problem
 from rq_compile.planning.rank_solver import solve_on_ranks
 from rq_compile.planning.schema import Optimality, Slot
 from rq_compile.planning.solver import ROUNDING, Objective, Solution, solve_on_one_rank
 from rq_compile.quantization.formats import FLOAT_FORMATS, Format
-
-HALVINGS = 20
 
 
 class Options(Document):
@@ -79,10 +78,12 @@ def decide(problem: Problem, options: Options) -> Decision:
             f"no plan within --memory {problem.memory:g} keeps the mean error of a layer below max_error {options.max_error:g}; "
             "raise one of the two"
         )
+    if options.max_error and problem.cost.busiest == "nothing":
+        fewest = min(found, key=lambda solution: (solution.bytes, solution.mean_error))
+        return Decision(_slots(problem, fewest))
     best = min(found, key=lambda solution: solution.value)
-    bound = min(solution.bound for solution in found)
-    optimality = Optimality(objective=best.value, bound=bound)
-    return Decision(_slots(problem, best), optimality, _unbalanced(problem, best, options.tolerance))
+    optimality = Optimality(objective=best.value, bound=min(solution.bound for solution in found))
+    return Decision(_slots(problem, best), optimality, _unbalanced(problem, best, options))
 
 
 def _slots(problem: Problem, solution: Solution) -> list[list[Slot]]:
@@ -95,15 +96,16 @@ def _slots(problem: Problem, solution: Solution) -> list[list[Slot]]:
     return layers
 
 
-def _unbalanced(problem: Problem, solution: Solution, tolerance: float) -> list[str]:
+def _unbalanced(problem: Problem, solution: Solution, options: Options) -> list[str]:
     if problem.cost.busiest == "nothing":
         return []
-    missed = sum(layer.imbalance > 1 + tolerance + ROUNDING for layer in solution.layers)
+    missed = sum(layer.imbalance > 1 + options.tolerance + ROUNDING for layer in solution.layers)
     if not missed:
         return []
+    way_out = "more --memory or a larger max_error" if options.max_error else "more --memory"
     return [
-        f"In {missed} of {len(problem.layers)} layers some calibration text stays more than {100 * tolerance:g} % out of "
-        "balance; more --memory would help."
+        f"In {missed} of {len(problem.layers)} layers some calibration text stays more than {100 * options.tolerance:g} % out of "
+        f"balance; {way_out} would help."
     ]
 
 
@@ -153,41 +155,5 @@ def _solution(problem: Problem, options: Options) -> Solution | None:
     solve = solve_on_ranks if problem.ranks > 1 else solve_on_one_rank
     if not options.max_error:
         return solve(problem, objective, problem.budget)
-
-    def fewer_bytes(part: float) -> Solution | None:
-        return solve(problem, objective, int(problem.budget * (1 - part)))
-
-    def more_balance(part: float) -> Solution | None:
-        worst = max(layer.experts for layer in problem.layers)
-        eased = replace(objective, goal=objective.goal**part * worst ** (1 - part), hedge=part * objective.hedge)
-        return solve(problem, eased, problem.budget)
-
-    return _furthest(fewer_bytes if problem.cost.busiest == "nothing" else more_balance, problem, options.max_error)
-
-
-def _furthest(solution: Callable[[float], Solution | None], problem: Problem, max_error: float) -> Solution | None:
-    """The solution of the largest part in [0, 1] that keeps to ``max_error``; the error grows with the part."""
-
-    def kept(part: float) -> Solution | None:
-        found = solution(part)
-        return found if found is not None and _mean_error(problem, found) <= max_error else None
-
-    if (whole := kept(1.0)) is not None:
-        return whole
-    best, low, high = kept(0.0), 0.0, 1.0
-    for _ in range(HALVINGS if best is not None else 0):
-        middle = (low + high) / 2
-        if (found := kept(middle)) is not None:
-            best, low = found, middle
-        else:
-            high = middle
-    return best
-
-
-def _mean_error(problem: Problem, solution: Solution) -> float:
-    """Mean over the layers of the relative output error."""
-    total = 0.0
-    for layer, solved in zip(problem.layers, solution.layers, strict=True):
-        copies, experts = solved.choice.copies, slot_experts(solved.choice.copies)
-        total += float((layer.error[experts, solved.choice.format] / copies[experts]).sum())
-    return total / len(problem.layers)
+    bounded = fewest_bytes if problem.cost.busiest == "nothing" else least_objective
+    return bounded(solve, problem, objective, options.max_error)

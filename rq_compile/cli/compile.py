@@ -97,7 +97,7 @@ def command(
     check_manifest_place(output)
     check_tensorrt_options(output)
     tensorrt = {name: planning.pop(name) for name in OPTIONS}
-    check_lowering_options(lowering, activation_bits)
+    check_lowering_options(lowering, activation_bits, f"--lowering {lowering}")
     if plan_path is not None:
         refuse_planning_options()
     elif not texts:
@@ -109,6 +109,7 @@ def command(
     from rq_compile.architectures.model import Model
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
+    from rq_compile.planning.remarks import lost_with_lowering
     from rq_compile.planning.schema import Plan
 
     model = Model.open(folder)
@@ -118,7 +119,9 @@ def command(
         check_same_model(plan, model, plan_path)
         if plan.target == "cuda" and settings is None and "lowering" not in given_options():
             lowering = "cuda"
-            check_lowering_options(lowering, activation_bits)
+            check_lowering_options(lowering, activation_bits, f"--lowering cuda, which {plan_path} for cuda chooses")
+        if settings is None and (lost := lost_with_lowering(plan, lowering)):
+            screen.note(lost)
         if dry_run:
             from rq_compile.targets.preflight import preflight
 
@@ -194,17 +197,18 @@ def show_estimate(
     screen.result(estimate, *estimate_tables(estimate))
 
 
-def check_lowering_options(lowering: Lowering, activation_bits: str) -> None:
-    """
+def check_lowering_options(lowering: Lowering, activation_bits: str, chosen_by: str) -> None:
+    """``chosen_by``: what chose the lowering, for the message.
+
     Raises:
         UserError: an option was given that the lowering has no use for.
     """
+    given = "lowering" in given_options()
+    others = "leave one of the two out" if given else "leave it out, or give --lowering native"
     if activation_bits != "32" and lowering in ("batched", "cuda"):
-        raise UserError(
-            f"--activation-bits {activation_bits} has no effect with --lowering {lowering}; leave one of the two out", 2
-        )
+        raise UserError(f"--activation-bits {activation_bits} has no effect with {chosen_by}; {others}", 2)
     if lowering != "native" and "dense_format" in given_options():
-        raise UserError(f"--dense-format has no effect with --lowering {lowering}; leave one of the two out", 2)
+        raise UserError(f"--dense-format has no effect with {chosen_by}; {others}", 2)
 
 
 def check_extension(output: Path) -> None:

@@ -8,10 +8,17 @@ def allowed(memory: float, bytes_before: int) -> int:
     return int(memory * bytes_before * (1 + 1e-12))
 
 
-def over_budget(needed: int, memory: float, bytes_before: int, who: str, way_out: str = "") -> UserError:
+def over_budget(
+    needed: int, memory: float, bytes_before: int, who: str, *, action: str = "give", alternative: str = ""
+) -> UserError:
     """The error of a plan that needs ``needed`` bytes where ``memory`` times ``bytes_before`` are allowed."""
     excess = needed - allowed(memory, bytes_before)
-    enough = -(-needed * 10000 // bytes_before) / 10000
     return UserError(
-        f"{who} takes {needed} bytes, {excess} more than --memory {memory:g} allows; give --memory {enough:g} or more{way_out}"
+        f"{who} takes {needed} bytes, {excess} more than --memory {memory:g} allows; "
+        f"{action} --memory {enough_for(needed, bytes_before):g} or more{alternative}"
     )
+
+
+def enough_for(needed: int, bytes_before: int) -> float:
+    """The least ``--memory`` of four decimals that allows ``needed`` bytes."""
+    return -(-needed * 10000 // bytes_before) / 10000

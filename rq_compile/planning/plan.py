@@ -54,7 +54,9 @@ def make_plan(
         layer_plan(problem, layer.calibration, slots, calibration.batch_size, tokens)
         for layer, slots in zip(problem.layers, decision.slots, strict=True)
     ]
-    _check_within_budget(problem, layers, policy)
+    taken = sum(layer.predicted.bytes_after for layer in layers)
+    if taken > problem.budget:
+        raise over_budget(taken, memory, problem.bytes_before, f"policy {policy}", alternative=", or --policy optimal")
     return Plan(
         tool=f"rq-compile {__version__}",
         model=calibration.model,
@@ -114,13 +116,3 @@ def layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], bat
         unreached=[expert for expert, count in enumerate(layer.load) if count == 0],
         predicted=predict(layer, before, after, problem.cost, dtype=problem.dtype, batch_size=batch_size, tokens=tokens),
     )
-
-
-def _check_within_budget(problem: Problem, layers: list[LayerPlan], policy: str) -> None:
-    """
-    Raises:
-        UserError: the policy cannot do with less.
-    """
-    taken = sum(layer.predicted.bytes_after for layer in layers)
-    if taken > problem.budget:
-        raise over_budget(taken, problem.memory, problem.bytes_before, f"policy {policy}", ", or --policy optimal")

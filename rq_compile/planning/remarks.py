@@ -2,9 +2,10 @@
 
 from collections import Counter, defaultdict
 
+from rq_compile.planning.costs import BATCHED
 from rq_compile.planning.metrics import excess_removed
 from rq_compile.planning.problem import Problem
-from rq_compile.planning.schema import LayerPlan
+from rq_compile.planning.schema import LayerPlan, Plan
 
 
 def remarks(problem: Problem, layers: list[LayerPlan]) -> list[str]:
@@ -34,6 +35,31 @@ def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
     if before <= 1.0 or removed <= 0:
         return f"{what} was {before:.3f} and is {after:.3f}: on {target} this plan balances nothing; {time}."
     return f"{what} falls from {before:.3f} to {after:.3f}, {100 * removed:.1f} % of the excess; {time}."
+
+
+def lost_with_lowering(plan: Plan, lowering: str) -> str:
+    """What a plan for one rank loses when it is compiled with a lowering that waits for something else; empty if nothing."""
+    if plan.ranks > 1 or (plan.target in BATCHED) == (lowering == "batched"):
+        return ""
+    replicas = sum(len(layer.slots) - layer.geometry.experts for layer in plan.layers)
+    if lowering == "batched":
+        balance = sum(layer.predicted.strict_lis_after for layer in plan.layers) / len(plan.layers)
+        return (
+            f"The plan is for {plan.target}, which waits for no busy expert, so its slots are not balanced: with --lowering batched "
+            f"the busiest has {balance:.2f} times the mean load; plan with --target batched to balance them."
+        )
+    if not replicas:
+        return ""
+    error = sum(layer.predicted.error for layer in plan.layers) / len(plan.layers)
+    return (
+        f"The plan is for {plan.target}, but with --lowering {lowering} its {_count(replicas, 'replica')} share the weights of their "
+        f"originals and save no time; the formats that make room for them still cost accuracy (predicted error {error:.1e} of a "
+        "layer's output): plan with --target cpu to spend the memory on bits, or compile with --lowering batched."
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _ratio(layers: list[LayerPlan], name: str) -> str:
@@ -90,13 +116,18 @@ def _ranks(problem: Problem, layers: list[LayerPlan]) -> str:
     if len(counts) > 1:
         return (
             f"Ranks hold {min(counts)} to {max(counts)} slots of a layer, but serving systems need the same number everywhere: "
-            "choose --ranks that divide the experts, or more --memory."
+            f"choose --ranks that divide the experts, or more --memory, for {_even(problem)} slots."
         )
     size = [
         sum(layer.geometry.expert_bytes(slot.format) for layer in layers for slot in layer.slots if slot.rank == rank)
         for rank in range(problem.ranks)
     ]
     return f"The fullest rank holds {max(size) / 1e6:.2f} MB of experts, the mean rank {sum(size) / len(size) / 1e6:.2f} MB."
+
+
+def _even(problem: Problem) -> int:
+    """The fewest slots of a layer that fill all ranks alike."""
+    return max(-(-layer.experts // problem.ranks) * problem.ranks for layer in problem.layers)
 
 
 def _unreached(layers: list[LayerPlan]) -> str:

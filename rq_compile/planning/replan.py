@@ -14,6 +14,7 @@ import numpy as np
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
+from rq_compile.planning.budget import over_budget
 from rq_compile.planning.metrics import copy_numbers
 from rq_compile.planning.placement import MOST_MOVES, Move, best_exchange, best_replacement, imbalance
 from rq_compile.planning.plan import CommonOptions, layer_plan
@@ -65,15 +66,20 @@ def replan(
     """``plan`` for the loads of ``calibration``, balanced to within ``tolerance`` of the mean as far as its memory allows.
 
     Raises:
-        UserError: the calibration is of another model, or the tolerance is negative.
+        UserError: the calibration is of another model or was quantized otherwise than the plan's, the plan does not fit its own
+            budget, or the tolerance is negative.
     """
     if tolerance < 0:
         raise UserError(f"a tolerance of {tolerance:g} cannot be met; give 0 or more", 2)
     _check_same_model(plan, calibration)
+    _check_same_quantization(plan, calibration)
     common = CommonOptions(**{name: plan.options[name] for name in CommonOptions.model_fields if name in plan.options})
     problem = problem_of(calibration, target=plan.target, ranks=plan.ranks, memory=plan.memory, smoothing=common.smoothing)
     tokens = common.tokens or calibration.batch_size * calibration.sequence_length
-    room = max(0, problem.budget - plan.bytes_after)
+    taken = sum(layer.geometry.expert_bytes(slot.format) for layer in plan.layers for slot in layer.slots)
+    room = problem.budget - taken
+    if room < 0:
+        raise over_budget(taken, plan.memory, problem.bytes_before, "the plan", action="plan anew with")
     layers, changed = [], []
     for layer, old in zip(problem.layers, plan.layers, strict=True):
         slots = _replanned(problem, layer, old, 1 + tolerance, room)
@@ -90,6 +96,37 @@ def _check_same_model(plan: Plan, calibration: Calibration) -> None:
         raise UserError(
             f"the loads are of {calibration.model} ({calibration.fingerprint[:12]}), but the plan is for {plan.model} "
             f"({plan.fingerprint[:12]}); calibrate the plan's model",
+            2,
+        )
+
+
+def _check_same_quantization(plan: Plan, calibration: Calibration) -> None:
+    """A slot must take the bytes, and have the error, that the plan reckons with.
+
+    Raises:
+        UserError: the layer and what differs are named.
+    """
+    for layer, old in zip(calibration.layers, plan.layers, strict=True):
+        different = [(name, value) for name, value in layer.geometry if getattr(old.geometry, name) != value]
+        if different:
+            name, value = different[0]
+            way_out = f"calibrate with --block {old.geometry.block}" if name == "block" else "calibrate the plan's model"
+            raise UserError(
+                f"layer {old.index} of the loads has {name} {value}, but the plan has {getattr(old.geometry, name)}; {way_out}, "
+                "or plan anew from the loads",
+                2,
+            )
+        known = {calibration.dtype, *layer.error}
+        if missing := sorted({slot.format for slot in old.slots} - known):
+            raise UserError(
+                f"layer {old.index} of the plan has slots in {missing[0]}, but the loads were measured in "
+                f"{', '.join(sorted(known))}; plan anew from the loads",
+                2,
+            )
+    if calibration.quantizer != plan.quantizer:
+        raise UserError(
+            f"the loads were measured with --quantizer {calibration.quantizer}, but the plan is for {plan.quantizer}; calibrate "
+            f"with --quantizer {plan.quantizer}, or plan anew from the loads",
             2,
         )
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from rq_compile.errors import UserError
 from rq_compile.files import Document
-from rq_compile.planning.budget import allowed
+from rq_compile.planning.budget import allowed, enough_for
 from rq_compile.planning.placement import pack
 from rq_compile.planning.policies.none import unplanned
 from rq_compile.planning.problem import Decision, Layer, Problem
@@ -43,11 +43,21 @@ def decide(problem: Problem, options: Options) -> Decision:
         slots.append([Slot(expert=int(e), format=problem.dtype, rank=place // per_rank) for place, e in enumerate(held)])
     replicas = sum(len(held) - layer.experts for held, layer in zip(slots, problem.layers, strict=True))
     if not replicas:
-        remarks.append(
-            f"EPLB keeps full precision, and --memory {problem.memory:g} has no room for a replica; "
-            "at --memory 1.125 it copies one expert in eight."
-        )
+        remarks.append(_no_room(problem))
     return Decision(slots, remarks=remarks)
+
+
+def _no_room(problem: Problem) -> str:
+    """What the next number of slots that fills all ranks alike would take."""
+    more = [(layer.experts // problem.ranks + 1) * problem.ranks for layer in problem.layers]
+    enough = max(
+        enough_for(count * int(layer.size[0]), layer.bytes_before) for count, layer in zip(more, problem.layers, strict=True)
+    )
+    ranks = f" on {problem.ranks} ranks" if problem.ranks > 1 else ""
+    return (
+        f"EPLB keeps full precision, and --memory {problem.memory:g} has no room for a replica: the next {max(more)} slots of a "
+        f"layer{ranks} take --memory {enough:g}."
+    )
 
 
 def _affordable(layer: Layer, problem: Problem, options: Options) -> int:

@@ -72,7 +72,7 @@ def _less_important(layer: Layer, memory: float, options: Options) -> list[int]:
     size = layer.bytes_before + half - count * (whole - half)
     if size > budget:
         who = f"layer {layer.calibration.index} under policy paper"
-        raise over_budget(size, memory, layer.bytes_before, who, ", or --policy optimal")
+        raise over_budget(size, memory, layer.bytes_before, who, alternative=", or --policy optimal")
     return ranking[:count]
 
 

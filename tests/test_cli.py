@@ -97,6 +97,17 @@ def test_wrong_arguments(
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("lowering", ["native", "stock", "batched"])
+def test_compile_says_what_the_lowering_loses_of_the_plan(
+    rq_compile: Run, model: Path, stages: Path, out: Path, lowering: str
+) -> None:
+    arguments = [model, "--plan", stages / "plan.json", "-o", out / "x.onnx", "--lowering", lowering, "--dry-run"]
+    said = rq_compile(*arguments)
+    assert said.exit_code == 0, said.stderr
+    assert ("The plan is for batched, but with --lowering" in said.stderr) == (lowering != "batched")
+    assert rq_compile(*arguments, "-q").stderr == ""
+
+
 def test_a_mistyped_command_in_a_real_process(tmp_path: Path) -> None:
     process = python("-m", "rq_compile.cli.main", "isnpect", "x", cwd=tmp_path)
     stdout, stderr = process.communicate()

@@ -131,7 +131,8 @@ def test_packages_are_for_the_cpu(wide: Path, out: Path, rq_compile: Run, destin
 def test_options_of_other_lowerings_are_refused(wide: Path, out: Path, rq_compile: Run, options: list[str]) -> None:
     for lowering in ([], ["--lowering", "cuda"]):
         result = rq_compile(wide / "model", "--plan", wide / "plan.json", *lowering, *options, "-o", out / "x.onnx", "-q")
-        refused(result, 2, f"{options[0]} ", "has no effect with --lowering cuda")
+        chosen = [] if lowering else ["plan.json for cuda chooses", "leave it out, or give --lowering native"]
+        refused(result, 2, f"{options[0]} ", "has no effect with --lowering cuda", *chosen)
 
 
 def test_sizes_that_the_kernels_do_not_take_are_refused_before_any_export(

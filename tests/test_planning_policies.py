@@ -8,6 +8,7 @@ from rq_compile.errors import UserError
 from rq_compile.planning.budget import allowed
 from rq_compile.planning.plan import POLICIES, make_plan
 from rq_compile.planning.policies.eplb import rebalance
+from rq_compile.planning.remarks import lost_with_lowering
 from rq_compile.planning.schema import LayerPlan, Plan
 
 
@@ -115,6 +116,23 @@ def test_eplb_stores_full_precision_within_the_memory() -> None:
         make_plan(calibration, policy="eplb", memory=1.0, ranks=4, target="cuda", slots=20)
 
 
+@pytest.mark.parametrize(("experts", "ranks", "memory"), [(16, 7, 1.3), (16, 1, 1.05), (16, 4, 1.2), (6, 5, 1.6), (8, 16, 1.9)])
+def test_eplb_says_what_its_first_replica_takes(experts: int, ranks: int, memory: float) -> None:
+    calibration = inputs.skewed(experts=experts)
+    arguments = {"policy": "eplb", "ranks": ranks, "target": "cuda"}
+    remark = make_plan(calibration, memory=memory, **arguments).remarks[-1]
+    needed = (experts // ranks + 1) * ranks
+    assert f"--memory {memory:g} has no room for a replica: the next {needed} slots" in remark
+    enough = float(remark.rpartition("--memory ")[2].rstrip("."))
+    assert len(make_plan(calibration, memory=enough, **arguments).layers[0].slots) == needed
+    assert len(make_plan(calibration, memory=enough - 2e-4, **arguments).layers[0].slots) == experts
+
+
+def test_uneven_ranks_are_told_the_slots_that_fill_them() -> None:
+    plan = make_plan(inputs.skewed(experts=16), policy="eplb", memory=1.3, ranks=7, target="cuda")
+    assert any("Ranks hold 2 to 3 slots" in remark and "for 21 slots" in remark for remark in plan.remarks)
+
+
 def test_eplb_never_stands_two_copies_on_one_rank() -> None:
     # Nearly everything is on one expert, which the published algorithm would copy more often than there are ranks.
     layer = inputs.layer([[1000, 1, 1, 1, 1, 1, 1, 1]], {"int8": [0.0] * 8})
@@ -168,6 +186,33 @@ def test_a_plan_says_when_it_balances_nothing() -> None:
     assert f"computes {before} rows for every useful one without this plan and {after} with it" in planned.remarks[1]
     assert f"in lanes of one width it would be {one_before} and {one_after}." in planned.remarks[1]
     assert not any("lanes" in remark for remark in plan_of([skewed], "optimal", ranks=2).remarks)
+
+
+LOWERINGS = ("native", "stock", "batched", "cuda")
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "tensorrt-rtx", "batched"])
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_plan_says_what_another_lowering_loses_of_it(target: str, lowering: str) -> None:
+    plan = make_plan(inputs.skewed(), policy="optimal", memory=0.7, ranks=1, target=target)
+    lost = lost_with_lowering(plan, lowering)
+    waits = target in ("batched", "tensorrt-rtx")
+    if waits and lowering != "batched":
+        replicas = sum(len(layer.slots) for layer in plan.layers) - 64
+        assert f"for {target}, but with --lowering {lowering} its {replicas} replicas share the weights" in lost
+    elif not waits and lowering == "batched":
+        assert "its slots are not balanced" in lost
+        assert "plan with --target batched" in lost
+    else:
+        assert lost == ""
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_ranks_and_plans_without_replicas_lose_nothing(lowering: str) -> None:
+    ranks = make_plan(inputs.skewed(), policy="optimal", memory=1.0, ranks=2, target="batched")
+    assert lost_with_lowering(ranks, lowering) == ""
+    none = make_plan(inputs.skewed(), policy="none", memory=1.0, ranks=1, target="batched")
+    assert lost_with_lowering(none, lowering) == ""
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -149,6 +149,44 @@ def test_loads_of_another_model_are_refused() -> None:
         replan(plan, calibration, tolerance=-1)
 
 
+@pytest.mark.parametrize("blocks", [(128, 32), (32, 128)])
+def test_loads_quantized_in_other_blocks_are_refused(blocks: tuple[int, int]) -> None:
+    errors = {"int8": [1e-6] * 4, "int4": [1e-4] * 4}
+    ours, theirs = (
+        inputs.calibration([inputs.layer([[60, 20, 20, 20]], errors, hidden=128, block=block)]) for block in blocks
+    )
+    plan = make_plan(ours, policy="optimal", memory=0.6, ranks=1, target="batched")
+    words = f"layer 3 of the loads has block {blocks[1]}, but the plan has {blocks[0]}; calibrate with --block {blocks[0]}"
+    with pytest.raises(UserError, match=words):
+        replan(plan, theirs)
+
+
+def test_loads_of_other_experts_quantizer_or_formats_are_refused() -> None:
+    calibration = inputs.skewed(layers=1)
+    plan = make_plan(calibration, policy="optimal", memory=0.5, ranks=1, target="batched")
+    layer = calibration.layers[0]
+    for field, value in (("top_k", 4), ("hidden", 128), ("activation", "geglu"), ("bias", True)):
+        geometry = layer.geometry.model_copy(update={field: value})
+        other = calibration.model_copy(update={"layers": [layer.model_copy(update={"geometry": geometry})]})
+        with pytest.raises(UserError, match=f"has {field} {value}, but the plan has .*; calibrate the plan's model"):
+            replan(plan, other)
+    with pytest.raises(UserError, match="measured with --quantizer gptq, but the plan is for nearest"):
+        replan(plan, calibration.model_copy(update={"quantizer": "gptq"}))
+    one = layer.model_copy(update={"error": {"int8": layer.error["int8"]}})
+    with pytest.raises(UserError, match="layer 3 of the plan has slots in int4, but the loads were measured in bf16, int8"):
+        replan(plan, calibration.model_copy(update={"layers": [one]}))
+
+
+@pytest.mark.parametrize("target", ["batched", "cpu"])
+def test_a_plan_over_its_own_budget_is_refused(target: str) -> None:
+    calibration = inputs.skewed(layers=2)
+    plan = make_plan(calibration, policy="optimal", memory=1.0, ranks=1, target=target)
+    with pytest.raises(UserError, match=r"the plan takes .* bytes, .* more than --memory 0.9 allows; plan anew with --memory") as e:
+        replan(plan.model_copy(update={"memory": 0.9}), calibration)
+    enough = float(str(e.value).split("with --memory ")[1].split()[0])
+    replan(plan.model_copy(update={"memory": enough}), calibration)
+
+
 # The command line
 
 

@@ -1,11 +1,13 @@
 """The command line as a user meets it: help, wrong arguments, and what is printed."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from command_line import Run, names, python, refused, writing
@@ -14,6 +16,7 @@ from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
 from rq_compile.cli import options
 from rq_compile.cli.main import COMMANDS, main
+from rq_compile.cli.screen import json_value
 from rq_compile.errors import UserError
 from rq_compile.planning.schema import Policy, Target
 from rq_compile.quantization.formats import BLOCKS
@@ -230,6 +233,42 @@ def test_evaluate_prints_tables_that_agree_with_its_json(rq_compile: Run, model:
         for layer in text["layers"]:
             assert f"{layer['lis_before']:.3f} -> {layer['lis_after']:.3f}" in table
             assert f"{layer['strict_lis_before']:.3f} -> {layer['strict_lis_after']:.3f}" in table
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_null_in_json(
+    rq_compile: Run, model: Path, stages: Path, out: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    """In a result at any depth; and a report takes such an evaluation."""
+    counted = Engine.counted_logits
+
+    def broken(*arguments: Any, **named: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        logits, rows = counted(*arguments, **named)
+        return np.full_like(logits, wrong), rows
+
+    monkeypatch.setattr(Engine, "counted_logits", broken)
+    text = out / "text.txt"
+    text.write_text("twelve chars" * 5)
+    arguments = ["evaluate", stages / "model.onnx", "--reference", model, "--text", text, "--sequence-length", 16, "-q"]
+    printed = rq_compile(*arguments, "--json")
+    total = json.loads(printed.stdout, parse_constant=refuse_constant)["total"]
+    assert (total["perplexity_engine"], total["kl"]) == (None, None)
+    assert total["perplexity_reference"] > 1
+    assert "not finite" in rq_compile(*arguments).stdout
+    (out / "evaluation.json").write_text(printed.stdout)
+    report = ["report", stages / "model.onnx", "--evaluation", out / "evaluation.json", "-o", out / "report.html", "--json"]
+    headline = json.loads(rq_compile(*report).stdout, parse_constant=refuse_constant)
+    assert headline["perplexity_engine"] is None
+    assert "not finite" in (out / "report.html").read_text()
+
+
+def test_every_number_that_json_lacks_is_null() -> None:
+    values = {"a": [math.nan, {"b": -math.inf}], "c": math.inf, "d": 1.5, "e": "NaN"}
+    assert json_value(values) == {"a": [None, {"b": None}], "c": None, "d": 1.5, "e": "NaN"}
 
 
 def test_bench_prints_a_ratio(rq_compile: Run, model: Path, stages: Path) -> None:

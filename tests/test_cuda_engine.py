@@ -97,7 +97,7 @@ def test_its_answers_are_those_of_the_native_engine(
     assert result.exit_code == 0, result.stderr
     native = Engine.load(out / "native.onnx", threads=1)
     np.save(out / "logits.npy", native.logits(np.random.default_rng(0).integers(4, 99, (2, 9))))
-    places = {"RQ_LIBRARY": cuda_ops, "RQ_KERNELS": built_kernels, "RQ_ENGINE": wide / "engine.onnx"}
+    places = {"RQ_LIBRARY": cuda_ops, "RQ_KERNELS": built_kernels, "RQ_ENGINE": wide / "engine.onnx", "RQ_MODEL": wide / "model"}
     for name, value in {**cuda_parts, **places, "RQ_NATIVE": out / "logits.npy", "TRITON_INTERPRET": 1}.items():
         monkeypatch.setenv(name, str(value))
     arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "interpreted_cuda_engine.py"]

@@ -182,6 +182,36 @@ def test_a_reference_with_another_vocabulary_is_refused(stages: Path) -> None:
         evaluate(engine, Other(), [Windows("t", np.full((1, 4), 5))], reference_name="r")
 
 
+def test_an_engine_that_hides_its_slots_has_everything_but_lis(stages: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """As one of the lowering cuda does, which cannot run here."""
+    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    counting = Engine.load(stages / "model.onnx", threads=1)
+    hiding = Engine(counting.path, counting.manifest.model_copy(update={"slot_offsets": {}}), 1)
+    windows = [cut("t", "The quick brown fox jumps over the lazy dog. " * 3, counting.tokenizer, 32)]
+    reference = Reference.load(checkpoint)
+    full, found = (evaluate(engine, reference, windows, reference_name="r") for engine in (counting, hiding))
+    assert found.total.layers == []
+    assert found.total == full.total.model_copy(update={"layers": []})
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_logit_that_is_no_number_leaves_perplexity_undefined(
+    stages: Path, wrong: float, recwarn: pytest.WarningsRecorder
+) -> None:
+    engine = Engine.load(stages / "model.onnx", threads=1)
+
+    class Broken:
+        encoder_decoder, decoder_start = False, None
+
+        def logits(self, ids: np.ndarray, *_: object, **__: object) -> np.ndarray:
+            return np.full((*ids.shape, engine.manifest.vocabulary), wrong, np.float32)
+
+    found = evaluate(engine, Broken(), [Windows("t", np.full((1, 4), 5))], reference_name="r").total
+    assert (found.perplexity_reference, found.kl, found.perplexity_change) == (None, None, None)
+    assert found.perplexity_engine is not None
+    assert not recwarn.list
+
+
 # Speed
 
 

@@ -40,8 +40,7 @@ class Screen:
     def result(self, document: Document | dict[str, Any], *tables: RenderableType, asked_for: bool = True) -> None:
         """Print ``document`` as JSON with --json, else the tables; ``-q`` silences a result that was not asked for."""
         if self.as_json:
-            data = document if isinstance(document, dict) else document.model_dump(mode="json")
-            click.echo(json.dumps(data, indent=1))
+            click.echo(json.dumps(json_value(document), indent=1, allow_nan=False))
         elif asked_for or not self.quiet:
             from rich.console import Console
 
@@ -92,6 +91,14 @@ class Screen:
                 self.note(f"{description}: {state}")
 
         yield update
+
+
+def json_value(document: Document | dict[str, Any]) -> Any:
+    """``document`` as JSON has it: an infinite or undefined number, which JSON cannot hold, is null."""
+    from pydantic_core import to_jsonable_python
+
+    data = document if isinstance(document, dict) else document.model_dump(mode="json")
+    return to_jsonable_python(data, inf_nan_mode="null")
 
 
 class Meter:

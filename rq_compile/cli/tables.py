@@ -304,14 +304,20 @@ def evaluation_tables(evaluation: Evaluation) -> list[RenderableType]:
         made.add_row(
             name,
             str(text.tokens),
-            f"{text.perplexity_reference:.3f}",
-            f"{text.perplexity_engine:.3f}",
-            f"{100 * (text.perplexity_engine / text.perplexity_reference - 1):+.2f} %",
+            figure(text.perplexity_reference, ".3f"),
+            figure(text.perplexity_engine, ".3f"),
+            figure(text.perplexity_change, "+.2f", " %"),
             f"{100 * text.agreement:.2f} %",
-            f"{text.kl:.2e}",
+            figure(text.kl, ".2e"),
         )
     size = facts("experts", bytes=f"{megabytes(before)} -> {megabytes(after)} ({after / max(1, before):.3f})")
-    return [made, balance_table(names, rows), size]
+    if evaluation.total.layers:
+        return [made, balance_table(names, rows), size]
+    return [made, facts("balance", LIS="not measured: an engine of this lowering does not count the rows of its slots"), size]
+
+
+def figure(value: float | None, spec: str, unit: str = "") -> str:
+    return "not finite" if value is None else f"{value:{spec}}{unit}"
 
 
 def balance_table(names: list[str], texts: list[TextEvaluation]) -> Table:

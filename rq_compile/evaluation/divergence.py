@@ -6,11 +6,18 @@ import numpy as np
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Float64 log-probabilities over the last dimension."""
+    """Float64 log-probabilities over the last dimension; those of a row with an infinite or undefined logit are undefined."""
     shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        shifted -= shifted.max(axis=-1, keepdims=True)
+        shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return shifted
+
+
+def _exp(value: float) -> float:
+    """Infinite where a float64 cannot hold it."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
 
 
 @dataclass
@@ -42,11 +49,11 @@ class Divergence:
 
     @property
     def perplexity_reference(self) -> float:
-        return float(np.exp(self.loss_reference / self.predictions))
+        return _exp(self.loss_reference / self.predictions)
 
     @property
     def perplexity_engine(self) -> float:
-        return float(np.exp(self.loss_engine / self.predictions))
+        return _exp(self.loss_engine / self.predictions)
 
     @property
     def agreement(self) -> float:

@@ -1,5 +1,6 @@
 """Compare an engine with the transformers reference on held-out text, window by window; no logits are kept."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -26,7 +27,8 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of both sides, top-1 agreement, mean KL and LIS before and after, for each text and over all.
 
-    An encoder-decoder model reads the first half of a window and predicts the second.
+    An encoder-decoder model reads the first half of a window and predicts the second. An engine that does not count the rows of
+    its slots gets no LIS.
 
     Raises:
         UserError: the reference is not the model the engine was compiled from (its vocabulary differs).
@@ -34,16 +36,16 @@ def evaluate(
     plan = engine.manifest.plan
     total_tokens = sum(text.ids.size for text in texts)
     done = 0
-    all_divergence, all_loads = Divergence(), _no_loads(plan)
+    all_divergence, all_loads = Divergence(), _no_loads(engine)
     results = []
     for text in texts:
-        divergence, loads = Divergence(), _no_loads(plan)
+        divergence, loads = Divergence(), _no_loads(engine)
         for batch in text.batches(engine.manifest.vocabulary):
             _compare(engine, reference, batch, divergence, loads)
             done += batch.size
             if progress is not None:
                 progress(done, total_tokens)
-        results.append(_summary(text.name, text.ids.size, divergence, balance(plan, loads)))
+        results.append(_summary(text.name, text.ids.size, divergence, _balance(plan, loads)))
         all_divergence.merge(divergence)
         for layer, rows in loads.items():
             all_loads[layer] += rows
@@ -52,14 +54,19 @@ def evaluate(
         reference=reference_name,
         sequence_length=max(text.ids.shape[1] for text in texts),
         texts=results,
-        total=_summary("all", total_tokens, all_divergence, balance(plan, all_loads)),
+        total=_summary("all", total_tokens, all_divergence, _balance(plan, all_loads)),
         expert_bytes_before=plan.bytes_before,
         expert_bytes_after=engine.manifest.expert_bytes,
     )
 
 
-def _no_loads(plan: Plan) -> Loads:
-    return {layer.name: np.zeros(len(layer.slots), np.int64) for layer in plan.layers}
+def _no_loads(engine: Engine) -> Loads:
+    layers = engine.manifest.plan.layers if engine.counts_rows else []
+    return {layer.name: np.zeros(len(layer.slots), np.int64) for layer in layers}
+
+
+def _balance(plan: Plan, loads: Loads) -> list[LayerBalance]:
+    return balance(plan, loads) if loads else []
 
 
 def _compare(engine: Engine, reference: LanguageModel, batch: np.ndarray, divergence: Divergence, loads: Loads) -> None:
@@ -69,7 +76,10 @@ def _compare(engine: Engine, reference: LanguageModel, batch: np.ndarray, diverg
         inputs, targets = np.split(batch, [batch.shape[1] // 2], axis=1)
         start = np.full((len(batch), 1), engine.decoder_start or 0, np.int64)
         decoder = np.concatenate([start, targets[:, :-1]], axis=1)
-    ours, rows = engine.counted_logits(inputs, decoder_input_ids=decoder)
+    if engine.counts_rows:
+        ours, rows = engine.counted_logits(inputs, decoder_input_ids=decoder)
+    else:
+        ours, rows = engine.logits(inputs, decoder_input_ids=decoder), {}
     theirs = reference.logits(inputs, decoder_input_ids=decoder)
     if ours.shape[-1] != theirs.shape[-1]:
         raise UserError(
@@ -89,9 +99,13 @@ def _summary(name: str, tokens: int, divergence: Divergence, layers: list[LayerB
         name=name,
         tokens=tokens,
         predictions=divergence.predictions,
-        perplexity_reference=divergence.perplexity_reference,
-        perplexity_engine=divergence.perplexity_engine,
+        perplexity_reference=_finite(divergence.perplexity_reference),
+        perplexity_engine=_finite(divergence.perplexity_engine),
         agreement=divergence.agreement,
-        kl=divergence.kl,
+        kl=_finite(divergence.kl),
         layers=layers,
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

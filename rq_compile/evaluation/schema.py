@@ -20,16 +20,27 @@ class LayerBalance(Document):
 
 
 class TextEvaluation(Document):
-    """``agreement`` is the fraction of positions with the same top-1 token, ``kl`` the mean KL(reference || engine) in nats."""
+    """``agreement`` is the fraction of positions with the same top-1 token, ``kl`` the mean KL(reference || engine) in nats.
+
+    A perplexity or KL is None if it is infinite or undefined. ``layers`` is empty if the engine does not count the rows of its
+    slots, as with the lowering ``cuda``.
+    """
 
     name: str
     tokens: int
     predictions: int
-    perplexity_reference: float
-    perplexity_engine: float
+    perplexity_reference: float | None
+    perplexity_engine: float | None
     agreement: float
-    kl: float
+    kl: float | None
     layers: list[LayerBalance]
+
+    @property
+    def perplexity_change(self) -> float | None:
+        """From the reference to the engine, in per cent; None if one of them is."""
+        if self.perplexity_engine is None or self.perplexity_reference is None:
+            return None
+        return 100 * (self.perplexity_engine / self.perplexity_reference - 1)
 
 
 class Evaluation(Document):

@@ -13,7 +13,7 @@ class Headline(Document):
 
     ``expert_bytes_before`` are the experts' in the checkpoint, ``_planned`` those of all slots, ``_after`` the engine's, whose
     equal copies may share theirs. ``prefill`` and ``decode`` are the engine's tokens per second over the other side's. None: not
-    measured.
+    measured, or no finite number.
     """
 
     engine: str
@@ -56,11 +56,12 @@ class Headline(Document):
 def headline(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: Bench | None) -> Headline:
     """The headline of the engine called ``engine``."""
     plan = manifest.plan
-    balances = [layer.predicted for layer in plan.layers] if evaluation is None else evaluation.total.layers
+    measured = evaluation.total.layers if evaluation is not None else []
+    balances = measured or [layer.predicted for layer in plan.layers]
     return Headline(
         engine=engine,
         model=plan.model,
-        lis_source="predicted" if evaluation is None else "measured",
+        lis_source="measured" if measured else "predicted",
         lis_before=fmean(layer.lis_before for layer in balances),
         lis_after=fmean(layer.lis_after for layer in balances),
         expert_bytes_before=plan.bytes_before,

@@ -58,7 +58,7 @@ def environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters |= {"size": size, "rate": rate, "percent": percent, "mean": mean}
+    made.filters |= {"size": size, "rate": rate, "percent": percent, "mean": mean, "figure": figure}
     return made
 
 
@@ -74,6 +74,11 @@ def mean(balances: Balances, name: str) -> float | None:
     """Over the layers; None where that of some layer is not known."""
     known = [getattr(balance, name) for _, balance in balances]
     return None if None in known else fmean(known)
+
+
+def figure(value: float | None, spec: str) -> str:
+    """``value`` in the format ``spec``; None is an infinite or undefined number."""
+    return "not finite" if value is None else format(value, spec)
 
 
 def percent(value: float) -> str:

@@ -13,7 +13,7 @@ def check_evaluation(engine: Path, manifest: Manifest, evaluation: Evaluation, p
         UserError: the evaluation at ``path`` names another engine or model, or has other layers or bytes than this engine.
     """
     plan = manifest.plan
-    layers = [(layer.name, layer.index) for layer in plan.layers]
+    layers = [(layer.name, layer.index) for layer in plan.layers] if manifest.slot_offsets else []
     for told, ours, theirs in (
         ("", engine.name, evaluation.engine),
         ("the model ", plan.model, evaluation.reference),

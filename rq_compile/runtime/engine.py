@@ -51,6 +51,11 @@ class Engine:
     def decoder_start(self) -> int | None:
         return self.manifest.decoder_start
 
+    @property
+    def counts_rows(self) -> bool:
+        """Whether ``counted_logits`` and ``loads`` work; one node per MoE layer (lowering ``cuda``) hides its slots."""
+        return bool(self.manifest.slot_offsets)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The engine's tokenizer.
@@ -83,7 +88,7 @@ class Engine:
         Raises:
             UserError: the engine's lowering does not count them.
         """
-        if not self.manifest.slot_offsets:
+        if not self.counts_rows:
             raise UserError(
                 f"{self.path} does not count the rows of its slots (lowering {self.manifest.lowering}); "
                 "take the same plan, compiled with --lowering native",

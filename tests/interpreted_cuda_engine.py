@@ -1,6 +1,7 @@
 """An engine of the lowering cuda in ONNX Runtime, its launches computed by Triton's interpreter: test_cuda_engine.py runs this.
 
-RQ_ENGINE is that engine, RQ_MODEL its checkpoint, RQ_NATIVE logits of an engine of the same plan for the CPU; see interpreted_cuda_ops.py for the rest.
+RQ_ENGINE is that engine, RQ_MODEL its checkpoint, RQ_NATIVE logits of an engine of the same plan for the CPU; see
+interpreted_cuda_ops.py for the rest.
 """
 
 import ctypes
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from interpreted_launches import Launches
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.model import Model
 from rq_compile.evaluation.evaluate import evaluate
 from rq_compile.evaluation.windows import Windows
 from rq_compile.runtime.engine import Engine
@@ -54,7 +55,7 @@ def test_generating_with_the_cache_is_recomputing_everything(engine):
 def test_it_is_evaluated(engine):
     launches = Launches()
     windows = Windows("t", np.random.default_rng(1).integers(4, 99, (1, 8)))
-    reference = Reference.load(Checkpoint.open(Path(os.environ["RQ_MODEL"])), threads=1)
+    reference = Reference.load(Model.open(Path(os.environ["RQ_MODEL"])), threads=1)
     found = evaluate(engine, reference, [windows], reference_name="r").total
     assert launches.failure is None
     assert found.layers == []

@@ -184,7 +184,7 @@ def test_a_reference_with_another_vocabulary_is_refused(stages: Path) -> None:
 
 def test_an_engine_that_hides_its_slots_has_everything_but_lis(stages: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     """As one of the lowering cuda does, which cannot run here."""
-    checkpoint = Checkpoint.open(tiny_checkpoint("olmoe"))
+    checkpoint = Model.open(tiny_checkpoint("olmoe"))
     counting = Engine.load(stages / "model.onnx", threads=1)
     hiding = Engine(counting.path, counting.manifest.model_copy(update={"slot_offsets": {}}), 1)
     windows = [cut("t", "The quick brown fox jumps over the lazy dog. " * 3, counting.tokenizer, 32)]

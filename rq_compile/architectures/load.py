@@ -19,6 +19,7 @@ from transformers.utils import logging
 from rq_compile.architectures.agreement import check_tensors
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.remote import REMOTE_CLASSES
+from rq_compile.architectures.ties import break_ties_by_number
 from rq_compile.checkpoint.mapped import mapped
 from rq_compile.errors import UserError
 
@@ -27,7 +28,7 @@ EXPERTS_IMPLEMENTATION = "grouped_mm"
 
 
 def load_model(model: Model) -> PreTrainedModel:
-    """The model in fp32 on the CPU, in eval mode, without gradients.
+    """The model in fp32 on the CPU, in eval mode, without gradients; experts that tie are chosen as ``ties`` says.
 
     transformers converts the weights of its own families, which takes about 2.5 times their fp32 bytes meanwhile; the others are
     read tensor by tensor into an empty model.
@@ -41,6 +42,7 @@ def load_model(model: Model) -> PreTrainedModel:
     else:
         loaded = _converted(type(loaded), model)
         _choose_experts_implementation(loaded)
+    break_ties_by_number(loaded, model.layers)
     return loaded.eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from rq_compile import __version__
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.ties import remarks_on_ties
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.memory import Way, choose_way
@@ -95,8 +96,8 @@ def calibrate(
     ``wanda_fraction`` is the paper's s. ``progress(done, total)`` counts tokens; one that was run but not measured is half done.
 
     A model that does not fit into ``memory_limit`` bytes (by default: what is available) is run layer by layer (``memory.py``,
-    ``streaming.py``), with the same result to fp32 rounding; ``remark`` is told which way was taken. ``device`` is the torch
-    device that runs the model; experts are measured on the CPU.
+    ``streaming.py``), with the same result to fp32 rounding. ``remark`` is told which way was taken, and whether experts tie.
+    ``device`` is the torch device that runs the model; experts are measured on the CPU.
 
     The second result are the statistics that ``statistics.py`` describes, by tensor name, mapped from temporary files; none for
     the quantizer "nearest", which needs none.
@@ -105,7 +106,8 @@ def calibrate(
         UserError: see ``work_of``; or a layer's routing or output is not what it must be (see ``LayerRecording``).
     """
     work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
-    remark(work.way.reason)
+    for text in (work.way.reason, *remarks_on_ties(model)):
+        remark(text)
     layers = [replace(layer, geometry=layer.geometry.model_copy(update={"block": block})) for layer in work.layers]
     report = partial(_report, progress, work.total)
     if work.way.whole:

@@ -19,6 +19,7 @@ import torch
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.load import materialize, meta_model
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.ties import break_ties_by_number
 from rq_compile.calibration.expert import expert_outputs, in_format
 from rq_compile.calibration.recording import LayerRecording, Recorded, model_arguments
 from rq_compile.calibration.routing import watch
@@ -126,6 +127,7 @@ class _Run:
         self.on_visit: Callable[[], None] = lambda: None
         self._model, self._batches, self._device = model, batches, device
         self._module = meta_model(model)
+        break_ties_by_number(self._module, model.layers)
         self.batch = 0  # the number of the one that runs
 
     def stacks(self, hidden: int, in_memory: bool) -> list[_Stack]:

@@ -115,8 +115,12 @@ def command(
     model = Model.open(folder)
     settings = checked_settings(tensorrt, model, (batch_size, sequence_length)) if output.suffix == ".plan" else None
     if plan_path is not None:
+        from rq_compile.architectures.ties import remarks_on_ties
+
         plan = read_document(Plan, plan_path)
         check_same_model(plan, model, plan_path)
+        for remark in remarks_on_ties(model):
+            screen.note(remark)
         if plan.target == "cuda" and settings is None and "lowering" not in given_options():
             lowering = "cuda"
             check_lowering_options(lowering, activation_bits, f"--lowering cuda, which {plan_path} for cuda chooses")

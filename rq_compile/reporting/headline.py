@@ -1,10 +1,12 @@
 """What an engine reached, in one line."""
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
-from rq_compile.evaluation.schema import Bench, Evaluation
+from rq_compile.evaluation.schema import Bench, Evaluation, LayerBalance
 from rq_compile.files import Document
+from rq_compile.planning.schema import LayerPrediction
 from rq_compile.targets.manifest import Manifest
 
 
@@ -56,8 +58,8 @@ class Headline(Document):
 def headline(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: Bench | None) -> Headline:
     """The headline of the engine called ``engine``."""
     plan = manifest.plan
-    measured = evaluation.total.layers if evaluation is not None else []
-    balances = measured or [layer.predicted for layer in plan.layers]
+    measured: Sequence[LayerBalance] = evaluation.total.layers if evaluation is not None else []
+    balances: Sequence[LayerBalance | LayerPrediction] = measured or [layer.predicted for layer in plan.layers]
     return Headline(
         engine=engine,
         model=plan.model,

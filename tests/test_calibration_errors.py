@@ -1,6 +1,7 @@
 """What a calibration refuses, and in which words."""
 
 import errno
+import json
 import math
 import shutil
 import tempfile
@@ -52,8 +53,11 @@ def test_refuses_a_checkpoint_without_tokenizer(tiny_checkpoint: Callable[[str],
 
 
 def test_refuses_another_model_s_tokenizer(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    checkpoint = copied(tiny_checkpoint("olmoe"), tmp_path / "model", vocab_size=64)
-    refused(checkpoint, r"gives the token 98, but the model knows 64 tokens \(0-63\)", {"a.txt": "~~"})
+    checkpoint = copied(tiny_checkpoint("olmoe"), tmp_path / "model")
+    tokenizer = json.loads((checkpoint.path / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["~"] = 198
+    (checkpoint.path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(checkpoint, r"gives the token 198, but the model knows 128 tokens \(0-127\)", {"a.txt": "~~"})
 
 
 def test_a_tokenizer_that_truncates_does_not(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 
@@ -46,7 +47,7 @@ def refused(directory: Path) -> str:
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")])
 def test_reads_what_safetensors_reads(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
     checkpoint = Checkpoint.open(tiny.build("olmoe", tmp_path / "model", dtype=dtype))
-    assert checkpoint.dtype == name
+    assert Model.open(checkpoint.path).dtype == name
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         assert checkpoint.names == sorted(file.keys())
         for tensor in checkpoint.names:
@@ -99,7 +100,8 @@ def test_says_what_is_missing(copy: Path, tmp_path: Path) -> None:
 def test_names_a_missing_shard(copy: Path) -> None:
     sharded(copy)
     (copy / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors is missing" in refused(copy)
+    with pytest.raises(UserError, match=r"has no tensor .* lists it in .*model-00002-of-00002\.safetensors, which is missing\)"):
+        Model.open(copy)
 
 
 @pytest.mark.parametrize("kept", [4, 200, -1])
@@ -114,6 +116,8 @@ def test_names_a_truncated_shard(copy: Path, kept: int) -> None:
 def test_refuses_a_quantized_checkpoint(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    tensors = load_file(copy / "model.safetensors")
+    save_file(tensors | {"model.layers.0.mlp.experts.down_proj_blocks": torch.zeros(2)}, copy / "model.safetensors")
     message = refused(copy)
     assert "mxfp4" in message
     assert "dequantize" in message

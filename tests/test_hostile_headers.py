@@ -91,7 +91,7 @@ def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
 def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
     """Opening it would wait for ever."""
     os.mkfifo(tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         tensors_of(tmp_path / "x.safetensors")
 
 

@@ -1,18 +1,33 @@
-"""A config held against the tensors: config.json is small and may say anything, the tensors' bytes are there.
+"""One comparison of a checkpoint's config, its tensors and the parameters of the model that the config describes.
 
-First the sizes, before anything is built from them: a loop over a billion layers or a table of a billion heads is refused here.
-Then, with the empty model at hand, the shape of every tensor.
+First the sizes, before anything is built from them: config.json is small and may say anything, while the tensors' bytes are
+there; a loop over a billion layers or a table of a billion heads is refused. Then, with the empty model at hand, every weight
+against every tensor. Each kind of difference has one answer:
+
+| difference | answer |
+|---|---|
+| a weight without a tensor | refused, unless the config ties it to one that has a tensor |
+| a tensor of another shape, or of no floating-point type | refused |
+| a tensor that no weight needs, stored or only listed in the index | a remark |
+| weights that the config ties, but whose tensors differ | a remark; both are used, as transformers does |
+| experts stored in several formats | a remark |
 """
 
+import re
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.architectures.families import Family
+from rq_compile.architectures.layers import MoeLayer, layer_tensors
+from rq_compile.checkpoint.checkpoint import FLOATS, Checkpoint
+from rq_compile.checkpoint.safetensors_file import read_ends
 from rq_compile.errors import UserError
+from rq_compile.quantization.formats import BITS, Format
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from rq_compile.architectures.model import Model
 
 # What a config calls the dimensions of its tensors. Those of the second row may be 0 or null, where a family goes without.
 DIMENSIONS = (
@@ -24,12 +39,34 @@ OPTIONAL_DIMENSIONS = (
     *("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "d_kv", "d_ff", "n_group", "topk_group", "first_k_dense_replace"),
 )
 LAYERS = ("num_hidden_layers", "num_decoder_layers")
+FLOATING = (*FLOATS, "F64")
+SHOWN = 3
+SAMPLE = 4096
+TIE = "tie_word_embeddings"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the comparison found.
+
+    ``tensors``: non-expert weight (parameter or persistent buffer) -> the checkpoint's tensor; tied weights share one.
+    ``tied``: weight without a tensor of its own -> the weight that it is tied to. ``unused``: tensors that no weight needs.
+    ``formats``: how most experts of each MoE layer are stored, by index; ``format``: how most of all are. ``remarks``: a sentence
+    for each difference that is not an error.
+    """
+
+    tensors: dict[str, str]
+    tied: dict[str, str]
+    unused: tuple[str, ...]
+    formats: dict[int, Format]
+    format: Format
+    remarks: tuple[str, ...]
 
 
 def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
     """
     Raises:
-        UserError: a size that the config states is no whole number, or larger than any of the tensors can bear out.
+        UserError: a size that the config states is not a whole number, or larger than any of the tensors can bear out.
     """
     largest = max((max(tensor.shape, default=1) for tensor in checkpoint.stored_tensors()), default=1)
     limits = dict.fromkeys(DIMENSIONS, (1, largest)) | dict.fromkeys(OPTIONAL_DIMENSIONS, (0, largest))
@@ -42,24 +79,180 @@ def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
             shown = repr(value)[:40]
             raise UserError(
                 f"{checkpoint.path / 'config.json'} says {key} {shown}, which its tensors do not allow ({least} to {most}); "
-                "download the checkpoint again",
+                "correct it, or take the config.json published with these weights",
                 2,
             )
 
 
-def check_tensors(model: "Model", empty: "PreTrainedModel") -> None:
-    """Of all non-expert weights; ``moe_layers`` has compared those of the experts. ``empty`` is the model without weights.
+def compare(checkpoint: Checkpoint, family: Family, layers: tuple[MoeLayer, ...], empty: "PreTrainedModel") -> Agreement:
+    """Hold every weight of ``empty``, the model without weights, against every tensor; only the ends of tied ones are read.
 
     Raises:
-        UserError: a tensor is missing, or its shape is not the model's.
+        UserError: a tensor is missing, or has another shape or type than the model asks for.
     """
-    inside = tuple(f"{layer.name}." for layer in model.layers)
-    for parameter, tensor in empty.state_dict().items():
-        if parameter.startswith(inside):
+    for layer in layers:
+        _check_experts(checkpoint, layer, empty)
+    ties = dict(getattr(empty, "all_tied_weights_keys", {}))
+    inside = tuple(f"{layer.name}." for layer in layers)
+    weights = {name: value for name, value in empty.state_dict().items() if not name.startswith(inside)}
+    own = {weight: _tensor_of(checkpoint, family, weight) for weight in weights}
+    tensors: dict[str, str] = {}
+    tied: dict[str, str] = {}
+    for weight, value in weights.items():
+        tensor = own[weight]
+        if tensor is None:
+            partner = _partner(weight, ties, own)
+            if partner is None:
+                raise _missing(checkpoint, family, empty, weight)
+            tied[weight], tensor = partner, own[partner]
+        assert tensor is not None
+        _check(checkpoint, tensor, value)
+        tensors[weight] = tensor
+    experts = {layer.index: layer_tensors(checkpoint, family, layer) for layer in layers}
+    for layer in layers:
+        for tensor in experts[layer.index]:
+            _check_floating(checkpoint, tensor)
+    counts = {index: _formats(checkpoint, names) for index, names in experts.items()}
+    used = {*tensors.values(), *(name for names in experts.values() for name in names)}
+    unused = tuple(name for name in checkpoint.names if name not in used)
+    formats = {index: _most(count) for index, count in counts.items()}
+    most = _most(sum(counts.values(), Counter[Format]()))
+    remarks = (
+        *checkpoint.remarks,
+        *_unused_remarks(checkpoint, family, empty, unused),
+        *_tie_remarks(checkpoint, ties, own),
+        *_format_remarks(counts, most),
+    )
+    return Agreement(tensors, tied, unused, formats, most, remarks)
+
+
+def _check_experts(checkpoint: Checkpoint, layer: MoeLayer, empty: "PreTrainedModel") -> None:
+    """Whether the config asks for the experts that the tensors are."""
+    geometry, config = layer.geometry, checkpoint.path / "config.json"
+    try:
+        module = empty.get_submodule(layer.name)
+    except AttributeError:
+        raise UserError(
+            f"{layer.name} of {checkpoint.path} has experts, but by its config.json the layer is dense; "
+            "take the config.json published with these weights",
+            2,
+        ) from None
+    asked = sum(parameter.numel() for parameter in module.parameters())
+    there = geometry.experts * geometry.expert_weights
+    if asked != there:
+        raise UserError(
+            f"{layer.name} of {checkpoint.path} has {geometry.experts} experts of {geometry.hidden} x {geometry.intermediate}, "
+            f"{there} weights, where {config} asks for {asked}; take the config.json published with these weights",
+            2,
+        )
+
+
+def _tensor_of(checkpoint: Checkpoint, family: Family, weight: str) -> str | None:
+    """The weight's own tensor, under its published name or as transformers names it."""
+    return next((name for name in (family.tensor_name(weight), weight) if name in checkpoint), None)
+
+
+def _partner(weight: str, ties: dict[str, str], own: dict[str, str | None]) -> str | None:
+    """A weight with a tensor that the config ties ``weight`` to, in either direction."""
+    source = ties.get(weight, weight)
+    group = [source, *(target for target, other in ties.items() if other == source)]
+    return next((other for other in group if weight in group and other != weight and own.get(other)), None)
+
+
+def _missing(checkpoint: Checkpoint, family: Family, empty: "PreTrainedModel", weight: str) -> UserError:
+    name = family.tensor_name(weight)
+    lacks = f"{checkpoint.lacks(name)}, which its config.json asks for"
+    if name in checkpoint.absent:
+        return UserError(f"{lacks}; copy that file there", 2)
+    similar = next((other for other in checkpoint.names if other.endswith(f".{name}") or name.endswith(f".{other}")), None)
+    if similar is not None:
+        return UserError(f"{lacks}, but it has {similar}; save the model without the wrapper that renamed its tensors", 2)
+    if weight in (getattr(empty, "_tied_weights_keys", None) or {}) and not getattr(empty.config, TIE, False):
+        return UserError(
+            f"{lacks}, as it does not tie it to the embedding ({TIE} is false); "
+            "set that to true if the model shares the two, or add the file that holds the tensor",
+            2,
+        )
+    return UserError(f"{lacks}; add the file that holds it, or take the config.json published with these weights", 2)
+
+
+def _check(checkpoint: Checkpoint, tensor: str, value: "torch.Tensor") -> None:
+    if checkpoint.shape(tensor) != tuple(value.shape):
+        raise UserError(
+            f"{tensor} of {checkpoint.path} has shape {list(checkpoint.shape(tensor))} where its config.json asks for "
+            f"{list(value.shape)}; take the config.json published with these weights",
+            2,
+        )
+    if value.is_floating_point():
+        _check_floating(checkpoint, tensor)
+
+
+def _check_floating(checkpoint: Checkpoint, tensor: str) -> None:
+    dtype = checkpoint.stored(tensor).dtype
+    if dtype not in FLOATING:
+        raise UserError(
+            f"{tensor} of {checkpoint.path} is stored as {dtype}, but a weight is a floating-point number; "
+            "convert it to bf16, fp16 or fp32",
+            2,
+        )
+
+
+def _formats(checkpoint: Checkpoint, names: "dict[str, tuple[int, ...]]") -> Counter[Format]:
+    """How many weights are stored in each format."""
+    count: Counter[Format] = Counter()
+    for name in names:
+        stored = checkpoint.stored(name)
+        if stored.dtype not in FLOATS:
+            raise UserError(f"{name} of {checkpoint.path} is stored as {stored.dtype}; convert it to bf16, fp16 or fp32", 2)
+        count[FLOATS[stored.dtype]] += checkpoint.size(name)
+    return count
+
+
+def _most(count: Counter[Format]) -> Format:
+    return max(count, key=lambda format: (count[format], BITS[format]))
+
+
+def _unused_remarks(checkpoint: Checkpoint, family: Family, empty: "PreTrainedModel", unused: tuple[str, ...]) -> list[str]:
+    """Layers beyond the config's are told apart from other tensors: they may be a saving error, or a prediction head."""
+    absent = tuple(name for name in checkpoint.absent if name not in unused)
+    inside = re.compile(re.escape(family.tensor_name(family.experts).partition("{layer}")[0]) + r"(\d+)\.")
+    held = getattr(empty.config, "num_hidden_layers", 0)
+    beyond = {int(match[1]) for name in unused if (match := inside.match(name)) and int(match[1]) >= held}
+    of_layers = [name for name in unused if (match := inside.match(name)) and int(match[1]) in beyond]
+    others = [name for name in unused if name not in set(of_layers)]
+    remarks = []
+    if beyond:
+        layers = f"layer {min(beyond)}" if len(beyond) == 1 else f"layers {min(beyond)} to {max(beyond)}"
+        remarks.append(
+            f"{layers} of the checkpoint left out ({len(of_layers)} tensors): config.json says that the model has {held} layers"
+        )
+    if others:
+        remarks.append(f"{_tensors(others)} left out: the model has no such weight")
+    if absent:
+        remarks.append(f"{_tensors(absent)} listed in the index and in no file: the model has no such weight")
+    return remarks
+
+
+def _tensors(names: "list[str] | tuple[str, ...]") -> str:
+    more = ", ..." if len(names) > SHOWN else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:SHOWN])}{more})"
+
+
+def _tie_remarks(checkpoint: Checkpoint, ties: dict[str, str], own: dict[str, str | None]) -> list[str]:
+    remarks = []
+    for weight, source in ties.items():
+        one, other = own.get(weight), own.get(source)
+        if one is None or other is None or one == other:
             continue
-        if model.shape(parameter) != tuple(tensor.shape):
-            raise UserError(
-                f"{model.tensor(parameter)} of {model.path} has shape {list(model.shape(parameter))} where its config.json asks "
-                f"for {list(tensor.shape)}; download the checkpoint again",
-                2,
-            )
+        if read_ends(checkpoint.stored(one), SAMPLE) != read_ends(checkpoint.stored(other), SAMPLE):
+            remarks.append(f"{one} and {other} differ, though config.json ties them ({TIE}); both are used as they are")
+    return remarks
+
+
+def _format_remarks(counts: dict[int, Counter[Format]], most: Format) -> list[str]:
+    other = {index: sorted(count.keys() - {most}) for index, count in counts.items() if count.keys() - {most}}
+    if not other:
+        return []
+    formats = ", ".join(sorted({format for found in other.values() for format in found}))
+    layers = f"layer{'s' * (len(other) > 1)} {', '.join(map(str, other))}"
+    return [f"experts of {layers} are stored in {formats}, most others in {most}: a plan counts and rounds them as {most}"]

@@ -6,15 +6,16 @@ Families whose code is not in transformers are mapped onto a class that computes
 from typing import TYPE_CHECKING, Any
 
 from rq_compile.architectures.agreement import check_sizes
+from rq_compile.architectures.config_values import in_declared_types, neutralized
 from rq_compile.architectures.families import family_of
-from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.checkpoint import QUANTIZATION, Checkpoint
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # How to run a model is not the checkpoint's to say: the name of an attention may be a repository whose kernel is downloaded.
-RUNTIME_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "transformers_weights", "quantization_config")
+RUNTIME_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "transformers_weights", *QUANTIZATION)
 
 
 def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
@@ -26,6 +27,7 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
     """
     family_of(checkpoint)
     stated = {key: value for key, value in checkpoint.config.items() if not key.startswith("_") and key not in RUNTIME_KEYS}
+    stated = neutralized(stated)
     make = {"llama_moe": _llama_moe, "deepseek": _deepseek}.get(checkpoint.model_type, _of_transformers)
     try:
         config = make(stated)
@@ -34,15 +36,19 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
     except Exception as error:  # each of transformers' validators and converters raises what it likes
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         file = checkpoint.path / "config.json"
-        raise UserError(f"{file} is not a valid {checkpoint.model_type} config: {reason}; download it again", 2) from error
+        raise UserError(
+            f"{file} is not a valid {checkpoint.model_type} config: {reason}; correct it",
+            2,
+        ) from error
     check_sizes(checkpoint, config)
     return config
 
 
 def _of_transformers(config: dict[str, Any]) -> "PretrainedConfig":
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return AutoConfig.for_model(**config)
+    return AutoConfig.for_model(**in_declared_types(config, CONFIG_MAPPING[config["model_type"]]))
 
 
 def _llama_moe(config: dict[str, Any]) -> "PretrainedConfig":
@@ -60,16 +66,15 @@ def _llama_moe(config: dict[str, Any]) -> "PretrainedConfig":
     ):
         if config.get(key, expected) != expected:
             raise UserError(f"llama_moe with {key}={config[key]} is not supported; use a LLaMA-MoE-v1 model with {expected}")
-    return MixtralConfig(
-        **{
-            "num_key_value_heads": config["num_attention_heads"],
-            "rms_norm_eps": 1e-6,
-            **_rope(config),
-            "num_local_experts": config["num_experts"],
-            "num_experts_per_tok": config["num_selects"],
-            "intermediate_size": _expert_size(config),
-        }
-    )
+    values = {
+        "num_key_value_heads": config["num_attention_heads"],
+        "rms_norm_eps": 1e-6,
+        **_rope(config),
+        "num_local_experts": config["num_experts"],
+        "num_experts_per_tok": config["num_selects"],
+        "intermediate_size": _expert_size(config),
+    }
+    return MixtralConfig(**in_declared_types(values, MixtralConfig))
 
 
 def _expert_size(config: dict[str, Any]) -> int:
@@ -90,17 +95,16 @@ def _deepseek(config: dict[str, Any]) -> "PretrainedConfig":
             raise UserError(f"deepseek with {key}={config[key]} is not supported; use a DeepSeek-MoE model with {expected}")
     first, frequency = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
     dense = [layer for layer in range(config["num_hidden_layers"]) if layer < first or layer % frequency]
-    return Qwen2MoeConfig(
-        **{
-            "num_key_value_heads": config["num_attention_heads"],
-            **_rope(config),
-            "num_experts": config["n_routed_experts"],
-            "shared_expert_intermediate_size": config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0),
-            "mlp_only_layers": dense,
-            "qkv_bias": False,
-            "use_sliding_window": False,
-        }
-    )
+    values = {
+        "num_key_value_heads": config["num_attention_heads"],
+        **_rope(config),
+        "num_experts": config["n_routed_experts"],
+        "shared_expert_intermediate_size": config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0),
+        "mlp_only_layers": dense,
+        "qkv_bias": False,
+        "use_sliding_window": False,
+    }
+    return Qwen2MoeConfig(**in_declared_types(values, Qwen2MoeConfig))
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class ExpertGeometry(Document):
     def up_rows(self) -> int:
         return self.intermediate * (2 if self.activation in GATED else 1)
 
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one expert, biases included."""
+        return self.hidden * (self.up_rows + self.intermediate) + (self.up_rows + self.hidden if self.bias else 0)
+
     def expert_bytes(self, format: Format) -> int:
         """Bytes of one expert in ``format``, scales, padding and fp32 biases included."""
         matrices = ((self.up_rows, self.hidden), (self.hidden, self.intermediate))

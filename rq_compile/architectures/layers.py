@@ -58,10 +58,12 @@ def moe_layers(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig
         UserError: no MoE layer, an activation that is not supported, or experts that are missing, of unequal shapes, or not as
             many as the config says.
     """
+    count = _expert_count(config)
     layers = [
         MoeLayer(name, number, _geometry(checkpoint, family, config, name))
         for number, name in enumerate(_experts_modules(family, config))
-        if _stacked(checkpoint, family, name) or _expert_tensor(family, name, family.down, 0) in checkpoint
+        if _stacked(checkpoint, family, name)
+        or any(_expert_tensor(family, name, family.down, expert) in checkpoint for expert in range(count))
     ]
     if not layers:
         raise UserError(f"{checkpoint.path} is not an MoE: no layer of it has experts; give a sparse MoE checkpoint", 2)
@@ -114,6 +116,10 @@ def _experts_modules(family: Family, config: "PretrainedConfig") -> Iterator[str
         yield from (family.decoder_experts.format(layer=layer) for layer in range(config.num_decoder_layers))
 
 
+def _expert_count(config: "PretrainedConfig") -> int:
+    return next(getattr(config, key) for key in EXPERTS_KEYS if hasattr(config, key))
+
+
 def _expert_tensor(family: Family, module: str, tensor: str, expert: int) -> str:
     return f"{family.tensor_name(module)}.{tensor.format(e=expert)}"
 
@@ -132,13 +138,18 @@ def _stacked(checkpoint: Checkpoint, family: Family, module: str) -> tuple[str, 
 def _geometry(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig", module: str) -> ExpertGeometry:
     """From the shape of the first expert's ``down``, once every expert's tensors were found to have the shapes that follow."""
     stacked = _stacked(checkpoint, family, module)
+    if stacked is None:
+        _check_numbers(checkpoint, family, module, _expert_count(config))
     down = stacked[1] if stacked else _expert_tensor(family, module, family.down, 0)
     shape = checkpoint.shape(down)
     if len(shape) != (3 if stacked else 2) or 0 in shape:
-        raise UserError(f"{down} of {checkpoint.path} has shape {list(shape)}, which experts cannot have; download it again", 2)
+        raise UserError(
+            f"{down} of {checkpoint.path} has shape {list(shape)}, which experts cannot have; correct it",
+            2,
+        )
     hidden, intermediate = reversed(shape[-2:]) if family.transposed else shape[-2:]
     geometry = ExpertGeometry(
-        experts=next(getattr(config, key) for key in EXPERTS_KEYS if hasattr(config, key)),
+        experts=_expert_count(config),
         top_k=family.top_k or config.num_experts_per_tok,
         hidden=hidden,
         intermediate=intermediate,
@@ -150,20 +161,40 @@ def _geometry(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig"
         raise UserError(
             f"{checkpoint.path / 'config.json'} chooses {geometry.top_k} of {geometry.experts} experts; correct it", 2
         )
-    expected = _stacked_shapes(geometry, stacked) if stacked else _shapes(family, module, geometry)
-    for name, shape in expected.items():
+    for name, shape in _tensor_shapes(checkpoint, family, module, geometry).items():
+        if name not in checkpoint:
+            raise UserError(f"{checkpoint.lacks(name)}; add the file that holds it", 2)
         if checkpoint.shape(name) != shape:
             raise UserError(
                 f"{name} of {checkpoint.path} has shape {list(checkpoint.shape(name))} where {list(shape)} is expected of one of "
-                f"{geometry.experts} equal experts; check its config.json, or download it again",
+                f"{geometry.experts} equal experts; take the config.json published with these weights",
                 2,
             )
-    beyond = _expert_tensor(family, module, family.down, geometry.experts)
-    if beyond in checkpoint:
-        raise UserError(
-            f"{checkpoint.path} has {beyond}, but its config.json says that there are {geometry.experts} experts; correct it", 2
-        )
     return geometry
+
+
+def _check_numbers(checkpoint: Checkpoint, family: Family, module: str, experts: int) -> None:
+    """Whether every expert that the config counts is there, and no other."""
+    names = [_expert_tensor(family, module, family.down, expert) for expert in range(experts + 1)]
+    missing = [name for name in names[:-1] if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"{module} has {experts - len(missing)} experts where config.json says {experts}: {checkpoint.lacks(missing[0])}; "
+            "add the file that holds it, or correct the config (all layers have the same number of experts)",
+            2,
+        )
+    if names[-1] in checkpoint:
+        raise UserError(f"{checkpoint.path} has {names[-1]}, but its config.json says {experts} experts; correct it", 2)
+
+
+def layer_tensors(checkpoint: Checkpoint, family: Family, layer: MoeLayer) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the experts of a layer and its shape."""
+    return _tensor_shapes(checkpoint, family, layer.name, layer.geometry)
+
+
+def _tensor_shapes(checkpoint: Checkpoint, family: Family, module: str, geometry: ExpertGeometry) -> dict[str, tuple[int, ...]]:
+    stacked = _stacked(checkpoint, family, module)
+    return _stacked_shapes(geometry, stacked) if stacked else _shapes(family, module, geometry)
 
 
 def _shapes(family: Family, module: str, geometry: ExpertGeometry) -> dict[str, tuple[int, ...]]:

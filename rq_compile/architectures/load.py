@@ -6,6 +6,7 @@ config and the tensors that ``Model`` has checked, never the folder: there it wo
 another repository, unpickle a distributed checkpoint's ``.metadata``, or take other weights than the rest of rq-compile does.
 """
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -16,15 +17,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from rq_compile.architectures.agreement import check_tensors
+from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.remote import REMOTE_CLASSES
 from rq_compile.architectures.ties import break_ties_by_number
+from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.mapped import mapped
 from rq_compile.errors import UserError
 
-# One product per expert that has tokens. "batched_mm" would gather whole weight matrices per token.
-EXPERTS_IMPLEMENTATION = "grouped_mm"
+# One product per expert that has tokens: "grouped_mm" in one call, which wants rows of whole 16 bytes, or "eager" in a loop.
+# "batched_mm" would gather whole weight matrices per token.
+GROUPED, LOOP = "grouped_mm", "eager"
+ALIGNMENT = 16
 
 
 def load_model(model: Model) -> PreTrainedModel:
@@ -34,14 +38,14 @@ def load_model(model: Model) -> PreTrainedModel:
     read tensor by tensor into an empty model.
 
     Raises:
-        UserError: see ``meta_model``; or a weight is not finite.
+        UserError: a weight is not finite.
     """
     loaded = meta_model(model)
     if model.model_type in REMOTE_CLASSES:
         _fill(loaded, model)
     else:
         loaded = _converted(type(loaded), model)
-        _choose_experts_implementation(loaded)
+        _choose_experts_implementation(loaded, model.layers)
     break_ties_by_number(loaded, model.layers)
     return loaded.eval().requires_grad_(False)
 
@@ -51,33 +55,31 @@ def meta_model(model: Model) -> PreTrainedModel:
 
     Buffers that no checkpoint holds (the rotary embeddings' frequencies) are real.
 
-    Raises:
-        UserError: the config describes no model, or one that the checkpoint's tensors are not of.
     """
-    return deepcopy(model.without_weights)
+    empty = deepcopy(model.without_weights)
+    _choose_experts_implementation(empty, model.layers)
+    return empty
 
 
-def built_without_weights(model: Model) -> PreTrainedModel:
+def built_without_weights(checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedModel:
     """What ``Model.without_weights`` keeps.
 
     Raises:
-        UserError: see ``meta_model``.
+        UserError: the config describes no model.
     """
     try:
-        empty = _empty(_model_class(model), model.config)
+        empty = _empty(_model_class(checkpoint.model_type, config), config)
     except Exception as error:  # a config may be wrong in any way
         reason = " ".join(str(error).split())
-        raise UserError(f"{model.path / 'config.json'} describes no model that can be built: {reason}", 2) from error
-    check_tensors(model, empty)
-    _choose_experts_implementation(empty)
+        raise UserError(f"{checkpoint.path / 'config.json'} describes no model that can be built: {reason}", 2) from error
     return empty.eval().requires_grad_(False)
 
 
-def _model_class(model: Model) -> type[PreTrainedModel]:
-    if model.model_type in REMOTE_CLASSES:
-        return REMOTE_CLASSES[model.model_type]
-    mapping: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if model.config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[type(model.config)]
+def _model_class(model_type: str, config: PretrainedConfig) -> type[PreTrainedModel]:
+    if model_type in REMOTE_CLASSES:
+        return REMOTE_CLASSES[model_type]
+    mapping: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping[type(config)]
 
 
 def _empty(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -95,7 +97,7 @@ def materialize(empty: PreTrainedModel, model: Model, name: str = "", device: st
     """Give what the module ``name`` of a meta model holds its values, in fp32 on ``device``: all but the module ``without``.
 
     Raises:
-        UserError: the checkpoint has no such tensor, or one of another shape.
+        UserError: a value is not finite.
     """
     module = empty.get_submodule(name)
     for below, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -103,12 +105,7 @@ def materialize(empty: PreTrainedModel, model: Model, name: str = "", device: st
         owner, _, attribute = path.rpartition(".")
         if without is not None and path.startswith(f"{without}."):
             continue
-        value = _fp32(model.read(path)) if tensor.is_meta else tensor.detach()
-        if value.shape != tensor.shape:
-            raise UserError(
-                f"{path} has shape {list(value.shape)} where {list(tensor.shape)} is expected; check the model's config.json", 2
-            )
-        value = value.to(device)
+        value = (_fp32(model.read(path)) if tensor.is_meta else tensor.detach()).to(device)
         setattr(empty.get_submodule(owner), attribute, nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value)
 
 
@@ -120,7 +117,7 @@ def _converted(model_class: type[PreTrainedModel], model: Model) -> PreTrainedMo
         return model_class.from_pretrained(
             None,
             config=deepcopy(model.config),
-            state_dict=mapped(model.checkpoint),
+            state_dict=mapped(model.checkpoint, model.used),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -131,10 +128,11 @@ def _converted(model_class: type[PreTrainedModel], model: Model) -> PreTrainedMo
             logging.enable_progress_bar()
 
 
-def _choose_experts_implementation(model: PreTrainedModel) -> None:
+def _choose_experts_implementation(module: PreTrainedModel, layers: Iterable[MoeLayer]) -> None:
     # Switch has experts of its own, outside the experts interface.
-    if not model.config.is_encoder_decoder:
-        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    if not module.config.is_encoder_decoder:
+        rows = [4 * size for layer in layers for size in (layer.geometry.hidden, layer.geometry.intermediate)]
+        module.set_experts_implementation(GROUPED if all(size % ALIGNMENT == 0 for size in rows) else LOOP)
 
 
 def _fill(empty: PreTrainedModel, model: Model) -> None:
@@ -148,7 +146,8 @@ def _fill(empty: PreTrainedModel, model: Model) -> None:
             up[expert], down[expert] = _fp32(weights.up), _fp32(weights.down)
         module.gate_up_proj, module.down_proj = nn.Parameter(up), nn.Parameter(down)
     materialize(empty, model)
-    empty.tie_weights()
+    if model.agreement.tied:
+        empty.tie_weights()
 
 
 def _fp32(array: np.ndarray) -> torch.Tensor:

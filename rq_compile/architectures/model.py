@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rq_compile.architectures.agreement import Agreement, compare
 from rq_compile.architectures.configuration import model_config
-from rq_compile.architectures.dense import tensor_of
 from rq_compile.architectures.families import Family, family_of
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer, Projection, expert_bias, expert_matrix, moe_layers
 from rq_compile.checkpoint.checkpoint import Checkpoint
@@ -31,18 +31,25 @@ class Model:
     family: Family
     config: "PretrainedConfig"
     layers: tuple[MoeLayer, ...]
-    _tensors: dict[str, str] = field(default_factory=dict, repr=False)
+    without_weights: "PreTrainedModel" = field(repr=False)
+    agreement: Agreement = field(repr=False)
 
     @classmethod
     def open(cls, path: Path | str) -> "Model":
-        """
+        """Read the config and the headers of all shards, and hold them against each other; no weights are read.
+
         Raises:
-            UserError: see ``Checkpoint.open``, ``model_config`` and ``moe_layers``.
+            UserError: see ``Checkpoint.open``, ``family_of``, ``model_config``, ``moe_layers`` and ``compare``.
         """
         checkpoint = Checkpoint.open(path)
         family = family_of(checkpoint)
         config = model_config(checkpoint)
-        return cls(checkpoint, family, config, tuple(moe_layers(checkpoint, family, config)))
+        layers = tuple(moe_layers(checkpoint, family, config))
+
+        from rq_compile.architectures.load import built_without_weights
+
+        empty = built_without_weights(checkpoint, config)
+        return cls(checkpoint, family, config, layers, empty, compare(checkpoint, family, layers, empty))
 
     @property
     def path(self) -> Path:
@@ -69,8 +76,8 @@ class Model:
 
     @property
     def dtype(self) -> Format:
-        """The format that most bytes of the experts are stored in."""
-        return self.checkpoint.dtype
+        """The format that most weights of the experts are stored in."""
+        return self.agreement.format
 
     @property
     def stated(self) -> dict[str, Any]:
@@ -79,8 +86,8 @@ class Model:
 
     @cached_property
     def parameter_count(self) -> int:
-        """Weights that the checkpoint stores."""
-        return self.checkpoint.weights
+        """Weights that are stored; those that have no part in the model are not counted."""
+        return sum(self.checkpoint.size(name) for name in self.used)
 
     @property
     def largest_layer_bytes(self) -> int:
@@ -92,25 +99,25 @@ class Model:
         """Bytes of all experts of all layers, in ``dtype``."""
         return sum(layer.geometry.experts * layer.geometry.expert_bytes(self.dtype) for layer in self.layers)
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
-        """Of all non-expert weights: parameters and persistent buffers.
+        """Of all non-expert weights: parameters and persistent buffers."""
+        return tuple(self.agreement.tensors)
 
-        Raises:
-            UserError: see ``meta_model``.
-        """
-        inside = tuple(f"{layer.name}." for layer in self.layers)
-        return tuple(name for name in self.without_weights.state_dict() if not name.startswith(inside))
+    @cached_property
+    def used(self) -> list[str]:
+        """The checkpoint's tensors that have a part in the model."""
+        unused = set(self.agreement.unused)
+        return [name for name in self.checkpoint.names if name not in unused]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A sentence on each difference between config and tensors that is not an error."""
+        return self.agreement.remarks
 
     def tensor(self, name: str) -> str:
-        """The checkpoint's tensor for a non-expert weight. Tied weights have one.
-
-        Raises:
-            UserError: the checkpoint has no such tensor.
-        """
-        if name not in self._tensors:
-            self._tensors[name] = tensor_of(self.checkpoint, self.family, name)
-        return self._tensors[name]
+        """The checkpoint's tensor for a non-expert weight. Tied weights have one."""
+        return self.agreement.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a non-expert weight."""
@@ -128,7 +135,7 @@ class Model:
         """A non-expert weight in its stored dtype.
 
         Raises:
-            UserError: the checkpoint has no such tensor, or a value of it is not finite.
+            UserError: a value of it is not finite.
         """
         return self.checkpoint.read(self.tensor(name))
 
@@ -144,14 +151,3 @@ class Model:
         """The weights of one logical expert; reads no other's."""
         up, down = self.matrix(layer, expert, "up"), self.matrix(layer, expert, "down")
         return ExpertWeights(up, down, self.bias(layer, expert, "up"), self.bias(layer, expert, "down"))
-
-    @cached_property
-    def without_weights(self) -> "PreTrainedModel":
-        """The transformers model on the meta device, to look at; ``meta_model`` gives a copy to work with.
-
-        Raises:
-            UserError: see ``meta_model``.
-        """
-        from rq_compile.architectures.load import built_without_weights
-
-        return built_without_weights(self)

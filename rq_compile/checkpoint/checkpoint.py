@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections import Counter
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rq_compile.checkpoint.folder import read_json, refuse_links_outward
+from rq_compile.checkpoint.folder import checkpoint_below, file_in, read_json, refuse_links_outward
 from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor, read_ends, read_tensor
 from rq_compile.checkpoint.shards import stored_tensors
 from rq_compile.errors import UserError
@@ -19,11 +20,19 @@ from rq_compile.quantization.formats import Format
 
 SAMPLE = 4096
 FLOATS: dict[str, Format] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+QUANTIZATION = ("quantization_config", "compression_config")
+# What quantized weights have beside them.
+SCALES = re.compile(
+    r"(weight_(scale|scale_inv|scale_2|packed|zero_point|shape)|_(blocks|scales)|\.(qweight|qzeros|scales|g_idx|SCB))$"
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """``config`` is the parsed ``config.json``. Tensors are named as in the files, see ``names``.
+
+    ``absent`` are tensors that the index lists and no file holds -> the file that it names for them; ``remarks`` are sentences on
+    what is odd about the files.
 
     Every value that is read of a checkpoint goes through ``read``, ``read_row`` or ``mapped``.
     """
@@ -31,28 +40,30 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     _tensors: dict[str, StoredTensor] = field(repr=False)
+    absent: dict[str, str] = field(default_factory=dict, repr=False)
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
         """Read the config and the headers of all shards; no weights.
 
         Raises:
-            UserError: no such directory, a link that leads out of it, no config.json, no safetensors, a shard that is missing
-                or damaged (see ``stored_tensors``), or the checkpoint is quantized.
+            UserError: no such directory, a link that leads out of it, no config.json, no safetensors, or a shard that is damaged
+                (see ``stored_tensors``).
         """
         path = Path(path)
         if not path.is_dir():
             raise UserError(f"no such directory: {path}; give a local Hugging Face checkpoint directory", 2)
         refuse_links_outward(path)
+        if not (path / "config.json").exists() and (below := checkpoint_below(path)):
+            raise UserError(f"{path} is not a checkpoint, but {below} is; give that one", 2)
         config = read_json(path / "config.json")
-        model_type, quantization = config.get("model_type"), config.get("quantization_config")
+        model_type = config.get("model_type")
         if not isinstance(model_type, str) or not model_type.isprintable():
             raise UserError(f"{path / 'config.json'} names no model_type; give a Hugging Face checkpoint directory", 2)
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            named = method if isinstance(method, str) and method.isprintable() else "unknown"
-            raise UserError(f"{path} is quantized (quantization_config: {named}); dequantize it to bf16 first", 2)
-        return cls(path, config, stored_tensors(path))
+        shards = stored_tensors(path)
+        remarks = [*shards.remarks, *_left_over(path, config, shards.tensors)]
+        return cls(path, config, shards.tensors, shards.absent, tuple(remarks))
 
     @property
     def model_type(self) -> str:
@@ -71,10 +82,17 @@ class Checkpoint:
         """The files that hold tensors."""
         return sorted({tensor.file for tensor in self._tensors.values()})
 
-    @cached_property
-    def weights(self) -> int:
-        """How many weights are stored."""
-        return sum(math.prod(tensor.shape) for tensor in self._tensors.values())
+    def size(self, name: str) -> int:
+        """How many values a tensor has."""
+        return math.prod(self.shape(name))
+
+    def lacks(self, name: str) -> str:
+        """The beginning of a sentence on a tensor that is not there."""
+        if name not in self.absent:
+            return f"{self.path} has no tensor {name}"
+        file = file_in(self.path, self.absent[name])
+        there = "does not hold it" if os.path.exists(file) else "is missing"
+        return f"{self.path} has no tensor {name} (the index lists it in {file}, which {there})"
 
     def stored_tensors(self) -> Iterable[StoredTensor]:
         return self._tensors.values()
@@ -105,17 +123,6 @@ class Checkpoint:
         return read_tensor(name, stored, index)
 
     @cached_property
-    def dtype(self) -> Format:
-        """The format that most bytes of the experts (of all tensors, where no name tells experts) are stored in."""
-        total: Counter[str] = Counter()
-        for tensor in [stored for name, stored in self._tensors.items() if "expert" in name] or self._tensors.values():
-            total[tensor.dtype] += tensor.bytes
-        stored_as = total.most_common(1)[0][0]
-        if stored_as not in FLOATS:
-            raise UserError(f"the weights of {self.path} are stored as {stored_as}; convert them to bf16, fp16 or fp32 first", 2)
-        return FLOATS[stored_as]
-
-    @cached_property
     def fingerprint(self) -> str:
         """sha256 over config.json and every tensor's name, dtype, shape and first and last 4 KiB, by sorted name."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
@@ -140,4 +147,21 @@ class Checkpoint:
         try:
             return self._tensors[name]
         except KeyError:
-            raise UserError(f"{self.path} has no tensor {name}; download the checkpoint again", 2) from None
+            raise UserError(f"{self.lacks(name)}; add the file that holds it", 2) from None
+
+
+def _left_over(path: Path, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> list[str]:
+    """A remark on what the config says of a quantization, where the tensors have none.
+
+    Raises:
+        UserError: they have.
+    """
+    key = next((key for key in QUANTIZATION if config.get(key)), None)
+    if key is None:
+        return []
+    method = config[key].get("quant_method") if isinstance(config[key], dict) else None
+    named = f"{key}: {method if isinstance(method, str) and method.isprintable() else 'unknown'}"
+    for name, tensor in tensors.items():
+        if SCALES.search(name) or (tensor.dtype not in (*FLOATS, "F64") and math.prod(tensor.shape) > 1):
+            raise UserError(f"{path} is quantized ({named}): it has {name} in {tensor.dtype}; dequantize it to bf16 first", 2)
+    return [f"config.json speaks of a quantization ({named}) that no tensor has: the weights are used as they are stored"]

@@ -12,6 +12,8 @@ from typing import Any
 from rq_compile.errors import UserError
 
 MAX_JSON_BYTES = 100_000_000
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+BELOW = ("*/config.json", "snapshots/*/config.json", "*/snapshots/*/config.json")
 
 
 def refuse_links_outward(folder: Path) -> None:
@@ -36,10 +38,33 @@ def file_in(folder: Path, name: str) -> Path:
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable() or "\\" in name:
-        raise UserError(f"{folder} names a file {name!r}, which is no path inside it; download the checkpoint again", 2)
+        raise UserError(f"{folder} names a file {name!r}, which is no path inside it; correct the index that names it", 2)
     if not _belongs(folder, folder / path):
         raise UserError(f"{folder} names a file {name!r}, which is a link out of it; put the file itself in its place", 2)
     return folder / path
+
+
+def refuse_pointer(file: Path) -> None:
+    """
+    Raises:
+        UserError: ``file`` is what git-lfs leaves in place of a large file that was not fetched.
+    """
+    try:
+        with file.open("rb") as opened:
+            pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return  # for the reader of the file to say
+    if pointer:
+        raise UserError(f"{file} is a git-lfs pointer, not the file itself; run git lfs pull in {file.parent}", 2)
+
+
+def checkpoint_below(folder: Path) -> Path | None:
+    """The checkpoint in a folder that is none itself: the snapshot of a hub repository that is checked out, or the only one."""
+    main = folder / "refs" / "main"
+    if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()[:64] / "config.json").is_file():
+        return named.parent
+    found = [file.parent for pattern in BELOW for file in sorted(folder.glob(pattern))]
+    return found[0] if len(found) == 1 else None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -50,18 +75,19 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         if file.exists() and not file.is_file():
-            raise UserError(f"{file} is no file; give a Hugging Face checkpoint directory", 2)
+            raise UserError(f"{file} is not a file; give a Hugging Face checkpoint directory", 2)
         if file.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{file} has more than {MAX_JSON_BYTES} bytes; download it again", 2)
+            raise UserError(f"{file} has more than {MAX_JSON_BYTES} bytes; give the checkpoint's own file", 2)
+        refuse_pointer(file)
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{file} is missing; give a Hugging Face checkpoint directory", 2) from None
     except RecursionError:
-        raise UserError(f"cannot read {file}: it is nested too deeply; download it again", 2) from None
+        raise UserError(f"cannot read {file}: it is nested too deeply; give the checkpoint's own file", 2) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}; download it again", 2) from error
+        raise UserError(f"cannot read {file}: {error}; correct it, or copy the published one there", 2) from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object; download it again", 2)
+        raise UserError(f"{file} holds no JSON object; copy the published file there", 2)
     return content
 
 

@@ -1,7 +1,8 @@
-"""All tensors of a checkpoint at once, for transformers: mapped from their files."""
+"""Many tensors of a checkpoint at once, for transformers: mapped from their files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,18 +15,18 @@ if TYPE_CHECKING:
     from rq_compile.checkpoint.checkpoint import Checkpoint
 
 
-def mapped(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every tensor by name, in its stored dtype; nothing is copied.
+def mapped(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors ``names``, in their stored dtypes; nothing is copied.
 
     Raises:
         UserError: a file cannot be read, or a weight is not finite.
     """
-    stored = {name: checkpoint.stored(name) for name in checkpoint.names}
+    stored = {name: checkpoint.stored(name) for name in names}
     try:
         files = {file: safe_open(file, "pt") for file in checkpoint.files}
         tensors = {name: files[tensor.file].get_tensor(name) for name, tensor in stored.items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights of {checkpoint.path}: {error}; download the checkpoint again", 2) from error
+        raise UserError(f"cannot read the weights of {checkpoint.path}: {error}; check the files' permissions", 2) from error
     for name, tensor in stored.items():
         check_finite(name, tensor, tensors[name].reshape(-1).view(torch.uint8).numpy())
     return tensors

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from rq_compile.checkpoint.folder import refuse_pointer
 from rq_compile.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -58,7 +59,8 @@ def tensors_of(file: Path) -> dict[str, StoredTensor]:
             checkpoints have.
     """
     if not file.is_file():
-        raise UserError(f"{file} is no file; download it again", 2)
+        raise UserError(f"{file} is not a file; put the weights there, or remove it", 2)
+    refuse_pointer(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:

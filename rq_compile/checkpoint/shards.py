@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from rq_compile.checkpoint.folder import file_in, read_json
@@ -11,35 +12,52 @@ from rq_compile.errors import UserError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt")
+# What `calibrate` writes has only such tensors.
+STATISTICS = (".input_moment", ".intermediate_moment")
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor by name, from the headers alone: of the shards that the index lists, else of ``model.safetensors``, else of
-    every ``.safetensors`` file.
+@dataclass(frozen=True)
+class Shards:
+    """``tensors`` by name; ``absent``: tensors that the index lists and no file holds -> the file that it names for them;
+    ``remarks``: sentences on what is odd about the files."""
+
+    tensors: dict[str, StoredTensor]
+    absent: dict[str, str]
+    remarks: tuple[str, ...]
+
+
+def stored_tensors(folder: Path) -> Shards:
+    """Every tensor, from the headers alone: of ``model.safetensors``, as transformers has it, else of the shards that the index
+    lists, else of every ``.safetensors`` file.
 
     Raises:
-        UserError: there is none, one is missing or damaged (see ``tensors_of``), a tensor is in two files, or the index and
-            the headers differ.
+        UserError: there is none, one is damaged (see ``tensors_of``), or a tensor is in two files.
     """
+    remarks: list[str] = []
     weight_map = _weight_map(folder)
+    if weight_map is not None and (folder / SINGLE).exists() and SINGLE not in weight_map.values():
+        there = sum(os.path.exists(file_in(folder, file)) for file in set(weight_map.values()))
+        what = f"lists {there} other files, which are left out" if there else "belongs to another saving: its files are gone"
+        remarks.append(f"the weights are those of {SINGLE}; {INDEX} {what}")
+        weight_map = None
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder, weight_map):
         for name, tensor in tensors_of(shard).items():
             if name in tensors:
                 raise UserError(f"{name} is in {tensors[name].file} and in {shard}; remove the file that is too many", 2)
-            if weight_map is not None and name not in weight_map:
-                raise UserError(f"{shard} holds {name}, which {INDEX} does not list; download the checkpoint again", 2)
             tensors[name] = tensor
-    for name, file in (weight_map or {}).items():
-        if name not in tensors:
-            raise UserError(f"{INDEX} lists {name} in {folder / file}, which does not hold it; download the checkpoint again", 2)
-        if tensors[name].file != folder / file:
-            raise UserError(
-                f"{INDEX} lists {name} in {folder / file}, but it is in {tensors[name].file}; download the checkpoint again", 2
-            )
     if not tensors:
-        raise UserError(f"the .safetensors files of {folder} hold no tensors; download the checkpoint again", 2)
-    return tensors
+        raise UserError(f"the .safetensors files of {folder} hold no tensors; give the folder that holds the weights", 2)
+    absent = {name: file for name, file in (weight_map or {}).items() if name not in tensors}
+    if weight_map is not None:
+        elsewhere = [name for name, tensor in tensors.items() if tensor.file != folder / weight_map.get(name, "")]
+        if elsewhere:
+            remarks.append(f"{INDEX} does not say where {_some(elsewhere)} {'is' if len(elsewhere) == 1 else 'are'}")
+    return Shards(tensors, absent, tuple(remarks))
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
@@ -49,26 +67,34 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         return None
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} lists no tensors (weight_map); download it again", 2)
+        raise UserError(f"{index} lists no tensors (weight_map); take the index that belongs to these shards, or remove it", 2)
     for name, file in weight_map.items():
         if not name.isprintable() or not isinstance(file, str):
-            raise UserError(f"{index} names no file for the tensor {name!r}; download it again", 2)
+            raise UserError(f"{index} names no file for the tensor {name!r}; take the index that belongs to these shards", 2)
     return weight_map
 
 
 def _shards(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
     if weight_map is not None:
-        shards = [file_in(folder, name) for name in sorted(set(weight_map.values()))]
-        for shard in shards:
-            if not os.path.exists(shard):  # Path.exists raises where a name is too long
-                raise UserError(f"{shard} is missing, though {INDEX} lists it; download it again", 2)
+        # One that is missing may hold only what no parameter needs.
+        named = [file_in(folder, name) for name in sorted(set(weight_map.values()))]
+        shards = [shard for shard in named if os.path.exists(shard)]  # Path.exists raises where a name is too long
+        if not shards:
+            raise UserError(f"{named[0]} is missing, as are all files that {INDEX} lists; copy the shards into {folder}", 2)
         return shards
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
-    shards = sorted(folder.glob("*.safetensors"))
+    # Hidden files are not weights: macOS leaves `._name` beside a file on foreign file systems.
+    files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(".")]
+    shards = [file for file in files if not _is_statistics(file)]
     if not shards:
         raise _no_shards(folder)
     return shards
+
+
+def _is_statistics(file: Path) -> bool:
+    names = tensors_of(file)
+    return bool(names) and all(name.endswith(STATISTICS) for name in names)
 
 
 def _no_shards(folder: Path) -> UserError:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rq_compile.cli.opened import opened
 from rq_compile.cli.options import FILE, threads_option
 from rq_compile.cli.screen import Screen, on_screen
 
@@ -37,7 +38,7 @@ def command(
     from rq_compile.runtime.engine import Engine
 
     loaded = Engine.load(engine, threads)
-    other = None if against is None else load_either(against, threads)
+    other = None if against is None else load_either(screen, against, threads)
     with screen.progress("timing", "rounds") as progress:
         result = bench(
             loaded,
@@ -54,12 +55,11 @@ def command(
     screen.result(result, *bench_tables(result))
 
 
-def load_either(path: Path, threads: int | None) -> LanguageModel:
+def load_either(screen: Screen, path: Path, threads: int | None) -> LanguageModel:
     from rq_compile.runtime.engine import Engine
 
     if path.suffix == ".onnx":
         return Engine.load(path, threads)
-    from rq_compile.architectures.model import Model
     from rq_compile.runtime.reference import Reference
 
-    return Reference.load(Model.open(path), threads)
+    return Reference.load(opened(screen, path), threads)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from rq_compile.cli.opened import opened
 from rq_compile.cli.options import (
     BLOCKS,
     FILE,
@@ -112,14 +113,13 @@ def command(
         return
     contents = read_texts(texts)
 
-    from rq_compile.architectures.model import Model
     from rq_compile.calibration.calibrate import calibrate
     from rq_compile.calibration.schema import StatisticsFile
     from rq_compile.calibration.statistics import write_statistics
     from rq_compile.cli.tables import calibration_tables
     from rq_compile.files import sha256, write_document, written_beside
 
-    model = Model.open(folder)
+    model = opened(screen, folder)
     if quantizer == "gptq":
         check_statistics_place(output, model)
     if dry_run:
@@ -186,14 +186,13 @@ def from_recorded_loads(screen: Screen, folder: Path, output: Path, paths: tuple
         if name in MEASURING:
             raise UserError(f"{option} has no effect with --from-loads, which runs nothing; leave one of the two out", 2)
 
-    from rq_compile.architectures.model import Model
     from rq_compile.calibration.recorded_loads import with_recorded_loads
     from rq_compile.calibration.schema import Calibration
     from rq_compile.cli.tables import calibration_tables
     from rq_compile.files import read_document, write_document
 
     calibration = read_document(Calibration, earlier)
-    model = Model.open(folder)
+    model = opened(screen, folder)
     if calibration.fingerprint != model.fingerprint:
         raise UserError(f"{earlier} is of {calibration.model}, not of {folder}; give a calibration of this MODEL", 2)
     made = with_recorded_loads(calibration, list(paths))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rq_compile.cli.opened import opened
 from rq_compile.cli.options import (
     DENSE_FORMATS,
     FILE,
@@ -106,13 +107,12 @@ def command(
     options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies)
     shape: dict[str, Any] = {"dense_format": dense_format, "link_weights": link_weights, "threads": threads}
 
-    from rq_compile.architectures.model import Model
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
     from rq_compile.planning.remarks import lost_with_lowering
     from rq_compile.planning.schema import Plan
 
-    model = Model.open(folder)
+    model = opened(screen, folder)
     settings = checked_settings(tensorrt, model, (batch_size, sequence_length)) if output.suffix == ".plan" else None
     if plan_path is not None:
         from rq_compile.architectures.ties import remarks_on_ties

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from rq_compile.cli.opened import opened
 from rq_compile.cli.options import FILE, read_texts, sequence_length_option, text_option, threads_option
 from rq_compile.cli.screen import Screen, on_screen
 
@@ -23,7 +24,6 @@ def command(
     """Perplexity, agreement, KL and LIS of ENGINE on held-out text."""
     contents = read_texts(texts)
 
-    from rq_compile.architectures.model import Model
     from rq_compile.cli.compile import check_same_model
     from rq_compile.cli.tables import evaluation_tables
     from rq_compile.evaluation.evaluate import evaluate
@@ -32,7 +32,7 @@ def command(
     from rq_compile.runtime.reference import Reference
 
     loaded = Engine.load(engine, threads)
-    model = Model.open(reference)
+    model = opened(screen, reference)
     check_same_model(loaded.manifest.plan, model, engine)
     windows = [cut(name, text, loaded.tokenizer, sequence_length) for name, text in contents.items()]
     with screen.progress("evaluating", "tokens") as progress:

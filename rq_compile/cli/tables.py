@@ -281,6 +281,7 @@ def engine_tables(manifest: Manifest) -> list[RenderableType]:
         weights=f"{megabytes(manifest.expert_bytes)} of experts, {megabytes(manifest.dense_bytes)} of the rest",
         dense=manifest.dense_format,
         replaced=", ".join(f"{reason}: {count}" for reason, count in manifest.replaced.items()) or "nothing",
+        remarks="; ".join(manifest.remarks) or "none",
     )
     return [head, *plan_tables(manifest.plan)]
 

@@ -195,6 +195,7 @@ def tensorrt_tables(manifest: TensorRTManifest, engine: Path) -> list[Renderable
         "engine": megabytes(size) if size else "not built",
         "files": ", ".join(f"{file.name} ({megabytes(file.bytes)})" for file in manifest.files.values()),
         "replaced": ", ".join(f"{reason}: {count}" for reason, count in manifest.replaced.items()) or "nothing",
+        "remarks": "; ".join(manifest.remarks) or "none",
     }
     if built is not None:
         head["built_by"] = f"{built.builder} in {built.build_seconds:.1f} s, read in {built.parse_seconds:.1f} s"

@@ -88,7 +88,7 @@ def error(layer: LayerCalibration, slots: list[Slot], dtype: Format) -> float:
     _, copies = metrics.copy_numbers([slot.expert for slot in slots])
     return float(
         sum(
-            0.0 if slot.format == dtype else layer.error[slot.format][slot.expert] / c
+            0.0 if slot.format == dtype and dtype not in layer.error else layer.error[slot.format][slot.expert] / c
             for slot, c in zip(slots, copies, strict=True)
         )
     )

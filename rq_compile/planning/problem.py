@@ -105,7 +105,9 @@ def _layer(layer: LayerCalibration, dtype: Format, smoothing: float) -> Layer:
                 f"layer {layer.index} has {experts} experts, but {length} values of {name}; calibrate the model again", 2
             )
     formats = (dtype, *(format for format in FORMATS if format in layer.error and BITS[format] < BITS[dtype]))
-    error = np.array([[0.0] * experts, *(layer.error[format] for format in formats[1:])], np.float64).T
+    # Experts that the checkpoint stores in another format than most are rounded to that of most.
+    own = layer.error.get(dtype, [0.0] * experts)
+    error = np.array([own, *(layer.error[format] for format in formats[1:])], np.float64).T
     error[:, 1:] = np.maximum(error[:, 1:], [LEAST_ERROR / 2 ** BITS[format] for format in formats[1:]])
     if not (error >= 0).all():
         expert, place = np.argwhere(~(error >= 0))[0]

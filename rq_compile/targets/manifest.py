@@ -72,4 +72,5 @@ class Manifest(Document):
     dense_bytes: int
     expert_bytes: int
     replaced: dict[str, int] = Field(default={})
+    remarks: list[str] = Field(default=[], description="differences between the checkpoint's config and tensors")
     plan: Plan

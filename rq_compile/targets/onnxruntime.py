@@ -165,6 +165,7 @@ def compile_engine(
             dense_bytes=sum(section.bytes for section in dense),
             expert_bytes=sum(section.bytes for section in experts),
             replaced={reason: count for reason, count in replaced.items() if count},
+            remarks=list(model.remarks),
             plan=plan,
             **tokens,
         )

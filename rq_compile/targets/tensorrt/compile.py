@@ -113,6 +113,7 @@ def compile_tensorrt(
             profiles=list(settings.profiles),
             built=built,
             replaced=network.replaced,
+            remarks=list(model.remarks),
             plan=plan,
         )
         write_document(manifest, folder / f"{stem}.json")

@@ -52,6 +52,7 @@ class TensorRTManifest(Document):
     profiles: list[Profile]
     built: Built | None
     replaced: dict[str, int]
+    remarks: list[str] = Field(default=[], description="differences between the checkpoint's config and tensors")
     plan: Plan
 
 

@@ -1,0 +1,67 @@
+"""The values of a config.json as the config's class declares them, and without what only training or printing needs."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Settings of training and of what a forward pass returns beside the logits. No logit depends on them in inference, but with some
+# of them on (the load-balancing loss over the router's logits) a model cannot be exported. A router's jitter is not among them:
+# Phi-MoE routes by it in inference, too.
+NEUTRAL: dict[str, Any] = {
+    "output_router_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "use_cache": True,
+    "torchscript": False,
+    "gradient_checkpointing": False,
+    "use_gradient_checkpointing": False,
+    "chunk_size_feed_forward": 0,
+    "problem_type": None,
+    **dict.fromkeys(("attention_dropout", "attn_dropout", "attn_pdrop", "hidden_dropout", "resid_pdrop"), 0.0),
+    **dict.fromkeys(("residual_dropout", "embd_pdrop", "expert_dropout", "dropout_rate", "dropout", "layerdrop"), 0.0),
+}
+
+
+def neutralized(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with every setting of ``NEUTRAL`` that it states at its neutral value."""
+    return {key: NEUTRAL.get(key, value) for key, value in config.items()}
+
+
+def in_declared_types(config: dict[str, Any], config_class: "type[PretrainedConfig]") -> dict[str, Any]:
+    """``config`` with each number in the type that ``config_class`` declares: 7 is 7.0 where a float is asked for, 2.0 is 2 where
+    an int is. Other values stay, for the class to judge.
+
+    Raises:
+        UserError: a list stands where one number is declared: layers that differ in it are not supported.
+    """
+    declared = {field.name: _kinds(field.type) for field in dataclasses.fields(config_class)}
+    return {
+        key: _declared(key, value, declared.get(config_class.attribute_map.get(key, key), frozenset()))
+        for key, value in config.items()
+    }
+
+
+def _kinds(declared: Any) -> frozenset[str]:
+    """``int | None`` as {"int", "None"}; a base class of another module states its types as text."""
+    return frozenset(part.strip() for part in str(getattr(declared, "__name__", declared)).split("|"))
+
+
+def _declared(key: str, value: Any, kinds: frozenset[str]) -> Any:
+    if type(value) is list and "int" in kinds and not any(kind.startswith(("list", "tuple")) for kind in kinds):
+        raise UserError(
+            f"config.json says {key} {repr(value)[:40]}, where one number for all layers is expected; "
+            "a model whose layers differ in it is not supported",
+            2,
+        )
+    if type(value) not in (int, float) or type(value).__name__ in kinds:
+        return value
+    if type(value) is int and "float" in kinds:
+        return float(value)
+    if type(value) is float and "int" in kinds and value.is_integer():
+        return int(value)
+    return bool(value) if "bool" in kinds and value in (0, 1) else value

@@ -1,4 +1,4 @@
-"""Option ``max_error`` of policy ``optimal``: kept, by the fewest bytes or the least objective, and never worse with more choice."""
+"""Option ``max_error`` of policy ``optimal``: kept by the fewest bytes or the least objective, never worse with more choice."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ def planned(calibration: Calibration, formats: Sequence[str], **options: object)
     try:
         return make_plan(calibration, policy="optimal", **arguments)
     except UserError as error:
-        assert str(error).startswith(("no plan within --memory", "one slot an expert"))
+        assert str(error).startswith(("no plan within --memory", "one slot an expert"))  # noqa: PT017 - either may happen
         return None
 
 
@@ -53,7 +53,9 @@ def error_of(plan: Plan, calibration: Calibration) -> float:
     for layer, measured in zip(plan.layers, calibration.layers, strict=True):
         copies = inputs.copies(layer)
         total += sum(
-            measured.error[slot.format][slot.expert] / copies[slot.expert] for slot in layer.slots if slot.format in measured.error
+            measured.error[slot.format][slot.expert] / copies[slot.expert]
+            for slot in layer.slots
+            if slot.format in measured.error
         )
     return total / len(plan.layers)
 

@@ -45,16 +45,16 @@ def lost_with_lowering(plan: Plan, lowering: str) -> str:
     if lowering == "batched":
         balance = sum(layer.predicted.strict_lis_after for layer in plan.layers) / len(plan.layers)
         return (
-            f"The plan is for {plan.target}, which waits for no busy expert, so its slots are not balanced: with --lowering batched "
-            f"the busiest has {balance:.2f} times the mean load; plan with --target batched to balance them."
+            f"The plan is for {plan.target}, which waits for no busy expert, so its slots are not balanced: with --lowering "
+            f"batched the busiest has {balance:.2f} times the mean load; plan with --target batched to balance them."
         )
     if not replicas:
         return ""
     error = sum(layer.predicted.error for layer in plan.layers) / len(plan.layers)
     return (
-        f"The plan is for {plan.target}, but with --lowering {lowering} its {_count(replicas, 'replica')} share the weights of their "
-        f"originals and save no time; the formats that make room for them still cost accuracy (predicted error {error:.1e} of a "
-        "layer's output): plan with --target cpu to spend the memory on bits, or compile with --lowering batched."
+        f"The plan is for {plan.target}, but with --lowering {lowering} its {_count(replicas, 'replica')} share the weights of "
+        f"their originals and save no time; the formats that make room for them still cost accuracy (predicted error {error:.1e} "
+        "of a layer's output): plan with --target cpu to spend the memory on bits, or compile with --lowering batched."
     )
 
 

@@ -18,7 +18,9 @@ from rq_compile.architectures.families import FAMILIES
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.architectures.load import load_model, meta_model
 from rq_compile.architectures.model import Model
+from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
+from rq_compile.targets.streamed import StreamedExpert
 
 PER_EXPERT_OR_STACKED_ON_DISK = {
     "olmoe": "model.layers.0.mlp.experts.0.gate_proj.weight",
@@ -274,3 +276,15 @@ def test_tiny_tokenizer_round_trips(tiny_checkpoint: Callable[[str], Path]) -> N
     assert max(tokens) < tiny.VOCABULARY
     assert tokenizer.decode(tokens).replace(" ", "") == "Inthebeginning"
     assert tokenizer.eos_token_id == 1
+
+
+def test_a_bias_is_read_alone(tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.open(tiny_checkpoint("gpt_oss"))
+    read: list[str] = []
+    original = Checkpoint.read_row
+    monkeypatch.setattr(Checkpoint, "read_row", lambda self, name, row: read.append(name) or original(self, name, row))
+    expert = StreamedExpert(model, model.layers[0], 1, None)
+    for weight, tensor in (("up_bias", "gate_up_proj_bias"), ("down_bias", "down_proj_bias"), ("up", "gate_up_proj")):
+        assert getattr(expert, weight) is not None
+        assert [name.rpartition(".")[2] for name in read] == [tensor]
+        read.clear()

@@ -10,7 +10,15 @@ import numpy as np
 from rq_compile.architectures.agreement import Agreement, compare
 from rq_compile.architectures.configuration import model_config
 from rq_compile.architectures.families import Family, family_of
-from rq_compile.architectures.layers import ExpertWeights, MoeLayer, Projection, expert_bias, expert_matrix, moe_layers
+from rq_compile.architectures.layers import (
+    ExpertWeights,
+    MoeLayer,
+    Projection,
+    expert_bias,
+    expert_matrix,
+    layer_tensors,
+    moe_layers,
+)
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.quantization.formats import Format
@@ -39,9 +47,16 @@ class Model:
         """Read the config and the headers of all shards, and hold them against each other; no weights are read.
 
         Raises:
-            UserError: see ``Checkpoint.open``, ``family_of``, ``model_config``, ``moe_layers`` and ``compare``.
+            UserError: see ``Checkpoint.open`` and ``of``.
         """
-        checkpoint = Checkpoint.open(path)
+        return cls.of(Checkpoint.open(path))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Model":
+        """
+        Raises:
+            UserError: see ``family_of``, ``model_config``, ``moe_layers`` and ``compare``.
+        """
         family = family_of(checkpoint)
         config = model_config(checkpoint)
         layers = tuple(moe_layers(checkpoint, family, config))
@@ -88,6 +103,12 @@ class Model:
     def parameter_count(self) -> int:
         """Weights that are stored; those that have no part in the model are not counted."""
         return sum(self.checkpoint.size(name) for name in self.used)
+
+    @cached_property
+    def stored_bytes(self) -> dict[str, int]:
+        """Layer name -> bytes of all its experts as the checkpoint stores them."""
+        tensors = {layer.name: layer_tensors(self.checkpoint, self.family, layer) for layer in self.layers}
+        return {layer: sum(self.checkpoint.stored(name).bytes for name in names) for layer, names in tensors.items()}
 
     @property
     def largest_layer_bytes(self) -> int:

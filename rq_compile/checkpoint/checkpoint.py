@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,6 +83,19 @@ class Checkpoint:
         """The files that hold tensors."""
         return sorted({tensor.file for tensor in self._tensors.values()})
 
+    @cached_property
+    def bytes_by_dtype(self) -> dict[str, int]:
+        """Bytes of the tensors by safetensors' name of their dtype."""
+        total: Counter[str] = Counter()
+        for tensor in self._tensors.values():
+            total[tensor.dtype] += tensor.bytes
+        return dict(total.most_common())
+
+    @property
+    def quantization(self) -> str | None:
+        """The method of quantization that the config states."""
+        return _quantization(self.config)
+
     def size(self, name: str) -> int:
         """How many values a tensor has."""
         return math.prod(self.shape(name))
@@ -150,17 +164,23 @@ class Checkpoint:
             raise UserError(f"{self.lacks(name)}; add the file that holds it", 2) from None
 
 
+def _quantization(config: dict[str, Any]) -> str | None:
+    key = next((key for key in QUANTIZATION if config.get(key)), None)
+    if key is None:
+        return None
+    method = config[key].get("quant_method") if isinstance(config[key], dict) else None
+    return f"{key}: {method if isinstance(method, str) and method.isprintable() else 'unknown'}"
+
+
 def _left_over(path: Path, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> list[str]:
     """A remark on what the config says of a quantization, where the tensors have none.
 
     Raises:
         UserError: they have.
     """
-    key = next((key for key in QUANTIZATION if config.get(key)), None)
-    if key is None:
+    named = _quantization(config)
+    if named is None:
         return []
-    method = config[key].get("quant_method") if isinstance(config[key], dict) else None
-    named = f"{key}: {method if isinstance(method, str) and method.isprintable() else 'unknown'}"
     for name, tensor in tensors.items():
         if SCALES.search(name) or (tensor.dtype not in (*FLOATS, "F64") and math.prod(tensor.shape) > 1):
             raise UserError(f"{path} is quantized ({named}): it has {name} in {tensor.dtype}; dequantize it to bf16 first", 2)

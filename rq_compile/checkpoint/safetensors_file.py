@@ -117,7 +117,7 @@ def check_finite(name: str, tensor: StoredTensor, values: np.ndarray) -> None:
         UserError: one is infinite or no number.
     """
     if not all_finite(values, tensor.dtype):
-        raise UserError(f"{name} in {tensor.file} has a weight that is not finite; repair the checkpoint or download it again")
+        raise UserError(f"{name} in {tensor.file} has a weight that is not finite; repair the checkpoint")
 
 
 def all_finite(values: np.ndarray, dtype: str) -> bool:

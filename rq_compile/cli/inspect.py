@@ -1,4 +1,4 @@
-"""``rq-compile inspect``: a calibration, plan or engine as a table."""
+"""``rq-compile inspect``: a checkpoint, calibration, plan or engine as tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from rq_compile.errors import UserError
 @click.option("--verify", is_flag=True, help="Recompute the SHA-256 of an engine's files.")
 @on_screen
 def command(screen: Screen, file: Path, verify: bool) -> None:
-    """Show FILE, a calibration, a plan or an engine, as tables."""
+    """Show FILE, a checkpoint folder, a calibration, a plan or an engine, as tables."""
+    if file.is_dir():
+        inspect_checkpoint(screen, file, verify=verify)
+        return
     kind = "engine" if file.suffix in (".onnx", ".plan") else kind_of(file)
     if verify and kind != "engine":
         raise UserError(f"--verify checks an engine's files, but {file} is a {kind}; leave --verify out", 2)
@@ -47,6 +50,22 @@ def command(screen: Screen, file: Path, verify: bool) -> None:
         screen.result(manifest, *tables.engine_tables(manifest))
 
 
+def inspect_checkpoint(screen: Screen, folder: Path, *, verify: bool) -> None:
+    """
+    Raises:
+        UserError: the folder holds no checkpoint that can be described.
+    """
+    if verify:
+        raise UserError(f"--verify checks an engine's files, but {folder} is a checkpoint; leave --verify out", 2)
+
+    from rq_compile.checkpoint.checkpoint import Checkpoint
+    from rq_compile.cli.checkpoint_tables import checkpoint_tables
+    from rq_compile.inspection import inspected
+
+    found = inspected(Checkpoint.open(folder))
+    screen.result(found, *checkpoint_tables(found))
+
+
 def kind_of(file: Path) -> str:
     """
     Raises:
@@ -57,5 +76,8 @@ def kind_of(file: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; check the path", 2) from error
     if kind is None:
-        raise UserError(f"{file} is no file of rq-compile; inspect a calibration, a plan or an engine (.onnx, .plan)", 2)
+        raise UserError(
+            f"{file} is not a file of rq-compile; inspect a checkpoint folder, a calibration, a plan or an engine (.onnx, .plan)",
+            2,
+        )
     return kind

@@ -1,0 +1,109 @@
+"""What is found in a checkpoint folder, and whether it can be compiled."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rq_compile.architectures.geometry import Activation
+from rq_compile.architectures.model import Model
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+from rq_compile.files import Document
+from rq_compile.quantization.formats import Format
+from rq_compile.targets.vocabulary import vocabulary
+
+
+class LayerFound(Document):
+    """One MoE layer: ``format`` is how most of its experts are stored, ``bytes`` what all of them take there."""
+
+    index: int
+    name: str
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    activation: Activation
+    format: Format
+    bytes: int
+
+
+class CheckpointFound(Document):
+    """``dtypes``: bytes of the tensors by their type in the files. ``tied``: a weight without a tensor of its own -> the weight
+    that it is tied to. ``unused``: tensors that no weight needs, or that only the index lists. ``why_not``: a sentence, where the
+    checkpoint cannot be compiled. Then there are no layers, and nothing is known of what the model would need.
+    """
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    name: str
+    model_type: str
+    fingerprint: str
+    storage: str = Field(description="the quantization that the config states, or none")
+    files: int
+    bytes: int
+    tensors: int
+    dtypes: dict[str, int]
+    compiles: bool
+    why_not: str | None
+    encoder_decoder: bool | None = None
+    layers: list[LayerFound] = Field(default=[])
+    expert_bytes: int | None = None
+    parameters: int | None = Field(default=None, description="weights that the model uses")
+    active_parameters: int | None = Field(default=None, description="the same with only the chosen experts")
+    tied: dict[str, str] = Field(default={})
+    unused: list[str] = Field(default=[])
+    vocabulary: int | None = None
+    context_length: int | None = None
+    tokenizer: bool
+    end_of_text: list[int] | None = None
+    remarks: list[str]
+
+
+def inspected(checkpoint: Checkpoint) -> CheckpointFound:
+    """What ``checkpoint`` holds, as far as it can be told; only headers are read, and the ends of tensors."""
+    found = CheckpointFound(
+        name=checkpoint.name,
+        model_type=checkpoint.model_type,
+        fingerprint=checkpoint.fingerprint,
+        storage=checkpoint.quantization or "none",
+        files=len(checkpoint.files),
+        bytes=sum(checkpoint.bytes_by_dtype.values()),
+        tensors=len(checkpoint.names),
+        dtypes=checkpoint.bytes_by_dtype,
+        compiles=False,
+        why_not=None,
+        tokenizer=(checkpoint.path / "tokenizer.json").is_file(),
+        remarks=list(checkpoint.remarks),
+    )
+    try:
+        model = Model.of(checkpoint)
+        told = vocabulary(model)
+    except UserError as error:
+        return found.model_copy(update={"why_not": str(error)})
+    layers = [
+        LayerFound(
+            index=layer.index,
+            name=layer.name,
+            **layer.geometry.model_dump(include={"experts", "top_k", "hidden", "intermediate", "activation"}),
+            format=model.agreement.formats[layer.index],
+            bytes=model.stored_bytes[layer.name],
+        )
+        for layer in model.layers
+    ]
+    experts = sum(layer.geometry.experts * layer.geometry.expert_weights for layer in model.layers)
+    active = sum(layer.geometry.top_k * layer.geometry.expert_weights for layer in model.layers)
+    return found.model_copy(
+        update={
+            "compiles": True,
+            "encoder_decoder": bool(model.config.is_encoder_decoder),
+            "layers": layers,
+            "expert_bytes": sum(layer.bytes for layer in layers),
+            "parameters": model.parameter_count,
+            "active_parameters": model.parameter_count - experts + active,
+            "tied": model.agreement.tied,
+            "unused": [*model.agreement.unused, *checkpoint.absent],
+            "vocabulary": told["vocabulary"],
+            "context_length": told["context_length"],
+            "end_of_text": told["end_of_text"],
+            "remarks": list(model.remarks),
+        }
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rq_compile.architectures.agreement import check_sizes
 from rq_compile.architectures.config_values import in_declared_types, neutralized
 from rq_compile.architectures.families import family_of
+from rq_compile.architectures.rope import check_rope, stated_rope, with_head_dim
 from rq_compile.checkpoint.checkpoint import QUANTIZATION, Checkpoint
 from rq_compile.errors import UserError
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # How to run a model is not the checkpoint's to say: the name of an attention may be a repository whose kernel is downloaded.
 RUNTIME_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "transformers_weights", *QUANTIZATION)
+# What the published code of the families without transformers code computes.
+REMOTE_ROPE_TYPES = ("default", "linear", "dynamic")
 
 
 def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
@@ -28,6 +31,7 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
     family_of(checkpoint)
     stated = {key: value for key, value in checkpoint.config.items() if not key.startswith("_") and key not in RUNTIME_KEYS}
     stated = neutralized(stated)
+    check_rope(stated, str(checkpoint.path / "config.json"))
     make = {"llama_moe": _llama_moe, "deepseek": _deepseek}.get(checkpoint.model_type, _of_transformers)
     try:
         config = make(stated)
@@ -48,7 +52,8 @@ def _of_transformers(config: dict[str, Any]) -> "PretrainedConfig":
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return AutoConfig.for_model(**in_declared_types(config, CONFIG_MAPPING[config["model_type"]]))
+    family = CONFIG_MAPPING[config["model_type"]]
+    return AutoConfig.for_model(**with_head_dim(in_declared_types(config, family), getattr(family, "head_dim", 0)))
 
 
 def _llama_moe(config: dict[str, Any]) -> "PretrainedConfig":
@@ -62,7 +67,6 @@ def _llama_moe(config: dict[str, Any]) -> "PretrainedConfig":
         ("calculator_type", "UniversalCalculator"),
         ("multiply_gate_scores", True),
         ("add_weight_norm", False),
-        ("rope_scaling", None),
     ):
         if config.get(key, expected) != expected:
             raise UserError(f"llama_moe with {key}={config[key]} is not supported; use a LLaMA-MoE-v1 model with {expected}")
@@ -70,6 +74,7 @@ def _llama_moe(config: dict[str, Any]) -> "PretrainedConfig":
         "num_key_value_heads": config["num_attention_heads"],
         "rms_norm_eps": 1e-6,
         **_rope(config),
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
         "num_local_experts": config["num_experts"],
         "num_experts_per_tok": config["num_selects"],
         "intermediate_size": _expert_size(config),
@@ -90,7 +95,7 @@ def _deepseek(config: dict[str, Any]) -> "PretrainedConfig":
     """DeepSeek-MoE (the first, without latent attention) is Qwen2-MoE with an ungated shared expert, see ``remote.py``."""
     from transformers import Qwen2MoeConfig
 
-    for key, expected in (("scoring_func", "softmax"), ("attention_bias", False), ("rope_scaling", None)):
+    for key, expected in (("scoring_func", "softmax"), ("attention_bias", False)):
         if config.get(key, expected) != expected:
             raise UserError(f"deepseek with {key}={config[key]} is not supported; use a DeepSeek-MoE model with {expected}")
     first, frequency = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
@@ -110,5 +115,11 @@ def _deepseek(config: dict[str, Any]) -> "PretrainedConfig":
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     dropped = ("model_type", "auto_map", "architectures", "rope_theta", "rope_scaling", "rope_parameters", "num_experts")
     kept = {key: value for key, value in config.items() if key not in dropped}
-    theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
-    return {**kept, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    rope = stated_rope(config, default_theta=10000.0)
+    if rope["rope_type"] not in REMOTE_ROPE_TYPES:
+        raise UserError(
+            f"{config['model_type']} with rope_scaling of type {rope['rope_type']} is not supported, nor does its published code "
+            f"know it; use a model with {', '.join(REMOTE_ROPE_TYPES)}",
+            2,
+        )
+    return {**kept, "rope_parameters": rope}

@@ -23,6 +23,7 @@ from rq_compile.architectures.load import meta_model
 from rq_compile.architectures.model import Model
 from rq_compile.export.experts_op import route_to_experts_nodes
 from rq_compile.export.graph import Parameter, folded, without_weights
+from rq_compile.export.rope import free_the_length
 from rq_compile.export.switch import route_switch_to_experts_nodes
 from rq_compile.targets.manifest import CacheTensor
 
@@ -67,6 +68,7 @@ def export_graph(model: Model) -> Exported:
             inputs, cache = _encoder_decoder_inputs(), list[CacheTensor]()
         else:
             route_to_experts_nodes(module, model.layers)
+            free_the_length(module)
             inputs, cache = _causal_inputs(module)
         # Folding constants would read weights that a meta model does not have: `folded` does it, around them.
         config = OnnxConfig(dynamic=True, optimize=False, opset_version=OPSET)

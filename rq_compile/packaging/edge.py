@@ -82,6 +82,7 @@ def write_examples(engine: str, manifest: Manifest, folder: Path) -> None:
         op_library="" if manifest.op_library is None else OP_LIBRARY,
         limit_folding=str(manifest.lowering == "batched").lower(),
         end_of_text=", ".join(map(str, manifest.end_of_text)),
+        recomputed_beyond=-1 if manifest.recomputed_beyond is None else manifest.recomputed_beyond,
     )
     (folder / "generate.cc").write_text(example)
 
@@ -138,6 +139,16 @@ def licence_remark(manifest: Manifest) -> str:
     declared = f" ({manifest.licence}, as its model card says)" if manifest.licence else ""
     texts = " and ".join(file.name for file in manifest.licences) or "no text of it came with the engine"
     return f"the weights and the tokenizer stay under the licence of their model{declared}: {texts}"
+
+
+def cache_remarks(manifest: Manifest) -> list[str]:
+    """For destinations that keep the cache themselves."""
+    if manifest.recomputed_beyond is None:
+        return []
+    return [
+        f"transformers' generate computes a sequence anew where it first exceeds {manifest.recomputed_beyond} tokens; there the "
+        "cache is kept, and answers differ from then on: start such a sequence again with all of its tokens"
+    ]
 
 
 def sentence(remark: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rq_compile.errors import UserError
 from rq_compile.files import folder_written_beside, write_document
-from rq_compile.packaging.edge import OP_LIBRARY, library_remark, licence_remark
+from rq_compile.packaging.edge import OP_LIBRARY, cache_remarks, library_remark, licence_remark
 from rq_compile.packaging.package import Package
 from rq_compile.runtime.engine import FOLDING_LIMIT
 from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
@@ -65,6 +65,7 @@ def package(source: Path, output: Path, context_length: int | None = None) -> Pa
             library_remark(manifest),
             f"a sequence has at most {length} tokens",
             *tokenizer_remarks(settings),
+            *cache_remarks(manifest),
             licence_remark(manifest),
         ],
     )

@@ -12,6 +12,7 @@ import numpy as np
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import read_document, sha256
+from rq_compile.packaging.edge import cache_remarks
 from rq_compile.packaging.triton_config import Tensor, messages, model_config
 from rq_compile.planning.schema import Plan
 from rq_compile.targets.library import library_path
@@ -53,7 +54,7 @@ def write(
     config.max_batch_size = batch_size
     config.instance_group.add(kind=messages().ModelInstanceGroup.KIND_CPU, count=instances)
 
-    remarks = []
+    remarks = cache_remarks(manifest)
     if mixed_copies(manifest.plan):
         remarks.append("copies of an expert differ in format, so an answer depends on its batch: requests are not batched")
     elif batch_size > 1:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rq_compile.errors import UserError
 from rq_compile.runtime.files import read_manifest
+from rq_compile.runtime.language_model import is_recomputed
 from rq_compile.targets.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -124,22 +125,23 @@ class Engine:
 
     def _decode(self, ids: np.ndarray) -> Iterator[int]:
         cache = self.manifest.cache
-        past = {tensor.past: np.zeros((1, tensor.heads, 0, tensor.dimension), np.float32) for tensor in cache}
+        empty = {tensor.past: np.zeros((1, tensor.heads, 0, tensor.dimension), np.float32) for tensor in cache}
         outputs = ["logits", *(tensor.present for tensor in cache)]
-        length = 0
+        past, start = empty, 0
         while True:
-            length += ids.shape[1]
+            if is_recomputed(self.manifest.recomputed_beyond, start, ids.shape[1]):
+                past, start = empty, 0
             feeds = {
-                "input_ids": ids,
-                "attention_mask": np.ones((1, length), np.int64),
-                "position_ids": np.arange(length - ids.shape[1], length, dtype=np.int64)[None],
+                "input_ids": ids[:, start:],
+                "attention_mask": np.ones_like(ids),
+                "position_ids": np.arange(start, ids.shape[1], dtype=np.int64)[None],
                 **past,
             }
             logits, *present = self._session.run(outputs, self._accepted(self._session, feeds))
             past = {tensor.past: value for tensor, value in zip(cache, present, strict=True)}
             token = int(logits[0, -1].argmax())
             yield token
-            ids = np.asarray([[token]], dtype=np.int64)
+            start, ids = ids.shape[1], np.append(ids, [[token]], axis=1)
 
     def _decode_without_cache(self, prompt: np.ndarray) -> Iterator[int]:
         decoded = [self.decoder_start or 0]

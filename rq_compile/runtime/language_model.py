@@ -22,3 +22,9 @@ class LanguageModel(Protocol):
     def generate(self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True) -> Iterator[int]:
         """Greedy tokens one by one; ``stop`` ends at the end-of-text token, which is not yielded."""
         ...
+
+
+def is_recomputed(beyond: int | None, cached: int, length: int) -> bool:
+    """Whether a sequence that grows to ``length`` tokens, of which ``cached`` are computed, is computed anew: where it first
+    exceeds ``beyond``, as transformers' ``generate`` does (see ``architectures.rope``)."""
+    return beyond is not None and cached <= beyond < length

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rq_compile.runtime.language_model import is_recomputed
+
 if TYPE_CHECKING:
     from rq_compile.architectures.model import Model
 
@@ -58,19 +60,25 @@ class Reference:
         """As :meth:`rq_compile.runtime.engine.Engine.generate`, with transformers' KV cache."""
         import torch
 
+        from rq_compile.architectures.rope import recomputed_beyond
+
         ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
         key, encoded = "input_ids", {}
         if self.encoder_decoder:
             with torch.inference_mode():
                 encoded = {"encoder_outputs": self.model.get_encoder()(input_ids=ids)}
             key, ids = "decoder_input_ids", torch.tensor([[self.decoder_start or 0]])
+        beyond = recomputed_beyond(self.model.config)
         state: Any = None
+        start = 0
         for _ in range(max_tokens):
+            if is_recomputed(beyond, start, ids.shape[1]):
+                state, start = None, 0
             with torch.inference_mode():
-                outputs = self.model(**{key: ids}, **encoded, past_key_values=state, use_cache=True)
+                outputs = self.model(**{key: ids[:, start:]}, **encoded, past_key_values=state, use_cache=True)
             state = outputs.past_key_values
             token = int(outputs.logits[0, -1].argmax())
             if stop and token in self.end_of_text:
                 return
             yield token
-            ids = torch.tensor([[token]])
+            start, ids = ids.shape[1], torch.cat([ids, torch.tensor([[token]])], dim=1)

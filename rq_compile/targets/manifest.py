@@ -68,6 +68,9 @@ class Manifest(Document):
     context_length: int | None = Field(default=None, description="positions that the model was made for")
     decoder_start: int | None = None
     cache: list[CacheTensor]
+    recomputed_beyond: int | None = Field(
+        default=None, description="a cache of at most so many tokens is not continued beyond them: all are computed anew"
+    )
     slot_offsets: dict[str, str]
     dense_bytes: int
     expert_bytes: int

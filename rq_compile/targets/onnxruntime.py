@@ -9,6 +9,7 @@ from time import monotonic
 
 from rq_compile import __version__
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.rope import recomputed_beyond
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.errors import UserError
 from rq_compile.estimates import check_space, engine_estimate
@@ -161,6 +162,7 @@ def compile_engine(
             opset=exported.opset,
             encoder_decoder=exported.encoder_decoder,
             cache=exported.cache,
+            recomputed_beyond=recomputed_beyond(model.config),
             slot_offsets={layer.name: offsets_name(layer.name) for layer in plan.layers if lowering != "cuda"},
             dense_bytes=sum(section.bytes for section in dense),
             expert_bytes=sum(section.bytes for section in experts),

@@ -22,6 +22,8 @@ const std::string kEngine = "$engine";
 const std::string kOpLibrary = "$op_library";  // empty: the engine needs none
 const bool kLimitFolding = $limit_folding;
 const std::set<int64_t> kEndOfText = {$end_of_text};
+// A sequence that first grows beyond so many tokens is computed anew; -1: none is.
+const int64_t kRecomputedBeyond = $recomputed_beyond;
 const std::string kPast = "past_key_values", kPresent = "present";
 
 Ort::Session load(Ort::Env& environment, const std::string& folder) {
@@ -57,18 +59,26 @@ void generate(Ort::Session& session, std::vector<int64_t> ids, int64_t tokens) {
   Ort::AllocatorWithDefaultOptions allocator;
   std::vector<std::string> inputs, outputs = {"logits"};
   std::vector<Ort::Value> past;
+  std::vector<size_t> past_inputs;
   for (size_t i = 0; i < session.GetInputCount(); ++i) {
     inputs.emplace_back(session.GetInputNameAllocated(i, allocator).get());
     if (inputs.back().rfind(kPast, 0) != 0) continue;
     outputs.push_back(kPresent + inputs.back().substr(kPast.size()));
     past.push_back(no_past(session, i));
+    past_inputs.push_back(i);
   }
   std::vector<const char*> input_names, output_names;
   for (const std::string& name : inputs) input_names.push_back(name.c_str());
   for (const std::string& name : outputs) output_names.push_back(name.c_str());
 
-  std::vector<int64_t> mask, positions;
+  std::vector<int64_t> all = ids, mask, positions;
   for (int64_t step = 0; step < tokens; ++step) {
+    const int64_t cached = mask.size(), length = all.size();
+    if (kRecomputedBeyond >= 0 && cached <= kRecomputedBeyond && kRecomputedBeyond < length) {
+      ids = all;
+      mask.clear();
+      for (size_t i = 0; i < past.size(); ++i) past[i] = no_past(session, past_inputs[i]);
+    }
     positions.resize(ids.size());
     std::iota(positions.begin(), positions.end(), static_cast<int64_t>(mask.size()));
     mask.resize(mask.size() + ids.size(), 1);
@@ -87,6 +97,7 @@ void generate(Ort::Session& session, std::vector<int64_t> ids, int64_t tokens) {
     if (kEndOfText.count(token) != 0) return;
     std::cout << token << std::endl;
     ids = {token};
+    all.push_back(token);
     past.assign(std::make_move_iterator(results.begin() + 1), std::make_move_iterator(results.end()));
   }
 }

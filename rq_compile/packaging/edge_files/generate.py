@@ -31,14 +31,16 @@ def generate(session: onnxruntime.InferenceSession, manifest: dict, prompt: list
     cache = manifest["cache"]
     inputs = {tensor.name for tensor in session.get_inputs()}
     outputs = ["logits", *(tensor["present"] for tensor in cache)]
-    past = {tensor["past"]: np.zeros((1, tensor["heads"], 0, tensor["dimension"]), np.float32) for tensor in cache}
-    ids, length = np.array([prompt], np.int64), 0
+    empty = {tensor["past"]: np.zeros((1, tensor["heads"], 0, tensor["dimension"]), np.float32) for tensor in cache}
+    beyond = manifest.get("recomputed_beyond")
+    ids, past, start = np.array([prompt], np.int64), empty, 0
     for _ in range(tokens):
-        start, length = length, length + ids.shape[1]
+        if beyond is not None and start <= beyond < ids.shape[1]:
+            past, start = empty, 0  # the model's positions are other ones from here on: its cache is of no use
         feeds = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, length), np.int64),
-            "position_ids": np.arange(start, length, dtype=np.int64)[None],
+            "input_ids": ids[:, start:],
+            "attention_mask": np.ones_like(ids),
+            "position_ids": np.arange(start, ids.shape[1], dtype=np.int64)[None],
             **past,
         }
         logits, *present = session.run(outputs, {name: value for name, value in feeds.items() if name in inputs})
@@ -47,7 +49,7 @@ def generate(session: onnxruntime.InferenceSession, manifest: dict, prompt: list
         if token in manifest["end_of_text"]:
             return
         yield token
-        ids = np.array([[token]], np.int64)
+        start, ids = ids.shape[1], np.append(ids, [[token]], axis=1)
 
 
 def main() -> None:

@@ -1,0 +1,75 @@
+"""Rotary position embeddings (RoPE) as a config states them, in either spelling; kinds that are not supported are refused."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# The numbers that each kind needs.
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+# transformers takes these from config.head_dim even where a family leaves that to be derived.
+OF_HEAD_DIM = ("dynamic", "longrope", "yarn")
+BY_LENGTH = ("dynamic", "longrope")
+
+
+def stated_rope(config: dict[str, Any], default_theta: float | None = None) -> dict[str, Any]:
+    """``rope_parameters`` of a ``config.json``, which may call them ``rope_scaling`` and their ``rope_type`` just ``type``."""
+    stated = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind = stated.pop("type", None)
+    return {"rope_type": kind or "default", "rope_theta": config.get("rope_theta") or default_theta, **stated}
+
+
+def with_head_dim(config: dict[str, Any], default: int | None) -> dict[str, Any]:
+    """The config with ``head_dim`` where its rotary embeddings need it; ``default`` is the family's."""
+    if default is None and config.get("head_dim") is None and stated_rope(config)["rope_type"] in OF_HEAD_DIM:
+        return {**config, "head_dim": config["hidden_size"] // config["num_attention_heads"]}
+    return config
+
+
+def check_rope(config: dict[str, Any], place: str) -> None:
+    """``config`` is a ``config.json``, ``place`` its name in the message.
+
+    Raises:
+        UserError: a kind of rotary embedding that transformers does not have, or that cannot be exported, or that lacks a value.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"{place} has {key} {str(config[key])[:40]}, which is not an object; give one with a rope_type", 2)
+    stated = stated_rope(config)
+    by_layer = [stated_rope({"rope_parameters": value}) for value in stated.values() if isinstance(value, dict)]
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    for rope in by_layer or [stated]:
+        kind = rope["rope_type"]
+        asks = f"{place} asks for rope_type {str(kind)[:40]} (rope_scaling)"
+        if kind not in known:
+            raise UserError(f"{asks}, which is not supported; use a model with one of {', '.join(known)}", 2)
+        if by_layer and kind in BY_LENGTH:
+            raise UserError(f"{asks} in some layers alone, which is not supported; use it in all layers or in none", 2)
+        for key in NUMBERS.get(kind, ()):
+            if not _positive(rope.get(key)):
+                raise UserError(f"{asks} with {key} {rope.get(key)!r:.40}; correct it to a number above 0, or a list of them", 2)
+        trained = "original_max_position_embeddings"
+        if config["model_type"] == "phimoe" and kind != "default" and trained not in rope and trained not in config:
+            raise UserError(f"{asks} without {trained}; add the length of the model's first training", 2)
+
+
+def _positive(value: Any) -> bool:
+    values = value if isinstance(value, list) and value else [value]
+    return all(type(number) in (int, float) and 0 < number < math.inf for number in values)
+
+
+def recomputed_beyond(config: "PretrainedConfig") -> int | None:
+    """The length that a KV cache is not continued over: transformers' ``generate`` computes a sequence anew where it first
+    exceeds it, as Phi-3.5-MoE scales its rotary embedding otherwise from there on. None for models that keep their cache."""
+    return getattr(config, "original_max_position_embeddings", None) if config.model_type == "phimoe" else None

@@ -269,6 +269,7 @@ def test_a_sample_of_an_expert_s_pairs_is_enough(monkeypatch: pytest.MonkeyPatch
     assert (whole.pairs > 200).all()
     for format in ("int8", "int4"):
         assert (whole.error[format] != sampled.error[format]).all()
-        np.testing.assert_allclose(sampled.error[format], whole.error[format], rtol=0.15)
+        np.testing.assert_allclose(sampled.error[format], whole.error[format], rtol=0.3)
+        np.testing.assert_allclose(sampled.error[format].sum(), whole.error[format].sum(), rtol=0.1)
     np.testing.assert_array_equal(sampled.wanda, whole.wanda)
     assert sampled.output_square == whole.output_square

@@ -22,7 +22,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PretrainedConfig
 from rq_compile.architectures.load import meta_model
 from rq_compile.architectures.model import Model
 from rq_compile.calibration import calibrate as calibrate_module
-from rq_compile.calibration import memory, streaming
+from rq_compile.calibration import measure, memory, streaming
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.memory import Way, choose_way
 from rq_compile.calibration.schema import Calibration
@@ -87,7 +87,7 @@ def test_hidden_states_on_disk_change_nothing(
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])
-def test_four_layers_and_tokens_of_which_a_sample_is_measured(
+def test_four_layers_and_experts_with_many_tokens(
     run: Callable[..., Calibrated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     def deeper(config: Callable[[], PretrainedConfig] = tiny.CONFIGS["granitemoe"]) -> PretrainedConfig:
@@ -96,12 +96,16 @@ def test_four_layers_and_tokens_of_which_a_sample_is_measured(
         return made
 
     monkeypatch.setitem(tiny.CONFIGS, "granitemoe", deeper)
-    monkeypatch.setattr(calibrate_module, "MAX_RECORDED_BYTES", 100 * 4 * 32 * 4)
-    monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(measure, "ROWS_AT_ONCE", 7)
     checkpoint = Model.open(tiny.build("granitemoe", tmp_path / "model"))
     whole, streamed = (run(checkpoint, way, texts={"long": letters(900, 3)}, batch_size=batch_size) for way in (True, False))
-    assert (len(whole[0].layers), whole[0].measured_tokens) == (4, 100)
+    assert (len(whole[0].layers), whole[0].measured_tokens) == (4, 900)
     same(whole, streamed)
+    # Where the whole model would have to keep too many inputs, it measures a sample of the tokens; layer by layer takes all.
+    monkeypatch.setattr(calibrate_module, "MAX_RECORDED_BYTES", 100 * 4 * 32 * 4)
+    whole, again = (run(checkpoint, way, texts={"long": letters(900, 3)}, batch_size=batch_size) for way in (True, False))
+    assert whole[0].measured_tokens == 100
+    same(streamed, again)
 
 
 def test_what_switch_drops(tiny_checkpoint: Callable[[str], Path], run: Callable[..., Calibrated], tmp_path: Path) -> None:
@@ -152,14 +156,14 @@ def test_the_way_is_chosen_by_the_memory(tiny_checkpoint: Callable[[str], Path],
     monkeypatch.setattr(memory, "used_memory", lambda: 1000 * MIB)
 
     def way(limit: int | None, rows: int = 100) -> Way:
-        return choose_way(checkpoint, layers, rows=rows, measured_tokens=100, limit=limit, device="cpu")
+        return choose_way(checkpoint, layers, rows=rows, limit=limit, device="cpu")
 
     assert way(1002 * MIB) == Way(True, True, "the model runs as a whole, in about 1 MiB of memory")
-    streamed = way(1000 * MIB + 350_000)
+    streamed = way(1000 * MIB + 700_000)
     assert (streamed.whole, streamed.states_in_memory) == (False, True)
-    spilled = way(1000 * MIB + 350_000, rows=100_000)
+    spilled = way(1014 * MIB, rows=1_000_000)
     assert (spilled.whole, spilled.states_in_memory) == (False, False)
-    assert "layer by layer, 24 MiB of hidden states on disk: as a whole" in spilled.reason
+    assert "layer by layer, 244 MiB of hidden states on disk: as a whole" in spilled.reason
     with pytest.raises(UserError, match=r"--memory-limit is 1000 MiB, but a single layer of .* takes 10\d\d MiB while"):
         way(1000 * MIB + 10_000)
     monkeypatch.setattr(memory, "available_memory", lambda: 0)

@@ -24,7 +24,8 @@ from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import Block, Quantizer
 
-# What the recorded inputs of all layers may take on disk. Beyond, an even sample of the tokens is measured (all are counted).
+# What the recorded inputs of all layers may take on disk where the model runs as a whole. Beyond, an even sample of the tokens is
+# measured (all are counted).
 MAX_RECORDED_BYTES = 4 * 2**30
 
 
@@ -64,14 +65,15 @@ def work_of(
         raise UserError("there is no text to calibrate on; give at least one", 2)
     layers, tokens = model.layers, tokenize(model, texts)
     start = _check_fit(model, tokens, sequence_length)
-    recorded = MAX_RECORDED_BYTES // (4 * sum(layer.geometry.hidden for layer in layers))
-    cut = list(
-        batches(tokens, batch_size=batch_size, sequence_length=sequence_length, measured_tokens=recorded, decoder_start=start)
-    )
-    measured = min(sum(map(len, tokens)), recorded)
-    rows = sum(side.real.size for batch in cut for side in batch.sides)
-    way = choose_way(model, layers, rows=rows, measured_tokens=measured, limit=memory_limit, device=device)
-    return Work(layers, tokens, measured, cut, rows, way)
+    total = sum(map(len, tokens))
+    cut = partial(batches, tokens, batch_size=batch_size, sequence_length=sequence_length, decoder_start=start)
+    all_measured = list(cut(measured_tokens=total))
+    rows = sum(side.real.size for batch in all_measured for side in batch.sides)
+    way = choose_way(model, layers, rows=rows, limit=memory_limit, device=device)
+    # Layer by layer, the inputs of one layer are recorded at a time.
+    room = MAX_RECORDED_BYTES // (4 * sum(layer.geometry.hidden for layer in layers)) if way.whole else total
+    measured = min(total, room)
+    return Work(layers, tokens, measured, all_measured if measured == total else list(cut(measured_tokens=measured)), rows, way)
 
 
 def calibrate(
@@ -97,7 +99,7 @@ def calibrate(
 
     A model that does not fit into ``memory_limit`` bytes (by default: what is available) is run layer by layer (``memory.py``,
     ``streaming.py``), with the same result to fp32 rounding. ``remark`` is told which way was taken, and whether experts tie.
-    ``device`` is the torch device that runs the model; experts are measured on the CPU.
+    ``device`` is the torch device that runs the model and its experts; the CPU rounds.
 
     The second result are the statistics that ``statistics.py`` describes, by tensor name, mapped from temporary files; none for
     the quantizer "nearest", which needs none.
@@ -119,8 +121,8 @@ def calibrate(
         )
     measured_layers: list[LayerCalibration] = []
     statistics: dict[str, np.ndarray] = {}
-    for recording, read_expert in recorded:
-        measurement = _measure(recording, read_expert, quantizer, wanda_fraction)
+    for recording, read_expert, output in recorded:
+        measurement = _measure(recording, read_expert, output, quantizer, wanda_fraction, device)
         measured_layers.append(_layer_calibration(recording, measurement))
         if quantizer == "gptq":
             moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
@@ -171,13 +173,23 @@ def _report(progress: Callable[[int, int], None], total: int, part: float) -> No
 
 
 def _measure(
-    recording: LayerRecording, read_expert: Callable[[int], ExpertWeights], quantizer: Quantizer, wanda_fraction: float
+    recording: LayerRecording,
+    read_expert: Callable[[int], ExpertWeights],
+    output: np.ndarray | None,
+    quantizer: Quantizer,
+    wanda_fraction: float,
+    device: str,
 ) -> LayerMeasurement:
     """The recording's layer, its sums scaled up to all tokens where only a sample of them was recorded."""
     layer = recording.layer
     hidden, ids, gates = recording.measured()
     measurement = measure_layer(
-        layer.geometry, hidden, ids, gates, read_expert, quantizer=quantizer, wanda_fraction=wanda_fraction
+        layer.geometry,
+        *(hidden, ids, gates, read_expert),
+        output=output,
+        quantizer=quantizer,
+        wanda_fraction=wanda_fraction,
+        device=device,
     )
     if not 0 < measurement.output_square < np.inf:
         raise UserError(

@@ -1,5 +1,6 @@
 """One expert computed in fp32, as the checkpoint has it or as a format stores it."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -16,14 +17,14 @@ from rq_compile.quantization.second_moment import block_products
 CHUNK = 2**22
 
 
-def in_format(weights: ExpertWeights, format: Format, most: Block = 128) -> ExpertWeights:
+def in_format(weights: ExpertWeights, format: Format, most: Block = 128, *, threads: int = 1) -> ExpertWeights:
     """The expert with the fp32 values that its matrices have once stored in ``format``, rounded as its moments, where it has
-    any, tell best; biases stay as they are. ``most``: see ``block_size``."""
+    any, tell best; biases stay as they are. ``most``, ``threads``: see ``quantize``."""
     with np.errstate(over="ignore"):  # beyond fp16's range is infinity, which `weight_error` reports
         return replace(
             weights,
-            up=stored(weights.up, format, weights.up_moment, most),
-            down=stored(weights.down, format, weights.down_moment, most),
+            up=stored(weights.up, format, weights.up_moment, most, threads=threads),
+            down=stored(weights.down, format, weights.down_moment, most, threads=threads),
         )
 
 
@@ -32,10 +33,13 @@ def weight_error(changed: ExpertWeights, original: ExpertWeights) -> float:
     weight of ``changed`` is. Both in fp32."""
     total = 0.0
     for new, old in ((changed.up, original.up), (changed.down, original.down)):
-        if not np.isfinite(new).all():
-            return float("inf")
-        if not np.array_equal(new, old):
-            total += (_norm(new - old) / _norm(old)) ** 2
+        if new is old:
+            continue
+        changes = torch.from_numpy(new) - torch.from_numpy(old)
+        if changes.any():
+            total += (_norm(changes) / _norm(torch.from_numpy(old))) ** 2
+            if not math.isfinite(total):
+                return math.inf
     return total
 
 
@@ -73,5 +77,7 @@ def activate(rows: torch.Tensor, geometry: ExpertGeometry) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh" if geometry.activation == "geglu_tanh" else "none") * up
 
 
-def _norm(matrix: np.ndarray) -> float:
-    return float(torch.linalg.vector_norm(torch.from_numpy(matrix), dtype=torch.float64))
+def _norm(matrix: torch.Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(matrix))
+    # fp32's range has no room for the squares of very small or very large weights.
+    return norm if 0 < norm < math.inf else float(torch.linalg.vector_norm(matrix, dtype=torch.float64))

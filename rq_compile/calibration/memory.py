@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
+from rq_compile.calibration.measure import ROWS_AT_ONCE
 from rq_compile.errors import UserError
 
 GIB = 2**30
@@ -35,12 +36,10 @@ class Way:
     memory: int = field(default=0, compare=False)
 
 
-def choose_way(
-    model: Model, layers: Sequence[MoeLayer], *, rows: int, measured_tokens: int, limit: int | None, device: str
-) -> Way:
+def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: int | None, device: str) -> Way:
     """The whole model where it fits into ``limit`` bytes of memory (None: into what is available), else layer by layer.
 
-    ``rows`` is the number of token rows that the batches have, padding included, ``measured_tokens`` that of the tokens measured.
+    ``rows`` is the number of token rows that the batches have, padding included.
 
     Raises:
         UserError: there is no such device, or not even one layer at a time fits into the ``limit``.
@@ -48,8 +47,9 @@ def choose_way(
     device_room = None if device == "cpu" else device_memory(device)
     room = available_memory() if limit is None else limit - used_memory()
     weights = 4 * model.parameter_count
-    measuring = PROGRAM + _measuring(layers, measured_tokens)
-    whole = int(LOADING * weights) + measuring
+    measuring = PROGRAM + _measuring(layers, rows)
+    states = 2 * 4 * rows * max(moe.geometry.hidden for moe in layers)
+    whole = int(LOADING * weights) + measuring + states // 2
     if whole <= room and (device_room is None or weights + GIB <= device_room):
         return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory", whole)
     # A tensor is held as stored and in fp32 while it is read.
@@ -60,7 +60,6 @@ def choose_way(
             "while it is measured, the program included; give that much",
             2,
         )
-    states = 2 * 4 * rows * max(moe.geometry.hidden for moe in layers)
     in_memory = layer + states <= room
     there = f"{_size(room)} of memory" if whole > room else f"the memory of {device}"
     place = "" if in_memory else f", {_size(states)} of hidden states on disk"
@@ -68,10 +67,13 @@ def choose_way(
     return Way(False, in_memory, reason, layer + states * in_memory)
 
 
-def _measuring(layers: Sequence[MoeLayer], measured_tokens: int) -> int:
-    """About what ``measure_layer`` takes at its peak: the factors were measured, GPTQ's float64 copies of the weights."""
+def _measuring(layers: Sequence[MoeLayer], rows: int) -> int:
+    """About what ``measure_layer`` takes at its peak: experts as they are and rounded, the input moment and its factors, and some
+    of the tokens."""
     return max(
-        32 * geometry.hidden * geometry.up_rows + 36 * geometry.hidden**2 + 28 * measured_tokens * geometry.hidden
+        28 * geometry.hidden * (geometry.up_rows + geometry.intermediate)
+        + 60 * geometry.hidden**2
+        + 24 * min(rows, ROWS_AT_ONCE) * (geometry.hidden + geometry.up_rows)
         for geometry in (layer.geometry for layer in layers)
     )
 

@@ -20,20 +20,18 @@ class LayerRecording:
     """What one MoE layer saw.
 
     ``text_loads [texts, m]`` and ``batch_loads``, an ``[m]`` for each batch, both int64, count the choices of every real token;
-    ``dropped`` of them the model did not compute. Of the measured tokens (with ``every_token``, of all real ones) also the
-    inputs, expert ids and gates are kept. Every batch is begun, received and ended; ``texts`` are the names of the texts that
+    ``dropped`` of them the model did not compute. Of the measured tokens also the inputs, expert ids and gates are
+    kept. Every batch is begun, received and ended; ``texts`` are the names of the texts that
     batches number.
     """
 
-    def __init__(self, layer: MoeLayer, texts: list[str], every_token: bool = False) -> None:
+    def __init__(self, layer: MoeLayer, texts: list[str]) -> None:
         self.layer = layer
         self.tokens = 0
         self.dropped = 0
         self.text_loads = np.zeros((len(texts), layer.geometry.experts), np.int64)
         self.batch_loads: list[np.ndarray] = []
         self._texts = texts
-        self._every_token = every_token
-        self._measured: list[np.ndarray] = []
         self._hidden = tempfile.TemporaryFile(prefix="rq-compile-")  # noqa: SIM115 - open as long as the recording lives
         self._ids: list[np.ndarray] = []
         self._gates: list[np.ndarray] = []
@@ -69,12 +67,10 @@ class LayerRecording:
         self.batch_loads[-1] += np.bincount(known.ravel(), minlength=self.layer.geometry.experts)
         if routing.dropped is not None:
             self.dropped += int(routing.dropped.cpu().numpy()[real].sum())
-        kept = real if self._every_token else measured
-        self._measured.append(measured[kept])
-        self._ids.append(ids[kept])
-        self._gates.append(gates[kept].astype(np.float32))
+        self._ids.append(ids[measured])
+        self._gates.append(gates[measured].astype(np.float32))
         try:
-            self._hidden.write(hidden[kept].astype(np.float32, copy=False))
+            self._hidden.write(hidden[measured].astype(np.float32, copy=False))
             self._hidden.flush()
         except OSError as error:
             raise UserError(
@@ -96,22 +92,17 @@ class LayerRecording:
         self.tokens += tokens
         self.text_loads[self._text] += load
 
-    def kept(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``hidden [T, hidden]`` fp32 (mapped from disk), ``ids [T, k]`` int64, ``gates [T, k]`` fp32 of the tokens kept."""
+    def measured(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``hidden [T, hidden]`` fp32 (mapped from disk), ``ids [T, k]`` int64, ``gates [T, k]`` fp32 of the measured tokens."""
         ids = np.concatenate(self._ids)
         shape = (len(ids), self.layer.geometry.hidden)
         hidden = np.memmap(self._hidden, np.float32, "r", shape=shape) if len(ids) else np.zeros(shape, np.float32)
         return hidden, ids, np.concatenate(self._gates)
 
-    def measured(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same of the measured tokens alone."""
-        measured = np.concatenate(self._measured)
-        hidden, ids, gates = self.kept()
-        return (hidden, ids, gates) if measured.all() else (np.asarray(hidden[measured]), ids[measured], gates[measured])
 
-
-# A layer's recording, and what reads one of its experts to be measured: called once an expert, in order.
-Recorded = tuple[LayerRecording, Callable[[int], ExpertWeights]]
+# A layer's recording, what reads one of its experts, and where what the experts give together is to be added, if anywhere: see
+# ``measure_layer``.
+Recorded = tuple[LayerRecording, Callable[[int], ExpertWeights], np.ndarray | None]
 
 
 def record_whole_model(
@@ -131,7 +122,7 @@ def record_whole_model(
     total = sum(batch.tokens for batch in batches)
     recordings = record(model, layers, texts, batches, lambda done: progress(done / total / 2), device)
     for number, recording in enumerate(recordings):
-        yield recording, partial(model.expert, recording.layer)
+        yield recording, partial(model.expert, recording.layer), None
         progress((1 + (number + 1) / len(recordings)) / 2)
 
 

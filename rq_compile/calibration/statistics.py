@@ -69,7 +69,7 @@ class Statistics:
         return cls(_InMemory(tensors), "the calibration", digest.hexdigest())
 
     def input_moment(self, layer: str) -> SecondMoment:
-        """Of the inputs of the up projections of ``layer``, factored. May be called from several threads.
+        """Of the inputs of the up projections of ``layer``. May be called from several threads.
 
         Raises:
             UserError: the file is not the statistics of this model's calibration.
@@ -78,9 +78,7 @@ class Statistics:
             if layer not in self._inputs:
                 for earlier in list(self._inputs)[:-1]:
                     del self._inputs[earlier]
-                moment = SecondMoment(self._read(layer, "input_moment"))
-                moment.inverse_factor  # noqa: B018 - once, here, not in every thread
-                self._inputs[layer] = moment
+                self._inputs[layer] = SecondMoment(self._read(layer, "input_moment"))
             return self._inputs[layer]
 
     def intermediate_moment(self, layer: str, expert: int) -> SecondMoment:

@@ -4,31 +4,28 @@ The model stands on the meta device, and for every module that is visited its ow
 the forward ends; modules before it were visited earlier and hand on what they returned then. So masks, rotary embeddings and
 an encoder's output reach a layer as its family has it, and nothing here knows one family from another.
 
-A layer with experts is visited twice. First up to its experts, to record what the router chose. Then each expert is read, once:
-its tokens run through it, and it is measured. The second visit computes the layer with the experts' outputs in place of them.
+A layer with experts is visited twice. First up to its experts, to record what the router chose. Then each expert is read, once,
+and measured on its tokens. The second visit computes the layer with what the experts gave in place of them.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from rq_compile.architectures.layers import ExpertWeights, MoeLayer
+from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.load import materialize, meta_model
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import break_ties_by_number
-from rq_compile.calibration.expert import expert_outputs, in_format
 from rq_compile.calibration.recording import LayerRecording, Recorded, model_arguments
 from rq_compile.calibration.routing import watch
 from rq_compile.calibration.scratch import release, scratch
 from rq_compile.calibration.text import Batch, Rows
 from rq_compile.errors import UserError
-
-# Of one expert's tokens, held at a time beside the expert.
-ROWS_AT_ONCE = 4096
 
 
 def record_layer_by_layer(
@@ -41,13 +38,14 @@ def record_layer_by_layer(
     in_memory: bool = True,
     progress: Callable[[float], None],
 ) -> Iterator[Recorded]:
-    """Run the model and yield layer after layer, each to be measured before the next. ``progress`` is told the part done.
+    """Run the model and yield layer after layer, each to be measured before the next, and where its experts' outputs go.
+    ``progress`` is told the part done.
 
     Held at a time, in fp32: what one layer has beside its experts, one expert, and, unless they are mapped from temporary
     files (``in_memory`` is False), the hidden states and the experts' outputs of all tokens; the experts' inputs always are.
 
     Raises:
-        UserError: see ``materialize``, ``expert_weights``, ``scratch`` and ``LayerRecording``.
+        UserError: see ``materialize``, ``scratch`` and ``LayerRecording``.
     """
     run = _Run(model, batches, device)
     stacks = run.stacks(layers[0].geometry.hidden, in_memory)
@@ -61,14 +59,14 @@ def record_layer_by_layer(
             layer = by_module.get(name)
             with run.materialized(name, without=layer.name if layer else None):
                 if layer is not None:
-                    recording = LayerRecording(layer, texts, every_token=True)
+                    recording = LayerRecording(layer, texts)
                     run.record(recording)
-                    experts = _Experts(model, recording, stack)
-                    yield recording, experts.read
+                    stack.outputs[:] = 0
+                    yield recording, partial(model.expert, layer), stack.outputs
                     if layer is layers[-1]:
                         progress(1)
                         return
-                    with run.instead(layer.name, lambda *args, experts=experts, **kwargs: experts.outputs(run.batch)):
+                    with run.instead(layer.name, lambda *args, stack=stack, **kwargs: stack.given(run.batch)):
                         run.visit(stack, name)
                 else:
                     run.visit(stack, name)
@@ -117,6 +115,16 @@ class _Stack:
     def returned(self, batch: int) -> Any:
         beside = self._beside[batch]
         return self.hidden(batch) if beside is None else (self.hidden(batch), *beside)
+
+    def given(self, batch: int) -> torch.Tensor:
+        """What the experts gave for each token ``[tokens, hidden]``, padding included, whose rows are zeros: no other token sees
+        them."""
+        real = torch.from_numpy(self.sides[batch].real.ravel())
+        outputs = torch.zeros(len(real), self.outputs.shape[1])
+        start = sum(int(rows.real.sum()) for rows in self.sides[:batch])
+        outputs[real] = torch.tensor(self.outputs[start : start + int(real.sum())])
+        release(self.outputs)
+        return outputs.to(self.device)
 
 
 class _Run:
@@ -201,39 +209,6 @@ class _Run:
             raise UserError(f"{name} was bypassed by the model; use a transformers version that this rq-compile asks for")
         self.visits += 1
         self.on_visit()
-
-
-class _Experts:
-    """The experts of one layer, read one at a time; what they give together for each real token is summed as they are."""
-
-    def __init__(self, model: Model, recording: LayerRecording, stack: _Stack) -> None:
-        self._model, self._layer, self._stack = model, recording.layer, stack
-        self._hidden, self._ids, self._gates = recording.kept()
-        self._starts = np.cumsum([0, *(int(rows.real.sum()) for rows in stack.sides)])
-        stack.outputs[:] = 0
-
-    def read(self, expert: int) -> ExpertWeights:
-        """Read the weights of one expert and run its tokens through it."""
-        weights = self._model.expert(self._layer, expert)
-        tokens, choices = np.nonzero((self._ids == expert) & (self._gates != 0))
-        gates = self._gates[tokens, choices]
-        original = in_format(weights, "fp32")
-        for start in range(0, len(tokens), ROWS_AT_ONCE):
-            some = tokens[start : start + ROWS_AT_ONCE]
-            x = torch.from_numpy(self._hidden[some]).to(self._stack.device)
-            y = expert_outputs(x, original, self._layer.geometry).cpu().numpy()
-            self._stack.outputs[some] += y * gates[start : start + ROWS_AT_ONCE, None]
-            release(self._hidden)
-            release(self._stack.outputs)
-        return weights
-
-    def outputs(self, batch: int) -> torch.Tensor:
-        """``[tokens, hidden]``, padding included, whose rows are zeros: no other token sees them."""
-        real = torch.from_numpy(self._stack.sides[batch].real.ravel())
-        outputs = torch.zeros(len(real), self._stack.outputs.shape[1])
-        outputs[real] = torch.tensor(self._stack.outputs[self._starts[batch] : self._starts[batch + 1]])
-        release(self._stack.outputs)
-        return outputs.to(self._stack.device)
 
 
 def _equal(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:

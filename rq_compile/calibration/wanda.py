@@ -15,7 +15,12 @@ def wanda_score(matrices: list[tuple[np.ndarray, np.ndarray]], fraction: float) 
     calibration tokens. The paper does not say which matrices enter: all do, their scores pooled. The fraction's count is
     rounded up. An expert without tokens scores 0.
     """
-    scores = np.concatenate([(np.abs(weights.astype(np.float32)) * np.sqrt(norms)).ravel() for weights, norms in matrices])
+    scores = np.empty(sum(weights.size for weights, _ in matrices), np.float32)
+    start = 0
+    for weights, norms in matrices:
+        part = scores[start : start + weights.size].reshape(weights.shape)
+        np.multiply(np.abs(weights, dtype=np.float32), np.sqrt(norms), out=part)
+        start += weights.size
     lowest = ceil(fraction * scores.size)
     scores.partition(lowest - 1)
     return float(scores[:lowest].mean(dtype=np.float64))

@@ -10,22 +10,22 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+import torch
 
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, Block, Format, block_size
 from rq_compile.quantization.gptq import gptq
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
 
-# Weights that are rounded at a time: so few that they stay in the caches; GPTQ works column by column and needs more of them. No
-# temporary array grows with the matrix.
+# Weights that are rounded to the nearest at a time: so few that they stay in the caches.
 NEAREST_TILE = 1 << 19
-GPTQ_TILE = 1 << 21
 ZERO_POINT: dict[Format, int] = {"int8": 128, "int4": 8}
 FLOAT_DTYPES: dict[Format, np.dtype] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
+TORCH_DTYPES: dict[Format, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -36,45 +36,64 @@ class Quantized:
     scales: np.ndarray
 
 
-def quantize(weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128) -> Quantized:
+def quantize(
+    weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128, *, threads: int = 1
+) -> Quantized:
     """Round ``weights [rows, columns]`` of any float dtype to what ``format`` ("int8" or "int4") holds.
 
-    To the nearest; or, where the second ``moment`` of the matrix's inputs is given, such that its outputs change least (GPTQ).
-    ``most`` weights share a scale, see ``block_size``.
+    To the nearest; or, where the second ``moment`` of the matrix's inputs is given, such that its outputs change least (GPTQ),
+    on so many ``threads``. ``most`` weights share a scale, see ``block_size``.
 
     Raises:
         UserError: a weight is not a finite number.
     """
-    packed, scales = zip(*((_pack(q, format), scales) for q, scales in _rounded(weights, format, moment, most)), strict=True)
+    packed, scales = zip(
+        *((_pack(q, format), scales) for q, scales in _rounded(weights, format, moment, most, threads)), strict=True
+    )
     return Quantized(np.concatenate(packed), np.concatenate(scales))
 
 
-def stored(weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128) -> np.ndarray:
-    """fp32 ``[rows, columns]``: the values that ``weights`` have once kept in ``format``; ``moment``, ``most``: see ``quantize``.
+def stored(
+    weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128, *, threads: int = 1
+) -> np.ndarray:
+    """fp32 ``[rows, columns]``: the values that ``weights`` have once kept in ``format``; for the rest see ``quantize``.
 
     Raises:
         UserError: a weight that is to be quantized is not a finite number.
     """
     if format not in QUANTIZED_FORMATS:
-        return weights.astype(FLOAT_DTYPES[format]).astype(np.float32)
+        return torch_tensor(weights).to(TORCH_DTYPES[format]).float().numpy()
     columns = weights.shape[1]
     return np.concatenate(
-        [_columns(q.astype(np.float32) * scales[..., None], columns) for q, scales in _rounded(weights, format, moment, most)]
+        [
+            _columns(np.multiply(q, scales[..., None], dtype=np.float32), columns)
+            for q, scales in _rounded(weights, format, moment, most, threads)
+        ]
+    )
+
+
+def torch_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array as a torch tensor that shares its memory, where the array may be written, or a copy."""
+    array = array if array.flags.writeable else array.copy()
+    return (
+        torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        if array.dtype == ml_dtypes.bfloat16
+        else torch.from_numpy(array)
     )
 
 
 def _rounded(
-    weights: np.ndarray, format: Format, moment: SecondMoment | None, most: Block
+    weights: np.ndarray, format: Format, moment: SecondMoment | None, most: Block, threads: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Whole numbers ``[rows, blocks, block]`` and scales ``[rows, blocks]``, of some rows at a time."""
-    rows = max(1, (NEAREST_TILE if moment is None else GPTQ_TILE) // weights.shape[1])
+    if moment is not None:
+        yield gptq(torch_tensor(weights).float().numpy(), format, moment, block_size(weights.shape[1], most), threads)
+        return
+    rows = max(1, NEAREST_TILE // weights.shape[1])
     for start in range(0, max(1, len(weights)), rows):
         blocks = _blocks(weights[start : start + rows], most)
-        if moment is not None:
-            yield gptq(blocks, format, moment)
-        else:
-            scales = holding_scales(blocks, format)
-            yield nearest(blocks, scales, format), scales
+        scales = holding_scales(blocks, format)
+        yield nearest(blocks, scales, format), scales
 
 
 def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:
@@ -102,7 +121,7 @@ def _blocks(weights: np.ndarray, most: Block) -> np.ndarray:
 
 
 def _pack(q: np.ndarray, format: Format) -> np.ndarray:
-    offset = (q + ZERO_POINT[format]).astype(np.uint8).reshape(len(q), -1)
+    offset = (q.astype(np.int16) + ZERO_POINT[format]).astype(np.uint8).reshape(len(q), -1)
     return offset if format == "int8" else offset[:, 0::2] | offset[:, 1::2] << 4
 
 

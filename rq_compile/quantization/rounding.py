@@ -5,6 +5,8 @@ import numpy as np
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import WHOLE_NUMBERS, Format
 
+NOT_FINITE = "a weight of an expert is not a finite number; repair the checkpoint"
+
 
 def holding_scales(weights: np.ndarray, format: Format) -> np.ndarray:
     """fp32 ``[...]`` of ``weights [..., block]``: the largest magnitude falls on the end of the format's range.
@@ -20,7 +22,7 @@ def holding_scales(weights: np.ndarray, format: Format) -> np.ndarray:
     else:
         scales = np.where(largest > -smallest, largest, smallest) / np.float32(-8)
     if not np.isfinite(scales).all():
-        raise UserError("a weight of an expert is not a finite number; repair the checkpoint")
+        raise UserError(NOT_FINITE)
     return scales.astype(np.float32)
 
 

@@ -1,0 +1,4 @@
+#define RQ_ROUND_TILE round_tile_avx512
+#define RQ_VECTOR_BYTES 64
+#define RQ_VECTORS 4
+#include "gptq_tile.h"

@@ -44,7 +44,7 @@ class Rates:
     three times higher or lower."""
 
     flops: float = 60e9  # fp32 products, a second
-    gptq: float = 3e6  # weights rounded, a second
+    gptq: float = 45e6  # weights rounded, a second
     nearest: float = 240e6
     read: float = 1e9  # bytes of weights, a second, checked and converted
     start: float = 10.0  # seconds until the libraries are imported

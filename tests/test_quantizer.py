@@ -1,14 +1,20 @@
 """Formats, packing and the two ways of rounding, against plain float64."""
 
+import hashlib
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
+from command_line import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rq_compile.errors import UserError
-from rq_compile.quantization.formats import BLOCKS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
+from rq_compile.quantization import gptq
+from rq_compile.quantization.formats import BLOCKS, QUANTIZED_FORMATS, WHOLE_NUMBERS, Format, block_size, matrix_bytes
+from rq_compile.quantization.gptq import FRACTIONS
 from rq_compile.quantization.quantizer import dequantize, quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
 
@@ -139,3 +145,96 @@ def test_moments() -> None:
     np.testing.assert_allclose(blocks[1], expected[16:32, 16:32], rtol=1e-4, atol=1e-4)
     assert not blocks[2, 8:].any()
     assert not whole_moment(np.zeros((0, 5), np.float32)).values.any()
+
+
+def plainly(weights: np.ndarray, format: Format, moment: np.ndarray, block: int) -> np.ndarray:
+    """Algorithm 1 of the paper for ``weights [rows, columns]``, column by column in float64, with the scales of ``gptq``."""
+    damped = moment + 0.01 * moment.diagonal().mean() * np.eye(len(moment))
+    factor = np.linalg.cholesky(np.linalg.inv(damped), upper=True)
+    left, kept = weights.astype(np.float64), np.empty(weights.shape)
+    low, high = WHOLE_NUMBERS[format]
+    for column in range(weights.shape[1]):
+        if column % block == 0:
+            part = left[:, column : column + block]
+            largest, smallest = part.max(1), part.min(1)
+            end = (
+                np.maximum(largest, -smallest) / 127
+                if format == "int8"
+                else np.where(largest > -smallest, largest, smallest) / -8
+            )
+            scales = end[:, None] * FRACTIONS[format].astype(np.float64)
+            tried = np.clip(np.rint(part[:, None] / scales[..., None]), low, high) * scales[..., None] - part[:, None]
+            best = (tried**2 @ damped.diagonal()[column : column + block]).argmin(1)
+            scale = scales[range(len(scales)), best]
+        kept[:, column] = np.clip(np.rint(left[:, column] / scale), low, high) * scale
+        error = (left[:, column] - kept[:, column]) / factor[column, column]
+        left[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
+    return kept
+
+
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+@pytest.mark.parametrize(("rows", "columns", "block"), [(1, 16, 16), (70, 96, 32), (130, 384, 128)])
+def test_gptq_is_the_paper_s_algorithm(rows: int, columns: int, block: int, format: Format) -> None:
+    """In float64: but for ties, every weight is the same, and rounded as well."""
+    weights, inputs = normal(rows, columns), correlated(700, columns)
+    moment = whole_moment(inputs)
+    expected = plainly(weights, format, moment.values.astype(np.float64), block)
+    found = stored(weights, format, moment, 128 if block == 128 else 32)
+    np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.01)
+    assert np.isclose(found, expected, rtol=1e-4, atol=1e-6).all(1).mean() > 0.9
+
+
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_gptq_gives_the_same_bytes_on_any_number_of_threads_and_beside_any_other_rows(format: Format) -> None:
+    weights, moment = normal(200, 256), whole_moment(correlated(300, 256))
+    whole = quantize(weights, format, moment)
+    for threads in (2, 3, 7):
+        again = quantize(weights, format, SecondMoment(moment.values), threads=threads)
+        assert (again.packed.tobytes(), again.scales.tobytes()) == (whole.packed.tobytes(), whole.scales.tobytes())
+    some = quantize(weights[37:110], format, moment)
+    np.testing.assert_array_equal(some.packed, whole.packed[37:110])
+    np.testing.assert_array_equal(some.scales, whole.scales[37:110])
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
+def test_the_factors_of_a_moment_do_not_depend_on_torch_s_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: str
+) -> None:
+    """Of 500 columns: LAPACK rounds those differently on two threads."""
+    moment = whole_moment(correlated(400, 500))
+    np.save(tmp_path / "moment.npy", moment.values)
+    code = (
+        "import sys, hashlib, numpy as np; from rq_compile.quantization.second_moment import SecondMoment;"
+        "print(hashlib.sha256(SecondMoment(np.load(sys.argv[1])).feedback(16).tobytes()).hexdigest())"
+    )
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, threads)
+    output, error = python("-c", code, str(tmp_path / "moment.npy")).communicate()
+    assert output.strip() == hashlib.sha256(moment.feedback(16).tobytes()).hexdigest(), error
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "plain"])
+def test_every_instruction_set_rounds_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    """But for rows from the first weight near a tie on. What this processor does not have falls back to ``plain``."""
+    weights, inputs = normal(130, 160), correlated(300, 160)
+    np.savez(tmp_path / "given.npz", weights=weights, moment=whole_moment(inputs).values)
+    code = (
+        "import sys, numpy as np; from rq_compile.quantization.quantizer import stored;"
+        "from rq_compile.quantization.second_moment import SecondMoment; given = np.load(sys.argv[1]);"
+        "np.save(sys.argv[2], stored(given['weights'], 'int4', SecondMoment(given['moment'])))"
+    )
+    monkeypatch.setenv("RQ_QUANTIZER_ISA", isa)
+    process = python("-c", code, *map(str, (tmp_path / "given.npz", tmp_path / "found.npy")))
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    found, expected = np.load(tmp_path / "found.npy"), stored(weights, "int4", whole_moment(inputs))
+    assert (found == expected).mean() > 0.7
+    np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.02)
+
+
+def test_a_package_that_was_not_built_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gptq, "LIBRARY", tmp_path / "librq_quantizer.so")
+    gptq._library.cache_clear()
+    with pytest.raises(UserError, match=r"librq_quantizer\.so is missing or not of this machine; run pip install \."):
+        quantize(normal(3, 32), "int8", SecondMoment(np.eye(32, dtype=np.float32)))
+    gptq._library.cache_clear()

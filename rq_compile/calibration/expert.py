@@ -33,14 +33,11 @@ def weight_error(changed: ExpertWeights, original: ExpertWeights) -> float:
     weight of ``changed`` is. Both in fp32."""
     total = 0.0
     for new, old in ((changed.up, original.up), (changed.down, original.down)):
-        if new is old:
-            continue
-        changes = torch.from_numpy(new) - torch.from_numpy(old)
-        if changes.any():
-            total += (_norm(changes) / _norm(torch.from_numpy(old))) ** 2
-            if not math.isfinite(total):
-                return math.inf
-    return total
+        weights = torch.from_numpy(old)
+        changes = _square(torch.from_numpy(new) - weights)
+        if changes:
+            total += changes / _square(weights)
+    return total if math.isfinite(total) else math.inf
 
 
 def expert_outputs(
@@ -77,7 +74,9 @@ def activate(rows: torch.Tensor, geometry: ExpertGeometry) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh" if geometry.activation == "geglu_tanh" else "none") * up
 
 
-def _norm(matrix: torch.Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(matrix))
-    # fp32's range has no room for the squares of very small or very large weights.
-    return norm if 0 < norm < math.inf else float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+def _square(matrix: torch.Tensor) -> float:
+    """Sum of squares. fp32's range has no room for those of very small or very large values."""
+    rows = torch.linalg.vector_norm(matrix, dim=1)
+    if not (rows.isfinite().all() and (rows > 2.0**-60).any()):
+        rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64)
+    return float(rows.double().square().sum())

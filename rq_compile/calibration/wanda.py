@@ -3,9 +3,13 @@
 from math import ceil
 
 import numpy as np
+import torch
+
+from rq_compile.quantization.quantizer import torch_tensor
 
 # Wanda's usual sparsity: the score is then the mean over the weights that pruning the expert to one half would remove.
 WANDA_FRACTION = 0.5
+SAMPLE = 100_000
 
 
 def wanda_score(matrices: list[tuple[np.ndarray, np.ndarray]], fraction: float) -> float:
@@ -15,12 +19,25 @@ def wanda_score(matrices: list[tuple[np.ndarray, np.ndarray]], fraction: float) 
     calibration tokens. The paper does not say which matrices enter: all do, their scores pooled. The fraction's count is
     rounded up. An expert without tokens scores 0.
     """
-    scores = np.empty(sum(weights.size for weights, _ in matrices), np.float32)
+    scores = torch.empty(sum(weights.size for weights, _ in matrices))
     start = 0
     for weights, norms in matrices:
-        part = scores[start : start + weights.size].reshape(weights.shape)
-        np.multiply(np.abs(weights, dtype=np.float32), np.sqrt(norms), out=part)
+        part = scores[start : start + weights.size].view(weights.shape)
+        torch.mul(torch_tensor(weights).float().abs(), torch.from_numpy(np.sqrt(norms)), out=part)
         start += weights.size
-    lowest = ceil(fraction * scores.size)
-    scores.partition(lowest - 1)
-    return float(scores[:lowest].mean(dtype=np.float64))
+    return _mean_of_lowest(scores, ceil(fraction * len(scores)))
+
+
+def _mean_of_lowest(scores: torch.Tensor, count: int) -> float:
+    """Only what lies between two scores of a sample, around the ``count``-th lowest of all, is looked at in order."""
+    sample = np.sort(scores[:: max(1, len(scores) // SAMPLE)].numpy())
+    place, reach = count / len(scores) * len(sample), 4 * len(sample) ** 0.5
+    # Beyond the sample's ends there may be others.
+    low = sample[int(place - reach)] if place >= reach else 0.0
+    high = sample[int(place + reach)] if place + reach < len(sample) else np.inf
+    is_below = scores < low
+    below, between = int(is_below.sum()), scores[(scores >= low) & (scores <= high)].numpy()
+    if not 0 < count - below <= len(between):
+        is_below[:], below, between = False, 0, scores.numpy()
+    between = np.partition(between, count - below - 1)[: count - below]
+    return float(((scores * is_below).sum(dtype=torch.float32).double() + between.sum(dtype=np.float64)) / count)

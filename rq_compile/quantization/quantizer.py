@@ -66,7 +66,7 @@ def stored(
     columns = weights.shape[1]
     return np.concatenate(
         [
-            _columns(np.multiply(q, scales[..., None], dtype=np.float32), columns)
+            _columns(torch.from_numpy(q).float().mul_(torch.from_numpy(scales)[..., None]).numpy(), columns)
             for q, scales in _rounded(weights, format, moment, most, threads)
         ]
     )

@@ -124,8 +124,9 @@ struct Tile {
     }
   }
 
-  void round_block(const Vector* part, int64_t start, const float* feedback, const float* importance) {
-    Vector* block = const_cast<Vector*>(part) + start * kTileVectors;
+  // Columns of the part from `start` on; `feedback` is that of column 0 of the part to the first of them.
+  void round_block(Vector* part, int64_t start, const float* feedback, const float* importance) {
+    Vector* block = part + start * kTileVectors;
     for (int64_t depth = 0; depth < start; depth += kDepth)
       for (int64_t c = 0; c < matrix.block; c += kColumns)
         subtract(part, depth, std::min(depth + kDepth, start), block + c * kTileVectors, feedback + c);
@@ -155,7 +156,8 @@ struct Tile {
 }  // namespace
 
 bool RQ_ROUND_TILE(const Matrix& matrix, int64_t row, float* memory) {
-  Tile tile{matrix, std::min(kTileRows, matrix.rows - row), matrix.parts * matrix.known, reinterpret_cast<Vector*>(memory), {}, {}, {}};
+  const int64_t rows = std::min(kTileRows, matrix.rows - row);
+  Tile tile{matrix, rows, matrix.parts * matrix.known, reinterpret_cast<Vector*>(memory), {}, {}, {}};
   if (!tile.load(row)) return false;
   for (int64_t part = 0; part < matrix.parts; ++part) {
     const float* feedback = matrix.feedback + part * matrix.known * matrix.known;

@@ -1,0 +1,232 @@
+"""What does a calibration take beside the model's own forward pass? One layer in the shape of published models, random weights.
+
+    python benchmarks/calibration.py --shape OLMoE-1B-7B --tokens 4096 --way layers --folder /scratch
+
+"forward" is transformers' own, in fp32 with `grouped_mm`, over the batches that the calibration runs; "read" reads every tensor
+of the checkpoint once, as it is stored. "calibrate" is all of `rq_compile.calibration.calibrate`, with GPTQ, as a whole in memory
+("whole") or layer by layer ("layers"). "expert" is what measuring took in CPU seconds for an expert of 6.3 million weights, GPTQ
+for int8 and int4 included, less the products of its own tokens with its weights as they are, which every forward pass has.
+"ratio" is the calibration over its goal, three forward passes and one read, in seconds. The profile lists the functions that took
+most of the main thread's time, from a run of its own.
+
+A row goes to benchmarks/results/calibration.json, in place of one of the same shape, tokens, way and experts.
+"""
+
+import argparse
+import cProfile
+import json
+import platform
+import pstats
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV2Config, OlmoeConfig, PretrainedConfig, Qwen3MoeConfig
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rq_compile.architectures.load import load_model
+from rq_compile.architectures.model import Model
+from rq_compile.calibration import calibrate as calibration
+from rq_compile.calibration import measure
+from rq_compile.calibration.memory import Way
+from rq_compile.calibration.recording import model_arguments
+from rq_compile.calibration.text import tokenize
+
+RESULTS = ROOT / "benchmarks" / "results" / "calibration.json"
+TOKENIZER = ROOT / "samples" / "olmoe" / "tokenizer.json"
+WEIGHTS = 6.3e6  # of an expert of OLMoE-1B-7B
+BATCH_SIZE, LENGTH = 2, 1024
+COMMON = {"num_hidden_layers": 1, "vocab_size": 4096, "max_position_embeddings": 4096, "pad_token_id": 0, "dtype": "bfloat16"}
+SHAPES: dict[str, PretrainedConfig] = {
+    "OLMoE-1B-7B": OlmoeConfig(
+        **COMMON, hidden_size=2048, intermediate_size=1024, num_attention_heads=16, num_experts=64, num_experts_per_tok=8
+    ),
+    "Qwen3-30B-A3B": Qwen3MoeConfig(
+        **COMMON,
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        decoder_sparse_step=1,
+    ),
+    "DeepSeek-V2-Lite": DeepseekV2Config(
+        **COMMON,
+        hidden_size=2048,
+        moe_intermediate_size=1408,
+        num_attention_heads=16,
+        q_lora_rank=None,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        first_k_dense_replace=0,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+    ),
+}
+
+
+class Clock:
+    """CPU seconds of all threads, and seconds, of what ran between ``with`` and its end; several times add up."""
+
+    def __init__(self) -> None:
+        self.cpu = self.wall = 0.0
+
+    def __enter__(self) -> "Clock":
+        self._began = process_time(), perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cpu += process_time() - self._began[0]
+        self.wall += perf_counter() - self._began[1]
+
+    def row(self, name: str) -> dict[str, float]:
+        return {f"{name}_cpu_s": round(self.cpu, 3), f"{name}_s": round(self.wall, 3)}
+
+
+def checkpoint(shape: str, experts: int | None, folder: Path) -> Path:
+    """Made where it is not there yet; with fewer ``experts``, a token chooses proportionally fewer."""
+    path = folder / f"{shape}-{experts or 'all'}"
+    if not path.exists():
+        config = SHAPES[shape]
+        if experts:
+            name = "n_routed_experts" if hasattr(config, "n_routed_experts") else "num_experts"
+            config.num_experts_per_tok = max(1, config.num_experts_per_tok * experts // getattr(config, name))
+            setattr(config, name, experts)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+        (path / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    return path
+
+
+def text(model: Model, tokens: int) -> dict[str, str]:
+    """The sample texts, cut to about so many tokens."""
+    whole = "\n".join(file.read_text() for file in sorted((ROOT / "samples" / "text").glob("*.txt")))
+    count = len(tokenize(model, {"all": whole})[0])
+    return {"text": whole[: int(len(whole) * tokens / count)]}
+
+
+def timed_in(module: Any, name: str, clock: Clock) -> Callable[[], None]:
+    """Have ``clock`` run while the module's function does; returns what undoes it."""
+    function = getattr(module, name)
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        with clock:
+            return function(*arguments, **options)
+
+    setattr(module, name, timed)
+    return lambda: setattr(module, name, function)
+
+
+def row(shape: str, tokens: int, way: str, experts: int | None, folder: Path, quantizer: str) -> dict[str, object]:
+    model = Model.open(checkpoint(shape, experts, folder))
+    texts = text(model, tokens)
+    geometry = model.layers[0].geometry
+    calibration.choose_way = lambda *_, **__: Way(way == "whole", True, way)
+    given = {"batch_size": BATCH_SIZE, "sequence_length": LENGTH}
+    work = calibration.work_of(model, texts, **given)
+
+    read, forward, calibrate, measuring, own = (Clock() for _ in range(5))
+    with read:
+        for name in model.names:
+            model.read(name)
+    loaded = load_model(model)
+    with torch.inference_mode():
+        loaded.base_model(**model_arguments(work.batches[-1], "cpu"))
+        with forward:
+            for batch in work.batches:
+                loaded.base_model(**model_arguments(batch, "cpu"))
+    del loaded
+
+    undo = timed_in(calibration, "measure_layer", measuring)
+    products = measure.expert_outputs
+
+    def expert_outputs(x: torch.Tensor, weights: Any, geometry: Any, sums: np.ndarray | None = None) -> torch.Tensor:
+        if sums is None:
+            return products(x, weights, geometry)
+        with own:
+            return products(x, weights, geometry, sums)
+
+    measure.expert_outputs = expert_outputs
+    with calibrate:
+        calibration.calibrate(model, texts, **given, quantizer=quantizer, progress=lambda *_: None)
+    undo()
+    measure.expert_outputs = products
+
+    weights = geometry.hidden * (geometry.up_rows + geometry.intermediate)
+    scale = WEIGHTS / weights / geometry.experts
+    return {
+        "shape": shape,
+        "experts": geometry.experts,
+        "way": way,
+        "quantizer": quantizer,
+        "tokens": work.total,
+        **forward.row("forward"),
+        **read.row("read"),
+        **calibrate.row("calibrate"),
+        "expert_cpu_s": round((measuring.cpu - own.cpu) * scale, 3),
+        "ratio": round(calibrate.wall / (3 * forward.wall + read.wall), 3),
+        "profile": profile(lambda: calibration.calibrate(model, texts, **given, quantizer=quantizer, progress=lambda *_: None)),
+        **environment(),
+    }
+
+
+def profile(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds by function, of those that took most."""
+    profiler = cProfile.Profile()
+    profiler.runcall(run)
+    rows = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
+    most = sorted(rows, key=lambda item: -item[1][2])[:12]
+    return {
+        f"{Path(file).stem}:{function}" if line else function.strip("<>"): round(found[2], 2)
+        for (file, line, function), found in most
+    }
+
+
+def environment() -> dict[str, object]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    cpus = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    return {
+        "commit": commit,
+        "threads": torch.get_num_threads(),
+        "processor": cpus[0] if cpus else platform.machine(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, default="OLMoE-1B-7B")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--way", choices=("whole", "layers"), default="layers")
+    parser.add_argument("--quantizer", choices=("gptq", "nearest"), default="gptq")
+    parser.add_argument("--experts", type=int, help="fewer than the model has")
+    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are made, and kept")
+    parser.add_argument("--only-make", action="store_true", help="make the checkpoint and measure nothing")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.only_make:
+        checkpoint(arguments.shape, arguments.experts, arguments.folder)
+        return
+    found = row(arguments.shape, arguments.tokens, arguments.way, arguments.experts, arguments.folder, arguments.quantizer)
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    key = ("shape", "experts", "way", "quantizer", "tokens")
+    kept = [other for other in known if [other[name] for name in key] != [found[name] for name in key]]
+    RESULTS.write_text(json.dumps([*kept, found], indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,10 +14,14 @@ from hostile import INDEX, one_sentence
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from rq_compile.architectures.config_values import NEUTRAL
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
-from rq_compile.export.export import export_graph
+from rq_compile.export.export import Exported, export_graph
+from rq_compile.files import read_document
+from rq_compile.planning.schema import Plan
+from rq_compile.targets.onnxruntime import compile_engine
 
 Tensors = dict[str, torch.Tensor]
 
@@ -110,13 +114,28 @@ def test_tied_weights_that_differ_are_both_used(copy: Callable[..., Path]) -> No
     opened(copy("olmoe", equal, tie_word_embeddings=True))
 
 
-def test_a_wrapper_s_prefix_is_recognised(copy: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_a_wrapper_s_prefix_is_recognised(copy: Callable[..., Path], family: str, prefix: str) -> None:
     def wrapped(tensors: Tensors) -> None:
         for name in list(tensors):
-            if "experts" not in name:
-                tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+            tensors[f"{prefix}{name}"] = tensors.pop(name)
 
-    refused(copy("olmoe", wrapped), "but it has _orig_mod.", "without the wrapper")
+    refused(copy(family, wrapped), f"are named {prefix}...", "without the prefix")
+
+    def half(tensors: Tensors) -> None:
+        name = next(name for name in tensors if "norm" in name)
+        tensors[f"{prefix}{name}"] = tensors.pop(name)
+
+    refused(copy(family, half), f"but it has {prefix}")
+
+
+def test_a_model_without_its_head(copy: Callable[..., Path]) -> None:
+    def bare(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    refused(copy("mixtral", bare), "without its head", "embed_tokens.weight, not model.embed_tokens.weight")
 
 
 # Experts
@@ -142,6 +161,20 @@ def test_an_expert_without_a_matrix(copy: Callable[..., Path], expert: int, matr
 )
 def test_a_number_for_each_layer(copy: Callable[..., Path], family: str, key: str) -> None:
     refused(copy(family, **{key: [4, 2]}), f"says {key} [4, 2], where one number for all layers is expected")
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("olmoe", "model.layers.1.mlp.experts.8.down_proj.weight"),
+        ("olmoe", "model.layers.0.mlp.experts.11.up_proj.weight"),
+        ("switch_transformers", "encoder.block.1.layer.1.mlp.experts.expert_6.wi.weight"),
+        ("llama_moe", "model.layers.1.mlp.calculator.experts.weight_up.5"),
+    ],
+)
+def test_an_expert_too_many(copy: Callable[..., Path], family: str, tensor: str) -> None:
+    folder = copy(family, lambda tensors: tensors.update({tensor: torch.ones(3, 3)}))
+    refused(folder, f"has {tensor}, but its config.json says")
 
 
 def test_layers_that_the_config_calls_dense(copy: Callable[..., Path]) -> None:
@@ -345,12 +378,20 @@ TRAINING = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
-def test_settings_of_training_do_not_change_the_graph(copy: Callable[..., Path], family: str) -> None:
-    plain, trained = Model.open(copy(family)), Model.open(copy(family, **TRAINING))
-    exported, same = export_graph(plain), export_graph(trained)
-    assert exported.model.SerializeToString(deterministic=True) == same.model.SerializeToString(deterministic=True)
-    assert exported.cache == same.cache
+def test_settings_of_training_do_not_change_the_graph(
+    copy: Callable[..., Path], model: Path, export_once: Callable[[Model], Exported]
+) -> None:
+    plain, trained = export_once(Model.open(model)), export_graph(Model.open(copy("olmoe", **TRAINING)))
+    assert trained.model.SerializeToString(deterministic=True) == plain.model.SerializeToString(deterministic=True)
+    assert trained.cache == plain.cache
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_settings_of_training_are_neutral(copy: Callable[..., Path], family: str) -> None:
+    config, trained = Model.open(copy(family)).config.to_dict(), Model.open(copy(family, **TRAINING)).config.to_dict()
+    differ = {key for key in TRAINING if config.get(key, NEUTRAL.get(key)) != trained.get(key, NEUTRAL.get(key))}
+    assert differ <= {"attention_dropout", "hidden_dropout", "router_aux_loss_coef"}
+    assert trained.get("attention_dropout", 0) == trained.get("hidden_dropout", 0) == 0
 
 
 # Sizes
@@ -380,10 +421,12 @@ def test_experts_of_any_size(
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4cac\nsize 12345\n"
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", INDEX, "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "tokenizer.json", INDEX, "model-00001-of-00002.safetensors"]
+)
 def test_a_pointer_of_git_lfs(copy: Callable[..., Path], file: str) -> None:
     folder = copy("olmoe")
-    if file != "model.safetensors":
+    if file not in ("model.safetensors", "tokenizer.json"):
         sharded(folder)
     (folder / file).write_text(POINTER)
     refused(folder, f"{file} is a git-lfs pointer", f"run git lfs pull in {folder}")
@@ -404,3 +447,22 @@ def test_a_folder_above_the_checkpoint(copy: Callable[..., Path], tmp_path: Path
     above.mkdir()
     root.rename(above / root.name)
     refused(above, f"{above / root.name / 'snapshots' / '0123abcd'} is; give that one")
+
+
+# What is said
+
+
+def test_remarks_stand_in_the_manifest(
+    copy: Callable[..., Path],
+    rq_compile: Callable[..., Any],
+    stages: Path,
+    model: Path,
+    out: Path,
+    export_once: Callable[[Model], Exported],
+) -> None:
+    odd = Model.open(copy("olmoe", lambda tensors: tensors.update({"mtp.norm.weight": torch.ones(3)})))
+    exported = export_once(Model.open(model))  # the same graph
+    plan = read_document(Plan, stages / "plan.json").model_copy(update={"fingerprint": odd.fingerprint, "quantizer": "nearest"})
+    manifest = compile_engine(odd, plan, out / "model.onnx", exported=exported)
+    assert manifest.remarks == ["1 tensor (mtp.norm.weight) left out: the model has no such weight"]
+    assert "mtp.norm.weight" in " ".join(rq_compile("inspect", out / "model.onnx").stdout.split())

@@ -84,6 +84,29 @@ def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
             )
 
 
+def check_names(checkpoint: Checkpoint, family: Family) -> None:
+    """
+    Raises:
+        UserError: all tensors have names of another module than the family's: one that is wrapped, or one without its head.
+    """
+    embedding = family.tied_to
+    if embedding in checkpoint:
+        return
+    wrapped = next((name for name in checkpoint.names if name.endswith(f".{embedding}")), None)
+    if wrapped is not None:
+        prefix = wrapped.removesuffix(embedding)
+        raise UserError(
+            f"the tensors of {checkpoint.path} are named {prefix}...; save the model that the wrapper holds, without the prefix",
+            2,
+        )
+    inner = embedding.partition(".")[2]
+    if inner.count(".") and inner in checkpoint:
+        raise UserError(
+            f"{checkpoint.path} is a model without its head: it has {inner}, not {embedding}; save the whole causal model",
+            2,
+        )
+
+
 def compare(checkpoint: Checkpoint, family: Family, layers: tuple[MoeLayer, ...], empty: "PreTrainedModel") -> Agreement:
     """Hold every weight of ``empty``, the model without weights, against every tensor; only the ends of tied ones are read.
 
@@ -115,6 +138,8 @@ def compare(checkpoint: Checkpoint, family: Family, layers: tuple[MoeLayer, ...]
     counts = {index: _formats(checkpoint, names) for index, names in experts.items()}
     used = {*tensors.values(), *(name for names in experts.values() for name in names)}
     unused = tuple(name for name in checkpoint.names if name not in used)
+    for layer in layers:
+        _check_stray(checkpoint, family, layer, unused)
     formats = {index: _most(count) for index, count in counts.items()}
     most = _most(sum(counts.values(), Counter[Format]()))
     remarks = (
@@ -147,6 +172,16 @@ def _check_experts(checkpoint: Checkpoint, layer: MoeLayer, empty: "PreTrainedMo
         )
 
 
+def _check_stray(checkpoint: Checkpoint, family: Family, layer: MoeLayer, unused: tuple[str, ...]) -> None:
+    module = f"{family.tensor_name(layer.name)}."
+    for name in unused:
+        number = re.search(r"\d+", name.removeprefix(module)) if name.startswith(module) else None
+        if number and int(number[0]) >= layer.geometry.experts:
+            raise UserError(
+                f"{checkpoint.path} has {name}, but its config.json says {layer.geometry.experts} experts; correct it", 2
+            )
+
+
 def _tensor_of(checkpoint: Checkpoint, family: Family, weight: str) -> str | None:
     """The weight's own tensor, under its published name or as transformers names it."""
     return next((name for name in (family.tensor_name(weight), weight) if name in checkpoint), None)
@@ -164,7 +199,7 @@ def _missing(checkpoint: Checkpoint, family: Family, empty: "PreTrainedModel", w
     lacks = f"{checkpoint.lacks(name)}, which its config.json asks for"
     if name in checkpoint.absent:
         return UserError(f"{lacks}; copy that file there", 2)
-    similar = next((other for other in checkpoint.names if other.endswith(f".{name}") or name.endswith(f".{other}")), None)
+    similar = next((other for other in checkpoint.names if other.endswith(f".{name}")), None)
     if similar is not None:
         return UserError(f"{lacks}, but it has {similar}; save the model without the wrapper that renamed its tensors", 2)
     if weight in (getattr(empty, "_tied_weights_keys", None) or {}) and not getattr(empty.config, TIE, False):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rq_compile.architectures.agreement import Agreement, compare
+from rq_compile.architectures.agreement import Agreement, check_names, compare
 from rq_compile.architectures.configuration import model_config
 from rq_compile.architectures.families import Family, family_of
 from rq_compile.architectures.layers import (
@@ -55,9 +55,10 @@ class Model:
     def of(cls, checkpoint: Checkpoint) -> "Model":
         """
         Raises:
-            UserError: see ``family_of``, ``model_config``, ``moe_layers`` and ``compare``.
+            UserError: see ``family_of``, ``check_names``, ``model_config``, ``moe_layers`` and ``compare``.
         """
         family = family_of(checkpoint)
+        check_names(checkpoint, family)
         config = model_config(checkpoint)
         layers = tuple(moe_layers(checkpoint, family, config))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rq_compile.checkpoint.folder import checkpoint_below, file_in, read_json, refuse_links_outward
+from rq_compile.checkpoint.folder import checkpoint_below, file_in, read_json, refuse_links_outward, refuse_pointer
 from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor, read_ends, read_tensor
 from rq_compile.checkpoint.shards import stored_tensors
 from rq_compile.errors import UserError
@@ -21,6 +21,8 @@ from rq_compile.quantization.formats import Format
 
 SAMPLE = 4096
 FLOATS: dict[str, Format] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+# Those that repositories keep in git-lfs beside the weights.
+SMALL_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "generation_config.json")
 QUANTIZATION = ("quantization_config", "compression_config")
 # What quantized weights have beside them.
 SCALES = re.compile(
@@ -58,6 +60,8 @@ class Checkpoint:
         refuse_links_outward(path)
         if not (path / "config.json").exists() and (below := checkpoint_below(path)):
             raise UserError(f"{path} is not a checkpoint, but {below} is; give that one", 2)
+        for file in (path / name for name in SMALL_FILES):
+            refuse_pointer(file)
         config = read_json(path / "config.json")
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or not model_type.isprintable():

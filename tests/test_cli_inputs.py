@@ -124,7 +124,7 @@ def test_a_budget_that_cannot_be_met_says_what_would_do(rq_compile: Run, stages:
         (["plan", "plan.json", "-o", "x.json"], ["plan.json is a file of kind plan, not a calibration"]),
         (["plan", "text.txt", "-o", "x.json"], ["text.txt is not a valid calibration"]),
         (["calibrate", ".", "--text", "text.txt", "-o", "x.safetensors"], ["x.safetensors", "end it in .json"]),
-        (["inspect", "text.txt"], ["text.txt is no file of rq-compile"]),
+        (["inspect", "text.txt"], ["text.txt is not a file of rq-compile"]),
         (["inspect", "nothing.onnx"], ["no such engine: nothing.onnx"]),
         (["inspect", "plan.json", "--verify"], ["--verify checks an engine", "leave --verify out"]),
         (["generate", "plan.json", "--prompt", "a"], ["plan.json is not an engine", ".onnx"]),

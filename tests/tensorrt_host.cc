@@ -154,8 +154,26 @@ void check_workspace(Plugin& plugin) {
   for (int64_t tokens : {0, 1, 17, 999}) expect(bytes(tokens) > 0 && bytes(tokens) <= most, "a smaller batch takes less");
   auto wrong = described(kTensors, 10);
   wrong[5].desc.dims.d[0] = 4;
-  expect_refusal(plugin.build().getWorkspaceSize(wrong.data(), static_cast<int32_t>(wrong.size()), wrong.data(), 1) == 0,
-                 "up_index");
+  const auto refused = [&](const std::vector<DynamicPluginTensorDesc>& inputs, const std::string& about) {
+    const size_t wanted = plugin.build().getWorkspaceSize(inputs.data(), static_cast<int32_t>(inputs.size()), inputs.data(), 1);
+    expect_refusal(wanted > size_t{1} << 60, about);  // never 0, which means that none is needed
+  };
+  refused(wrong, "up_index");
+  // Pairs, of which there are two a token, are counted in 32 bit. One token could run in what such a profile is refused for.
+  for (int64_t tokens : {(int64_t{1} << 30) - 64, int64_t{1} << 30, int64_t{1} << 31, INT64_MAX / 2, INT64_MAX}) {
+    const auto inputs = described(kTensors, tokens);
+    expect_refusal(configure(plugin, inputs) != 0, "tokens");
+    refused(inputs, "tokens");
+  }
+  for (int64_t tokens : {-1, -1000}) {
+    auto inputs = described(kTensors, 9);
+    inputs[0].max.d[0] = tokens;
+    expect_refusal(configure(plugin, inputs) != 0, "the profile's maximum is -1");
+    refused(inputs, "the profile's maximum is -1");
+  }
+  const auto largest = described(kTensors, (int64_t{1} << 30) - 65);
+  expect(configure(plugin, largest) == 0, "the largest profile");
+  expect(bytes((int64_t{1} << 30) - 65) > size_t{1} << 40, "room for the largest profile");
 }
 
 std::string text_of(const PluginFieldCollection& collection) {

@@ -1,6 +1,7 @@
 """The network for TensorRT: 16 bit where it is enough, and the same answers in ONNX Runtime."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -8,8 +9,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tiny
+import torch
 from one_layer import LAYER, MIXED, batch, one_layer, plan_of, random_experts, reference
 from onnx import TensorProto, helper
+from safetensors.torch import load_file, save_file
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.model import Model
@@ -25,8 +29,8 @@ from rq_compile.runtime.reference import Reference
 from rq_compile.targets.tensorrt.half_precision import half_precision, router_nodes
 from rq_compile.targets.tensorrt.loop_weights import loop_weights
 from rq_compile.targets.tensorrt.narrow import HALVES, Version, in_versions, narrowed
-from rq_compile.targets.tensorrt.network import expected_capacity, write_network
-from rq_compile.targets.tensorrt.profiles import Profile, Range, default_profiles
+from rq_compile.targets.tensorrt.network import default_precision, expected_capacity, remark_on_precision, write_network
+from rq_compile.targets.tensorrt.profiles import MOST_SCORES, Profile, Range, default_profiles
 from rq_compile.targets.weights_file import locate, write_weights
 
 GEOMETRY = ExpertGeometry(experts=4, top_k=2, hidden=32, intermediate=48, activation="swiglu", bias=True)
@@ -140,6 +144,86 @@ def test_a_model_gives_the_logits_of_transformers(network: tuple[Path, onnx.Mode
     np.testing.assert_allclose(running.run(["logits"], rest | cache)[0], logits[:, 30:], atol=0.02)
 
 
+def widened(path: Path) -> Path:
+    """A bf16 network with fp32 in place of bf16, which ONNX Runtime lacks on the CPU and whose range fp32 has."""
+    model = onnx.load(path)
+    for graph in graphs(model.graph):
+        for tensor in graph.initializer:
+            if tensor.data_type == TensorProto.BFLOAT16:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            if attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+            if attribute.t.data_type == TensorProto.BFLOAT16:
+                wide = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide))
+    onnx.save(model, path.with_suffix(".fp32.onnx"))
+    return path.with_suffix(".fp32.onnx")
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from graphs(attribute.g)
+
+
+def spread(family: str, folder: Path, dtype: torch.dtype) -> Path:
+    """A checkpoint whose hidden states pass what fp16 holds, as no weight does."""
+    tiny.build(family, folder, dtype=dtype)
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: tensor * 2**16 if name.endswith("o_proj.weight") else tensor for name, tensor in tensors.items()}
+    assert max(tensor.abs().max() for tensor in changed.values()) < 65504
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe"])
+def test_a_bf16_checkpoint_keeps_its_range(family: str, tmp_path: Path, stages: Path, rq_compile: Callable) -> None:
+    folder = spread(family, tmp_path / "m", torch.bfloat16)
+    text = ("--text", stages / "text.txt", "--sequence-length", 64)
+    calibrated = rq_compile("calibrate", folder, *text, "-o", tmp_path / "c.json")
+    assert calibrated.exit_code == 0, calibrated.stderr
+    assert rq_compile("plan", tmp_path / "c.json", "--policy", "none", "-o", tmp_path / "p.json").exit_code == 0
+    reference = Reference.load(Model.open(folder))
+    wanted = reference.logits(ids := np.random.default_rng(0).integers(4, 99, (2, 20)))
+    states = reference.model(torch.from_numpy(ids), output_hidden_states=True).hidden_states
+    assert max(state.abs().max() for state in states[:-1]) > 65504
+    given = (folder, "--plan", tmp_path / "p.json", "--no-build", "--profile", "batch=1:2:2,sequence=1:20:20,past=0:0:1", "-o")
+    result = rq_compile(*given, tmp_path / "m.plan")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "m.json").read_text())["precision"] == "bf16"
+    running = session(widened(tmp_path / "m.network.onnx"))
+    past = {
+        value.name: np.zeros((2, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in running.get_inputs()
+        if value.name.startswith("past")
+    }
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.tile(np.arange(20), (2, 1))}
+    (logits,) = running.run(["logits"], feeds | past)
+    assert np.quantile(np.abs(logits - wanted).max(-1), 0.9) < 0.01 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp16")])
+def test_the_precision_is_the_checkpoints(dtype: torch.dtype, precision: str, tmp_path: Path) -> None:
+    model = Model.open(tiny.build("olmoe", tmp_path / "m", dtype=dtype))
+    assert default_precision(model) == precision
+    assert (remark_on_precision(model, "fp16") is None) == (dtype == torch.float16)
+    assert remark_on_precision(model, "bf16") is None
+
+
+def test_one_bf16_tensor_asks_for_bf16(tmp_path: Path) -> None:
+    folder = tiny.build("olmoe", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert default_precision(Model.open(folder)) == "bf16"
+
+
 def test_padding_changes_nothing(network: tuple[Path, onnx.ModelProto, Exported]) -> None:
     path, _, exported = network
     ids = np.random.default_rng(1).integers(4, 99, (2, 12))
@@ -223,5 +307,14 @@ def test_default_profiles_and_capacity() -> None:
     assert (prompts.sequence.most, prompts.past.most, decoding.past.best, decoding.most_tokens) == (1024, 2047, 256, 32)
     assert expected_capacity([prompts, decoding]) == ExpectedCapacity(least=32, most=32768)
     assert expected_capacity([decoding]) == ExpectedCapacity(least=32, most=32)
+    for texts, sequence, context, heads in [
+        (8, 256, 40960, 32), (8, 256, 131072, 64), (1, 4096, 40960, 128), (64, 2048, 10**7, 16), (8, 256, 40960, 4),
+    ]:  # fmt: skip
+        for profile in default_profiles(texts, sequence, context, heads):
+            assert profile.most_scores(heads) <= 1.01 * MOST_SCORES
+            assert profile.batch.best <= profile.batch.most
+            assert Profile.parse(str(profile)) == profile
+    prompts, decoding = default_profiles(8, 256, 40960, 32)
+    assert (prompts.batch.most, prompts.sequence.most, prompts.past.most, decoding.past.most) == (32, 1024, 1024, 40959)
     small, _ = default_profiles(2, 256, 64)
     assert small.sequence.best <= small.sequence.most <= 64

@@ -47,9 +47,8 @@ def tensorrt_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--precision",
             type=click.Choice(["fp16", "bf16"]),
-            default="fp16",
-            show_default=True,
-            help="For .plan: what products and the cache are computed in; routers and norms stay in fp32.",
+            help="For .plan: what products and the cache are computed in; routers and norms stay in fp32. "
+            "Default: bf16, or fp16 if the checkpoint is fp16 or fp32.",
         ),
         click.option(
             "--profile",
@@ -88,6 +87,7 @@ def checked_settings(options: dict[str, Any], model: Model, workload: tuple[int,
         UserError: an option cannot be read, or see ``check_settings``.
     """
     from rq_compile.targets.tensorrt.compile import Settings, check_settings
+    from rq_compile.targets.tensorrt.network import default_precision
     from rq_compile.targets.tensorrt.profiles import Profile, default_profiles
 
     if options["stock"] and options["plugins"]:
@@ -96,9 +96,9 @@ def checked_settings(options: dict[str, Any], model: Model, workload: tuple[int,
     given = [Profile.parse(text) for text in options["profiles"]]
     settings = Settings(
         builder=options["builder"],
-        profiles=given or default_profiles(*workload, context),
+        profiles=given or default_profiles(*workload, context, model.config.num_attention_heads),
         capabilities=capabilities_of(options["sm"]),
-        precision=options["precision"],
+        precision=options["precision"] or default_precision(model),
         build=options["build"],
         plugins=options["plugins"],
     )
@@ -122,7 +122,13 @@ def compile_plan(
         UserError: see ``compile_tensorrt``.
     """
     from rq_compile.targets.tensorrt.compile import compile_tensorrt
+    from rq_compile.targets.tensorrt.network import remark_on_precision
 
+    heads = model.config.num_attention_heads
+    for profile in settings.profiles:
+        screen.note(f"profile {profile}: up to {profile.most_scores(heads):.2g} attention scores a layer")
+    if remark := remark_on_precision(model, settings.precision):
+        screen.note(remark)
     if settings.builder == "tensorrt" and not {"plugins", "stock"} & given_options().keys():
         screen.note("MoE layers are built of standard ops; --plugins librq_tensorrt.so builds them with kernels of their own")
     with screen.progress("compiling", "MB") as progress:

@@ -1,6 +1,6 @@
 #include "moe_layer.h"
 
-#include <algorithm>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 
@@ -19,6 +19,13 @@ std::vector<TensorDescription> described(const DynamicPluginTensorDesc* inputs, 
   std::vector<PluginTensorDesc> descriptions;
   for (int32_t i = 0; i < count; ++i) descriptions.push_back(inputs[i].desc);
   return rq::described(descriptions.data(), count);
+}
+
+// The most bytes that any batch of the profile needs. Throws if the profile has no maximum, or one that is too large.
+size_t most_workspace_bytes(const Layer& layer, const DynamicPluginTensorDesc* inputs) {
+  const int64_t most = inputs[0].max.d[0];
+  if (most < 0) throw std::invalid_argument("the profile's maximum is " + std::to_string(most) + " tokens");
+  return workspace_bytes(layer, most);
 }
 
 }  // namespace
@@ -76,16 +83,18 @@ int32_t MoeLayer::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t
                                   int32_t output_count) noexcept {
   return guarded(-1, [&] {
     require_one_output(output_count);
-    LayerKernels{describe_layer(fields_, described(inputs, input_count))};
+    const Layer layer = describe_layer(fields_, described(inputs, input_count));
+    LayerKernels{layer};
+    most_workspace_bytes(layer, inputs);
     return 0;
   });
 }
 
 size_t MoeLayer::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t input_count, DynamicPluginTensorDesc const*,
                                   int32_t) const noexcept {
-  return guarded(size_t{0}, [&] {
-    const Layer layer = describe_layer(fields_, described(inputs, input_count));
-    return workspace_bytes(layer, std::max<int64_t>(inputs[0].max.d[0], 0));
+  // No builder has so much: one that asks in spite of a failed configurePlugin cannot take a failure for "none is needed".
+  return guarded(std::numeric_limits<size_t>::max() / 4, [&] {
+    return most_workspace_bytes(describe_layer(fields_, described(inputs, input_count)), inputs);
   });
 }
 
@@ -107,6 +116,7 @@ int32_t MoeLayer::enqueue(PluginTensorDesc const* input_descriptions, PluginTens
                           void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
   return guarded(-1, [&] {
     if (!kernels_) throw std::runtime_error("no kernels are loaded; onShapeChange comes first, and must succeed");
+    if (!workspace) throw std::runtime_error("there is no workspace; the engine was built without what getWorkspaceSize asks for");
     kernels_->run(token_count(input_descriptions), device_buffers(inputs_, inputs, outputs[0], workspace), stream);
     return 0;
   });

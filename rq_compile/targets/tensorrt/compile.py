@@ -23,7 +23,7 @@ from rq_compile.targets.preflight import preflight
 from rq_compile.targets.tensorrt import build_engine, plugins
 from rq_compile.targets.tensorrt.ep_context import ep_context
 from rq_compile.targets.tensorrt.manifest import Built, TensorRTManifest, TensorRTTarget, bindings
-from rq_compile.targets.tensorrt.network import Network, Precision, write_network
+from rq_compile.targets.tensorrt.network import FP16_MOST, Network, Precision, write_network
 from rq_compile.targets.tensorrt.profiles import Profile
 from rq_compile.targets.tensorrt.trtexec import trtexec
 from rq_compile.targets.weights_file import Progress
@@ -32,7 +32,7 @@ BuilderName = Literal["tensorrt", "rtx"]
 TARGETS: dict[BuilderName, TensorRTTarget] = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
 # TensorRT's parser turns no wider TopK into a layer.
 MOST_EXPERTS = 3840
-WITHOUT_INT4 = 75
+WITHOUT_INT4 = WITHOUT_BF16 = 75
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,12 @@ def check_settings(settings: Settings, model: Model, plan: Plan | None = None) -
         raise UserError("--builder rtx builds ahead of time; say for which GPUs, as in --sm 80,89,120", 2)
     if settings.builder == "tensorrt" and settings.capabilities:
         raise UserError("--builder tensorrt builds for the GPU of the machine that it runs on; leave --sm out", 2)
+    if settings.precision == "bf16" and WITHOUT_BF16 in settings.capabilities:
+        raise UserError(
+            f"the network is bf16, which --sm {WITHOUT_BF16} lacks; leave it out, or take --precision fp16, whose numbers end at "
+            f"{FP16_MOST}",
+            2,
+        )
     for layer in plan.layers if plan else ():
         check_layer(layer, settings)
 

@@ -22,6 +22,24 @@ from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write
 
 Precision = Literal["fp16", "bf16"]
 TENSOR_CORE_ROWS = 16
+FP16_MOST = 65504
+
+
+def default_precision(model: Model) -> Precision:
+    """bf16 unless all weights are stored in fp16 or fp32: what was trained in bf16 may compute values beyond fp16's range."""
+    stored = {model.checkpoint.stored(name).dtype for name in model.used}
+    return "fp16" if stored <= {"F16", "F32"} else "bf16"
+
+
+def remark_on_precision(model: Model, precision: Precision) -> str | None:
+    """A sentence on what fp16 cannot hold, where the checkpoint's own format can."""
+    if precision == "bf16" or model.dtype == "fp16":
+        return None
+    stored = "bf16" if default_precision(model) == "bf16" else "fp32"
+    return (
+        f"the checkpoint is stored in {stored} and the network computes in fp16: where a hidden state passes {FP16_MOST}, "
+        "answers are undefined; --precision bf16 has the range"
+    )
 
 
 @dataclass(frozen=True)

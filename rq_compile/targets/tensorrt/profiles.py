@@ -1,5 +1,6 @@
 """Optimization profiles: the shapes that an engine takes, with those that its kernels are chosen for."""
 
+import math
 from typing import Self
 
 import onnx
@@ -10,6 +11,8 @@ from rq_compile.files import Document
 
 Shapes = dict[str, tuple[list[int], list[int], list[int]]]
 GROWTH = 4  # a default profile takes this many times the batch and the sequence that it is made for
+# Attention scores of a layer that a default profile asks for at most: 4 GiB in 16 bit.
+MOST_SCORES = 2**31
 
 
 class Range(Document):
@@ -38,6 +41,9 @@ class Range(Document):
         least, best, most = numbers * (3 // len(numbers))
         return cls(least=least, best=best, most=most)
 
+    def __str__(self) -> str:
+        return f"{self.least}:{self.best}:{self.most}"
+
 
 class Profile(Document):
     """Sequences of a batch, new tokens of a sequence, and tokens of it that are in the cache already."""
@@ -49,6 +55,13 @@ class Profile(Document):
     @property
     def most_tokens(self) -> int:
         return self.batch.most * self.sequence.most
+
+    def most_scores(self, heads: int) -> int:
+        """Attention scores of one layer at the largest sizes, which scratch memory grows with."""
+        return self.most_tokens * heads * (self.past.most + self.sequence.most)
+
+    def __str__(self) -> str:
+        return f"batch={self.batch},sequence={self.sequence},past={self.past}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -82,18 +95,33 @@ class Profile(Document):
         return shapes
 
 
-def default_profiles(batch: int, sequence: int, context: int | None) -> list[Profile]:
+def default_profiles(batch: int, sequence: int, context: int | None, heads: int = 1) -> list[Profile]:
     """One for prompts and one for decoding, for the workload that the model was calibrated with: ``batch`` texts of ``sequence``
-    tokens, in a context of up to ``context`` tokens."""
+    tokens, in a context of up to ``context`` tokens.
+
+    Neither has more than ``MOST_SCORES`` attention scores of ``heads`` heads: first prompts lose what they may have in the cache,
+    then batches and at last sequences their largest sizes.
+    """
     longest = max(context or GROWTH * sequence, 2)
-    sequence = min(sequence, longest - 1)
-    batches = Range(least=1, best=batch, most=GROWTH * batch)
-    prompts = Range(least=1, best=sequence, most=min(GROWTH * sequence, longest))
-    none, one = Range(least=0, best=0, most=longest - 1), Range(least=1, best=1, most=1)
+    sequence, room = min(sequence, longest - 1), max(1, MOST_SCORES // heads)
+    most = min(GROWTH * sequence, longest, math.isqrt(room))
+    prompts = Range(least=1, best=min(sequence, most), most=most)
+    batches = _batches(batch, room // most**2)
+    cached = min(longest - 1, room // (batches.most * most) - most)
+    past = min(longest - 1, room)
     return [
-        Profile(batch=batches, sequence=prompts, past=none),
-        Profile(batch=batches, sequence=one, past=Range(least=1, best=sequence, most=longest - 1)),
+        Profile(batch=batches, sequence=prompts, past=Range(least=0, best=0, most=max(1, cached))),
+        Profile(
+            batch=_batches(batch, room // (past + 1)),
+            sequence=Range(least=1, best=1, most=1),
+            past=Range(least=1, best=min(sequence, past), most=past),
+        ),
     ]
+
+
+def _batches(batch: int, most: int) -> Range:
+    most = max(1, min(GROWTH * batch, most))
+    return Range(least=1, best=min(batch, most), most=most)
 
 
 def _size(dimension: onnx.TensorShapeProto.Dimension, axes: dict[str, Range], end: str) -> int:

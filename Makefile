@@ -10,7 +10,7 @@ INSTALLED := .venv/installed
 
 TRITON := .venv-triton
 
-.PHONY: demo test sanitize tritonserver kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check format schema clean
+.PHONY: demo test sanitize tritonserver kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check format schema frozen clean
 
 $(INSTALLED): pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -67,6 +67,9 @@ format: $(INSTALLED)
 
 schema: $(INSTALLED)
 	$(BIN)/python -m rq_compile.schemas docs/schema
+
+frozen: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python tests/frozen_files.py
 
 clean:
 	rm -rf .venv $(TRITON) build demo

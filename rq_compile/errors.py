@@ -1,4 +1,9 @@
-"""The one exception a user's mistake raises."""
+"""The one exception a user's mistake raises, and how foreign text is shown."""
+
+
+def printable(text: str) -> str:
+    """``text`` with whatever is not printable escaped: names and files of others must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class UserError(Exception):

@@ -7,17 +7,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, printable
+from rq_compile.violations import violation
 
 
 class Document(BaseModel):
-    """A file between stages: a closed key set, immutable once read."""
+    """A file between stages: a closed key set, immutable once read, every number finite.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    ``called``: what messages call it; ``command``: what writes it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    called: ClassVar[str] = "document"
+    command: ClassVar[str] = "rq-compile"
 
 
 D = TypeVar("D", bound=Document)
@@ -92,17 +98,18 @@ def read_document(kind: type[D], path: Path) -> D:
     Raises:
         UserError: the file is missing, is not JSON, or does not follow the schema (the first violation is named).
     """
-    name = kind.__name__.lower()
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"cannot read {name} {path}: {error.strerror}; check the path", 2) from error
+        raise UserError(f"cannot read {kind.called} {path}: {error.strerror}; check the path", 2) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["loc"] == ("kind",):
-            raise UserError(f"{path} is a file of kind {first['input']}, not a {name}; give a {name}", 2) from error
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise UserError(f"{path} is not a valid {name}: {where}: {first['msg']}; write it again with rq-compile", 2) from error
+        kinds = [each["input"] for each in error.errors(include_url=False) if each["loc"] == ("kind",)]
+        if kinds:
+            given = printable(str(kinds[0]))
+            raise UserError(f"{path} is a file of kind {given}, not a {kind.called}; give a {kind.called}", 2) from error
+        raise UserError(
+            f"{path} is not a valid {kind.called}: {violation(error)}; write it again with {kind.command}", 2
+        ) from error
 
 
 def sha256(path: Path) -> str:

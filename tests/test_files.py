@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -13,6 +13,9 @@ from rq_compile.files import Document, folder_written_beside, read_document, sha
 
 
 class Note(Document):
+    called: ClassVar[str] = "note"
+    command: ClassVar[str] = "rq-compile note"
+
     kind: Literal["note"] = "note"
     text: str
     number: float = 0.0
@@ -114,11 +117,19 @@ def test_a_document_survives_writing_and_reading(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         (None, "cannot read note .*No such file or directory; check the path"),
-        ("not json", "is not a valid note: the document: Invalid JSON"),
-        ("[]", "is not a valid note: the document"),
-        ('{"text": 1}', "is not a valid note: text: "),
-        ('{"text": "a", "more": 1}', "is not a valid note: more: "),
-        ('{"kind": "plan", "text": "a"}', "is a file of kind plan, not a note"),
+        (
+            "not json",
+            r"is not a valid note: it is not JSON \(expected ident at line 1 column 2\); write it again with rq-compile note",
+        ),
+        ("[]", r"is not a valid note: it is \[\]: input should be an object"),
+        ('{"text": 1}', "is not a valid note: text is 1: input should be a valid string"),
+        ("{}", "is not a valid note: text is missing"),
+        ('{"text": "a", "number": NaN}', "number is NaN: input should be a finite number"),
+        ('{"text": "a", "more": 1}', "is not a valid note: more is not a key that it may have"),
+        ('{"kind": "plan", "text": "a"}', "is a file of kind plan, not a note; give a note"),
+        (r'{"kind": "\u001b[2J", "text": "a"}', r"is a file of kind \\x1b\[2J, not a note"),
+        (r'{"text": "a", "\u001b]0;x\u0007": 1}', r"\\x1b\]0;x\\x07 is not a key"),
+        (r'{"text": {"\u009b": 1}}', r"text is \{\"\\u009b\": 1\}: input should"),
     ],
 )
 def test_a_document_that_is_none(tmp_path: Path, content: str | None, sentence: str) -> None:
@@ -128,7 +139,7 @@ def test_a_document_that_is_none(tmp_path: Path, content: str | None, sentence: 
     with pytest.raises(UserError, match=sentence) as caught:
         read_document(Note, path)
     assert caught.value.exit_status == 2
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_sha256(tmp_path: Path) -> None:

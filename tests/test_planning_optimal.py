@@ -35,9 +35,10 @@ def calibrations(draw: st.DrawFn, most_layers: int = 3, most_experts: int = 6, t
     experts, block = draw(st.integers(1, most_experts)), draw(st.sampled_from([128, 32]))
     loads = st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)
     errors = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 0.1)), min_size=experts, max_size=experts)
+    count = draw(st.integers(1, texts))
     layers = [
         inputs.layer(
-            draw(st.lists(loads, min_size=1, max_size=texts)),
+            draw(st.lists(loads, min_size=count, max_size=count)),
             {"int8": draw(errors), "int4": draw(errors)},
             place=place,
             intermediate=draw(st.sampled_from([16, 24, 32])),

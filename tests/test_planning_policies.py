@@ -272,15 +272,6 @@ def test_a_calibration_without_errors_keeps_the_format_of_the_checkpoint(policy:
     assert len(plan.layers[0].slots) == (6 if policy in ("eplb", "optimal") else 4)
 
 
-def test_a_calibration_that_contradicts_itself_is_refused() -> None:
-    for errors, words in (
-        ({"int8": [0.1]}, "1 values of error at int8"),
-        ({"int8": [0.1, float("nan")]}, "an error of nan at int8"),
-    ):
-        with pytest.raises(UserError, match=words):
-            plan_of([inputs.layer([[1, 2]], errors)], "optimal")
-
-
 def test_batches_show_more_skew_than_the_pooled_counts() -> None:
     batches = [[8, 0, 0, 0], [0, 8, 0, 0], [0, 0, 8, 0], [0, 0, 0, 8]] * 4
     layer = inputs.layer([[32, 32, 32, 32]], {"int8": [0.0] * 4}, batches=batches)

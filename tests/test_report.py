@@ -265,7 +265,7 @@ def test_the_same_documents_give_the_same_bytes(documents: tuple[Manifest, Evalu
             ["benchmark of other.onnx", "rq-compile bench"],
         ),
         ("bench", {"weights_sha256": "0" * 64}, ["benchmark of an earlier model.onnx, not of model.onnx"]),
-        ("bench", {"rounds": "many"}, ["is not a valid bench: rounds"]),
+        ("bench", {"rounds": "many"}, ["is not a valid benchmark: rounds"]),
     ],
 )
 def test_documents_of_another_engine(
@@ -296,7 +296,7 @@ def test_files_that_are_missing(rq_compile: Command, stages: Path, out: Path, tm
     refused(
         rq_compile("report", stages / "model.onnx", "--bench", "no.json", "-o", out / "report.html"),
         2,
-        "cannot read bench no.json",
+        "cannot read benchmark no.json",
     )
     shutil.copy(stages / "model.onnx", tmp_path)
     refused(rq_compile("report", tmp_path / "model.onnx", "-o", out / "report.html"), 2, "no manifest")

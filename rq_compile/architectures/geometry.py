@@ -1,11 +1,15 @@
 """The shape of one MoE layer's experts, the same for every family once its weights are in canonical layout."""
 
-from typing import Literal
+from typing import Literal, Self
 
+from pydantic import Field, model_validator
+
+from rq_compile.bounds import MOST_EXPERTS, Size
 from rq_compile.files import Document
 from rq_compile.quantization.formats import Block, Format, matrix_bytes
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"]
+MOST_BYTES = 2**50  # of a layer's experts
 GATED: frozenset[Activation] = frozenset({"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"})
 
 
@@ -23,15 +27,23 @@ class ExpertGeometry(Document):
     ``block``: the most weights of a row that share a scale where an expert is quantized; chosen, not read from the checkpoint.
     """
 
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
+    experts: int = Field(ge=1, le=MOST_EXPERTS)
+    top_k: int = Field(ge=1, le=MOST_EXPERTS)
+    hidden: Size
+    intermediate: Size
     activation: Activation
     bias: bool = False
     alpha: float = 1.702
     limit: float = 7.0
     block: Block = 128
+
+    @model_validator(mode="after")
+    def can_be_chosen_and_stored(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts")
+        if self.experts * self.expert_bytes("fp32") > MOST_BYTES:
+            raise ValueError(f"{self.experts} experts of {self.expert_bytes('fp32')} bytes are more than 2^50 bytes")
+        return self
 
     @property
     def up_rows(self) -> int:

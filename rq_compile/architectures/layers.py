@@ -148,19 +148,19 @@ def _geometry(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig"
             2,
         )
     hidden, intermediate = reversed(shape[-2:]) if family.transposed else shape[-2:]
+    experts = _expert_count(config)
+    top_k = family.top_k or config.num_experts_per_tok
+    if not 1 <= top_k <= experts:
+        raise UserError(f"{checkpoint.path / 'config.json'} chooses {top_k} of {experts} experts; correct it", 2)
     geometry = ExpertGeometry(
-        experts=_expert_count(config),
-        top_k=family.top_k or config.num_experts_per_tok,
+        experts=experts,
+        top_k=top_k,
         hidden=hidden,
         intermediate=intermediate,
         activation="clamped_swiglu" if family.transposed else _activation(family, config, module),
     )
     if family.transposed:
         geometry = geometry.model_copy(update={"bias": True, "alpha": config.swiglu_alpha, "limit": config.swiglu_limit})
-    if not 1 <= geometry.top_k <= geometry.experts:
-        raise UserError(
-            f"{checkpoint.path / 'config.json'} chooses {geometry.top_k} of {geometry.experts} experts; correct it", 2
-        )
     for name, shape in _tensor_shapes(checkpoint, family, module, geometry).items():
         if name not in checkpoint:
             raise UserError(f"{checkpoint.lacks(name)}; add the file that holds it", 2)

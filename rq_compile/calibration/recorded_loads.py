@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from rq_compile.bounds import MOST_COUNTED
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
 from rq_compile.errors import UserError
 from rq_compile.files import sha256
@@ -99,7 +100,7 @@ def _tensorrt_llm(folder: Path) -> Recorded:
             iteration, layer = map(int, name.split("_"))
             counts = _counts(values, rank)
             known = steps[layer].get(iteration, np.zeros_like(counts))
-            steps[layer][iteration] = known + counts
+            steps[layer][iteration] = _counts(known + counts, rank)
     if not steps:
         raise ValueError("no rank<n>.safetensors")
     return {layer: np.stack([of[iteration] for iteration in sorted(of)]) for layer, of in steps.items()}
@@ -112,6 +113,8 @@ def _counts(values: object, path: Path) -> np.ndarray:
         UserError: a count is negative or no whole number.
     """
     table = np.asarray(values)
+    if table.dtype == object or (table.dtype.kind in "iuf" and (table > MOST_COUNTED).any()):
+        raise UserError(f"{path} counts more than 2^53 tokens of an expert, or something else; record the loads again", 2)
     if table.dtype.kind not in "iuf" or not (table >= 0).all() or not (table == np.floor(table)).all() or np.isinf(table).any():
         raise UserError(f"{path} counts tokens by a number that is negative or not whole; record the loads again", 2)
     return table.astype(np.int64)
@@ -141,6 +144,11 @@ def _of_layer(recorded: Recorded, layer: LayerCalibration, path: Path) -> np.nda
 
 
 def _with_loads(layer: LayerCalibration, texts: list[np.ndarray]) -> LayerCalibration:
+    # Sums of doubles do not wrap around.
+    if (total := float(sum(steps.astype(np.float64).sum() for steps in texts))) > MOST_COUNTED:
+        raise UserError(
+            f"the recorded loads of layer {layer.index} add up to {total:.3g} tokens, more than 2^53; record the loads again", 2
+        )
     load = np.sum([steps.sum(axis=0) for steps in texts], axis=0)
     before = np.asarray(layer.load)
     # As where an error is estimated: an expert without a token counts as having one.

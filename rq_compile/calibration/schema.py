@@ -2,14 +2,18 @@
 
 import math
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from rq_compile.architectures.geometry import ExpertGeometry
+from rq_compile.bounds import MOST_COUNTED, Count, ExpertNumber, FilePath, LayerNumber, NonNegative, Sha256
 from rq_compile.files import Document
 from rq_compile.quantization.formats import Format, Quantizer
+from rq_compile.versions import Upgrade, Versioned
 
 
 def _infinite(value: object) -> object:
@@ -22,7 +26,10 @@ def _null(value: float) -> float | None:
 
 # JSON has no infinity: strict readers refuse a file with one.
 RelativeError = Annotated[
-    float, BeforeValidator(_infinite, json_schema_input_type=float | None), PlainSerializer(_null, when_used="json")
+    float,
+    Field(ge=0, allow_inf_nan=True),
+    BeforeValidator(_infinite, json_schema_input_type=float | None),
+    PlainSerializer(_null, when_used="json"),
 ]
 
 
@@ -30,16 +37,16 @@ class CalibrationText(Document):
     """One text file that was run: its name, content hash and tokens (padding not counted)."""
 
     name: str
-    sha256: str
-    tokens: int
+    sha256: Sha256
+    tokens: Count
 
 
 class StatisticsFile(Document):
     """The safetensors file with a calibration's activation statistics (``statistics.py``); ``name`` is its path from the folder
     of the document."""
 
-    name: str
-    sha256: str
+    name: FilePath
+    sha256: Sha256
 
     def named_from(self, folder: Path, document: Path) -> "StatisticsFile":
         """The same file, named so far from ``folder``, as it is named in ``document``."""
@@ -65,15 +72,34 @@ class LayerCalibration(Document):
     """
 
     name: str
-    index: int
+    index: LayerNumber
     geometry: ExpertGeometry
-    load: list[int]
-    text_loads: list[list[int]]
-    batch_loads: list[list[int]]
-    dropped: int = 0
-    wanda: list[float]
+    load: list[Count]
+    text_loads: list[list[Count]] = Field(min_length=1)
+    batch_loads: list[list[Count]] = Field(min_length=1)
+    dropped: Count = 0
+    wanda: list[NonNegative]
     error: dict[Format, list[RelativeError]]
-    estimated: list[int] = Field(default=[])
+    estimated: list[ExpertNumber] = Field(default=[])
+
+    @model_validator(mode="after")
+    def has_a_value_of_every_expert(self) -> Self:
+        experts = self.geometry.experts
+        counted: dict[str, Sequence[Sequence[float]]] = {
+            "load": [self.load],
+            "text_loads": self.text_loads,
+            "batch_loads": self.batch_loads,
+            "wanda": [self.wanda],
+        }
+        for name, rows in (counted | {f"error at {format}": [values] for format, values in self.error.items()}).items():
+            if wrong := [len(row) for row in rows if len(row) != experts]:
+                raise ValueError(f"layer {self.index} has {experts} experts, but {wrong[0]} values of {name}")
+        for name, rows in (("load", [self.load]), ("text_loads", self.text_loads), ("batch_loads", self.batch_loads)):
+            if (total := max(map(sum, rows))) > MOST_COUNTED:
+                raise ValueError(f"{name} of layer {self.index} adds up to {total}, more than 2^53")
+        if beyond := [expert for expert in self.estimated if expert >= experts]:
+            raise ValueError(f"layer {self.index} has {experts} experts, but estimated names expert {beyond[0]}")
+        return self
 
     @property
     def tokens(self) -> int:
@@ -81,7 +107,7 @@ class LayerCalibration(Document):
         return sum(self.load) // self.geometry.top_k
 
 
-class Calibration(Document):
+class Calibration(Versioned):
     """``tokens`` were counted, on ``measured_tokens`` of them, evenly spread, errors, scores and statistics were measured and
     then scaled up: all, unless the recorded inputs had taken too much disk; none where loads that a server recorded took the
     place of those that were measured. ``padding_tokens`` are in no count at all.
@@ -91,20 +117,50 @@ class Calibration(Document):
     ``statistics`` beside this file, ``nearest`` without any.
     """
 
+    called: ClassVar[str] = "calibration"
+    command: ClassVar[str] = "rq-compile calibrate"
+    upgrades: ClassVar[dict[int, Upgrade]] = {}
+
     schema_version: Literal[1] = 1
     kind: Literal["calibration"] = "calibration"
     tool: str
     model: str
     model_type: str
-    fingerprint: str
+    fingerprint: Sha256
     dtype: Format
-    texts: list[CalibrationText]
-    tokens: int
-    measured_tokens: int
-    padding_tokens: int
-    batch_size: int
-    sequence_length: int
+    texts: list[CalibrationText] = Field(min_length=1)
+    tokens: Count
+    measured_tokens: Count
+    padding_tokens: Count
+    batch_size: int = Field(ge=1, le=2**20)
+    sequence_length: int = Field(ge=1, le=2**24)
     wanda_fraction: float = Field(gt=0, le=1)
     quantizer: Quantizer
     statistics: StatisticsFile | None
     layers: list[LayerCalibration] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def counts_every_layer_once_in_every_text(self) -> Self:
+        check_each_once([(layer.name, layer.index) for layer in self.layers])
+        formats = self.layers[0].error.keys()
+        for layer in self.layers:
+            if layer.error.keys() != formats:
+                told, first = (", ".join(sorted(known)) or "no format" for known in (layer.error, formats))
+                raise ValueError(f"layer {layer.index} was measured in {told}, but layer {self.layers[0].index} in {first}")
+            if len(layer.text_loads) != len(self.texts):
+                raise ValueError(
+                    f"layer {layer.index} has loads of {len(layer.text_loads)} texts, but there are {len(self.texts)}"
+                )
+        return self
+
+
+def check_each_once(layers: list[tuple[str, int]]) -> None:
+    """``layers``: names and numbers.
+
+    Raises:
+        ValueError: one stands twice.
+    """
+    names, numbers = (Counter(part) for part in zip(*layers, strict=True))
+    for name, index in layers:
+        if names[name] > 1 or numbers[index] > 1:
+            raise ValueError(f"layer {index} ({name}) stands twice")

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from rq_compile import __version__
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, printable
 
 COMMANDS = ("compile", "calibrate", "plan", "replan", "inspect", "evaluate", "bench", "generate", "package", "report")
 INTERRUPTED = 130
@@ -25,7 +25,7 @@ TERMINATED = 143
 
 def fail(message: str, exit_status: int = 1) -> NoReturn:
     """Say ``error: message`` on stderr and leave."""
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {printable(message)}", err=True)
     raise click.exceptions.Exit(exit_status)
 
 

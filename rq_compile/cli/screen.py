@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rq_compile.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -35,7 +37,7 @@ class Screen:
     def note(self, text: str) -> None:
         """One line on stderr."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
     def result(self, document: Document | dict[str, Any], *tables: RenderableType, asked_for: bool = True) -> None:
         """Print ``document`` as JSON with --json, else the tables; ``-q`` silences a result that was not asked for."""

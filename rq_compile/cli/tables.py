@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.cli.screen import duration
+from rq_compile.errors import printable
 from rq_compile.evaluation.schema import Bench, Evaluation, TextEvaluation
 from rq_compile.packaging.package import Package
 from rq_compile.planning import metrics
@@ -33,9 +34,10 @@ class TitledTable(Table):
 
     def __init__(self, title: str) -> None:
         super().__init__(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        self.heading = title
+        self.heading = printable(title)
 
     def add_row(self, *cells: Any, **options: Any) -> None:
+        cells = tuple(printable(cell) if isinstance(cell, str) else cell for cell in cells)
         super().add_row(*cells, **options)
         for column, cell in zip(self.columns, cells, strict=False):
             longest_word = max(map(len, str(column.header).split()), default=0)
@@ -50,7 +52,7 @@ def table(title: str, *columns: str) -> TitledTable:
     """A table whose first column is text and whose others are numbers."""
     made = TitledTable(title)
     for position, column in enumerate(columns):
-        made.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
+        made.add_column(printable(column), justify="left" if position == 0 else "right", overflow="fold")
     return made
 
 
@@ -134,7 +136,7 @@ def errors_table(layers: list[LayerCalibration], formats: list[Format]) -> Table
     for layer in layers:
         made.add_row(
             str(layer.index),
-            *(f"{sum(layer.error[format]):.2e}" for format in formats),
+            *(f"{sum(layer.error[format]):.2e}" if format in layer.error else "-" for format in formats),
             members([expert for expert in layer.estimated if layer.load[expert]]),
         )
     return made

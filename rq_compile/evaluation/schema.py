@@ -1,6 +1,14 @@
 """What an evaluation and a benchmark found, for a program to read."""
 
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rq_compile.bounds import Count, Imbalance, LayerNumber, NonNegative, Positive, Sha256, Share
 from rq_compile.files import Document
+from rq_compile.versions import Versioned
+
+Perplexity = Annotated[float, Field(ge=1e-300)]
 
 
 class LayerBalance(Document):
@@ -10,13 +18,13 @@ class LayerBalance(Document):
     """
 
     name: str
-    index: int
-    lis_before: float
-    lis_after: float
-    strict_lis_before: float
-    strict_lis_after: float
-    rank_imbalance_before: float | None = None
-    rank_imbalance_after: float | None = None
+    index: LayerNumber
+    lis_before: Imbalance
+    lis_after: Imbalance
+    strict_lis_before: Imbalance
+    strict_lis_after: float = Field(ge=1, le=1e6)
+    rank_imbalance_before: Imbalance | None = None
+    rank_imbalance_after: Imbalance | None = None
 
 
 class TextEvaluation(Document):
@@ -27,11 +35,11 @@ class TextEvaluation(Document):
     """
 
     name: str
-    tokens: int
-    predictions: int
-    perplexity_reference: float | None
-    perplexity_engine: float | None
-    agreement: float
+    tokens: Count
+    predictions: Count
+    perplexity_reference: Perplexity | None
+    perplexity_engine: Perplexity | None
+    agreement: Share
     kl: float | None
     layers: list[LayerBalance]
 
@@ -43,36 +51,54 @@ class TextEvaluation(Document):
         return 100 * (self.perplexity_engine / self.perplexity_reference - 1)
 
 
-class Evaluation(Document):
+class Evaluation(Versioned):
+    called: ClassVar[str] = "evaluation"
+    command: ClassVar[str] = "rq-compile evaluate --json"
+
+    schema_version: Literal[1] = 1
+    kind: Literal["evaluation"] = "evaluation"
     engine: str
     reference: str
-    sequence_length: int
-    texts: list[TextEvaluation]
+    sequence_length: Count
+    texts: list[TextEvaluation] = Field(min_length=1)
     total: TextEvaluation
-    expert_bytes_before: int
-    expert_bytes_after: int
+    expert_bytes_before: Count
+    expert_bytes_after: Count
+
+    @model_validator(mode="after")
+    def has_every_layer_in_every_text(self) -> Self:
+        known = [(layer.name, layer.index) for layer in self.total.layers]
+        for text in self.texts:
+            if [(layer.name, layer.index) for layer in text.layers] != known:
+                raise ValueError(f"text {text.name} has other layers than the total")
+        return self
 
 
 class Speed(Document):
     """Medians over the rounds, tokens per second."""
 
     name: str
-    prefill: float
-    decode: float
+    prefill: Positive
+    decode: Positive
 
 
-class Bench(Document):
+class Bench(Versioned):
     """``ratio_*`` is engine / other, None without another side. ``machine``: see ``describe_machine``; ``weights_sha256`` is of
     the engine's weights file. Both are None in documents of earlier versions.
     """
 
+    called: ClassVar[str] = "benchmark"
+    command: ClassVar[str] = "rq-compile bench --json"
+
+    schema_version: Literal[1] = 1
+    kind: Literal["bench"] = "bench"
     machine: str | None = None
-    weights_sha256: str | None = None
-    prompt_tokens: int
-    new_tokens: int
-    rounds: int
-    threads: int | None
+    weights_sha256: Sha256 | None = None
+    prompt_tokens: Count
+    new_tokens: Count
+    rounds: Count
+    threads: int | None = Field(ge=1, le=2**16)
     engine: Speed
     other: Speed | None
-    ratio_prefill: float | None
-    ratio_decode: float | None
+    ratio_prefill: NonNegative | None
+    ratio_decode: NonNegative | None

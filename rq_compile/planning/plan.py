@@ -3,10 +3,10 @@
 import importlib
 from typing import Any, cast, get_args
 
-import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from rq_compile import __version__
+from rq_compile.bounds import MOST_MEMORY, MOST_RANKS, Count, NonNegative
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
@@ -23,8 +23,8 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 class CommonOptions(Document):
     """What every policy takes. ``tokens``: of the step whose time is predicted; 0 stands for one calibration batch."""
 
-    smoothing: float = Field(default=1.0, ge=0)
-    tokens: int = Field(default=0, ge=0)
+    smoothing: NonNegative = 1.0
+    tokens: Count = 0
 
 
 def make_plan(
@@ -88,8 +88,10 @@ def check_arguments(
         raise UserError(f"there is no policy {policy}; choose one of {', '.join(POLICIES)}", 2)
     if target not in get_args(Target):
         raise UserError(f"there is no target {target}; choose one of {', '.join(get_args(Target))}", 2)
-    if ranks < 1 or not np.isfinite(memory) or memory <= 0:
-        raise UserError(f"cannot plan for memory {memory:g} and {ranks} ranks; both must be above 0", 2)
+    if not 0 < memory <= MOST_MEMORY:
+        raise UserError(f"cannot plan for memory {memory:g}; give --memory above 0 and up to {MOST_MEMORY:g}", 2)
+    if not 1 <= ranks <= MOST_RANKS:
+        raise UserError(f"cannot plan for {ranks} ranks; give --ranks from 1 to {MOST_RANKS}", 2)
     own: type[Document] = importlib.import_module(f"rq_compile.planning.policies.{policy}").Options
     known = [*CommonOptions.model_fields, *own.model_fields]
     for name in options:

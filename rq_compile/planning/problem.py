@@ -7,7 +7,6 @@ import numpy as np
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.calibration.schema import Calibration, LayerCalibration
-from rq_compile.errors import UserError
 from rq_compile.planning.budget import allowed
 from rq_compile.planning.costs import CostModel
 from rq_compile.planning.demand import demand, drift_gain
@@ -87,34 +86,16 @@ class Decision:
 
 
 def problem_of(calibration: Calibration, *, target: Target, ranks: int, memory: float, smoothing: float) -> Problem:
-    """
-    Raises:
-        UserError: the calibration contradicts itself (the layer and the numbers are named).
-    """
     layers = tuple(_layer(layer, calibration.dtype, smoothing) for layer in calibration.layers)
     return Problem(layers, calibration.dtype, memory, CostModel(target, ranks))
 
 
 def _layer(layer: LayerCalibration, dtype: Format, smoothing: float) -> Layer:
     experts = layer.geometry.experts
-    lengths = {"load": len(layer.load), "wanda": len(layer.wanda), "text_loads": min(map(len, layer.text_loads), default=experts)}
-    lengths |= {f"error at {format}": len(values) for format, values in layer.error.items()}
-    for name, length in lengths.items():
-        if length != experts:
-            raise UserError(
-                f"layer {layer.index} has {experts} experts, but {length} values of {name}; calibrate the model again", 2
-            )
     formats = (dtype, *(format for format in FORMATS if format in layer.error and BITS[format] < BITS[dtype]))
     # Experts that the checkpoint stores in another format than most are rounded to that of most.
     own = layer.error.get(dtype, [0.0] * experts)
     error = np.array([own, *(layer.error[format] for format in formats[1:])], np.float64).T
     error[:, 1:] = np.maximum(error[:, 1:], [LEAST_ERROR / 2 ** BITS[format] for format in formats[1:]])
-    if not (error >= 0).all():
-        expert, place = np.argwhere(~(error >= 0))[0]
-        raise UserError(
-            f"expert {expert} of layer {layer.index} has an error of {error[expert, place]} at {formats[place]}; "
-            "calibrate the model again",
-            2,
-        )
     size = np.array([layer.geometry.expert_bytes(format) for format in formats], np.int64)
     return Layer(layer, demand(layer, smoothing), formats, size, error)

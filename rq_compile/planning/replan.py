@@ -10,6 +10,7 @@ exchange one), until the goal is reached or nothing helps.
 from typing import Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
@@ -22,6 +23,7 @@ from rq_compile.planning.problem import Layer, Problem, problem_of
 from rq_compile.planning.remarks import remarks
 from rq_compile.planning.schema import LayerPlan, Plan, Slot
 from rq_compile.planning.solver import ROUNDING
+from rq_compile.violations import violation
 
 
 class Change(Document):
@@ -73,7 +75,7 @@ def replan(
         raise UserError(f"a tolerance of {tolerance:g} cannot be met; give 0 or more", 2)
     _check_same_model(plan, calibration)
     _check_same_quantization(plan, calibration)
-    common = CommonOptions(**{name: plan.options[name] for name in CommonOptions.model_fields if name in plan.options})
+    common = _common_options(plan)
     problem = problem_of(calibration, target=plan.target, ranks=plan.ranks, memory=plan.memory, smoothing=common.smoothing)
     tokens = common.tokens or calibration.batch_size * calibration.sequence_length
     taken = sum(layer.geometry.expert_bytes(slot.format) for layer in plan.layers for slot in layer.slots)
@@ -88,6 +90,17 @@ def replan(
         room -= layers[-1].predicted.bytes_after - old.predicted.bytes_after
     changes = Changes(tolerance=tolerance, slots=sum(len(layer.slots) for layer in plan.layers), layers=changed)
     return _updated(plan, layers, changes, [*_summary(problem, changes), *remarks(problem, layers)], calibration_sha256), changes
+
+
+def _common_options(plan: Plan) -> CommonOptions:
+    """
+    Raises:
+        UserError: one of them is out of range.
+    """
+    try:
+        return CommonOptions(**{name: plan.options[name] for name in CommonOptions.model_fields if name in plan.options})
+    except ValidationError as error:
+        raise UserError(f"the options of the plan are not valid: {violation(error)}; plan anew", 2) from error
 
 
 def _check_same_model(plan: Plan, calibration: Calibration) -> None:

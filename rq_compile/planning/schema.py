@@ -1,13 +1,27 @@
 """``plan.json``: the versioned, validated contract between planning and compiling."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rq_compile.architectures.geometry import ExpertGeometry
-from rq_compile.calibration.schema import StatisticsFile
+from rq_compile.bounds import (
+    MOST_COUNTED,
+    MOST_MEMORY,
+    MOST_RANKS,
+    Count,
+    ExpertNumber,
+    Imbalance,
+    LayerNumber,
+    NonNegative,
+    Positive,
+    Sha256,
+    Share,
+)
+from rq_compile.calibration.schema import StatisticsFile, check_each_once
 from rq_compile.files import Document
 from rq_compile.quantization.formats import FLOAT_FORMATS, Format, Quantizer
+from rq_compile.versions import Upgrade, Versioned, same_keys
 
 Policy = Literal["none", "paper", "eplb", "place", "optimal"]
 Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched"]
@@ -21,22 +35,22 @@ class Slot(Document):
     a format's class 0 is its widest.
     """
 
-    expert: int
+    expert: ExpertNumber
     format: Format
-    rank: int = Field(default=0, ge=0)
-    load: float | None = Field(default=None, ge=0, le=1)
-    capacity_class: int = Field(default=0, ge=0)
+    rank: int = Field(default=0, ge=0, lt=MOST_RANKS)
+    load: Share | None = None
+    capacity_class: int = Field(default=0, ge=0, le=255)
 
 
 class BatchPrediction(Document):
     """LIS of one layer over ``batches`` batches of (up to) ``sequences`` sequences each: the mean and the 95th percentile."""
 
-    sequences: int
-    batches: int
-    lis_mean_before: float
-    lis_mean_after: float
-    lis_p95_before: float
-    lis_p95_after: float
+    sequences: int = Field(ge=1, le=2**20)
+    batches: int = Field(ge=1, le=MOST_COUNTED)
+    lis_mean_before: Imbalance
+    lis_mean_after: Imbalance
+    lis_p95_before: Imbalance
+    lis_p95_after: Imbalance
 
 
 class LayerPrediction(Document):
@@ -49,31 +63,31 @@ class LayerPrediction(Document):
     ``LayerCalibration.error``.
     """
 
-    lis_before: float
-    lis_after: float
-    strict_lis_before: float
-    strict_lis_after: float
-    worst_text_lis_before: float | None = None
-    worst_text_lis_after: float | None = None
-    rank_imbalance_before: float | None = None
-    rank_imbalance_after: float | None = None
-    padded_work_before: float | None = None
-    padded_work_after: float | None = None
-    step_time_before: float | None = None
-    step_time_after: float | None = None
-    token_time_before: float | None = None
-    token_time_after: float | None = None
-    bytes_before: int
-    bytes_after: int
-    error: float
+    lis_before: Imbalance
+    lis_after: Imbalance
+    strict_lis_before: Imbalance
+    strict_lis_after: float = Field(ge=1, le=1e6)
+    worst_text_lis_before: Imbalance | None = None
+    worst_text_lis_after: Imbalance | None = None
+    rank_imbalance_before: Imbalance | None = None
+    rank_imbalance_after: Imbalance | None = None
+    padded_work_before: NonNegative | None = None
+    padded_work_after: NonNegative | None = None
+    step_time_before: Positive | None = None
+    step_time_after: Positive | None = None
+    token_time_before: Positive | None = None
+    token_time_after: Positive | None = None
+    bytes_before: Count
+    bytes_after: Count
+    error: NonNegative
     over_batches: list[BatchPrediction] = Field(default=[])
 
 
 class Optimality(Document):
     """``objective`` is what the policy minimised, ``bound`` what no plan within the budget can undercut."""
 
-    objective: float
-    bound: float
+    objective: NonNegative
+    bound: NonNegative
 
     @property
     def gap(self) -> float:
@@ -88,19 +102,19 @@ class LayerPlan(Document):
     """
 
     name: str
-    index: int
+    index: LayerNumber
     geometry: ExpertGeometry
     slots: list[Slot] = Field(min_length=1)
-    unreached: list[int] = Field(default=[], description="logical experts that no calibration token reached")
+    unreached: list[ExpertNumber] = Field(default=[], description="logical experts that no calibration token reached")
     predicted: LayerPrediction
 
     @model_validator(mode="after")
     def every_expert_has_a_slot(self) -> Self:
         experts = self.geometry.experts
-        for slot in self.slots:
-            if not 0 <= slot.expert < experts:
+        for does, named in (("places", [slot.expert for slot in self.slots]), ("lists as unreached", self.unreached)):
+            if max(named, default=0) >= experts:
                 raise ValueError(
-                    f"layer {self.index} places expert {slot.expert}, but the model has {experts} experts (0-{experts - 1})"
+                    f"layer {self.index} {does} expert {max(named)}, but the model has {experts} experts (0-{experts - 1})"
                 )
         missing = set(range(experts)) - {slot.expert for slot in self.slots}
         if missing:
@@ -111,24 +125,38 @@ class LayerPlan(Document):
         return self
 
 
-class Plan(Document):
-    schema_version: Literal[1] = 1
+class Plan(Versioned):
+    called: ClassVar[str] = "plan"
+    command: ClassVar[str] = "rq-compile plan"
+    upgrades: ClassVar[dict[int, Upgrade]] = {1: same_keys}
+
+    schema_version: Literal[2] = 2
     kind: Literal["plan"] = "plan"
     tool: str
     model: str
     model_type: str
-    fingerprint: str
-    calibration_sha256: str | None
+    fingerprint: Sha256
+    calibration_sha256: Sha256 | None
     quantizer: Quantizer = Field(default="nearest", description="how the weights of quantized slots are rounded")
     statistics: StatisticsFile | None = Field(default=None, description="what the quantizer gptq needs")
     policy: Policy
     options: dict[str, str | int | float | bool] = Field(default={})
     target: Target
-    memory: float = Field(gt=0)
-    ranks: int = Field(default=1, ge=1)
+    memory: float = Field(gt=0, le=MOST_MEMORY)
+    ranks: int = Field(default=1, ge=1, le=MOST_RANKS)
     optimality: Optimality | None = Field(default=None, description="None: the policy makes no claim")
     remarks: list[str] = Field(default=[], description="what the planner has to say, a sentence each")
     layers: list[LayerPlan] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def has_every_layer_once_on_its_ranks(self) -> Self:
+        check_each_once([(layer.name, layer.index) for layer in self.layers])
+        for layer in self.layers:
+            if (rank := max(slot.rank for slot in layer.slots)) >= self.ranks:
+                raise ValueError(
+                    f"layer {layer.index} has a slot on rank {rank}, but the plan has {self.ranks} (0-{self.ranks - 1})"
+                )
+        return self
 
     @property
     def bytes_before(self) -> int:

@@ -1,12 +1,14 @@
 """The engine manifest, written beside the engine as ``<engine stem>.json``: what is needed to load and run it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from rq_compile.bounds import Count, FileName, Sha256, Size, TokenId
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
 from rq_compile.targets.library import OpLibrary
+from rq_compile.versions import Upgrade, Versioned, same_keys
 
 CpuLowering = Literal["native", "stock", "batched"]
 Lowering = Literal["native", "stock", "batched", "cuda"]
@@ -17,9 +19,9 @@ DenseFormat = Literal["stored", "int8", "fp32"]
 class EngineFile(Document):
     """A file of the engine, by its name in the engine's folder."""
 
-    name: str
-    sha256: str
-    bytes: int
+    name: FileName
+    sha256: Sha256
+    bytes: Count
 
 
 class CacheTensor(Document):
@@ -30,11 +32,11 @@ class CacheTensor(Document):
 
     past: str
     present: str
-    heads: int
-    dimension: int
+    heads: Size
+    dimension: Size
 
 
-class Manifest(Document):
+class Manifest(Versioned):
     """``op_library``: the custom-op library's op-set version the engine needs, or None when it runs in any ONNX Runtime;
     ``op_library_name``: which library, None for engines of before there were two, which need that of the CPU.
 
@@ -44,7 +46,11 @@ class Manifest(Document):
     card declares.
     """
 
-    schema_version: Literal[1] = 1
+    called: ClassVar[str] = "manifest of an engine"
+    command: ClassVar[str] = "rq-compile compile"
+    upgrades: ClassVar[dict[int, Upgrade]] = {1: same_keys}
+
+    schema_version: Literal[2] = 2
     kind: Literal["engine"] = "engine"
     tool: str
     target: Literal["cpu", "cuda"] = "cpu"
@@ -55,25 +61,29 @@ class Manifest(Document):
     tokenizer: EngineFile | None
     licences: list[EngineFile] = Field(default=[])
     licence: str | None = None
-    op_library: int | None
+    op_library: int | None = Field(ge=1, le=1000)
     op_library_name: OpLibrary | None = None
     provider: Provider = Field(default="CPUExecutionProvider", description="ONNX Runtime's execution provider")
-    activation_bits: int = Field(default=32, description="of what quantized weights meet: 8, or 16 or 32 for floats")
+    activation_bits: Literal[8, 16, 32] = Field(
+        default=32, description="of what quantized weights meet: 8, or 16 or 32 for floats"
+    )
     dense_format: DenseFormat = Field(default="fp32", description="of the matrices that are no experts: as stored, int8 or fp32")
-    opset: int
+    opset: int = Field(ge=1, le=1000)
     encoder_decoder: bool
-    vocabulary: int
-    start_of_text: int | None = Field(default=None, description="the token that the tokenizer names as the beginning of a text")
-    end_of_text: list[int]
-    context_length: int | None = Field(default=None, description="positions that the model was made for")
-    decoder_start: int | None = None
+    vocabulary: int = Field(ge=1, lt=2**31)
+    start_of_text: TokenId | None = Field(
+        default=None, description="the token that the tokenizer names as the beginning of a text"
+    )
+    end_of_text: list[TokenId]
+    context_length: int | None = Field(default=None, ge=1, lt=2**31, description="positions that the model was made for")
+    decoder_start: TokenId | None = None
     cache: list[CacheTensor]
-    recomputed_beyond: int | None = Field(
+    recomputed_beyond: Count | None = Field(
         default=None, description="a cache of at most so many tokens is not continued beyond them: all are computed anew"
     )
     slot_offsets: dict[str, str]
-    dense_bytes: int
-    expert_bytes: int
-    replaced: dict[str, int] = Field(default={})
+    dense_bytes: Count
+    expert_bytes: Count
+    replaced: dict[str, Count] = Field(default={})
     remarks: list[str] = Field(default=[], description="differences between the checkpoint's config and tensors")
     plan: Plan

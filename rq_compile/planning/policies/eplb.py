@@ -12,6 +12,7 @@ many copies as its node has ranks, and a node whose packing has such a pair is p
 import numpy as np
 from pydantic import Field
 
+from rq_compile.bounds import MOST_EXPERTS, MOST_RANKS
 from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.budget import allowed, enough_for
@@ -24,9 +25,9 @@ from rq_compile.planning.schema import Slot
 class Options(Document):
     """``slots`` a layer; 0 stands for as many as the memory holds."""
 
-    slots: int = Field(default=0, ge=0)
-    groups: int = Field(default=1, ge=1)
-    nodes: int = Field(default=1, ge=1)
+    slots: int = Field(default=0, ge=0, le=MOST_EXPERTS * MOST_RANKS)
+    groups: int = Field(default=1, ge=1, le=MOST_EXPERTS)
+    nodes: int = Field(default=1, ge=1, le=MOST_RANKS)
 
 
 def decide(problem: Problem, options: Options) -> Decision:

@@ -29,6 +29,7 @@ several the packing leaves a gap (``rank_solver``).
 """
 
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -45,15 +46,17 @@ from rq_compile.planning.schema import Optimality, Slot
 from rq_compile.planning.solver import ROUNDING, Objective, Solution, solve_on_one_rank
 from rq_compile.quantization.formats import FLOAT_FORMATS, Format
 
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+
 
 class Options(Document):
     """``formats``: the only ones to use, separated by commas; empty for all that were measured. ``max_error`` 0: no bound."""
 
-    tolerance: float = Field(default=0.01, ge=0)
-    balance: float = Field(default=1.0, ge=0)
-    drift: float = Field(default=1.0, ge=0)
-    hedge: float = Field(default=0.0002, ge=0)
-    max_error: float = Field(default=0.0, ge=0)
+    tolerance: Weight = 0.01
+    balance: Weight = 1.0
+    drift: Weight = 1.0
+    hedge: Weight = 0.0002
+    max_error: Weight = 0.0
     mixed_copies: bool = False
     formats: str = ""
 

@@ -62,6 +62,10 @@ def _less_important(layer: Layer, memory: float, options: Options) -> list[int]:
     whole, half = (layer.geometry.expert_bytes(format) for format in (layer.formats[0], options.format))
     ranking = [int(expert) for expert in np.argsort(-np.asarray(layer.calibration.wanda), kind="stable")]
     heavy = heavy_hitter(layer)
+    lossy = layer.error[:, layer.formats.index(options.format)]
+    if not np.isfinite(lossy).all():
+        expert, index = int(np.isinf(lossy).argmax()), layer.calibration.index
+        raise UserError(f"{options.format} cannot hold expert {expert} of layer {index}; use --policy optimal", 2)
     if options.skip_heavy_hitter:
         ranking = [expert for expert in ranking if expert != heavy]
     budget = allowed(memory, layer.bytes_before)

@@ -1,15 +1,18 @@
 """The manifest of a TensorRT engine, ``<engine stem>.json`` beside it: an engine answers no question without a GPU, this does."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import onnx
 from pydantic import Field
 
+from rq_compile.bounds import MOST_COUNTED, Count, NonNegative
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
 from rq_compile.targets.manifest import EngineFile
 from rq_compile.targets.tensorrt.profiles import Profile
+from rq_compile.versions import Upgrade, Versioned, same_keys
 
+ComputeCapability = Annotated[int, Field(ge=10, le=999)]
 TensorRTTarget = Literal["tensorrt", "tensorrt-rtx"]
 
 
@@ -18,7 +21,7 @@ class Binding(Document):
 
     name: str
     dtype: str
-    shape: list[int | str]
+    shape: list[Annotated[int, Field(ge=0, le=MOST_COUNTED)] | str]
 
 
 class Built(Document):
@@ -26,32 +29,38 @@ class Built(Document):
     bytes of scratch memory."""
 
     builder: str
-    compute_capabilities: list[int]
-    bytes: int
-    parse_seconds: float
-    build_seconds: float
-    network_layers: dict[str, int]
-    engine_layers: dict[str, int]
-    scratch_bytes: list[int]
-    weight_bytes: int
+    compute_capabilities: list[ComputeCapability]
+    bytes: Count
+    parse_seconds: NonNegative
+    build_seconds: NonNegative
+    network_layers: dict[str, Count]
+    engine_layers: dict[str, Count]
+    scratch_bytes: list[Count]
+    weight_bytes: Count
 
 
-class TensorRTManifest(Document):
+class TensorRTManifest(Versioned):
     """``built`` is None where only what a builder needs was written. ``files``: those beside this one, by what they are."""
 
-    schema_version: Literal[1] = 1
+    called: ClassVar[str] = "manifest of a TensorRT engine"
+    command: ClassVar[str] = "rq-compile compile"
+    upgrades: ClassVar[dict[int, Upgrade]] = {1: same_keys}
+
+    schema_version: Literal[2] = 2
     kind: Literal["engine"] = "engine"
     tool: str
     target: TensorRTTarget
     precision: Literal["fp16", "bf16"]
     lowering: Literal["batched", "plugins"] = Field(default="batched", description="of MoE layers: standard ops, or plugins")
-    compute_capabilities: list[int] = Field(description="asked for, 89 for 8.9; none: that of the machine that builds")
+    compute_capabilities: list[ComputeCapability] = Field(
+        description="asked for, 89 for 8.9; none: that of the machine that builds"
+    )
     files: dict[str, EngineFile]
     inputs: list[Binding]
     outputs: list[Binding]
     profiles: list[Profile]
     built: Built | None
-    replaced: dict[str, int]
+    replaced: dict[str, Count]
     remarks: list[str] = Field(default=[], description="differences between the checkpoint's config and tensors")
     plan: Plan
 

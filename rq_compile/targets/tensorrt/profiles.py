@@ -18,9 +18,9 @@ MOST_SCORES = 2**31
 class Range(Document):
     """From ``least`` to ``most``, best at ``best``."""
 
-    least: int = Field(ge=0)
-    best: int = Field(ge=0)
-    most: int = Field(ge=1)
+    least: int = Field(ge=0, lt=2**31)
+    best: int = Field(ge=0, lt=2**31)
+    most: int = Field(ge=1, lt=2**31)
 
     @model_validator(mode="after")
     def in_order(self) -> Self:

@@ -209,15 +209,15 @@ def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) ->
     )
     sizes: dict[tuple[str, bool], tuple[int, ...]] = {}
     for name in model.names:
-        shape, stored = model.shape(name), model.stored(name)
-        halved = dense_format != "fp32" and stored.dtype in ("F16", "BF16")
+        shape, dtype = model.shape(name), model.stored_dtype(name)
+        halved = dense_format != "fp32" and dtype.itemsize == 2
         size: tuple[int, ...] = (math.prod(shape) * (2 if halved and name in tables else 4),)
         if name in matrices and shape[0] >= ROWS and (halved or dense_format == "int8"):
             format: Format = "int8" if dense_format == "int8" else "bf16"
             rows, columns = ROWS * panel_count(shape[0], 1), shape[1]
             scales = SCALE_BYTES * rows * -(-columns // block_size(columns)) if format == "int8" else 0
             size = (matrix_bytes(format, rows, columns) - scales, scales)
-        elif link_weights and name not in matrices and size[0] == stored.bytes:
+        elif link_weights and name not in matrices and size[0] == math.prod(shape) * dtype.itemsize:
             continue
         sizes[model.tensor(name), name in matrices] = size
     return [size for parts in sizes.values() for size in parts]

@@ -125,11 +125,14 @@ def gelu(x: np.ndarray, tanh: bool = False) -> np.ndarray:
 def activate(h: np.ndarray, geometry: ExpertGeometry) -> np.ndarray:
     kind = geometry.activation
     if kind not in GATED:
-        return np.maximum(h, 0) if kind == "relu" else gelu(h)
+        return {"relu": np.maximum(h, 0), "relu2": np.maximum(h, 0) ** 2}.get(kind, gelu(h))
     gate, up = np.split(h, 2, axis=-1)
     if kind == "clamped_swiglu":
         gate, up = np.minimum(gate, geometry.limit), np.clip(up, -geometry.limit, geometry.limit)
         return (up + 1) * gate / (1 + np.exp(-geometry.alpha * gate))
+    if kind == "limited_swiglu":
+        gate = np.minimum(gate, geometry.limit)
+        return np.clip(up, -geometry.limit, geometry.limit) * gate / (1 + np.exp(-gate))
     return up * (gate / (1 + np.exp(-gate)) if kind == "swiglu" else gelu(gate, kind == "geglu_tanh"))
 
 

@@ -18,7 +18,7 @@ from rq_compile.quantization.quantizer import Quantized
 from rq_compile.rewrite.panels import float_panels, packed_panels, scale_panels
 from rq_compile.targets import library
 
-GATED = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
+GATED = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu"}
 ONNX_TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
@@ -154,7 +154,9 @@ def activated(name, z, alpha=1.702, limit=7.0):
         "geglu": lambda: gelu(gate) * up,
         "geglu_tanh": lambda: 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up,
         "clamped_swiglu": lambda: (np.clip(up, -limit, limit) + 1) * clipped / (1 + np.exp(-alpha * clipped)),
+        "limited_swiglu": lambda: np.clip(up, -limit, limit) * clipped / (1 + np.exp(-clipped)),
         "relu": lambda: np.maximum(gate, 0),
+        "relu2": lambda: np.maximum(gate, 0) ** 2,
         "gelu": lambda: gelu(gate),
     }[name]()
 

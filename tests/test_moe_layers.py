@@ -1,6 +1,7 @@
 """The pass ``moe_layers``: a layer is one node with the inputs and attributes that the GPU libraries take."""
 
 import re
+from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from moe_nodes import attributes_of, constants_of, evaluated, inputs_of, moe_nodes
 from one_layer import LAYER, MIXED, PLAIN, batch, one_layer, plan_of, random_experts, reference
 
-from rq_compile.architectures.geometry import GATED, ExpertGeometry
+from rq_compile.architectures.geometry import GATED, Activation, ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.errors import UserError
 from rq_compile.rewrite.rewrite import rewrite_to_moe_layers
@@ -18,7 +19,7 @@ from rq_compile.targets.weights_file import locate, write_weights
 HALF = np.dtype(np.float16)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 INT4_ALONE = [(e, "int4") for e in range(4)]
-ACTIVATIONS = ["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"]
+ACTIVATIONS = list(get_args(Activation))
 
 
 def geometry_of(activation="swiglu", *, bias=False, hidden=128, intermediate=64):

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from onnx import TensorProto
 from op_nodes import GATED, assert_close, combine, dispatch, expert_gemm, pack, python_with, reference, routed, run_op
 
+from rq_compile.architectures.geometry import Activation
 from rq_compile.errors import UserError
 from rq_compile.targets import library
 
@@ -53,7 +55,7 @@ def test_every_block(rng, block, tokens):
     assert_close(expert_gemm(x, rows, offsets, weights), reference(x, rows, offsets, weights))
 
 
-@pytest.mark.parametrize("activation", ["none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["none", *get_args(Activation)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_activation(rng, activation, biased):
     weights = pack(rng, [0, 1, 2], 42, 32, gated=activation in GATED)

@@ -9,7 +9,8 @@
 namespace rq {
 namespace {
 
-constexpr const char* kActivations[] = {"none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"};
+constexpr const char* kActivations[] = {"none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu",
+                                        "relu", "gelu", "relu2"};
 constexpr const char* kFormats[] = {"float", "int8", "int4"};
 constexpr int64_t kChunk = 128;     // pairs of a program of Dispatch
 constexpr size_t kAlignment = 256;  // of everything in the workspace
@@ -103,7 +104,7 @@ int activation_code(const std::string& name) {
   return found == std::end(kActivations) ? -1 : static_cast<int>(found - std::begin(kActivations));
 }
 
-bool is_gated(int activation) { return activation >= 1 && activation <= 4; }
+bool is_gated(int activation) { return activation >= 1 && activation <= 5; }
 
 size_t workspace_bytes(const Layer& layer, int64_t tokens) { return Workspace(layer, tokens).bytes; }
 

@@ -15,7 +15,8 @@ against every tensor. Each kind of difference has one answer:
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rq_compile.architectures.families import Family
@@ -51,13 +52,14 @@ class Agreement:
 
     ``tensors``: non-expert weight (parameter or persistent buffer) -> the checkpoint's tensor; tied weights share one.
     ``tied``: weight without a tensor of its own -> the weight that it is tied to. ``unused``: tensors that no weight needs.
-    ``formats``: how most experts of each MoE layer are stored, by index; ``format``: how most of all are. ``remarks``: a sentence
-    for each difference that is not an error.
+    ``experts``: the tensors of each MoE layer's experts, by index. ``formats``: how most experts of each MoE layer are stored, by
+    index; ``format``: how most of all are. ``remarks``: a sentence for each difference that is not an error.
     """
 
     tensors: dict[str, str]
     tied: dict[str, str]
     unused: tuple[str, ...]
+    experts: dict[int, tuple[str, ...]]
     formats: dict[int, Format]
     format: Format
     remarks: tuple[str, ...]
@@ -132,23 +134,37 @@ def compare(checkpoint: Checkpoint, family: Family, layers: tuple[MoeLayer, ...]
         _check(checkpoint, tensor, value)
         tensors[weight] = tensor
     experts = {layer.index: layer_tensors(checkpoint, family, layer) for layer in layers}
-    for layer in layers:
-        for tensor in experts[layer.index]:
+    for names in experts.values():
+        for tensor in names:
             _check_floating(checkpoint, tensor)
-    counts = {index: _formats(checkpoint, names) for index, names in experts.items()}
     used = {*tensors.values(), *(name for names in experts.values() for name in names)}
-    unused = tuple(name for name in checkpoint.names if name not in used)
+    stack = family.tensor_name(family.experts).partition("{layer}")[0]
+    found = agreement_of(checkpoint, tensors, experts, used, stack, getattr(empty.config, "num_hidden_layers", 0))
     for layer in layers:
-        _check_stray(checkpoint, family, layer, unused)
-    formats = {index: _most(count) for index, count in counts.items()}
+        _check_stray(checkpoint, family, layer, found.unused)
+    return replace(found, tied=tied, remarks=(*found.remarks, *_tie_remarks(checkpoint, ties, own)))
+
+
+def agreement_of(
+    checkpoint: Checkpoint,
+    tensors: dict[str, str],
+    experts: Mapping[int, Iterable[str]],
+    used: Collection[str],
+    stack: str = "model.layers.",
+    layers: int = 0,
+) -> Agreement:
+    """What there is to say when nothing is missing. ``experts``: the tensors of each MoE layer's experts, by index; ``used``: all
+    tensors with a part in the model; ``stack``: what the names of its ``layers`` layers begin with.
+
+    Raises:
+        UserError: experts are stored in a type that is not a floating-point number.
+    """
+    counts = {index: _formats(checkpoint, names) for index, names in experts.items()}
+    unused = tuple(name for name in checkpoint.names if name not in used)
     most = _most(sum(counts.values(), Counter[Format]()))
-    remarks = (
-        *checkpoint.remarks,
-        *_unused_remarks(checkpoint, family, empty, unused),
-        *_tie_remarks(checkpoint, ties, own),
-        *_format_remarks(counts, most),
-    )
-    return Agreement(tensors, tied, unused, formats, most, remarks)
+    remarks = (*checkpoint.remarks, *_unused_remarks(checkpoint, stack, layers, unused), *_format_remarks(counts, most))
+    formats = {index: _most(count) for index, count in counts.items()}
+    return Agreement(tensors, {}, unused, {index: tuple(names) for index, names in experts.items()}, formats, most, remarks)
 
 
 def _check_experts(checkpoint: Checkpoint, layer: MoeLayer, empty: "PreTrainedModel") -> None:
@@ -232,7 +248,7 @@ def _check_floating(checkpoint: Checkpoint, tensor: str) -> None:
         )
 
 
-def _formats(checkpoint: Checkpoint, names: "dict[str, tuple[int, ...]]") -> Counter[Format]:
+def _formats(checkpoint: Checkpoint, names: Iterable[str]) -> Counter[Format]:
     """How many weights are stored in each format."""
     count: Counter[Format] = Counter()
     for name in names:
@@ -247,11 +263,10 @@ def _most(count: Counter[Format]) -> Format:
     return max(count, key=lambda format: (count[format], BITS[format]))
 
 
-def _unused_remarks(checkpoint: Checkpoint, family: Family, empty: "PreTrainedModel", unused: tuple[str, ...]) -> list[str]:
+def _unused_remarks(checkpoint: Checkpoint, stack: str, held: int, unused: tuple[str, ...]) -> list[str]:
     """Layers beyond the config's are told apart from other tensors: they may be a saving error, or a prediction head."""
     absent = tuple(name for name in checkpoint.absent if name not in unused)
-    inside = re.compile(re.escape(family.tensor_name(family.experts).partition("{layer}")[0]) + r"(\d+)\.")
-    held = getattr(empty.config, "num_hidden_layers", 0)
+    inside = re.compile(re.escape(stack) + r"(\d+)\.")
     beyond = {int(match[1]) for name in unused if (match := inside.match(name)) and int(match[1]) >= held}
     of_layers = [name for name in unused if (match := inside.match(name)) and int(match[1]) in beyond]
     others = [name for name in unused if name not in set(of_layers)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rq_compile.architectures.agreement import check_sizes
 from rq_compile.architectures.config_values import in_declared_types, neutralized
-from rq_compile.architectures.families import family_of
+from rq_compile.architectures.families import known_family
 from rq_compile.architectures.rope import check_rope, stated_rope, with_head_dim
 from rq_compile.checkpoint.checkpoint import QUANTIZATION, Checkpoint
 from rq_compile.errors import UserError
@@ -28,7 +28,7 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
         UserError: the family is not supported, its config asks for something that is not or is not valid, or a size that it
             states cannot be that of the checkpoint's tensors.
     """
-    family_of(checkpoint)
+    known_family(checkpoint)
     stated = {key: value for key, value in checkpoint.config.items() if not key.startswith("_") and key not in RUNTIME_KEYS}
     stated = neutralized(stated)
     check_rope(stated, str(checkpoint.path / "config.json"))
@@ -49,11 +49,23 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
 
 
 def _of_transformers(config: dict[str, Any]) -> "PretrainedConfig":
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
+
+    # Infinity is not JSON: transformers writes it as an object, and has no public way to read that back.
+    return AutoConfig.for_model(**_declared(PretrainedConfig._decode_special_floats(config)))
+
+
+def _declared(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with its values in their declared types, those of a multimodal model's parts too."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    parts = {
+        key: _declared(neutralized(value))
+        for key, value in config.items()
+        if isinstance(value, dict) and value.get("model_type") in CONFIG_MAPPING
+    }
     family = CONFIG_MAPPING[config["model_type"]]
-    return AutoConfig.for_model(**with_head_dim(in_declared_types(config, family), getattr(family, "head_dim", 0)))
+    return {**with_head_dim(in_declared_types(config, family), getattr(family, "head_dim", 0)), **parts}
 
 
 def _llama_moe(config: dict[str, Any]) -> "PretrainedConfig":

@@ -92,22 +92,23 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
-    """The declaration for a checkpoint's ``model_type``.
-
-    Raises:
-        UserError: the model has no experts, or its family is not declared.
+def known_family(checkpoint: Checkpoint) -> None:
     """
-    family = FAMILIES.get(checkpoint.model_type)
-    if family is not None:
-        return family
-    if not any("expert" in name or "block_sparse_moe" in name for name in checkpoint.names):
+    Raises:
+        UserError: the model has no experts, or its ``model_type`` is neither declared here nor one of transformers.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if checkpoint.model_type in FAMILIES:
+        return
+    if not any(part in name for name in checkpoint.names for part in ("expert", "block_sparse_moe", "moe")):
         raise UserError(
             f"{checkpoint.path} is not an MoE: the model {checkpoint.model_type} has no experts; give a sparse MoE checkpoint", 2
         )
-    code = ", needs code of its own to run (auto_map), which is never done," if checkpoint.config.get("auto_map") else ""
-    raise UserError(
-        f"the model family {checkpoint.model_type} of {checkpoint.path}{code} is not supported; "
-        f"use one of {', '.join(sorted(FAMILIES))}",
-        2,
-    )
+    if checkpoint.model_type not in CONFIG_MAPPING_NAMES:
+        code = " (it needs code of its own, auto_map, which is never run)" if checkpoint.config.get("auto_map") else ""
+        raise UserError(
+            f"{checkpoint.path} has the model_type {checkpoint.model_type}{code}, which is not in the installed transformers; "
+            f"use a family of transformers or one of {', '.join(sorted(FAMILIES))}",
+            2,
+        )

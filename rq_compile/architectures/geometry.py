@@ -8,9 +8,9 @@ from rq_compile.bounds import MOST_EXPERTS, Size
 from rq_compile.files import Document
 from rq_compile.quantization.formats import Block, Format, matrix_bytes
 
-Activation = Literal["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"]
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu", "limited_swiglu", "relu2"]
 MOST_BYTES = 2**50  # of a layer's experts
-GATED: frozenset[Activation] = frozenset({"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"})
+GATED: frozenset[Activation] = frozenset({"swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu"})
 
 
 class ExpertGeometry(Document):
@@ -22,7 +22,8 @@ class ExpertGeometry(Document):
 
     Activations: ``swiglu``: ``silu(gate) * up``; ``geglu``: ``gelu(gate) * up`` with the exact (erf) gelu;
     ``geglu_tanh``: with the tanh approximation; ``clamped_swiglu`` (GPT-OSS): ``g = min(gate, limit)``,
-    ``u = clamp(up, -limit, limit)``, ``(u + 1) * g * sigmoid(alpha * g)``; ``relu``, ``gelu`` (erf): not gated.
+    ``u = clamp(up, -limit, limit)``, ``(u + 1) * g * sigmoid(alpha * g)``; ``limited_swiglu`` (DeepSeek-V4): ``silu(g) * u``
+    with the same ``g`` and ``u``; ``relu``, ``gelu`` (erf) and ``relu2`` (``relu`` squared): not gated.
 
     ``block``: the most weights of a row that share a scale where an expert is quantized; chosen, not read from the checkpoint.
     """

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-from transformers.utils import logging
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.remote import REMOTE_CLASSES
 from rq_compile.architectures.ties import break_ties_by_number
+from rq_compile.architectures.traced import quiet_loading, set_experts_implementation
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.mapped import mapped
 from rq_compile.errors import UserError
@@ -93,14 +93,17 @@ def _empty(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreT
     return model
 
 
-def materialize(empty: PreTrainedModel, model: Model, name: str = "", device: str = "cpu", without: str | None = None) -> None:
-    """Give what the module ``name`` of a meta model holds its values, in fp32 on ``device``: all but the module ``without``.
+def materialize(
+    empty: PreTrainedModel, model: Model, name: str = "", device: str = "cpu", without: str | None = None, deep: bool = True
+) -> None:
+    """Give what the module ``name`` of a meta model holds its values, in fp32 on ``device``: all but the module ``without``, and
+    not what is in modules below it unless ``deep``.
 
     Raises:
         UserError: a value is not finite.
     """
     module = empty.get_submodule(name)
-    for below, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for below, tensor in [*module.named_parameters(recurse=deep), *module.named_buffers(recurse=deep)]:
         path = f"{name}.{below}" if name else below
         owner, _, attribute = path.rpartition(".")
         if without is not None and path.startswith(f"{without}."):
@@ -111,9 +114,7 @@ def materialize(empty: PreTrainedModel, model: Model, name: str = "", device: st
 
 def _converted(model_class: type[PreTrainedModel], model: Model) -> PreTrainedModel:
     """The model with the checkpoint's tensors, renamed and stacked by transformers."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet_loading():
         return model_class.from_pretrained(
             None,
             config=deepcopy(model.config),
@@ -123,16 +124,11 @@ def _converted(model_class: type[PreTrainedModel], model: Model) -> PreTrainedMo
             trust_remote_code=False,
             local_files_only=True,
         )
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _choose_experts_implementation(module: PreTrainedModel, layers: Iterable[MoeLayer]) -> None:
-    # Switch has experts of its own, outside the experts interface.
-    if not module.config.is_encoder_decoder:
-        rows = [4 * size for layer in layers for size in (layer.geometry.hidden, layer.geometry.intermediate)]
-        module.set_experts_implementation(GROUPED if all(size % ALIGNMENT == 0 for size in rows) else LOOP)
+    rows = [4 * size for layer in layers for size in (layer.geometry.hidden, layer.geometry.intermediate)]
+    set_experts_implementation(module, GROUPED if all(size % ALIGNMENT == 0 for size in rows) else LOOP)
 
 
 def _fill(empty: PreTrainedModel, model: Model) -> None:

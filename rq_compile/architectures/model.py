@@ -9,14 +9,13 @@ import numpy as np
 
 from rq_compile.architectures.agreement import Agreement, check_names, compare
 from rq_compile.architectures.configuration import model_config
-from rq_compile.architectures.families import Family, family_of
+from rq_compile.architectures.families import FAMILIES, Family
 from rq_compile.architectures.layers import (
     ExpertWeights,
     MoeLayer,
     Projection,
     expert_bias,
     expert_matrix,
-    layer_tensors,
     moe_layers,
 )
 from rq_compile.checkpoint.checkpoint import Checkpoint
@@ -25,6 +24,8 @@ from rq_compile.quantization.formats import Format
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from rq_compile.architectures.traced import TracedWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +37,12 @@ class Model:
     """
 
     checkpoint: Checkpoint
-    family: Family
+    family: Family | None
     config: "PretrainedConfig"
     layers: tuple[MoeLayer, ...]
     without_weights: "PreTrainedModel" = field(repr=False)
     agreement: Agreement = field(repr=False)
+    _traced: "TracedWeights | None" = field(default=None, repr=False)
 
     @classmethod
     def open(cls, path: Path | str) -> "Model":
@@ -55,9 +57,15 @@ class Model:
     def of(cls, checkpoint: Checkpoint) -> "Model":
         """
         Raises:
-            UserError: see ``family_of``, ``check_names``, ``model_config``, ``moe_layers`` and ``compare``.
+            UserError: see ``check_names``, ``model_config``, ``TracedWeights.of``, ``moe_layers`` and ``compare``.
         """
-        family = family_of(checkpoint)
+        family = FAMILIES.get(checkpoint.model_type)
+        if family is None:
+            from rq_compile.architectures.traced import TracedWeights
+
+            config = model_config(checkpoint)
+            traced = TracedWeights.of(checkpoint, config)
+            return cls(checkpoint, None, config, traced.layers, traced.model, traced.agreement(), traced)
         check_names(checkpoint, family)
         config = model_config(checkpoint)
         layers = tuple(moe_layers(checkpoint, family, config))
@@ -96,6 +104,11 @@ class Model:
         return self.agreement.format
 
     @property
+    def text_config(self) -> "PretrainedConfig":
+        """The config of the language model, of a multimodal model too."""
+        return self.config.get_text_config()
+
+    @property
     def stated(self) -> dict[str, Any]:
         """``config.json`` as it is."""
         return self.checkpoint.config
@@ -108,7 +121,7 @@ class Model:
     @cached_property
     def stored_bytes(self) -> dict[str, int]:
         """Layer name -> bytes of all its experts as the checkpoint stores them."""
-        tensors = {layer.name: layer_tensors(self.checkpoint, self.family, layer) for layer in self.layers}
+        tensors = {layer.name: self.agreement.experts[layer.index] for layer in self.layers}
         return {layer: sum(self.checkpoint.stored(name).bytes for name in names) for layer, names in tensors.items()}
 
     @property
@@ -138,19 +151,27 @@ class Model:
         return self.agreement.remarks
 
     def tensor(self, name: str) -> str:
-        """The checkpoint's tensor for a non-expert weight. Tied weights have one."""
+        """What a non-expert weight is made of: the checkpoint's tensor, where it is one as it is. Tied weights have one."""
         return self.agreement.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a non-expert weight."""
-        return self.checkpoint.shape(self.tensor(name))
+        return self._traced.parameter(name).shape if self._traced else self.checkpoint.shape(self.tensor(name))
 
-    def stored(self, name: str) -> StoredTensor:
-        """Where a non-expert weight lies, and how."""
-        return self.checkpoint.stored(self.tensor(name))
+    def stored(self, name: str) -> StoredTensor | None:
+        """Where a non-expert weight lies, and how; None where it is computed from several tensors or from a part of one."""
+        return self.checkpoint.stored(self.tensor(name)) if self.tensor(name) in self.checkpoint else None
+
+    def source_bytes(self, name: str) -> int:
+        """Of what is read for a non-expert weight."""
+        if self._traced:
+            return self._traced.stored_bytes(self._traced.parameter(name))
+        return self.checkpoint.stored(self.tensor(name)).bytes
 
     def stored_dtype(self, name: str) -> np.dtype:
         """What ``read`` gives for a non-expert weight (bf16 as ``ml_dtypes.bfloat16``)."""
+        if self._traced:
+            return self._traced.stored_dtype(self._traced.parameter(name))
         return self.checkpoint.stored_dtype(self.tensor(name))
 
     def read(self, name: str) -> np.ndarray:
@@ -159,14 +180,22 @@ class Model:
         Raises:
             UserError: a value of it is not finite.
         """
+        if self._traced:
+            return self._traced.read(self._traced.parameter(name))
         return self.checkpoint.read(self.tensor(name))
 
     def matrix(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray:
         """One of the two matrices of a logical expert, as ``ExpertWeights`` has it; reads nothing else."""
+        if self._traced:
+            return self._traced.matrix(layer, expert, projection)
+        assert self.family is not None
         return expert_matrix(self.checkpoint, self.family, layer, expert, projection)
 
     def bias(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray | None:
         """The bias of such a matrix, or None; reads nothing else."""
+        if self._traced:
+            return self._traced.bias(layer, expert, projection)
+        assert self.family is not None
         return expert_bias(self.checkpoint, self.family, layer, expert, projection)
 
     def expert(self, layer: MoeLayer, expert: int) -> ExpertWeights:

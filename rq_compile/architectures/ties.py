@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.traced import text_body
 
 ROUTERS = ("gate", "router")
 
 
 def break_ties_by_number(module: PreTrainedModel, layers: Iterable[MoeLayer]) -> None:
     """Make the body of ``module`` choose experts by that rule. Not for a model that is exported: the graph's ``TopK`` has it."""
-    body: Any = module.base_model
+    body = text_body(module)
     forward, mode = body.forward, _LowestNumber({layer.geometry.experts for layer in layers})
 
     def choosing(*arguments: Any, **named: Any) -> Any:

@@ -152,7 +152,7 @@ def calibrate(
 
 def _check_fit(model: Model, tokens: list[np.ndarray], sequence_length: int) -> int | None:
     """The first decoder token of an encoder-decoder model, once tokens and sequences are known to fit the model."""
-    config = model.config
+    config = model.text_config
     highest = max(int(ids.max()) for ids in tokens)
     if highest >= config.vocab_size:
         raise UserError(

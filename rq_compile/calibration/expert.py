@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from rq_compile.architectures.geometry import GATED, ExpertGeometry
+from rq_compile.architectures.activation import activate
+from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.quantization.formats import Block, Format
 from rq_compile.quantization.quantizer import stored
@@ -59,19 +60,6 @@ def expert_outputs(
             products += block_products(intermediate.cpu().numpy(), products.shape[-1])
         into.copy_(F.linear(intermediate, down, down_bias))
     return outputs
-
-
-def activate(rows: torch.Tensor, geometry: ExpertGeometry) -> torch.Tensor:
-    """Up-projected ``rows [n, F]`` to the input of the down projection ``[n, intermediate]``: see ``ExpertGeometry``."""
-    if geometry.activation not in GATED:
-        return F.relu(rows) if geometry.activation == "relu" else F.gelu(rows)
-    gate, up = rows.chunk(2, dim=-1)
-    if geometry.activation == "swiglu":
-        return F.silu(gate) * up
-    if geometry.activation == "clamped_swiglu":
-        gate, up = gate.clamp(max=geometry.limit), up.clamp(-geometry.limit, geometry.limit)
-        return (up + 1) * gate * torch.sigmoid(geometry.alpha * gate)
-    return F.gelu(gate, approximate="tanh" if geometry.activation == "geglu_tanh" else "none") * up
 
 
 def _square(matrix: torch.Tensor) -> float:

@@ -48,8 +48,8 @@ def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: in
     room = available_memory() if limit is None else limit - used_memory()
     weights = 4 * model.parameter_count
     measuring = PROGRAM + _measuring(layers, rows)
-    states = 2 * 4 * rows * max(moe.geometry.hidden for moe in layers)
-    whole = int(LOADING * weights) + measuring + states // 2
+    states = 3 * 4 * rows * max(moe.geometry.hidden for moe in layers)
+    whole = int(LOADING * weights) + measuring + states // 3
     if whole <= room and (device_room is None or weights + GIB <= device_room):
         return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory", whole)
     # A tensor is held as stored and in fp32 while it is read.

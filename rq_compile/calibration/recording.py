@@ -11,6 +11,7 @@ import torch
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.traced import text_body
 from rq_compile.calibration.routing import Routing, watch
 from rq_compile.calibration.text import Batch
 from rq_compile.errors import UserError
@@ -151,7 +152,7 @@ def record(
             recording.begin(batch)
         with torch.inference_mode():
             # Without the head, whose logits nobody reads, where the model has a body of its own.
-            module.base_model(**model_arguments(batch, device))
+            text_body(module)(**model_arguments(batch, device))
         for recording in recordings:
             recording.end()
         done += batch.tokens

@@ -21,6 +21,7 @@ from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.load import materialize, meta_model
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import break_ties_by_number
+from rq_compile.architectures.traced import text_body
 from rq_compile.calibration.recording import LayerRecording, Recorded, model_arguments
 from rq_compile.calibration.routing import watch
 from rq_compile.calibration.scratch import release, scratch
@@ -42,7 +43,8 @@ def record_layer_by_layer(
     ``progress`` is told the part done.
 
     Held at a time, in fp32: what one layer has beside its experts, one expert, and, unless they are mapped from temporary
-    files (``in_memory`` is False), the hidden states and the experts' outputs of all tokens; the experts' inputs always are.
+    files (``in_memory`` is False), the embeddings, the hidden states and the experts' outputs of all tokens; the experts' inputs
+    always are.
 
     Raises:
         UserError: see ``materialize``, ``scratch`` and ``LayerRecording``.
@@ -76,45 +78,66 @@ class _End(Exception):
     """Of a forward whose further results nobody needs."""
 
 
+class _States:
+    """Hidden states of all batches. A layer may have several streams of them (hyper-connections), so their width may change."""
+
+    def __init__(self, starts: np.ndarray, width: int, in_memory: bool, device: str) -> None:
+        self._starts, self._in_memory, self._device = starts, in_memory, device
+        self._rows = scratch((int(starts[-1]), width), in_memory)
+        self._kept: dict[int, tuple[np.ndarray, torch.Size]] = {}  # batch -> where its states lie, and their shape
+        self._read: tuple[int, torch.Tensor] | None = None
+
+    def keep(self, batch: int, hidden: torch.Tensor) -> None:
+        start, end = self._starts[batch : batch + 2]
+        rows = hidden.reshape(end - start, -1).cpu().numpy()
+        if rows.shape[1] != self._rows.shape[1]:
+            self._rows = scratch((int(self._starts[-1]), rows.shape[1]), self._in_memory)
+        self._rows[start:end] = rows
+        release(self._rows)
+        self._kept[batch] = (self._rows, hidden.shape)
+        self._read = None
+
+    def of(self, batch: int) -> torch.Tensor:
+        """``[batch, length, ..., hidden]``"""
+        if self._read is None or self._read[0] != batch:
+            kept, shape = self._kept[batch]
+            rows = torch.tensor(kept[self._starts[batch] : self._starts[batch + 1]], device=self._device)
+            release(kept)
+            self._read = (batch, rows.reshape(shape))
+        return self._read[1]
+
+
 class _Stack:
-    """A stack of layers, and what the module of it that was visited last returned for each batch: the hidden states and, of a
-    layer of Switch, the position biases, which the first layer computes for all.
+    """A stack of layers, what its embedding gave for each batch, and what the layer of it that was visited last returned: the
+    hidden states and, of a layer of Switch, the position biases, which the first layer computes for all.
 
     ``outputs [real tokens, hidden]`` is for the experts of the layer that is visited. ``sides`` are the stack's rows by batch.
     """
 
-    def __init__(self, name: str, layers: int, sides: list[Rows], hidden: int, in_memory: bool, device: str) -> None:
+    def __init__(
+        self, name: str, embedding: str, layers: int, sides: list[Rows], hidden: int, in_memory: bool, device: str
+    ) -> None:
         self.parent = name.rpartition(".")[0]
         self.name = name
-        self.embedding = f"{self.parent}.embed_tokens"
+        self.embedding = embedding
         self.layers = [f"{name}.{number}" for number in range(layers)]
         self.sides = sides
         self.device = device
         self.outputs = scratch((sum(int(rows.real.sum()) for rows in sides), hidden), in_memory)
-        self._starts = np.cumsum([0, *(rows.ids.size for rows in sides)])
-        self._states = scratch((int(self._starts[-1]), hidden), in_memory)
+        starts = np.cumsum([0, *(rows.ids.size for rows in sides)])
+        # A model may compute more of the embeddings than the first layer's input (Gemma's inputs of each layer).
+        self.embedded, self._states = (_States(starts, hidden, in_memory, device) for _ in range(2))
         self._beside: list[tuple[Any, ...] | None] = [None] * len(sides)
-        self._read: tuple[int, torch.Tensor] | None = None
 
     def keep(self, batch: int, returned: Any) -> None:
         hidden, beside = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
-        self._states[self._starts[batch] : self._starts[batch + 1]] = hidden.reshape(-1, hidden.shape[-1]).cpu().numpy()
-        release(self._states)
-        self._read = None
+        self._states.keep(batch, hidden)
         # Batches of one shape have equal position biases: one copy is enough.
         self._beside[batch] = next((known for known in self._beside if known and beside and _equal(known, beside)), beside)
 
-    def hidden(self, batch: int) -> torch.Tensor:
-        """``[batch, length, hidden]``"""
-        if self._read is None or self._read[0] != batch:
-            rows = torch.tensor(self._states[self._starts[batch] : self._starts[batch + 1]], device=self.device)
-            release(self._states)
-            self._read = (batch, rows.reshape(*self.sides[batch].ids.shape, -1))
-        return self._read[1]
-
     def returned(self, batch: int) -> Any:
-        beside = self._beside[batch]
-        return self.hidden(batch) if beside is None else (self.hidden(batch), *beside)
+        hidden, beside = self._states.of(batch), self._beside[batch]
+        return hidden if beside is None else (hidden, *beside)
 
     def given(self, batch: int) -> torch.Tensor:
         """What the experts gave for each token ``[tokens, hidden]``, padding included, whose rows are zeros: no other token sees
@@ -140,18 +163,31 @@ class _Run:
 
     def stacks(self, hidden: int, in_memory: bool) -> list[_Stack]:
         """In the order in which they run; what stands beside their layers and embeddings (norms) has its weights."""
-        family = self._model.family
         stacks = []
-        for number, pattern in enumerate(filter(None, (family.experts, family.decoder_experts))):
-            name = pattern.partition(".{layer}")[0]
+        for number, name in enumerate(self._stack_names()):
             sides = [batch.sides[number] for batch in self._batches]
             layers: Any = self._module.get_submodule(name)
-            stack = _Stack(name, len(layers), sides, hidden, in_memory, self._device)
+            stack = _Stack(name, self._embedding(name), len(layers), sides, hidden, in_memory, self._device)
+            materialize(self._module, self._model, stack.parent, self._device, deep=False)
             for child, _ in self._module.get_submodule(stack.parent).named_children():
                 if (path := f"{stack.parent}.{child}") not in (stack.name, stack.embedding):
                     materialize(self._module, self._model, path, self._device)
             stacks.append(stack)
         return stacks
+
+    def _stack_names(self) -> list[str]:
+        """``model.layers``, say; of an encoder-decoder the encoder's first."""
+        family = self._model.family
+        if family is not None:
+            return [pattern.partition(".{layer}")[0] for pattern in (family.experts, family.decoder_experts) if pattern]
+        return list(dict.fromkeys(re.sub(r"\.\d+\..*", "", layer.name) for layer in self._model.layers))
+
+    def _embedding(self, stack: str) -> str:
+        """What turns tokens into the hidden states that the stack begins with."""
+        if self._module.config.is_encoder_decoder:
+            return f"{stack.rpartition('.')[0]}.embed_tokens"
+        embedding = self._module.get_input_embeddings()
+        return next(name for name, module in self._module.named_modules() if module is embedding)
 
     @contextmanager
     def materialized(self, name: str, without: str | None = None) -> Iterator[None]:
@@ -176,14 +212,17 @@ class _Run:
     def visit(self, stack: _Stack, name: str) -> None:
         """Run all batches as far as the module; from then on it returns what the last visited of its stack did."""
 
+        embeds = name == stack.embedding
+        keep = stack.embedded.keep if embeds else stack.keep
+
         def keep_and_end(*args: Any, **kwargs: Any) -> NoReturn:
-            stack.keep(self.batch, forward(*args, **kwargs))
+            keep(self.batch, forward(*args, **kwargs))
             raise _End
 
         with self.instead(name, keep_and_end) as forward:
             for number in range(len(self._batches)):
                 self._run(number, name)
-        returned = stack.hidden if name == stack.embedding else stack.returned
+        returned = stack.embedded.of if embeds else stack.returned
         module: Any = self._module.get_submodule(name)
         module.forward = lambda *args, **kwargs: returned(self.batch)
 
@@ -205,7 +244,7 @@ class _Run:
     def _run(self, number: int, name: str) -> None:
         self.batch = number
         with torch.inference_mode(), suppress(_End):
-            self._module.base_model(**model_arguments(self._batches[number], self._device))
+            text_body(self._module)(**model_arguments(self._batches[number], self._device))
             raise UserError(f"{name} was bypassed by the model; use a transformers version that this rq-compile asks for")
         self.visits += 1
         self.on_visit()

@@ -16,6 +16,7 @@ from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.traced import set_experts_implementation
 
 IMPLEMENTATION = "rq_compile_experts_node"
 DOMAIN = "rq.moe"
@@ -36,7 +37,7 @@ def route_to_experts_nodes(model: PreTrainedModel, layers: Iterable[MoeLayer]) -
     for layer in layers:
         module: Any = model.get_submodule(layer.name)
         module.rq_layer = layer.name
-    model.set_experts_implementation(IMPLEMENTATION)
+    set_experts_implementation(model, IMPLEMENTATION)
 
 
 def _interface(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,15 @@ import onnx
 import onnx_ir
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from rq_compile.architectures.load import meta_model
 from rq_compile.architectures.model import Model
+from rq_compile.errors import UserError
 from rq_compile.export.experts_op import route_to_experts_nodes
 from rq_compile.export.graph import Parameter, folded, without_weights
+from rq_compile.export.linear_attention import linear_attention_as_nodes
 from rq_compile.export.rope import free_the_length
 from rq_compile.export.switch import route_switch_to_experts_nodes
 from rq_compile.targets.manifest import CacheTensor
@@ -30,6 +33,8 @@ from rq_compile.targets.manifest import CacheTensor
 # Sizes to trace with: all different, and none is 0 or 1, which torch.export would take for constants.
 BATCH, SEQUENCE, PAST = 2, 3, 5
 OPSET = 21
+PAST_NAME, PRESENT_NAME = "past_key_values", "present"
+KINDS = {"keys": "key", "values": "value"}
 FREE_AXES: dict[str, dict[int, str]] = {
     "input_ids": {0: "batch", 1: "sequence"},
     "decoder_input_ids": {0: "batch", 1: "decoder_sequence"},
@@ -53,9 +58,9 @@ def export_graph(model: Model) -> Exported:
     """Export without reading a weight.
 
     Inputs: ``input_ids`` and ``position_ids`` int64 ``[batch, sequence]``, ``attention_mask`` int64 ``[batch, past + sequence]``,
-    ``past_key_values.{i}.key`` and ``.value`` fp32 ``[batch, heads, past, dimension]``; outputs: ``logits`` fp32
-    ``[batch, sequence, vocabulary]`` and ``present.{i}.key`` and ``.value``. An encoder-decoder has ``input_ids``,
-    ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
+    and the cache's tensors, ``past_key_values.{i}.key`` and ``.value`` fp32 ``[batch, heads, past, dimension]`` among them;
+    outputs: ``logits`` fp32 ``[batch, sequence, vocabulary]`` and ``present.{i}.key`` and so on. An encoder-decoder has
+    ``input_ids``, ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
 
     Raises:
         UserError: see ``meta_model``.
@@ -65,17 +70,20 @@ def export_graph(model: Model) -> Exported:
         encoder_decoder = bool(model.config.is_encoder_decoder)
         if encoder_decoder:
             route_switch_to_experts_nodes(module, model.layers)
-            inputs, cache = _encoder_decoder_inputs(), list[CacheTensor]()
+            inputs = _encoder_decoder_inputs()
         else:
             route_to_experts_nodes(module, model.layers)
             free_the_length(module)
-            inputs, cache = _causal_inputs(module)
+            inputs = _causal_inputs(module)
         # Folding constants would read weights that a meta model does not have: `folded` does it, around them.
         config = OnnxConfig(dynamic=True, optimize=False, opset_version=OPSET)
-        exported = OnnxExporter().export(module, inputs, config=config).program
+        with linear_attention_as_nodes(module):
+            exported = OnnxExporter().export(module, inputs, config=config).program
         if encoder_decoder:
             _keep_logits(exported.graph)
         _name_inputs_and_outputs(exported.graph)
+        _check_free_dimensions(exported.graph, model)
+        cache = _cache_tensors(exported.graph)
         exported, parameters = folded(exported, without_weights(exported.graph, module))
     return Exported(onnx_ir.to_proto(exported), parameters, OPSET, encoder_decoder, cache)
 
@@ -86,26 +94,57 @@ def _encoder_decoder_inputs() -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": decoder_ids, "use_cache": False}
 
 
-def _causal_inputs(module: PreTrainedModel) -> tuple[dict[str, Any], list[CacheTensor]]:
-    """What to trace with, and the cache's tensors as the model itself shapes them (latent attention has two widths)."""
+def _causal_inputs(module: PreTrainedModel) -> dict[str, Any]:
+    """What to trace with; the cache holds what the model itself puts there when it has read ``PAST`` tokens."""
     ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64, device="meta")
-    held = module(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
-    cache, tensors = DynamicCache(), []
-    for number, layer in enumerate(held.layers):
-        pair = {}
-        for kind, shaped in (("key", layer.keys), ("value", layer.values)):
-            _, heads, _, dimension = shaped.shape
-            pair[kind] = torch.zeros(BATCH, heads, PAST, dimension, device="meta")
-            names = (f"past_key_values.{number}.{kind}", f"present.{number}.{kind}")
-            tensors.append(CacheTensor(past=names[0], present=names[1], heads=heads, dimension=dimension))
-        cache.update(pair["key"], pair["value"], number)
-    inputs = {
+    before = torch.zeros(BATCH, PAST, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        held: Any = module(input_ids=before, past_key_values=DynamicCache(config=module.config), use_cache=True)
+    cache = held.past_key_values
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer:  # the whole past goes in, and the mask applies the window
+            cache.layers[number] = DynamicLayer()
+            cache.layers[number].update(layer.keys, layer.values)
+    return {
         "input_ids": ids,
         "attention_mask": torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.int64, device="meta"),
         "position_ids": torch.zeros_like(ids),
         "past_key_values": cache,
     }
-    return inputs, tensors
+
+
+def _check_free_dimensions(graph: onnx_ir.Graph, model: Model) -> None:
+    """
+    Raises:
+        UserError: tracing fixed the batch, the sequence or the past to the sizes it was traced with.
+    """
+    for value in graph.inputs:
+        axes = (0,) if (value.name or "").startswith(f"{PAST_NAME}.") else (0, 1)
+        if any(str(_shape(value)[axis]).isdigit() for axis in axes):
+            raise UserError(
+                f"{model.path}: layers of {model.model_type} loop over the batch or the sequence in Python, which fixes "
+                f"{value.name} to the sizes that it was traced with; no engine can be made of this family"
+            )
+
+
+def _cache_tensors(graph: onnx_ir.Graph) -> list[CacheTensor]:
+    """Of a graph whose inputs and outputs have their names.
+
+    Raises:
+        UserError: a tensor of the cache goes in and does not come out.
+    """
+    outputs = {value.name for value in graph.outputs}
+    tensors = []
+    for value in graph.inputs:
+        name = value.name or ""
+        if name.startswith(f"{PAST_NAME}."):
+            present = name.replace(PAST_NAME, PRESENT_NAME, 1)
+            if present not in outputs or not value.uses():
+                missing = "give back" if value.uses() else "read"
+                raise UserError(f"the exported graph does not {missing} the cache tensor {name}, so it cannot decode")
+            shape = [int(text) if (text := str(dimension)).isdigit() else text for dimension in _shape(value)]
+            tensors.append(CacheTensor.model_validate({"past": name, "present": present, "shape": shape}))
+    return tensors
 
 
 def _keep_logits(graph: onnx_ir.Graph) -> None:
@@ -116,14 +155,15 @@ def _keep_logits(graph: onnx_ir.Graph) -> None:
 def _name_inputs_and_outputs(graph: onnx_ir.Graph) -> None:
     """Give the cache's tensors and the free dimensions the names that ``export_graph`` promises."""
     for value in (*graph.inputs, *graph.outputs):
-        match = re.search(r"layers\.(\d+)\.(key|value)s$", value.name or "")
+        match = re.search(r"layers\.(\d+)\.([\w.]+)$", value.name or "")
         if match:
-            side = "past_key_values" if value.is_graph_input() else "present"
-            value.name = f"{side}.{match[1]}.{match[2]}"
+            side = PAST_NAME if value.is_graph_input() else PRESENT_NAME
+            value.name = f"{side}.{match[1]}.{KINDS.get(match[2], match[2])}"
     names: dict[str, str] = {}
     for value in graph.inputs:
         for axis, name in FREE_AXES.get((value.name or "").partition(".")[0], {}).items():
-            names.setdefault(str(_shape(value)[axis]), name)
+            if axis < len(_shape(value)) and not str(_shape(value)[axis]).isdigit():
+                names.setdefault(str(_shape(value)[axis]), name)
     for value in (*graph.inputs, *graph.outputs):
         value.shape = onnx_ir.Shape([_dimension(dimension, names) for dimension in _shape(value)])
 

@@ -82,7 +82,12 @@ def check_runnable(source: Path, manifest: Manifest) -> None:
         raise UserError(
             f"{source} names no end-of-text token, which onnxruntime-genai insists on; set eos_token_id in the model", 2
         )
-    shapes = {(tensor.heads, tensor.dimension) for tensor in manifest.cache}
+    states = [tensor.past for tensor in manifest.cache if len(tensor.shape) != 4 or tensor.shape[2] != "past"]
+    if states:
+        raise UserError(
+            f"{source} has a cache of states ({states[0]}), which onnxruntime-genai's decoder has no names for; use --for edge", 2
+        )
+    shapes = {heads_and_dimension(tensor) for tensor in manifest.cache}
     if len(shapes) > 1:
         told = " and ".join(f"{heads} x {dimension}" for heads, dimension in sorted(shapes))
         raise UserError(
@@ -92,9 +97,18 @@ def check_runnable(source: Path, manifest: Manifest) -> None:
         )
 
 
+def heads_and_dimension(tensor: CacheTensor) -> tuple[int, int]:
+    """Of keys or values, ``[batch, heads, past, dimension]``."""
+    _, heads, _, dimension = tensor.shape
+    assert isinstance(heads, int)
+    assert isinstance(dimension, int)
+    return heads, dimension
+
+
 def config(manifest: Manifest, context_length: int) -> dict[str, Any]:
     """What ``genai_config.json`` holds. Model type ``decoder`` is onnxruntime-genai's for graphs that it did not build itself."""
     keys, values = manifest.cache[::2], manifest.cache[1::2]
+    heads, dimension = heads_and_dimension(keys[0])
     options: dict[str, Any] = {"provider_options": []}
     if manifest.op_library is not None:
         options["custom_ops_library"] = OP_LIBRARY
@@ -104,8 +118,8 @@ def config(manifest: Manifest, context_length: int) -> dict[str, Any]:
         "filename": manifest.graph.name,
         "session_options": options,
         "num_hidden_layers": len(keys),
-        "num_key_value_heads": keys[0].heads,
-        "head_size": keys[0].dimension,
+        "num_key_value_heads": heads,
+        "head_size": dimension,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",

@@ -12,10 +12,17 @@ def activated(op: Ops, up: gs.Tensor, geometry: ExpertGeometry) -> gs.Tensor:
     kind = geometry.activation
     if kind == "relu":
         return op("Relu", up)
+    if kind == "relu2":
+        kept = op("Relu", up)
+        return op("Mul", kept, kept)
     if kind == "gelu":
         return op("Gelu", up)
     assert kind in GATED
     gate, linear = op("Split", up, axis=-1, num_outputs=2, outputs=2)
+    if kind == "limited_swiglu":
+        gate = op("Min", gate, np.float32(geometry.limit))
+        linear = op("Clip", linear, np.float32(-geometry.limit), np.float32(geometry.limit))
+        return op("Mul", op("Mul", gate, op("Sigmoid", gate)), linear)
     if kind == "clamped_swiglu":
         gate = op("Min", gate, np.float32(geometry.limit))
         linear = op("Add", op("Clip", linear, np.float32(-geometry.limit), np.float32(geometry.limit)), np.float32(1))

@@ -125,7 +125,7 @@ class Engine:
 
     def _decode(self, ids: np.ndarray) -> Iterator[int]:
         cache = self.manifest.cache
-        empty = {tensor.past: np.zeros((1, tensor.heads, 0, tensor.dimension), np.float32) for tensor in cache}
+        empty = {tensor.past: tensor.empty(1) for tensor in cache}
         outputs = ["logits", *(tensor.present for tensor in cache)]
         past, start = empty, 0
         while True:
@@ -161,7 +161,7 @@ class Engine:
                 raise ValueError("an encoder-decoder engine needs decoder_input_ids")
             return {**feeds, "decoder_input_ids": np.asarray(decoder_input_ids, dtype=np.int64)}
         batch = input_ids.shape[0]
-        past = {tensor.past: np.zeros((batch, tensor.heads, 0, tensor.dimension), np.float32) for tensor in self.manifest.cache}
+        past = {tensor.past: tensor.empty(batch) for tensor in self.manifest.cache}
         return {**feeds, "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0), **past}
 
     @staticmethod

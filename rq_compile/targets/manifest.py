@@ -1,14 +1,15 @@
 """The engine manifest, written beside the engine as ``<engine stem>.json``: what is needed to load and run it."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from rq_compile.bounds import Count, FileName, Sha256, Size, TokenId
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
 from rq_compile.targets.library import OpLibrary
-from rq_compile.versions import Upgrade, Versioned, same_keys
+from rq_compile.versions import Upgrade, Versioned
 
 CpuLowering = Literal["native", "stock", "batched"]
 Lowering = Literal["native", "stock", "batched", "cuda"]
@@ -25,15 +26,28 @@ class EngineFile(Document):
 
 
 class CacheTensor(Document):
-    """One key or value tensor of the cache: graph input ``past_key_values.{i}.key``, output ``present.{i}.key``.
+    """One tensor of the cache, fp32: graph input ``past``, output ``present``.
 
-    fp32 ``[batch, heads, past, dimension]``.
+    Keys and values (``past_key_values.{i}.key``) are ``[batch, heads, past, dimension]``. Layers without attention keep states
+    of a fixed size: ``[batch, ...]``. In ``shape`` the free dimensions stand by name.
     """
 
     past: str
     present: str
-    heads: Size
-    dimension: Size
+    shape: list[Size | Literal["batch", "past"]] = Field(min_length=1, max_length=8)
+
+    def empty(self, batch: int) -> np.ndarray:
+        """What a text begins with: no keys and values, and states of zeros."""
+        sizes = {"batch": batch, "past": 0}
+        return np.zeros([size if isinstance(size, int) else sizes[size] for size in self.shape], np.float32)
+
+
+def _with_cache_shapes(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew keys and values alone, by heads and dimension."""
+    for tensor in content.get("cache") or []:
+        if isinstance(tensor, dict) and "heads" in tensor:
+            tensor["shape"] = ["batch", tensor.pop("heads"), "past", tensor.pop("dimension", None)]
+    return content
 
 
 class Manifest(Versioned):
@@ -48,7 +62,7 @@ class Manifest(Versioned):
 
     called: ClassVar[str] = "manifest of an engine"
     command: ClassVar[str] = "rq-compile compile"
-    upgrades: ClassVar[dict[int, Upgrade]] = {1: same_keys}
+    upgrades: ClassVar[dict[int, Upgrade]] = {1: _with_cache_shapes}
 
     schema_version: Literal[2] = 2
     kind: Literal["engine"] = "engine"

@@ -70,7 +70,7 @@ def dense_weights(
             dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
             weight, stored_as = ExternalWeight(name, dtype, tuple(tensor.dims)), model.stored(parameter.name)
             same = seen.setdefault((model.tensor(parameter.name), parameter.transposed, dtype), name)
-            if link and linkable(weight, stored_as, transposed=parameter.transposed):
+            if link and stored_as and linkable(weight, stored_as, transposed=parameter.transposed):
                 linked[name] = stored_as
             elif same == name:
                 sections.append(_dense(model, weight, parameter))
@@ -90,5 +90,5 @@ def stored_weights(model: Model, parameters: dict[str, Parameter]) -> DenseWeigh
 
 def _dense(model: Model, weight: ExternalWeight, parameter: Parameter) -> Section:
     # Read in the checkpoint's dtype, and written in the graph's.
-    memory = model.stored(parameter.name).bytes + weight.bytes
+    memory = model.source_bytes(parameter.name) + weight.bytes
     return Section(weight.name, (weight,), (Piece((weight,), lambda: (parameter.read(model),), memory),))

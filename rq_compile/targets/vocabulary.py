@@ -25,7 +25,7 @@ def vocabulary(model: Model) -> dict[str, Any]:
         if type(number) is not int:
             raise UserError(f"{model.path} has {key} {repr(number)[:40]}, which is no whole number; correct its config files", 2)
     return {
-        "vocabulary": model.config.vocab_size,
+        "vocabulary": model.text_config.vocab_size,
         "start_of_text": _start_of_text(model.path),
         "end_of_text": ends,
         "decoder_start": start,

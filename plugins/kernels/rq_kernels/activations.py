@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-NAMES = ("none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu")
-GATED = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
+NAMES = ("none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu", "relu", "gelu", "relu2")
+GATED = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu")
 
-SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU = (tl.constexpr(NAMES.index(name)) for name in GATED)
-RELU, GELU = (tl.constexpr(NAMES.index(name)) for name in ("relu", "gelu"))
+SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, LIMITED_SWIGLU = (tl.constexpr(NAMES.index(name)) for name in GATED)
+RELU, GELU, RELU2 = (tl.constexpr(NAMES.index(name)) for name in ("relu", "gelu", "relu2"))
 
 
 @triton.jit
@@ -23,12 +23,17 @@ def _gelu_tanh(x):
 
 @triton.jit
 def gated(gate, linear, activation, alpha, limit):
-    """fp32, elementwise; ``alpha`` and ``limit`` are those of clamped_swiglu. NaN stays NaN."""
+    """fp32, elementwise; ``alpha`` is that of clamped_swiglu, ``limit`` also that of limited_swiglu. NaN stays NaN."""
     if activation == CLAMPED_SWIGLU:
         gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
         linear = tl.minimum(linear, limit, propagate_nan=tl.PropagateNan.ALL)
         linear = 1 + tl.maximum(linear, -limit, propagate_nan=tl.PropagateNan.ALL)
         gate = gate * tl.sigmoid(alpha * gate)
+    elif activation == LIMITED_SWIGLU:
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        linear = tl.minimum(linear, limit, propagate_nan=tl.PropagateNan.ALL)
+        linear = tl.maximum(linear, -limit, propagate_nan=tl.PropagateNan.ALL)
+        gate = gate * tl.sigmoid(gate)
     elif activation == GEGLU:
         gate = _gelu(gate)
     elif activation == GEGLU_TANH:
@@ -40,9 +45,12 @@ def gated(gate, linear, activation, alpha, limit):
 
 @triton.jit
 def plain(x, activation):
-    """fp32, elementwise: relu, gelu, or x itself."""
+    """fp32, elementwise: relu, gelu, the square of relu, or x itself."""
     if activation == RELU:
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif activation == GELU:
         x = _gelu(x)
+    elif activation == RELU2:
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        x = x * x
     return x

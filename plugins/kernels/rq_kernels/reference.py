@@ -99,11 +99,14 @@ def grouped(slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor
 def activated(z: torch.Tensor, name: str, alpha: float, limit: float) -> torch.Tensor:
     gelu = torch.nn.functional.gelu
     if name not in GATED:
-        return {"none": z, "relu": z.relu(), "gelu": gelu(z)}[name]
+        return {"none": z, "relu": z.relu(), "gelu": gelu(z), "relu2": z.relu().square()}[name]
     gate, linear = z.chunk(2, -1)
     if name == "clamped_swiglu":
         gate = gate.clamp(max=limit)
         return (linear.clamp(-limit, limit) + 1) * gate * torch.sigmoid(alpha * gate)
+    if name == "limited_swiglu":
+        gate = gate.clamp(max=limit)
+        return gate * torch.sigmoid(gate) * linear.clamp(-limit, limit)
     if name == "swiglu":
         return gate * torch.sigmoid(gate) * linear
     return gelu(gate, approximate="tanh" if name == "geglu_tanh" else "none") * linear

@@ -44,11 +44,24 @@ void activate(Activation activation, float alpha, float limit, const float* up, 
         gate[i] = (u + 1.0f) * g * sigmoid(alpha * g);
       }
       return;
+    case Activation::limited_swiglu:
+      for (int64_t i = 0; i < n; ++i) {
+        const float g = gate[i] > limit ? limit : gate[i];
+        const float u = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+        gate[i] = g * sigmoid(g) * u;
+      }
+      return;
     case Activation::relu:
       for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] < 0.0f ? 0.0f : gate[i];
       return;
     case Activation::gelu:
       for (int64_t i = 0; i < n; ++i) gate[i] = gelu(gate[i]);
+      return;
+    case Activation::relu2:
+      for (int64_t i = 0; i < n; ++i) {
+        const float x = gate[i] < 0.0f ? 0.0f : gate[i];
+        gate[i] = x * x;
+      }
       return;
   }
 }

@@ -20,7 +20,8 @@ Activation activation_named(const std::string& name) {
       {"none", Activation::none},       {"swiglu", Activation::swiglu},
       {"geglu", Activation::geglu},     {"geglu_tanh", Activation::geglu_tanh},
       {"relu", Activation::relu},       {"clamped_swiglu", Activation::clamped_swiglu},
-      {"gelu", Activation::gelu},
+      {"gelu", Activation::gelu},       {"limited_swiglu", Activation::limited_swiglu},
+      {"relu2", Activation::relu2},
   };
   for (const auto& [known, value] : kNames) {
     if (name == known) return value;
@@ -30,7 +31,7 @@ Activation activation_named(const std::string& name) {
 
 bool gated(Activation activation) {
   return activation == Activation::swiglu || activation == Activation::geglu || activation == Activation::geglu_tanh ||
-         activation == Activation::clamped_swiglu;
+         activation == Activation::clamped_swiglu || activation == Activation::limited_swiglu;
 }
 
 struct ExpertGemm {

@@ -8,7 +8,7 @@
 namespace rq {
 
 enum class Storage { fp32, fp16, bf16, int8, int4 };
-enum class Activation { none, swiglu, geglu, geglu_tanh, clamped_swiglu, relu, gelu };
+enum class Activation { none, swiglu, geglu, geglu_tanh, clamped_swiglu, limited_swiglu, relu, gelu, relu2 };
 
 constexpr int64_t kPanel = 16;  // weight rows of a panel: the lanes of a kernel
 constexpr int64_t kSideBySide = 4;  // panels that a kernel takes at once, at most

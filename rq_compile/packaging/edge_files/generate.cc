@@ -40,13 +40,15 @@ Ort::Value integers(std::vector<int64_t>& values) {
                                            values.size(), shape.data(), shape.size());
 }
 
-// A cache tensor [1, heads, 0, dimension] for input `index`.
+// What input `index` of the cache is before any token: keys and values of no token, or a state of zeros.
 Ort::Value no_past(Ort::Session& session, size_t index) {
   std::vector<int64_t> shape = session.GetInputTypeInfo(index).GetTensorTypeAndShapeInfo().GetShape();
   shape[0] = 1;
-  shape[2] = 0;
+  for (int64_t& size : shape) size = std::max<int64_t>(size, 0);  // a free one is -1
   Ort::AllocatorWithDefaultOptions allocator;
-  return Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size());
+  Ort::Value value = Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size());
+  std::fill_n(value.GetTensorMutableData<float>(), value.GetTensorTypeAndShapeInfo().GetElementCount(), 0.0f);
+  return value;
 }
 
 int64_t likeliest(const Ort::Value& logits) {  // of the last position of [1, positions, vocabulary]

@@ -31,7 +31,8 @@ def generate(session: onnxruntime.InferenceSession, manifest: dict, prompt: list
     cache = manifest["cache"]
     inputs = {tensor.name for tensor in session.get_inputs()}
     outputs = ["logits", *(tensor["present"] for tensor in cache)]
-    empty = {tensor["past"]: np.zeros((1, tensor["heads"], 0, tensor["dimension"]), np.float32) for tensor in cache}
+    sizes = {"batch": 1, "past": 0}
+    empty = {tensor["past"]: np.zeros([sizes.get(size, size) for size in tensor["shape"]], np.float32) for tensor in cache}
     beyond = manifest.get("recomputed_beyond")
     ids, past, start = np.array([prompt], np.int64), empty, 0
     for _ in range(tokens):

@@ -1,0 +1,258 @@
+"""A checkpoint's weights as transformers' own loader would place them: no table of families, no weight read."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from transformers import DynamicCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+from transformers.utils import logging
+
+from rq_compile.architectures.agreement import Agreement, agreement_of
+from rq_compile.architectures.layers import MoeLayer, Projection
+from rq_compile.architectures.probe import experts_geometry
+from rq_compile.architectures.sources.experts import ExpertSources, expert_sources, experts_modules
+from rq_compile.architectures.sources.expression import Expression, Source
+from rq_compile.architectures.sources.tracing import Traces, trace
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+TORCH_DTYPES = {np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
+WATCHED = "rq_compile_watched_experts"
+
+
+@dataclass(frozen=True, eq=False)
+class TracedWeights:
+    """Every parameter and expert of a checkpoint as an expression over its tensors."""
+
+    checkpoint: Checkpoint
+    traces: Traces
+    layers: tuple[MoeLayer, ...]
+    _experts: dict[tuple[str, int], ExpertSources] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: "PretrainedConfig") -> "TracedWeights":
+        """
+        Raises:
+            UserError: the config describes no language model of transformers that can be built, a parameter has no tensor, or
+                no layer has experts that are supported.
+        """
+        model_class = model_class_of(config, checkpoint)
+        tensors = {name: (checkpoint.shape(name), _torch_dtype(checkpoint.stored_dtype(name))) for name in checkpoint.names}
+        try:
+            with quiet_loading():
+                traces = trace(model_class, config, tensors)
+        except Exception as error:  # a config may be wrong in any way, and a loader may need what was not foreseen
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"transformers cannot load {checkpoint.path} as a {model_class.__name__}: {reason}; "
+                "check its config.json against its tensors",
+                2,
+            ) from error
+        if traces.missing:
+            raise UserError(
+                f"{checkpoint.path} has no tensor for {len(traces.missing)} of the parameters of a {model_class.__name__}, "
+                f"{min(traces.missing)} among them; check that all of its files and the right config.json are there",
+                2,
+            )
+        return cls(checkpoint, traces, tuple(_moe_layers(traces, checkpoint)))
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The model on the meta device."""
+        return self.traces.model
+
+    def agreement(self) -> Agreement:
+        """How config, tensors and parameters differ, where that is not an error.
+
+        Raises:
+            UserError: experts are stored in a type that is not a floating-point number.
+        """
+        inside = tuple(f"{layer.name}." for layer in self.layers)
+        names = [name for name in self.traces.model.state_dict() if not name.startswith(inside)]
+        tensors = {name: self.tensor(name) or f"parameter {name}" for name in names if name in self.traces.parameters}
+        experts = {
+            layer.index: {source.name for name in self._parameters_of(layer) for source in self.parameter(name).sources()}
+            for layer in self.layers
+        }
+        used = {source.name for expression in self.traces.parameters.values() for source in expression.sources()}
+        return agreement_of(self.checkpoint, tensors, experts, used)
+
+    def _parameters_of(self, layer: MoeLayer) -> list[str]:
+        return [name for name in self.traces.parameters if name.startswith(f"{layer.name}.")]
+
+    def parameter(self, name: str) -> Expression:
+        """
+        Raises:
+            UserError: no tensor of the checkpoint makes up such a parameter.
+        """
+        try:
+            return self.traces.parameters[name]
+        except KeyError:
+            raise UserError(f"{self.checkpoint.path} has no tensor for the parameter {name}; check its config.json", 2) from None
+
+    def tensor(self, name: str) -> str | None:
+        """The tensor that a parameter is, as it is; None where it is computed."""
+        expression = self.parameter(name)
+        return expression.name if isinstance(expression, Source) and expression.row is None else None
+
+    def read(self, expression: Expression) -> np.ndarray:
+        """The value in its stored dtype (bf16 as ``ml_dtypes.bfloat16``).
+
+        Raises:
+            UserError: a value is infinite or not a number.
+        """
+        return _numpy(expression.compute(self._read))
+
+    def stored_dtype(self, expression: Expression) -> np.dtype:
+        """What ``read`` gives."""
+        dtypes = {self.checkpoint.stored_dtype(source.name) for source in expression.sources()}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def stored_bytes(self, expression: Expression) -> int:
+        """Of the tensors (or slices of them) that it is computed from."""
+        sizes = 0
+        for source in expression.sources():
+            stored = self.checkpoint.stored(source.name)
+            sizes += stored.bytes if source.row is None else stored.bytes // max(1, stored.shape[0])
+        return sizes
+
+    def matrix(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray:
+        """As ``ExpertWeights`` has it."""
+        found = self._expert(layer, expert)
+        return np.ascontiguousarray(self.read(found.up if projection == "up" else found.down))
+
+    def bias(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray | None:
+        """As ``ExpertWeights`` has it."""
+        found = self._expert(layer, expert)
+        bias = found.up_bias if projection == "up" else found.down_bias
+        return None if bias is None else self.read(bias).astype(np.float32)
+
+    def _expert(self, layer: MoeLayer, expert: int) -> ExpertSources:
+        key = (layer.name, expert)
+        if key not in self._experts:
+            self._experts[key] = expert_sources(self.traces, layer.name, expert)
+        return self._experts[key]
+
+    def _read(self, name: str, row: int | None) -> torch.Tensor:
+        return _tensor(self.checkpoint.read(name) if row is None else self.checkpoint.read_row(name, row))
+
+
+def model_class_of(config: "PretrainedConfig", checkpoint: Checkpoint) -> "type[PreTrainedModel]":
+    """transformers' class of a language model (the one with all parts, where it is multimodal).
+
+    Raises:
+        UserError: there is none.
+    """
+    mappings: Any = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    for mapping in mappings:
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise UserError(
+        f"{checkpoint.path} has the model_type {checkpoint.model_type}, which is not a language model of transformers; "
+        "give a checkpoint of a decoder-only MoE language model",
+        2,
+    )
+
+
+def set_experts_implementation(model: Any, implementation: str) -> None:
+    """For all experts modules; ``PreTrainedModel.set_experts_implementation`` misses those below a part with its own config."""
+    for _, module in experts_modules(model):
+        module.config._experts_implementation = implementation
+
+
+def text_body(model: Any) -> Any:
+    """The part of a model that reads token ids, without the head: of a multimodal model its language model alone."""
+    return model.base_model if model.config.is_encoder_decoder else model.get_decoder()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """transformers shows no progress bar and warns of nothing."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _moe_layers(traces: Traces, checkpoint: Checkpoint) -> Iterator[MoeLayer]:
+    chosen = _top_k(traces.model)
+    found = [(name, module) for name, module in experts_modules(traces.model) if name in chosen]
+    if not found:
+        raise UserError(
+            f"{checkpoint.path} is not an MoE that is supported: no layer of a {type(traces.model).__name__} has experts that "
+            "transformers' experts interface runs; give a sparse MoE checkpoint",
+            2,
+        )
+    for name, module in found:
+        up, down = (traces.parameters.get(f"{name}.{part}") for part in (_up(module), "down_proj"))
+        if up is None or down is None:
+            raise UserError(f"{checkpoint.path} has no tensors for {name}; check that all of its files are there", 2)
+        first = expert_sources(traces, name, 0)
+        hidden, intermediate = first.down.shape
+        number = re.search(r"\.(\d+)\.", name)
+        geometry = experts_geometry(
+            module, name, experts=down.shape[0], top_k=chosen[name], hidden=hidden, intermediate=intermediate
+        )
+        yield MoeLayer(name, int(number[1]) if number else len(found), geometry)
+
+
+def _up(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _top_k(model: Any) -> dict[str, int]:
+    """Choices per token of every experts module that text reaches, as its router hands them over in a run on the meta device."""
+    found: dict[str, int] = {}
+    ALL_EXPERTS_FUNCTIONS.register(WATCHED, lambda module, hidden_states, *_: torch.empty_like(hidden_states))
+
+    def watch(name: str) -> Callable[..., None]:
+        def seen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[name] = (args[1] if len(args) > 1 else kwargs["top_k_index"]).shape[-1]
+
+        return seen
+
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in experts_modules(model)]
+    set_experts_implementation(model, WATCHED)
+    try:
+        with torch.no_grad():
+            ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+            model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _torch_dtype(dtype: np.dtype) -> torch.dtype:
+    return TORCH_DTYPES.get(dtype) or torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()

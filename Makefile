@@ -23,6 +23,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest tests
 
+# All model types of transformers that are supported: a quarter of an hour.
+families: $(INSTALLED)
+	RQ_MODEL_TYPES=all $(BIN)/pytest tests/test_model_types.py
+
 sanitize: $(INSTALLED)
 	PYTHON=$(BIN)/python plugins/onnxruntime/sanitize.sh
 

@@ -45,8 +45,8 @@ def test_its_cache_is_the_graphs(manifest: Manifest, graph: onnx.GraphProto) -> 
     assert outputs == {"logits", *(tensor.present for tensor in manifest.cache)}
     for tensor in manifest.cache:
         dimensions = inputs[tensor.past].type.tensor_type.shape.dim
-        assert (dimensions[1].dim_value, dimensions[3].dim_value) == (tensor.heads, tensor.dimension)
-        assert [dimension.dim_param for dimension in dimensions] == ["batch", "", "past", ""]
+        assert [dimension.dim_param or dimension.dim_value for dimension in dimensions] == tensor.shape
+        assert (tensor.shape[0], tensor.shape[2]) == ("batch", "past")
     logits = next(value for value in graph.output if value.name == "logits")
     assert logits.type.tensor_type.shape.dim[2].dim_value == manifest.vocabulary
 

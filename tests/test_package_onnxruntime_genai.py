@@ -166,7 +166,7 @@ def rewritten(stages: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 LATENT = [
-    {"past": f"past_key_values.{layer}.{kind}", "present": f"present.{layer}.{kind}", "heads": 1, "dimension": dimension}
+    {"past": f"past_key_values.{layer}.{kind}", "present": f"present.{layer}.{kind}", "shape": ["batch", 1, "past", dimension]}
     for layer in range(2)
     for kind, dimension in (("key", 64), ("value", 16))
 ]

@@ -247,7 +247,7 @@ class Client:
         self.cache = Engine.load(engine, threads=1).manifest.cache
 
     def generate(self, prompt: list[int], count: int) -> list[int]:
-        past = {tensor.past: np.zeros((1, tensor.heads, 0, tensor.dimension), np.float32) for tensor in self.cache}
+        past = {tensor.past: tensor.empty(1) for tensor in self.cache}
         ids, length, tokens = np.array([prompt], np.int64), 0, []
         while len(tokens) < count:
             start, length = length, length + ids.shape[1]

@@ -40,7 +40,7 @@ def rates() -> dict[str, float]:
     quantize(weights, "int4", moment)  # the factor of the moment is made once
     tokens, matrix = torch.randn(512, 2048), torch.randn(2048, 2048)
     checkpoint = Model.open(ROOT / "samples" / "olmoe")
-    stored = sum(tensor.bytes for tensor in checkpoint.checkpoint.stored_tensors())
+    stored = sum(tensor.bytes for tensor in checkpoint.checkpoint.weights())
     return {
         "flops": 2 * 512 * 2048**2 / cpu_seconds(lambda: tokens @ matrix, 10),
         "gptq": weights.size / cpu_seconds(lambda: quantize(weights, "int4", moment)),

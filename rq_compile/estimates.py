@@ -16,11 +16,12 @@ from torch import nn
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
-from rq_compile.calibration.calibrate import work_of
+from rq_compile.calibration.calibrate import block_of, work_of
 from rq_compile.calibration.measure import MAX_PAIRS
 from rq_compile.calibration.memory import used_memory
 from rq_compile.errors import UserError
 from rq_compile.files import Document
+from rq_compile.planning.budget import enough_for
 from rq_compile.planning.capacity import lane_groups
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, SCALE_BYTES, Format, Quantizer, block_size, matrix_bytes
@@ -121,12 +122,13 @@ def engine_estimate(
     lowering: Lowering,
     *,
     plan: Plan | None,
-    memory: float = 1.0,
+    memory: float | None = None,
     dense_format: DenseFormat = "stored",
     link_weights: bool = False,
     threads: int | None = None,
 ) -> Estimate:
-    """What ``compile_engine`` takes; without a ``plan`` that of one which uses all of ``memory`` times the experts' bytes.
+    """What ``compile_engine`` takes; without a ``plan`` that of one which uses all of ``memory`` times the experts' bytes
+    (None: see ``make_plan``).
 
     Raises:
         UserError: see ``moe_layers`` and ``meta_model``.
@@ -135,6 +137,8 @@ def engine_estimate(
     dense = _dense_sizes(model, dense_format if lowering == "native" else "fp32", link_weights)
     experts = [weight.bytes for layer in plan.layers for weight in expert_weights(layer, lowering)] if plan else []
     data = sum(size + -size % ALIGNMENT for size in dense + experts)
+    if memory is None:
+        memory = max(1.0, enough_for(sum(_least_bytes(model, layer) for layer in model.layers), model.expert_bytes))
     if plan is None:
         data += int(memory * model.expert_bytes)
     outputs = {output.name: _graph_bytes(layers, plan, lowering), f"{output.name}.data": data}
@@ -152,6 +156,12 @@ def engine_estimate(
         seconds=RATES.start + RATES.export * len(layers) + data / RATES.read + _quantizing_seconds(layers, plan) / threads,
         remarks=[] if plan else [f"there is no plan yet: the experts are taken to fill --memory {memory:g}"],
     )
+
+
+def _least_bytes(model: Model, layer: MoeLayer) -> int:
+    """Of a layer's experts, each once in the smallest format."""
+    geometry = layer.geometry.model_copy(update={"block": block_of(model.stored_experts(layer))})
+    return geometry.experts * geometry.expert_bytes("int4")
 
 
 def together(first: Estimate, second: Estimate) -> Estimate:
@@ -209,7 +219,7 @@ def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) ->
     )
     sizes: dict[tuple[str, bool], tuple[int, ...]] = {}
     for name in model.names:
-        shape, dtype = model.shape(name), model.stored_dtype(name)
+        shape, dtype = model.shape(name), model.dtype_of(name)
         halved = dense_format != "fp32" and dtype.itemsize == 2
         size: tuple[int, ...] = (math.prod(shape) * (2 if halved and name in tables else 4),)
         if name in matrices and shape[0] >= ROWS and (halved or dense_format == "int8"):

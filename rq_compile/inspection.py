@@ -5,16 +5,17 @@ from typing import Literal
 from pydantic import Field
 
 from rq_compile.architectures.geometry import Activation
+from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.storage.weight import Plain
 from rq_compile.errors import UserError
 from rq_compile.files import Document
-from rq_compile.quantization.formats import Format
 from rq_compile.targets.vocabulary import vocabulary
 
 
 class LayerFound(Document):
-    """One MoE layer: ``format`` is how most of its experts are stored, ``bytes`` what all of them take there."""
+    """One MoE layer: ``stored`` is how its experts are stored, ``bytes`` what all of them take there."""
 
     index: int
     name: str
@@ -23,14 +24,16 @@ class LayerFound(Document):
     hidden: int
     intermediate: int
     activation: Activation
-    format: Format
+    stored: str
     bytes: int
 
 
 class CheckpointFound(Document):
-    """``dtypes``: bytes of the tensors by their type in the files. ``tied``: a weight without a tensor of its own -> the weight
-    that it is tied to. ``unused``: tensors that no weight needs, or that only the index lists. ``why_not``: a sentence, where the
-    checkpoint cannot be compiled. Then there are no layers, and nothing is known of what the model would need.
+    """``dtypes``: bytes of the tensors by their type in the files; ``formats``: bytes of the weights by storage format.
+
+    ``tied``: a weight without a tensor of its own -> the weight that it is tied to. ``unused``: tensors that no weight needs, or
+    that only the index lists. ``why_not``: a sentence, where the checkpoint cannot be compiled. Then there are no layers, and
+    nothing is known of what the model would need.
     """
 
     kind: Literal["checkpoint"] = "checkpoint"
@@ -42,6 +45,7 @@ class CheckpointFound(Document):
     bytes: int
     tensors: int
     dtypes: dict[str, int]
+    formats: dict[str, int]
     compiles: bool
     why_not: str | None
     encoder_decoder: bool | None = None
@@ -69,6 +73,7 @@ def inspected(checkpoint: Checkpoint) -> CheckpointFound:
         bytes=sum(checkpoint.bytes_by_dtype.values()),
         tensors=len(checkpoint.names),
         dtypes=checkpoint.bytes_by_dtype,
+        formats=checkpoint.bytes_by_format,
         compiles=False,
         why_not=None,
         tokenizer=(checkpoint.path / "tokenizer.json").is_file(),
@@ -84,7 +89,7 @@ def inspected(checkpoint: Checkpoint) -> CheckpointFound:
             index=layer.index,
             name=layer.name,
             **layer.geometry.model_dump(include={"experts", "top_k", "hidden", "intermediate", "activation"}),
-            format=model.agreement.formats[layer.index],
+            stored=_stored(model, layer),
             bytes=model.stored_bytes[layer.name],
         )
         for layer in model.layers
@@ -107,3 +112,9 @@ def inspected(checkpoint: Checkpoint) -> CheckpointFound:
             "remarks": list(model.remarks),
         }
     )
+
+
+def _stored(model: Model, layer: MoeLayer) -> str:
+    """The storage formats of a layer's experts; where none is quantized, the format of most."""
+    quantized = {weight.format for weight in model.stored_experts(layer) if not isinstance(weight, Plain)}
+    return ", ".join(sorted(quantized)) or model.agreement.formats[layer.index]

@@ -113,14 +113,11 @@ def test_names_a_truncated_shard(copy: Path, kept: int) -> None:
     assert "download it again" in message
 
 
-def test_refuses_a_quantized_checkpoint(copy: Path) -> None:
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+def test_names_a_quantized_tensor_whose_scales_are_missing(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
-    save_file(tensors | {"model.layers.0.mlp.experts.down_proj_blocks": torch.zeros(2)}, copy / "model.safetensors")
-    message = refused(copy)
-    assert "mxfp4" in message
-    assert "dequantize" in message
+    name = "model.layers.0.mlp.experts.down_proj_blocks"
+    save_file(tensors | {name: torch.zeros(2, 3, 1, 16, dtype=torch.uint8)}, copy / "model.safetensors")
+    assert f"{name} in {copy / 'model.safetensors'} is stored as MXFP4, but its scales" in refused(copy)
 
 
 def test_names_an_absent_tensor(tiny_checkpoint: Callable[[str], Path]) -> None:

@@ -135,13 +135,16 @@ REMOTE_CONFIGS: dict[str, dict[str, object]] = {
 FAMILIES = (*CONFIGS, *REMOTE_CONFIGS)
 
 
-def build(family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a tiny checkpoint of ``family`` with a tokenizer into ``directory`` and return it."""
+def build(family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+    """Write a tiny checkpoint of ``family`` with a tokenizer into ``directory`` and return it.
+
+    ``changes`` replace settings of the config of a family that transformers has."""
     directory.mkdir(parents=True, exist_ok=True)
     if family in REMOTE_CONFIGS:
         _build_remote(family, directory, seed, dtype)
     else:
         config = CONFIGS[family]()
+        config.update(changes)
         mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
         model = mapping[type(config)](config)
         generator = torch.Generator().manual_seed(seed)

@@ -19,6 +19,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rq_compile.architectures.families import Family
 from rq_compile.architectures.layers import MoeLayer, layer_tensors
 from rq_compile.checkpoint.checkpoint import FLOATS, Checkpoint
@@ -40,7 +42,7 @@ OPTIONAL_DIMENSIONS = (
     *("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "d_kv", "d_ff", "n_group", "topk_group", "first_k_dense_replace"),
 )
 LAYERS = ("num_hidden_layers", "num_decoder_layers")
-FLOATING = (*FLOATS, "F64")
+FLOATING = (*FLOATS, np.dtype(np.float64))
 SHOWN = 3
 SAMPLE = 4096
 TIE = "tie_word_embeddings"
@@ -70,7 +72,7 @@ def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
     Raises:
         UserError: a size that the config states is not a whole number, or larger than any of the tensors can bear out.
     """
-    largest = max((max(tensor.shape, default=1) for tensor in checkpoint.stored_tensors()), default=1)
+    largest = max((max(weight.shape, default=1) for weight in checkpoint.weights()), default=1)
     limits = dict.fromkeys(DIMENSIONS, (1, largest)) | dict.fromkeys(OPTIONAL_DIMENSIONS, (0, largest))
     limits |= dict.fromkeys(LAYERS, (1, len(checkpoint.names)))
     for key, (least, most) in limits.items():
@@ -239,7 +241,7 @@ def _check(checkpoint: Checkpoint, tensor: str, value: "torch.Tensor") -> None:
 
 
 def _check_floating(checkpoint: Checkpoint, tensor: str) -> None:
-    dtype = checkpoint.stored(tensor).dtype
+    dtype = checkpoint.dtype_of(tensor)
     if dtype not in FLOATING:
         raise UserError(
             f"{tensor} of {checkpoint.path} is stored as {dtype}, but a weight is a floating-point number; "
@@ -249,13 +251,13 @@ def _check_floating(checkpoint: Checkpoint, tensor: str) -> None:
 
 
 def _formats(checkpoint: Checkpoint, names: Iterable[str]) -> Counter[Format]:
-    """How many weights are stored in each format."""
+    """How many weights are stored in each format; of quantized ones, the format that they are read in."""
     count: Counter[Format] = Counter()
     for name in names:
-        stored = checkpoint.stored(name)
-        if stored.dtype not in FLOATS:
-            raise UserError(f"{name} of {checkpoint.path} is stored as {stored.dtype}; convert it to bf16, fp16 or fp32", 2)
-        count[FLOATS[stored.dtype]] += checkpoint.size(name)
+        dtype = checkpoint.dtype_of(name)
+        if dtype not in FLOATS:
+            raise UserError(f"{name} of {checkpoint.path} is stored as {dtype}; convert it to bf16, fp16 or fp32", 2)
+        count[FLOATS[dtype]] += checkpoint.size(name)
     return count
 
 
@@ -294,9 +296,13 @@ def _tie_remarks(checkpoint: Checkpoint, ties: dict[str, str], own: dict[str, st
         one, other = own.get(weight), own.get(source)
         if one is None or other is None or one == other:
             continue
-        if read_ends(checkpoint.stored(one), SAMPLE) != read_ends(checkpoint.stored(other), SAMPLE):
+        if _ends(checkpoint, one) != _ends(checkpoint, other):
             remarks.append(f"{one} and {other} differ, though config.json ties them ({TIE}); both are used as they are")
     return remarks
+
+
+def _ends(checkpoint: Checkpoint, name: str) -> list[bytes]:
+    return [read_ends(part, SAMPLE) for part in checkpoint.weight(name).parts.values()]
 
 
 def _format_remarks(counts: dict[int, Counter[Format]], most: Format) -> list[str]:

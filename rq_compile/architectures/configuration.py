@@ -9,7 +9,8 @@ from rq_compile.architectures.agreement import check_sizes
 from rq_compile.architectures.config_values import in_declared_types, neutralized
 from rq_compile.architectures.families import known_family
 from rq_compile.architectures.rope import check_rope, stated_rope, with_head_dim
-from rq_compile.checkpoint.checkpoint import QUANTIZATION, Checkpoint
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.storage.stated import QUANTIZATION
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:

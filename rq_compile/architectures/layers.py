@@ -1,7 +1,7 @@
 """The MoE layers of a checkpoint and the weights of one expert, in canonical layout (``ExpertGeometry``)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -11,6 +11,7 @@ from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.quantization.second_moment import SecondMoment
+from rq_compile.quantization.source_integers import SourceIntegers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,7 +42,8 @@ class MoeLayer:
 @dataclass(frozen=True)
 class ExpertWeights:
     """``up [F, hidden]`` and ``down [hidden, intermediate]`` in the checkpoint's dtype; ``up_bias [F]`` and
-    ``down_bias [hidden]`` in fp32, or None. The moments are those of the two matrices' inputs, where a calibration has them."""
+    ``down_bias [hidden]`` in fp32, or None. The moments are those of the two matrices' inputs, where a calibration has them; the
+    integers what the checkpoint stores, where it stores whole numbers and scales."""
 
     up: np.ndarray
     down: np.ndarray
@@ -49,6 +51,8 @@ class ExpertWeights:
     down_bias: np.ndarray | None = None
     up_moment: SecondMoment | None = None
     down_moment: SecondMoment | None = None
+    up_integers: SourceIntegers | None = None
+    down_integers: SourceIntegers | None = None
 
 
 def moe_layers(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig") -> list[MoeLayer]:
@@ -76,15 +80,50 @@ def expert_matrix(checkpoint: Checkpoint, family: Family, layer: MoeLayer, exper
     Raises:
         UserError: a tensor is missing (``moe_layers`` has compared the shapes), or a value is not finite.
     """
+    parts = [
+        checkpoint.read(name) if row is None else checkpoint.read_row(name, row)
+        for name, row in expert_tensors(checkpoint, family, layer, expert, projection)
+    ]
+    return _canonical(parts, family, projection)
+
+
+def expert_integers(
+    checkpoint: Checkpoint, family: Family, layer: MoeLayer, expert: int, projection: Projection
+) -> SourceIntegers | None:
+    """The whole numbers and scales that ``expert_matrix`` is the product of, or None where the checkpoint stores none.
+
+    Raises:
+        UserError: see ``expert_matrix``.
+    """
+    parts = []
+    for name, row in expert_tensors(checkpoint, family, layer, expert, projection):
+        weight = checkpoint.weight(name)
+        if weight.integer_group is None or (integers := checkpoint.integers(name, row)) is None:
+            return None
+        parts.append(replace(integers, numbers=weight.shaped(integers.numbers, row), scales=weight.shaped(integers.scales, row)))
+    if len({part.group for part in parts}) != 1:
+        return None
+    numbers, scales = ([getattr(part, what) for part in parts] for what in ("numbers", "scales"))
+    return SourceIntegers(_canonical(numbers, family, projection), _canonical(scales, family, projection), parts[0].group)
+
+
+def expert_tensors(
+    checkpoint: Checkpoint, family: Family, layer: MoeLayer, expert: int, projection: Projection
+) -> list[tuple[str, int | None]]:
+    """The tensors that one of an expert's matrices is made of, and the row of each, or None for all of it."""
     stacked = _stacked(checkpoint, family, layer.name)
-    if stacked is None:
-        names = family.up if projection == "up" else (family.down,)
-        parts = [checkpoint.read(_expert_tensor(family, layer.name, name, expert)) for name in names]
+    if stacked is not None:
+        return [(stacked[PROJECTIONS.index(projection)], expert)]
+    names = family.up if projection == "up" else (family.down,)
+    return [(_expert_tensor(family, layer.name, name, expert), None) for name in names]
+
+
+def _canonical(parts: list[np.ndarray], family: Family, projection: Projection) -> np.ndarray:
+    """The matrix, or its numbers or scales, in the layout of ``ExpertWeights``; only rows are put in another order."""
+    if not family.transposed:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-    matrix = checkpoint.read_row(stacked[PROJECTIONS.index(projection)], expert)
-    if family.transposed:
-        matrix = np.ascontiguousarray(_deinterleaved(matrix.T) if projection == "up" else matrix.T)
-    return matrix
+    (matrix,) = parts
+    return np.ascontiguousarray(_deinterleaved(matrix.T) if projection == "up" else matrix.T)
 
 
 def expert_bias(
@@ -130,8 +169,6 @@ def _stacked(checkpoint: Checkpoint, family: Family, module: str) -> tuple[str, 
     for names in ((family.tensor_name(up), family.tensor_name(down)), (up, down)):
         if all(name in checkpoint for name in names):
             return names
-    if f"{module}.gate_up_proj_blocks" in checkpoint:
-        raise UserError(f"the experts of {module} are stored as MXFP4 blocks; dequantize the checkpoint to bf16 first", 2)
     return None
 
 

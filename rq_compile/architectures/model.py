@@ -15,12 +15,15 @@ from rq_compile.architectures.layers import (
     MoeLayer,
     Projection,
     expert_bias,
+    expert_integers,
     expert_matrix,
     moe_layers,
 )
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.safetensors_file import StoredTensor
+from rq_compile.checkpoint.storage.weight import Plain, Weight
 from rq_compile.quantization.formats import Format
+from rq_compile.quantization.source_integers import SourceIntegers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -100,7 +103,7 @@ class Model:
 
     @property
     def dtype(self) -> Format:
-        """The format that most weights of the experts are stored in."""
+        """The format that most weights of the experts are stored in; of quantized ones, that they are read in."""
         return self.agreement.format
 
     @property
@@ -119,20 +122,29 @@ class Model:
         return sum(self.checkpoint.size(name) for name in self.used)
 
     @cached_property
-    def stored_bytes(self) -> dict[str, int]:
-        """Layer name -> bytes of all its experts as the checkpoint stores them."""
-        tensors = {layer.name: self.agreement.experts[layer.index] for layer in self.layers}
-        return {layer: sum(self.checkpoint.stored(name).bytes for name in names) for layer, names in tensors.items()}
+    def quantized(self) -> bool:
+        """Whether the checkpoint stores experts in a format that has to be decoded."""
+        return any(not isinstance(weight, Plain) for layer in self.layers for weight in self.stored_experts(layer))
 
-    @property
-    def largest_layer_bytes(self) -> int:
-        """Bytes of all experts of the MoE layer that has most, in ``dtype``."""
-        return max(layer.geometry.experts * layer.geometry.expert_bytes(self.dtype) for layer in self.layers)
+    @cached_property
+    def stored_bytes(self) -> dict[str, int]:
+        """Layer name -> bytes of all its experts as the checkpoint stores them: scales, zero points and biases included."""
+        return {layer.name: sum(weight.bytes for weight in self.stored_experts(layer)) for layer in self.layers}
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all experts of all layers, in ``dtype``."""
-        return sum(layer.geometry.experts * layer.geometry.expert_bytes(self.dtype) for layer in self.layers)
+        """Bytes of all experts of all layers, as the checkpoint stores them."""
+        return sum(self.stored_bytes.values())
+
+    @property
+    def largest_layer_bytes(self) -> int:
+        """Bytes of all experts of the MoE layer that has most, in ``dtype``, or in 16 bit where they are quantized."""
+        dtype = "bf16" if self.quantized else self.dtype
+        return max(layer.geometry.experts * layer.geometry.expert_bytes(dtype) for layer in self.layers)
+
+    def stored_experts(self, layer: MoeLayer) -> list[Weight]:
+        """What the experts of ``layer`` are stored in: a weight for each, or one for all."""
+        return [self.checkpoint.weight(name) for name in self.agreement.experts[layer.index]]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -159,23 +171,24 @@ class Model:
         return self._traced.parameter(name).shape if self._traced else self.checkpoint.shape(self.tensor(name))
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Where a non-expert weight lies, and how; None where it is computed from several tensors or from a part of one."""
-        return self.checkpoint.stored(self.tensor(name)) if self.tensor(name) in self.checkpoint else None
+        """Where a non-expert weight lies, and how; None where it is decoded, or computed from several tensors or from a part."""
+        weight = self.checkpoint.weight(self.tensor(name)) if self.tensor(name) in self.checkpoint else None
+        return weight.stored if isinstance(weight, Plain) else None
 
     def source_bytes(self, name: str) -> int:
-        """Of what is read for a non-expert weight."""
+        """Of what is read for a non-expert weight, and decoded."""
         if self._traced:
-            return self._traced.stored_bytes(self._traced.parameter(name))
-        return self.checkpoint.stored(self.tensor(name)).bytes
+            return self._traced.source_bytes(self._traced.parameter(name))
+        return self.checkpoint.source_bytes(self.tensor(name))
 
-    def stored_dtype(self, name: str) -> np.dtype:
-        """What ``read`` gives for a non-expert weight (bf16 as ``ml_dtypes.bfloat16``)."""
+    def dtype_of(self, name: str) -> np.dtype:
+        """What ``read`` gives for a non-expert weight, see ``Checkpoint.dtype_of``."""
         if self._traced:
-            return self._traced.stored_dtype(self._traced.parameter(name))
-        return self.checkpoint.stored_dtype(self.tensor(name))
+            return self._traced.dtype_of(self._traced.parameter(name))
+        return self.checkpoint.dtype_of(self.tensor(name))
 
     def read(self, name: str) -> np.ndarray:
-        """A non-expert weight in its stored dtype.
+        """A non-expert weight, decoded, in ``dtype_of`` it.
 
         Raises:
             UserError: a value of it is not finite.
@@ -191,6 +204,13 @@ class Model:
         assert self.family is not None
         return expert_matrix(self.checkpoint, self.family, layer, expert, projection)
 
+    def integers(self, layer: MoeLayer, expert: int, projection: Projection) -> SourceIntegers | None:
+        """The whole numbers and scales of such a matrix, where the checkpoint stores it so; reads nothing else."""
+        if self._traced:
+            return self._traced.integers(layer, expert, projection)
+        assert self.family is not None
+        return expert_integers(self.checkpoint, self.family, layer, expert, projection)
+
     def bias(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray | None:
         """The bias of such a matrix, or None; reads nothing else."""
         if self._traced:
@@ -201,4 +221,11 @@ class Model:
     def expert(self, layer: MoeLayer, expert: int) -> ExpertWeights:
         """The weights of one logical expert; reads no other's."""
         up, down = self.matrix(layer, expert, "up"), self.matrix(layer, expert, "down")
-        return ExpertWeights(up, down, self.bias(layer, expert, "up"), self.bias(layer, expert, "down"))
+        return ExpertWeights(
+            up,
+            down,
+            self.bias(layer, expert, "up"),
+            self.bias(layer, expert, "down"),
+            up_integers=self.integers(layer, expert, "up"),
+            down_integers=self.integers(layer, expert, "down"),
+        )

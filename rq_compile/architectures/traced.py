@@ -22,14 +22,20 @@ from rq_compile.architectures.agreement import Agreement, agreement_of
 from rq_compile.architectures.layers import MoeLayer, Projection
 from rq_compile.architectures.probe import experts_geometry
 from rq_compile.architectures.sources.experts import ExpertSources, expert_sources, experts_modules
-from rq_compile.architectures.sources.expression import Expression, Source
+from rq_compile.architectures.sources.expression import CASTS, Expression, Source
 from rq_compile.architectures.sources.tracing import Traces, trace
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
+from rq_compile.quantization.source_integers import SourceIntegers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# Operations of a loader that only put matrices and their rows together, apart or in another order.
+REARRANGING = frozenset(
+    {*CASTS, "stack", "cat", "concat", "concatenate", "chunk", "split", "unbind", "getitem", "select", "gate_first"}
+    | {"transpose", "swapaxes", "swapdims", "permute"}
+)
 TORCH_DTYPES = {np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
 WATCHED = "rq_compile_watched_experts"
 
@@ -51,7 +57,7 @@ class TracedWeights:
                 no layer has experts that are supported.
         """
         model_class = model_class_of(config, checkpoint)
-        tensors = {name: (checkpoint.shape(name), _torch_dtype(checkpoint.stored_dtype(name))) for name in checkpoint.names}
+        tensors = {name: (checkpoint.shape(name), _torch_dtype(checkpoint.dtype_of(name))) for name in checkpoint.names}
         try:
             with quiet_loading():
                 traces = trace(model_class, config, tensors)
@@ -117,23 +123,52 @@ class TracedWeights:
         """
         return _numpy(expression.compute(self._read))
 
-    def stored_dtype(self, expression: Expression) -> np.dtype:
+    def dtype_of(self, expression: Expression) -> np.dtype:
         """What ``read`` gives."""
-        dtypes = {self.checkpoint.stored_dtype(source.name) for source in expression.sources()}
+        dtypes = {self.checkpoint.dtype_of(source.name) for source in expression.sources()}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
-    def stored_bytes(self, expression: Expression) -> int:
-        """Of the tensors (or slices of them) that it is computed from."""
+    def source_bytes(self, expression: Expression) -> int:
+        """Of the tensors (or slices of them) that it is computed from, and of what is decoded."""
         sizes = 0
         for source in expression.sources():
-            stored = self.checkpoint.stored(source.name)
-            sizes += stored.bytes if source.row is None else stored.bytes // max(1, stored.shape[0])
+            size = self.checkpoint.source_bytes(source.name)
+            sizes += size if source.row is None else size // max(1, self.checkpoint.shape(source.name)[0])
         return sizes
 
     def matrix(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray:
         """As ``ExpertWeights`` has it."""
         found = self._expert(layer, expert)
         return np.ascontiguousarray(self.read(found.up if projection == "up" else found.down))
+
+    def integers(self, layer: MoeLayer, expert: int, projection: Projection) -> SourceIntegers | None:
+        """The whole numbers and scales that ``matrix`` is the product of; None where it is not, as far as can be told."""
+        found = self._expert(layer, expert)
+        expression = found.up if projection == "up" else found.down
+        if not expression.operations() <= REARRANGING:
+            return None
+        parts: dict[tuple[str, int | None], SourceIntegers] = {}
+        for source in expression.sources():
+            weight = self.checkpoint.weight(source.name)
+            if weight.integer_group is None or (integers := self.checkpoint.integers(source.name, source.row)) is None:
+                return None
+            parts[source.name, source.row] = integers
+        groups = {part.group for part in parts.values()}
+        if len(groups) != 1:
+            return None
+        group = groups.pop()
+
+        def read(what: str) -> np.ndarray:
+            def one(name: str, row: int | None) -> torch.Tensor:
+                values = self.checkpoint.weight(name).shaped(getattr(parts[name, row], what), row)
+                return _tensor(np.ascontiguousarray(values))
+
+            return np.ascontiguousarray(_numpy(expression.compute(one)))
+
+        numbers, scales = read("numbers"), read("scales")
+        rows, columns = expression.shape
+        fits = numbers.shape == (rows, columns) and scales.shape == (rows, -(-columns // group))
+        return SourceIntegers(numbers, scales, group) if fits else None
 
     def bias(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray | None:
         """As ``ExpertWeights`` has it."""

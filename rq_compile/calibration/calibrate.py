@@ -21,8 +21,9 @@ from rq_compile.calibration.statistics import tensors_of
 from rq_compile.calibration.streaming import record_layer_by_layer
 from rq_compile.calibration.text import Batch, batches, tokenize
 from rq_compile.calibration.wanda import WANDA_FRACTION
+from rq_compile.checkpoint.storage.weight import Plain, Weight
 from rq_compile.errors import UserError
-from rq_compile.quantization.formats import Block, Quantizer
+from rq_compile.quantization.formats import BITS, BLOCKS, FORMATS, Block, Format, Quantizer
 
 # What the recorded inputs of all layers may take on disk where the model runs as a whole. Beyond, an even sample of the tokens is
 # measured (all are counted).
@@ -84,14 +85,15 @@ def calibrate(
     sequence_length: int,
     progress: Callable[[int, int], None],
     quantizer: Quantizer = "gptq",
-    block: Block = 128,
+    block: Block | None = None,
     wanda_fraction: float = WANDA_FRACTION,
     memory_limit: int | None = None,
     device: str = "cpu",
     remark: Callable[[str], None] = lambda text: None,
 ) -> tuple[Calibration, dict[str, np.ndarray]]:
     """Run the model over ``texts`` (name to content) in fp32 and measure every expert in every format, rounded by ``quantizer``
-    in blocks of ``block`` weights, as the engines of this calibration then will be.
+    in blocks of ``block`` weights, as the engines of this calibration then will be. None: as many as share a scale in the
+    checkpoint where slots can hold what it stores, else 128.
 
     A text is cut into sequences of ``sequence_length`` tokens; a batch holds up to ``batch_size`` of one text. An
     encoder-decoder model reads the first half of a sequence with its encoder and the second with its decoder.
@@ -110,7 +112,10 @@ def calibrate(
     work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
     for text in (work.way.reason, *remarks_on_ties(model)):
         remark(text)
-    layers = [replace(layer, geometry=layer.geometry.model_copy(update={"block": block})) for layer in work.layers]
+    layers = [
+        replace(layer, geometry=layer.geometry.model_copy(update={"block": block or block_of(model.stored_experts(layer))}))
+        for layer in work.layers
+    ]
     report = partial(_report, progress, work.total)
     if work.way.whole:
         recorded = record_whole_model(model, layers, list(texts), work.batches, device=device, progress=report)
@@ -123,7 +128,7 @@ def calibrate(
     statistics: dict[str, np.ndarray] = {}
     for recording, read_expert, output in recorded:
         measurement = _measure(recording, read_expert, output, quantizer, wanda_fraction, device)
-        measured_layers.append(_layer_calibration(recording, measurement))
+        measured_layers.append(_layer_calibration(model, recording, measurement))
         if quantizer == "gptq":
             moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
             statistics |= {name: on_disk(moment) for name, moment in moments.items()}
@@ -132,7 +137,7 @@ def calibrate(
         model=model.name,
         model_type=model.model_type,
         fingerprint=model.fingerprint,
-        dtype=model.dtype,
+        dtype=_lossless_format(model, measured_layers),
         texts=[
             CalibrationText(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=len(ids))
             for (name, text), ids in zip(texts.items(), work.tokens, strict=True)
@@ -199,8 +204,26 @@ def _measure(
     return measurement.scaled(recording.load, recording.tokens / len(ids))
 
 
-def _layer_calibration(recording: LayerRecording, measurement: LayerMeasurement) -> LayerCalibration:
+def block_of(experts: Sequence[Weight]) -> Block:
+    """The most weights that share a scale in slots that hold what ``experts`` are stored as; 128 where none can."""
+    groups = {weight.integer_group for weight in experts if not isinstance(weight, Plain)}
+    if not groups or None in groups:
+        return BLOCKS[0]
+    smallest = min(group for group in groups if group is not None)
+    return next((block for block in BLOCKS if smallest % block == 0), BLOCKS[0])
+
+
+def _lossless_format(model: Model, layers: Sequence[LayerCalibration]) -> Format:
+    """The smallest format that stores every expert of a quantized checkpoint as it is; of another checkpoint its own."""
+    if not model.quantized:
+        return model.dtype
+    lossless = [format for format in FORMATS if all(not any(layer.error.get(format, [1.0])) for layer in layers)]
+    return min(lossless, key=BITS.__getitem__)
+
+
+def _layer_calibration(model: Model, recording: LayerRecording, measurement: LayerMeasurement) -> LayerCalibration:
     errors, estimated = relative_errors(measurement, recording.load)
+    experts = model.stored_experts(recording.layer)
     return LayerCalibration(
         name=recording.layer.name,
         index=recording.layer.index,
@@ -209,6 +232,8 @@ def _layer_calibration(recording: LayerRecording, measurement: LayerMeasurement)
         text_loads=recording.text_loads.tolist(),
         batch_loads=[load.tolist() for load in recording.batch_loads],
         dropped=recording.dropped,
+        stored_as=sorted({weight.format for weight in experts if not isinstance(weight, Plain)}) if model.quantized else None,
+        stored_bytes=model.stored_bytes[recording.layer.name] if model.quantized else None,
         wanda=_legible(measurement.wanda),
         error={format: _legible(error) for format, error in errors.items()},
         estimated=np.flatnonzero(estimated).tolist(),

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from rq_compile.architectures.activation import activate
 from rq_compile.architectures.geometry import ExpertGeometry
-from rq_compile.architectures.layers import ExpertWeights
+from rq_compile.architectures.layers import ExpertWeights, Projection
 from rq_compile.quantization.formats import Block, Format
-from rq_compile.quantization.quantizer import stored
+from rq_compile.quantization.quantizer import carried, dequantize, stored
 from rq_compile.quantization.second_moment import block_products
 
 # Up-projected values held at a time: 16 MiB in fp32.
@@ -19,14 +19,19 @@ CHUNK = 2**22
 
 
 def in_format(weights: ExpertWeights, format: Format, most: Block = 128, *, threads: int = 1) -> ExpertWeights:
-    """The expert with the fp32 values that its matrices have once stored in ``format``, rounded as its moments, where it has
-    any, tell best; biases stay as they are. ``most``, ``threads``: see ``quantize``."""
+    """The expert with the fp32 values that its matrices have once stored in ``format``: as the checkpoint stores them where the
+    format holds that, else rounded as its moments, where it has any, tell best. Biases stay as they are. ``most``, ``threads``:
+    see ``quantize``."""
+
+    def matrix(projection: Projection) -> np.ndarray:
+        weights_of: np.ndarray = getattr(weights, projection)
+        held = carried(getattr(weights, f"{projection}_integers"), format, most)
+        if held is not None:
+            return dequantize(held, format, weights_of.shape[1])
+        return stored(weights_of, format, getattr(weights, f"{projection}_moment"), most, threads=threads)
+
     with np.errstate(over="ignore"):  # beyond fp16's range is infinity, which `weight_error` reports
-        return replace(
-            weights,
-            up=stored(weights.up, format, weights.up_moment, most, threads=threads),
-            down=stored(weights.down, format, weights.down_moment, most, threads=threads),
-        )
+        return replace(weights, up=matrix("up"), down=matrix("down"))
 
 
 def weight_error(changed: ExpertWeights, original: ExpertWeights) -> float:

@@ -69,11 +69,16 @@ class LayerCalibration(Document):
     as their errors point in unrelated directions). 0 where the format holds the weights exactly, infinite (in the file: null)
     where it cannot hold one. ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated
     instead.
+
+    Of a checkpoint whose experts are quantized, ``stored_as`` names the storage formats of the layer's experts, and
+    ``stored_bytes`` is what they take in the checkpoint, scales and zero points included.
     """
 
     name: str
     index: LayerNumber
     geometry: ExpertGeometry
+    stored_as: list[str] | None = None
+    stored_bytes: Count | None = None
     load: list[Count]
     text_loads: list[list[Count]] = Field(min_length=1)
     batch_loads: list[list[Count]] = Field(min_length=1)
@@ -111,7 +116,9 @@ class Calibration(Versioned):
     """``tokens`` were counted, on ``measured_tokens`` of them, evenly spread, errors, scores and statistics were measured and
     then scaled up: all, unless the recorded inputs had taken too much disk; none where loads that a server recorded took the
     place of those that were measured. ``padding_tokens`` are in no count at all.
-    ``wanda_fraction`` is the paper's s: the part of an expert's weights, lowest scores first, that ``wanda`` is the mean of.
+    ``dtype``: the format that stores every expert without loss: the checkpoint's own, or the smallest that holds what a quantized
+    checkpoint stores. ``wanda_fraction`` is the paper's s: the part of an expert's weights, lowest scores first, that ``wanda``
+    is the mean of.
 
     ``quantizer`` rounded the weights whose errors were measured, and is to round those of an engine: ``gptq`` by the activation
     ``statistics`` beside this file, ``nearest`` without any.

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,35 +13,38 @@ from typing import Any
 import numpy as np
 
 from rq_compile.checkpoint.folder import checkpoint_below, file_in, read_json, refuse_links_outward, refuse_pointer
-from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor, read_ends, read_tensor
+from rq_compile.checkpoint.safetensors_file import StoredTensor, read_ends
 from rq_compile.checkpoint.shards import stored_tensors
+from rq_compile.checkpoint.storage.stated import Stated, stated_of
+from rq_compile.checkpoint.storage.weight import BF16, Plain, Weight
+from rq_compile.checkpoint.storage.weights import weights_of
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import Format
+from rq_compile.quantization.source_integers import SourceIntegers
 
 SAMPLE = 4096
-FLOATS: dict[str, Format] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+FLOATS: dict[np.dtype, Format] = {np.dtype(np.float32): "fp32", np.dtype(np.float16): "fp16", BF16: "bf16"}
 # Those that repositories keep in git-lfs beside the weights.
 SMALL_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "generation_config.json")
-QUANTIZATION = ("quantization_config", "compression_config")
-# What quantized weights have beside them.
-SCALES = re.compile(
-    r"(weight_(scale|scale_inv|scale_2|packed|zero_point|shape)|_(blocks|scales)|\.(qweight|qzeros|scales|g_idx|SCB))$"
-)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``config`` is the parsed ``config.json``. Tensors are named as in the files, see ``names``.
+    """``config`` is the parsed ``config.json``, ``stated`` what the checkpoint says about its quantization.
+
+    Tensors are named, shaped and read as if the checkpoint had never been quantized: see ``storage``.
 
     ``absent`` are tensors that the index lists and no file holds -> the file that it names for them; ``remarks`` are sentences on
     what is odd about the files.
 
-    Every value that is read of a checkpoint goes through ``read``, ``read_row`` or ``mapped``.
+    Every value that is read of a checkpoint goes through ``read``, ``read_row``, ``integers`` or ``mapped``.
     """
 
     path: Path
     config: dict[str, Any]
+    stated: Stated
     _tensors: dict[str, StoredTensor] = field(repr=False)
+    _weights: dict[str, Weight] = field(repr=False)
     absent: dict[str, str] = field(default_factory=dict, repr=False)
     remarks: tuple[str, ...] = ()
 
@@ -51,8 +53,8 @@ class Checkpoint:
         """Read the config and the headers of all shards; no weights.
 
         Raises:
-            UserError: no such directory, a link that leads out of it, no config.json, no safetensors, or a shard that is damaged
-                (see ``stored_tensors``).
+            UserError: no such directory, a link that leads out of it, no config.json, no safetensors, a shard that is damaged
+                (see ``stored_tensors``), or weights that are stored in a format that is not read (see ``weights_of``).
         """
         path = Path(path)
         if not path.is_dir():
@@ -66,9 +68,10 @@ class Checkpoint:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or not model_type.isprintable():
             raise UserError(f"{path / 'config.json'} names no model_type; give a Hugging Face checkpoint directory", 2)
-        shards = stored_tensors(path)
-        remarks = [*shards.remarks, *_left_over(path, config, shards.tensors)]
-        return cls(path, config, shards.tensors, shards.absent, tuple(remarks))
+        stated, shards = stated_of(path, config), stored_tensors(path)
+        weights = weights_of(shards.tensors, stated)
+        remarks = [*shards.remarks, *_left_over(stated, weights)]
+        return cls(path, config, stated, shards.tensors, weights, shards.absent, tuple(remarks))
 
     @property
     def model_type(self) -> str:
@@ -80,7 +83,7 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> list[str]:
-        return sorted(self._tensors)
+        return sorted(self._weights)
 
     @cached_property
     def files(self) -> list[Path]:
@@ -95,10 +98,18 @@ class Checkpoint:
             total[tensor.dtype] += tensor.bytes
         return dict(total.most_common())
 
+    @cached_property
+    def bytes_by_format(self) -> dict[str, int]:
+        """Bytes of the weights by the name of their storage format."""
+        total: Counter[str] = Counter()
+        for weight in self._weights.values():
+            total[weight.format] += weight.bytes
+        return dict(total.most_common())
+
     @property
     def quantization(self) -> str | None:
         """The method of quantization that the config states."""
-        return _quantization(self.config)
+        return self.stated.named
 
     def size(self, name: str) -> int:
         """How many values a tensor has."""
@@ -112,39 +123,64 @@ class Checkpoint:
         there = "does not hold it" if os.path.exists(file) else "is missing"
         return f"{self.path} has no tensor {name} (the index lists it in {file}, which {there})"
 
-    def stored_tensors(self) -> Iterable[StoredTensor]:
-        return self._tensors.values()
+    def weights(self) -> Iterable[Weight]:
+        return self._weights.values()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._weights
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.stored(name).shape
-
-    def stored_dtype(self, name: str) -> np.dtype:
-        """What ``read`` gives (bf16 as ``ml_dtypes.bfloat16``)."""
-        return DTYPES[self.stored(name).dtype]
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored dtype (bf16 as ``ml_dtypes.bfloat16``).
+    def weight(self, name: str) -> Weight:
+        """A weight, and how it is stored.
 
         Raises:
-            UserError: there is no such tensor, or a value of it is infinite or no number.
+            UserError: there is no such weight.
         """
-        return read_tensor(name, self.stored(name))
+        try:
+            return self._weights[name]
+        except KeyError:
+            raise UserError(f"{self.lacks(name)}; add the file that holds it", 2) from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.weight(name).shape
+
+    def dtype_of(self, name: str) -> np.dtype:
+        """What ``read`` gives: the stored dtype (bf16 as ``ml_dtypes.bfloat16``); of a quantized weight bf16 where that holds
+        every decoded value, else fp32."""
+        return self.weight(name).dtype
+
+    def source_bytes(self, name: str) -> int:
+        """What reading a weight holds: its bytes as stored and, of a quantized one, as decoded."""
+        weight = self.weight(name)
+        return weight.bytes + (0 if isinstance(weight, Plain) else 4 * math.prod(weight.shape))
+
+    def read(self, name: str) -> np.ndarray:
+        """The weight, decoded, in ``dtype_of`` it.
+
+        Raises:
+            UserError: there is no such weight, or a value of it is infinite or no number.
+        """
+        return self.weight(name).read()
 
     def read_row(self, name: str, index: int) -> np.ndarray:
         """Slice ``index`` of the first dimension; reads no more than that."""
-        stored = self.stored(name)
-        if not stored.shape or not 0 <= index < stored.shape[0]:
-            raise UserError(f"{name} has shape {list(stored.shape)}, so no slice {index}; check the checkpoint's config.json", 2)
-        return read_tensor(name, stored, index)
+        return self._with_row(name, index).read(index)
+
+    def integers(self, name: str, index: int | None = None) -> SourceIntegers | None:
+        """The whole numbers and scales that a quantized weight (or its slice ``index``) consists of; None where it does not."""
+        weight = self.weight(name) if index is None else self._with_row(name, index)
+        return weight.integers(weight.rows_of(index))
+
+    def _with_row(self, name: str, index: int) -> Weight:
+        weight = self.weight(name)
+        if not weight.shape or not 0 <= index < weight.shape[0]:
+            raise UserError(f"{name} has shape {list(weight.shape)}, so no slice {index}; check the checkpoint's config.json", 2)
+        return weight
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over config.json and every tensor's name, dtype, shape and first and last 4 KiB, by sorted name."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for name in self.names:
+        for name in sorted(self._tensors):
             tensor = self._tensors[name]
             digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
             digest.update(read_ends(tensor, SAMPLE))
@@ -156,36 +192,10 @@ class Checkpoint:
         stats = [(file, file.stat()) for file in self.files]
         return hashlib.sha256(repr([(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]).encode()).hexdigest()
 
-    def stored(self, name: str) -> StoredTensor:
-        """Where a tensor lies, and how.
 
-        Raises:
-            UserError: there is no such tensor.
-        """
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise UserError(f"{self.lacks(name)}; add the file that holds it", 2) from None
-
-
-def _quantization(config: dict[str, Any]) -> str | None:
-    key = next((key for key in QUANTIZATION if config.get(key)), None)
-    if key is None:
-        return None
-    method = config[key].get("quant_method") if isinstance(config[key], dict) else None
-    return f"{key}: {method if isinstance(method, str) and method.isprintable() else 'unknown'}"
-
-
-def _left_over(path: Path, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> list[str]:
-    """A remark on what the config says of a quantization, where the tensors have none.
-
-    Raises:
-        UserError: they have.
-    """
-    named = _quantization(config)
-    if named is None:
+def _left_over(stated: Stated, weights: dict[str, Weight]) -> list[str]:
+    """A remark on what is said of a quantization, where no weight has one."""
+    if stated.named is None or any(not isinstance(weight, Plain) for weight in weights.values()):
         return []
-    for name, tensor in tensors.items():
-        if SCALES.search(name) or (tensor.dtype not in (*FLOATS, "F64") and math.prod(tensor.shape) > 1):
-            raise UserError(f"{path} is quantized ({named}): it has {name} in {tensor.dtype}; dequantize it to bf16 first", 2)
-    return [f"config.json speaks of a quantization ({named}) that no tensor has: the weights are used as they are stored"]
+    said = f"{stated.file.name} speaks of a quantization ({stated.named})"
+    return [f"{said} that no tensor has: the weights are used as they are stored"]

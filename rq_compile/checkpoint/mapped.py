@@ -1,14 +1,17 @@
-"""Many tensors of a checkpoint at once, for transformers: mapped from their files."""
+"""Many weights of a checkpoint at once, for transformers: mapped from their files, quantized ones decoded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from rq_compile.checkpoint.safetensors_file import check_finite
+from rq_compile.checkpoint.storage.weight import BF16, Plain, Weight
 from rq_compile.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,17 +19,22 @@ if TYPE_CHECKING:
 
 
 def mapped(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The tensors ``names``, in their stored dtypes; nothing is copied.
+    """The weights ``names``, in the dtypes that they are read in; what is not quantized is not copied.
 
     Raises:
         UserError: a file cannot be read, or a weight is not finite.
     """
-    stored = {name: checkpoint.stored(name) for name in names}
     try:
         files = {file: safe_open(file, "pt") for file in checkpoint.files}
-        tensors = {name: files[tensor.file].get_tensor(name) for name, tensor in stored.items()}
+        return {name: _tensor(checkpoint.weight(name), files) for name in names}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the weights of {checkpoint.path}: {error}; check the files' permissions", 2) from error
-    for name, tensor in stored.items():
-        check_finite(name, tensor, tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return tensors
+
+
+def _tensor(weight: Weight, files: dict[Path, Any]) -> torch.Tensor:
+    if not isinstance(weight, Plain):
+        values = np.ascontiguousarray(weight.read())
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if values.dtype == BF16 else torch.from_numpy(values)
+    tensor = files[weight.stored.file].get_tensor(weight.name)
+    check_finite(weight.name, weight.stored, tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor

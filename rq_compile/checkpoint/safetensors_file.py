@@ -26,6 +26,8 @@ DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -96,18 +98,34 @@ def read_tensor(name: str, tensor: StoredTensor, index: int | None = None) -> np
     Raises:
         UserError: the file cannot be read or has become shorter, or a value is infinite or no number.
     """
-    dtype = DTYPES[tensor.dtype]
     shape = tensor.shape if index is None else tensor.shape[1:]
     count = math.prod(shape)
-    offset = tensor.offset + (index or 0) * count * dtype.itemsize
+    return _read(name, tensor, (index or 0) * count, count).reshape(shape)
+
+
+def _read(name: str, tensor: StoredTensor, first: int, count: int) -> np.ndarray:
+    """``count`` values of a tensor, from the ``first`` on."""
+    dtype = DTYPES[tensor.dtype]
     try:
-        values = np.fromfile(tensor.file, dtype=dtype, count=count, offset=offset)
+        values = np.fromfile(tensor.file, dtype=dtype, count=count, offset=tensor.offset + first * dtype.itemsize)
     except OSError as error:
         raise UserError(f"cannot read {name} from {tensor.file}: {error.strerror}; check the disk") from error
     if len(values) != count:
         raise UserError(f"{tensor.file} has become shorter while it was read: {name} is incomplete; download it again")
     check_finite(name, tensor, values)
-    return values.reshape(shape)
+    return values
+
+
+def read_rows(name: str, tensor: StoredTensor, rows: slice, count: int) -> np.ndarray:
+    """``[rows, ...]`` of a tensor that is read as ``count`` rows of equal length, in its stored dtype.
+
+    Raises:
+        UserError: see ``read_tensor``.
+    """
+    width = math.prod(tensor.shape) // count if count else 0
+    start, stop, _ = rows.indices(count)
+    values = _read(name, tensor, start * width, (stop - start) * width)
+    return values.reshape(stop - start, width)
 
 
 def check_finite(name: str, tensor: StoredTensor, values: np.ndarray) -> None:
@@ -116,7 +134,15 @@ def check_finite(name: str, tensor: StoredTensor, values: np.ndarray) -> None:
     Raises:
         UserError: one is infinite or no number.
     """
-    if not all_finite(values, tensor.dtype):
+    require_finite(name, tensor, all_finite(values, tensor.dtype))
+
+
+def require_finite(name: str, tensor: StoredTensor, finite: bool) -> None:
+    """
+    Raises:
+        UserError: not ``finite``.
+    """
+    if not finite:
         raise UserError(f"{name} in {tensor.file} has a weight that is not finite; repair the checkpoint")
 
 
@@ -194,7 +220,9 @@ def _stored_tensor(file: Path, start: int, name: str, entry: Any) -> StoredTenso
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(file, f"{name} has no pair of offsets in order")
     if dtype not in DTYPES:
-        raise UserError(f"{name} in {file} is stored as {dtype}; dequantize the checkpoint to bf16 first", 2)
+        raise UserError(
+            f"{name} in {file} is stored as {dtype}, which is not read; take the checkpoint in 16 bit that it was made of", 2
+        )
     length, itemsize = offsets[1] - offsets[0], DTYPES[dtype].itemsize
     # An empty tensor's other dimensions are bound by no byte of the file, but numpy counts them.
     if math.prod(shape) * itemsize != length or math.prod(filter(None, shape)) * itemsize >= 2**63:

@@ -65,9 +65,10 @@ MEASURING = (
 @click.option(
     "--block",
     type=click.Choice(BLOCKS),
-    default="128",
+    default="auto",
     show_default=True,
-    help="Weights that share a scale once quantized; 32 errs less and takes more bytes.",
+    help="Weights that share a scale once quantized; fewer err less and take more bytes. auto: as in a quantized "
+    "checkpoint, else 128.",
 )
 @click.option(
     "--memory-limit",
@@ -146,7 +147,7 @@ def command(
             sequence_length=sequence_length,
             progress=progress,
             quantizer=quantizer,
-            block=cast("Block", int(block)),
+            block=None if block == "auto" else cast("Block", int(block)),
             wanda_fraction=wanda_fraction,
             memory_limit=memory_limit,
             device=device,

@@ -16,6 +16,7 @@ def checkpoint_tables(found: CheckpointFound) -> list[RenderableType]:
         "fingerprint": found.fingerprint[:12],
         "tensors": f"{found.tensors} in {found.files} file{'s' * (found.files > 1)}: {dtypes}",
         "quantization": found.storage,
+        "storage formats": ", ".join(f"{format} {megabytes(size)}" for format, size in found.formats.items()),
         "compiles": "yes" if found.compiles else f"no: {found.why_not}",
     }
     made = []
@@ -32,7 +33,7 @@ def checkpoint_tables(found: CheckpointFound) -> list[RenderableType]:
             first, last = same[0], same[-1]
             layers.add_row(
                 str(first.index) if first is last else f"{first.index}-{last.index}",
-                *map(str, (first.experts, first.top_k, first.hidden, first.intermediate, first.activation, first.format)),
+                *map(str, (first.experts, first.top_k, first.hidden, first.intermediate, first.activation, first.stored)),
                 f"{first.bytes / 1e6:.2f}",
             )
         made = [layers]

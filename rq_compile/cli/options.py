@@ -20,7 +20,7 @@ from rq_compile.errors import UserError
 POLICIES = ("none", "paper", "eplb", "place", "optimal")
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched")
 QUANTIZERS = ("gptq", "nearest")
-BLOCKS = ("128", "32")
+BLOCKS = ("auto", "128", "64", "32", "16")
 LOWERINGS = ("native", "stock", "batched", "cuda")
 DENSE_FORMATS = ("stored", "int8", "fp32")
 
@@ -70,9 +70,8 @@ def planning_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--memory",
             type=click.FloatRange(0, min_open=True),
-            default=1.0,
-            show_default=True,
-            help="Bytes the plan may take, as a multiple of the experts' bytes in the checkpoint.",
+            help="Bytes the plan may take, as a multiple of the experts' bytes in the checkpoint. Default: 1.0, or the least "
+            "that works where a quantized checkpoint takes fewer.",
         ),
         click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Devices that share the experts."),
         click.option(

@@ -22,7 +22,7 @@ def command(
     output: Path,
     target: str,
     policy: str,
-    memory: float,
+    memory: float | None,
     ranks: int,
     mixed_copies: bool,
     policy_options: tuple[str, ...],

@@ -1,6 +1,7 @@
 """From a calibration to a plan: options checked, a policy asked, its slots measured against doing nothing."""
 
 import importlib
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 from pydantic import ValidationError
@@ -10,7 +11,7 @@ from rq_compile.bounds import MOST_MEMORY, MOST_RANKS, Count, NonNegative
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
-from rq_compile.planning.budget import over_budget
+from rq_compile.planning.budget import enough_for, over_budget
 from rq_compile.planning.policies.none import unplanned
 from rq_compile.planning.prediction import predict, with_capacity_classes
 from rq_compile.planning.problem import Decision, Problem, problem_of
@@ -31,7 +32,7 @@ def make_plan(
     calibration: Calibration,
     *,
     policy: str,
-    memory: float,
+    memory: float | None,
     ranks: int,
     target: str,
     calibration_sha256: str | None = None,
@@ -39,15 +40,19 @@ def make_plan(
 ) -> Plan:
     """Decide how often, in which format and on which rank each expert is stored.
 
-    ``memory`` times the bytes of the checkpoint's experts is the most the plan takes, scales included. ``options`` are those of
-    ``CommonOptions`` and of the policy's own ``Options``. The same arguments give the same plan.
+    ``memory`` times the bytes of the experts as the checkpoint stores them is the most the plan takes, scales included. None: 1,
+    or where a quantized checkpoint stores its experts in fewer bytes than any slot takes, the least that works. ``options`` are
+    those of ``CommonOptions`` and of the policy's own ``Options``. The same arguments give the same plan.
 
     Raises:
         UserError: an unknown policy, target or option, a value out of range, or a budget that cannot be met.
     """
     common, own = check_arguments(policy=policy, memory=memory, ranks=ranks, target=target, options=options)
     module = importlib.import_module(f"rq_compile.planning.policies.{policy}")
-    problem = problem_of(calibration, target=cast(Target, target), ranks=ranks, memory=memory, smoothing=common.smoothing)
+    problem = problem_of(calibration, target=cast(Target, target), ranks=ranks, memory=memory or 1.0, smoothing=common.smoothing)
+    if memory is None:
+        memory = least_memory(problem, policy)
+        problem = replace(problem, memory=memory)
     decision: Decision = module.decide(problem, own)
     tokens = common.tokens or calibration.batch_size * calibration.sequence_length
     layers = [
@@ -77,7 +82,7 @@ def make_plan(
 
 
 def check_arguments(
-    *, policy: str, memory: float, ranks: int, target: str, options: dict[str, Any]
+    *, policy: str, memory: float | None, ranks: int, target: str, options: dict[str, Any]
 ) -> tuple[CommonOptions, Document]:
     """All of ``make_plan``'s arguments that can be refused before there is a calibration; returns the options, validated.
 
@@ -88,7 +93,7 @@ def check_arguments(
         raise UserError(f"there is no policy {policy}; choose one of {', '.join(POLICIES)}", 2)
     if target not in get_args(Target):
         raise UserError(f"there is no target {target}; choose one of {', '.join(get_args(Target))}", 2)
-    if not 0 < memory <= MOST_MEMORY:
+    if memory is not None and not 0 < memory <= MOST_MEMORY:
         raise UserError(f"cannot plan for memory {memory:g}; give --memory above 0 and up to {MOST_MEMORY:g}", 2)
     if not 1 <= ranks <= MOST_RANKS:
         raise UserError(f"cannot plan for {ranks} ranks; give --ranks from 1 to {MOST_RANKS}", 2)
@@ -104,6 +109,14 @@ def check_arguments(
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise UserError(f"option {name} of policy {policy} cannot be {options[name]!r}: {first['msg']}", 2) from error
+
+
+def least_memory(problem: Problem, policy: str) -> float:
+    """1, or the least memory, rounded up, that holds every expert once: in its smallest format under the policy optimal, else in
+    the checkpoint's own."""
+    formats = -1 if policy == "optimal" else 0
+    least = sum(layer.experts * int(sorted(layer.size, reverse=True)[formats]) for layer in problem.layers)
+    return max(1.0, enough_for(least, problem.bytes_before))
 
 
 def layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:

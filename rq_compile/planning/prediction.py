@@ -58,6 +58,7 @@ def predict(
         values[f"step_time_{when}"] = cost.step_time(geometry, slots, rows, tokens, lanes)
         values[f"token_time_{when}"] = cost.step_time(geometry, slots, rows, 1, lanes)
         values[f"bytes_{when}"] = sum(geometry.expert_bytes(slot.format) for slot in slots)
+    values["bytes_before"] = layer.stored_bytes or values["bytes_before"]
     return LayerPrediction(**values, error=error(layer, after, dtype), over_batches=_over_batches(layer, after, batch_size))
 
 

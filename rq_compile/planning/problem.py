@@ -42,7 +42,8 @@ class Layer:
 
     @property
     def bytes_before(self) -> int:
-        return self.experts * self.geometry.expert_bytes(self.formats[0])
+        """Of the layer's experts in the checkpoint."""
+        return self.calibration.stored_bytes or self.experts * self.geometry.expert_bytes(self.formats[0])
 
     def worst_demand(self) -> np.ndarray:
         """float ``[m]``: every expert's load in the text that asks most for it."""

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 
+from rq_compile.planning.budget import enough_for
 from rq_compile.planning.costs import BATCHED
 from rq_compile.planning.metrics import excess_removed
 from rq_compile.planning.problem import Problem
@@ -9,8 +10,21 @@ from rq_compile.planning.schema import LayerPlan, Plan
 
 
 def remarks(problem: Problem, layers: list[LayerPlan]) -> list[str]:
-    said = [_gain(problem, layers), _padding(problem, layers), _format_mix(layers), _ranks(problem, layers), _unreached(layers)]
+    said = [_stored(problem), _gain(problem, layers), _padding(problem, layers)]
+    said += [_format_mix(layers), _ranks(problem, layers), _unreached(layers)]
     return [sentence for sentence in said if sentence]
+
+
+def _stored(problem: Problem) -> str:
+    """How a quantized checkpoint stores the experts, and what it takes to keep them so."""
+    names = sorted({name for layer in problem.layers for name in layer.calibration.stored_as or ()})
+    if not names:
+        return ""
+    lossless = enough_for(sum(layer.experts * int(layer.size[0]) for layer in problem.layers), problem.bytes_before)
+    return (
+        f"The checkpoint stores its experts as {', '.join(names)} in {problem.bytes_before / 1e6:.4g} MB; {problem.dtype} holds "
+        f"them without loss, in {lossless:g} times the bytes."
+    )
 
 
 def _gain(problem: Problem, layers: list[LayerPlan]) -> str:

@@ -13,7 +13,7 @@ WHOLE_NUMBERS: dict[Format, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8
 SCALE_BYTES = 4
 BLOCK_SIZES = (128, 64, 32, 16)
 # The most weights that share one scale: with fewer, what is stored is nearer to the weights and takes more bytes.
-Block = Literal[128, 32]
+Block = Literal[128, 64, 32, 16]
 BLOCKS: tuple[Block, ...] = get_args(Block)
 
 

@@ -16,6 +16,7 @@ from rq_compile.quantization.formats import QUANTIZED_FORMATS, Block, Format, bl
 from rq_compile.quantization.gptq import gptq
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
+from rq_compile.quantization.source_integers import SourceIntegers
 
 # Weights that are rounded to the nearest at a time: so few that they stay in the caches.
 NEAREST_TILE = 1 << 19
@@ -34,6 +35,12 @@ class Quantized:
 
     packed: np.ndarray
     scales: np.ndarray
+
+
+def carried(integers: SourceIntegers | None, format: Format, most: Block = 128) -> Quantized | None:
+    """What a checkpoint stores as whole numbers, packed as it is; None where it does not, or ``format`` cannot hold it."""
+    held = integers.in_blocks(format, most) if integers else None
+    return None if held is None else Quantized(_pack(held[0], format), held[1])
 
 
 def quantize(

@@ -7,9 +7,9 @@ import numpy as np
 
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, block_size
-from rq_compile.quantization.quantizer import FLOAT_DTYPES, quantize, whole_numbers
+from rq_compile.quantization.quantizer import FLOAT_DTYPES, whole_numbers
 from rq_compile.quantization.rounding import holding_scales, nearest
-from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, Source
+from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, Source, quantized
 from rq_compile.rewrite.weights import INT4, ExternalWeight, Piece
 
 QUANTIZED_DTYPES = {"int8": np.dtype(np.int8), "int4": INT4}
@@ -57,15 +57,14 @@ def lane_weights(
     def lane(slot: Slot) -> Piece:
         def computed() -> tuple[np.ndarray, ...]:
             expert = source(plan.name, slot.expert)
-            matrix = getattr(expert, projection)
             biases = (getattr(expert, f"{projection}_bias").astype(np.float32, copy=False),) if bias else ()
             if not packed:
-                return matrix.astype(dtype, copy=False).T, *biases
+                return getattr(expert, projection).astype(dtype, copy=False).T, *biases
             if whole:
-                matrix = matrix.astype(np.float32)
+                matrix = getattr(expert, projection).astype(np.float32)
                 scale = holding_scales(matrix, format)
                 return nearest(matrix, scale, format).astype(np.int8).T, scale[None], *biases
-            result = quantize(matrix, format, getattr(expert, f"{projection}_moment"), geometry.block)
+            result = quantized(expert, projection, format, geometry.block)
             return whole_numbers(result, format).T, result.scales.T, *biases
 
         filled = tuple(weight for weight in (values, scales, bias) if weight)

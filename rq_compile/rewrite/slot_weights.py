@@ -9,8 +9,9 @@ import numpy as np
 from rq_compile.architectures.geometry import GATED
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import BITS, FLOAT_FORMATS, Block, Format, block_size
-from rq_compile.quantization.quantizer import FLOAT_DTYPES, Quantized, quantize
+from rq_compile.quantization.quantizer import FLOAT_DTYPES, Quantized, carried, quantize
 from rq_compile.quantization.second_moment import SecondMoment
+from rq_compile.quantization.source_integers import SourceIntegers
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
 from rq_compile.rewrite.weights import ExternalWeight, Piece
 
@@ -36,6 +37,16 @@ class Expert(Protocol):
     def up_moment(self) -> SecondMoment | None: ...
     @property
     def down_moment(self) -> SecondMoment | None: ...
+    @property
+    def up_integers(self) -> SourceIntegers | None: ...
+    @property
+    def down_integers(self) -> SourceIntegers | None: ...
+
+
+def quantized(expert: Expert, projection: str, format: Format, most: Block) -> Quantized:
+    """A matrix of ``expert`` in ``format``: as the checkpoint stores it where the format holds that, else rounded."""
+    held = carried(getattr(expert, f"{projection}_integers"), format, most)
+    return held or quantize(getattr(expert, projection), format, getattr(expert, f"{projection}_moment"), most)
 
 
 def group_of(format: Format) -> int:
@@ -98,8 +109,7 @@ class _Projection:
         return getattr(self.source(self.layer, expert), f"{self.name}_bias").astype(np.float32, copy=False)
 
     def quantized(self, expert: int, format: Format) -> Quantized:
-        weights = self.source(self.layer, expert)
-        return quantize(getattr(weights, self.name), format, getattr(weights, f"{self.name}_moment"), self.block)
+        return quantized(self.source(self.layer, expert), self.name, format, self.block)
 
     def weight(self, suffix: str, dtype: np.dtype, shape: tuple[int, ...]) -> ExternalWeight:
         return ExternalWeight(f"{self.layer}.{self.name}.{suffix}", dtype, shape)

@@ -11,6 +11,7 @@ from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.export.graph import Parameter
 from rq_compile.quantization.second_moment import SecondMoment
+from rq_compile.quantization.source_integers import SourceIntegers
 from rq_compile.rewrite.dense_gemms import DenseWeights
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, external_name, external_tensors
 from rq_compile.targets.links import linkable
@@ -32,6 +33,14 @@ class StreamedExpert:
     @property
     def down(self) -> np.ndarray:
         return self.model.matrix(self.layer, self.expert, "down")
+
+    @property
+    def up_integers(self) -> SourceIntegers | None:
+        return self.model.integers(self.layer, self.expert, "up")
+
+    @property
+    def down_integers(self) -> SourceIntegers | None:
+        return self.model.integers(self.layer, self.expert, "down")
 
     @property
     def up_bias(self) -> np.ndarray | None:
@@ -83,7 +92,7 @@ def stored_weights(model: Model, parameters: dict[str, Parameter]) -> DenseWeigh
     """The checkpoint's tensors for ``parameters``, by initializer."""
 
     def dtype_of(name: str) -> np.dtype:
-        return model.stored_dtype(parameters[name].name)
+        return model.dtype_of(parameters[name].name)
 
     return DenseWeights(dtype_of, lambda name: parameters[name].read(model))
 

@@ -30,6 +30,10 @@ class Expression:
         """The checkpoint tensors that it is computed from, each once, in the order of reading."""
         raise NotImplementedError
 
+    def operations(self) -> set[str]:
+        """The names of what is done with them."""
+        raise NotImplementedError
+
     def compute(self, read: Read) -> torch.Tensor:
         """The value, in the stored dtype: casts between floating-point types are left out."""
         raise NotImplementedError
@@ -48,6 +52,9 @@ class Source(Expression):
 
     def sources(self) -> list["Source"]:
         return [self]
+
+    def operations(self) -> set[str]:
+        return set()
 
     def compute(self, read: Read) -> torch.Tensor:
         return read(self.name, self.row)
@@ -79,6 +86,10 @@ class Step(Expression):
         leaves = tree_flatten((self.args, self.kwargs))[0]
         found = [source for leaf in leaves if isinstance(leaf, Expression) for source in leaf.sources()]
         return list({(source.name, source.row): source for source in found}.values())
+
+    def operations(self) -> set[str]:
+        leaves = tree_flatten((self.args, self.kwargs))[0]
+        return {self.operation}.union(*(leaf.operations() for leaf in leaves if isinstance(leaf, Expression)))
 
     def compute(self, read: Read) -> torch.Tensor:
         if self.is_cast:

@@ -69,11 +69,12 @@ def _less_important(layer: Layer, memory: float, options: Options) -> list[int]:
     if options.skip_heavy_hitter:
         ranking = [expert for expert in ranking if expert != heavy]
     budget = allowed(memory, layer.bytes_before)
-    needed = layer.bytes_before + half - budget
+    whole_layer = layer.experts * whole
+    needed = whole_layer + half - budget
     fewest = max(1, -(-needed // (whole - half))) if whole > half else 1
     count = fewest if options.in_place == "auto" else options.in_place
     count = min(count, len(ranking))
-    size = layer.bytes_before + half - count * (whole - half)
+    size = whole_layer + half - count * (whole - half)
     if size > budget:
         who = f"layer {layer.calibration.index} under policy paper"
         raise over_budget(size, memory, layer.bytes_before, who, alternative=", or --policy optimal")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx
 
 from rq_compile.architectures.model import Model
@@ -27,8 +28,8 @@ FP16_MOST = 65504
 
 def default_precision(model: Model) -> Precision:
     """bf16 unless all weights are stored in fp16 or fp32: what was trained in bf16 may compute values beyond fp16's range."""
-    stored = {model.checkpoint.stored(name).dtype for name in model.used}
-    return "fp16" if stored <= {"F16", "F32"} else "bf16"
+    stored = {model.checkpoint.dtype_of(name) for name in model.used}
+    return "fp16" if stored <= {np.dtype(np.float16), np.dtype(np.float32)} else "bf16"
 
 
 def remark_on_precision(model: Model, precision: Precision) -> str | None:

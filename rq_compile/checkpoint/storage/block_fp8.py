@@ -1,0 +1,55 @@
+"""float8_e4m3 weights with scales: a grid of blocks, one a row, or one in all; and FP4 experts stored the same way.
+
+``quant_method`` fp8 (DeepSeek-V3, Qwen3, MiniMax), mxfp8, fbgemm_fp8; compressed-tensors float-quantized; ModelOpt FP8. The
+scales of ``X`` are ``X_scale_inv`` or ``X_scale``, or beside ``N.weight`` ``N.scale`` (DeepSeek-V4) or ``N.qscale_weight``
+(Mistral). A weight is the code times the scale, whatever the scale's name says. uint8 and float8_e8m0 scales are exponents. int8
+or uint8 codes with such scales are pairs of float4_e2m1.
+"""
+
+from rq_compile.checkpoint.safetensors_file import StoredTensor
+from rq_compile.checkpoint.storage.packings import E2m1Pairs, E4m3, Packing
+from rq_compile.checkpoint.storage.quantized import Quantized
+from rq_compile.checkpoint.storage.scales import EXPONENTS, grid_of
+from rq_compile.checkpoint.storage.stated import Stated
+
+SUFFIXES = ("_scale_inv", "_scale")
+NEIGHBOURS = (".scale", ".qscale_weight")
+
+
+def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quantized | None:
+    """``name`` as a weight in this format, or None.
+
+    Raises:
+        UserError: the scales' shape or dtype is not that of this format.
+    """
+    codes = tensors[name]
+    if len(codes.shape) < 2 or codes.dtype not in ("F8_E4M3", "I8", "U8"):
+        return None
+    scale = scale_of(name, tensors)
+    if scale is None:
+        return None
+    pairs = codes.dtype != "F8_E4M3"
+    if pairs and tensors[scale].dtype not in EXPONENTS:
+        return None
+    shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if pairs else codes.shape
+    format = "FP4 (e2m1)" if pairs else "FP8 (e4m3)"
+    scales = grid_of(scale, tensors[scale], shape, format, stated.block)
+    size = "x".join(str(size) for size in (scales.height, scales.width))
+    packing: Packing = E2m1Pairs() if pairs else E4m3()
+    return Quantized(
+        name=name,
+        shape=shape,
+        format=f"{format.split()[0]} {size}",
+        parts={name: codes, scale: tensors[scale]},
+        packed=name,
+        packing=packing,
+        scales=scales,
+    )
+
+
+def scale_of(name: str, tensors: dict[str, StoredTensor]) -> str | None:
+    """The tensor that holds the scales of the weight ``name``."""
+    stem = name.removesuffix(".weight")
+    names = [f"{name}{suffix}" for suffix in SUFFIXES]
+    names += [f"{stem}{suffix}" for suffix in NEIGHBOURS] if stem != name else []
+    return next((scale for scale in names if scale in tensors), None)

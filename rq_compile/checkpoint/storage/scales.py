@@ -1,0 +1,166 @@
+"""The scales of a quantized weight: which rows and columns share one, and their values in fp32."""
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor, read_rows
+from rq_compile.checkpoint.storage.codes import exponents
+from rq_compile.errors import UserError
+
+EXPONENTS = ("U8", "F8_E8M0")  # the dtypes of scales that are powers of two
+EXPONENT_DTYPES = tuple(DTYPES[dtype] for dtype in EXPONENTS)
+FLOATS = ("F32", "BF16", "F16", "F8_E4M3", *EXPONENTS)
+# A product of the greatest code of any format and a scale below this is finite.
+GREATEST = 2.0**116
+
+
+@dataclass(frozen=True)
+class Scales:
+    """A grid of scales over a stack of matrices: ``height`` rows and ``width`` columns of a matrix share one.
+
+    ``tensor``, called ``name``, holds ``grid`` (matrices, rows, columns) of them, the other way around where it is
+    ``transposed``. ``factor``: a tensor of one number, or of one a matrix, that multiplies all (``divides``: divides them).
+    """
+
+    name: str
+    tensor: StoredTensor
+    grid: tuple[int, int, int]
+    matrix_rows: int
+    height: int
+    width: int
+    transposed: bool = False
+    factor: tuple[str, StoredTensor] | None = None
+    divides: bool = False
+
+    @property
+    def powers_of_two(self) -> bool:
+        return self.tensor.dtype in EXPONENTS and self.factor is None
+
+    def read(self, rows: slice) -> np.ndarray:
+        """fp32 ``[rows, ceil(columns / width)]``.
+
+        Raises:
+            UserError: a scale is not finite, or so large that the weights are not.
+        """
+        matrices, high, wide = self.grid
+        if self.transposed:
+            values = as_fp32(read_rows(self.name, self.tensor, slice(0, wide), wide)).reshape(wide, high).T[rows]
+        else:
+            row = np.arange(rows.start, rows.stop)
+            of_grid = (row // self.matrix_rows % matrices) * high + row % self.matrix_rows // self.height
+            first, last = (int(of_grid[0]), int(of_grid[-1]) + 1) if len(row) else (0, 0)
+            stored = as_fp32(read_rows(self.name, self.tensor, slice(first, last), matrices * high)).reshape(-1, wide)
+            values = stored if len(stored) == len(row) else stored[of_grid - first]
+        if self.factor is not None:
+            values = self._with_factor(values, rows)
+        if not np.isfinite(values).all() or np.abs(values).max(initial=0) > GREATEST:
+            raise UserError(f"{self.name} in {self.tensor.file} has a scale that is infinite or too large; repair the checkpoint")
+        return np.ascontiguousarray(values, np.float32)
+
+    def _with_factor(self, values: np.ndarray, rows: slice) -> np.ndarray:
+        assert self.factor is not None
+        name, tensor = self.factor
+        count = prod(tensor.shape)
+        factors = as_fp32(read_rows(name, tensor, slice(0, count), count)).reshape(-1)
+        of_row = factors[np.arange(rows.start, rows.stop) // self.matrix_rows % count][:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return values / of_row if self.divides else values * of_row
+
+
+def as_fp32(stored: np.ndarray) -> np.ndarray:
+    """Scales of any stored dtype; uint8 are exponents."""
+    return exponents(stored) if stored.dtype in EXPONENT_DTYPES else stored.astype(np.float32)
+
+
+def grid_of(
+    name: str,
+    tensor: StoredTensor,
+    weight: tuple[int, ...],
+    format: str,
+    stated: tuple[int, int] | None = None,
+    dtypes: tuple[str, ...] = FLOATS,
+) -> Scales:
+    """The grid that ``tensor``, the scales of a weight of shape ``weight``, is: one scale, one a matrix, one a row, or a grid of
+    blocks. A block's size is read off the grid: the ``stated`` one if it fits, else the largest power of two up to 128 that does.
+
+    Raises:
+        UserError: no block gives a grid of that shape, or the scales' dtype is none of scales.
+    """
+    check_dtype(name, tensor, dtypes, format)
+    *stack, rows, columns = weight
+    matrices, shape = prod(stack), tensor.shape
+    if prod(shape) == 1:
+        grid: tuple[int, int, int] = (1, 1, 1)
+    elif stack and shape in ((matrices,), (matrices, 1)):
+        grid = (matrices, 1, 1)
+    elif stack and shape == (matrices, rows):
+        grid = (matrices, rows, 1)
+    elif not stack and len(shape) == 1:
+        grid = (1, shape[0], 1)
+    elif len(shape) == len(weight) and list(shape[:-2]) == stack:
+        grid = (matrices, shape[-2], shape[-1])
+    else:
+        raise _no_grid(name, tensor, weight, format)
+    high, wide = stated or (128, 128)
+    height, width = _block(rows, grid[1], high), _block(columns, grid[2], wide)
+    if height is None or width is None:
+        raise _no_grid(name, tensor, weight, format)
+    return Scales(name, tensor, grid, rows, height, width)
+
+
+def in_groups(
+    name: str, tensor: StoredTensor, weight: tuple[int, ...], group: int, format: str, dtypes: tuple[str, ...]
+) -> Scales:
+    """Scales that ``group`` columns of a row share.
+
+    Raises:
+        UserError: their shape or dtype is another.
+    """
+    check_dtype(name, tensor, dtypes, format)
+    *stack, rows, columns = weight
+    expected = (*weight[:-1], -(-columns // group))
+    if tensor.shape != expected:
+        raise wrong_shape(name, tensor, expected, f"{format} with a scale for every {group} of {columns} columns")
+    return Scales(name, tensor, (prod(stack), rows, expected[-1]), rows, 1, group)
+
+
+def scaled_by(scales: Scales, name: str, factor: StoredTensor, *, divides: bool) -> Scales:
+    matrices = scales.grid[0]
+    if prod(factor.shape) not in (1, matrices):
+        raise wrong_shape(name, factor, (1,), "one number for the whole weight")
+    check_dtype(name, factor, ("F32", "BF16", "F16"), "its global scale")
+    return replace(scales, factor=(name, factor), divides=divides)
+
+
+def check_dtype(name: str, tensor: StoredTensor, dtypes: tuple[str, ...], format: str) -> None:
+    if tensor.dtype not in dtypes:
+        raise UserError(
+            f"{name} in {tensor.file} is stored as {tensor.dtype}, where {format} has {' or '.join(dtypes)}; "
+            "save the checkpoint again with the tool that quantized it",
+            2,
+        )
+
+
+def wrong_shape(name: str, tensor: StoredTensor, expected: tuple[int, ...], what: str) -> UserError:
+    return UserError(
+        f"{name} in {tensor.file} has shape {list(tensor.shape)} where {list(expected)} is expected of {what}; "
+        "save the checkpoint again with the tool that quantized it",
+        2,
+    )
+
+
+def _no_grid(name: str, tensor: StoredTensor, weight: tuple[int, ...], format: str) -> UserError:
+    return UserError(
+        f"{name} in {tensor.file} has shape {list(tensor.shape)}, which is no grid of scales over a weight {list(weight)} "
+        f"stored as {format}; save the checkpoint again with the tool that quantized it",
+        2,
+    )
+
+
+def _block(size: int, count: int, stated: int) -> int | None:
+    """Of a dimension of ``size`` that has ``count`` scales."""
+    if count == 1:
+        return max(size, 1)
+    return next((block for block in (stated, 128, 64, 32, 16, 1) if block > 0 and -(-size // block) == count), None)

@@ -1,0 +1,106 @@
+"""What a checkpoint states about its quantization: in config.json, or in hf_quant_config.json beside it.
+
+How a weight is stored is read off its tensors. What is stated is held against them, and tells apart what looks alike.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rq_compile.checkpoint.folder import read_json
+
+MODELOPT_FILE = "hf_quant_config.json"
+QUANTIZATION = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """``settings``: the JSON object, empty where nothing is stated or something else; ``file`` and ``key``: where it stands, None
+    where nothing is stated."""
+
+    settings: dict[str, Any]
+    file: Path
+    key: str | None = None
+
+    @property
+    def method(self) -> str:
+        """``quant_method``, in lower case; "" where none is stated."""
+        method = self.settings.get("quant_method")
+        return method.lower() if isinstance(method, str) and method.isprintable() else ""
+
+    @property
+    def named(self) -> str | None:
+        """Where it is stated and the method, for a message; None where nothing is."""
+        return None if self.key is None else f"{self.key}: {self.method or 'unknown'}"
+
+    def text(self, key: str) -> str:
+        value = self.settings.get(key)
+        return value.lower() if isinstance(value, str) else ""
+
+    def number(self, key: str) -> int | None:
+        value = self.settings.get(key)
+        return value if type(value) is int else None
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """``weight_block_size``."""
+        block = self.settings.get("weight_block_size")
+        if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+            return block[0], block[1]
+        return None
+
+    def weights(self, module: str) -> dict[str, Any]:
+        """How compressed-tensors says that the weights of ``module`` are quantized: the group whose targets name it, by its full
+        name before patterns and patterns before classes; {} where there is none."""
+        groups = self.settings.get("config_groups")
+        if not isinstance(groups, dict) or any(_matches(module, target) for target in _strings(self.settings.get("ignore"))):
+            return {}
+        found = [
+            (rank, group.get("weights"))
+            for group in groups.values()
+            if isinstance(group, dict)
+            for target in _strings(group.get("targets"))
+            if (rank := _rank(module, target)) is not None
+        ]
+        weights = min(found, key=lambda match: match[0])[1] if found else None
+        return weights if isinstance(weights, dict) else {}
+
+
+def stated_of(folder: Path, config: dict[str, Any]) -> Stated:
+    """
+    Raises:
+        UserError: ModelOpt's file holds no JSON object.
+    """
+    # Multimodal checkpoints hold it at the top, or beside the text model's sizes.
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, dict) else {}):
+        for key in QUANTIZATION:
+            if level.get(key):
+                return Stated(level[key] if isinstance(level[key], dict) else {}, folder / "config.json", key)
+    file = folder / MODELOPT_FILE
+    if not file.exists():
+        return Stated({}, folder / "config.json")
+    settings = read_json(file).get("quantization")
+    return Stated({"quant_method": "modelopt", **(settings if isinstance(settings, dict) else {})}, file, "quantization")
+
+
+def _strings(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _rank(module: str, target: str) -> int | None:
+    if target == module:
+        return 0
+    if target.startswith("re:"):
+        return 1 if _matches(module, target) else None
+    return 2 if target == "Linear" else None
+
+
+def _matches(module: str, target: str) -> bool:
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target.removeprefix("re:"), module) is not None
+    except re.error:
+        return False

@@ -1,0 +1,116 @@
+"""What a checkpoint is made of: named weights, each decoded from the tensors that store it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+
+import ml_dtypes
+import numpy as np
+
+from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor, read_rows, read_tensor
+from rq_compile.quantization.source_integers import SourceIntegers
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight(ABC):
+    """A weight under the name and in the ``shape`` that it has in a checkpoint which was never quantized.
+
+    ``format``: the storage format's name. ``parts``: the tensors that store it, by name. ``transposed``: they store the last two
+    dimensions the other way around. Rows are those of the matrix as stored, of all matrices of a stack one after the other.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    parts: dict[str, StoredTensor]
+    transposed: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """As stored, scales and zero points included."""
+        return sum(part.bytes for part in self.parts.values())
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows, of all matrices of a stack together, and columns, as stored."""
+        columns = self.shape[-2] if self.transposed else self.shape[-1] if self.shape else 1
+        return prod(self.shape) // columns if columns else 0, columns
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype:
+        """What ``read`` gives: a dtype that holds every decoded value."""
+
+    @abstractmethod
+    def decode(self, rows: slice) -> np.ndarray:
+        """fp32 ``[rows, columns]``; reads no other row where the format stores rows one after the other.
+
+        Raises:
+            UserError: a tensor cannot be read, or a value or a scale is not finite.
+        """
+
+    def integers(self, rows: slice) -> SourceIntegers | None:
+        """The whole numbers and scales whose products ``decode`` gives, or None where the weight is not stored so.
+
+        Raises:
+            UserError: see ``decode``.
+        """
+        return None
+
+    @property
+    def integer_group(self) -> int | None:
+        """Columns that share a scale of ``integers``; None where there are none."""
+        return None
+
+    def read(self, index: int | None = None) -> np.ndarray:
+        """The weight, or slice ``index`` of its first dimension, in ``dtype``.
+
+        Raises:
+            UserError: see ``decode``.
+        """
+        values = self.decode(self.rows_of(index))
+        if self.dtype == BF16:
+            # bf16 is the upper half of fp32; what is decoded to it has nothing in the lower.
+            values = np.ascontiguousarray(values.view(np.uint16)[..., 1::2]).view(BF16)
+        return self.shaped(values, index)
+
+    def rows_of(self, index: int | None) -> slice:
+        """The rows that slice ``index`` of the first dimension takes: all of them for None."""
+        if index is None:
+            return slice(0, self.matrix_shape[0])
+        count = self.matrix_shape[0] // self.shape[0]
+        return slice(index * count, (index + 1) * count)
+
+    def shaped(self, rows: np.ndarray, index: int | None) -> np.ndarray:
+        """``rows``, or as many values a row as there are of its scales, as the weight or its slice ``index`` is shaped."""
+        shape = self.shape if index is None else self.shape[1:]
+        if len(shape) < 2:
+            return rows.reshape(shape)
+        if not self.transposed:
+            return rows.reshape(*shape[:-1], rows.shape[-1])
+        return np.swapaxes(rows.reshape(*shape[:-2], shape[-1], rows.shape[-1]), -1, -2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Weight):
+    """A tensor of floats (or, beside the weights, of whole numbers), as it is."""
+
+    @property
+    def stored(self) -> StoredTensor:
+        return next(iter(self.parts.values()))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return DTYPES[self.stored.dtype]
+
+    def decode(self, rows: slice) -> np.ndarray:
+        return read_rows(self.name, self.stored, rows, self.matrix_shape[0]).astype(np.float32)
+
+    def read(self, index: int | None = None) -> np.ndarray:
+        return read_tensor(self.name, self.stored, index)
+
+
+def plain(name: str, stored: StoredTensor) -> Plain:
+    return Plain(name=name, shape=stored.shape, format="plain", parts={name: stored})

@@ -1,0 +1,37 @@
+"""Weights that a checkpoint stores as whole numbers with scales, carried over into a slot instead of rounded once more."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rq_compile.quantization.formats import Block, Format, block_size
+
+# What a slot can hold, which is more than what rounding uses.
+HELD: dict[Format, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7)}
+
+
+@dataclass(frozen=True)
+class SourceIntegers:
+    """``numbers`` int8 ``[rows, columns]``; ``scales`` fp32 ``[rows, ceil(columns / group)]``, each of ``group`` columns."""
+
+    numbers: np.ndarray
+    scales: np.ndarray
+    group: int
+
+    def in_blocks(self, format: Format, most: Block) -> tuple[np.ndarray, np.ndarray] | None:
+        """The numbers, the last block of a row filled up with zeros, and a scale for each block of a slot in ``format``.
+
+        ``most``: see ``block_size``. None: the slot cannot hold them, as a number is out of its range or a block would need
+        more than one scale.
+        """
+        columns = self.numbers.shape[1]
+        block = block_size(columns, most)
+        if format not in HELD or (self.group % block and self.group < columns):
+            return None
+        least, greatest = HELD[format]
+        if self.numbers.size and not (least <= int(self.numbers.min()) and int(self.numbers.max()) <= greatest):
+            return None
+        blocks = -(-columns // block)
+        numbers = np.pad(self.numbers, ((0, 0), (0, blocks * block - columns))) if columns % block else self.numbers
+        group_of_block = np.arange(blocks) * block // self.group
+        return numbers.reshape(len(numbers), blocks, block), np.ascontiguousarray(self.scales[:, group_of_block])

@@ -9,6 +9,7 @@ import numpy as np
 import planning_inputs as inputs
 import pytest
 import yaml
+from calibrated import copied
 from click.testing import Result
 from command_line import refused
 from hypothesis import given, settings
@@ -113,6 +114,69 @@ def test_vllm_ascend_counts_moe_layers(rq_compile: Command, plan_file: Path) -> 
         assert layer["device_count"] == 4
         assert [device["device_expert"] for device in layer["device_list"]] == ranks
     assert str(folder / "expert_map.json") in said["run"][0]
+
+
+def rows_of(server: str, folder: Path) -> list[list[int]]:
+    """The slots of every layer that the file has a row for, in order."""
+    if server == "tensorrt-llm":
+        assignments = yaml.safe_load((folder / "moe_load_balancer.yaml").read_text())["initial_global_assignments"]
+        assert list(assignments) == list(range(min(assignments), max(assignments) + 1))
+        return list(assignments.values())
+    if server == "vllm-ascend":
+        content = json.loads((folder / "expert_map.json").read_text())
+        assert content["moe_layer_count"] == len(content["layer_list"])
+        return [sum((device["device_expert"] for device in layer["device_list"]), []) for layer in content["layer_list"]]
+    content = json.loads(next(folder.glob("*.json")).read_text())
+    return content["physical_to_logical_map"] if server == "sglang" else content
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_layers_that_predict_further_tokens(rq_compile: Command, plan_file: Path, tmp_path: Path, server: str) -> None:
+    plan = Plan.model_validate_json(plan_file.read_bytes())
+    write_document(plan.model_copy(update={"extra_layers": 2}), plan_file)
+    folder, said = package(rq_compile, plan_file, server)
+    assert any("give --extra-layers 2 for their rows" in remark for remark in said["remarks"])
+    before = rows_of(server, folder)
+    folder.rename(tmp_path / "before")
+    folder, said = package(rq_compile, plan_file, server, "--extra-layers", 2)
+    assert not any("give --extra-layers" in remark for remark in said["remarks"])
+    assert any("rows of 2 further layers from 7 on" in remark for remark in said["remarks"])
+    after = rows_of(server, folder)
+    assert after[:-2] == before
+    experts = plan.layers[0].geometry.experts
+    for row in after[-2:]:
+        assert len(row) == len(before[-1])
+        assert set(row) == set(range(experts))
+        ranks = np.array(row).reshape(plan.ranks, -1)
+        assert all(len(set(rank)) == len(rank) for rank in ranks.tolist())
+
+
+def test_sglang_puts_further_layers_behind_dense_ones(rq_compile: Command, plan_file: Path) -> None:
+    folder, _ = package(rq_compile, plan_file, "sglang", "--layers", 9, "--extra-layers", 1)
+    rows = rows_of("sglang", folder)
+    assert len(rows) == 10
+    assert rows[9] != rows[8]
+
+
+def test_a_model_without_further_layers_gets_no_remark(rq_compile: Command, plan_file: Path) -> None:
+    _, said = package(rq_compile, plan_file, "vllm")
+    assert not any("further tokens" in remark for remark in said["remarks"])
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_a_plan_knows_the_models_further_layers(
+    rq_compile: Command, tiny_checkpoint: Callable[[str], Path], stages: Path, tmp_path: Path, key: str
+) -> None:
+    copied(tiny_checkpoint("deepseek_v3"), tmp_path / "m", **{key: 1})
+    text = ("--text", stages / "text.txt", "--sequence-length", 64)
+    assert rq_compile("calibrate", tmp_path / "m", *text, "-o", tmp_path / "c.json").exit_code == 0
+    assert rq_compile("plan", tmp_path / "c.json", "--ranks", 2, "--policy", "place", "-o", tmp_path / "p.json").exit_code == 0
+    result = rq_compile(
+        "package", tmp_path / "p.json", "--for", "tensorrt-llm", "-o", tmp_path / "d", "--extra-layers", 1, "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert len(rows_of("tensorrt-llm", tmp_path / "d")) == 3
+    assert "further layers from 3 on" in result.stdout
 
 
 def test_places_that_are_left_get_the_copies_that_relieve_most() -> None:

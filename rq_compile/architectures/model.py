@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from rq_compile.architectures.traced import TracedWeights
 
+EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -115,6 +117,12 @@ class Model:
     def stated(self) -> dict[str, Any]:
         """``config.json`` as it is."""
         return self.checkpoint.config
+
+    @property
+    def extra_layers(self) -> int:
+        """Layers that predict further tokens (multi-token prediction), which no engine has."""
+        stated = (self.stated.get(key) for key in EXTRA_LAYERS)
+        return next((count for count in stated if type(count) is int and count > 0), 0)
 
     @cached_property
     def parameter_count(self) -> int:

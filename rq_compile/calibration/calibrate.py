@@ -150,6 +150,7 @@ def calibrate(
         wanda_fraction=wanda_fraction,
         quantizer=quantizer,
         statistics=None,
+        extra_layers=model.extra_layers,
         layers=measured_layers,
     )
     return calibration, statistics

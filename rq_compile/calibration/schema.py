@@ -144,6 +144,7 @@ class Calibration(Versioned):
     wanda_fraction: float = Field(gt=0, le=1)
     quantizer: Quantizer
     statistics: StatisticsFile | None
+    extra_layers: int = Field(default=0, ge=0, description="layers that predict further tokens, which are not calibrated")
     layers: list[LayerCalibration] = Field(min_length=1)
 
     @model_validator(mode="after")

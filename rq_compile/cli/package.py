@@ -31,6 +31,7 @@ OPTIONS: dict[str, tuple[Destination, ...]] = {
     **dict.fromkeys(("flavour", "name", "mount", "instances", "threads", "calibration", "engine_for"), ("triton",)),
     **dict.fromkeys(("library", "architecture"), ("edge",)),
     "layers": ("sglang",),
+    "extra_layers": ("tensorrt-llm", "sglang", "vllm", "vllm-ascend"),
     "context_length": ("onnxruntime-genai",),
 }
 
@@ -60,6 +61,11 @@ OPTIONS: dict[str, tuple[Destination, ...]] = {
 @click.option("--library", type=FILE, help="edge: an op library for another machine; default: the one of this machine.")
 @click.option("--architecture", type=click.Choice(list(MACHINES.values())), help="edge: what the op library must be built for.")
 @click.option("--layers", type=click.IntRange(1), help="sglang: decoder layers of the model, dense ones included.")
+@click.option(
+    "--extra-layers",
+    type=click.IntRange(1),
+    help="tensorrt-llm, sglang, vllm, vllm-ascend: layers after the decoder's that predict further tokens, to get rows too.",
+)
 @click.option(
     "--context-length", type=click.IntRange(1), help="onnxruntime-genai: most tokens of a sequence; default: the model's."
 )

@@ -5,7 +5,7 @@ get the copies that relieve the busiest slots, and formats are lost; every loss 
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +50,41 @@ class Placement:
         return self.experts.reshape(len(self.index), -1).tolist()
 
 
-def read_placement(path: Path) -> Placement:
-    """The placement of a ``plan.json``, or of the plan that an engine (``.onnx``) was compiled with.
+def read_placement(path: Path, extra_layers: int = 0, first: int | None = None) -> Placement:
+    """The placement of a ``plan.json``, or of the plan that an engine (``.onnx``) was compiled with, and after it so many
+    ``extra_layers``, which predict further tokens; ``first`` is the number of the first of them, by default the next one.
 
     Raises:
         UserError: the file cannot be read, or ``placement_of`` refuses its plan.
     """
     plan = read_manifest(path).plan if path.suffix == ".onnx" else read_document(Plan, path)
-    return placement_of(plan, str(path))
+    placement = placement_of(plan, str(path))
+    if extra_layers:
+        return _with_extra_layers(placement, extra_layers, placement.index[-1] + 1 if first is None else first)
+    if plan.extra_layers:
+        told = (
+            f"the model has {plan.extra_layers} more to predict further tokens (num_nextn_predict_layers), which the plan does "
+            f"not place: where the server runs them, give --extra-layers {plan.extra_layers} for their rows"
+        )
+        return replace(placement, remarks=[*placement.remarks, told])
+    return placement
+
+
+def _with_extra_layers(placement: Placement, count: int, first: int) -> Placement:
+    """Their loads are not known: experts stand in consecutive blocks, and places that are left get copies by turns."""
+    experts, places = placement.experts_of_model, placement.experts.shape[2]
+    holds = contiguous(experts, placement.ranks) == np.arange(placement.ranks)[:, None]
+    row = np.nonzero(_filled(np.full(experts, 1 / experts), holds, places))[1].reshape(placement.ranks, places)
+    told = (
+        f"the rows of {count} further layers from {first} on, which predict further tokens, are not planned: their loads are not "
+        "known, so experts stand in consecutive blocks"
+    )
+    return replace(
+        placement,
+        index=[*placement.index, *range(first, first + count)],
+        experts=np.concatenate([placement.experts, np.stack([row] * count)]),
+        remarks=[*placement.remarks, told],
+    )
 
 
 def placement_of(plan: Plan, name: str = "the plan") -> Placement:

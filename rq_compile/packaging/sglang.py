@@ -18,20 +18,21 @@ from rq_compile.packaging.placements import read_placement
 FILE = "expert_location.json"
 
 
-def package(source: Path, output: Path, layers: int | None = None) -> Package:
-    """``layers``: decoder layers of the model, dense ones included; None: up to the last one with experts.
+def package(source: Path, output: Path, layers: int | None = None, extra_layers: int = 0) -> Package:
+    """``layers``: decoder layers of the model, dense ones included; None: up to the last one with experts. ``extra_layers``
+    follow them, see ``read_placement``.
 
     Raises:
         UserError: ``layers`` does not reach the last layer with experts; see also ``read_placement`` and
             ``folder_written_beside``.
     """
-    placement = read_placement(source)
-    least = placement.index[-1] + 1
+    placement = read_placement(source, extra_layers, layers)
+    least = placement.index[-1 - extra_layers] + 1
     if layers is not None and layers < least:
         raise UserError(f"--layers {layers} is too few: {source} places experts in layer {least - 1}; give {least} or more", 2)
     dense = (np.arange(placement.slots) % placement.experts_of_model).tolist()
     known = dict(zip(placement.index, placement.by_layer(), strict=True))
-    rows = [known.get(layer, dense) for layer in range(layers or least)]
+    rows = [known.get(layer, dense) for layer in range((layers or least) + extra_layers)]
     with folder_written_beside(output) as folder:
         (folder / FILE).write_text(json.dumps({"physical_to_logical_map": rows}) + "\n")
     ranks = str(placement.ranks)

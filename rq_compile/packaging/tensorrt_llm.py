@@ -16,12 +16,13 @@ from rq_compile.packaging.placements import read_placement
 OPTIONS, BALANCER = "llm_api_options.yaml", "moe_load_balancer.yaml"
 
 
-def package(source: Path, output: Path) -> Package:
-    """
+def package(source: Path, output: Path, extra_layers: int = 0) -> Package:
+    """``extra_layers``: see ``read_placement``.
+
     Raises:
         UserError: see ``read_placement`` and ``folder_written_beside``.
     """
-    placement = read_placement(source)
+    placement = read_placement(source, extra_layers)
     balancer = {
         "num_slots": placement.slots,
         "layer_updates_per_iter": 0,

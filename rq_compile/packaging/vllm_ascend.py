@@ -15,12 +15,13 @@ from rq_compile.packaging.placements import read_placement
 FILE = "expert_map.json"
 
 
-def package(source: Path, output: Path) -> Package:
-    """
+def package(source: Path, output: Path, extra_layers: int = 0) -> Package:
+    """``extra_layers``: see ``read_placement``.
+
     Raises:
         UserError: see ``read_placement`` and ``folder_written_beside``.
     """
-    placement = read_placement(source)
+    placement = read_placement(source, extra_layers)
     layers = [
         {
             "layer_id": number,

@@ -77,6 +77,7 @@ def make_plan(
         ranks=ranks,
         optimality=decision.optimality,
         remarks=[*remarks(problem, layers), *decision.remarks],
+        extra_layers=calibration.extra_layers,
         layers=layers,
     )
 

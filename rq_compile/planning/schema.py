@@ -146,6 +146,9 @@ class Plan(Versioned):
     ranks: int = Field(default=1, ge=1, le=MOST_RANKS)
     optimality: Optimality | None = Field(default=None, description="None: the policy makes no claim")
     remarks: list[str] = Field(default=[], description="what the planner has to say, a sentence each")
+    extra_layers: int = Field(
+        default=0, ge=0, description="layers of the model that predict further tokens, which are not planned"
+    )
     layers: list[LayerPlan] = Field(min_length=1)
 
     @model_validator(mode="after")

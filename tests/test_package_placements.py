@@ -125,7 +125,9 @@ def rows_of(server: str, folder: Path) -> list[list[int]]:
     if server == "vllm-ascend":
         content = json.loads((folder / "expert_map.json").read_text())
         assert content["moe_layer_count"] == len(content["layer_list"])
-        return [sum((device["device_expert"] for device in layer["device_list"]), []) for layer in content["layer_list"]]
+        return [
+            [expert for device in layer["device_list"] for expert in device["device_expert"]] for layer in content["layer_list"]
+        ]
     content = json.loads(next(folder.glob("*.json")).read_text())
     return content["physical_to_logical_map"] if server == "sglang" else content
 

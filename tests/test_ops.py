@@ -66,14 +66,15 @@ def test_every_activation(rng, activation, biased):
     assert_close(expert_gemm(x, rows, offsets, weights, bias, **options), reference(x, rows, offsets, weights, bias, **options))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 13, 48, 49, 101])
-def test_all_tokens_on_one_slot(rng, tokens):
-    weights = pack(rng, [1, 2, 0], 20, 64)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 48, 49, 101])
+@pytest.mark.parametrize("rows", [20, 105])  # one panel and a part; four, two, one and a part side by side
+def test_all_tokens_on_one_slot(rng, tokens, rows):
+    weights = pack(rng, [1, 2, 0], rows, 64)
     for slot in range(3):
         offsets = np.array([0] * (slot + 1) + [tokens] * (3 - slot), np.int32)
-        rows = np.arange(tokens, dtype=np.int32)
+        pairs = np.arange(tokens, dtype=np.int32)
         x = rng.normal(size=(tokens, 64)).astype(np.float32)
-        assert_close(expert_gemm(x, rows, offsets, weights), reference(x, rows, offsets, weights))
+        assert_close(expert_gemm(x, pairs, offsets, weights), reference(x, pairs, offsets, weights))
 
 
 @pytest.mark.parametrize("activation_bits", [8, 32])
@@ -122,7 +123,7 @@ def test_threads_and_batch_mates_do_not_change_a_bit(rng, float_type, activation
     one = expert_gemm(x, rows, offsets, weights, **options)
     two = expert_gemm(x, rows, offsets, weights, **options, threads=2)
     assert one.tobytes() == two.tobytes()
-    for slot, count in itertools.product(range(4), range(1, 8)):  # few rows read several panels side by side
+    for slot, count in itertools.product(range(4), (1, 2, 3, 4, 5, 7, 8, 9, 13)):  # few rows read several panels side by side
         here = slice(offsets[slot], offsets[slot] + count)
         alone = np.array([0] * (slot + 1) + [count] * (4 - slot), np.int32)
         few = expert_gemm(x[here], np.arange(count, dtype=np.int32), alone, weights, **options)

@@ -9,10 +9,11 @@ constexpr int columns_of(Storage storage) { return storage == Storage::int8 ? 4 
 constexpr int64_t bytes_of(Storage storage) { return kPanel * (storage == Storage::fp16 || storage == Storage::bf16 ? 2 : 4); }
 // More rows than these are worth a buffer.
 constexpr int direct_rows(Storage storage) { return is_quantized(storage) ? 4 : kFloatRows; }
-// Panels that R rows read side by side: what the sums leave of the registers must do for turning weights into fp32.
+// Panels that so many rows read side by side; turning weights into fp32 in registers takes some of these.
 constexpr int panels_of(Storage storage, int rows) {
-  const int sums = storage == Storage::fp32 ? kFloatRows : 4, most = is_quantized(storage) ? 2 : kSideBySide;
-  return sums / rows >= most ? most : sums / rows >= 2 ? 2 : 1;
+  const int64_t most = is_quantized(storage) && rows <= direct_rows(storage) ? (rows <= 2 ? 2 : 1) : kSideBySide;
+  const int panels = float_panels(rows, storage != Storage::fp32);
+  return panels < most ? panels : static_cast<int>(most);
 }
 // Quantized weights come as whole numbers over this: what is converted is the uppermost byte of a word.
 constexpr float unit_of(Storage storage) {
@@ -69,9 +70,9 @@ __attribute__((always_inline)) inline void add_columns(const float* const* x, in
   if constexpr (j + 1 < columns_of(storage)) add_columns<storage, j + 1>(x, c, group, stride, total);
 }
 
-// Adds R rows times P panels to out[panel][row][16], of which there are R rows if there is more than a panel.
+// Adds R rows times P panels to out[panel][row][16], of which there are `rows` rows.
 template <Storage storage, int R, int P>
-void multiply_chunk(const float* const* x, const Chunk& chunk, float* out) {
+void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t rows, float* out) {
   const uint8_t* group = chunk.weights;
   const size_t stride = chunk.stride;
   const int64_t end = chunk.begin + chunk.count;
@@ -82,13 +83,13 @@ void multiply_chunk(const float* const* x, const Chunk& chunk, float* out) {
     }
   }
   for (int64_t c = chunk.begin; c < end; c += columns_of(storage), group += bytes_of(storage)) {
-    for (int p = 0; p < P; ++p) prefetch<P>(group + p * stride);
+    for (int p = 0; p < P; ++p) prefetch<P>(group + p * stride, prefetch_distance(P));
     add_columns<storage, 0>(x, c, group, stride, total);
   }
   for (int p = 0; p < P; ++p) {
     for (int i = 0; i < R; ++i) {
       for (int v = 0; v < kVectors; ++v) {
-        float* sum = out + (p * R + i) * kPanel + v * kLanes;
+        float* sum = out + (p * rows + i) * kPanel + v * kLanes;
         const Floats unit = set(chunk.unit);
         const Floats scale = chunk.scales ? multiply(load(chunk.scales + p * chunk.scales_stride + v * kLanes), unit) : unit;
         store(sum, multiply_add(total[i][p][v], scale, load(sum)));
@@ -97,10 +98,13 @@ void multiply_chunk(const float* const* x, const Chunk& chunk, float* out) {
   }
 }
 
+// The first `count` rows, R at once.
 template <Storage storage, int R, int P>
-void multiply_rows(const float* const* x, int64_t rows, const Chunk& chunk, float* out) {
-  for (; rows >= R; rows -= R, x += R, out += R * kPanel) multiply_chunk<storage, R, P>(x, chunk, out);
-  if constexpr (R > 1 && P == 1) multiply_rows<storage, R - 1, P>(x, rows, chunk, out);
+void multiply_rows(const float* const* x, int64_t count, const Chunk& chunk, int64_t rows, float* out) {
+  for (; count >= R; count -= R, x += R, out += R * kPanel) multiply_chunk<storage, R, P>(x, chunk, rows, out);
+  if constexpr (R > 1) {
+    if (count > 0) multiply_rows<storage, R - 1, P>(x, count, chunk, rows, out);
+  }
 }
 
 // All rows, R at once, times P panels from `first` on.
@@ -125,22 +129,24 @@ void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights,
       Chunk floats = chunk;
       floats.weights = reinterpret_cast<const uint8_t*>(unpacked);
       floats.stride = sizeof unpacked[0];
-      multiply_rows<Storage::fp32, R, P>(x, rows, floats, out);
+      multiply_rows<Storage::fp32, R, P>(x, rows, floats, rows, out);
     } else {
-      multiply_rows<storage, R, P>(x, rows, chunk, out);
+      multiply_rows<storage, R, P>(x, rows, chunk, rows, out);
     }
   }
 }
 
-// Few rows leave registers for panels side by side.
+// As many rows at once as registers hold, and side by side the panels that these leave room for.
 template <Storage storage, int R = 1>
 void multiply_panels(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {
-  constexpr int P = panels_of(storage, R);
-  if constexpr (P > 1) {
+  if constexpr (R < kFloatRows) {
     if (rows > R) return multiply_panels<storage, R + 1>(x, rows, weights, first, count, out);
-    for (; count >= P; count -= P, first += P, out += P * R * kPanel) multiply_chunks<storage, R, P>(x, R, weights, first, out);
   }
-  for (; count > 0; --count, ++first, out += rows * kPanel) multiply_chunks<storage, kFloatRows, 1>(x, rows, weights, first, out);
+  constexpr int P = panels_of(storage, R);
+  for (; count >= P; count -= P, first += P, out += P * rows * kPanel) multiply_chunks<storage, R, P>(x, rows, weights, first, out);
+  if constexpr (P > 1) {
+    for (; count > 0; --count, ++first, out += rows * kPanel) multiply_chunks<storage, R, 1>(x, rows, weights, first, out);
+  }
 }
 
 void multiply_floats(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {

@@ -8,6 +8,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "self_check.h"
 
@@ -48,14 +50,20 @@ const Candidate kCandidates[] = {
 
 const Kernels& choose() {
   const char* asked = std::getenv("RQ_MOE_ISA");
+  const bool any = !asked || !*asked;
+  std::string found;
   for (const Candidate& candidate : kCandidates) {
-    if (asked && std::strcmp(asked, candidate.kernels->name) != 0) continue;
     if (!candidate.supported()) continue;
-    if (agrees_with_plain(*candidate.kernels)) return *candidate.kernels;
-    std::fprintf(stderr, "librq_moe.so: the %s kernels fail their self-check on this processor and are not used\n",
-                 candidate.kernels->name);
+    const char* name = candidate.kernels->name;
+    if (any || std::strcmp(asked, name) == 0) {
+      if (agrees_with_plain(*candidate.kernels)) return *candidate.kernels;
+      std::fprintf(stderr, "librq_moe.so: the %s kernels fail their self-check on this processor and are not used\n", name);
+    } else {
+      found += found.empty() ? name : std::string(", ") + name;
+    }
   }
-  return kPlainKernels;
+  throw std::runtime_error(std::string("RQ_MOE_ISA is '") + asked + "', which is not one of the instruction sets that run here: " +
+                           found + "; unset it to use the first of them");
 }
 
 }  // namespace

@@ -52,8 +52,8 @@ struct Kernels {
 
 extern const Kernels kPlainKernels, kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels;
 
-// The fastest set that this processor has and that passes its self-check; RQ_MOE_ISA=plain|avx2|avx512|avx512vnni asks for
-// that set, if the processor has it.
+// The fastest set that this processor has and that passes its self-check, or the one that RQ_MOE_ISA names. Throws
+// std::runtime_error, which lists the sets of this processor, if it has none of that name or that one fails its self-check.
 const Kernels& best_kernels();
 
 }  // namespace rq

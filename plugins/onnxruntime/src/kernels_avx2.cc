@@ -6,6 +6,7 @@ namespace {
 constexpr int32_t kInt8Offset = 0;  // left in the weights that dot_int8 multiplies
 
 // A pair of products of int4 and int8 is at most 2 * 15 * 127 in magnitude: 16 bits hold the sum of eight pairs.
+constexpr int kPartialColumns = 32;
 struct Partial {
   __m256i words = _mm256_setzero_si256();
 };

@@ -4,13 +4,13 @@
 namespace {
 
 constexpr int32_t kInt8Offset = 128;
+constexpr int kQuantizedRows = 8;
+constexpr int quantized_panels(int rows) { return rows <= 4 ? 4 : 2; }
 
-struct Partial {
-  Ints sums = _mm512_setzero_si512();
-};
+using Partial = Ints;
+constexpr int kPartialColumns = 1024;  // of any block
 inline Ints dot_int8(Ints sum, Ints weights, Ints x) { return _mm512_dpbusd_epi32(sum, weights, x); }
-inline Partial dot_int4(Partial sum, Ints weights, Ints x) { return {dot_int8(sum.sums, weights, x)}; }
-inline Ints widen(Ints sum, Partial partial) { return _mm512_add_epi32(sum, partial.sums); }
+inline Ints dot_int4(Ints sum, Ints weights, Ints x) { return dot_int8(sum, weights, x); }
 
 }  // namespace
 

@@ -1,5 +1,8 @@
 // The kernels, written once over the vector operations that the including file defines for its instruction set: Floats and
 // Ints of kLanes numbers, kVectors of them to a panel; a word of Ints holds four bytes, two 16-bit numbers or one of 32 bits.
+// It also says what its registers and caches like: how many rows are multiplied at once (kFloatRows, kQuantizedRows), how many
+// panels such a block of rows reads side by side (float_panels, quantized_panels; at most kSideBySide), how far ahead weights
+// are prefetched (prefetch_distance, prefetch), and of how many columns a Partial holds the products (kPartialColumns).
 #include "kernels.h"
 
 namespace rq {
@@ -7,13 +10,6 @@ namespace {
 
 // The same byte four times in every word.
 inline Ints set_bytes(uint32_t byte) { return set(static_cast<int32_t>(byte * 0x01010101u)); }
-
-// Weights are read once from one end to the other. In a single panel the processor's own prefetcher stops at every page; in
-// several side by side it keeps up and must not be overtaken.
-template <int panels>
-inline void prefetch(const uint8_t* p) {
-  __builtin_prefetch(p + (panels == 1 ? 4096 : 512));
-}
 
 #include "activation_kernel.h"
 #include "float_kernel.h"

@@ -8,6 +8,11 @@ typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 4, kVectors = 4;
 constexpr int kFloatRows = 2, kQuantizedRows = 2;
+constexpr int float_panels(int rows, bool) { return rows == 1 ? 2 : 1; }
+constexpr int quantized_panels(int) { return 1; }
+constexpr int64_t prefetch_distance(int) { return 4096; }
+template <int>
+inline void prefetch(const uint8_t* p, int64_t distance) { __builtin_prefetch(p + distance); }
 constexpr int32_t kInt8Offset = 128;
 inline Floats load(const float* p) {
   Floats v;
@@ -55,9 +60,8 @@ inline Ints top_byte(Ints v, int j) { return (v << (24 - 8 * j)) & static_cast<i
 inline Ints low_nibbles(Ints v) { return v & 0x0f0f0f0f; }
 inline Ints high_nibbles(Ints v) { return (v >> 4) & 0x0f0f0f0f; }
 
-struct Partial {
-  Ints sums = {0, 0, 0, 0};
-};
+using Partial = Ints;
+constexpr int kPartialColumns = 1024;  // of any block
 inline Ints dot_int8(Ints sum, Ints weights, Ints x) {
   int8_t signed_bytes[16];
   uint8_t bytes[16];
@@ -68,8 +72,7 @@ inline Ints dot_int8(Ints sum, Ints weights, Ints x) {
   }
   return sum;
 }
-inline Partial dot_int4(Partial sum, Ints weights, Ints x) { return {dot_int8(sum.sums, weights, x)}; }
-inline Ints widen(Ints sum, Partial partial) { return sum + partial.sums; }
+inline Ints dot_int4(Ints sum, Ints weights, Ints x) { return dot_int8(sum, weights, x); }
 
 }  // namespace
 

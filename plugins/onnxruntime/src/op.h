@@ -4,6 +4,7 @@
 #include <atomic>
 #include <climits>
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -176,13 +177,14 @@ class Context {
     struct Shared {
       Work& work;
       std::atomic<bool> failed{false};
+      std::exception_ptr first = nullptr;
     } shared{work};
     auto call = [](void* user, size_t tile) {
       auto& state = *static_cast<Shared*>(user);
       try {
         state.work(tile);
       } catch (...) {
-        state.failed = true;
+        if (!state.failed.exchange(true)) state.first = std::current_exception();
       }
     };
     if (tiles <= 1) {
@@ -194,7 +196,7 @@ class Context {
                                                          static_cast<void*>(&shared));
       check(api_, status);
     }
-    require(!shared.failed, "out of memory in a tile");
+    if (shared.first) std::rethrow_exception(shared.first);
   }
 
  private:

@@ -1,48 +1,73 @@
 // Rows of x rounded to int8 times panels of quantized weights, block by block: whole numbers inside a block, one fp32 chain
 // per output over the blocks. Included by kernels_body.h.
 
+// The same block of several panels, which are read side by side.
+struct PanelBlock {
+  const uint8_t* weights;  // of the first panel; the next ones' are `stride` bytes apart
+  size_t stride;
+  const float* scales;  // `scales_stride` apart
+  int64_t scales_stride;
+  int64_t ahead;  // bytes from these weights to those that are prefetched meanwhile
+};
+
 // total[i][p] += dot(x[i], 16 rows of panel p) over a block; the weights are still offset, int8 by kInt8Offset, int4 by 8.
-// The P panels are `stride` bytes apart and read side by side.
 template <int R, int P>
-void add_int8_products(const uint8_t* const* x, const uint8_t* w, size_t stride, int64_t block,
-                       Ints (*total)[P][kVectors]) {
-  for (int64_t c = 0; c < block; c += 4, w += kPanel * 4) {
+void add_int8_products(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
+  const uint8_t* w = block.weights;
+  for (int64_t c = 0; c < columns; c += 4, w += kPanel * 4) {
+    Ints weights[P][kVectors];
+#pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      prefetch<P>(w + p * stride);
-      Ints weights[kVectors];
-      for (int v = 0; v < kVectors; ++v) weights[v] = load_ints(w + p * stride + v * kLanes * 4);
-      for (int i = 0; i < R; ++i) {
-        const Ints four = spread(x[i] + c);
-        for (int v = 0; v < kVectors; ++v) total[i][p][v] = dot_int8(total[i][p][v], weights[v], four);
+      prefetch<P>(w + p * block.stride, block.ahead);
+      for (int v = 0; v < kVectors; ++v) weights[p][v] = load_ints(w + p * block.stride + v * kLanes * 4);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const Ints four = spread(x[i] + c);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        for (int v = 0; v < kVectors; ++v) total[i][p][v] = dot_int8(total[i][p][v], weights[p][v], four);
       }
     }
   }
 }
 
-// A Partial holds the products of up to 32 columns without overflow: `step` of them.
-template <int R, int P, int step>
-void add_int4_products(const uint8_t* const* x, const uint8_t* w, size_t stride, int64_t block,
-                       Ints (*total)[P][kVectors]) {
-  for (int64_t begin = 0; begin < block; begin += step) {
-    Partial partial[R][P][kVectors];
+// The same for int4, over the columns from `begin` to `end`, into sums of the type that dot_int4 adds to.
+template <int R, int P, typename Sum>
+__attribute__((always_inline)) inline void add_int4_columns(const uint8_t* const* x, const PanelBlock& block, int64_t begin,
+                                                            int64_t end, Sum (&sum)[R][P][kVectors]) {
+  const uint8_t* w = block.weights + begin / 8 * (kPanel * 4);
 #pragma GCC unroll 4
-    for (int64_t c = begin; c < begin + step; c += 8, w += kPanel * 4) {
+  for (int64_t c = begin; c < end; c += 8, w += kPanel * 4) {
+    Ints low[P][kVectors], high[P][kVectors];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      prefetch<P>(w + p * block.stride, block.ahead);
+      for (int v = 0; v < kVectors; ++v) {
+        const Ints bytes = load_ints(w + p * block.stride + v * kLanes * 4);
+        low[p][v] = low_nibbles(bytes);
+        high[p][v] = high_nibbles(bytes);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const Ints first = spread(x[i] + c), second = spread(x[i] + c + 4);
+#pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        prefetch<P>(w + p * stride);
-        Ints low[kVectors], high[kVectors];
         for (int v = 0; v < kVectors; ++v) {
-          const Ints bytes = load_ints(w + p * stride + v * kLanes * 4);
-          low[v] = low_nibbles(bytes);
-          high[v] = high_nibbles(bytes);
-        }
-        for (int i = 0; i < R; ++i) {
-          const Ints first = spread(x[i] + c), second = spread(x[i] + c + 4);
-          for (int v = 0; v < kVectors; ++v) {
-            partial[i][p][v] = dot_int4(dot_int4(partial[i][p][v], low[v], first), high[v], second);
-          }
+          sum[i][p][v] = dot_int4(dot_int4(sum[i][p][v], low[p][v], first), high[p][v], second);
         }
       }
     }
+  }
+}
+
+// A Partial holds the products of `step` columns without overflow.
+template <int step, int R, int P>
+void add_int4_products(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
+  for (int64_t begin = 0; begin < columns; begin += step) {
+    Partial partial[R][P][kVectors];
+    add_int4_columns(x, block, begin, begin + step, partial);
     for (int i = 0; i < R; ++i) {
       for (int p = 0; p < P; ++p) {
         for (int v = 0; v < kVectors; ++v) total[i][p][v] = widen(total[i][p][v], partial[i][p][v]);
@@ -52,72 +77,83 @@ void add_int4_products(const uint8_t* const* x, const uint8_t* w, size_t stride,
 }
 
 template <Storage storage, int R, int P>
-void add_products(const uint8_t* const* x, const uint8_t* w, size_t stride, int64_t block, Ints (*total)[P][kVectors]) {
-  if constexpr (storage == Storage::int8) return add_int8_products<R, P>(x, w, stride, block, total);
-  if (block % 32 == 0) return add_int4_products<R, P, 32>(x, w, stride, block, total);
-  add_int4_products<R, P, 16>(x, w, stride, block, total);
+void add_products(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
+  if constexpr (storage == Storage::int8) add_int8_products(x, block, columns, total);
+  else if constexpr (kPartialColumns >= kMaxBlock) add_int4_columns(x, block, 0, columns, total);
+  else if (columns % kPartialColumns >= kMaxBlock) add_int4_products<kPartialColumns>(x, block, columns, total);
+  else add_int4_products<16>(x, block, columns, total);
 }
 
-// Adds block `b` of R rows of x times P panels to out[panel][row][16], of which there are R rows if there is more than a panel.
+// Adds block `b` of R rows of x times P panels to out[panel][row][16], of which there are `rows` rows.
 template <Storage storage, int R, int P>
-void multiply_block(const uint8_t* const* x, int64_t b, const QuantizedLayout& layout, const uint8_t* w, size_t stride,
-                    const float* scales, float* out) {
+void multiply_block(const uint8_t* const* x, int64_t b, const QuantizedLayout& layout, const PanelBlock& block, int64_t rows,
+                    float* out) {
   constexpr int32_t kOffset = storage == Storage::int8 ? kInt8Offset : 8;
   QuantizedBlock header[R];
   const uint8_t* numbers[R];
   Ints total[R][P][kVectors];
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
-    const uint8_t* block = x[i] + b * layout.block_bytes;
-    memcpy(&header[i], block, sizeof header[i]);
-    numbers[i] = block + sizeof header[i];
+    const uint8_t* record = x[i] + b * layout.block_bytes;
+    memcpy(&header[i], record, sizeof header[i]);
+    numbers[i] = record + sizeof header[i];
+#pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       for (int v = 0; v < kVectors; ++v) total[i][p][v] = set(-kOffset * header[i].sum);
     }
   }
-  add_products<storage, R, P>(numbers, w, stride, layout.block, total);
+  add_products<storage, R, P>(numbers, block, layout.block, total);
+#pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       for (int v = 0; v < kVectors; ++v) {
-        float* sum = out + (p * R + i) * kPanel + v * kLanes;
-        const Floats scale = multiply(load(scales + p * layout.blocks * kPanel + v * kLanes), set(header[i].scale));
+        float* sum = out + (p * rows + i) * kPanel + v * kLanes;
+        const Floats scale = multiply(load(block.scales + p * block.scales_stride + v * kLanes), set(header[i].scale));
         store(sum, add(load(sum), multiply(to_floats(total[i][p][v]), scale)));
       }
     }
   }
 }
 
+// The first `count` rows, R at once.
 template <Storage storage, int R, int P>
-void multiply_block_rows(const uint8_t* const* x, int64_t rows, int64_t b, const QuantizedLayout& layout, const uint8_t* w,
-                         size_t stride, const float* scales, float* out) {
-  for (; rows >= R; rows -= R, x += R, out += R * kPanel) multiply_block<storage, R, P>(x, b, layout, w, stride, scales, out);
-  if constexpr (R > 1 && P == 1) multiply_block_rows<storage, R - 1, P>(x, rows, b, layout, w, stride, scales, out);
+void multiply_block_rows(const uint8_t* const* x, int64_t count, int64_t b, const QuantizedLayout& layout, const PanelBlock& block,
+                         int64_t rows, float* out) {
+  for (; count >= R; count -= R, x += R, out += R * kPanel) multiply_block<storage, R, P>(x, b, layout, block, rows, out);
+  if constexpr (R > 1) {
+    if (count > 0) multiply_block_rows<storage, R - 1, P>(x, count, b, layout, block, rows, out);
+  }
 }
 
 // All rows, R at once, times P panels from `first` on.
 template <Storage storage, int R, int P>
 void multiply_blocks(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights, int64_t first,
                      float* out) {
-  const uint8_t* w = weights.data + static_cast<size_t>(first) * weights.panel_bytes;
-  const float* scales = weights.scales + first * weights.blocks * kPanel;
-  const size_t block_bytes = weights.panel_bytes / static_cast<size_t>(weights.blocks);
+  const int64_t panel_bytes = static_cast<int64_t>(weights.panel_bytes), block_bytes = panel_bytes / weights.blocks;
+  PanelBlock block{weights.data + first * panel_bytes, weights.panel_bytes, weights.scales + first * weights.blocks * kPanel,
+                   weights.blocks * kPanel, prefetch_distance(P)};
   memset(out, 0, static_cast<size_t>(P * rows * kPanel) * sizeof(float));
-  for (int64_t b = 0; b < weights.blocks; ++b, w += block_bytes, scales += kPanel) {
-    multiply_block_rows<storage, R, P>(x, rows, b, layout, w, weights.panel_bytes, scales, out);
+  for (int64_t b = 0; b < weights.blocks; ++b, block.weights += block_bytes, block.scales += kPanel) {
+    // The end of a panel is followed by the next one, which is read already: on to the one after the P panels.
+    if (b * block_bytes + prefetch_distance(P) >= panel_bytes) block.ahead = prefetch_distance(P) + (P - 1) * panel_bytes;
+    multiply_block_rows<storage, R, P>(x, rows, b, layout, block, rows, out);
   }
 }
 
-// A single row leaves registers for panels side by side.
-template <Storage storage>
+// As many rows at once as registers hold, and side by side the panels that these leave room for.
+template <Storage storage, int R = 1>
 void multiply_panels(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights, int64_t first,
                      int64_t count, float* out) {
-  constexpr int P = kSideBySide;
-  if (rows == 1) {
-    for (; count >= P; count -= P, first += P, out += P * kPanel) {
-      multiply_blocks<storage, 1, P>(x, 1, layout, weights, first, out);
-    }
+  if constexpr (R < kQuantizedRows) {
+    if (rows > R) return multiply_panels<storage, R + 1>(x, rows, layout, weights, first, count, out);
   }
-  for (; count > 0; --count, ++first, out += rows * kPanel) {
-    multiply_blocks<storage, kQuantizedRows, 1>(x, rows, layout, weights, first, out);
+  constexpr int P = quantized_panels(R);
+  for (; count >= P; count -= P, first += P, out += P * rows * kPanel) {
+    multiply_blocks<storage, R, P>(x, rows, layout, weights, first, out);
+  }
+  if constexpr (P > 1) {
+    for (; count > 0; --count, ++first, out += rows * kPanel) multiply_blocks<storage, R, 1>(x, rows, layout, weights, first, out);
   }
 }
 

@@ -8,7 +8,16 @@ namespace {
 using Floats = __m512;
 using Ints = __m512i;
 constexpr int64_t kLanes = 16, kVectors = 1;
-constexpr int kFloatRows = 12, kQuantizedRows = 4;
+constexpr int kFloatRows = 8;
+constexpr int float_panels(int rows, bool) { return rows <= 4 ? 4 : 2; }
+// Several panels are fetched into the second-level cache a page ahead, and from there into the first. Measured on Zen 4.
+constexpr int64_t prefetch_distance(int) { return 4096; }
+template <int panels>
+inline void prefetch(const uint8_t* p, int64_t distance) {
+  if (panels == 1) return __builtin_prefetch(p + distance);
+  __builtin_prefetch(p + distance, 0, 2);
+  __builtin_prefetch(p + 512);
+}
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }

@@ -20,7 +20,7 @@ from rq_compile.calibration.calibrate import block_of, work_of
 from rq_compile.calibration.measure import MAX_PAIRS
 from rq_compile.calibration.memory import used_memory
 from rq_compile.errors import UserError
-from rq_compile.files import Document
+from rq_compile.files import Document, Name
 from rq_compile.planning.budget import enough_for
 from rq_compile.planning.capacity import lane_groups
 from rq_compile.planning.schema import LayerPlan, Plan
@@ -30,7 +30,7 @@ from rq_compile.rewrite.moe_layers import projection
 from rq_compile.rewrite.panels import ROWS, panel_count
 from rq_compile.rewrite.slot_weights import slot_weights
 from rq_compile.rewrite.weights import ExternalWeight
-from rq_compile.targets.in_order import cores
+from rq_compile.standalone.limits import usable_cpus
 from rq_compile.targets.licences import licence_texts
 from rq_compile.targets.manifest import DenseFormat, Lowering
 from rq_compile.targets.tensorrt.narrow import HALVES
@@ -67,7 +67,7 @@ class Estimate(Document):
     ``memory_bytes``: about the most that is held. ``seconds``: rough, on ``cores`` cores of the machine that ``rates`` tell."""
 
     kind: Literal["estimate"] = "estimate"
-    outputs: dict[str, int]
+    outputs: dict[Name, int]
     temporary_bytes: int
     memory_bytes: int
     seconds: float
@@ -110,7 +110,7 @@ def calibration_estimate(
         outputs=outputs,
         temporary_bytes=recorded + states + statistics,
         memory_bytes=used_memory() + way.memory,
-        cores=cores(),
+        cores=usable_cpus(),
         seconds=_calibration_seconds(model, layers, work.rows, work.measured, quantizer),
         remarks=[way.reason],
     )
@@ -147,7 +147,7 @@ def engine_estimate(
         if file.is_file():
             outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
     # Pieces in flight take as much as the largest layer; a single dense tensor may be more.
-    threads = threads or cores()
+    threads = threads or usable_cpus()
     return Estimate(
         outputs=outputs,
         temporary_bytes=0,
@@ -265,7 +265,7 @@ def _calibration_seconds(model: Model, layers: Sequence[MoeLayer], rows: int, me
         pairs = measured * layer.geometry.top_k
         products += 2.0 * _expert_size(layer) * (pairs + min(pairs, MAX_PAIRS * layer.geometry.experts) * len(QUANTIZED_FORMATS))
     rounding = held * len(QUANTIZED_FORMATS) / (RATES.gptq if quantizer == "gptq" else RATES.nearest)
-    return RATES.start + 4 * stored / RATES.read + (products / RATES.flops + rounding) / cores()
+    return RATES.start + 4 * stored / RATES.read + (products / RATES.flops + rounding) / usable_cpus()
 
 
 def _quantizing_seconds(layers: Sequence[MoeLayer], plan: Plan | None) -> float:

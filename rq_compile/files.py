@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from rq_compile.errors import UserError, printable
+from rq_compile.file_systems import PART, publish, readable
 from rq_compile.violations import violation
 
 
@@ -26,26 +27,26 @@ class Document(BaseModel):
     command: ClassVar[str] = "rq-compile"
 
 
+Name = Annotated[str, BeforeValidator(readable)]  # in a document: of a file or folder, which need not be UTF-8
 D = TypeVar("D", bound=Document)
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in ``path``'s folder; rename it onto ``path`` on success, remove it on any failure.
+    """Yield a temporary path in ``path``'s folder; ``publish`` it as ``path`` on success, remove it on any failure.
 
     Raises:
         UserError: the folder does not exist, cannot be written, or the disk is full.
     """
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=PART, suffix=path.suffix, dir=path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another output with -o", 2) from error
     os.close(descriptor)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(_permitted(0o666))
-        temporary.replace(path)
+        publish(temporary, path)
     except OSError as error:
         if error.filename is not None and name not in (error.filename, error.filename2):
             raise  # about another file, one that was read
@@ -56,21 +57,20 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; rename it to ``path`` on success, remove it on any failure.
+    """Yield a temporary folder beside ``path``; ``publish`` it as ``path`` on success, remove it on any failure.
 
     Raises:
-        UserError: ``path`` exists and is no empty folder, its parent cannot be written, or the disk is full.
+        UserError: ``path`` exists and is not an empty folder, its parent cannot be written, or the disk is full.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists and is no empty folder; remove it or choose another with -o", 2)
+    check_new_folder(path)
+    path = path.resolve() if path.is_symlink() else path  # a folder cannot be renamed onto a link
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=PART, dir=path.parent))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another output with -o", 2) from error
     try:
         yield temporary
-        temporary.chmod(_permitted(0o777))
-        temporary.replace(path)
+        publish(temporary, path)
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(temporary)):
             raise  # about another file, one that was read
@@ -79,11 +79,13 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _permitted(mode: int) -> int:
-    """``mode`` less the umask, as open() and mkdir() would have it; tempfile's outputs are for their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return mode & ~umask
+def check_new_folder(path: Path) -> None:
+    """
+    Raises:
+        UserError: ``path`` exists and is not an empty folder, or has a name that documents cannot hold.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists and is not an empty folder; remove it or choose another with -o", 2)
 
 
 def write_document(document: Document, path: Path) -> None:

@@ -14,6 +14,8 @@ from rq_compile.cli.main import main
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.targets import onnxruntime as target
 
+pytest_plugins = ["messages"]  # records what users are told
+
 # Models this small only lose time to threads: much of it, on a busy machine.
 torch.set_num_threads(1)
 

@@ -5,8 +5,8 @@ using namespace host;
 
 // Creates, configures and enqueues a layer; a wrong step's number, or 0. `workspace` gets `*workspace_bytes` of room, of which
 // the plugin is given what it asks for; that many are returned in it.
-extern "C" int rq_enqueue(const char* library, const int32_t* formats, const float* shares, int32_t slots,
-                          const char* activation, float limit, const PluginTensorDesc* inputs, int32_t count, int64_t most_tokens,
+extern "C" int rq_enqueue(const char* library, const int32_t* formats, const float* shares, int32_t slots, const char* activation,
+                          float limit, const PluginTensorDesc* inputs, int32_t count, int64_t most_tokens,
                           const void* const* pointers, void* out, void* workspace, size_t* workspace_bytes) {
   auto fields = fields_of({formats, formats + slots}, activation);
   fields[0].data = formats;

@@ -99,19 +99,26 @@ void check_configurations(IPluginCreatorV3One& creator, Plugin& plugin) {
   // The kernels take multiples of 16.
   const std::vector<int32_t> floats = {0, 0};
   Plugin odd(create(creator, fields_of(floats, "relu")));
-  const std::vector<Tensor> tensors = {
-      {"", kX, dims_of({-1, 72})}, {"", DataType::kINT64, dims_of({-1, 1})}, {"", DataType::kFLOAT, dims_of({-1, 1})},
-      {"", DataType::kINT32, dims_of({2, 1})}, {"", DataType::kINT32, dims_of({2})}, {"", DataType::kINT32, dims_of({2})},
-      {"", kX, dims_of({2, 64, 72})}, {"", DataType::kINT32, dims_of({2})}, {"", kX, dims_of({2, 72, 64})}};
+  const std::vector<Tensor> tensors = {{"", kX, dims_of({-1, 72})},
+                                       {"", DataType::kINT64, dims_of({-1, 1})},
+                                       {"", DataType::kFLOAT, dims_of({-1, 1})},
+                                       {"", DataType::kINT32, dims_of({2, 1})},
+                                       {"", DataType::kINT32, dims_of({2})},
+                                       {"", DataType::kINT32, dims_of({2})},
+                                       {"", kX, dims_of({2, 64, 72})},
+                                       {"", DataType::kINT32, dims_of({2})},
+                                       {"", kX, dims_of({2, 72, 64})}};
   expect_refusal(configure(odd, described(tensors, 9)) != 0, "multiples of 16, not 72");
 }
 
 // Hidden 384, intermediate 192, two slots of each of `formats`, each with a matrix of its own.
 std::vector<Tensor> tensors_of(DataType type, const std::vector<int32_t>& formats, bool gated, int64_t block) {
   const auto slots = static_cast<int64_t>(formats.size());
-  std::vector<Tensor> tensors = {{"", type, dims_of({-1, 384})}, {"", DataType::kINT64, dims_of({-1, 1})},
-      {"", DataType::kFLOAT, dims_of({-1, 1})}, {"", DataType::kINT32, dims_of({slots, 1})},
-      {"", DataType::kINT32, dims_of({slots})}};
+  std::vector<Tensor> tensors = {{"", type, dims_of({-1, 384})},
+                                 {"", DataType::kINT64, dims_of({-1, 1})},
+                                 {"", DataType::kFLOAT, dims_of({-1, 1})},
+                                 {"", DataType::kINT32, dims_of({slots, 1})},
+                                 {"", DataType::kINT32, dims_of({slots})}};
   for (bool down : {false, true}) {
     const int64_t outputs = down ? 384 : gated ? 384 : 192, columns = down ? 192 : 384, blocks = (columns + block - 1) / block;
     tensors.push_back({"", DataType::kINT32, dims_of({slots})});
@@ -339,7 +346,8 @@ std::string what_becomes_of(IPluginCreatorV3One& creator, std::istream& words) {
   auto fields = fields_of(formats, activation.c_str());
   fields.emplace_back("alpha", &alpha, PluginFieldType::kFLOAT32, 1);
   fields.emplace_back("limit", &limit, PluginFieldType::kFLOAT32, 1);
-  if (!shares.empty()) fields.emplace_back("shares", shares.data(), PluginFieldType::kFLOAT32, static_cast<int32_t>(shares.size()));
+  if (!shares.empty())
+    fields.emplace_back("shares", shares.data(), PluginFieldType::kFLOAT32, static_cast<int32_t>(shares.size()));
   Plugin plugin(create(creator, fields));
   if (!plugin.held) return "refused: " + logger.last;
   const auto inputs = described(tensors, 100);

@@ -64,7 +64,7 @@ struct Plugin {
 };
 
 inline IPluginV3* create(IPluginCreatorV3One& creator, const std::vector<PluginField>& fields,
-                  TensorRTPhase phase = TensorRTPhase::kBUILD) {
+                         TensorRTPhase phase = TensorRTPhase::kBUILD) {
   const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
   return creator.createPlugin("layer", &collection, phase);
 }
@@ -83,17 +83,25 @@ struct Tensor {
 
 // Slots of all formats, swiglu: hidden 256, intermediate 128, 3 experts in 5 slots, 2 choices a token, blocks of 128.
 inline const std::vector<int32_t> kFormats = {0, 1, 2, 1, 2};
-inline const std::vector<Tensor> kTensors = {
-    {"x", kX, dims_of({-1, 256})}, {"ids", DataType::kINT64, dims_of({-1, 2})},
-    {"gates", DataType::kFLOAT, dims_of({-1, 2})}, {"replicas", DataType::kINT32, dims_of({3, 3})},
-    {"formats", DataType::kINT32, dims_of({5})}, {"up_index", DataType::kINT32, dims_of({5})},
-    {"up_float_weights", kX, dims_of({1, 256, 256})},
-    {"up_int8_packed", DataType::kINT8, dims_of({2, 256, 256})}, {"up_int8_scales", DataType::kFLOAT, dims_of({2, 256, 2})},
-    {"up_int4_packed", DataType::kINT8, dims_of({2, 256, 128})}, {"up_int4_scales", DataType::kFLOAT, dims_of({2, 256, 2})},
-    {"up_bias", DataType::kFLOAT, dims_of({5, 256})}, {"down_index", DataType::kINT32, dims_of({5})},
-    {"down_float_weights", kX, dims_of({1, 256, 128})}, {"down_int8_packed", DataType::kINT8, dims_of({2, 256, 128})},
-    {"down_int8_scales", DataType::kFLOAT, dims_of({2, 256, 1})}, {"down_int4_packed", DataType::kINT8, dims_of({2, 256, 64})},
-    {"down_int4_scales", DataType::kFLOAT, dims_of({2, 256, 1})}, {"down_bias", DataType::kFLOAT, dims_of({5, 256})}};
+inline const std::vector<Tensor> kTensors = {{"x", kX, dims_of({-1, 256})},
+                                             {"ids", DataType::kINT64, dims_of({-1, 2})},
+                                             {"gates", DataType::kFLOAT, dims_of({-1, 2})},
+                                             {"replicas", DataType::kINT32, dims_of({3, 3})},
+                                             {"formats", DataType::kINT32, dims_of({5})},
+                                             {"up_index", DataType::kINT32, dims_of({5})},
+                                             {"up_float_weights", kX, dims_of({1, 256, 256})},
+                                             {"up_int8_packed", DataType::kINT8, dims_of({2, 256, 256})},
+                                             {"up_int8_scales", DataType::kFLOAT, dims_of({2, 256, 2})},
+                                             {"up_int4_packed", DataType::kINT8, dims_of({2, 256, 128})},
+                                             {"up_int4_scales", DataType::kFLOAT, dims_of({2, 256, 2})},
+                                             {"up_bias", DataType::kFLOAT, dims_of({5, 256})},
+                                             {"down_index", DataType::kINT32, dims_of({5})},
+                                             {"down_float_weights", kX, dims_of({1, 256, 128})},
+                                             {"down_int8_packed", DataType::kINT8, dims_of({2, 256, 128})},
+                                             {"down_int8_scales", DataType::kFLOAT, dims_of({2, 256, 1})},
+                                             {"down_int4_packed", DataType::kINT8, dims_of({2, 256, 64})},
+                                             {"down_int4_scales", DataType::kFLOAT, dims_of({2, 256, 1})},
+                                             {"down_bias", DataType::kFLOAT, dims_of({5, 256})}};
 
 inline std::vector<DynamicPluginTensorDesc> described(const std::vector<Tensor>& tensors, int64_t most_tokens) {
   std::vector<DynamicPluginTensorDesc> result;

@@ -91,7 +91,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path, raised: BaseException) -
 
 def test_a_folder_with_files_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is no empty folder; remove it"), folder_written_beside(tmp_path):
+    with pytest.raises(UserError, match="is not an empty folder; remove it"), folder_written_beside(tmp_path):
         pass
     assert (tmp_path / "file").exists()
 

@@ -55,7 +55,7 @@ def reindexed(directory: Path, change: Callable[[dict[str, Any]], object]) -> st
 def test_the_index_names_only_what_is_inside(sharded: Path, name: str) -> None:
     shutil.copy(sharded / FIRST, sharded.parent / "outside.safetensors")
     message = reindexed(sharded, lambda weights: weights.update({"lm_head.weight": name}))
-    assert "no path inside it" in message
+    assert "not a path inside it" in message
 
 
 def test_a_name_too_long_for_a_file_is_that_of_none(sharded: Path) -> None:

@@ -75,7 +75,7 @@ def test_an_engine_knows_where_a_text_begins_and_how_long_it_may_be(model: Path,
 @pytest.mark.parametrize(
     ("generation", "words"),
     [
-        ('{"eos_token_id": "</s>"}', "has eos_token_id '</s>', which is no whole number"),
+        ('{"eos_token_id": "</s>"}', "has eos_token_id '</s>', which is not a whole number"),
         ('{"eos_token_id": [1, null]}', "has eos_token_id None"),
         ('{"decoder_start_token_id": 0.5}', "has decoder_start_token_id 0.5"),
         ("{", "cannot read"),

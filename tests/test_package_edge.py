@@ -21,7 +21,9 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from rq_compile.files import sha256
 from rq_compile.packaging.archive import write_files
+from rq_compile.packaging.op_library import needed_versions, system_sentence
 from rq_compile.runtime.engine import Engine
+from rq_compile.targets.library import library_path
 
 Command = Callable[..., Result]
 PROMPT = [5, 9, 17, 3]
@@ -269,9 +271,9 @@ def test_an_op_library_for_the_wrong_machine_is_refused(rq_compile: Command, nat
     refused(
         asked("--library", elf(library, 62, bits=1), "--architecture", "x86_64"), 2, library, "another system, not for x86_64"
     )
-    refused(asked("--library", elf(library, 183, rest=b"")), 2, library, "is no op library")
+    refused(asked("--library", elf(library, 183, rest=b"")), 2, library, "is not an op library")
     library.write_bytes(b"")
-    refused(asked("--library", library), 2, library, "is no op library")
+    refused(asked("--library", library), 2, library, "is not an op library")
     refused(asked("--library", tmp_path / "missing.so"), 2, "missing.so", "No such file")
     assert names(tmp_path) == ["cross.so"]
 
@@ -314,3 +316,32 @@ def test_an_encoder_decoder_is_refused(rq_compile: Command, stages: Path, tmp_pa
 def test_a_file_that_is_missing_is_refused(rq_compile: Command, stages: Path, tmp_path: Path) -> None:
     shutil.copy(stages / "model.onnx", tmp_path)
     refused(rq_compile("package", tmp_path / "model.onnx", "--for", "edge", "-o", tmp_path / "edge"), 2, "no manifest")
+
+
+# What the op library asks of the system
+
+
+def test_the_package_states_the_least_versions_of_the_system_s_libraries(rq_compile: Command, stages: Path, out: Path) -> None:
+    result = rq_compile("package", stages / "model.onnx", "--for", "edge", "-o", out / "edge", "--json")
+    assert result.exit_code == 0, result.stderr
+    needed = needed_versions(library_path())
+    told = (
+        shutil.which("objdump")
+        and subprocess.run(["objdump", "-T", library_path()], capture_output=True, text=True, check=True).stdout
+    )
+    for name in ("GLIBC", "GLIBCXX"):
+        if told:
+            versions = [tuple(map(int, version.split("."))) for version in re.findall(rf"{name}_([\d.]+)\)", told)]
+            assert needed[name] == ".".join(map(str, max(versions)))
+    sentence = f"it loads on systems that have at least glibc {needed['GLIBC']} and a libstdc++ with GLIBCXX_{needed['GLIBCXX']}"
+    assert sentence in json.loads(result.stdout)["remarks"][0]
+    assert sentence in (out / "edge" / "README.md").read_text()
+    parts = {part["name"]: part for part in json.loads((out / "edge" / "sbom.cdx.json").read_text())["components"]}
+    assert sentence in parts["librq_moe.so"]["description"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF", b"\x7fELF\2\1\1" + bytes(57), b"\x7fELF\2\1\1" + b"\xff" * 500, b"text"])
+def test_what_is_no_whole_library_asks_for_nothing(out: Path, content: bytes) -> None:
+    (out / "library.so").write_bytes(content)
+    assert needed_versions(out / "library.so") == {}
+    assert system_sentence(out / "library.so") == "it asks for no version of glibc"

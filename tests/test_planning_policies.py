@@ -235,7 +235,7 @@ def test_plans_say_which_options_they_used(policy: str) -> None:
     plan = make_plan(inputs.skewed(layers=1), policy=policy, memory=1.0, ranks=1, target="batched", smoothing=2)
     assert plan.options["smoothing"] == 2
     assert plan.options["tokens"] == 0
-    with pytest.raises(UserError, match=f"policy {policy} has no option fraction; it has smoothing, tokens"):
+    with pytest.raises(UserError, match=f"policy {policy} has no option fraction; choose one of smoothing, tokens"):
         make_plan(inputs.skewed(layers=1), policy=policy, memory=1.0, ranks=1, target="batched", fraction=1)
 
 
@@ -250,7 +250,10 @@ def test_plans_say_which_options_they_used(policy: str) -> None:
         ({"balance": "much"}, "option balance of policy optimal cannot be 'much'"),
         ({"policy": "paper", "in_place": -1}, "option in_place of policy paper cannot be -1"),
         ({"policy": "paper", "format": "fp16"}, "option format of policy paper cannot be 'fp16'"),
-        ({"formats": "int8,int3"}, "option formats names int3, but the experts were measured in bf16, int8, int4"),
+        (
+            {"formats": "int8,int3"},
+            "option formats names int3, but the experts were measured in bf16, int8, int4; choose of these",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:

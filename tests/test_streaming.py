@@ -203,18 +203,6 @@ print(available_memory())
 """
 
 
-def test_control_groups_are_limited_by_those_they_are_in(tmp_path: Path) -> None:
-    """As a scheduler has them: the job is limited, the task in it is not."""
-    for group, limit, used in (("job", "5000", 1200), ("job/step", "max", 1200), ("job/step/task", "9000", 1000)):
-        folder = tmp_path / group
-        folder.mkdir()
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text("anon 1\ninactive_file 100\nactive_file 50\n")
-    assert memory.left_by_groups(tmp_path / "job" / "step" / "task") == [8150, 3950]
-    assert memory.left_by_groups(tmp_path) == []
-
-
 def test_scratch_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     array = on_disk(np.arange(12, dtype=np.float32).reshape(3, 4))
     array[1] += 1

@@ -178,7 +178,7 @@ def test_a_context_model_names_its_provider_and_its_gpu(unbuilt: Path) -> None:
         (["--sm", "89", "--no-build"], ["--builder tensorrt", "leave --sm out"]),
         (["--builder", "rtx", "--sm", "a", "--no-build"], ["--sm a is no list"]),
         (["--builder", "rtx", "--sm", "8\N{SUPERSCRIPT TWO}", "--no-build"], ["is no list"]),
-        (["--profile", "batch=1", "--no-build"], ["--profile batch=1 is no profile"]),
+        (["--profile", "batch=1", "--no-build"], ["--profile batch=1 is not a profile"]),
         (["--lowering", "stock"], ["--lowering has no effect on", ".onnx"]),
     ],
 )

@@ -298,7 +298,7 @@ def test_profiles_as_text() -> None:
     assert profile.batch == Range(least=1, best=8, most=32)
     rest = ",sequence=1,past=0"
     for wrong in (f"batch=8:1:32{rest}", "batch=1", f"batch=a{rest}", "sequence", f"batch=0:1:2{rest}", f"batch=1,batch=2{rest}"):
-        with pytest.raises(UserError, match=f"--profile {wrong} is no profile"):
+        with pytest.raises(UserError, match=f"--profile {wrong} is not a profile"):
             Profile.parse(wrong)
 
 

@@ -203,7 +203,7 @@ def test_without_plugins_it_is_said_and_with_stock_it_is_not(
         (["--plugins", "{library}", "--builder", "rtx", "--sm", "89"], ["--builder rtx takes no plugins", "--builder tensorrt"]),
         (["--plugins", "{library}", "--stock"], ["leave one of --stock and --plugins out"]),
         (["--plugins", "nowhere.so"], ["cannot read the plugin library nowhere.so", "plugins/tensorrt/README.md"]),
-        (["--plugins", "{text}"], ["is no library of the plugin MoeLayer"]),
+        (["--plugins", "{text}"], ["is not a library of the plugin MoeLayer"]),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(

@@ -29,8 +29,7 @@ std::string text_of(const Dims& dims) {
 void require_shape(const Input& input, const Dims& dims, const Dims& expected) {
   bool fits = dims.size() == expected.size();
   for (size_t i = 0; fits && i < dims.size(); ++i) fits = expected[i] == kAny ? dims[i] >= -1 : dims[i] == expected[i];
-  if (!fits)
-    throw std::invalid_argument(name_of(input) + " is " + text_of(dims) + " where " + text_of(expected) + " is needed");
+  if (!fits) throw std::invalid_argument(name_of(input) + " is " + text_of(dims) + " where " + text_of(expected) + " is needed");
 }
 
 int known_size(const Input& input, const Dims& dims, size_t i) {

@@ -55,7 +55,7 @@ def _declared(key: str, value: Any, kinds: frozenset[str]) -> Any:
     if type(value) is list and "int" in kinds and not any(kind.startswith(("list", "tuple")) for kind in kinds):
         raise UserError(
             f"config.json says {key} {repr(value)[:40]}, where one number for all layers is expected; "
-            "a model whose layers differ in it is not supported",
+            "give a model whose layers agree in it",
             2,
         )
     if type(value) not in (int, float) or type(value).__name__ in kinds:

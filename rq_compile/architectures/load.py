@@ -24,6 +24,7 @@ from rq_compile.architectures.traced import quiet_loading, set_experts_implement
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.mapped import mapped
 from rq_compile.errors import UserError
+from rq_compile.standalone.limits import default_threads
 
 # One product per expert that has tokens: "grouped_mm" in one call, which wants rows of whole 16 bytes, or "eager" in a loop.
 # "batched_mm" would gather whole weight matrices per token.
@@ -50,6 +51,11 @@ def load_model(model: Model) -> PreTrainedModel:
     return loaded.eval().requires_grad_(False)
 
 
+def use_threads(threads: int | None = None) -> None:
+    """Have torch compute on ``threads`` threads; by default on no more than this process may use."""
+    torch.set_num_threads(threads or min(torch.get_num_threads(), default_threads()))
+
+
 def meta_model(model: Model) -> PreTrainedModel:
     """The same module as ``load_model`` gives, its parameters on the meta device; a copy of its own for each caller.
 
@@ -71,7 +77,9 @@ def built_without_weights(checkpoint: Checkpoint, config: PretrainedConfig) -> P
         empty = _empty(_model_class(checkpoint.model_type, config), config)
     except Exception as error:  # a config may be wrong in any way
         reason = " ".join(str(error).split())
-        raise UserError(f"{checkpoint.path / 'config.json'} describes no model that can be built: {reason}", 2) from error
+        raise UserError(
+            f"{checkpoint.path / 'config.json'} does not describe a model that can be built ({reason}); correct it", 2
+        ) from error
     return empty.eval().requires_grad_(False)
 
 

@@ -41,12 +41,16 @@ def experts_geometry(module: Any, name: str, *, experts: int, top_k: int, hidden
             expected = small(x, ids, gates)
     except Exception as error:  # a module that needs more than the interface promises
         raise UserError(
-            f"{kind} cannot be run on small weights ({' '.join(str(error).split())[:120]}); it is not supported"
+            f"{kind} cannot be run on small weights ({' '.join(str(error).split())[:120]}); "
+            "it is not supported, use a family of docs/families.md"
         ) from error
     found = next((one for one in _candidates(module) if _equal(_computed(small, one, x, ids, gates), expected)), None)
     if found is None:
         norm = " (it has a norm after each expert)" if getattr(module, "has_post_expert_norm", False) else ""
-        raise UserError(f"{kind} computes something else than experts with {', '.join(ACTIVATIONS)}{norm}; it is not supported")
+        raise UserError(
+            f"{kind} computes something else than experts with {', '.join(ACTIVATIONS)}{norm}; "
+            "it is not supported, use a family of docs/families.md"
+        )
     sizes = {"experts": experts, "top_k": top_k, "hidden": hidden, "intermediate": intermediate}
     return found.model_copy(update=sizes)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from rq_compile import __version__
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer
+from rq_compile.architectures.load import use_threads
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import remarks_on_ties
 from rq_compile.calibration.estimate import relative_errors
@@ -63,7 +64,7 @@ def work_of(
             longer than the model's, the device is none, or not one layer fits into the limit.
     """
     if not texts:
-        raise UserError("there is no text to calibrate on; give at least one", 2)
+        raise UserError("there is no text to calibrate on; give at least one --text FILE", 2)
     layers, tokens = model.layers, tokenize(model, texts)
     start = _check_fit(model, tokens, sequence_length)
     total = sum(map(len, tokens))
@@ -110,6 +111,7 @@ def calibrate(
         UserError: see ``work_of``; or a layer's routing or output is not what it must be (see ``LayerRecording``).
     """
     work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
+    use_threads()
     for text in (work.way.reason, *remarks_on_ties(model)):
         remark(text)
     layers = [

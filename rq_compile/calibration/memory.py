@@ -15,6 +15,7 @@ from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.measure import ROWS_AT_ONCE
 from rq_compile.errors import UserError
+from rq_compile.standalone.limits import memory_left
 
 GIB = 2**30
 # What the model's modules without weights, activations and the like add to what the process holds when this is asked.
@@ -88,29 +89,17 @@ def largest_dense_part(model: Model) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take without swapping, as the machine, its control group and its own limit say."""
+    """Bytes that this process can still take without swapping, as the machine, its control groups and its own limit say."""
     machine = Path("/proc/meminfo")
     if not machine.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     found = re.search(r"MemAvailable: *(\d+) kB", machine.read_text())
     available = [int(found[1]) * 1024] if found else []
-    group = re.search(r"^0::(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-    available += left_by_groups(Path("/sys/fs/cgroup") / (group[1].strip("/") if group else ""))
+    available += memory_left()
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     if own != resource.RLIM_INFINITY:
         available.append(own - int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE)
     return max(0, min(available))
-
-
-def left_by_groups(folder: Path) -> list[int]:
-    """Bytes left to the control group (version 2) of this folder, by its own limit and by those of the groups that it is in."""
-    left = []
-    for group in (folder, *folder.parents):
-        if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-            # What was read from disk counts as used, but gives way.
-            cached = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-            left.append(int(limit) - int((group / "memory.current").read_text()) + sum(map(int, cached)))
-    return left
 
 
 def device_memory(device: str) -> int:

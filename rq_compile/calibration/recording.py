@@ -1,6 +1,5 @@
 """Run the model over batches; count what every layer's router chose and keep the inputs of its experts on disk."""
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rq_compile import spill
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
@@ -33,7 +33,7 @@ class LayerRecording:
         self.text_loads = np.zeros((len(texts), layer.geometry.experts), np.int64)
         self.batch_loads: list[np.ndarray] = []
         self._texts = texts
-        self._hidden = tempfile.TemporaryFile(prefix="rq-compile-")  # noqa: SIM115 - open as long as the recording lives
+        self._hidden = spill.unnamed_file()  # open as long as the recording lives
         self._ids: list[np.ndarray] = []
         self._gates: list[np.ndarray] = []
 
@@ -75,7 +75,7 @@ class LayerRecording:
             self._hidden.flush()
         except OSError as error:
             raise UserError(
-                f"cannot keep the inputs of {self.layer.name} in {tempfile.gettempdir()}: {error.strerror}; "
+                f"cannot keep the inputs of {self.layer.name} in {spill.folder()}: {error.strerror}; "
                 "free space there or name another folder in TMPDIR"
             ) from error
 

@@ -11,7 +11,9 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.bounds import MOST_COUNTED, Count, ExpertNumber, FilePath, LayerNumber, NonNegative, Sha256
-from rq_compile.files import Document
+from rq_compile.errors import UserError
+from rq_compile.file_systems import readable
+from rq_compile.files import Document, Name
 from rq_compile.quantization.formats import Format, Quantizer
 from rq_compile.versions import Upgrade, Versioned
 
@@ -36,7 +38,7 @@ RelativeError = Annotated[
 class CalibrationText(Document):
     """One text file that was run: its name, content hash and tokens (padding not counted)."""
 
-    name: str
+    name: Name
     sha256: Sha256
     tokens: Count
 
@@ -49,9 +51,15 @@ class StatisticsFile(Document):
     sha256: Sha256
 
     def named_from(self, folder: Path, document: Path) -> "StatisticsFile":
-        """The same file, named so far from ``folder``, as it is named in ``document``."""
-        path = os.path.relpath(folder / self.name, document.parent)
-        return self.model_copy(update={"name": Path(path).as_posix()})
+        """The same file, named so far from ``folder``, as it is named in ``document``.
+
+        Raises:
+            UserError: a folder between the two has a name that is not UTF-8, which JSON cannot hold.
+        """
+        path = Path(os.path.relpath(folder / self.name, document.parent)).as_posix()
+        if readable(path) != path:
+            raise UserError(f"{document} cannot name the statistics {readable(path)}, as JSON is UTF-8; write it beside them", 2)
+        return self.model_copy(update={"name": path})
 
 
 class LayerCalibration(Document):
@@ -131,7 +139,7 @@ class Calibration(Versioned):
     schema_version: Literal[1] = 1
     kind: Literal["calibration"] = "calibration"
     tool: str
-    model: str
+    model: Name
     model_type: str
     fingerprint: Sha256
     dtype: Format

@@ -4,11 +4,12 @@ import math
 import mmap
 import os
 import sys
-import tempfile
 
 import numpy as np
 
+from rq_compile import spill
 from rq_compile.errors import UserError
+from rq_compile.file_systems import optional
 
 
 def scratch(shape: tuple[int, ...], in_memory: bool) -> np.ndarray:
@@ -21,15 +22,15 @@ def scratch(shape: tuple[int, ...], in_memory: bool) -> np.ndarray:
     if in_memory or not size:
         return np.zeros(shape, np.float32)
     try:
-        with tempfile.TemporaryFile(prefix="rq-compile-") as file:
+        with spill.unnamed_file() as file:
+            file.truncate(size)
             if sys.platform == "linux":
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a bus error of a later write
-            else:
-                file.truncate(size)
+                with optional("reserve room in files", spill.folder()):
+                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a bus error of a later write
             return np.memmap(file, np.float32, "r+", shape=shape)
     except OSError as error:
         raise UserError(
-            f"cannot keep {size / 2**30:.1f} GiB of hidden states in {tempfile.gettempdir()}: {error.strerror}; "
+            f"cannot keep {size / 2**30:.1f} GiB of hidden states in {spill.folder()}: {error.strerror}; "
             "free space there or name another folder in TMPDIR"
         ) from error
 

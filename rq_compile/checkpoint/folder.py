@@ -38,7 +38,7 @@ def file_in(folder: Path, name: str) -> Path:
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable() or "\\" in name:
-        raise UserError(f"{folder} names a file {name!r}, which is no path inside it; correct the index that names it", 2)
+        raise UserError(f"{folder} names a file {name!r}, which is not a path inside it; correct the index that names it", 2)
     if not _belongs(folder, folder / path):
         raise UserError(f"{folder} names a file {name!r}, which is a link out of it; put the file itself in its place", 2)
     return folder / path

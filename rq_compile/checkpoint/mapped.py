@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from rq_compile.checkpoint.safetensors_file import check_finite
 from rq_compile.checkpoint.storage.weight import BF16, Plain, Weight
 from rq_compile.errors import UserError
+from rq_compile.file_systems import readable
 
 if TYPE_CHECKING:
     from rq_compile.checkpoint.checkpoint import Checkpoint
@@ -25,8 +27,9 @@ def mapped(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tens
         UserError: a file cannot be read, or a weight is not finite.
     """
     try:
-        files = {file: safe_open(file, "pt") for file in checkpoint.files}
-        return {name: _tensor(checkpoint.weight(name), files) for name in names}
+        with ExitStack() as stack:
+            files = {file: safe_open(_utf8_name(file, stack), "pt") for file in checkpoint.files}
+            return {name: _tensor(checkpoint.weight(name), files) for name in names}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the weights of {checkpoint.path}: {error}; check the files' permissions", 2) from error
 
@@ -38,3 +41,10 @@ def _tensor(weight: Weight, files: dict[Path, Any]) -> torch.Tensor:
     tensor = files[weight.stored.file].get_tensor(weight.name)
     check_finite(weight.name, weight.stored, tensor.reshape(-1).view(torch.uint8).numpy())
     return tensor
+
+
+def _utf8_name(file: Path, stack: ExitStack) -> str:
+    """A name by which safetensors, which takes none that is not UTF-8, finds ``file`` while ``stack`` is open."""
+    if readable(str(file)) == str(file):
+        return str(file)
+    return f"/proc/self/fd/{stack.enter_context(file.open('rb')).fileno()}"

@@ -14,7 +14,6 @@ from rq_compile.cli.options import (
     QUANTIZERS,
     SIZE,
     batch_size_option,
-    check_writable,
     dry_run_option,
     given_options,
     read_texts,
@@ -23,9 +22,9 @@ from rq_compile.cli.options import (
 )
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
+from rq_compile.outputs import STATISTICS, check_outputs, document
 
 if TYPE_CHECKING:
-    from rq_compile.architectures.model import Model
     from rq_compile.quantization.formats import Block, Quantizer
 
 # The options that say how the model is run and measured.
@@ -106,14 +105,13 @@ def command(
 
     With --from-loads nothing is run: the loads of an earlier calibration are replaced by those that a server recorded.
     """
-    if output.suffix == ".safetensors":
-        raise UserError(f"-o {output} names the calibration, whose statistics go into a .safetensors; end it in .json", 2)
-    check_writable(output)
+    check_place(output, [*texts, *from_loads, *([earlier] if earlier else [])], statistics=quantizer == "gptq" and not from_loads)
     if from_loads or earlier:
         from_recorded_loads(screen, folder, output, from_loads, earlier)
         return
     contents = read_texts(texts)
 
+    from rq_compile import spill
     from rq_compile.calibration.calibrate import calibrate
     from rq_compile.calibration.schema import StatisticsFile
     from rq_compile.calibration.statistics import write_statistics
@@ -121,8 +119,6 @@ def command(
     from rq_compile.files import sha256, write_document, written_beside
 
     model = opened(screen, folder)
-    if quantizer == "gptq":
-        check_statistics_place(output, model)
     if dry_run:
         from rq_compile.cli.tables import estimate_tables
         from rq_compile.estimates import calibration_estimate
@@ -139,7 +135,7 @@ def command(
         )
         screen.result(estimate, *estimate_tables(estimate))
         return
-    with screen.progress("calibrating", "tokens") as progress:
+    with spill.beside(output), screen.progress("calibrating", "tokens") as progress:
         calibration, statistics = calibrate(
             model,
             contents,
@@ -163,15 +159,16 @@ def command(
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)
 
 
-def check_statistics_place(output: Path, model: Model) -> None:
-    """The statistics are written as ``<stem>.safetensors``, where the weights of the model may lie.
+def check_place(output: Path, inputs: list[Path], *, statistics: bool) -> None:
+    """The calibration is written as ``output``, its statistics as ``<stem>.safetensors``.
 
     Raises:
-        UserError: they would be lost.
+        UserError: ``output`` is named as its statistics, or see ``check_outputs``.
     """
-    place = output.with_suffix(".safetensors")
-    if place.resolve() in {file.resolve() for file in model.checkpoint.files}:
-        raise UserError(f"the statistics would overwrite {place}, weights of the model; choose another output with -o", 2)
+    if output.suffix == ".safetensors":
+        raise UserError(f"-o {output} names the calibration, whose statistics go into a .safetensors; end it in .json", 2)
+    outputs = {output: document("calibration")} | ({output.with_suffix(".safetensors"): STATISTICS} if statistics else {})
+    check_outputs(outputs, inputs)
 
 
 def from_recorded_loads(screen: Screen, folder: Path, output: Path, paths: tuple[Path, ...], earlier: Path | None) -> None:
@@ -181,7 +178,7 @@ def from_recorded_loads(screen: Screen, folder: Path, output: Path, paths: tuple
     """
     if not (paths and earlier):
         raise UserError(
-            "--from-loads has no errors of its own: give it together with --calibration FILE, an earlier one of MODEL", 2
+            "--from-loads gives loads, but no errors of formats; give --calibration FILE too, an earlier one of MODEL", 2
         )
     for name, option in given_options().items():
         if name in MEASURING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,6 @@ from rq_compile.cli.options import (
     FILE,
     LOWERINGS,
     batch_size_option,
-    check_writable,
-    document_kind,
     dry_run_option,
     given_options,
     parse_options,
@@ -27,6 +24,8 @@ from rq_compile.cli.options import (
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, checked_settings, compile_plan, tensorrt_options
 from rq_compile.errors import UserError
+from rq_compile.outputs import check_outputs
+from rq_compile.targets.engine_outputs import onnx_outputs, tensorrt_outputs
 
 if TYPE_CHECKING:
     from rq_compile.architectures.model import Model
@@ -94,11 +93,12 @@ def command(
 ) -> None:
     """Compile MODEL into an engine (the default command)."""
     check_extension(output)
-    check_writable(output)
-    check_manifest_place(output)
     check_tensorrt_options(output)
     tensorrt = {name: planning.pop(name) for name in OPTIONS}
     check_lowering_options(lowering, activation_bits, f"--lowering {lowering}")
+    inputs = [path for path in (plan_path, tensorrt["plugins"], *texts) if path]
+    written = tensorrt_outputs(output) if output.suffix == ".plan" else onnx_outputs(output, folder, link_weights=link_weights)
+    check_outputs(written, inputs)
     if plan_path is not None:
         refuse_planning_options()
     elif not texts:
@@ -107,6 +107,7 @@ def command(
     options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies)
     shape: dict[str, Any] = {"dense_format": dense_format, "link_weights": link_weights, "threads": threads}
 
+    from rq_compile import spill
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
     from rq_compile.planning.remarks import lost_with_lowering
@@ -143,7 +144,7 @@ def command(
             first = {"texts": contents, "batch_size": batch_size, "sequence_length": sequence_length}
             show_estimate(screen, model, output, lowering, first, plan=None, memory=planning["memory"], **shape)
             return
-        with screen.progress("calibrating", "tokens") as progress:
+        with spill.beside(output), screen.progress("calibrating", "tokens") as progress:
             calibration, tensors = calibrate(
                 model,
                 contents,
@@ -223,24 +224,6 @@ def check_extension(output: Path) -> None:
     """
     if output.suffix not in (".onnx", ".plan"):
         raise UserError(f"{output} has no extension of an engine; end it in .onnx (ONNX Runtime) or .plan (TensorRT)", 2)
-
-
-def check_manifest_place(output: Path) -> None:
-    """The manifest is written as ``<stem>.json``, where a plan, a calibration or the manifest of another engine may lie.
-
-    Raises:
-        UserError: such a file would be lost.
-    """
-    place = output.with_suffix(".json")
-    if not place.is_file():
-        return
-    if (kind := document_kind(place)) == "engine":
-        suffix = ".plan" if str(json.loads(place.read_bytes()).get("target")).startswith("tensorrt") else ".onnx"
-        is_a = None if suffix == output.suffix else f"is that of {output.with_suffix(suffix).name}"
-    else:
-        is_a = f"is a {kind}" if kind else "is no engine's"
-    if is_a:
-        raise UserError(f"the engine's manifest would overwrite {place}, which {is_a}; choose another output with -o", 2)
 
 
 def refuse_planning_options() -> None:

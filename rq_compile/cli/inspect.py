@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from rq_compile.cli.options import FILE, document_kind
+from rq_compile.cli.options import FILE
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.cli.tensorrt import inspect_plan
 from rq_compile.errors import UserError
+from rq_compile.outputs import document_kind
 
 
 @click.command("inspect")
@@ -17,7 +18,7 @@ from rq_compile.errors import UserError
 @click.option("--verify", is_flag=True, help="Recompute the SHA-256 of an engine's files.")
 @on_screen
 def command(screen: Screen, file: Path, verify: bool) -> None:
-    """Show FILE, a checkpoint folder, a calibration, a plan or an engine, as tables."""
+    """Show FILE as tables: a checkpoint, calibration, plan or engine."""
     if file.is_dir():
         inspect_checkpoint(screen, file, verify=verify)
         return

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import errno
 import importlib
+import io
+import logging
 import os
 import signal
 import sys
@@ -17,8 +20,10 @@ import click
 
 from rq_compile import __version__
 from rq_compile.errors import UserError, printable
+from rq_compile.standalone.limits import default_threads, restricted
 
 COMMANDS = ("compile", "calibrate", "plan", "replan", "inspect", "evaluate", "bench", "generate", "package", "report")
+OWN_OPTIONS = ("-h", "--help", "--version")
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -30,7 +35,7 @@ def fail(message: str, exit_status: int = 1) -> NoReturn:
 
 
 class Commands(click.Group):
-    """Commands loaded by name when used; a first argument that is neither command nor option is a model to compile."""
+    """Commands loaded by name when used; without a command's name, ``compile`` is meant."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _usage_in_one_line():
@@ -45,11 +50,8 @@ class Commands(click.Group):
         return importlib.import_module(f"rq_compile.cli.{cmd_name}").command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            if not Path(args[0]).exists():
-                close = difflib.get_close_matches(args[0], COMMANDS, 1)
-                way_out = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
-                fail(f"no such command or model directory: {args[0]}; {way_out}", 2)
+        if args and args[0] not in (*COMMANDS, *OWN_OPTIONS):
+            check_model_given(args, ctx)
             args = ["compile", *args]
         return super().parse_args(ctx, args)
 
@@ -70,6 +72,27 @@ class Commands(click.Group):
             if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise
             fail(_sentence(error))
+
+
+def check_model_given(args: list[str], ctx: click.Context) -> None:
+    """Find MODEL in arguments that begin with no command: it may come after options.
+
+    Raises:
+        Exit: what stands there is a command, or neither a command nor a folder.
+    """
+    model = args[0]
+    if model.startswith("-"):
+        compiling = importlib.import_module("rq_compile.cli.compile").command
+        given, _, _ = compiling.make_parser(click.Context(compiling, ctx, info_name="compile")).parse_args(list(args))
+        model = given.get("folder")
+        if not isinstance(model, str):
+            return  # compile says what is missing
+        if model in COMMANDS and not Path(model).exists():
+            fail(f"{args[0]} stands before the command {model}; write rq-compile {model} ... {args[0]} ...", 2)
+    if not Path(model).exists():
+        close = difflib.get_close_matches(model, COMMANDS, 1)
+        way_out = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        fail(f"no such command or model directory: {model}; {way_out}", 2)
 
 
 @contextmanager
@@ -110,9 +133,50 @@ def main() -> None:
         import warnings
 
         warnings.simplefilter("ignore")
+    use_what_is_allowed()
+    show_warnings()
     # As Ctrl-C does, a polite kill unwinds, so that temporary files go.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
 
-if __name__ == "__main__":
+def use_what_is_allowed() -> None:
+    """Libraries that read their number of threads from the environment count all CPUs of the machine, a quota or not."""
+    if restricted():
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+            os.environ.setdefault(name, str(default_threads()))
+
+
+def show_warnings() -> None:
+    """What the package logs, once each, as lines on stderr."""
+    log = logging.getLogger("rq_compile")
+    log.handlers = [Lines()]
+    log.propagate = False
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        context = click.get_current_context(silent=True)
+        if (text := record.getMessage()) not in self.shown and not (context and context.meta.get("quiet")):
+            self.shown.add(text)
+            click.echo(text, err=True)
+
+
+def run() -> None:
+    """The entry point of the process.
+
+    In an ASCII locale Python takes its UTF-8 mode, unless it was told not to: then names of files and prompts would be torn
+    apart, and results could not be written.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and sys.executable and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 is written as it is
     main()
+
+
+if __name__ == "__main__":
+    run()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -140,38 +139,3 @@ def given_options() -> dict[str, str]:
         for parameter in context.command.params
         if parameter.name and context.get_parameter_source(parameter.name) == click.core.ParameterSource.COMMANDLINE
     }
-
-
-def document_kind(path: Path) -> str | None:
-    """``calibration``, ``plan`` or ``engine``, as the file says itself; None of a file that is none of them.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        if file.read(1) != b"{":  # it may be a whole model's weights
-            return None
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        return None
-    kind = content.get("kind") if isinstance(content, dict) else None
-    return kind if kind in ("calibration", "plan", "engine") else None
-
-
-def check_writable(output: Path) -> None:
-    """Find out before the long work whether ``output`` can be written.
-
-    Raises:
-        UserError: its folder is missing or cannot be written, or ``output`` is a folder.
-    """
-    if output.is_dir():
-        raise UserError(f"cannot write {output}: it is a folder; name a file with -o", 2)
-    if not output.parent.is_dir():
-        raise UserError(f"cannot write {output}: there is no folder {output.parent}; make it or choose another -o", 2)
-    try:
-        # Asking for permission bits would miss read-only file systems and would always say yes to root.
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; choose another output with -o", 2) from error

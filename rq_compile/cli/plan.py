@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from rq_compile.cli.options import FILE, TARGETS, check_writable, parse_options, planning_options
+from rq_compile.cli.options import FILE, TARGETS, parse_options, planning_options
 from rq_compile.cli.screen import Screen, on_screen
+from rq_compile.outputs import check_outputs, document
 
 
 @click.command("plan")
@@ -28,7 +29,7 @@ def command(
     policy_options: tuple[str, ...],
 ) -> None:
     """Decide how often and in which format each expert is stored."""
-    check_writable(output)
+    check_outputs({output: document("plan")}, [calibration])
     options = parse_options(policy_options, policy=policy, mixed_copies=mixed_copies)
 
     from rq_compile.calibration.schema import Calibration
@@ -37,9 +38,9 @@ def command(
     from rq_compile.planning.plan import check_arguments, make_plan
 
     check_arguments(policy=policy, memory=memory, ranks=ranks, target=target, options=options)
-    document = read_document(Calibration, calibration)
+    measured = read_document(Calibration, calibration)
     digest = sha256(calibration)
-    plan = make_plan(document, policy=policy, memory=memory, ranks=ranks, target=target, calibration_sha256=digest, **options)
+    plan = make_plan(measured, policy=policy, memory=memory, ranks=ranks, target=target, calibration_sha256=digest, **options)
     if plan.statistics:
         plan = plan.model_copy(update={"statistics": plan.statistics.named_from(calibration.parent, output)})
     write_document(plan, output)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from rq_compile.cli.options import FILE, check_writable
+from rq_compile.cli.options import FILE
 from rq_compile.cli.screen import Screen, on_screen
+from rq_compile.outputs import check_outputs, document
 
 
 @click.command("replan")
@@ -18,7 +19,7 @@ from rq_compile.cli.screen import Screen, on_screen
 @on_screen
 def command(screen: Screen, plan: Path, loads: Path, output: Path, tolerance: float) -> None:
     """Adapt PLAN to new loads, moving as little as possible."""
-    check_writable(output)
+    check_outputs({output: document("plan")}, [plan, loads])
 
     from rq_compile.calibration.schema import Calibration
     from rq_compile.cli.tables import changes_tables

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from rq_compile.cli.options import FILE, check_writable
+from rq_compile.cli.options import FILE
 from rq_compile.cli.screen import Screen, on_screen
-from rq_compile.errors import UserError
+from rq_compile.outputs import REPORT, check_outputs
 
 
 @click.command("report")
@@ -22,8 +22,6 @@ def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None,
 
     Load, balance, formats and memory come from the engine, accuracy and speed from what evaluate and bench printed.
     """
-    check_writable(output)
-
     from rq_compile.cli.tables import facts
     from rq_compile.evaluation.schema import Bench, Evaluation
     from rq_compile.files import read_document, written_beside
@@ -35,8 +33,7 @@ def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None,
     manifest = read_manifest(engine)
     parts = (engine.parent / file.name for file in engine_files(manifest))
     read = [manifest_path(engine), *parts, *(path for path in (evaluation, bench) if path)]
-    if output.resolve() in {path.resolve() for path in read}:
-        raise UserError(f"the page would overwrite {output}, which it is made from; choose another output with -o", 2)
+    check_outputs({output: REPORT}, read)
     evaluated = timed = None
     if evaluation is not None:
         evaluated = read_document(Evaluation, evaluation)

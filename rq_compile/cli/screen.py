@@ -137,7 +137,7 @@ def on_screen(function: Callable[..., None]) -> Callable[..., None]:
     @click.pass_context
     @functools.wraps(function)
     def run(ctx: click.Context, /, *, as_json: bool, quiet: bool, debug: bool, **arguments: Any) -> None:
-        ctx.meta["debug"] = debug
+        ctx.meta["debug"], ctx.meta["quiet"] = debug, quiet
         function(Screen(quiet, as_json), **arguments)
 
     return run

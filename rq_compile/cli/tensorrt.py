@@ -159,7 +159,7 @@ def capabilities_of(text: str | None) -> list[int]:
         return []
     numbers = text.split(",")
     if not all(number.strip().isdecimal() for number in numbers):
-        raise UserError(f"--sm {text} is no list of compute capabilities; write for example --sm 80,89,120", 2)
+        raise UserError(f"--sm {text} is not a list of compute capabilities; write for example --sm 80,89,120", 2)
     return sorted({int(number) for number in numbers})
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from rq_compile.evaluation.machine import describe_machine
 from rq_compile.evaluation.schema import Bench, Speed
 from rq_compile.runtime.language_model import LanguageModel
+from rq_compile.standalone.limits import default_threads
 
 # Seconds before a model's turn: ONNX Runtime's threads were seen to spin for 55 ms after a run, on the cores of the next.
 REST = 0.2
@@ -44,7 +45,7 @@ def bench(
 ) -> Bench:
     """Time ``engine`` and ``other`` on the same random prompt (fixed seed), batch 1; one round warms up unrecorded.
 
-    ``weights_sha256`` tells which engine it is, beside its name.
+    ``weights_sha256`` tells which engine it is, beside its name. ``threads``: those that the models run on.
     """
     prompt = np.random.default_rng(0).integers(0, vocabulary, prompt_tokens).tolist()
     models = [engine] if other is None else [engine, other]
@@ -67,7 +68,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
-        threads=threads,
+        threads=threads or default_threads(),
         engine=ours,
         other=theirs,
         ratio_prefill=ours.prefill / theirs.prefill if theirs else None,

@@ -252,5 +252,5 @@ def _sequences(batch_size: int | str) -> int | None:
     if str(batch_size).split(":")[0] == "auto":
         return None
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
-        raise UserError(f"--batch_size {batch_size} is no number of sequences; give 1 or more, or auto", 2)
+        raise UserError(f"--batch_size {batch_size} is not a number of sequences; give 1 or more, or auto", 2)
     return int(batch_size)

@@ -1,19 +1,26 @@
 """What a benchmark ran on, in a line: a speed means something only beside its machine."""
 
+import os
 import platform
 import re
 from importlib.metadata import version
 from pathlib import Path
 
-from rq_compile.targets.in_order import cores
+from rq_compile.standalone.limits import cpu_quota, usable_cpus
 
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def describe_machine() -> str:
-    """Processor, cores that this process may use, system, and the runtimes that were compared."""
+    """Processor, CPUs that this process may use and why not all, system, and the runtimes that were compared."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "torch"))
-    return f"{_processor()}, {cores()} cores, {platform.system()} {platform.machine()}, {packages}"
+    return f"{_processor()}, {_cpus()}, {platform.system()} {platform.machine()}, {packages}"
+
+
+def _cpus() -> str:
+    quota, usable, there = cpu_quota(), usable_cpus(), os.cpu_count() or 1
+    cpus = f"{there} CPUs" if usable == there else f"{usable} of {there} CPUs"
+    return cpus if quota is None else f"{cpus} (quota {quota:.3g})"
 
 
 def _processor() -> str:

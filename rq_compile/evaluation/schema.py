@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from rq_compile.bounds import Count, Imbalance, LayerNumber, NonNegative, Positive, Sha256, Share
-from rq_compile.files import Document
+from rq_compile.files import Document, Name
 from rq_compile.versions import Versioned
 
 Perplexity = Annotated[float, Field(ge=1e-300)]
@@ -34,7 +34,7 @@ class TextEvaluation(Document):
     slots, as with the lowering ``cuda``.
     """
 
-    name: str
+    name: Name
     tokens: Count
     predictions: Count
     perplexity_reference: Perplexity | None
@@ -57,8 +57,8 @@ class Evaluation(Versioned):
 
     schema_version: Literal[1] = 1
     kind: Literal["evaluation"] = "evaluation"
-    engine: str
-    reference: str
+    engine: Name
+    reference: Name
     sequence_length: Count
     texts: list[TextEvaluation] = Field(min_length=1)
     total: TextEvaluation
@@ -77,7 +77,7 @@ class Evaluation(Versioned):
 class Speed(Document):
     """Medians over the rounds, tokens per second."""
 
-    name: str
+    name: Name
     prefill: Positive
     decode: Positive
 

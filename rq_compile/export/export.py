@@ -123,7 +123,7 @@ def _check_free_dimensions(graph: onnx_ir.Graph, model: Model) -> None:
         if any(str(_shape(value)[axis]).isdigit() for axis in axes):
             raise UserError(
                 f"{model.path}: layers of {model.model_type} loop over the batch or the sequence in Python, which fixes "
-                f"{value.name} to the sizes that it was traced with; no engine can be made of this family"
+                f"{value.name} to the sizes that it was traced with; use another family, no engine can be made of this one"
             )
 
 
@@ -141,7 +141,9 @@ def _cache_tensors(graph: onnx_ir.Graph) -> list[CacheTensor]:
             present = name.replace(PAST_NAME, PRESENT_NAME, 1)
             if present not in outputs or not value.uses():
                 missing = "give back" if value.uses() else "read"
-                raise UserError(f"the exported graph does not {missing} the cache tensor {name}, so it cannot decode")
+                raise UserError(
+                    f"the exported graph does not {missing} the cache tensor {name}, so it cannot decode; use another family"
+                )
             shape = [int(text) if (text := str(dimension)).isdigit() else text for dimension in _shape(value)]
             tensors.append(CacheTensor.model_validate({"past": name, "present": present, "shape": shape}))
     return tensors

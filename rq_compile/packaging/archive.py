@@ -7,17 +7,30 @@ import gzip
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from rq_compile.files import folder_written_beside, written_beside
+from rq_compile.files import check_new_folder, folder_written_beside, written_beside
+from rq_compile.outputs import PACKAGE, check_outputs
 
 Files = Mapping[str, Path]  # the name in the package -> where its content is
 MODE = 0o644
 LEVEL = 1  # weights hardly get smaller at a higher one, but much slower
 CHUNK = 1 << 20
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can tell
+
+
+def check_package(output: Path, inputs: Iterable[Path]) -> None:
+    """Find out before the work whether ``write_files`` can write ``output``.
+
+    Raises:
+        UserError: see ``check_outputs`` and ``check_new_folder``.
+    """
+    if archive_writer(output) is None:
+        check_new_folder(output)
+    else:
+        check_outputs({output: PACKAGE}, inputs)
 
 
 def write_files(files: Files, output: Path, root: str) -> None:

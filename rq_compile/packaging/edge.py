@@ -6,12 +6,12 @@ import shlex
 import shutil
 from pathlib import Path
 from string import Template
-from tempfile import TemporaryDirectory
 
+from rq_compile import spill
 from rq_compile.errors import UserError
 from rq_compile.files import sha256
-from rq_compile.packaging.archive import Files, archive_writer, write_files
-from rq_compile.packaging.op_library import machine, op_library
+from rq_compile.packaging.archive import Files, archive_writer, check_package, write_files
+from rq_compile.packaging.op_library import machine, op_library, system_sentence
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.sbom import bill_of_materials
 from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
@@ -43,10 +43,11 @@ def package(source: Path, output: Path, library: Path | None = None, architectur
     if library is not None and manifest.op_library is None:
         raise UserError(f"{source} runs in any ONNX Runtime, without an op library; leave --library out", 2)
     packed = None if manifest.op_library is None else op_library(library, architecture)
+    check_package(output, [*engine_parts(source, manifest).values(), *([packed] if packed else [])])
     verify(source, manifest)
 
     remark = library_remark(manifest, packed)
-    with TemporaryDirectory() as made:
+    with spill.beside(output), spill.temporary_folder() as made:
         files = engine_parts(source, manifest)
         if packed is not None:
             files[OP_LIBRARY] = packed
@@ -128,11 +129,12 @@ def library_remark(manifest: Manifest, library: Path | None = None) -> str:
     """What the op library is for; ``library``: by default that of this machine."""
     if manifest.op_library is None:
         return "the engine needs no op library: it runs wherever ONNX Runtime does"
-    built_for = machine(library or library_path()) or platform.machine()
+    library = library or library_path()
+    built_for = machine(library) or platform.machine()
     kernels = (
         "chooses its kernels by what the processor has when it loads" if built_for == "x86_64" else "has no vector kernels there"
     )
-    return f"the op library {OP_LIBRARY} is built for {built_for} and {kernels}"
+    return f"the op library {OP_LIBRARY} is built for {built_for} and {kernels}; {system_sentence(library)}"
 
 
 def licence_remark(manifest: Manifest) -> str:

@@ -3,11 +3,16 @@
 import mmap
 from pathlib import Path
 
+from elftools.elf.elffile import ELFFile
+from elftools.elf.gnuversions import GNUVerNeedSection
+
 from rq_compile.errors import UserError
 from rq_compile.targets.library import library_path
 
 # The machine field of a 64-bit ELF header, by the names that Linux and its packages use.
 MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}
+# How the symbols of the system's libraries are versioned: glibc, and the two parts of libstdc++.
+VERSIONED = ("GLIBC", "GLIBCXX", "CXXABI")
 ENTRY = b"RegisterCustomOps\0"  # what ONNX Runtime looks for
 
 
@@ -26,7 +31,7 @@ def op_library(given: Path | None, architecture: str | None) -> Path:
             2,
         )
     if given is not None and not exports_ops(given):
-        raise UserError(f"{given} is no op library: ONNX Runtime would find no RegisterCustomOps in it; give a librq_moe.so", 2)
+        raise UserError(f"{given} is not an op library, as it lacks RegisterCustomOps; give a librq_moe.so", 2)
     return path
 
 
@@ -52,3 +57,37 @@ def exports_ops(library: Path) -> bool:
             return False
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return content.find(ENTRY) >= 0
+
+
+def needed_versions(library: Path) -> dict[str, str]:
+    """The least versions of the system's libraries with which an ELF library loads, by its table of needed symbol versions:
+    ``{"GLIBC": "2.14", "GLIBCXX": "3.4.21"}``. Empty for another file, and where no version is asked for.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    needed: dict[str, tuple[int, ...]] = {}
+    try:
+        with library.open("rb") as file:
+            tables = [section for section in ELFFile(file).iter_sections() if isinstance(section, GNUVerNeedSection)]
+            names = [version.name for table in tables for _, versions in table.iter_versions() for version in versions]
+    except OSError:
+        raise
+    except Exception:  # a file that is not ELF, or damaged: the parser raises what it happens to stumble over
+        return {}
+    for name in names:
+        prefix, _, number = name.partition("_")
+        parts = number.split(".")
+        if prefix in VERSIONED and all(part.isdecimal() for part in parts):
+            needed[prefix] = max(needed.get(prefix, ()), tuple(map(int, parts)))
+    return {prefix: ".".join(map(str, needed[prefix])) for prefix in VERSIONED if prefix in needed}
+
+
+def system_sentence(library: Path) -> str:
+    """What ``needed_versions`` means for the system that is to load the library."""
+    needed = needed_versions(library)
+    words = [f"glibc {needed['GLIBC']}"] if "GLIBC" in needed else []
+    symbols = [f"{name}_{needed[name]}" for name in ("GLIBCXX", "CXXABI") if name in needed]
+    if symbols:
+        words.append(f"a libstdc++ with {' and '.join(symbols)}")
+    return f"it loads on systems that have at least {' and '.join(words)}" if words else "it asks for no version of glibc"

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rq_compile.files import Document
+from rq_compile.files import Document, Name
 
 Destination = Literal["triton", "edge", "onnxruntime-genai", "tensorrt-llm", "sglang", "vllm", "vllm-ascend"]
 
@@ -14,7 +14,7 @@ class Package(Document):
     what was lost or must be known, a sentence each."""
 
     destination: Destination
-    folder: str
-    files: list[str]
-    run: list[str]
-    remarks: list[str] = Field(default=[])
+    folder: Name
+    files: list[Name]
+    run: list[Name]
+    remarks: list[Name] = Field(default=[])

@@ -96,7 +96,11 @@ def placement_of(plan: Plan, name: str = "the plan") -> Placement:
         raise UserError(f"{name} is for one rank, so there is nothing to place; plan with --ranks 2 or more", 2)
     sizes = {layer.geometry.experts for layer in plan.layers}
     if len(sizes) > 1:
-        raise UserError(f"layers of {name} have {min(sizes)} to {max(sizes)} experts, but one placement file holds one number", 2)
+        raise UserError(
+            f"layers of {name} have {min(sizes)} to {max(sizes)} experts, but a placement file holds one "
+            "number for all; give a model whose layers have equally many",
+            2,
+        )
     layers = sorted(plan.layers, key=lambda layer: layer.index)
     planned = [_holds(layer, plan.ranks) for layer in layers]
     loads = [_loads(layer) for layer in layers]

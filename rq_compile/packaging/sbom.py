@@ -12,6 +12,8 @@ from cyclonedx.model.license import License, LicenseAcknowledgement
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
+from rq_compile.packaging.op_library import system_sentence
+
 RUNTIME = "MIT"
 
 
@@ -22,8 +24,8 @@ def bill_of_materials(
     digests: Mapping[str, str],
     licences: Mapping[str, str | None],
 ) -> str:
-    """Every one of ``files`` (name -> where it is) with its size and SHA-256 (``digests``), and ONNX Runtime, which runs them and
-    is not among them.
+    """Every one of ``files`` (name -> where it is) with its size and SHA-256 (``digests``), a library also with
+    the least versions of the system's libraries; and ONNX Runtime, which runs them and is not among them.
 
     ``licences``: by file name, an SPDX identifier or else a name; None and what is not in it: none is claimed. The same files
     give the same bytes: no time is written, and the serial number follows from the files.
@@ -53,6 +55,7 @@ def component(name: str, path: Path, digest: str, licence: str | None) -> Compon
         type=ComponentType.LIBRARY if path.suffix == ".so" else ComponentType.FILE,
         name=name,
         bom_ref=f"file:{name}",
+        description=system_sentence(path) if path.suffix == ".so" else None,
         hashes=[HashType(alg=HashAlgorithm.SHA_256, content=digest)],
         properties=[Property(name="bytes", value=str(path.stat().st_size))],
         licenses=declared(licence),

@@ -42,7 +42,11 @@ def write(
         UserError: ``mount`` is not absolute, or ``calibration`` is not the one that the engine was planned with.
     """
     if not PurePosixPath(mount).is_absolute():
-        raise UserError(f"--mount {mount} is not absolute, and the server would look in its working directory; give /...", 2)
+        raise UserError(
+            f"--mount {mount} is not absolute, and the server would look in its working directory; "
+            "give a path that begins with /",
+            2,
+        )
     batch_size, length = workload(manifest.plan, calibration)
     inputs, outputs = graph_tensors(engine)
     parameters = {"intra_op_thread_count": str(threads)}

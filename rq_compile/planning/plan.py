@@ -102,14 +102,16 @@ def check_arguments(
     known = [*CommonOptions.model_fields, *own.model_fields]
     for name in options:
         if name not in known:
-            raise UserError(f"policy {policy} has no option {name}; it has {', '.join(known)}", 2)
+            raise UserError(f"policy {policy} has no option {name}; choose one of {', '.join(known)}", 2)
     try:
         common = CommonOptions(**{name: value for name, value in options.items() if name in CommonOptions.model_fields})
         return common, own(**{name: value for name, value in options.items() if name in own.model_fields})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise UserError(f"option {name} of policy {policy} cannot be {options[name]!r}: {first['msg']}", 2) from error
+        raise UserError(
+            f"option {name} of policy {policy} cannot be {options[name]!r} ({first['msg']}); correct --option {name}", 2
+        ) from error
 
 
 def least_memory(problem: Problem, policy: str) -> float:

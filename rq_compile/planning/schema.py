@@ -19,7 +19,7 @@ from rq_compile.bounds import (
     Share,
 )
 from rq_compile.calibration.schema import StatisticsFile, check_each_once
-from rq_compile.files import Document
+from rq_compile.files import Document, Name
 from rq_compile.quantization.formats import FLOAT_FORMATS, Format, Quantizer
 from rq_compile.versions import Upgrade, Versioned, same_keys
 
@@ -133,7 +133,7 @@ class Plan(Versioned):
     schema_version: Literal[2] = 2
     kind: Literal["plan"] = "plan"
     tool: str
-    model: str
+    model: Name
     model_type: str
     fingerprint: Sha256
     calibration_sha256: Sha256 | None

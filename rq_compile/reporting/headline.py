@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Literal
 
 from rq_compile.evaluation.schema import Bench, Evaluation, LayerBalance
-from rq_compile.files import Document
+from rq_compile.files import Document, Name
 from rq_compile.planning.schema import LayerPrediction
 from rq_compile.targets.manifest import Manifest
 
@@ -18,8 +18,8 @@ class Headline(Document):
     measured, or no finite number.
     """
 
-    engine: str
-    model: str
+    engine: Name
+    model: Name
     lis_source: Literal["measured", "predicted"]
     lis_before: float
     lis_after: float
@@ -28,7 +28,7 @@ class Headline(Document):
     expert_bytes_after: int
     perplexity_reference: float | None
     perplexity_engine: float | None
-    against: str | None
+    against: Name | None
     prefill: float | None
     decode: float | None
 

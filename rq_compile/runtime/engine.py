@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +12,16 @@ import numpy as np
 
 from rq_compile.errors import UserError
 from rq_compile.runtime.files import read_manifest
+from rq_compile.runtime.graph import loadable_graph
 from rq_compile.runtime.language_model import is_recomputed
+from rq_compile.standalone.limits import session_threads
 from rq_compile.targets.manifest import Manifest
 
 if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
 
-# The counting session is made from bytes, so ONNX Runtime must be told where the external weights lie.
+# Where a graph that is given as bytes has its weights.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # ONNX Runtime would cast 16-bit weights to fp32 once at load and keep them so; up to this size it may fold constants.
 FOLDING_LIMIT = ("optimization.constant_folding_max_output_size_in_bytes", str(1 << 16))
@@ -34,7 +37,7 @@ class Engine:
 
     @classmethod
     def load(cls, path: Path, threads: int | None = None) -> Engine:
-        """Load the engine at ``path`` (``.onnx``) to run on ``threads`` threads, by default ONNX Runtime's choice.
+        """Load the engine at ``path`` (``.onnx``) to run on ``threads`` threads; default: see ``session_threads``.
 
         Raises:
             UserError: a file of the engine is missing or has another size than its manifest says, ONNX Runtime has not the
@@ -68,7 +71,7 @@ class Engine:
 
         if self.manifest.tokenizer is None:
             raise UserError(f"{self.path} has no tokenizer; compile it from a checkpoint that has a tokenizer.json")
-        return Tokenizer.from_file(str(self.path.parent / self.manifest.tokenizer.name))
+        return Tokenizer.from_buffer((self.path.parent / self.manifest.tokenizer.name).read_bytes())
 
     def logits(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
@@ -113,9 +116,9 @@ class Engine:
             UserError: the prompt is empty or holds an id outside the vocabulary.
         """
         if len(prompt_ids) == 0:
-            raise UserError("the prompt is empty; give at least one token to continue", 2)
+            raise UserError("the prompt is empty (0 tokens); give at least one token to continue", 2)
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.manifest.vocabulary:
-            raise UserError(f"the prompt has a token outside the vocabulary (0-{self.manifest.vocabulary - 1})", 2)
+            raise UserError(f"the prompt has a token outside the vocabulary; give ids of 0 to {self.manifest.vocabulary - 1}", 2)
         prompt = np.asarray([prompt_ids], dtype=np.int64)
         step = self._decode_without_cache(prompt) if self.encoder_decoder else self._decode(prompt)
         for _, token in zip(range(max_tokens), step, strict=False):
@@ -172,20 +175,14 @@ class Engine:
 
     @cached_property
     def _session(self) -> onnxruntime.InferenceSession:
-        return self._open(str(self.path))
+        return self._open()
 
     @cached_property
     def _counting_session(self) -> onnxruntime.InferenceSession:
-        import onnx
+        return self._open(list(self.manifest.slot_offsets.values()))
 
-        model = onnx.load(self.path, load_external_data=False)
-        known = {output.name for output in model.graph.output}
-        for name in self.manifest.slot_offsets.values():
-            if name not in known:
-                model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, [None]))
-        return self._open(model.SerializeToString())
-
-    def _open(self, model: str | bytes) -> onnxruntime.InferenceSession:
+    def _open(self, outputs: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+        """With these outputs beside those that the graph has."""
         import onnxruntime
 
         provider = self.manifest.provider
@@ -195,21 +192,36 @@ class Engine:
                 "install onnxruntime-gpu on a machine with a GPU, or compile with --lowering native",
                 2,
             )
+        model, folder = loadable_graph(self.path, self.manifest, outputs)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(self.path.parent.resolve()))
+        # As bytes: a folder's name need not be UTF-8.
+        options.add_session_config_entry(WEIGHTS_FOLDER, os.fsencode(folder))
         if self.manifest.lowering == "batched":
             options.add_session_config_entry(*FOLDING_LIMIT)
-        if self.threads is not None:
-            options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = session_threads(self.threads)
         if self.manifest.op_library is not None:
             from rq_compile.targets.library import CPU_LIBRARY, library_path
 
-            options.register_custom_ops_library(str(library_path(self.manifest.op_library_name or CPU_LIBRARY)))
+            library = library_path(self.manifest.op_library_name or CPU_LIBRARY)
+            try:
+                options.register_custom_ops_library(os.fsencode(library))
+            except Exception as error:  # ONNX Runtime's exceptions share no base class
+                raise UserError(
+                    f"ONNX Runtime {onnxruntime.__version__} cannot load {library}: {_reason(error)}; "
+                    "build it on this system with pip install --force-reinstall rq-compile, or compile with --lowering stock"
+                ) from error
         # What a GPU has no kernel for, ONNX Runtime runs on the CPU.
         providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
         try:
             return onnxruntime.InferenceSession(model, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"ONNX Runtime {onnxruntime.__version__} cannot load {self.path}: {reason}") from error
+            version = onnxruntime.__version__
+            raise UserError(
+                f"ONNX Runtime {version} cannot load {self.path}: {_reason(error)}; "
+                f"compile it again with {self.manifest.tool}, or install a newer onnxruntime"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -26,6 +26,9 @@ def read_manifest(engine: Path) -> Manifest:
         raise UserError(f"{engine} is not an engine; name the .onnx file that rq-compile wrote", 2)
     if not engine.is_file():
         raise UserError(f"no such engine: {engine}; compile one with rq-compile MODEL -o {engine.name}", 2)
+    if not manifest_path(engine).is_file() and engine.is_symlink():
+        name = manifest_path(engine).name
+        raise UserError(f"{engine} has no manifest {name} beside it, as it is a link; name {engine.resolve()}", 2)
     if not manifest_path(engine).is_file():
         raise UserError(f"{engine} has no manifest {manifest_path(engine).name} beside it; copy it along or compile again", 2)
     manifest = read_document(Manifest, manifest_path(engine))

@@ -14,13 +14,12 @@ if TYPE_CHECKING:
 
 
 class Reference:
-    """A transformers model in fp32 on the CPU, on ``threads`` threads (by default torch's choice)."""
+    """A transformers model in fp32 on the CPU, on ``threads`` threads (default: see ``use_threads``)."""
 
     def __init__(self, model: Any, threads: int | None = None) -> None:
-        import torch
+        from rq_compile.architectures.load import use_threads
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        use_threads(threads)
         self.model = model
 
     @classmethod

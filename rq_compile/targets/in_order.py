@@ -1,6 +1,5 @@
 """Pieces of weights computed on several threads, and handed on in their order."""
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,11 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from rq_compile.rewrite.weights import Piece, stored
 
 Stored = list[memoryview]
-
-
-def cores() -> int:
-    """How many cores this process may use, where the system tells; else how many there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_order(pieces: Iterable[Piece], threads: int, memory: int) -> Generator[tuple[Piece, Stored]]:

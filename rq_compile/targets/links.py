@@ -6,6 +6,7 @@ out anew and norms are fp32, so that little more than the embeddings can be: of 
 """
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from uuid import uuid4
 
 from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor
 from rq_compile.errors import UserError
+from rq_compile.file_systems import PART, optional, sync
 from rq_compile.quantization.formats import Format
 from rq_compile.rewrite.weights import ExternalWeight
 
@@ -43,8 +45,8 @@ def hard_linked(source: Path, path: Path) -> Iterator[None]:
     Raises:
         UserError: the two are not on one file system, or that has no hard links.
     """
-    # A name of its own: another process that comes to write the same engine, and is refused, takes its link away again.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    # Use a unique name: a second process that is refused the lock then removes only its own link.
+    temporary = path.with_name(f"{PART}{uuid4().hex}")
     try:
         os.link(source.resolve(), temporary)
     except OSError as error:
@@ -55,8 +57,23 @@ def hard_linked(source: Path, path: Path) -> Iterator[None]:
     try:
         yield
         temporary.replace(path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def has_hard_links(folder: Path) -> bool:
+    """Whether the file system of ``folder`` has hard links; where it has none, this is logged."""
+    with tempfile.NamedTemporaryFile(prefix=PART, dir=folder) as file:
+        link = Path(f"{file.name}.link")
+        try:
+            with optional("hard-link files", folder):
+                os.link(file.name, link)
+                link.unlink()
+                return True
+        except OSError:
+            return True  # something else is wrong, which linking the weights will tell
+    return False
 
 
 def linked_sentence(linked: Iterable[StoredTensor], dense_bytes: int, dtype: Format) -> str:

@@ -1,7 +1,6 @@
 """The ONNX Runtime engine: graph, weights file, tokenizer and manifest, which appear together or not at all."""
 
 import hashlib
-import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,15 +14,17 @@ from rq_compile.errors import UserError
 from rq_compile.estimates import check_space, engine_estimate
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import sha256, write_document, written_beside
+from rq_compile.outputs import check_outputs
 from rq_compile.planning.schema import Plan
 from rq_compile.quantization.formats import FLOAT_FORMATS
 from rq_compile.rewrite.dense_gemms import dense_gemms
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.rewrite import rewrite, rewrite_to_moe_layers
 from rq_compile.rewrite.weights import Section
+from rq_compile.targets.engine_outputs import onnx_outputs
 from rq_compile.targets.library import CPU_LIBRARY, CUDA_LIBRARY, OP_SET_VERSION, OpLibrary
 from rq_compile.targets.licences import declared_licence, licence_texts
-from rq_compile.targets.links import hard_linked, link_names, linked_sentence
+from rq_compile.targets.links import hard_linked, has_hard_links, link_names, linked_sentence
 from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manifest
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
@@ -68,7 +69,8 @@ def compile_engine(
     """
     data, tokenizer, document = Path(f"{output}.data"), output.with_suffix(".tokenizer.json"), output.with_suffix(".json")
     texts = {output.with_suffix(f".{path.name}"): path for path in licence_texts(model.path)}
-    _check_writable([output, data, tokenizer, document, *texts])
+    check_outputs(onnx_outputs(output, model.path, link_weights=link_weights))
+    link_weights = link_weights and has_hard_links(output.parent)
     layers = {layer.name: layer for layer in model.layers}
     preflight(model, plan, lowering)
     if plan.quantizer == "gptq" and statistics is None:
@@ -173,17 +175,6 @@ def compile_engine(
         )
         write_document(manifest, document_part)
     return manifest
-
-
-def _check_writable(files: list[Path]) -> None:
-    folder = files[0].parent
-    if not folder.is_dir():
-        raise UserError(f"the output folder {folder} does not exist; create it or choose another output with -o", 2)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"the output folder {folder} is not writable; choose another output with -o", 2)
-    for file in files:
-        if file.is_dir():
-            raise UserError(f"{file} is a directory; choose another output with -o", 2)
 
 
 def _throughput(written: WeightsFile, seconds: float) -> str:

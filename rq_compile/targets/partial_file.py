@@ -4,7 +4,6 @@ The journal is a text file, one JSON object a line: first what the output is mad
 written. While it is open the partial file is locked, so that two processes do not write it at once.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from rq_compile.errors import UserError
+from rq_compile.file_systems import lock, publish
 from rq_compile.files import Document
 
 Job = dict[str, str | int | None]
@@ -78,7 +78,7 @@ def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda te
         file.flush()
         # Before the renaming, after which the two names are free for another process.
         lines.unlink()
-        partial.replace(path)
+        publish(partial, path)
     except BaseException as error:
         if isinstance(error, OSError | MemoryError | KeyboardInterrupt | SystemExit) and journal.records:
             say(f"{partial} holds what was done; the same command goes on from there, or starts over with --fresh")
@@ -100,7 +100,7 @@ def _locked(partial: Path, path: Path) -> BufferedRandom:
     while True:
         file = BufferedRandom(FileIO(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+"))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), path)
         except BlockingIOError:
             file.close()
             raise UserError(f"another rq-compile is writing {path}; wait for it or choose another output with -o", 2) from None

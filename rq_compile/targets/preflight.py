@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from rq_compile.architectures.geometry import GATED, Activation
+from rq_compile.architectures.geometry import Activation
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
@@ -85,6 +85,6 @@ def _supported(plan: LayerPlan, lowering: Lowering) -> None:
     if geometry.up_rows * geometry.hidden > LARGEST_MATRIX:
         raise UserError(
             f"layer {plan.index} has experts of {geometry.up_rows} x {geometry.hidden} weights, above {LARGEST_MATRIX}; "
-            f"{'gated ' if geometry.activation in GATED else ''}experts of this size need another target",
+            "compile a model with smaller experts",
             2,
         )

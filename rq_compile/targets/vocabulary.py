@@ -23,7 +23,9 @@ def vocabulary(model: Model) -> dict[str, Any]:
     optional = (("decoder_start_token_id", start), ("max_position_embeddings", length))
     for key, number in (*(("eos_token_id", one) for one in ends), *(pair for pair in optional if pair[1] is not None)):
         if type(number) is not int:
-            raise UserError(f"{model.path} has {key} {repr(number)[:40]}, which is no whole number; correct its config files", 2)
+            raise UserError(
+                f"{model.path} has {key} {repr(number)[:40]}, which is not a whole number; correct its config files", 2
+            )
     return {
         "vocabulary": model.text_config.vocab_size,
         "start_of_text": _start_of_text(model.path),

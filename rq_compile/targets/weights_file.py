@@ -22,7 +22,8 @@ from rq_compile.rewrite.weights import (
     external_tensors,
     stored_bytes,
 )
-from rq_compile.targets.in_order import Stored, cores, in_order
+from rq_compile.standalone.limits import usable_cpus
+from rq_compile.targets.in_order import Stored, in_order
 from rq_compile.targets.partial_file import Journal, Record
 
 ALIGNMENT = 4096  # a page, so that a weight can be mapped into memory by itself
@@ -73,7 +74,7 @@ def write_weights(
     memory: int = MEMORY,
     journal: Journal | None = None,
 ) -> WeightsFile:
-    """Write ``sections`` in order, computed on ``threads`` threads (by default one for each core) within ``memory`` bytes.
+    """Write ``sections`` in order, computed on ``threads`` threads (by default one for each usable CPU) within ``memory`` bytes.
 
     Sections that ``journal`` knows to be in ``file`` are read, and computed again from the first that is not as it was written.
     ``progress(done, total)`` is called in bytes, after each write.
@@ -91,7 +92,7 @@ def write_weights(
     file.truncate()
     pieces = (piece for section in sections[found:] for piece in section.pieces)
     # Closed, so that after a failure to write no thread goes on computing.
-    with closing(in_order(pieces, threads or cores(), memory)) as computed:
+    with closing(in_order(pieces, threads or usable_cpus(), memory)) as computed:
         for section, end in zip(sections[found:], places.ends[found:], strict=True):
             for weight, data in _by_weight(section, islice(computed, len(section.pieces))):
                 writer.fill_up(places.starts[weight.name])

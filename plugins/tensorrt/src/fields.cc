@@ -65,18 +65,12 @@ Fields parse_fields(const nvinfer1::PluginFieldCollection* collection) {
     if (!field.name) throw std::invalid_argument("a field has no name");
     const std::string name = field.name;
     if (!seen.insert(name).second) refuse_field(name, "is given twice");
-    if (name == "formats")
-      fields.formats = integers(field);
-    else if (name == "activation")
-      fields.activation = activation(field);
-    else if (name == "alpha")
-      fields.alpha = one_float(field);
-    else if (name == "limit")
-      fields.limit = one_float(field);
-    else if (name == "shares")
-      fields.shares = floats(field);
-    else
-      refuse_field(name, "is unknown; there are formats, activation, alpha, limit and shares");
+    if (name == "formats") fields.formats = integers(field);
+    else if (name == "activation") fields.activation = activation(field);
+    else if (name == "alpha") fields.alpha = one_float(field);
+    else if (name == "limit") fields.limit = one_float(field);
+    else if (name == "shares") fields.shares = floats(field);
+    else refuse_field(name, "is unknown; there are formats, activation, alpha, limit and shares");
   }
   check_fields(fields);
   return fields;

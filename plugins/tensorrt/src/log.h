@@ -18,9 +18,7 @@ template <typename Result, typename Body>
 Result guarded(Result failed, Body body) noexcept {
   try {
     return body();
-  } catch (const std::exception& error) {
-    log_error(error.what());
-  } catch (...) {
+  } catch (const std::exception& error) { log_error(error.what()); } catch (...) {
     log_error("an unknown error");
   }
   return failed;

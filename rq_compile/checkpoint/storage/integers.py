@@ -166,7 +166,7 @@ def column_order(name: str, tensor: StoredTensor, columns: int, scales: Scales) 
 def _read_order(name: str, tensor: StoredTensor, group: int, groups: int) -> np.ndarray | None:
     order = read_tensor(name, tensor).astype(np.int64)
     if len(order) and not (order.min() >= 0 and order.max() < groups) and not (order == -1).all():
-        raise UserError(f"{name} in {tensor.file} names a group that is not one of {groups}; download the checkpoint again", 2)
+        raise UserError(f"{name} in {tensor.file} names a group that is not one of {groups}; quantize it again", 2)
     in_turn = (order == np.arange(len(order)) // group).all() or (order == -1).all()
     return None if in_turn else order
 

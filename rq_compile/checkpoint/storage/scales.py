@@ -153,7 +153,7 @@ def wrong_shape(name: str, tensor: StoredTensor, expected: tuple[int, ...], what
 
 def _no_grid(name: str, tensor: StoredTensor, weight: tuple[int, ...], format: str) -> UserError:
     return UserError(
-        f"{name} in {tensor.file} has shape {list(tensor.shape)}, which is no grid of scales over a weight {list(weight)} "
+        f"{name} in {tensor.file} has shape {list(tensor.shape)}, which is not a grid of scales over a weight {list(weight)} "
         f"stored as {format}; save the checkpoint again with the tool that quantized it",
         2,
     )

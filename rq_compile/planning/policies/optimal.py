@@ -121,7 +121,9 @@ def _allowed_formats(problem: Problem, names: str) -> list[Format]:
     wanted = [name.strip() for name in names.split(",")] if names else measured
     for name in wanted:
         if name not in measured:
-            raise UserError(f"option formats names {name}, but the experts were measured in {', '.join(measured)}", 2)
+            raise UserError(
+                f"option formats names {name}, but the experts were measured in {', '.join(measured)}; choose of these", 2
+            )
     return [format for format in measured if format in wanted]
 
 

@@ -15,8 +15,11 @@ from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported, export_graph
+from rq_compile.file_systems import PART, publish
 from rq_compile.files import sha256, write_document
+from rq_compile.outputs import check_outputs
 from rq_compile.planning.schema import LayerPlan, Plan, Target
+from rq_compile.targets.engine_outputs import tensorrt_outputs
 from rq_compile.targets.kernel_sizes import check_kernel_sizes
 from rq_compile.targets.manifest import EngineFile
 from rq_compile.targets.preflight import preflight
@@ -76,12 +79,13 @@ def compile_tensorrt(
     Raises:
         UserError: the plan or the settings do not fit, the builder is missing or failed. Nothing is left.
     """
+    check_outputs(tensorrt_outputs(output))
     check_settings(settings, model, plan)
     # The plan is lowered like any other; what it was made for only decides what it gains.
     preflight(model, plan.model_copy(update={"target": "batched"}), "batched")
     exported = exported or export_graph(model)
     stem, moments = output.stem, statistics if plan.quantizer == "gptq" else None
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=PART, dir=output.parent) as name:
         folder = Path(name)
         network = write_network(
             model,
@@ -119,7 +123,7 @@ def compile_tensorrt(
         write_document(manifest, folder / f"{stem}.json")
         # All of them are there. The manifest comes last, so that what it describes is never missing beside it.
         for name in (*(file.name for file in files.values()), f"{stem}.json"):
-            (folder / name).replace(output.parent / name)
+            publish(folder / name, output.parent / name)
     return manifest
 
 
@@ -165,7 +169,9 @@ def check_layer(layer: LayerPlan, settings: Settings) -> None:
         check_kernel_sizes(layer, "compile with --stock")
     if layer.geometry.experts > MOST_EXPERTS:
         raise UserError(
-            f"layer {layer.index} has {layer.geometry.experts} experts, above TensorRT's {MOST_EXPERTS} for a TopK", 2
+            f"layer {layer.index} has {layer.geometry.experts} experts, above TensorRT's {MOST_EXPERTS} for a TopK; "
+            "compile it for ONNX Runtime, with an output in .onnx",
+            2,
         )
     if WITHOUT_INT4 in settings.capabilities and any(slot.format == "int4" for slot in layer.slots):
         raise UserError(f"layer {layer.index} has experts in int4, which --sm {WITHOUT_INT4} lacks; plan without it", 2)

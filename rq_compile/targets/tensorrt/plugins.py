@@ -21,4 +21,4 @@ def check_library(path: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot read the plugin library {path}: {error.strerror}; build it as {README} says", 2) from error
     if not content.startswith(ELF) or any(part not in content for part in CONTAINS):
-        raise UserError(f"{path} is no library of the plugin MoeLayer; build it as {README} says", 2)
+        raise UserError(f"{path} is not a library of the plugin MoeLayer; build it as {README} says", 2)

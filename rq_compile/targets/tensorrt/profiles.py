@@ -80,7 +80,7 @@ class Profile(Document):
                 raise ValueError("batch and sequence begin at 1")
         except ValueError as error:
             raise UserError(
-                f"--profile {text} is no profile; write for example batch=1:8:32,sequence=1:256:1024,past=0:0:1024", 2
+                f"--profile {text} is not a profile; write for example batch=1:8:32,sequence=1:256:1024,past=0:0:1024", 2
             ) from error
         return profile
 

@@ -25,9 +25,7 @@ To converted(const From* in, int i) {
   return static_cast<To>(in[i]);
 }
 
-inline simde__m512 floats_of_words(simde__m512i a) {
-  return each<simde__m512, float, int32_t, 16>(a, converted<float, int32_t>);
-}
+inline simde__m512 floats_of_words(simde__m512i a) { return each<simde__m512, float, int32_t, 16>(a, converted<float, int32_t>); }
 inline simde__m512i words_of_shorts(simde__m256i a) {
   return each<simde__m512i, int32_t, uint16_t, 16>(a, converted<int32_t, uint16_t>);
 }

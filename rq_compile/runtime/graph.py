@@ -1,0 +1,54 @@
+"""The graph of an engine as ONNX Runtime takes it, wherever the engine's files lie."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rq_compile.errors import UserError
+from rq_compile.file_systems import readable
+from rq_compile.targets.manifest import Manifest
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def loadable_graph(engine: Path, manifest: Manifest, outputs: Iterable[str] = ()) -> tuple[str | bytes, Path]:
+    """The path of the graph, or the graph itself where it has to be changed, and the folder from which it names its weights.
+
+    ``outputs`` are int32 vectors of the graph that are to be outputs, too. ONNX Runtime refuses weights that are links out of
+    the folder, as in a cache of the Hugging Face hub: such weights are named by the files that they link to.
+
+    Raises:
+        UserError: the graph cannot be read, or names weights that it cannot reach.
+    """
+    folder = engine.parent.resolve()
+    weights = [engine.parent / file.name for file in (manifest.weights, *manifest.linked)]
+    scattered = any(file.resolve().parent != folder for file in (engine, *weights))
+    if not scattered and not outputs:
+        # ONNX Runtime does not take a path that is not UTF-8.
+        return (str(engine) if readable(str(engine)) == str(engine) else engine.read_bytes()), folder
+
+    import onnx
+
+    model = onnx.load(engine, load_external_data=False)
+    known = {output.name for output in model.graph.output}
+    for name in outputs:
+        if name not in known:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, [None]))
+    if scattered:
+        folder = Path(folder.anchor)
+        _relocate(model, {file.name: file.resolve() for file in weights}, folder)
+    return model.SerializeToString(), folder
+
+
+def _relocate(model: "onnx.ModelProto", files: dict[str, Path], folder: Path) -> None:
+    from rq_compile.rewrite.weights import external_tensors
+
+    for tensor in external_tensors(model.graph):
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value in files:  # no other file is named by an engine of ours
+                place = os.path.relpath(files[entry.value], folder)
+                if readable(place) != place:
+                    raise UserError(f"{entry.value} is a link to {readable(place)}, which is not UTF-8; copy the file here", 2)
+                entry.value = place

@@ -1,0 +1,57 @@
+"""Working files that are too large for memory, or that another program reads: in the temporary folder of the system.
+
+Where the system has none that can be written (a read-only container, say), they go beside the output.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from rq_compile.errors import UserError
+
+log = logging.getLogger(__name__)
+PREFIX = "rq-compile-"
+_output_folder: Path | None = None
+
+
+@contextmanager
+def beside(output: Path) -> Iterator[None]:
+    """Within this, the folder of ``output`` takes the place of a missing temporary folder."""
+    global _output_folder
+    before, _output_folder = _output_folder, output.parent
+    try:
+        yield
+    finally:
+        _output_folder = before
+
+
+def folder() -> Path:
+    """
+    Raises:
+        UserError: there is neither a temporary folder nor an output to write beside.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        if _output_folder is None:
+            raise UserError(f"the system has no usable temporary folder ({error}); name one in TMPDIR", 2) from error
+        log.warning("the system has no usable temporary folder; working files go to %s", _output_folder)
+        return _output_folder
+
+
+def unnamed_file() -> BinaryIO:
+    """A file that is gone when it is closed, however the process ends.
+
+    Raises:
+        OSError: the disk is full.
+        UserError: see ``folder``.
+    """
+    return tempfile.TemporaryFile(prefix=PREFIX, dir=folder())
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder to be used in a ``with`` statement; errors as ``unnamed_file``."""
+    return tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder())

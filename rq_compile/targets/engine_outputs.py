@@ -1,0 +1,43 @@
+"""The files of an engine, as the guard of outputs asks for them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rq_compile.outputs import Recognizes, engine_of
+from rq_compile.targets.licences import licence_texts
+
+# After the engine's stem; which of them a TensorRT engine has depends on whether it is built here.
+OF_TENSORRT = (
+    ".context.onnx",
+    ".tokenizer.json",
+    ".plugins.so",
+    ".timing",
+    ".network.onnx",
+    ".network.onnx.data",
+    ".build.py",
+    ".build.json",
+    ".build.sh",
+)
+
+
+def onnx_outputs(output: Path, model: Path, *, link_weights: bool = False) -> dict[Path, tuple[str, Recognizes]]:
+    """What ``compile_engine`` writes for ``output`` (``.onnx``) of the checkpoint in the folder ``model``."""
+    licences = licence_texts(model) if model.is_dir() else []
+    shards = sorted(model.glob("*.safetensors")) if link_weights else []
+    return engine_outputs(output, [".onnx.data", ".tokenizer.json", *(f".{path.name}" for path in (*licences, *shards))])
+
+
+def tensorrt_outputs(output: Path) -> dict[Path, tuple[str, Recognizes]]:
+    """What ``compile_tensorrt`` writes for ``output`` (``.plan``)."""
+    return engine_outputs(output, OF_TENSORRT)
+
+
+def engine_outputs(output: Path, endings: Iterable[str]) -> dict[Path, tuple[str, Recognizes]]:
+    """``output``, ``<stem>.json`` and the files of other ``endings``.
+
+    They may be replaced if ``<stem>.json`` is the manifest of an engine called ``output``.
+    """
+    manifest = output.with_suffix(".json")
+    ours = manifest.is_file() and engine_of(manifest) == output.name
+    others = [output, *(output.parent / f"{output.stem}{ending}" for ending in endings)]
+    return {manifest: ("engine's manifest", lambda _: ours), **dict.fromkeys(others, ("engine", lambda _: ours))}

@@ -1,0 +1,89 @@
+"""What a message to the user must be: one sentence that names a thing, a value and an action.
+
+As a plugin of pytest it records every ``UserError`` that the package raises while tests run.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rq_compile as package
+from rq_compile.errors import UserError
+
+PACKAGE = Path(package.__file__).parent
+VALUE = "'x'"
+# With these a way out begins; what stands before a comma may say for whom it is ("for .plan use ...").
+ACTIONS = re.compile(
+    r"\b(add|allow|build|calibrate|check|choose|compile|convert|copy|correct|dequantize|download|end|free|git|give|inspect|install|"
+    r"keep|leave|look|make|move|name|package|plan|put|quantize|raise|re-run|record|remove|rename|repair|run|save|say|see|set|shorten|split|"
+    r"start|take|update|use|wait|write)\b"
+)
+# An incomplete or damaged copy: then, and only then, another copy helps.
+BAD_COPY = re.compile(r"truncated|damaged|incomplete|is not a safetensors file|cannot be read")
+
+# Where it was raised -> what it said, of this session.
+said: dict[str, str] = {}
+
+
+def faults(message: str) -> list[str]:
+    """What is wrong with ``message``, which a user was told; empty if nothing is."""
+    problem, _, way_out = message.rpartition("; ")
+    found = {
+        "more than one line": "\n" in message,
+        "ends in a full stop": re.search(r"\S\.$", message) is not None,
+        "two sentences": re.search(r"\w\. [A-Z]", message) is not None,
+        "names no action": not problem or not (way_out.startswith("did you mean") or ACTIONS.search(way_out)),
+        "a fresh copy would not help": "download" in way_out and not BAD_COPY.search(problem),
+        "'is no' for 'is not a'": re.search(r"(?<!there )\b(is|are) no [a-z]", message) is not None,
+        "for who": re.search(r"\bfor who\b", message) is not None,
+    }
+    return [fault for fault, there in found.items() if there]
+
+
+def template_faults(text: str) -> list[str]:
+    """``faults`` of a message in the source; its values are put in, or stand there (a number, an option, a file)."""
+    valued = re.search(rf"{VALUE}|\d|['\"]|--\w|\w\.\w|NaN", text)
+    return faults(text) + ([] if valued else ["names no value"])
+
+
+def templates() -> Iterator[tuple[str, str]]:
+    """Every message in the source: where it stands, and its text with ``VALUE`` for what is put in."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "UserError" and node.args:
+                text = template(node.args[0])
+                if text is not None:
+                    yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text
+
+
+def template(message: ast.expr) -> str | None:
+    """None of a message that is made elsewhere."""
+    if isinstance(message, ast.Constant):
+        return str(message.value)
+    if not isinstance(message, ast.JoinedStr):
+        return None
+    pieces = [piece.value if isinstance(piece, ast.Constant) else VALUE for piece in message.values]
+    text = "".join(map(str, pieces))
+    # A way out whose beginning is put in is checked where tests provoke it.
+    return None if f"; {VALUE}" in text else text
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    plain = UserError.__init__
+
+    def recorded(self: UserError, message: str, exit_status: int = 1) -> None:
+        plain(self, message, exit_status)
+        caller = sys._getframe(1)
+        if Path(caller.f_code.co_filename).is_relative_to(PACKAGE):
+            said[f"{Path(caller.f_code.co_filename).relative_to(PACKAGE)}:{caller.f_lineno}: {message}"] = message
+
+    UserError.__init__ = recorded  # type: ignore[method-assign]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The test of what was said comes last."""
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)

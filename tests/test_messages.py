@@ -1,0 +1,57 @@
+"""Messages to the user: those in the source, and those that this session's tests provoked."""
+
+from pathlib import Path
+
+import messages
+import pytest
+from command_line import Run
+
+GOOD = [
+    "cannot write /out/plan.json: there is no folder /out; make it or choose another output with -o",
+    "no such command or model directory: 'x'; did you mean calibrate?",
+    "m.safetensors is truncated: 8 bytes are there, its header alone needs 90; download it again",
+    "expert 3 of layer 2 fits no format; allow more with --option formats",
+]
+BAD = {
+    "the checkpoint is wrong; check it": "names no value",
+    "--sm 89 is no list; write for example --sm 80,89": "'is no' for 'is not a'",
+    "layer 3 has 4000 experts, above TensorRT's 3840": "names no action",
+    "layer 3 has 4000 experts; too many for TensorRT": "names no action",
+    "config.json names no model_type; download it again": "a fresh copy would not help",
+    "config.json is wrong at 3; check it.": "ends in a full stop",
+    "config.json is wrong at 3. It is damaged; check it": "two sentences",
+    "config.json is wrong:\n3; check it": "more than one line",
+}
+
+
+@pytest.mark.parametrize("message", GOOD)
+def test_good_messages(message: str) -> None:
+    assert messages.template_faults(message) == []
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_messages(message: str) -> None:
+    assert messages.template_faults(message) == [BAD[message]]
+
+
+def test_messages_of_the_source() -> None:
+    found = dict(messages.templates())
+    assert len(found) > 200
+    assert [f"{place}: {text}: {faults}" for place, text in found.items() if (faults := messages.template_faults(text))] == []
+
+
+@pytest.mark.last
+def test_messages_that_tests_provoked(rq_compile: Run, stages: Path, model: Path, out: Path) -> None:
+    """Of this session, and some of its own, so that there is something to check when this runs alone."""
+    for arguments in (
+        ["plan", out / "none.json", "-o", out / "plan.json"],
+        ["plan", stages / "plan.json", "-o", out / "plan.json"],
+        ["inspect", stages / "text.txt"],
+        ["generate", model, "--prompt", "x"],
+        [model, "-o", out / "x.onnx"],
+        ["package", stages / "model.onnx", "--for", "sglang", "-o", out / "x"],
+    ):
+        assert rq_compile(*arguments).exit_code == 2
+    assert len(messages.said) >= 6
+    wrong = [f"{place}: {faults}" for place, text in messages.said.items() if (faults := messages.faults(text))]
+    assert wrong == []

@@ -221,7 +221,7 @@ def _lossless_format(model: Model, layers: Sequence[LayerCalibration]) -> Format
     if not model.quantized:
         return model.dtype
     lossless = [format for format in FORMATS if all(not any(layer.error.get(format, [1.0])) for layer in layers)]
-    return min(lossless, key=BITS.__getitem__)
+    return min(lossless, key=lambda format: (BITS[format], format != model.dtype))
 
 
 def _layer_calibration(model: Model, recording: LayerRecording, measurement: LayerMeasurement) -> LayerCalibration:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rq_compile.checkpoint.folder import checkpoint_below, file_in, read_json, refuse_links_outward, refuse_pointer
 from rq_compile.checkpoint.safetensors_file import StoredTensor, read_ends
-from rq_compile.checkpoint.shards import stored_tensors
+from rq_compile.checkpoint.shards import refuse_gguf, stored_tensors
 from rq_compile.checkpoint.storage.stated import Stated, stated_of
 from rq_compile.checkpoint.storage.weight import BF16, Plain, Weight
 from rq_compile.checkpoint.storage.weights import weights_of
@@ -62,6 +62,8 @@ class Checkpoint:
         refuse_links_outward(path)
         if not (path / "config.json").exists() and (below := checkpoint_below(path)):
             raise UserError(f"{path} is not a checkpoint, but {below} is; give that one", 2)
+        if not (path / "config.json").exists():
+            refuse_gguf(path)
         for file in (path / name for name in SMALL_FILES):
             refuse_pointer(file)
         config = read_json(path / "config.json")

@@ -33,7 +33,7 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         return None
     shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if pairs else codes.shape
     format = "FP4 (e2m1)" if pairs else "FP8 (e4m3)"
-    scales = grid_of(scale, tensors[scale], shape, format, stated.block)
+    scales = grid_of(scale, tensors[scale], shape, format, stated.block(name.removesuffix(".weight")))
     size = "x".join(str(size) for size in (scales.height, scales.width))
     packing: Packing = E2m1Pairs() if pairs else E4m3()
     return Quantized(

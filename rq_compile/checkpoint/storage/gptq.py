@@ -45,12 +45,12 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
             "convert it to one of the two with GPTQModel",
             2,
         )
-    rows, groups = codes.shape[1], tensors[scale].shape[0] if tensors[scale].shape else 0
-    bits = next((bits for bits in BITS if tensors[zero].shape == (groups, rows * bits // 32)), None)
-    if bits is None:
-        raise wrong_shape(zero, tensors[zero], (groups, rows * (stated.number("bits") or 4) // 32), "4- or 8-bit zero points")
+    rows, words = codes.shape[1], tensors[zero].shape[-1] if tensors[zero].shape else 0
+    bits = next((bits for bits in BITS if words == rows * bits // 32), stated.number("bits") or 4)
     columns = codes.shape[0] * 32 // bits
     scales = group_scales(scale, tensors[scale], rows, columns, stated, f"GPTQ with {bits} bits")
+    if bits not in BITS or tensors[zero].shape != (scales.grid[-1], rows * bits // 32):
+        raise wrong_shape(zero, tensors[zero], (scales.grid[-1], rows * bits // 32), "zero points of 4 or 8 bits")
     check_dtype(zero, tensors[zero], ("I32",), "GPTQ")
     order = column_order(index, tensors[index], columns, scales) if index in tensors else None
     used = [index] if index in tensors else []

@@ -12,6 +12,9 @@ from rq_compile.errors import UserError
 EXPONENTS = ("U8", "F8_E8M0")  # the dtypes of scales that are powers of two
 EXPONENT_DTYPES = tuple(DTYPES[dtype] for dtype in EXPONENTS)
 FLOATS = ("F32", "BF16", "F16", "F8_E4M3", *EXPONENTS)
+# Rows and columns of the blocks that are in use.
+SQUARES, RUNS = ((128, 128), (64, 64), (32, 32), (16, 16)), ((1, 128), (1, 64), (1, 32), (1, 16))
+BLOCKS = (*SQUARES, *RUNS)
 # A product of the greatest code of any format and a scale below this is finite.
 GREATEST = 2.0**116
 
@@ -83,7 +86,7 @@ def grid_of(
     dtypes: tuple[str, ...] = FLOATS,
 ) -> Scales:
     """The grid that ``tensor``, the scales of a weight of shape ``weight``, is: one scale, one a matrix, one a row, or a grid of
-    blocks. A block's size is read off the grid: the ``stated`` one if it fits, else the largest power of two up to 128 that does.
+    blocks. A block's size is read off the grid: the ``stated`` one if it fits, else the first of ``BLOCKS`` that does.
 
     Raises:
         UserError: no block gives a grid of that shape, or the scales' dtype is none of scales.
@@ -103,10 +106,16 @@ def grid_of(
         grid = (matrices, shape[-2], shape[-1])
     else:
         raise _no_grid(name, tensor, weight, format)
-    high, wide = stated or (128, 128)
-    height, width = _block(rows, grid[1], high), _block(columns, grid[2], wide)
-    if height is None or width is None:
-        raise _no_grid(name, tensor, weight, format)
+    if grid[1:] == (1, 1):
+        height, width = rows, columns
+    elif grid[1:] == (rows, 1):
+        height, width = 1, columns
+    else:
+        fits = lambda block: (-(-rows // block[0]), -(-columns // block[1])) == grid[1:]  # noqa: E731
+        found = next(filter(fits, (*([stated] if stated else []), *BLOCKS)), None)
+        if found is None:
+            raise _no_grid(name, tensor, weight, format)
+        height, width = found
     return Scales(name, tensor, grid, rows, height, width)
 
 
@@ -157,10 +166,3 @@ def _no_grid(name: str, tensor: StoredTensor, weight: tuple[int, ...], format: s
         f"stored as {format}; save the checkpoint again with the tool that quantized it",
         2,
     )
-
-
-def _block(size: int, count: int, stated: int) -> int | None:
-    """Of a dimension of ``size`` that has ``count`` scales."""
-    if count == 1:
-        return max(size, 1)
-    return next((block for block in (stated, 128, 64, 32, 16, 1) if block > 0 and -(-size // block) == count), None)

@@ -42,10 +42,9 @@ class Stated:
         value = self.settings.get(key)
         return value if type(value) is int else None
 
-    @property
-    def block(self) -> tuple[int, int] | None:
-        """``weight_block_size``."""
-        block = self.settings.get("weight_block_size")
+    def block(self, module: str) -> tuple[int, int] | None:
+        """Rows and columns of the blocks that weights of ``module`` are said to be scaled by."""
+        block = self.settings.get("weight_block_size") or self.weights(module).get("block_structure")
         if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
             return block[0], block[1]
         return None

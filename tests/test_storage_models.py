@@ -1,0 +1,190 @@
+"""Checkpoints in every storage format go the whole way, against transformers on the same weights dequantized."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_storage
+from calibrated import LENGTH, TEXTS
+from click.testing import Result
+
+from rq_compile.architectures.model import Model
+from rq_compile.calibration import calibrate as calibrate_module
+from rq_compile.calibration.calibrate import calibrate
+from rq_compile.calibration.memory import Way
+from rq_compile.calibration.schema import Calibration
+from rq_compile.calibration.statistics import Statistics
+from rq_compile.export.export import Exported, export_graph
+from rq_compile.inspection import inspected
+from rq_compile.planning.plan import make_plan
+from rq_compile.runtime.engine import Engine
+from rq_compile.runtime.reference import Reference
+from rq_compile.targets.onnxruntime import compile_engine
+
+# The smallest format of a slot that holds what the format stores, and the block it takes.
+LOSSLESS = {
+    "fp8": ("fp32", 128),
+    "fp8-qscale": ("fp32", 128),
+    "mxfp8": ("bf16", 128),
+    "fp8-ue8m0-fp4": ("int8", 32),
+    "mxfp4": ("int8", 32),
+    "mxfp4-pack": ("int8", 32),
+    "nvfp4-fp8": ("int8", 16),
+    "modelopt-mixed": ("int8", 16),
+    "pack-int4": ("int4", 32),
+    "pack-int4-asymmetric": ("int8", 32),
+    "pack-int4-act-order": ("fp32", 32),
+    "pack-int8": ("int8", 64),
+    "float-quantized": ("fp32", 128),
+    "modelopt-fp8": ("fp32", 128),
+    "modelopt-awq": ("fp32", 128),
+    "gptq": ("int8", 32),
+    "gptq-v2-act-order": ("fp32", 32),
+    "awq": ("int8", 32),
+}
+Calibrated = tuple[Calibration, dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def exported_once() -> Callable[[str, Model], Exported]:
+    """The graph does not depend on how weights are stored."""
+    graphs: dict[str, Exported] = {}
+
+    def exported(name: str, model: Model) -> Exported:
+        format = tiny_storage.FORMATS[name]
+        key = f"{format.family} {sorted(format.changes.items())}"
+        if key not in graphs:
+            graphs[key] = export_graph(model)
+        return graphs[key]
+
+    return exported
+
+
+@pytest.fixture(scope="module", params=tiny_storage.FORMATS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model.open(tiny_storage.build(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="module")
+def dequantized(model: Model) -> Reference:
+    return Reference.load(Model.open(model.path.parent / "dequantized"))
+
+
+def calibrated(model: Model, whole: bool) -> Calibrated:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate_module, "choose_way", lambda *_, **__: Way(whole, True, "as asked for"))
+        return calibrate(model, TEXTS, batch_size=4, sequence_length=LENGTH, progress=lambda done, total: None)
+
+
+@pytest.fixture(scope="module")
+def calibration(model: Model) -> Calibrated:
+    return calibrated(model, whole=True)
+
+
+def tokens(*shape: int) -> np.ndarray:
+    return np.random.default_rng(3).integers(4, tiny.VOCABULARY, shape)
+
+
+def test_transformers_computes_with_the_decoded_weights(model: Model, dequantized: Reference) -> None:
+    np.testing.assert_array_equal(Reference.load(model).logits(tokens(2, 9)), dequantized.logits(tokens(2, 9)))
+
+
+def test_it_is_said_how_experts_are_stored(model: Model, calibration: Calibrated) -> None:
+    found = inspected(model.checkpoint)
+    assert found.compiles, found.why_not
+    assert found.expert_bytes == sum(layer.stored_bytes for layer in calibration[0].layers)
+    assert found.expert_bytes == sum(
+        weight.bytes for weight in model.checkpoint.weights() if "experts" in weight.name and "shared" not in weight.name
+    )
+    for layer, measured in zip(found.layers, calibration[0].layers, strict=True):
+        assert layer.stored == ", ".join(measured.stored_as or [])
+
+
+def test_what_a_slot_can_hold_is_carried_over_without_an_error(name: str, calibration: Calibrated) -> None:
+    format, block = LOSSLESS[name]
+    assert calibration[0].dtype == format
+    for layer in calibration[0].layers:
+        assert layer.geometry.block == block
+        assert not any(layer.error[format])
+        assert any(layer.error["int4"]) == (format != "int4")
+
+
+def test_calibrating_layer_by_layer_is_the_same(model: Model, calibration: Calibrated) -> None:
+    streamed, _ = calibrated(model, whole=False)
+    for one, other in zip(calibration[0].layers, streamed.layers, strict=True):
+        assert one.load == other.load
+        for format, error in one.error.items():
+            np.testing.assert_allclose(other.error[format], error, rtol=2e-3, atol=1e-12, err_msg=format)
+
+
+def test_engines(
+    name: str,
+    model: Model,
+    calibration: Calibrated,
+    dequantized: Reference,
+    exported_once: Callable[[str, Model], Exported],
+    tmp_path: Path,
+) -> None:
+    """Of a plan that changes nothing, and of one within the budget."""
+    calibrated, statistics = calibration
+    stored = sum(layer.stored_bytes or 0 for layer in calibrated.layers)
+    for policy in ("none", "optimal"):
+        plan = make_plan(calibrated, policy=policy, memory=None, ranks=1, target="cpu")
+        assert plan.bytes_before == stored
+        assert plan.bytes_after <= plan.memory * stored
+        assert ", ".join(calibrated.layers[0].stored_as or []) in plan.remarks[0]
+        output = tmp_path / f"{policy}.onnx"
+        quiet = {"progress": lambda done, total: None, "exported": exported_once(name, model)}
+        compile_engine(model, plan, output, "native", Statistics.of(statistics), **quiet)
+        engine = Engine.load(output, threads=1)
+        ids = tokens(2, 9)
+        if policy == "none":
+            np.testing.assert_allclose(engine.logits(ids), dequantized.logits(ids), rtol=0, atol=1e-4)
+            expected = list(dequantized.generate(ids[0].tolist(), 6, stop=False))
+            assert list(engine.generate(ids[0].tolist(), 6, stop=False)) == expected
+        else:
+            assert np.isfinite(engine.logits(ids)).all()
+
+
+@pytest.mark.parametrize("lowering", ["stock", "batched"])
+@pytest.mark.parametrize("name", ["nvfp4-fp8", "pack-int4"], scope="module")
+def test_other_lowerings_carry_whole_numbers_over_too(
+    lowering: str,
+    name: str,
+    model: Model,
+    calibration: Calibrated,
+    dequantized: Reference,
+    exported_once: Callable[[str, Model], Exported],
+    tmp_path: Path,
+) -> None:
+    plan = make_plan(calibration[0], policy="none", memory=None, ranks=1, target="cpu")
+    quiet = {"progress": lambda done, total: None, "exported": exported_once(name, model)}
+    compile_engine(model, plan, tmp_path / "e.onnx", lowering, Statistics.of(calibration[1]), **quiet)
+    logits = Engine.load(tmp_path / "e.onnx", threads=1).logits(tokens(2, 9))
+    np.testing.assert_allclose(logits, dequantized.logits(tokens(2, 9)), rtol=0, atol=1e-4)
+
+
+def test_commands(rq_compile: Callable[..., Result], tmp_path: Path) -> None:
+    """One go, with nothing but MODEL and a text: the least memory that works is taken and said."""
+    folder = tiny_storage.build("mxfp4", tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS["first.txt"] * 4)
+    shown = rq_compile("inspect", folder)
+    assert shown.exit_code == 0, shown.stderr
+    assert "MXFP4" in shown.stdout
+    for dry in (["--dry-run"], []):
+        made = rq_compile(folder, "--text", text, "--sequence-length", 64, "-o", tmp_path / "engine.onnx", *dry)
+        assert made.exit_code == 0, made.stderr
+    assert rq_compile("generate", tmp_path / "engine.onnx", "--prompt", "abc", "--max-tokens", 2).exit_code == 0
+    refused = rq_compile("calibrate", folder, "--text", text, "--sequence-length", 64, "-o", tmp_path / "c.json")
+    assert refused.exit_code == 0, refused.stderr
+    refused = rq_compile("plan", tmp_path / "c.json", "--memory", 1, "-o", tmp_path / "p.json")
+    assert refused.exit_code == 1
+    assert "give --memory 1." in refused.stderr

@@ -13,6 +13,7 @@ import model_types
 import numpy as np
 import pytest
 import test_families as families
+import tiny_storage
 import torch
 from calibrated import LENGTH, TEXTS
 from test_streaming import same
@@ -110,6 +111,22 @@ def test_calibrated_in_memory_and_layer_by_layer(model: Model, monkeypatch: pyte
             )
         )
     same(*results)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "glm4_moe", "lfm2_moe"])
+@pytest.mark.parametrize("format", ["fp8", "pack-int4", "nvfp4-fp8"])
+def test_in_the_storage_formats_of_published_checkpoints(model_type: str, format: str, tmp_path: Path) -> None:
+    """Decoded before transformers' loader is traced, so that any family goes with any format."""
+    plain = model_types.build(model_type, tmp_path / "dequantized")
+    made = tiny_storage.store(plain, tmp_path / "stored", tiny_storage.FORMATS[format])
+    opened = Model.open(made)
+    assert opened.checkpoint.quantization is not None
+    ids = families.tokens(2, 9)
+    expected = Reference.load(Model.open(plain)).logits(ids)
+    np.testing.assert_allclose(Reference.load(opened).logits(ids), expected, atol=1e-5, rtol=0)
+    layer = opened.layers[0]
+    one, other = opened.expert(layer, 1), Model.open(plain).expert(layer, 1)
+    np.testing.assert_allclose(one.up.astype(np.float32), other.up.astype(np.float32), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", model_types.REFUSED)

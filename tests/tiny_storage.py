@@ -46,19 +46,22 @@ class Format:
 def build(name: str, folder: Path) -> Path:
     """Write ``folder/stored`` in the format ``name`` and ``folder/dequantized``, the same in fp32; returns the first."""
     format = FORMATS[name]
-    plain = tiny.build(format.family, folder / "dequantized", **format.changes)
+    return store(tiny.build(format.family, folder / "dequantized", **format.changes), folder / "stored", format)
+
+
+def store(plain: Path, made: Path, format: Format) -> Path:
+    """Write the checkpoint ``plain`` into ``made`` in a format, and what that is worth into ``plain``; returns ``made``."""
     weights = load_file(plain / "model.safetensors")
     stored: Stored = {}
     for name_, tensor in list(weights.items()):
-        store = next((store for pattern, store in format.modules if re.search(pattern, name_)), None)
-        if store is None or tensor.dim() < 2:
+        stores = next((stores for pattern, stores in format.modules if re.search(pattern, name_)), None)
+        if stores is None or tensor.dim() < 2:
             stored[name_] = tensor
             continue
-        parts, weights[name_] = store(tensor)
+        parts, weights[name_] = stores(tensor)
         module = name_.removesuffix(".weight")
         stored |= {f"{module}{below}": part.contiguous() for below, part in parts.items()}
     save_file({n: t.contiguous() for n, t in weights.items()}, plain / "model.safetensors", metadata={"format": "pt"})
-    made = folder / "stored"
     shutil.copytree(plain, made, ignore=shutil.ignore_patterns("*.safetensors"))
     _save(stored, made)
     config = json.loads((made / "config.json").read_text())

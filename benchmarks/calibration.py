@@ -20,6 +20,7 @@ import pstats
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter, process_time
@@ -129,7 +130,9 @@ def timed_in(module: Any, name: str, clock: Clock) -> Callable[[], None]:
     return lambda: setattr(module, name, function)
 
 
-def row(shape: str, tokens: int, way: str, experts: int | None, folder: Path, quantizer: str) -> dict[str, object]:
+def row(
+    shape: str, tokens: int, way: str, experts: int | None, folder: Path, quantizer: str, with_profile: bool
+) -> dict[str, object]:
     model = Model.open(checkpoint(shape, experts, folder))
     texts = text(model, tokens)
     geometry = model.layers[0].geometry
@@ -159,8 +162,9 @@ def row(shape: str, tokens: int, way: str, experts: int | None, folder: Path, qu
             return products(x, weights, geometry, sums)
 
     measure.expert_outputs = expert_outputs
+    run = partial(calibration.calibrate, model, texts, **given, quantizer=quantizer, progress=lambda *_: None)
     with calibrate:
-        calibration.calibrate(model, texts, **given, quantizer=quantizer, progress=lambda *_: None)
+        run()
     undo()
     measure.expert_outputs = products
 
@@ -177,8 +181,8 @@ def row(shape: str, tokens: int, way: str, experts: int | None, folder: Path, qu
         **calibrate.row("calibrate"),
         "expert_cpu_s": round((measuring.cpu - own.cpu) * scale, 3),
         "ratio": round(calibrate.wall / (3 * forward.wall + read.wall), 3),
-        "profile": profile(lambda: calibration.calibrate(model, texts, **given, quantizer=quantizer, progress=lambda *_: None)),
         **environment(),
+        **({"profile": profile(run)} if with_profile else {}),
     }
 
 
@@ -214,13 +218,15 @@ def main() -> None:
     parser.add_argument("--quantizer", choices=("gptq", "nearest"), default="gptq")
     parser.add_argument("--experts", type=int, help="fewer than the model has")
     parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are made, and kept")
+    parser.add_argument("--profile", action="store_true", help="calibrate once more, to see where the time goes")
     parser.add_argument("--only-make", action="store_true", help="make the checkpoint and measure nothing")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.only_make:
         checkpoint(arguments.shape, arguments.experts, arguments.folder)
         return
-    found = row(arguments.shape, arguments.tokens, arguments.way, arguments.experts, arguments.folder, arguments.quantizer)
+    shape, tokens, way, experts = arguments.shape, arguments.tokens, arguments.way, arguments.experts
+    found = row(shape, tokens, way, experts, arguments.folder, arguments.quantizer, arguments.profile)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     key = ("shape", "experts", "way", "quantizer", "tokens")
     kept = [other for other in known if [other[name] for name in key] != [found[name] for name in key]]

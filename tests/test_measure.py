@@ -150,14 +150,12 @@ def test_wanda_score_and_moments_against_a_loop(tiny_checkpoint: Callable[[str],
                 scores += [abs(float(weight)) * norm for weight in matrix[:, column]]
         lowest = sorted(scores)[: math.ceil(fraction * len(scores))]
         np.testing.assert_allclose(found.wanda[expert], sum(lowest) / len(lowest), rtol=1e-5)
-        moment, width = intermediate.T @ intermediate / len(x), found.intermediate_moments.shape[-1]
+        moment, width = intermediate.T @ intermediate, found.intermediate_moments.shape[-1]
         for number, block in enumerate(found.intermediate_moments[expert]):
             columns = slice(number * width, (number + 1) * width)
             np.testing.assert_allclose(block, moment[columns, columns], rtol=1e-4, atol=1e-5 * moment.max())
     assert found.input_moment.values.dtype == found.intermediate_moments.dtype == np.float32
-    np.testing.assert_allclose(
-        found.input_moment.values, hidden.T.astype(np.float64) @ hidden / len(hidden), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(found.input_moment.values, hidden.T.astype(np.float64) @ hidden, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])

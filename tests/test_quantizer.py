@@ -138,7 +138,7 @@ def test_gptq_with_inputs_that_do_not_correlate_is_rounding_with_the_best_scale(
 
 def test_moments() -> None:
     inputs = correlated(30, 40).astype(np.float32)
-    expected = inputs.T.astype(np.float64) @ inputs / 30
+    expected = inputs.T.astype(np.float64) @ inputs
     np.testing.assert_allclose(whole_moment(inputs).values, expected, rtol=1e-4, atol=1e-4)
     blocks = block_moment(inputs, 16).values
     assert blocks.shape == (3, 16, 16)

@@ -24,6 +24,7 @@ from rq_compile.calibration.text import Batch, batches, tokenize
 from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.checkpoint.storage.weight import Plain, Weight
 from rq_compile.errors import UserError
+from rq_compile.files import sha256
 from rq_compile.quantization.formats import BITS, BLOCKS, FORMATS, Block, Format, Quantizer
 
 # What the recorded inputs of all layers may take on disk where the model runs as a whole. Beyond, an even sample of the tokens is
@@ -139,6 +140,7 @@ def calibrate(
         model=model.name,
         model_type=model.model_type,
         fingerprint=model.fingerprint,
+        tokenizer=sha256(model.path / "tokenizer.json"),
         dtype=_lossless_format(model, measured_layers),
         texts=[
             CalibrationText(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=len(ids))
@@ -237,12 +239,13 @@ def _layer_calibration(model: Model, recording: LayerRecording, measurement: Lay
         dropped=recording.dropped,
         stored_as=sorted({weight.format for weight in experts if not isinstance(weight, Plain)}) if model.quantized else None,
         stored_bytes=model.stored_bytes[recording.layer.name] if model.quantized else None,
-        wanda=_legible(measurement.wanda),
-        error={format: _legible(error) for format, error in errors.items()},
+        wanda=legible(measurement.wanda),
+        error={format: legible(error) for format, error in errors.items()},
         estimated=np.flatnonzero(estimated).tolist(),
+        sums=measurement.sums,
     )
 
 
-def _legible(values: np.ndarray) -> list[float]:
+def legible(values: np.ndarray) -> list[float]:
     """Six significant digits: more are noise in a sum of fp32 values, and a person reads this file."""
     return [float(f"{value:.6g}") for value in values]

@@ -1,8 +1,10 @@
 """From a layer's measured sums to relative errors; experts that too few tokens reached get an estimate."""
 
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
 import numpy as np
 
-from rq_compile.calibration.measure import LayerMeasurement
 from rq_compile.quantization.formats import Format
 
 # Measured once on an early samples/olmoe, rounded to the nearest, against the error on all of an expert's pairs (512 or
@@ -13,27 +15,44 @@ MIN_PAIRS = 16
 PRIOR_PAIRS = 2
 
 
-def relative_errors(measurement: LayerMeasurement, load: np.ndarray) -> tuple[dict[Format, np.ndarray], np.ndarray]:
+class Sums(Protocol):
+    """What ``LayerMeasurement`` and ``LayerSums`` have: numbers of each expert, ``[m]``."""
+
+    @property
+    def pairs(self) -> Sequence[int] | np.ndarray: ...
+    @property
+    def energy(self) -> Sequence[float] | np.ndarray: ...
+    @property
+    def error(self) -> Mapping[Format, Sequence[float] | np.ndarray]: ...
+    @property
+    def weight_error(self) -> Mapping[Format, Sequence[float] | np.ndarray]: ...
+    @property
+    def output_square(self) -> float: ...
+
+
+def relative_errors(sums: Sums, load: np.ndarray) -> tuple[dict[Format, np.ndarray], np.ndarray]:
     """``error[format]`` float64 ``[m]`` as ``LayerCalibration`` has it, and which experts' errors are estimated, bool ``[m]``.
 
-    ``measurement`` is scaled to all tokens, ``load`` int64 ``[m]`` their (token, choice) pairs. An expert that was measured on
+    ``sums`` are those of all tokens, ``load`` int64 ``[m]`` their (token, choice) pairs. An expert that was measured on
     fewer than ``MIN_PAIRS`` is estimated: from its own pairs, and from ``PRIOR_PAIRS`` more that suffer, for each unit of its
     weight error, what a pair of the layer's other experts does for each unit of theirs. Its load counts as 1 where no token
     came, so that an estimate is 0 only where the format holds the weights exactly.
     """
-    estimated = measurement.pairs < MIN_PAIRS
-    known = measurement.pairs > 0 if estimated.all() else ~estimated
-    own = measurement.pairs / (measurement.pairs + PRIOR_PAIRS)
+    pairs, energy = np.asarray(sums.pairs), np.asarray(sums.energy)
+    estimated = pairs < MIN_PAIRS
+    known = pairs > 0 if estimated.all() else ~estimated
+    own = pairs / (pairs + PRIOR_PAIRS)
     errors = {}
-    for format, measured in measurement.error.items():
+    for format, found in sums.error.items():
+        measured, changes = np.asarray(found), np.asarray(sums.weight_error[format])
         # A format that cannot hold an expert's weights says nothing of the others.
-        held = np.isfinite(measurement.weight_error[format])
-        weight_error = np.where(held, measurement.weight_error[format], 0)
+        held = np.isfinite(changes)
+        weight_error = np.where(held, changes, 0)
         units = (weight_error * load)[known].sum()
         suffered = measured[known & held].sum() / units if units > 0 else 0
         if suffered == 0:
             # None of the others changes in this format: an output changes about as much as the weights, relatively.
-            suffered = measurement.energy[known].sum() / load[known].sum()
+            suffered = energy[known].sum() / load[known].sum()
         estimate = own * np.where(held, measured, 0) + (1 - own) * suffered * weight_error * np.maximum(load, 1)
-        errors[format] = np.where(held, np.where(estimated, estimate, measured) / measurement.output_square, np.inf)
+        errors[format] = np.where(held, np.where(estimated, estimate, measured) / sums.output_square, np.inf)
     return errors, estimated

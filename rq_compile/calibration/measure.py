@@ -14,6 +14,7 @@ import torch
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.calibration.expert import expert_outputs, in_format, weight_error
+from rq_compile.calibration.schema import LayerSums
 from rq_compile.calibration.scratch import release
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
 from rq_compile.quantization.formats import FORMATS, Format, Quantizer, block_size
@@ -87,8 +88,25 @@ class LayerMeasurement:
             energy=self.energy * scale,
             error={format: np.where(np.isinf(error), error, error * scale) for format, error in self.error.items()},
             wanda=self.wanda * np.sqrt(scale),
+            input_moment=SecondMoment(self.input_moment.values * np.float32(tokens)) if tokens != 1 else self.input_moment,
+            intermediate_moments=_scaled(self.intermediate_moments, scale),
             output_square=self.output_square * tokens,
         )
+
+    @property
+    def sums(self) -> LayerSums:
+        """As a document has them."""
+        return LayerSums(
+            pairs=self.pairs.tolist(),
+            energy=self.energy.tolist(),
+            error={format: error.tolist() for format, error in self.error.items()},
+            weight_error={format: error.tolist() for format, error in self.weight_error.items()},
+            output_square=self.output_square,
+        )
+
+
+def _scaled(moments: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return moments if (scale == 1).all() else moments * scale.astype(np.float32)[:, None, None, None]
 
 
 def measure_layer(
@@ -169,7 +187,7 @@ class _Measure:
             output.index_add_(0, torch.from_numpy(some), y)
             release(self.hidden)
             release(self.output)
-        intermediate_moment = SecondMoment(products / np.float32(max(1, len(tokens))))
+        intermediate_moment = SecondMoment(products)
         norms = _diagonal(products)[: geometry.intermediate]
         changed = original
         if weights.up_moment is not None:

@@ -159,6 +159,7 @@ def _with_loads(layer: LayerCalibration, texts: list[np.ndarray]) -> LayerCalibr
             "text_loads": [steps.sum(axis=0).tolist() for steps in texts],
             "batch_loads": np.concatenate(texts).tolist(),
             "dropped": 0,
+            "sums": None,
             "error": {format: (np.asarray(error) * growth).tolist() for format, error in layer.error.items()},
         }
     )

@@ -15,7 +15,7 @@ from rq_compile.errors import UserError
 from rq_compile.file_systems import readable
 from rq_compile.files import Document, Name
 from rq_compile.quantization.formats import Format, Quantizer
-from rq_compile.versions import Upgrade, Versioned
+from rq_compile.versions import Upgrade, Versioned, same_keys
 
 
 def _infinite(value: object) -> object:
@@ -62,6 +62,25 @@ class StatisticsFile(Document):
         return self.model_copy(update={"name": path})
 
 
+Sum = Annotated[float, Field(ge=0)]
+
+
+class LayerSums(Document):
+    """What the errors of a layer are made of, so that calibrations of different texts add up (``merge.py``).
+
+    Of each expert: the (token, choice) ``pairs`` that were measured; summed over all of its pairs, ``energy``, the squared norms
+    of gate times output, and ``error[format]``, those of gate times what storing it in ``format`` changes of the output; and
+    ``weight_error[format]``, the relative squared change of its weights. ``output_square``: the squared norm of what the layer's
+    experts give together, summed over its tokens.
+    """
+
+    pairs: list[Count]
+    energy: list[Sum]
+    error: dict[Format, list[RelativeError]]
+    weight_error: dict[Format, list[RelativeError]]
+    output_square: float = Field(gt=0)
+
+
 class LayerCalibration(Document):
     """What one MoE layer did.
 
@@ -76,7 +95,7 @@ class LayerCalibration(Document):
     tokens: the errors of a plan's experts add up to the layer's relative error (the squares of one token's experts do,
     as their errors point in unrelated directions). 0 where the format holds the weights exactly, infinite (in the file: null)
     where it cannot hold one. ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated
-    instead.
+    instead. All follow from ``sums``, which are missing where the loads are not those that errors were measured on.
 
     Of a checkpoint whose experts are quantized, ``stored_as`` names the storage formats of the layer's experts, and
     ``stored_bytes`` is what they take in the checkpoint, scales and zero points included.
@@ -94,6 +113,7 @@ class LayerCalibration(Document):
     wanda: list[NonNegative]
     error: dict[Format, list[RelativeError]]
     estimated: list[ExpertNumber] = Field(default=[])
+    sums: LayerSums | None = None
 
     @model_validator(mode="after")
     def has_a_value_of_every_expert(self) -> Self:
@@ -104,6 +124,12 @@ class LayerCalibration(Document):
             "batch_loads": self.batch_loads,
             "wanda": [self.wanda],
         }
+        if self.sums:
+            counted |= {"pairs": [self.sums.pairs], "energy": [self.sums.energy]}
+            counted |= {f"sums at {format}": [values] for format, values in self.sums.error.items()}
+            counted |= {f"weight_error at {format}": [values] for format, values in self.sums.weight_error.items()}
+            if not self.error.keys() == self.sums.error.keys() == self.sums.weight_error.keys():
+                raise ValueError(f"layer {self.index} has errors and sums of other formats")
         for name, rows in (counted | {f"error at {format}": [values] for format, values in self.error.items()}).items():
             if wrong := [len(row) for row in rows if len(row) != experts]:
                 raise ValueError(f"layer {self.index} has {experts} experts, but {wrong[0]} values of {name}")
@@ -134,14 +160,15 @@ class Calibration(Versioned):
 
     called: ClassVar[str] = "calibration"
     command: ClassVar[str] = "rq-compile calibrate"
-    upgrades: ClassVar[dict[int, Upgrade]] = {}
+    upgrades: ClassVar[dict[int, Upgrade]] = {1: same_keys}
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     kind: Literal["calibration"] = "calibration"
     tool: str
     model: Name
     model_type: str
     fingerprint: Sha256
+    tokenizer: Sha256 | None = Field(default=None, description="of the tokenizer.json")
     dtype: Format
     texts: list[CalibrationText] = Field(min_length=1)
     tokens: Count

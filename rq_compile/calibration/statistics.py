@@ -1,9 +1,10 @@
 """The activation statistics of a calibration, read one layer or expert at a time while an engine's weights are quantized.
 
-Tensors by name, fp32: ``{layer name}.input_moment [hidden, hidden]``, the mean of ``x x^T`` over all tokens of the layer, and
+Tensors by name, fp32: ``{layer name}.input_moment [hidden, hidden]``, the sum of ``x x^T`` over all tokens of the layer, and
 ``{layer name}.intermediate_moment [m, blocks, block, block]``, that of each expert's inputs of the down projection, by blocks
 of up to 128 columns. One moment serves all up projections of a layer, and a down projection's is kept by blocks only: whole
-moments of every expert would be as large as the experts.
+moments of every expert would be as large as the experts. (Calibrations of schema version 1 have means; to a quantizer, which
+looks at proportions alone, they are the same.)
 """
 
 import hashlib
@@ -15,12 +16,12 @@ from typing import Protocol
 
 import numpy as np
 
-from rq_compile.calibration.schema import StatisticsFile
+from rq_compile.calibration.schema import Calibration, StatisticsFile
 from rq_compile.calibration.scratch import release
 from rq_compile.checkpoint.safetensors_file import read_tensor
 from rq_compile.checkpoint.safetensors_file import tensors_of as stored_tensors
 from rq_compile.errors import UserError
-from rq_compile.files import sha256
+from rq_compile.files import sha256, write_document, written_beside
 from rq_compile.quantization.second_moment import SecondMoment
 
 
@@ -89,6 +90,14 @@ class Statistics:
         """
         return SecondMoment(self._read(layer, "intermediate_moment", expert))
 
+    def intermediate_moments(self, layer: str) -> np.ndarray:
+        """fp32 ``[m, blocks, block, block]``: of all experts of the layer.
+
+        Raises:
+            UserError: the file is not the statistics of this model's calibration.
+        """
+        return self._read(layer, "intermediate_moment")
+
     def _read(self, layer: str, moment: str, expert: int | None = None) -> np.ndarray:
         try:
             return self.tensors.read(f"{layer}.{moment}", expert)
@@ -137,3 +146,18 @@ def write_statistics(tensors: dict[str, np.ndarray], path: Path) -> None:
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor).data)
             release(tensor)
+
+
+def write_with_statistics(calibration: Calibration, tensors: dict[str, np.ndarray], output: Path) -> Calibration:
+    """Write the statistics, if there are any, beside ``output``, and the calibration that names them, which is returned.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    if tensors:
+        path = output.with_suffix(".safetensors")
+        with written_beside(path) as temporary:
+            write_statistics(tensors, temporary)
+        calibration = calibration.model_copy(update={"statistics": StatisticsFile(name=path.name, sha256=sha256(path))})
+    write_document(calibration, output)
+    return calibration

@@ -113,10 +113,8 @@ def command(
 
     from rq_compile import spill
     from rq_compile.calibration.calibrate import calibrate
-    from rq_compile.calibration.schema import StatisticsFile
-    from rq_compile.calibration.statistics import write_statistics
+    from rq_compile.calibration.statistics import write_with_statistics
     from rq_compile.cli.tables import calibration_tables
-    from rq_compile.files import sha256, write_document, written_beside
 
     model = opened(screen, folder)
     if dry_run:
@@ -149,12 +147,7 @@ def command(
             device=device,
             remark=screen.note,
         )
-    if statistics:
-        path = output.with_suffix(".safetensors")
-        with written_beside(path) as temporary:
-            write_statistics(statistics, temporary)
-        calibration = calibration.model_copy(update={"statistics": StatisticsFile(name=path.name, sha256=sha256(path))})
-    write_document(calibration, output)
+    calibration = write_with_statistics(calibration, statistics, output)
     screen.note(f"wrote {output}" + (f" and {calibration.statistics.name}" if calibration.statistics else ""))
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)
 

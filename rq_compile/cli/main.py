@@ -22,7 +22,7 @@ from rq_compile import __version__
 from rq_compile.errors import UserError, printable
 from rq_compile.standalone.limits import default_threads, restricted
 
-COMMANDS = ("compile", "calibrate", "plan", "replan", "inspect", "evaluate", "bench", "generate", "package", "report")
+COMMANDS = ("compile", "calibrate", "merge", "plan", "replan", "inspect", "evaluate", "bench", "generate", "package", "report")
 OWN_OPTIONS = ("-h", "--help", "--version")
 INTERRUPTED = 130
 TERMINATED = 143

@@ -1,4 +1,4 @@
-"""What a quantizer knows of the inputs of a weight matrix: their second moment on the calibration text."""
+"""What a quantizer knows of the inputs of a weight matrix: their second moment on the calibration text, a sum that adds up."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """``values`` fp32: mean of ``x x^T`` over inputs x, whole ``[columns, columns]``, or only what the columns of one
+    """``values`` fp32: the sum of ``x x^T`` over inputs x, whole ``[columns, columns]``, or only what the columns of one
     block share, ``[blocks, block, block]`` (the last one filled up with zeros): ``columns / block`` times smaller.
     """
 
@@ -83,7 +83,7 @@ def whole_moment(inputs: np.ndarray) -> SecondMoment:
     for start in range(0, len(inputs), ROWS_AT_ONCE):
         some = inputs[start : start + ROWS_AT_ONCE]
         total += some.T @ some
-    return SecondMoment(total / np.float32(max(1, len(inputs))))
+    return SecondMoment(total)
 
 
 def block_products(inputs: np.ndarray, block: int) -> np.ndarray:
@@ -95,4 +95,4 @@ def block_products(inputs: np.ndarray, block: int) -> np.ndarray:
 
 def block_moment(inputs: np.ndarray, block: int) -> SecondMoment:
     """Of ``inputs [n, columns]`` fp32, by blocks of ``block`` columns."""
-    return SecondMoment(block_products(inputs, block) / np.float32(max(1, len(inputs))))
+    return SecondMoment(block_products(inputs, block))

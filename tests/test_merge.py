@@ -1,0 +1,170 @@
+"""Calibrations of different texts add up to that of all texts."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from calibrated import LENGTH, letters
+from command_line import refused
+from conftest import run_command as run
+
+from rq_compile.architectures.model import Model
+from rq_compile.calibration import measure
+from rq_compile.calibration.calibrate import calibrate
+from rq_compile.calibration.merge import merge, merge_statistics
+from rq_compile.calibration.schema import Calibration, LayerCalibration
+from rq_compile.calibration.statistics import Statistics, write_with_statistics
+from rq_compile.errors import UserError
+from rq_compile.files import read_document, write_document
+
+TEXTS = {f"{name}.txt": letters(count, seed) for seed, (name, count) in enumerate({"one": 60, "two": 431, "three": 200}.items())}
+Calibrated = tuple[Calibration, dict[str, np.ndarray]]
+Tiny = Callable[[str], Path]
+
+
+def calibrated(model: Path, *names: str, **options: object) -> Calibrated:
+    given = {"batch_size": 4, "sequence_length": LENGTH, "progress": lambda done, total: None} | options
+    return calibrate(Model.open(model), {name: TEXTS[name] for name in names}, **given)
+
+
+def merged(*several: Calibrated) -> Calibrated:
+    made = merge({Path(f"{number}.json"): calibration for number, (calibration, _) in enumerate(several)})
+    statistics = [found for _, tensors in several if (found := Statistics.of(tensors))]
+    return made, merge_statistics(made.layers, statistics) if statistics else {}
+
+
+def assert_adds_up(found: Calibrated, expected: Calibrated, errors: float, scores: float) -> None:
+    for name in ("texts", "tokens", "measured_tokens", "padding_tokens", "batch_size", "tokenizer", "fingerprint"):
+        assert getattr(found[0], name) == getattr(expected[0], name), name
+    for one, other in zip(found[0].layers, expected[0].layers, strict=True):
+        for name in ("load", "text_loads", "batch_loads", "dropped", "geometry", "estimated"):
+            assert getattr(one, name) == getattr(other, name), name
+        assert one.sums.pairs == other.sums.pairs
+        np.testing.assert_allclose(one.sums.energy, other.sums.energy, rtol=1e-5)
+        np.testing.assert_allclose(one.sums.output_square, other.sums.output_square, rtol=1e-5)
+        np.testing.assert_allclose(one.wanda, other.wanda, rtol=scores)
+        for format, error in other.error.items():
+            np.testing.assert_allclose(one.error[format], error, rtol=2e-3 if format in ("fp16", "bf16") else errors)
+    assert found[1].keys() == expected[1].keys()
+    for name, moment in expected[1].items():
+        np.testing.assert_allclose(found[1][name], moment, rtol=0, atol=1e-5 * np.abs(moment).max())
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
+def test_two_texts_add_up_to_both(tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Rounded to the nearest, errors are sums; with GPTQ each part was rounded by its own moments."""
+    monkeypatch.setattr(measure, "MAX_PAIRS", 10_000)
+    model = tiny_checkpoint(family)
+    for quantizer, errors in (("nearest", 2e-3), ("gptq", 0.6)):
+        run = partial(calibrated, model, quantizer=quantizer)
+        assert_adds_up(merged(run("one.txt"), run("two.txt")), run("one.txt", "two.txt"), errors, scores=0.1)
+
+
+def test_the_order_does_not_matter(tiny_checkpoint: Tiny) -> None:
+    parts = [calibrated(tiny_checkpoint("olmoe"), name) for name in TEXTS]
+    expected = merged(*parts)
+    for order in permutations(parts):
+        for found in (merged(*order), merged(merged(*order[:2]), order[2]), merged(order[0], merged(*order[1:]))):
+            by_name = sorted(
+                zip(found[0].texts, *(layer.text_loads for layer in found[0].layers), strict=True), key=lambda row: row[0].name
+            )
+            known = zip(expected[0].texts, *(layer.text_loads for layer in expected[0].layers), strict=True)
+            assert by_name == sorted(known, key=lambda row: row[0].name)
+            for one, other in zip(found[0].layers, expected[0].layers, strict=True):
+                assert one.load == other.load
+                assert one.sums.pairs == other.sums.pairs
+                np.testing.assert_allclose(one.wanda, other.wanda, rtol=1e-5)
+                for format in other.error:
+                    np.testing.assert_allclose(one.error[format], other.error[format], rtol=1e-5)
+            for name, moment in expected[1].items():
+                np.testing.assert_allclose(found[1][name], moment, rtol=0, atol=1e-6 * np.abs(moment).max())
+
+
+def test_an_expert_that_no_part_reached_enough_is_measured_by_all(tiny_checkpoint: Tiny) -> None:
+    """Each part estimates some experts that all parts together measure."""
+    parts = [calibrated(tiny_checkpoint("olmoe"), name) for name in TEXTS]
+    estimated = [{(i, e) for i, layer in enumerate(part.layers) for e in layer.estimated} for part, _ in (*parts, merged(*parts))]
+    assert estimated[3] < estimated[0]
+
+
+def changed(calibration: Calibration, **changes: object) -> Calibration:
+    return calibration.model_copy(update=changes)
+
+
+def changed_layer(calibration: Calibration, change: Callable[[LayerCalibration], LayerCalibration]) -> Calibration:
+    return changed(calibration, layers=[change(calibration.layers[0]), *calibration.layers[1:]])
+
+
+def other_block(layer: LayerCalibration) -> LayerCalibration:
+    return layer.model_copy(update={"geometry": layer.geometry.model_copy(update={"block": 32})})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: changed(c, fingerprint="0" * 64), r"the model of a\.json and b\.json is not the same; calibrate one"),
+        (lambda c: changed(c, tokenizer="0" * 64), "the tokenizer of .* is not the same;"),
+        (lambda c: changed(c, quantizer="nearest"), r"--quantizer of .* is not the same \(gptq and nearest\)"),
+        (lambda c: changed(c, wanda_fraction=0.25), r"--wanda-fraction of .* \(0\.5 and 0\.25\)"),
+        (lambda c: changed(c, batch_size=2), r"--batch-size of .* \(4 and 2\)"),
+        (lambda c: changed(c, sequence_length=8), r"--sequence-length of .* \(12 and 8\)"),
+        (lambda c: changed_layer(c, other_block), r"--block of .* \(128 and 32\)"),
+        (lambda c: changed(c, layers=c.layers[1:]), "have other layers"),
+        (
+            lambda c: changed_layer(c, lambda layer: layer.model_copy(update={"sums": None})),
+            r"b\.json was written before schema ver",
+        ),
+        (
+            lambda c: changed(changed_layer(c, lambda layer: layer.model_copy(update={"sums": None})), measured_tokens=0),
+            r"b\.json has loads that a server recorded, and so has no sums to add; calibrate again",
+        ),
+        (
+            lambda c: changed(c, texts=[text.model_copy(update={"name": "one.txt"}) for text in c.texts]),
+            r"two texts are named one\.txt",
+        ),
+    ],
+)
+def test_refuses_what_does_not_add_up(tiny_checkpoint: Tiny, change: Callable[[Calibration], Calibration], said: str) -> None:
+    one, other = (calibrated(tiny_checkpoint("olmoe"), name)[0] for name in ("one.txt", "two.txt"))
+    with pytest.raises(UserError, match=said) as refusal:
+        merge({Path("a.json"): one, Path("b.json"): change(other)})
+    assert refusal.value.exit_status == 2
+
+
+def test_on_the_command_line(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """A plan of what was merged compiles with the statistics that were."""
+    model = tiny_checkpoint("olmoe")
+    parts = []
+    for name in ("one", "two"):
+        parts.append(tmp_path / f"{name}.json")
+        write_with_statistics(*calibrated(model, f"{name}.txt"), parts[-1])
+    assert run("merge", *parts, "-o", tmp_path / "both.json").exit_code == 0
+    both = read_document(Calibration, tmp_path / "both.json")
+    assert both.statistics is not None
+    assert Statistics.beside(tmp_path, both.statistics).input_moment(both.layers[0].name).values.shape == (32, 32)
+    assert run("plan", tmp_path / "both.json", "--memory", "0.5", "-o", tmp_path / "plan.json").exit_code == 0
+    compiled = run(model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "engine.onnx")
+    assert compiled.exit_code == 0, compiled.stderr
+    refused(run("merge", parts[0], "-o", tmp_path / "c.json"), 2, "merge takes two different calibrations or more")
+    refused(run("merge", parts[0], parts[0], "-o", tmp_path / "c.json"), 2, "give each once")
+    refused(run("merge", parts[0], tmp_path / "both.json", "-o", tmp_path / "c.json"), 2, "ran one.txt, which would count twice")
+    refused(run("merge", *parts, "-o", tmp_path / "c.safetensors"), 2, "end it in .json")
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_files_of_schema_version_1_are_read(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    calibration, _ = calibrated(tiny_checkpoint("olmoe"), "one.txt", quantizer="nearest")
+    content = json.loads(calibration.model_dump_json())
+    del content["tokenizer"]
+    for layer in content["layers"]:
+        del layer["sums"]
+    (tmp_path / "old.json").write_text(json.dumps(content | {"schema_version": 1}))
+    assert run("plan", tmp_path / "old.json", "-o", tmp_path / "plan.json").exit_code == 0
+    write_document(calibrated(tiny_checkpoint("olmoe"), "two.txt", quantizer="nearest")[0], tmp_path / "new.json")
+    for order in (("old", "new"), ("new", "old")):
+        paths = [tmp_path / f"{name}.json" for name in order]
+        refused(run("merge", *paths, "-o", tmp_path / "c.json"), 2, "old.json was written before schema version 2")

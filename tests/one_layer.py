@@ -32,7 +32,7 @@ def plan_of(geometry: ExpertGeometry, slots: list[tuple[int, str]], name: str = 
         name=name, index=0, geometry=geometry, slots=[Slot(expert=e, format=f) for e, f in slots], predicted=PREDICTION
     )
     return Plan(
-        tool="test", model="m", model_type="olmoe", fingerprint="f", calibration_sha256=None, policy="none", target="cpu",
+        tool="test", model="m", model_type="olmoe", fingerprint="f" * 64, calibration_sha256=None, policy="none", target="cpu",
         memory=1.0, layers=[layer],
     )  # fmt: skip
 

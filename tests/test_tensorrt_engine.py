@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -239,6 +240,15 @@ def test_every_format_is_built_with_further_passes(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "n.plan.report.json").read_text())
     assert report["network_layers"]["DEQUANTIZE"] == 4
     assert report["network_layers"]["TRIP_LIMIT"] > 0
+
+
+def test_bf16_needs_a_gpu_that_has_it(model: Path) -> None:
+    settings = target.Settings("rtx", (), [75, 89], precision="bf16", build=False)
+    with pytest.raises(
+        UserError, match=r"the network is bf16, which --sm 75 lacks; .* --precision fp16, whose numbers end at 65504"
+    ):
+        target.check_settings(settings, Model.open(model))
+    target.check_settings(replace(settings, capabilities=[89]), Model.open(model))
 
 
 def test_int4_needs_a_gpu_that_has_it() -> None:

@@ -12,6 +12,8 @@ from rq_compile.planning.capacity import capacity_classes, expected_loads, lane_
 from rq_compile.planning.metrics import padded_work
 from rq_compile.planning.schema import Slot
 
+pytestmark = pytest.mark.quick
+
 shares = st.tuples(st.integers(1, 3), st.integers(1, 7)).flatmap(
     lambda shape: arrays(np.float64, shape, elements=st.floats(0, 100, width=16))
 )

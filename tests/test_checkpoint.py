@@ -17,6 +17,8 @@ from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def copy(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:

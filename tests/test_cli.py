@@ -23,6 +23,8 @@ from rq_compile.quantization.formats import BLOCKS
 from rq_compile.runtime.engine import Engine
 from rq_compile.targets.manifest import DenseFormat, Lowering
 
+pytestmark = pytest.mark.quick
+
 
 def test_choices_are_those_of_the_schemas() -> None:
     assert get_args(Policy) == options.POLICIES

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from command_line import Run, names, refused
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def own_model(model: Path, tmp_path: Path) -> Path:

@@ -15,6 +15,8 @@ from rq_compile.errors import UserError
 from rq_compile.files import read_document
 from rq_compile.schemas import DOCUMENTS
 
+pytestmark = pytest.mark.quick
+
 Spoil = Callable[[dict[str, Any]], object]
 
 

@@ -11,6 +11,8 @@ import pytest
 from rq_compile.errors import UserError
 from rq_compile.files import Document, folder_written_beside, read_document, sha256, write_document, written_beside
 
+pytestmark = pytest.mark.quick
+
 
 class Note(Document):
     called: ClassVar[str] = "note"

@@ -11,6 +11,8 @@ from rq_compile.files import read_document, write_document
 from rq_compile.schemas import DOCUMENTS
 from rq_compile.versions import Versioned
 
+pytestmark = pytest.mark.quick
+
 EXAMPLES = sorted(FROZEN.glob("*.v*.json"))
 
 

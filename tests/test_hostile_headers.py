@@ -16,6 +16,8 @@ from safetensors.numpy import save
 from rq_compile.checkpoint.safetensors_file import MAX_HEADER_BYTES, read_tensor, tensors_of
 from rq_compile.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 
 def test_reads_what_the_format_allows(tmp_path: Path) -> None:
     header = {"__metadata__": {"format": "pt"}, **PAIR, "empty": {"dtype": "F64", "shape": [3, 0], "data_offsets": [12, 12]}}

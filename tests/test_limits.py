@@ -8,6 +8,8 @@ from command_line import python
 
 from rq_compile.standalone import limits
 
+pytestmark = pytest.mark.quick
+
 VERSION_2 = "30 23 0:26 / {root} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 VERSION_1 = "33 30 0:30 {inside} {root}/{name} rw,nosuid - cgroup cgroup rw,{name}\n"
 

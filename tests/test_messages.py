@@ -6,6 +6,8 @@ import messages
 import pytest
 from command_line import Run
 
+pytestmark = pytest.mark.quick
+
 GOOD = [
     "cannot write /out/plan.json: there is no folder /out; make it or choose another output with -o",
     "no such command or model directory: 'x'; did you mean calibrate?",

@@ -13,6 +13,8 @@ from rq_compile.errors import UserError
 from rq_compile.outputs import REPORT, check_outputs, document
 from rq_compile.targets.engine_outputs import onnx_outputs
 
+pytestmark = pytest.mark.quick
+
 Alias = Callable[[Path], Path]
 
 

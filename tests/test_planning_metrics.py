@@ -13,6 +13,8 @@ from rq_compile.planning.demand import demand, drift_gain
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.schema import Slot
 
+pytestmark = pytest.mark.quick
+
 
 def dispatched(tokens: list[int], held: list[int]) -> list[int]:
     """Rows of every slot when each expert's tokens take its slots in turn."""

@@ -11,6 +11,8 @@ from rq_compile.planning.policies.eplb import rebalance
 from rq_compile.planning.remarks import lost_with_lowering
 from rq_compile.planning.schema import LayerPlan, Plan
 
+pytestmark = pytest.mark.quick
+
 
 def held(layer: LayerPlan) -> list[tuple[int, str]]:
     return [(slot.expert, slot.format) for slot in layer.slots]

@@ -19,6 +19,8 @@ from rq_compile.planning.plan import make_plan
 from rq_compile.planning.replan import Changes, replan
 from rq_compile.planning.schema import LayerPlan, Plan
 
+pytestmark = pytest.mark.quick
+
 
 def drifted(calibration: Calibration, seed: int) -> Calibration:
     """The same model with every layer's loads shuffled among some of its experts."""

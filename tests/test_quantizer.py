@@ -18,6 +18,8 @@ from rq_compile.quantization.gptq import FRACTIONS
 from rq_compile.quantization.quantizer import dequantize, quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
 
+pytestmark = pytest.mark.quick
+
 SHAPES = [(1, 1), (3, 17), (8, 40), (16, 128), (5, 384)]
 
 

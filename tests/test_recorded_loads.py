@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 from rq_compile.calibration.recorded_loads import read_loads, with_recorded_loads
 from rq_compile.calibration.schema import Calibration
 
+pytestmark = pytest.mark.quick
+
 Command = Callable[..., Result]
 LAYERS, EXPERTS, TOP_K = 2, 16, 2
 MODEL_LAYERS = inputs.INDEX + LAYERS

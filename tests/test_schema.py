@@ -11,6 +11,8 @@ import pytest
 
 from rq_compile.schemas import DOCUMENTS, schema, write
 
+pytestmark = pytest.mark.quick
+
 COMMITTED = Path(__file__).parent.parent / "docs" / "schema"
 FILES = {"calibration": "calibration.json", "plan": "plan.json", "engine": "model.json"}
 

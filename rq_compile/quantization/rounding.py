@@ -5,7 +5,7 @@ import numpy as np
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import WHOLE_NUMBERS, Format
 
-NOT_FINITE = "a weight of an expert is NaN or infinite; repair the checkpoint"
+NOT_FINITE = "a weight of an expert is not a finite number but NaN or infinite; repair the checkpoint"
 
 
 def holding_scales(weights: np.ndarray, format: Format) -> np.ndarray:

@@ -187,7 +187,7 @@ def _plan(shape: Shape, slots: list[Slot]) -> Plan:
     )
     layer = LayerPlan(name=LAYER, index=0, geometry=shape.geometry, slots=slots, predicted=predicted)
     return Plan(
-        tool="benchmark", model=shape.name, model_type="benchmark", fingerprint="", calibration_sha256=None, policy="none",
+        tool="benchmark", model=shape.name, model_type="benchmark", fingerprint="0" * 64, calibration_sha256=None, policy="none",
         target="cpu", memory=1.0, layers=[layer],
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from rq_compile.architectures.geometry import ExpertGeometry
-from rq_compile.bounds import MOST_COUNTED, Count, ExpertNumber, FilePath, LayerNumber, NonNegative, Sha256
+from rq_compile.bounds import MOST_COUNTED, MOST_LAYERS, Count, ExpertNumber, FilePath, LayerNumber, NonNegative, Sha256
 from rq_compile.errors import UserError
 from rq_compile.file_systems import readable
 from rq_compile.files import Document, Name
@@ -179,7 +179,9 @@ class Calibration(Versioned):
     wanda_fraction: float = Field(gt=0, le=1)
     quantizer: Quantizer
     statistics: StatisticsFile | None
-    extra_layers: int = Field(default=0, ge=0, description="layers that predict further tokens, which are not calibrated")
+    extra_layers: int = Field(
+        default=0, ge=0, lt=MOST_LAYERS, description="layers that predict further tokens, which are not calibrated"
+    )
     layers: list[LayerCalibration] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.bounds import (
     MOST_COUNTED,
+    MOST_LAYERS,
     MOST_MEMORY,
     MOST_RANKS,
     Count,
@@ -147,7 +148,7 @@ class Plan(Versioned):
     optimality: Optimality | None = Field(default=None, description="None: the policy makes no claim")
     remarks: list[str] = Field(default=[], description="what the planner has to say, a sentence each")
     extra_layers: int = Field(
-        default=0, ge=0, description="layers of the model that predict further tokens, which are not planned"
+        default=0, ge=0, lt=MOST_LAYERS, description="layers of the model that predict further tokens, which are not planned"
     )
     layers: list[LayerPlan] = Field(min_length=1)
 

@@ -143,9 +143,10 @@ def engine_estimate(
         data += int(memory * model.expert_bytes)
     outputs = {output.name: _graph_bytes(layers, plan, lowering), f"{output.name}.data": data}
     outputs[output.with_suffix(".json").name] = MANIFEST + (len(plan.model_dump_json(indent=1)) if plan else 0)
-    for file in (model.path / "tokenizer.json", *licence_texts(model.path)):
-        if file.is_file():
-            outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
+    if model.has_tokenizer:
+        outputs[output.with_suffix(".tokenizer.json").name] = len(model.tokenizer.to_str().encode())
+    for file in licence_texts(model.path):
+        outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
     # Pieces in flight take as much as the largest layer; a single dense tensor may be more.
     threads = threads or usable_cpus()
     return Estimate(

@@ -47,7 +47,7 @@ def test_two_tokens_are_enough(tiny_checkpoint: Callable[[str], Path]) -> None:
 def test_refuses_a_checkpoint_without_tokenizer(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = copied(tiny_checkpoint("olmoe"), tmp_path / "model")
     (checkpoint.path / "tokenizer.json").write_text("{}")
-    refused(checkpoint, r"tokenizer\.json cannot be read: .*; download it again")
+    refused(checkpoint, r"tokenizer\.json cannot be read: .*; put a tokenizer")
     (checkpoint.path / "tokenizer.json").unlink()
     refused(checkpoint, r"has no tokenizer\.json; copy the model's")
 

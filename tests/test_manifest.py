@@ -41,7 +41,8 @@ def test_it_says_what_is_needed_to_load_the_graph(manifest: Manifest, stages: Pa
 def test_its_cache_is_the_graphs(manifest: Manifest, graph: onnx.GraphProto) -> None:
     inputs = {value.name: value for value in graph.input}
     outputs = {value.name for value in graph.output}
-    assert inputs.keys() == {"input_ids", "attention_mask", "position_ids", *(tensor.past for tensor in manifest.cache)}
+    named = {"input_ids", "attention_mask", "position_ids", "logits_to_keep"}
+    assert inputs.keys() == {*named, *(tensor.past for tensor in manifest.cache)}
     assert outputs == {"logits", *(tensor.present for tensor in manifest.cache)}
     for tensor in manifest.cache:
         dimensions = inputs[tensor.past].type.tensor_type.shape.dim

@@ -141,7 +141,16 @@ def test_bill_of_materials_follows_the_format_and_names_every_file(packaged: Pat
     for name, component in components.items():
         assert component["hashes"] == [{"alg": "SHA-256", "content": sha256(packaged / name)}]
         assert component["properties"] == [{"name": "bytes", "value": str((packaged / name).stat().st_size)}]
-        ours = name in ("LICENSE", "README.md", "generate.py", "generate.cc", "librq_moe.so")
+        ours = name in (
+            "LICENSE",
+            "README.md",
+            "generate.py",
+            "decoding.py",
+            "limits.py",
+            "text.py",
+            "generate.cc",
+            "librq_moe.so",
+        )
         assert component.get("licenses") == ([declared(id="Apache-2.0")] if ours else None)
 
 

@@ -51,7 +51,7 @@ def test_onnxruntime_config_opens_the_session_of_the_engine(
     engine = Engine.load(engines[name], threads=1)
     ids = np.random.default_rng().integers(0, engine.manifest.vocabulary, (2, 7))
     feeds = {key: value for key, value in engine._feeds(ids, None, None).items() if key in graph}
-    np.testing.assert_array_equal(session.run(["logits"], feeds)[0], engine.logits(ids))
+    np.testing.assert_array_equal(session.run(["logits"], feeds)[0], engine.logits(ids)[:, -1:])
 
 
 def test_op_library_lies_under_the_mount_and_is_named_by_its_content(

@@ -1,6 +1,7 @@
 """Rotary embeddings that are scaled, and those that depend on the length: against transformers on the same folder."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
-from rq_compile.packaging.edge_files import generate as packaged
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
+from rq_compile.standalone.decoding import decode
 from rq_compile.targets.onnxruntime import compile_engine
 
 TRAINED, LONGEST = 16, 32
@@ -78,8 +79,8 @@ def test_an_engine_is_transformers_at_every_length(
         expected = wanted[0, prompt:].tolist()
         assert list(engine.generate(ids[0].tolist(), 10, stop=False)) == expected, prompt
         assert list(Reference(fresh(model)).generate(ids[0].tolist(), 10, stop=False)) == expected, prompt
-        manifest = {**json.loads((model.path / "engine.json").read_text()), "end_of_text": []}
-        assert list(packaged.generate(engine._session, manifest, ids[0].tolist(), 10)) == expected, prompt
+        manifest = json.loads((model.path / "engine.json").read_text())  # as a package reads it
+        assert list(islice(decode(engine._session, manifest, ids[0].tolist()), 10)) == expected, prompt
 
 
 @pytest.mark.parametrize("family", ["deepseek", "llama_moe"])

@@ -58,6 +58,7 @@ def test_text_in_pieces_through_the_cache_gives_the_same_logits(engine: Engine, 
             "input_ids": ids[:, past_length : past_length + piece],
             "attention_mask": np.ones((3, past_length + piece), np.int64),
             "position_ids": np.arange(past_length, past_length + piece)[None].repeat(3, axis=0),
+            "logits_to_keep": np.array([0]),
         }
         logits, *present = engine._session.run(["logits", *(tensor.present for tensor in cache)], {**feeds, **past})
         past = {tensor.past: value for tensor, value in zip(cache, present, strict=True)}

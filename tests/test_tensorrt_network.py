@@ -13,6 +13,7 @@ import tiny
 import torch
 from one_layer import LAYER, MIXED, batch, one_layer, plan_of, random_experts, reference
 from onnx import TensorProto, helper
+from rows import all_rows
 from safetensors.torch import load_file, save_file
 
 from rq_compile.architectures.geometry import ExpertGeometry
@@ -127,7 +128,7 @@ def network(
 def test_a_model_gives_the_logits_of_transformers(network: tuple[Path, onnx.ModelProto, Exported], model: Path) -> None:
     path, _, exported = network
     ids = np.random.default_rng(0).integers(4, 99, (3, 40))
-    running = session(path)
+    running = session(all_rows(path))
     past = {tensor.past: tensor.empty(3).astype(np.float16) for tensor in exported.cache}
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.tile(np.arange(40), (3, 1))}
     logits, *present = running.run(None, feeds | past)
@@ -197,7 +198,7 @@ def test_a_bf16_checkpoint_keeps_its_range(family: str, tmp_path: Path, stages: 
     result = rq_compile(*given, tmp_path / "m.plan")
     assert result.exit_code == 0, result.stderr
     assert json.loads((tmp_path / "m.json").read_text())["precision"] == "bf16"
-    running = session(widened(tmp_path / "m.network.onnx"))
+    running = session(widened(all_rows(tmp_path / "m.network.onnx")))
     past = {
         value.name: np.zeros((2, value.shape[1], 0, value.shape[3]), np.float32)
         for value in running.get_inputs()
@@ -224,6 +225,18 @@ def test_one_bf16_tensor_asks_for_bf16(tmp_path: Path) -> None:
     assert default_precision(Model.open(folder)) == "bf16"
 
 
+def test_the_logits_are_those_of_the_last_token(network: tuple[Path, onnx.ModelProto, Exported]) -> None:
+    path, model, exported = network
+    (logits,) = (value for value in model.graph.output if value.name == "logits")
+    assert logits.type.tensor_type.shape.dim[1].dim_value == 1
+    assert "logits_to_keep" not in {value.name for value in model.graph.input}
+    ids = np.random.default_rng(0).integers(4, 99, (2, 9))
+    past = {tensor.past: tensor.empty(2).astype(np.float16) for tensor in exported.cache}
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.tile(np.arange(9), (2, 1)), **past}
+    (last,), (every,) = (session(file).run(["logits"], feeds) for file in (path, all_rows(path)))
+    np.testing.assert_array_equal(last, every[:, -1:])
+
+
 def test_padding_changes_nothing(network: tuple[Path, onnx.ModelProto, Exported]) -> None:
     path, _, exported = network
     ids = np.random.default_rng(1).integers(4, 99, (2, 12))
@@ -231,6 +244,7 @@ def test_padding_changes_nothing(network: tuple[Path, onnx.ModelProto, Exported]
     mask[0, :5] = 0
     past = {tensor.past: tensor.empty(2).astype(np.float16) for tensor in exported.cache}
     positions = np.maximum(mask.cumsum(1) - 1, 0)
+    path = all_rows(path)
     padded = session(path).run(["logits"], {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past})[0]
     alone = {name: value[:1] for name, value in past.items()}
     feeds = {"input_ids": ids[:1, 5:], "attention_mask": mask[:1, 5:], "position_ids": positions[:1, 5:], **alone}

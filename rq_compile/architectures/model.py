@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rq_compile.architectures import generation
 from rq_compile.architectures.agreement import Agreement, check_names, compare
 from rq_compile.architectures.configuration import model_config
 from rq_compile.architectures.families import FAMILIES, Family
@@ -22,10 +23,12 @@ from rq_compile.architectures.layers import (
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.checkpoint.storage.weight import Plain, Weight
+from rq_compile.checkpoint.tokenizer import read_tokenizer
 from rq_compile.quantization.formats import Format
 from rq_compile.quantization.source_integers import SourceIntegers
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PretrainedConfig, PreTrainedModel
 
     from rq_compile.architectures.traced import TracedWeights
@@ -124,6 +127,38 @@ class Model:
         stated = (self.stated.get(key) for key in EXTRA_LAYERS)
         return next((count for count in stated if type(count) is int and count > 0), 0)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a ``tokenizer.json``."""
+        return (self.path / "tokenizer.json").is_file()
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """
+        Raises:
+            UserError: see ``read_tokenizer``.
+        """
+        return read_tokenizer(self.path)
+
+    @cached_property
+    def end_of_text(self) -> list[int]:
+        """The tokens that end a text; empty where none does.
+
+        Raises:
+            UserError: see ``generation.end_of_text``.
+        """
+        return generation.end_of_text(self.checkpoint)
+
+    @cached_property
+    def decoder_start(self) -> int | None:
+        """The first token of an encoder-decoder's decoder.
+
+        Raises:
+            UserError: see ``generation.end_of_text``.
+        """
+        start = generation.decoder_start(self.checkpoint)
+        return getattr(self.config, "decoder_start_token_id", None) if start is None else start
+
     @cached_property
     def parameter_count(self) -> int:
         """Weights that are stored; those that have no part in the model are not counted."""
@@ -167,8 +202,13 @@ class Model:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """A sentence on each difference between config and tensors that is not an error."""
-        return self.agreement.remarks
+        """A sentence on each difference between config and tensors that is not an error, and where nothing ends a text.
+
+        Raises:
+            UserError: see ``end_of_text``.
+        """
+        endless = () if self.end_of_text else ("no token ends a text (eos_token_id): generation stops at the length asked for",)
+        return (*self.agreement.remarks, *endless)
 
     def tensor(self, name: str) -> str:
         """What a non-expert weight is made of: the checkpoint's tensor, where it is one as it is. Tied weights have one."""

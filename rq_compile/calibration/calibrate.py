@@ -67,7 +67,7 @@ def work_of(
     if not texts:
         raise UserError("there is no text to calibrate on; give at least one --text FILE", 2)
     layers, tokens = model.layers, tokenize(model, texts)
-    start = _check_fit(model, tokens, sequence_length)
+    start = _check_fit(model, sequence_length)
     total = sum(map(len, tokens))
     cut = partial(batches, tokens, batch_size=batch_size, sequence_length=sequence_length, decoder_start=start)
     all_measured = list(cut(measured_tokens=total))
@@ -160,22 +160,15 @@ def calibrate(
     return calibration, statistics
 
 
-def _check_fit(model: Model, tokens: list[np.ndarray], sequence_length: int) -> int | None:
-    """The first decoder token of an encoder-decoder model, once tokens and sequences are known to fit the model."""
+def _check_fit(model: Model, sequence_length: int) -> int | None:
+    """The first decoder token of an encoder-decoder model, once sequences are known to fit the model."""
     config = model.text_config
-    highest = max(int(ids.max()) for ids in tokens)
-    if highest >= config.vocab_size:
-        raise UserError(
-            f"the tokenizer.json of {model.path} gives the token {highest}, but the model knows {config.vocab_size} tokens "
-            f"(0-{config.vocab_size - 1}); copy the model's own tokenizer.json there",
-            2,
-        )
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise UserError(
             f"--sequence-length {sequence_length} is more than the model's {longest} positions; choose a smaller one", 2
         )
-    return (config.decoder_start_token_id or 0) if config.is_encoder_decoder else None
+    return (model.decoder_start or 0) if config.is_encoder_decoder else None
 
 
 def _report(progress: Callable[[int, int], None], total: int, part: float) -> None:

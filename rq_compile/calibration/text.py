@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rq_compile.architectures.model import Model
-from rq_compile.checkpoint.tokenizer import read_tokenizer
+from rq_compile.checkpoint.tokenizer import check_known, encode
 from rq_compile.errors import UserError
 
 MIN_TOKENS = 2
@@ -52,22 +52,18 @@ def tokenize(model: Model, texts: dict[str, str]) -> list[np.ndarray]:
     """Token ids int64 ``[tokens]`` of each text, without special tokens.
 
     Raises:
-        UserError: the checkpoint has no readable tokenizer.json, or a text has fewer than two tokens.
+        UserError: the checkpoint has no readable tokenizer.json, or a text has fewer than two tokens or one that the model
+            does not know.
     """
-    path = model.path / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{model.path} has no tokenizer.json; copy the model's tokenizer.json beside its config.json", 2)
-    tokenizer = read_tokenizer(path)
-    # Both may be switched on in the file, and truncation would silently cut the text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = model.tokenizer
     tokenized = []
     for name, text in texts.items():
-        ids = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        ids = encode(tokenizer, text)
         if len(ids) < MIN_TOKENS:
             raise UserError(
                 f"{name} has {len(ids)} tokens, but a calibration needs at least {MIN_TOKENS}; give a longer --text", 2
             )
+        check_known(name, ids, model.text_config.vocab_size)
         tokenized.append(ids)
     return tokenized
 

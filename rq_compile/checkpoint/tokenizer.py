@@ -1,18 +1,145 @@
-"""A checkpoint's tokenizer.json."""
+"""A checkpoint's tokenizer, as transformers reads it, and texts as token ids."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from rq_compile.errors import UserError
 
+# Characters of a text that are encoded at a time, and the part of them that two neighbours share.
+PIECE, SHARED = 1 << 16, 1 / 32
+# Two neighbours are joined in the middle of as many tokens that both have.
+AGREEING = 32
 
-def read_tokenizer(path: Path) -> Tokenizer:
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the checkpoint in ``folder``, as ``AutoTokenizer`` has it: with the tokens that only
+    ``tokenizer_config.json`` adds, and with the special tokens that it puts around a text. Truncation and padding are off.
+
+    No code of the checkpoint is run. Where ``AutoTokenizer`` would need some, its general class reads the same files.
+
+    Raises:
+        UserError: there is no ``tokenizer.json``, or it cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(_missing(folder), 2)
+    try:
+        Tokenizer.from_buffer(path.read_bytes())
+    except Exception as error:  # tokenizers raises no narrower class
+        raise UserError(f"{path} cannot be read: {error}; put a tokenizer.json in its place that tokenizers saved", 2) from error
+    with utf8_path(folder) as readable:
+        tokenizer = _of_transformers(readable, folder)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _missing(folder: Path) -> str:
+    if (folder / "tokenizer.model").is_file() or (folder / "vocab.json").is_file():
+        code = f"from transformers import AutoTokenizer as A; A.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        return f'{folder} has no tokenizer.json; make one of its older files: python -c "{code}" (needs sentencepiece)'
+    return f"{folder} has no tokenizer.json; copy the model's tokenizer.json beside its config.json"
+
+
+@contextmanager
+def utf8_path(folder: Path) -> Iterator[Path]:
+    """A path to ``folder`` that libraries take as text: its own, or a link for as long as it is needed."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as place:
+            link = Path(place) / "model"
+            link.symlink_to(folder.resolve())
+            yield link
+    else:
+        yield folder
+
+
+def _of_transformers(folder: Path, named: Path) -> Tokenizer:
+    """``named``: the folder's name for the user."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    reason: Exception | None = None
+    for reader in (AutoTokenizer, PreTrainedTokenizerFast):
+        try:
+            read = reader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            if isinstance(read, PreTrainedTokenizerFast):
+                return read.backend_tokenizer
+        except Exception as error:  # a tokenizer_config.json may be wrong in any way
+            reason = error
+    told = " ".join(str(reason).split()) or type(reason).__name__
+    raise UserError(
+        f"transformers cannot read the tokenizer of {named}: {told}; correct its tokenizer_config.json", 2
+    ) from reason
+
+
+def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Token ids int64 ``[tokens]`` of ``text``, without special tokens around it.
+
+    A long text is encoded in overlapping pieces, since an encoding takes some 200 bytes a character. Two neighbours are joined
+    where both have the same ``AGREEING`` tokens at the same places, away from the ends of either. Where they have not, the pieces
+    are made longer, in the end as long as the text.
+    """
+    size = PIECE
+    while size < len(text):
+        ids = _in_pieces(tokenizer, text, size)
+        if ids is not None:
+            return ids
+        size *= 4
+    return _encoded(tokenizer, text, 0, len(text))[0]
+
+
+def check_known(name: str, ids: np.ndarray, vocabulary: int) -> None:
     """
     Raises:
-        UserError: it cannot be read.
+        UserError: the text ``name`` has a token that a model of ``vocabulary`` tokens does not know.
     """
-    try:
-        return Tokenizer.from_buffer(path.read_bytes())  # takes no path that is not UTF-8
-    except Exception as error:  # tokenizers raises no narrower class
-        raise UserError(f"{path} cannot be read: {error}; download it again", 2) from error
+    if len(ids) and (highest := int(ids.max())) >= vocabulary:
+        raise UserError(
+            f"{name}: the tokenizer gives the token {highest}, but the model knows {vocabulary} tokens (0-{vocabulary - 1}); "
+            "give text without it, or the model's own tokenizer.json",
+            2,
+        )
+
+
+def _in_pieces(tokenizer: Tokenizer, text: str, size: int) -> np.ndarray | None:
+    """The ids of ``text``, in pieces of ``size`` characters; None if two of them do not agree on where to be joined."""
+    shared = int(size * SHARED)
+    joined: list[np.ndarray] = []
+    ids, places = _encoded(tokenizer, text, 0, size)
+    for start in range(size - shared, len(text) - shared, size - shared):
+        next_ids, next_places = _encoded(tokenizer, text, start, start + size)
+        # From the middle of what they share to a little before the end of the first.
+        inside = slice(*np.searchsorted(places, [start + shared // 2, start + shared - shared // 8]))
+        joint = _joint(_pairs(ids[inside], places[inside]), _pairs(next_ids, next_places))
+        if joint is None:
+            return None
+        joined.append(ids[: inside.start + joint[0]])
+        ids, places = next_ids[joint[1] :], next_places[joint[1] :]
+    return np.concatenate([*joined, ids])
+
+
+def _encoded(tokenizer: Tokenizer, text: str, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, and at which character of ``text`` each begins."""
+    encoding = tokenizer.encode(text[start:end], add_special_tokens=False)
+    places = np.fromiter((place for place, _ in encoding.offsets), np.int64, len(encoding.ids))
+    return np.asarray(encoding.ids, np.int64), places + start
+
+
+def _pairs(ids: np.ndarray, places: np.ndarray) -> np.ndarray:
+    return np.stack([ids, places], axis=1)
+
+
+def _joint(first: np.ndarray, second: np.ndarray) -> tuple[int, int] | None:
+    """Where ``AGREEING`` rows are equal in both: the middle of the first such run, in either."""
+    for at in range(len(first) - AGREEING + 1):
+        run = first[at : at + AGREEING]
+        for other in np.flatnonzero((second == run[0]).all(axis=1)):
+            if np.array_equal(run, second[other : other + AGREEING]):
+                return at + AGREEING // 2, int(other) + AGREEING // 2
+    return None

@@ -34,7 +34,8 @@ def command(
     loaded = Engine.load(engine, threads)
     model = opened(screen, reference)
     check_same_model(loaded.manifest.plan, model, engine)
-    windows = [cut(name, text, loaded.tokenizer, sequence_length) for name, text in contents.items()]
+    tokenizer, vocabulary = loaded.tokenizer, loaded.manifest.vocabulary
+    windows = [cut(name, text, tokenizer, sequence_length, vocabulary) for name, text in contents.items()]
     with screen.progress("evaluating", "tokens") as progress:
         evaluation = evaluate(loaded, Reference.load(model, threads), windows, reference_name=model.name, progress=progress)
     screen.result(evaluation, *evaluation_tables(evaluation))

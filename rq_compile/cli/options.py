@@ -108,21 +108,23 @@ def parse_options(pairs: tuple[str, ...], *, policy: str, mixed_copies: bool) ->
 
 
 def read_texts(paths: tuple[Path, ...]) -> dict[str, str]:
-    """File name -> content.
+    """File name -> content, without a byte order mark at its start.
 
     Raises:
-        UserError: no file was given, one cannot be read, is not UTF-8, is empty, or two have the same name.
+        UserError: no file was given, one cannot be read, is not UTF-8 text, is empty, or two have the same name.
     """
     if not paths:
         raise UserError("there is no text to run; give at least one --text FILE", 2)
     texts: dict[str, str] = {}
     for path in paths:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise UserError(f"cannot read --text {path}: {error.strerror}; check the path", 2) from error
         except UnicodeDecodeError as error:
             raise UserError(f"--text {path} is not UTF-8 text; convert it or give another file", 2) from error
+        if (place := text.find("\0")) >= 0:
+            raise UserError(f"--text {path} has a NUL character (number {place}), as binary files do; give a text file", 2)
         if not text.strip():
             raise UserError(f"--text {path} is empty; give a file with text", 2)
         if path.name in texts:

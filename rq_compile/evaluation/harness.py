@@ -18,6 +18,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from rq_compile.checkpoint.tokenizer import check_known
 from rq_compile.errors import UserError
 from rq_compile.evaluation.divergence import log_softmax
 from rq_compile.evaluation.windows import MAX_LOGITS
@@ -69,8 +70,6 @@ class EngineLM(TemplateLM):
             raise UserError(f"{engine} is an encoder-decoder, which the harness cannot score here; give a decoder-only engine", 2)
         manifest = self._engine.manifest
         self._tokenizer = self._engine.tokenizer
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self._batch_size = _sequences(batch_size)
         self._max_gen_toks = int(max_gen_toks)
         self._max_length = int(max_length or manifest.context_length or DEFAULT_MAX_LENGTH)
@@ -108,7 +107,9 @@ class EngineLM(TemplateLM):
         if add_special_tokens is None:
             prefix = self._text(self.prefix_token_id)
             add_special_tokens = not (prefix and string.startswith(prefix))
-        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        ids = self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        check_known(repr(string[:40]), np.asarray(ids), self._engine.manifest.vocabulary)
+        return ids
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)

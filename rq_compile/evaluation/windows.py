@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from tokenizers import Tokenizer
 
+from rq_compile.checkpoint.tokenizer import check_known, encode
 from rq_compile.errors import UserError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 MAX_BATCH = 8
 # Logits of one batch stay under 256 MiB in fp32, whatever the vocabulary.
@@ -29,14 +27,17 @@ class Windows:
             yield self.ids[start : start + size]
 
 
-def cut(name: str, text: str, tokenizer: "Tokenizer", length: int) -> Windows:
-    """Windows of ``length`` tokens; a shorter text is one window of its own length.
+def cut(name: str, text: str, tokenizer: Tokenizer, length: int, vocabulary: int | None = None) -> Windows:
+    """Windows of ``length`` tokens; a shorter text is one window of its own length. ``vocabulary``: how many tokens the model
+    knows.
 
     Raises:
-        UserError: the text is empty or has a single token.
+        UserError: the text is empty or has a single token, or one that the model does not know.
     """
-    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    ids = encode(tokenizer, text)
     if len(ids) < 2:
         raise UserError(f"{name} has {len(ids)} tokens, but an evaluation needs at least 2; give another --text", 2)
+    if vocabulary is not None:
+        check_known(name, ids, vocabulary)
     length = min(length, len(ids))
     return Windows(name, ids[: len(ids) // length * length].reshape(-1, length))

@@ -26,12 +26,13 @@ from rq_compile.errors import UserError
 from rq_compile.export.experts_op import route_to_experts_nodes
 from rq_compile.export.graph import Parameter, folded, without_weights
 from rq_compile.export.linear_attention import linear_attention_as_nodes
+from rq_compile.export.logits_to_keep import indices_to_trace, take_a_number
 from rq_compile.export.rope import free_the_length
 from rq_compile.export.switch import route_switch_to_experts_nodes
 from rq_compile.targets.manifest import CacheTensor
 
 # Sizes to trace with: all different, and none is 0 or 1, which torch.export would take for constants.
-BATCH, SEQUENCE, PAST = 2, 3, 5
+BATCH, SEQUENCE, PAST, KEPT = 2, 3, 5, 4
 OPSET = 21
 PAST_NAME, PRESENT_NAME = "past_key_values", "present"
 KINDS = {"keys": "key", "values": "value"}
@@ -39,6 +40,7 @@ FREE_AXES: dict[str, dict[int, str]] = {
     "input_ids": {0: "batch", 1: "sequence"},
     "decoder_input_ids": {0: "batch", 1: "decoder_sequence"},
     "attention_mask": {0: "batch", 1: "past_and_sequence"},
+    "logits_to_keep": {0: "kept"},
     "past_key_values": {2: "past"},
 }
 
@@ -58,9 +60,10 @@ def export_graph(model: Model) -> Exported:
     """Export without reading a weight.
 
     Inputs: ``input_ids`` and ``position_ids`` int64 ``[batch, sequence]``, ``attention_mask`` int64 ``[batch, past + sequence]``,
-    and the cache's tensors, ``past_key_values.{i}.key`` and ``.value`` fp32 ``[batch, heads, past, dimension]`` among them;
-    outputs: ``logits`` fp32 ``[batch, sequence, vocabulary]`` and ``present.{i}.key`` and so on. An encoder-decoder has
-    ``input_ids``, ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
+    ``logits_to_keep`` int64 ``[1]`` (of how many last tokens of each row the logits are computed, 0 for all), and the cache's
+    tensors, ``past_key_values.{i}.key`` and ``.value`` fp32 ``[batch, heads, past, dimension]`` among them; outputs: ``logits``
+    fp32 ``[batch, kept, vocabulary]`` and ``present.{i}.key`` and so on. An encoder-decoder has ``input_ids``,
+    ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
 
     Raises:
         UserError: see ``meta_model``.
@@ -85,6 +88,7 @@ def export_graph(model: Model) -> Exported:
         _check_free_dimensions(exported.graph, model)
         cache = _cache_tensors(exported.graph)
         exported, parameters = folded(exported, without_weights(exported.graph, module))
+        exported = take_a_number(exported)
     return Exported(onnx_ir.to_proto(exported), parameters, OPSET, encoder_decoder, cache)
 
 
@@ -110,6 +114,7 @@ def _causal_inputs(module: PreTrainedModel) -> dict[str, Any]:
         "attention_mask": torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.int64, device="meta"),
         "position_ids": torch.zeros_like(ids),
         "past_key_values": cache,
+        **indices_to_trace(module, KEPT),
     }
 
 
@@ -119,7 +124,7 @@ def _check_free_dimensions(graph: onnx_ir.Graph, model: Model) -> None:
         UserError: tracing fixed the batch, the sequence or the past to the sizes it was traced with.
     """
     for value in graph.inputs:
-        axes = (0,) if (value.name or "").startswith(f"{PAST_NAME}.") else (0, 1)
+        axes = (0,) if len(_shape(value)) == 1 or (value.name or "").startswith(f"{PAST_NAME}.") else (0, 1)
         if any(str(_shape(value)[axis]).isdigit() for axis in axes):
             raise UserError(
                 f"{model.path}: layers of {model.model_type} loop over the batch or the sequence in Python, which fixes "

@@ -15,14 +15,18 @@ from rq_compile.packaging.op_library import machine, op_library, system_sentence
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.sbom import bill_of_materials
 from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
+from rq_compile.standalone import decoding, limits, text
 from rq_compile.targets.library import library_path
 from rq_compile.targets.manifest import Manifest
 
 TEMPLATES = Path(__file__).parent / "edge_files"
+EXAMPLE = TEMPLATES / "generate.py"
+# Modules of ours that import nothing of ours.
+SHARED = tuple(Path(module.__file__) for module in (decoding, limits, text) if module.__file__)
 OP_LIBRARY = "librq_moe.so"
 CHECKSUMS = "SHA256SUMS"
 MATERIALS = "sbom.cdx.json"
-OURS = {OP_LIBRARY, "LICENSE", "README.md", "generate.py", "generate.cc"}
+OURS = {OP_LIBRARY, "LICENSE", "README.md", "generate.py", "generate.cc", *(path.name for path in SHARED)}
 
 
 def package(source: Path, output: Path, library: Path | None = None, architecture: str | None = None) -> Package:
@@ -77,13 +81,15 @@ def written_parts(engine: str, manifest: Manifest, folder: Path, others: Files, 
 
 
 def write_examples(engine: str, manifest: Manifest, folder: Path) -> None:
-    shutil.copyfile(TEMPLATES / "generate.py", folder / "generate.py")
+    for source in (EXAMPLE, *SHARED):
+        shutil.copyfile(source, folder / source.name)
     example = Template((TEMPLATES / "generate.cc").read_text()).substitute(
         engine=engine.replace("\\", "\\\\").replace('"', '\\"'),
         op_library="" if manifest.op_library is None else OP_LIBRARY,
         limit_folding=str(manifest.lowering == "batched").lower(),
         end_of_text=", ".join(map(str, manifest.end_of_text)),
         recomputed_beyond=-1 if manifest.recomputed_beyond is None else manifest.recomputed_beyond,
+        prefill_chunk=manifest.prefill_chunk or 0,
     )
     (folder / "generate.cc").write_text(example)
 

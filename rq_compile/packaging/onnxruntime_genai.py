@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rq_compile.errors import UserError
-from rq_compile.files import folder_written_beside, write_document
+from rq_compile.files import folder_written_beside, sha256, write_document
 from rq_compile.packaging.edge import OP_LIBRARY, cache_remarks, library_remark, licence_remark
 from rq_compile.packaging.package import Package
 from rq_compile.runtime.engine import FOLDING_LIMIT
 from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
+from rq_compile.standalone.decoding import ALL
+from rq_compile.standalone.text import open_tokenizer
 from rq_compile.targets.library import library_path
-from rq_compile.targets.manifest import CacheTensor, Manifest
+from rq_compile.targets.manifest import CacheTensor, EngineFile, Manifest
 
 CONFIG = "genai_config.json"
 # The names under which onnxruntime-genai looks for a tokenizer.
@@ -48,6 +50,7 @@ def package(source: Path, output: Path, context_length: int | None = None) -> Pa
             shutil.copyfile(source.parent / file.name, folder / (TOKENIZER if file == manifest.tokenizer else file.name))
         if manifest.tokenizer is not None:  # the folder stays an engine of ours, to be verified, timed and evaluated
             manifest = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"name": TOKENIZER})})
+        manifest = manifest.model_copy(update={"graph": with_all_logits(folder / source.name)})
         if manifest.op_library is not None:
             shutil.copyfile(library_path(), folder / OP_LIBRARY)
         if settings is not None:
@@ -69,6 +72,18 @@ def package(source: Path, output: Path, context_length: int | None = None) -> Pa
             licence_remark(manifest),
         ],
     )
+
+
+def with_all_logits(graph: Path) -> EngineFile:
+    """Let the graph compute the logits of all tokens: onnxruntime-genai allocates them so, and looks for those of the
+    last token of each sequence itself, before the padding."""
+    import onnx
+
+    from rq_compile.rewrite.logits_to_keep import fixed
+
+    model = fixed(onnx.load(graph, load_external_data=False), ALL)
+    graph.write_bytes(model.SerializeToString(deterministic=True))
+    return EngineFile(name=graph.name, sha256=sha256(graph), bytes=graph.stat().st_size)
 
 
 def check_runnable(source: Path, manifest: Manifest) -> None:
@@ -159,10 +174,8 @@ def tokenizer_settings(source: Path, manifest: Manifest) -> dict[str, Any] | Non
     path = source.parent / manifest.tokenizer.name
     if json.loads(path.read_bytes())["model"]["type"] != "BPE":
         return None
-    from tokenizers import Tokenizer
-
     # It does not read what the tokenizer puts around a text, only whether a beginning of text is to be put before it.
-    start = Tokenizer.from_file(str(path)).encode("").tokens
+    start = open_tokenizer(path).encode("").tokens
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": bool(start),

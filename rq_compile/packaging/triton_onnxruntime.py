@@ -99,7 +99,9 @@ def graph_tensors(engine: Path) -> tuple[list[Tensor], list[Tensor]]:
         dims = tuple(-1 if dim.dim_param else dim.dim_value for dim in kind.shape.dim)
         return Tensor(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), dims[1:])
 
-    return [tensor(value) for value in graph.input], [tensor(value) for value in graph.output]
+    # Inputs with a default are left out: a client of this backend would have to give them a batch.
+    defaults = {initializer.name for initializer in graph.initializer}
+    return [tensor(value) for value in graph.input if value.name not in defaults], [tensor(value) for value in graph.output]
 
 
 def library_name(library: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rq_compile.packaging.edge import OP_LIBRARY, TEMPLATES
+from rq_compile.packaging.edge import EXAMPLE, OP_LIBRARY, SHARED
 from rq_compile.packaging.triton_config import TEXT, Tensor, messages, model_config
 from rq_compile.targets.library import library_path
 from rq_compile.targets.manifest import Manifest
@@ -31,8 +31,8 @@ def write(engine: Path, manifest: Manifest, model: Path, threads: int = 0) -> tu
 
     ``threads``: of one step of one request; 0: ONNX Runtime's choice.
     """
-    shutil.copyfile(MODEL, model / "1" / "model.py")
-    shutil.copyfile(TEMPLATES / "generate.py", model / "1" / "generate.py")
+    for source in (MODEL, EXAMPLE, *SHARED):
+        shutil.copyfile(source, model / "1" / source.name)
     if manifest.op_library is not None:
         shutil.copyfile(library_path(), model / "1" / OP_LIBRARY)
     remark = "the server's Python needs onnxruntime and tokenizers: pip install onnxruntime tokenizers"

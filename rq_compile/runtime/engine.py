@@ -13,8 +13,9 @@ import numpy as np
 from rq_compile.errors import UserError
 from rq_compile.runtime.files import read_manifest
 from rq_compile.runtime.graph import loadable_graph
-from rq_compile.runtime.language_model import is_recomputed
+from rq_compile.standalone.decoding import ALL, decode, inputs_of, until_end
 from rq_compile.standalone.limits import session_threads
+from rq_compile.standalone.text import open_tokenizer
 from rq_compile.targets.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -62,16 +63,14 @@ class Engine:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The engine's tokenizer.
+        """The engine's tokenizer, with truncation and padding off.
 
         Raises:
             UserError: the checkpoint had none.
         """
-        from tokenizers import Tokenizer
-
         if self.manifest.tokenizer is None:
             raise UserError(f"{self.path} has no tokenizer; compile it from a checkpoint that has a tokenizer.json")
-        return Tokenizer.from_buffer((self.path.parent / self.manifest.tokenizer.name).read_bytes())
+        return open_tokenizer(self.path.parent / self.manifest.tokenizer.name)
 
     def logits(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
@@ -119,32 +118,12 @@ class Engine:
             raise UserError("the prompt is empty (0 tokens); give at least one token to continue", 2)
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.manifest.vocabulary:
             raise UserError(f"the prompt has a token outside the vocabulary; give ids of 0 to {self.manifest.vocabulary - 1}", 2)
-        prompt = np.asarray([prompt_ids], dtype=np.int64)
-        step = self._decode_without_cache(prompt) if self.encoder_decoder else self._decode(prompt)
-        for _, token in zip(range(max_tokens), step, strict=False):
-            if stop and token in self.manifest.end_of_text:
-                return
-            yield token
-
-    def _decode(self, ids: np.ndarray) -> Iterator[int]:
-        cache = self.manifest.cache
-        empty = {tensor.past: tensor.empty(1) for tensor in cache}
-        outputs = ["logits", *(tensor.present for tensor in cache)]
-        past, start = empty, 0
-        while True:
-            if is_recomputed(self.manifest.recomputed_beyond, start, ids.shape[1]):
-                past, start = empty, 0
-            feeds = {
-                "input_ids": ids[:, start:],
-                "attention_mask": np.ones_like(ids),
-                "position_ids": np.arange(start, ids.shape[1], dtype=np.int64)[None],
-                **past,
-            }
-            logits, *present = self._session.run(outputs, self._accepted(self._session, feeds))
-            past = {tensor.past: value for tensor, value in zip(cache, present, strict=True)}
-            token = int(logits[0, -1].argmax())
-            yield token
-            start, ids = ids.shape[1], np.append(ids, [[token]], axis=1)
+        if self.encoder_decoder:
+            tokens = self._decode_without_cache(np.asarray([prompt_ids], dtype=np.int64))
+        else:
+            said = self.manifest.model_dump(include={"cache", "prefill_chunk", "recomputed_beyond"})
+            tokens = decode(self._session, said, prompt_ids)
+        yield from until_end(tokens, max_tokens, self.manifest.end_of_text if stop else ())
 
     def _decode_without_cache(self, prompt: np.ndarray) -> Iterator[int]:
         decoded = [self.decoder_start or 0]
@@ -158,7 +137,7 @@ class Engine:
     ) -> dict[str, np.ndarray]:
         input_ids = np.asarray(input_ids, dtype=np.int64)
         mask = np.ones_like(input_ids) if attention_mask is None else np.asarray(attention_mask, dtype=np.int64)
-        feeds = {"input_ids": input_ids, "attention_mask": mask}
+        feeds = {"input_ids": input_ids, "attention_mask": mask, "logits_to_keep": np.array([ALL], np.int64)}
         if self.encoder_decoder:
             if decoder_input_ids is None:
                 raise ValueError("an encoder-decoder engine needs decoder_input_ids")
@@ -170,7 +149,7 @@ class Engine:
     @staticmethod
     def _accepted(session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Without the inputs that the exported graph does not use (a model without position ids, say)."""
-        names = {graph_input.name for graph_input in session.get_inputs()}
+        names = inputs_of(session)
         return {name: value for name, value in feeds.items() if name in names}
 
     @cached_property

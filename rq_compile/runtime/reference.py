@@ -16,30 +16,26 @@ if TYPE_CHECKING:
 class Reference:
     """A transformers model in fp32 on the CPU, on ``threads`` threads (default: see ``use_threads``)."""
 
-    def __init__(self, model: Any, threads: int | None = None) -> None:
+    def __init__(
+        self, model: Any, threads: int | None = None, end_of_text: Sequence[int] = (), decoder_start: int | None = None
+    ) -> None:
+        """``end_of_text`` and ``decoder_start``: the tokens at which generation ends and with which a decoder begins."""
         from rq_compile.architectures.load import use_threads
 
         use_threads(threads)
         self.model = model
+        self.end_of_text = list(end_of_text)
+        self.decoder_start = decoder_start
 
     @classmethod
     def load(cls, model: Model, threads: int | None = None) -> Reference:
         from rq_compile.architectures.load import load_model
 
-        return cls(load_model(model), threads)
+        return cls(load_model(model), threads, model.end_of_text, model.decoder_start)
 
     @property
     def encoder_decoder(self) -> bool:
         return bool(self.model.config.is_encoder_decoder)
-
-    @property
-    def decoder_start(self) -> int | None:
-        return getattr(self.model.config, "decoder_start_token_id", None)
-
-    @property
-    def end_of_text(self) -> list[int]:
-        end = self.model.config.eos_token_id
-        return [] if end is None else list(end) if isinstance(end, list | tuple) else [end]
 
     def logits(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None

@@ -91,6 +91,9 @@ class Manifest(Versioned):
     end_of_text: list[TokenId]
     context_length: int | None = Field(default=None, ge=1, lt=2**31, description="positions that the model was made for")
     decoder_start: TokenId | None = None
+    prefill_chunk: int | None = Field(
+        default=None, ge=1, lt=2**31, description="tokens of a prompt that run at once; none: the whole prompt"
+    )
     cache: list[CacheTensor]
     recomputed_beyond: Count | None = Field(
         default=None, description="a cache of at most so many tokens is not continued beyond them: all are computed anew"

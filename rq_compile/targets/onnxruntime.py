@@ -19,8 +19,10 @@ from rq_compile.planning.schema import Plan
 from rq_compile.quantization.formats import FLOAT_FORMATS
 from rq_compile.rewrite.dense_gemms import dense_gemms
 from rq_compile.rewrite.experts_to_slots import offsets_name
+from rq_compile.rewrite.logits_to_keep import with_default
 from rq_compile.rewrite.rewrite import rewrite, rewrite_to_moe_layers
 from rq_compile.rewrite.weights import Section
+from rq_compile.standalone.decoding import LAST
 from rq_compile.targets.engine_outputs import onnx_outputs
 from rq_compile.targets.library import CPU_LIBRARY, CUDA_LIBRARY, OP_SET_VERSION, OpLibrary
 from rq_compile.targets.licences import declared_licence, licence_texts
@@ -30,7 +32,7 @@ from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
 from rq_compile.targets.tensorrt.narrow import HALVES
-from rq_compile.targets.vocabulary import vocabulary
+from rq_compile.targets.vocabulary import remarks, vocabulary
 from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
 
 LIBRARIES: dict[Lowering, OpLibrary] = {"native": CPU_LIBRARY, "cuda": CUDA_LIBRARY}
@@ -116,12 +118,11 @@ def compile_engine(
     with ExitStack() as stack:
         document_part = stack.enter_context(written_beside(document))
         copied = None
-        if (model.path / "tokenizer.json").is_file():
+        if model.has_tokenizer:
             tokenizer_part = stack.enter_context(written_beside(tokenizer))
-            shutil.copyfile(model.path / "tokenizer.json", tokenizer_part)
+            tokenizer_part.write_text(model.tokenizer.to_str(), encoding="utf-8")
             copied = _engine_file(tokenizer, tokenizer_part)
-        else:
-            replaced["no tokenizer.json in the checkpoint"] = 1
+        replaced |= remarks(model)
         licences = []
         for text, path in texts.items():
             text_part = stack.enter_context(written_beside(text))
@@ -143,7 +144,7 @@ def compile_engine(
         starts = written.starts | {alias: written.starts[name] for alias, name in aliases.items()}
         elsewhere = {name: (links[tensor.file].name, tensor.offset) for name, tensor in linked.items()}
         locate(graph, starts, data.name, elsewhere)
-        graph_part.write_bytes(graph.SerializeToString(deterministic=True))
+        graph_part.write_bytes(with_default(graph, LAST).SerializeToString(deterministic=True))
         replaced["equal tensors written once"] = len(aliases)
         replaced["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
         manifest = Manifest(

@@ -24,6 +24,7 @@ const bool kLimitFolding = $limit_folding;
 const std::set<int64_t> kEndOfText = {$end_of_text};
 // A sequence that first grows beyond so many tokens is computed anew; -1: none is.
 const int64_t kRecomputedBeyond = $recomputed_beyond;
+const size_t kPrefillChunk = $prefill_chunk;  // tokens of the prompt that run at once; 0: all of them
 const std::string kPast = "past_key_values", kPresent = "present";
 
 Ort::Session load(Ort::Env& environment, const std::string& folder) {
@@ -57,7 +58,7 @@ int64_t likeliest(const Ort::Value& logits) {  // of the last position of [1, po
   return std::max_element(last, last + shape[2]) - last;
 }
 
-void generate(Ort::Session& session, std::vector<int64_t> ids, int64_t tokens) {
+void generate(Ort::Session& session, std::vector<int64_t> prompt, int64_t tokens) {
   Ort::AllocatorWithDefaultOptions allocator;
   std::vector<std::string> inputs, outputs = {"logits"};
   std::vector<Ort::Value> past;
@@ -73,17 +74,14 @@ void generate(Ort::Session& session, std::vector<int64_t> ids, int64_t tokens) {
   for (const std::string& name : inputs) input_names.push_back(name.c_str());
   for (const std::string& name : outputs) output_names.push_back(name.c_str());
 
-  std::vector<int64_t> all = ids, mask, positions;
-  for (int64_t step = 0; step < tokens; ++step) {
-    const int64_t cached = mask.size(), length = all.size();
-    if (kRecomputedBeyond >= 0 && cached <= kRecomputedBeyond && kRecomputedBeyond < length) {
-      ids = all;
-      mask.clear();
-      for (size_t i = 0; i < past.size(); ++i) past[i] = no_past(session, past_inputs[i]);
-    }
+  std::vector<int64_t> sequence = std::move(prompt), ids, mask, positions;
+  size_t start = 0;  // tokens of the sequence that are in the cache
+  while (tokens > 0) {
+    const size_t end = kPrefillChunk == 0 ? sequence.size() : std::min(sequence.size(), start + kPrefillChunk);
+    ids.assign(sequence.begin() + start, sequence.begin() + end);
     positions.resize(ids.size());
-    std::iota(positions.begin(), positions.end(), static_cast<int64_t>(mask.size()));
-    mask.resize(mask.size() + ids.size(), 1);
+    std::iota(positions.begin(), positions.end(), static_cast<int64_t>(start));
+    mask.assign(end, 1);
 
     std::vector<Ort::Value> values;
     auto cached = past.begin();
@@ -95,12 +93,19 @@ void generate(Ort::Session& session, std::vector<int64_t> ids, int64_t tokens) {
     }
     std::vector<Ort::Value> results = session.Run(Ort::RunOptions{}, input_names.data(), values.data(), values.size(),
                                                   output_names.data(), output_names.size());
+    past.assign(std::make_move_iterator(results.begin() + 1), std::make_move_iterator(results.end()));
+    start = end;
+    if (start < sequence.size()) continue;  // pieces of the prompt are left
+
     const int64_t token = likeliest(results[0]);
     if (kEndOfText.count(token) != 0) return;
     std::cout << token << std::endl;
-    ids = {token};
-    all.push_back(token);
-    past.assign(std::make_move_iterator(results.begin() + 1), std::make_move_iterator(results.end()));
+    sequence.push_back(token);
+    --tokens;
+    if (static_cast<int64_t>(start) == kRecomputedBeyond) {
+      start = 0;
+      for (size_t i = 0; i < past.size(); ++i) past[i] = no_past(session, past_inputs[i]);
+    }
   }
 }
 
@@ -112,7 +117,7 @@ int main(int count, char** arguments) {
     return 2;
   }
   try {
-    Ort::Env environment(ORT_LOGGING_LEVEL_WARNING, "generate");
+    Ort::Env environment(ORT_LOGGING_LEVEL_ERROR, "generate");
     Ort::Session session = load(environment, arguments[1]);
     std::vector<int64_t> ids;
     for (int i = 3; i < count; ++i) ids.push_back(std::stoll(arguments[i]));

@@ -5,52 +5,15 @@ It needs onnxruntime, and tokenizers to read and write text: with --ids the prom
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # the modules beside this one, wherever this is run from
+sys.dont_write_bytecode = True  # nothing is to be written here
 
-
-def load(engine: Path, manifest: dict, threads: int = 0) -> onnxruntime.InferenceSession:
-    """Open the engine to run on ``threads`` threads; 0: as many as ONNX Runtime likes."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    if manifest["lowering"] == "batched":
-        # Else constant folding would keep fp32 copies of the 16-bit weights.
-        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "65536")
-    if manifest["op_library"] is not None:
-        options.register_custom_ops_library(str(HERE / "librq_moe.so"))
-    return onnxruntime.InferenceSession(str(engine), options, providers=["CPUExecutionProvider"])
-
-
-def generate(session: onnxruntime.InferenceSession, manifest: dict, prompt: list[int], tokens: int) -> Iterator[int]:
-    """Yield up to ``tokens`` greedy tokens after ``prompt``, until the end of the text."""
-    cache = manifest["cache"]
-    inputs = {tensor.name for tensor in session.get_inputs()}
-    outputs = ["logits", *(tensor["present"] for tensor in cache)]
-    sizes = {"batch": 1, "past": 0}
-    empty = {tensor["past"]: np.zeros([sizes.get(size, size) for size in tensor["shape"]], np.float32) for tensor in cache}
-    beyond = manifest.get("recomputed_beyond")
-    ids, past, start = np.array([prompt], np.int64), empty, 0
-    for _ in range(tokens):
-        if beyond is not None and start <= beyond < ids.shape[1]:
-            past, start = empty, 0  # the model's positions are other ones from here on: its cache is of no use
-        feeds = {
-            "input_ids": ids[:, start:],
-            "attention_mask": np.ones_like(ids),
-            "position_ids": np.arange(start, ids.shape[1], dtype=np.int64)[None],
-            **past,
-        }
-        logits, *present = session.run(outputs, {name: value for name, value in feeds.items() if name in inputs})
-        past = {tensor["past"]: value for tensor, value in zip(cache, present, strict=True)}
-        token = int(logits[0, -1].argmax())
-        if token in manifest["end_of_text"]:
-            return
-        yield token
-        start, ids = ids.shape[1], np.append(ids, [[token]], axis=1)
+from decoding import decode, open_session, until_end  # noqa: E402
+from limits import session_threads  # noqa: E402
 
 
 def main() -> None:
@@ -61,20 +24,38 @@ def main() -> None:
     arguments = parser.parse_args()
 
     engine = next(HERE.glob("*.onnx"))
-    manifest = json.loads(engine.with_suffix(".json").read_text())
-    session = load(engine, manifest)
+    manifest = json.loads(engine.with_suffix(".json").read_text(encoding="utf-8"))
     if arguments.ids:
-        for token in generate(session, manifest, [int(token) for token in arguments.prompt], arguments.tokens):
+        try:
+            prompt = [int(token) for token in arguments.prompt]
+        except ValueError:
+            parser.error("--ids takes whole numbers")
+    else:
+        if manifest["tokenizer"] is None:
+            parser.error("the engine has no tokenizer; give token ids with --ids")
+        from text import TextStream, argument_text, open_tokenizer
+
+        tokenizer = open_tokenizer(HERE / manifest["tokenizer"]["name"])
+        try:
+            prompt = tokenizer.encode(argument_text(" ".join(arguments.prompt))).ids
+        except ValueError:
+            parser.error("the prompt is not UTF-8 text")
+    if not prompt:
+        parser.error("the prompt is empty; give at least one token to continue")
+    if not 0 <= min(prompt) <= max(prompt) < manifest["vocabulary"]:
+        parser.error(f"the prompt has a token outside the vocabulary (0-{manifest['vocabulary'] - 1})")
+
+    session = open_session(engine, manifest, HERE / "librq_moe.so", session_threads())
+    tokens = until_end(decode(session, manifest, prompt), arguments.tokens, manifest["end_of_text"])
+    if arguments.ids:
+        for token in tokens:
             print(token, flush=True)
         return
-
-    if manifest["tokenizer"] is None:
-        parser.error("the engine has no tokenizer; give token ids with --ids")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(HERE / manifest["tokenizer"]["name"]))
-    prompt = tokenizer.encode(" ".join(arguments.prompt)).ids
-    print(tokenizer.decode(list(generate(session, manifest, prompt, arguments.tokens))))
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    stream = TextStream(tokenizer)
+    for token in tokens:
+        print(stream.push(token), end="", flush=True)
+    print(stream.end())
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as backend
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from .generate import generate, load
+from .decoding import decode, open_session, until_end
+from .limits import session_threads
+from .text import TextStream, open_tokenizer
 
 HERE = Path(__file__).resolve().parent
 
@@ -40,11 +40,11 @@ class TritonPythonModel:
         )
         engine = next(HERE.glob("*.onnx"))
         self.manifest = json.loads(engine.with_suffix(".json").read_text())
-        self.session = load(engine, self.manifest, threads)
+        self.session = open_session(engine, self.manifest, HERE / "librq_moe.so", session_threads(threads))
         file = self.manifest["tokenizer"]
-        self.tokenizer = None if file is None else Tokenizer.from_file(str(HERE / file["name"]))
+        self.tokenizer = None if file is None else open_tokenizer(HERE / file["name"])
         # What cannot run must fail the load, not the first request.
-        next(generate(self.session, self.manifest, [0], 1), None)
+        next(decode(self.session, self.manifest, [0]))
         self.free = BoundedSemaphore(requests)
         self.workers = ThreadPoolExecutor(requests)
 
@@ -82,7 +82,7 @@ class TritonPythonModel:
     def answer(self, request: Request, sender: Any) -> None:
         try:
             prompt = self.prompt_ids(request)
-            tokens = generate(self.session, self.manifest, prompt, request.max_tokens)
+            tokens = until_end(decode(self.session, self.manifest, prompt), request.max_tokens, self.manifest["end_of_text"])
             wanted = takewhile(lambda _: not sender.is_cancelled(), tokens)
             for text, ids in self.pieces(wanted) if request.stream else [self.whole(list(wanted))]:
                 sender.send(response(text, ids))
@@ -116,10 +116,16 @@ class TritonPythonModel:
         return ids
 
     def pieces(self, tokens: Iterator[int]) -> Iterator[tuple[str, list[int]]]:
-        """Each token with the text that it completes: none while a character lacks bytes."""
-        stream = DecodeStream(skip_special_tokens=True)
+        """Each token with the text that it completes: none while a character lacks bytes. What is held at the end comes last,
+        without a token."""
+        if self.tokenizer is None:
+            yield from (("", [token]) for token in tokens)
+            return
+        stream = TextStream(self.tokenizer)
         for token in tokens:
-            yield (self.tokenizer and stream.step(self.tokenizer, token)) or "", [token]
+            yield stream.push(token), [token]
+        if held := stream.end():
+            yield held, []
 
     def whole(self, tokens: list[int]) -> tuple[str, list[int]]:
         return "" if self.tokenizer is None else self.tokenizer.decode(tokens), tokens

@@ -102,8 +102,8 @@ def compile_tensorrt(
         _write_build_files(folder, stem, settings, network)
         built = _build(folder, stem) if settings.build else None
         _write_context(folder, stem, settings, network, built)
-        if (model.path / "tokenizer.json").is_file():
-            shutil.copyfile(model.path / "tokenizer.json", folder / f"{stem}.tokenizer.json")
+        if model.has_tokenizer:
+            (folder / f"{stem}.tokenizer.json").write_text(model.tokenizer.to_str(), encoding="utf-8")
         files = _kept(folder, stem, built is not None)
         manifest = TensorRTManifest(
             tool=f"rq-compile {__version__}",

@@ -13,7 +13,9 @@ from rq_compile.calibration.statistics import Statistics
 from rq_compile.export.export import Exported
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity
+from rq_compile.rewrite.logits_to_keep import fixed
 from rq_compile.rewrite.rewrite import rewrite, rewrite_to_moe_layers
+from rq_compile.standalone.decoding import LAST
 from rq_compile.targets.streamed import StreamedExpert, dense_weights
 from rq_compile.targets.tensorrt.half_precision import half_precision, router_nodes
 from rq_compile.targets.tensorrt.loop_weights import loop_weights
@@ -67,8 +69,8 @@ def write_network(
 ) -> Network:
     """Write ``path`` (ONNX) and its weights ``path.data``. In ONNX Runtime it gives the answers that the engine is to give.
 
-    With ``plugins`` every MoE layer is a MoeLayer node, which ONNX Runtime does not have on the CPU; else it is standard ops with
-    lanes as wide as ``profiles`` ask for.
+    Logits are those of the last token of each sequence. With ``plugins`` every MoE layer is a MoeLayer node, which ONNX Runtime
+    does not have on the CPU; else it is standard ops with lanes as wide as ``profiles`` ask for.
     ``statistics``: those of the calibration, by which int4 slots are rounded. Weights are streamed, as in ``compile_engine``.
 
     Raises:
@@ -76,12 +78,12 @@ def write_network(
     """
     layers = {layer.name: layer for layer in model.layers}
     source = lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics)  # noqa: E731
-    half = HALVES[precision]
+    half, network = HALVES[precision], fixed(exported.model, LAST)
     if plugins:
-        graph, experts, replaced = rewrite_to_moe_layers(exported.model, plan, source, half)
+        graph, experts, replaced = rewrite_to_moe_layers(network, plan, source, half)
     else:
         expected = expected_capacity(profiles)
-        graph, experts, replaced = rewrite(exported.model, plan, source, "batched", expected=expected, whole_columns=True)
+        graph, experts, replaced = rewrite(network, plan, source, "batched", expected=expected, whole_columns=True)
         loop_weights(graph)
         replaced["int8 slots with a scale for each column"] = sum(
             s.format == "int8" for layer in plan.layers for s in layer.slots

@@ -1,0 +1,62 @@
+"""Where generation begins and ends, as transformers' ``model.generate`` has it."""
+
+from typing import Any
+
+from rq_compile.checkpoint.checkpoint import Checkpoint
+from rq_compile.checkpoint.folder import read_json
+from rq_compile.errors import UserError
+
+# Where a config without ``eos_token_id`` of its own may have that of its decoder.
+NESTED = ("decoder", "generator", "text_config")
+
+
+def end_of_text(checkpoint: Checkpoint) -> list[int]:
+    """The tokens that end a text; empty where none does.
+
+    ``generation_config.json`` decides, also where it names none. ``config.json`` does where there is no such file.
+
+    Raises:
+        UserError: a file cannot be read, or the value is neither a whole number nor a list of them.
+    """
+    said = _generation_config(checkpoint)
+    if said is None:
+        nested: Any = next((checkpoint.config[key] for key in NESTED if checkpoint.config.get(key)), None)
+        said = checkpoint.config
+        if said.get("eos_token_id") is None and isinstance(nested, dict):
+            said = nested
+    value = said.get("eos_token_id")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(_whole(checkpoint, "eos_token_id", one) for one in values))
+
+
+def decoder_start(checkpoint: Checkpoint) -> int | None:
+    """The first token of an encoder-decoder's decoder.
+
+    Raises:
+        UserError: see ``end_of_text``.
+    """
+    value = (checkpoint.config | (_generation_config(checkpoint) or {})).get("decoder_start_token_id")
+    return None if value is None else _whole(checkpoint, "decoder_start_token_id", value)
+
+
+def context_length(checkpoint: Checkpoint) -> int | None:
+    """Positions that the model was made for.
+
+    Raises:
+        UserError: it is not a whole number.
+    """
+    value = checkpoint.config.get("max_position_embeddings")
+    return None if value is None else _whole(checkpoint, "max_position_embeddings", value)
+
+
+def _generation_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    path = checkpoint.path / "generation_config.json"
+    return read_json(path) if path.exists() else None
+
+
+def _whole(checkpoint: Checkpoint, key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise UserError(
+            f"{checkpoint.path} has {key} {repr(value)[:40]}, which is not a whole number; correct its config files", 2
+        )
+    return int(value)

@@ -1,0 +1,75 @@
+"""Greedy decoding with an engine's KV cache, one sequence at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+# Of the input ``logits_to_keep``: how many last tokens of each row have logits.
+LAST, ALL = 1, 0
+
+
+def open_session(engine: Path, manifest: Mapping[str, Any], op_library: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """The engine on ``threads`` threads of the CPU; 0: as many as ONNX Runtime likes. ``op_library``: where it would lie."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # an input with a default would be worth a warning
+    options.intra_op_num_threads = threads
+    if manifest["lowering"] == "batched":
+        # Else constant folding would keep fp32 copies of the 16-bit weights.
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "65536")
+    if manifest["op_library"] is not None:
+        options.register_custom_ops_library(str(op_library))
+    return onnxruntime.InferenceSession(str(engine), options, providers=["CPUExecutionProvider"])
+
+
+def inputs_of(session: onnxruntime.InferenceSession) -> set[str]:
+    """The names of all inputs, those with a default included."""
+    return {tensor.name for tensor in (*session.get_inputs(), *session.get_overridable_initializers())}
+
+
+def until_end(tokens: Iterator[int], most: int, ends: Collection[int]) -> Iterator[int]:
+    """Up to ``most`` of ``tokens``, without the first one of ``ends`` and what follows."""
+    for _, token in zip(range(most), tokens, strict=False):
+        if token in ends:
+            return
+        yield token
+
+
+def decode(session: onnxruntime.InferenceSession, manifest: Mapping[str, Any], prompt: Sequence[int]) -> Iterator[int]:
+    """Yield the likeliest token after ``prompt``, then the one after that, without end.
+
+    ``manifest`` is the engine's, as JSON has it. A prompt longer than its ``prefill_chunk`` runs in pieces of that many tokens,
+    so that neither attention scores nor activations grow with the square of its length; logits are computed for the last token
+    alone. Where the sequence first exceeds ``recomputed_beyond``, its cache is dropped and all of it runs anew.
+    """
+    inputs, cache = inputs_of(session), manifest["cache"]
+    outputs = ["logits", *(tensor["present"] for tensor in cache)]
+    sizes = {"batch": 1, "past": 0}
+    empty = {tensor["past"]: np.zeros([sizes.get(size, size) for size in tensor["shape"]], np.float32) for tensor in cache}
+    chunk, beyond = manifest.get("prefill_chunk"), manifest.get("recomputed_beyond")
+    sequence, past, start = list(prompt), empty, 0
+    while True:
+        end = min(len(sequence), start + chunk) if chunk else len(sequence)
+        feeds = {
+            "input_ids": np.asarray([sequence[start:end]], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(start, end, dtype=np.int64)[None],
+            "logits_to_keep": np.array([LAST], np.int64),
+            **past,
+        }
+        logits, *present = session.run(outputs, {name: value for name, value in feeds.items() if name in inputs})
+        past, start = {tensor["past"]: value for tensor, value in zip(cache, present, strict=True)}, end
+        if start < len(sequence):
+            continue
+        sequence.append(int(logits[0, -1].argmax()))
+        yield sequence[-1]
+        if start == beyond:
+            past, start = empty, 0

@@ -1,0 +1,80 @@
+"""Text in and text out: an engine's tokenizer, decoding token by token, and text from a command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+UNKNOWN_BYTES = "\N{REPLACEMENT CHARACTER}"
+# A character has four bytes at most, and every token but a special one has a byte or more.
+MOST_HELD = 8
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``. Truncation and padding, which the file may ask for, are off."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_buffer(path.read_bytes())  # from_file takes no path that is not UTF-8
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+class TextStream:
+    """Decodes tokens one by one. The pieces of text together are what all tokens decode to.
+
+    The exception are bytes that form no character: a byte-fallback tokenizer decodes a run of them as a whole, so that bytes
+    that arrive later can change what was returned before. Then the later ones are decoded on their own.
+
+    A token is decoded together with those of the piece before it, because its text may depend on them (a space at the beginning
+    of a text is dropped by many tokenizers). Nothing before these is decoded again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """``before``: tokens whose text stands in front of the stream already, for example those of a prompt."""
+        self._tokenizer = tokenizer
+        self._before = list(before)
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes; empty while a character lacks bytes."""
+        self._held.append(token)
+        text = self._new_text()
+        if text.endswith(UNKNOWN_BYTES) and len(self._held) < MOST_HELD:
+            return ""
+        if text:
+            self._before, self._held = self._held, []
+        elif len(self._held) == MOST_HELD:  # special tokens, for example
+            self._held.clear()
+        return text
+
+    def end(self) -> str:
+        """The text of the tokens that are held back; an incomplete character becomes U+FFFD."""
+        text = self._new_text()
+        self._held.clear()
+        return text
+
+    def _new_text(self) -> str:
+        known = self._decode(self._before)
+        text = self._decode([*self._before, *self._held])
+        return text[len(known) :] if text.startswith(known) else self._decode(self._held)
+
+    def _decode(self, tokens: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(tokens))
+
+
+def argument_text(argument: str) -> str:
+    """A command-line argument as UTF-8, whatever the locale is.
+
+    Raises:
+        ValueError: its bytes are not UTF-8.
+    """
+    if argument.isascii() or not any("\ud800" <= character <= "\udfff" for character in argument):
+        return argument
+    # Python keeps the bytes that the locale's encoding lacks as surrogates.
+    return os.fsencode(argument).decode()

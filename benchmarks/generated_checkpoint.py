@@ -1,5 +1,8 @@
 """A checkpoint of random weights in the shapes of a published model, written tensor by tensor into shards of a given size.
 
+Stored in bf16; or with the matrices of attention and experts in FP8, a scale for 128 x 128 (as DeepSeek-V3 is), or those of the
+experts in MXFP4 (compressed-tensors' mxfp4-pack-quantized).
+
 Its router chooses as random weights do: nothing that is measured with it says anything about accuracy or balance.
 """
 
@@ -9,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +21,23 @@ TOKENIZER = Path(__file__).parents[1] / "samples" / "olmoe" / "tokenizer.json"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 AT_ONCE = 1 << 22  # weights that are drawn at a time
 Shapes = dict[str, tuple[int, ...]]
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+Storage = Literal["bf16", "fp8", "mxfp4"]
+BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
+QUANTIZATION: dict[str, dict[str, object]] = {
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "mxfp4": {
+        "quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "config_groups": {
+            "experts": {
+                "targets": ["re:.*experts.*"],
+                "format": "mxfp4-pack-quantized",
+                "weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+            }
+        },
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,7 @@ class Model:
     heads: int
     kv_heads: int
     vocabulary: int
+    storage: Storage = "bf16"
 
     def of(self, layers: int) -> "Model":
         return replace(self, layers=layers)
@@ -56,6 +78,7 @@ class Model:
             "bos_token_id": 0,
             "eos_token_id": 0,
             "pad_token_id": 0,
+            **({"quantization_config": QUANTIZATION[self.storage]} if self.storage != "bf16" else {}),
         }
 
     @property
@@ -79,30 +102,51 @@ class Model:
         return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (self.vocabulary, hidden)}
 
     @property
+    def tensors(self) -> Tensors:
+        """What is stored: tensor name -> dtype and shape, in the order of the file."""
+        stored: Tensors = {}
+        for name, shape in self.shapes.items():
+            if self.storage == "fp8" and ("_proj.weight" in name or ".experts." in name):
+                stored[name] = "F8_E4M3", shape
+                stored[f"{name}_scale_inv"] = "F32", tuple(-(-size // 128) for size in shape)
+            elif self.storage == "mxfp4" and ".experts." in name:
+                rows, columns = shape
+                stored[f"{name}_packed"] = "U8", (rows, columns // 2)
+                stored[f"{name}_scale"] = "U8", (rows, columns // 32)
+            else:
+                stored[name] = "BF16", shape
+        return stored
+
+    @property
     def bytes(self) -> int:
-        return sum(2 * math.prod(shape) for shape in self.shapes.values())
+        return sum(BYTES[dtype] * math.prod(shape) for dtype, shape in self.tensors.values())
 
     @property
     def layer_bytes(self) -> int:
-        """Of the experts of one layer."""
+        """Of the experts of one layer, in bf16."""
         return 6 * self.experts * self.hidden * self.intermediate
 
 
+FP8: Storage = "fp8"
+MXFP4: Storage = "mxfp4"
 OLMOE_1B_7B = Model("olmoe", 16, 2048, 1024, 64, 8, 16, 16, 50304)
 MIXTRAL_8X7B = Model("mixtral", 32, 4096, 14336, 8, 2, 32, 8, 32000)
 SMALL = Model("olmoe", 4, 512, 512, 32, 4, 8, 8, 4096)  # 218 MB
 SMALL_MIXTRAL = Model("mixtral", 8, 512, 1024, 8, 2, 8, 4, 4096)
+# Twice as deep, so that FP8 takes what bf16 does.
+OLMOE_FP8, OLMOE_MXFP4 = (replace(OLMOE_1B_7B, layers=32, storage=storage) for storage in (FP8, MXFP4))
+SMALL_FP8, SMALL_MXFP4 = (replace(SMALL, layers=8, storage=storage) for storage in (FP8, MXFP4))
 
 
 def generate(model: Model, folder: Path, shard_bytes: int = 5 * 10**9, seed: int = 0) -> Path:
     """Write the checkpoint into ``folder``, which is made, and return it."""
     folder.mkdir(parents=True)
-    shards = list(_shards(model.shapes, shard_bytes))
+    shards = list(_shards(model.tensors, shard_bytes))
     weight_map = {}
-    for number, shapes in enumerate(shards, 1):
+    for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write(folder / name, shapes, np.random.default_rng([seed, number]))
-        weight_map |= dict.fromkeys(shapes, name)
+        _write(folder / name, tensors, np.random.default_rng([seed, number]))
+        weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {"total_size": model.bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(model.config, indent=1))
@@ -110,38 +154,46 @@ def generate(model: Model, folder: Path, shard_bytes: int = 5 * 10**9, seed: int
     return folder
 
 
-def _shards(shapes: Shapes, shard_bytes: int) -> Iterator[Shapes]:
-    shard: Shapes = {}
+def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[Tensors]:
+    shard: Tensors = {}
     size = 0
-    for name, shape in shapes.items():
-        bytes = 2 * math.prod(shape)
+    for name, (dtype, shape) in tensors.items():
+        bytes = BYTES[dtype] * math.prod(shape)
         if shard and size + bytes > shard_bytes:
             yield shard
             shard, size = {}, 0
-        shard[name] = shape
+        shard[name] = dtype, shape
         size += bytes
     yield shard
 
 
-def _write(path: Path, shapes: Shapes, random: np.random.Generator) -> None:
+def _write(path: Path, tensors: Tensors, random: np.random.Generator) -> None:
     header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for shape in shapes.values():
-            for values in _values(shape, random):
-                file.write(values.astype(BF16).view(np.uint16).data)
+        for name, (dtype, shape) in tensors.items():
+            for values in _values(name, dtype, shape, random):
+                file.write(values.data)
 
 
-def _values(shape: tuple[int, ...], random: np.random.Generator) -> Iterator[np.ndarray]:
-    """fp32; what a projection gives has about the size of what it was given."""
+def _values(name: str, dtype: str, shape: tuple[int, ...], random: np.random.Generator) -> Iterator[np.ndarray]:
+    """Bytes; what a projection gives has about the size of what it was given."""
     count = math.prod(shape)
     for start in range(0, count, AT_ONCE):
         size = min(AT_ONCE, count - start)
-        if len(shape) == 1:
-            yield np.ones(size, np.float32)
+        if dtype == "U8":  # pairs of float4_e2m1, of about 2.5 each, or exponents
+            scale = round(math.log2(0.4 / math.sqrt(32 * shape[1])))
+            yield np.full(size, 127 + scale, np.uint8) if name.endswith("_scale") else random.integers(0, 256, size, np.uint8)
+        elif dtype == "F8_E4M3":  # about 1 each
+            yield random.standard_normal(size, np.float32).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+        elif dtype == "F32":
+            yield np.full(size, 1 / math.sqrt(128 * shape[1]), np.float32)
+        elif len(shape) == 1:
+            yield np.ones(size, BF16).view(np.uint16)
         else:
-            yield random.standard_normal(size, np.float32) / np.float32(math.sqrt(shape[1]))
+            values = random.standard_normal(size, np.float32) / np.float32(math.sqrt(shape[1]))
+            yield values.astype(BF16).view(np.uint16)

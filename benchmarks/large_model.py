@@ -1,6 +1,7 @@
 """Does a model that does not fit into memory go all the way: calibrated, planned and compiled under a memory limit, then run?
 
-Checkpoints of random weights in the shapes of published models (generated_checkpoint.py): OLMoE-1B-7B whole (13.8 GB), and
+Checkpoints of random weights in the shapes of published models (generated_checkpoint.py): OLMoE-1B-7B whole (13.8 GB), with twice
+its layers in FP8 (13.8 GB) and with the experts in MXFP4 (7.6 GB), and
 Mixtral-8x7B with 1 and with 3 of its 32 layers, from which the time of all is extrapolated: two points give what a layer takes
 and what is once. Every stage is the command of rq-compile in a process of its own. The limit is on what a process allocates
 (RLIMIT_DATA: an allocation beyond it fails): 4 GiB, and 8 GiB for Mixtral, a layer of which has 2.6 GiB. The peak of the resident
@@ -33,7 +34,18 @@ from time import perf_counter
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from generated_checkpoint import MIXTRAL_8X7B, OLMOE_1B_7B, SMALL, SMALL_MIXTRAL, Model, generate
+from generated_checkpoint import (
+    MIXTRAL_8X7B,
+    OLMOE_1B_7B,
+    OLMOE_FP8,
+    OLMOE_MXFP4,
+    SMALL,
+    SMALL_FP8,
+    SMALL_MIXTRAL,
+    SMALL_MXFP4,
+    Model,
+    generate,
+)
 from rich.console import Console
 
 from rq_compile.architectures.model import Model as Opened
@@ -48,8 +60,18 @@ TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
 GIB = 2**30
 BLOCK = 1 << 24
 SCALES = {
-    "full": (("OLMoE-1B-7B", OLMOE_1B_7B, 4 * GIB), ("Mixtral-8x7B", MIXTRAL_8X7B, 8 * GIB)),
-    "small": (("small OLMoE", SMALL, 2 * GIB), ("small Mixtral", SMALL_MIXTRAL, 2 * GIB)),
+    "full": (
+        ("OLMoE-1B-7B", OLMOE_1B_7B, 4 * GIB),
+        ("OLMoE in FP8, 32 layers", OLMOE_FP8, 4 * GIB),
+        ("OLMoE in MXFP4, 32 layers", OLMOE_MXFP4, 4 * GIB),
+        ("Mixtral-8x7B", MIXTRAL_8X7B, 8 * GIB),
+    ),
+    "small": (
+        ("small OLMoE", SMALL, 2 * GIB),
+        ("small OLMoE in FP8", SMALL_FP8, 2 * GIB),
+        ("small OLMoE in MXFP4", SMALL_MXFP4, 2 * GIB),
+        ("small Mixtral", SMALL_MIXTRAL, 2 * GIB),
+    ),
 }
 FEW_LAYERS = (1, 3)
 
@@ -114,7 +136,7 @@ def stages(name: str, model: Model, limit: int, settings: Settings) -> Iterator[
         text.write_text(TEXT.read_text()[: settings.characters])
         for stage, arguments in (
             ("calibrate", ["calibrate", checkpoint, "--text", text, "--quantizer", settings.quantizer, "-o", calibration]),
-            ("plan", ["plan", calibration, "--memory", settings.memory, "-o", plan]),
+            ("plan", ["plan", calibration, *(["--memory", settings.memory] if model.storage == "bf16" else []), "-o", plan]),
             ("compile", [checkpoint, "--plan", plan, "-o", engine]),
             ("run 8 tokens", ["generate", engine, "--prompt", "The model", "--max-tokens", 8]),
         ):
@@ -218,10 +240,14 @@ def main() -> None:
     parser.add_argument("--quantizer", choices=("gptq", "nearest"), default="nearest", help="gptq takes hours")
     parser.add_argument("--memory", type=float, default=0.6, help="the plan's memory budget")
     parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/large_model.json at full scale, else none")
+    parser.add_argument("--only", help="the models with this in their name")
     arguments = parser.parse_args()
     settings = Settings(arguments.folder, arguments.characters, arguments.quantizer, arguments.memory)
-    whole, few = SCALES[arguments.scale]
-    found = [*told(stages(*whole, settings)), *extrapolated(*few, settings)]
+    *whole, few = SCALES[arguments.scale]
+    if arguments.only:
+        whole = [one for one in whole if arguments.only in one[0]]
+    found = [row for one in whole for row in told(stages(*one, settings))]
+    found += [] if arguments.only else extrapolated(*few, settings)
     show(found, Console(width=140))
     output = arguments.output or (ROOT / "benchmarks" / "results" / "large_model.json" if arguments.scale == "full" else None)
     if output:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from rq_compile.targets.weights_file import ALIGNMENT, layout, locate
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from generated_checkpoint import SMALL, generate
+from generated_checkpoint import SMALL, Storage, generate
 
 GIB = 2**30
 
@@ -65,13 +66,11 @@ print(json.dumps([before, resident("VmHWM"), resource.getrusage(resource.RUSAGE_
 """
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate(SMALL, tmp_path_factory.mktemp("small") / "model", shard_bytes=10**8)
-
-
-def test_compiling_takes_the_memory_of_two_layers(small: Path, tmp_path: Path) -> None:
-    """Beyond what the program and the graph take, less than 1 GiB. Who held the model, or its engine, would take more."""
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "mxfp4"])
+def test_compiling_takes_the_memory_of_two_layers(storage: Storage, tmp_path: Path) -> None:
+    """Beyond what the program and the graph take, less than 1 GiB. Who held the model, or its engine, would take more. Layers
+    count as in bf16, also where the checkpoint stores them in fewer bytes."""
+    small = generate(replace(SMALL, storage=storage), tmp_path / "model", shard_bytes=10**8)
     assert SMALL.bytes > 4 * SMALL.layer_bytes
     process = python("-c", PROGRAM, str(small), str(tmp_path / "model.onnx"))
     output, error = process.communicate()

@@ -100,8 +100,8 @@ def test_the_scales_of_blocks_are_missing(spoilt: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("name", "part", "change", "words"),
     [
-        ("fp8", ".weight_scale_inv", lambda t: t[:, :1], "no grid of scales over a weight"),
-        ("fp8", ".weight_scale_inv", lambda t: t.repeat(3, 1), "no grid of scales over a weight"),
+        ("fp8", ".weight_scale_inv", lambda t: t[:, :1], "grid of scales over a weight"),
+        ("fp8", ".weight_scale_inv", lambda t: t.repeat(3, 1), "grid of scales over a weight"),
         ("fp8", ".weight_scale_inv", lambda t: t.to(torch.int32), "stored as I32, where FP8"),
         ("fp8", ".weight_scale_inv", lambda t: t * torch.inf, "not finite"),
         ("fp8", ".weight_scale_inv", lambda t: t * 1e38, "a scale that is infinite or too large"),

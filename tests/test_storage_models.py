@@ -1,6 +1,7 @@
 """Checkpoints in every storage format go the whole way, against transformers on the same weights dequantized."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import tiny
 import tiny_storage
 from calibrated import LENGTH, TEXTS
 from click.testing import Result
+from transformers import Glm4MoeConfig
 
+from rq_compile.architectures.layers import PROJECTIONS
 from rq_compile.architectures.model import Model
 from rq_compile.calibration import calibrate as calibrate_module
 from rq_compile.calibration.calibrate import calibrate
@@ -169,6 +172,28 @@ def test_other_lowerings_carry_whole_numbers_over_too(
     compile_engine(model, plan, tmp_path / "e.onnx", lowering, Statistics.of(calibration[1]), **quiet)
     logits = Engine.load(tmp_path / "e.onnx", threads=1).logits(tokens(2, 9))
     np.testing.assert_allclose(logits, dequantized.logits(tokens(2, 9)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nvfp4-fp8", "pack-int4"])
+def test_families_without_a_declaration(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whole numbers are found through what transformers' loader does with the tensors."""
+    config = {**tiny.COMMON, "hidden_size": 64, "moe_intermediate_size": 64, "n_routed_experts": 4, "head_dim": 16}
+    monkeypatch.setitem(tiny.CONFIGS, "glm4_moe", lambda: Glm4MoeConfig(**config, n_shared_experts=1, first_k_dense_replace=1))
+    made = replace(tiny_storage.FORMATS[name], family="glm4_moe", changes={})
+    monkeypatch.setitem(tiny_storage.FORMATS, "made", made)
+    model = Model.open(tiny_storage.build("made", tmp_path))
+    calibration = calibrated(model, whole=False)[0]
+    format, block = LOSSLESS[name]
+    assert (calibration.dtype, calibration.layers[0].geometry.block) == (format, block)
+    assert not any(calibration.layers[0].error[format])
+    layer = model.layers[0]
+    for projection in PROJECTIONS:
+        integers = model.integers(layer, 1, projection)
+        assert integers is not None
+        values = integers.numbers * np.repeat(integers.scales, integers.group, axis=1)
+        np.testing.assert_array_equal(values, model.matrix(layer, 1, projection))
+    dequantized = Reference.load(Model.open(tmp_path / "dequantized"))
+    np.testing.assert_array_equal(Reference.load(model).logits(tokens(2, 9)), dequantized.logits(tokens(2, 9)))
 
 
 def test_commands(rq_compile: Callable[..., Result], tmp_path: Path) -> None:

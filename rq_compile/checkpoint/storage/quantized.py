@@ -11,7 +11,7 @@ from rq_compile.checkpoint.storage.weight import BF16, Weight
 from rq_compile.quantization.source_integers import SourceIntegers
 
 # Values that are scaled at a time: they stay in the cache.
-TILE = 1 << 18
+TILE = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,9 @@ class Quantized(Weight):
     def decode(self, rows: slice) -> np.ndarray:
         numbers, scales = self._numbers(rows), self.scales.read(rows) * np.float32(self.packing.unit)
         zeros, order = self.zeros(rows) if self.zeros else None, self.order() if self.order else None
+        if zeros is not None and self.packing.bits == 4:  # so few bits that the difference fits into int8
+            _apply("sub_", numbers, zeros.astype(np.int8), self.scales.width, order)
+            zeros = None
         values = numbers if numbers.dtype == np.float32 else np.empty(numbers.shape, np.float32)
         step = max(1, TILE // max(1, numbers.shape[1]))
         for start in range(0, len(numbers), step):

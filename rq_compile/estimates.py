@@ -57,7 +57,7 @@ RATES = Rates()
 GRAPH_LAYER, GRAPH_SLOT, GRAPH_PRODUCT = 16_500, 4_500, 8_200
 MANIFEST = 3_000  # and the plan
 # Bytes of a number on a line of its own in an indented JSON file, and what a layer has beside its numbers.
-JSON_NUMBER, JSON_LAYER = 14, 500
+JSON_NUMBER, JSON_SUM, JSON_LAYER = 14, 30, 1300
 # Measured: what the libraries and the exported graph of a small model hold.
 PROGRAM = 600 * 2**20
 
@@ -98,14 +98,14 @@ def calibration_estimate(
     """
     work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
     layers, way = work.layers, work.way
-    outputs = {output.name: sum(JSON_LAYER + JSON_NUMBER * _numbers(layer, len(texts), len(work.batches)) for layer in layers)}
+    outputs = {output.name: sum(_layer_json(layer, len(texts), len(work.batches)) for layer in layers)}
     statistics = sum(_statistics_bytes(layer) for layer in layers) if quantizer == "gptq" else 0
     if statistics:
         outputs[output.with_suffix(".safetensors").name] = statistics
     hidden = [layer.geometry.hidden for layer in layers]
     # Layer by layer every token's inputs are kept, of one layer and of that before it.
     recorded = 4 * (work.measured * sum(hidden) if way.whole else 2 * work.total * max(hidden))
-    states = 0 if way.states_in_memory else 8 * work.rows * max(hidden)
+    states = 0 if way.states_in_memory else 12 * work.rows * max(hidden)
     return Estimate(
         outputs=outputs,
         temporary_bytes=recorded + states + statistics,
@@ -251,9 +251,10 @@ def _statistics_bytes(layer: MoeLayer) -> int:
     return 4 * (geometry.hidden**2 + geometry.experts * -(-geometry.intermediate // block) * block**2)
 
 
-def _numbers(layer: MoeLayer, texts: int, batch_count: int) -> int:
-    """Numbers that a calibration holds of one layer: loads, scores and errors of each expert."""
-    return layer.geometry.experts * (2 + texts + batch_count + len(FORMATS))
+def _layer_json(layer: MoeLayer, texts: int, batch_count: int) -> int:
+    """Bytes that a calibration holds of one layer: loads, scores and errors of each expert, rounded, and its sums, exact."""
+    numbers, sums = 2 + texts + batch_count + len(FORMATS), 3 + len(FORMATS)
+    return JSON_LAYER + layer.geometry.experts * (JSON_NUMBER * numbers + JSON_SUM * sums)
 
 
 def _calibration_seconds(model: Model, layers: Sequence[MoeLayer], rows: int, measured: int, quantizer: Quantizer) -> float:

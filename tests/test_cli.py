@@ -31,7 +31,7 @@ def test_choices_are_those_of_the_schemas() -> None:
     assert get_args(Target) == options.TARGETS
     assert get_args(Lowering) == options.LOWERINGS
     assert get_args(DenseFormat) == options.DENSE_FORMATS
-    assert [str(block) for block in BLOCKS] == list(options.BLOCKS)
+    assert ["auto", *(str(block) for block in BLOCKS)] == list(options.BLOCKS)
 
 
 def test_help_names_every_command_and_no_line_is_cut(rq_compile: Run) -> None:
@@ -67,7 +67,7 @@ print(*sorted(sys.modules.keys() & {{"torch", "transformers", "onnx", "onnxrunti
     ("arguments", "words"),
     [
         (["calbrate", "x"], ["calbrate", "did you mean calibrate?"]),
-        (["nothing"], ["no such command or model directory: nothing", "compile, calibrate, plan"]),
+        (["nothing"], ["no such command or model directory: nothing", "compile, calibrate, merge, plan"]),
         (["plan"], ["missing argument 'CALIBRATION'", "see rq-compile plan --help"]),
         (["plan", "x.json"], ["missing option '-o'"]),
         (["plan", "x.json", "-o", "y.json", "--memroy", "1"], ["--memroy", "--memory"]),

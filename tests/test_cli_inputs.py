@@ -56,7 +56,7 @@ def change(file: Path, how: Callable[[dict], None]) -> Path:
         (spoil_config, ["config.json is missing"]),
         (spoil_safetensors, ["no .safetensors files"]),
         (spoil_shard, ["model.safetensors is truncated", "bytes"]),
-        (spoil_kind, ["llama", "olmoe", "mixtral", "switch_transformers"]),
+        (spoil_kind, ["has no tensor", "LlamaForCausalLM", "config.json"]),
         (spoil_tokenizer, ["no tokenizer.json"]),
     ],
 )

@@ -18,7 +18,7 @@ from rq_compile.outputs import document_kind
 @click.option("--verify", is_flag=True, help="Recompute the SHA-256 of an engine's files.")
 @on_screen
 def command(screen: Screen, file: Path, verify: bool) -> None:
-    """Show FILE as tables: a checkpoint, calibration, plan or engine."""
+    """Show a checkpoint, calibration, plan or engine."""
     if file.is_dir():
         inspect_checkpoint(screen, file, verify=verify)
         return

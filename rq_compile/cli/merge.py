@@ -17,7 +17,7 @@ from rq_compile.errors import UserError
 @click.option("-o", "--output", type=FILE, required=True, help="The calibration to write (.json).")
 @on_screen
 def command(screen: Screen, calibrations: tuple[Path, ...], output: Path) -> None:
-    """Add up CALIBRATIONS of one model, each on other texts, as if one had run them all."""
+    """Add up calibrations of one model on different texts."""
     check_place(output, list(calibrations), statistics=True)
     if len({path.resolve() for path in calibrations}) < max(2, len(calibrations)):
         raise UserError("merge takes two different calibrations or more; give each once", 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Run, names, refused, writing
+from command_line import Run, names, python, refused, writing
 
 from rq_compile import file_systems, spill
 from rq_compile.errors import UserError
@@ -178,6 +178,19 @@ def test_an_engine_of_links_runs(rq_compile: Run, stages: Path, cached: Path) ->
     ):
         assert rq_compile(*arguments).exit_code == 0
     assert not any(path.is_symlink() for path in (cached.parent / "edge").iterdir())
+
+
+def test_a_package_of_links_runs(rq_compile: Run, stages: Path, out: Path) -> None:
+    """Uploaded to the hub and taken from its cache; or with a link to its script alone."""
+    assert rq_compile("package", stages / "model.onnx", "--for", "edge", "-o", out / "blobs", "-q").exit_code == 0
+    (out / "snapshot").mkdir()
+    for number, file in enumerate(sorted((out / "blobs").iterdir())):
+        (out / "snapshot" / file.name).symlink_to(file.rename(out / "blobs" / f"{number:064x}"))
+    (out / "alone.py").symlink_to(out / "folder" / "generate.py")
+    assert rq_compile("package", stages / "model.onnx", "--for", "edge", "-o", out / "folder", "-q").exit_code == 0
+    for script in (out / "snapshot" / "generate.py", out / "alone.py"):
+        told, error = python(str(script), "--tokens", "2", "--ids", "5", "9").communicate()
+        assert len(told.split()) == 2, error
 
 
 def test_an_engine_whose_weights_alone_are_a_link_runs(stages: Path, out: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+# This file may be a link in a folder of links, as caches keep downloads, or one from elsewhere to this folder.
+FOLDERS = (Path(__file__).absolute().parent, Path(__file__).resolve().parent)
+HERE = next((folder for folder in FOLDERS if any(folder.glob("*.onnx"))), FOLDERS[0])
 sys.path.insert(0, str(HERE))  # the modules beside this one, wherever this is run from
 sys.dont_write_bytecode = True  # nothing is to be written here
 

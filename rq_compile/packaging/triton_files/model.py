@@ -19,7 +19,7 @@ from .decoding import decode, open_session, until_end
 from .limits import session_threads
 from .text import TextStream, open_tokenizer
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).absolute().parent
 
 
 @dataclass(frozen=True)

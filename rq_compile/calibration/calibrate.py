@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from time import monotonic
 
 import numpy as np
 
@@ -17,10 +18,10 @@ from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.memory import Way, choose_way
 from rq_compile.calibration.recording import LayerRecording, record_whole_model
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
-from rq_compile.calibration.scratch import on_disk
 from rq_compile.calibration.statistics import tensors_of
 from rq_compile.calibration.streaming import record_layer_by_layer
 from rq_compile.calibration.text import Batch, batches, tokenize
+from rq_compile.calibration.unfinished import InProcess, Unfinished
 from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.checkpoint.storage.weight import Plain, Weight
 from rq_compile.errors import UserError
@@ -92,6 +93,8 @@ def calibrate(
     memory_limit: int | None = None,
     device: str = "cpu",
     remark: Callable[[str], None] = lambda text: None,
+    detail: Callable[[str], None] = lambda text: None,
+    kept: InProcess | Unfinished | None = None,
 ) -> tuple[Calibration, dict[str, np.ndarray]]:
     """Run the model over ``texts`` (name to content) in fp32 and measure every expert in every format, rounded by ``quantizer``
     in blocks of ``block`` weights, as the engines of this calibration then will be. None: as many as share a scale in the
@@ -99,11 +102,15 @@ def calibrate(
 
     A text is cut into sequences of ``sequence_length`` tokens; a batch holds up to ``batch_size`` of one text. An
     encoder-decoder model reads the first half of a sequence with its encoder and the second with its decoder.
-    ``wanda_fraction`` is the paper's s. ``progress(done, total)`` counts tokens; one that was run but not measured is half done.
+    ``wanda_fraction`` is the paper's s. ``progress(done, total)`` counts tokens; half of a token's work is
+    running it, half measuring experts on it.
 
     A model that does not fit into ``memory_limit`` bytes (by default: what is available) is run layer by layer (``memory.py``,
     ``streaming.py``), with the same result to fp32 rounding. ``remark`` is told which way was taken, and whether experts tie.
     ``device`` is the torch device that runs the model and its experts; the CPU rounds.
+
+    Layers that are measured one by one are ``kept``, so that an interrupted run goes on behind the last of them. ``detail`` is
+    told which layer is measured, and how fast.
 
     The second result are the statistics that ``statistics.py`` describes, by tensor name, mapped from temporary files; none for
     the quantizer "nearest", which needs none.
@@ -119,22 +126,43 @@ def calibrate(
         replace(layer, geometry=layer.geometry.model_copy(update={"block": block or block_of(model.stored_experts(layer))}))
         for layer in work.layers
     ]
-    report = partial(_report, progress, work.total)
+    report = _Report(progress, detail, work.total, len(layers), sum(layer.geometry.experts for layer in layers))
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    kept = kept if kept is not None and not work.way.whole else InProcess()
+    kept.take_up(
+        {
+            "tool": __version__,
+            "model": model.fingerprint,
+            "texts": digests,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "quantizer": quantizer,
+            "blocks": [layer.geometry.block for layer in layers],
+            "wanda_fraction": wanda_fraction,
+        }
+    )
+    measured: tuple[LayerCalibration, dict[str, np.ndarray]]
     if work.way.whole:
-        recorded = record_whole_model(model, layers, list(texts), work.batches, device=device, progress=report)
+        recorded = record_whole_model(model, layers, list(texts), work.batches, device=device, progress=report.ran)
     else:
-        in_memory = work.way.states_in_memory
         recorded = record_layer_by_layer(
-            model, layers, list(texts), work.batches, device=device, in_memory=in_memory, progress=report
+            *(model, layers, list(texts), work.batches),
+            device=device,
+            in_memory=work.way.states_in_memory,
+            progress=report.ran,
+            begin=kept.states(),
+            after=kept.layers[-1].name if kept.layers else None,
+            finished=lambda states: kept.add(*measured, states),
         )
-    measured_layers: list[LayerCalibration] = []
-    statistics: dict[str, np.ndarray] = {}
-    for recording, read_expert, output in recorded:
-        measurement = _measure(recording, read_expert, output, quantizer, wanda_fraction, device)
-        measured_layers.append(_layer_calibration(model, recording, measurement))
-        if quantizer == "gptq":
-            moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
-            statistics |= {name: on_disk(moment) for name, moment in moments.items()}
+    report.begin(kept.layers)
+    for recording, read_expert, output in recorded if len(kept.layers) < len(layers) else ():
+        measurement = _measure(recording, report.layer(read_expert), output, quantizer, wanda_fraction, device)
+        report.measured()
+        moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
+        measured = _layer_calibration(model, recording, measurement), moments if quantizer == "gptq" else {}
+        if work.way.whole:
+            kept.add(*measured, None)
+    measured_layers, statistics = kept.layers, kept.statistics()
     calibration = Calibration(
         tool=f"rq-compile {__version__}",
         model=model.name,
@@ -143,8 +171,8 @@ def calibrate(
         tokenizer=sha256(model.path / "tokenizer.json"),
         dtype=_lossless_format(model, measured_layers),
         texts=[
-            CalibrationText(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=len(ids))
-            for (name, text), ids in zip(texts.items(), work.tokens, strict=True)
+            CalibrationText(name=name, sha256=digest, tokens=len(ids))
+            for (name, digest), ids in zip(digests.items(), work.tokens, strict=True)
         ],
         tokens=work.total,
         measured_tokens=work.measured,
@@ -171,8 +199,46 @@ def _check_fit(model: Model, sequence_length: int) -> int | None:
     return (model.decoder_start or 0) if config.is_encoder_decoder else None
 
 
-def _report(progress: Callable[[int, int], None], total: int, part: float) -> None:
-    progress(int(part * total), total)
+class _Report:
+    """Tells how much is done: half of it is running the model, the other half measuring experts; and what is under way."""
+
+    def __init__(
+        self, progress: Callable[[int, int], None], detail: Callable[[str], None], tokens: int, layers: int, experts: int
+    ) -> None:
+        self._progress, self._detail = progress, detail
+        self._tokens, self._layers, self._experts = tokens, layers, experts
+        self._ran, self._measured, self._number, self._known = 0.0, 0, 0, 0
+        self._began = monotonic()
+
+    def begin(self, done: Sequence[LayerCalibration]) -> None:
+        """Behind these layers of an earlier run."""
+        self._number, self._measured = len(done), sum(layer.geometry.experts for layer in done)
+        self._known, self._began = self._measured, monotonic()
+
+    def ran(self, part: float) -> None:
+        self._ran = part
+        self._tell()
+
+    def layer(self, read_expert: Callable[[int], ExpertWeights]) -> Callable[[int], ExpertWeights]:
+        """The next layer's experts come by, in order."""
+        self._number += 1
+        before = self._measured
+
+        def read(expert: int) -> ExpertWeights:
+            self._measured = before + expert
+            rate = (self._measured - self._known) / max(1e-3, monotonic() - self._began)
+            self._detail(f"layer {self._number} of {self._layers}, {rate:.3g} experts/s")
+            self._tell()
+            return read_expert(expert)
+
+        return read
+
+    def measured(self) -> None:
+        self._measured += 1  # the last expert
+        self._tell()
+
+    def _tell(self) -> None:
+        self._progress(int((self._ran + self._measured / self._experts) / 2 * self._tokens), self._tokens)
 
 
 def _measure(

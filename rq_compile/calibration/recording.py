@@ -115,16 +115,16 @@ def record_whole_model(
     device: str = "cpu",
     progress: Callable[[float], None],
 ) -> Iterator[Recorded]:
-    """Run the model, held whole in fp32, and yield layer after layer, to be measured. ``progress`` is told the part done.
+    """Run the model, held whole in fp32, and yield layer after layer, to be measured. ``progress`` is told which part of
+    the tokens was run.
 
     Raises:
         UserError: see ``record``.
     """
     total = sum(batch.tokens for batch in batches)
-    recordings = record(model, layers, texts, batches, lambda done: progress(done / total / 2), device)
-    for number, recording in enumerate(recordings):
+    recordings = record(model, layers, texts, batches, lambda done: progress(done / total), device)
+    for recording in recordings:
         yield recording, partial(model.expert, recording.layer), None
-        progress((1 + (number + 1) / len(recordings)) / 2)
 
 
 def record(

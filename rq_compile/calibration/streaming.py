@@ -9,6 +9,7 @@ and measured on its tokens. The second visit computes the layer with what the ex
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -38,9 +39,15 @@ def record_layer_by_layer(
     device: str = "cpu",
     in_memory: bool = True,
     progress: Callable[[float], None],
+    begin: Any = None,
+    after: str | None = None,
+    finished: Callable[[Any], None] = lambda states: None,
 ) -> Iterator[Recorded]:
     """Run the model and yield layer after layer, each to be measured before the next, and where its experts' outputs go.
     ``progress`` is told the part done.
+
+    ``finished`` is given, once a layer that was yielded is done, the states with which the next one begins. An earlier run's
+    states ``begin`` the layer behind the one with experts ``after``.
 
     Held at a time, in fp32: what one layer has beside its experts, one expert, and, unless they are mapped from temporary
     files (``in_memory`` is False), the embeddings, the hidden states and the experts' outputs of all tokens; the experts' inputs
@@ -54,11 +61,19 @@ def record_layer_by_layer(
     by_module = {re.sub(r"(\.\d+)\..*", r"\1", layer.name): layer for layer in layers}
     visits = (len(layers) - 1 + sum(1 + len(stack.layers) for stack in stacks)) * len(batches)
     run.on_visit = lambda: progress(min(1.0, run.visits / visits))
-    for stack in stacks:
+    for stack, states in zip(stacks, begin or (), strict=False):
+        stack.restore(states)
+    before = after
+    for number, stack in enumerate(stacks):
         with run.materialized(stack.embedding):
             run.visit(stack, stack.embedding)
         for name in stack.layers:
             layer = by_module.get(name)
+            if before is not None:
+                run.hand_on(stack, name)
+                run.visits += len(batches) * (1 if layer is None else 2)
+                before = None if layer is not None and layer.name == before else before
+                continue
             with run.materialized(name, without=layer.name if layer else None):
                 if layer is not None:
                     recording = LayerRecording(layer, texts)
@@ -66,10 +81,12 @@ def record_layer_by_layer(
                     stack.outputs[:] = 0
                     yield recording, partial(model.expert, layer), stack.outputs
                     if layer is layers[-1]:
+                        finished(None)
                         progress(1)
                         return
                     with run.instead(layer.name, lambda *args, stack=stack, **kwargs: stack.given(run.batch)):
                         run.visit(stack, name)
+                    finished([visited.states() for visited in stacks[: number + 1]])
                 else:
                     run.visit(stack, name)
 
@@ -106,6 +123,15 @@ class _States:
             self._read = (batch, rows.reshape(shape))
         return self._read[1]
 
+    def all(self) -> list[torch.Tensor]:
+        """Those of every batch, not copied."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an array mapped to be read may not be written
+            return [
+                torch.from_numpy(kept[self._starts[batch] : self._starts[batch + 1]]).reshape(shape)
+                for batch, (kept, shape) in sorted(self._kept.items())
+            ]
+
 
 class _Stack:
     """A stack of layers, what its embedding gave for each batch, and what the layer of it that was visited last returned: the
@@ -138,6 +164,16 @@ class _Stack:
     def returned(self, batch: int) -> Any:
         hidden, beside = self._states.of(batch), self._beside[batch]
         return hidden if beside is None else (hidden, *beside)
+
+    def states(self) -> dict[str, Any]:
+        """All that ``returned`` needs, to be kept."""
+        return {"hidden": self._states.all(), "beside": list(self._beside)}
+
+    def restore(self, states: dict[str, Any]) -> None:
+        """What ``states`` gave in an earlier run."""
+        for batch, hidden in enumerate(states["hidden"]):
+            self._states.keep(batch, hidden)
+        self._beside = states["beside"]
 
     def given(self, batch: int) -> torch.Tensor:
         """What the experts gave for each token ``[tokens, hidden]``, padding included, whose rows are zeros: no other token sees
@@ -222,7 +258,11 @@ class _Run:
         with self.instead(name, keep_and_end) as forward:
             for number in range(len(self._batches)):
                 self._run(number, name)
-        returned = stack.embedded.of if embeds else stack.returned
+        self.hand_on(stack, name)
+
+    def hand_on(self, stack: _Stack, name: str) -> None:
+        """From now on the module returns what the last visited of its stack did."""
+        returned = stack.embedded.of if name == stack.embedding else stack.returned
         module: Any = self._module.get_submodule(name)
         module.forward = lambda *args, **kwargs: returned(self.batch)
 

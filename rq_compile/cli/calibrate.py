@@ -37,6 +37,7 @@ MEASURING = (
     "block",
     "memory_limit",
     "device",
+    "fresh",
     "dry_run",
 )
 
@@ -83,6 +84,7 @@ MEASURING = (
 )
 @click.option("--from-loads", type=FILE, multiple=True, help="Loads that SGLang or TensorRT-LLM recorded; repeatable.")
 @click.option("--calibration", "earlier", type=FILE, help="With --from-loads: the calibration to put these loads into.")
+@click.option("--fresh", is_flag=True, help="Start over, where an interrupted calibration could be continued.")
 @dry_run_option
 @on_screen
 def command(
@@ -100,6 +102,7 @@ def command(
     device: str,
     from_loads: tuple[Path, ...],
     earlier: Path | None,
+    fresh: bool,
 ) -> None:
     """Run MODEL over text: each expert's load, importance and errors.
 
@@ -114,6 +117,7 @@ def command(
     from rq_compile import spill
     from rq_compile.calibration.calibrate import calibrate
     from rq_compile.calibration.statistics import write_with_statistics
+    from rq_compile.calibration.unfinished import unfinished
     from rq_compile.cli.tables import calibration_tables
 
     model = opened(screen, folder)
@@ -133,21 +137,25 @@ def command(
         )
         screen.result(estimate, *estimate_tables(estimate))
         return
-    with spill.beside(output), screen.progress("calibrating", "tokens") as progress:
-        calibration, statistics = calibrate(
-            model,
-            contents,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            progress=progress,
-            quantizer=quantizer,
-            block=None if block == "auto" else cast("Block", int(block)),
-            wanda_fraction=wanda_fraction,
-            memory_limit=memory_limit,
-            device=device,
-            remark=screen.note,
-        )
-    calibration = write_with_statistics(calibration, statistics, output)
+    under_way = [""]
+    with unfinished(output, fresh=fresh, say=screen.note) as kept:
+        with spill.beside(output), screen.progress("calibrating", "tokens") as progress:
+            calibration, statistics = calibrate(
+                model,
+                contents,
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                progress=lambda done, total: progress(done, total, under_way[0]),
+                detail=lambda text: under_way.__setitem__(0, text),
+                quantizer=quantizer,
+                block=None if block == "auto" else cast("Block", int(block)),
+                wanda_fraction=wanda_fraction,
+                memory_limit=memory_limit,
+                device=device,
+                remark=screen.note,
+                kept=kept,
+            )
+        calibration = write_with_statistics(calibration, statistics, output)
     screen.note(f"wrote {output}" + (f" and {calibration.statistics.name}" if calibration.statistics else ""))
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)
 

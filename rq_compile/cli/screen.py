@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
     from rq_compile.files import Document
 
-Progress = Callable[[int, int], None]
+
+class Progress(Protocol):
+    """How much is done, and what is under way."""
+
+    def __call__(self, done: int, total: int, detail: str = "") -> None: ...
+
+
 LOG_INTERVAL = 10.0  # seconds between two plain lines
 LOG_WIDTH = 160  # columns of a table that no terminal bounds
 
@@ -60,7 +66,7 @@ class Screen:
     def progress(self, description: str, unit: str) -> Iterator[Progress]:
         """Yield a callback ``(done, total)``: a bar with rate and time left on a terminal, plain lines in a log."""
         if self.quiet:
-            yield lambda done, total: None
+            yield lambda done, total, detail="": None
         elif self._stderr.is_terminal:
             yield from self._bar(description, unit)
         else:
@@ -74,8 +80,8 @@ class Screen:
             task = bars.add_task(description, total=None, state="")
             meter = Meter(unit)
 
-            def update(done: int, total: int) -> None:
-                bars.update(task, completed=done, total=total, state=meter.state(done, total))
+            def update(done: int, total: int, detail: str = "") -> None:
+                bars.update(task, completed=done, total=total, state=meter.state(done, total, detail))
 
             yield update
 
@@ -84,9 +90,9 @@ class Screen:
         last, finished = monotonic(), False
         self.note(f"{description} ...")
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, total: int, detail: str = "") -> None:
             nonlocal last, finished
-            state = meter.state(done, total)
+            state = meter.state(done, total, detail)
             # The last report may come more than once, where many small steps round to the total.
             if (done == total and not finished) or monotonic() - last >= LOG_INTERVAL:
                 last, finished = monotonic(), done == total
@@ -110,7 +116,7 @@ class Meter:
         self.unit = unit
         self.first: tuple[int, float] | None = None
 
-    def state(self, done: int, total: int) -> str:
+    def state(self, done: int, total: int, detail: str = "") -> str:
         now = monotonic()
         if self.first is None:
             self.first = (done, now)
@@ -121,7 +127,7 @@ class Meter:
             text += f", {rate:.4g} {self.unit}/s"
             if done < total:
                 text += f", {duration((total - done) / rate)} left"
-        return text
+        return f"{text}; {detail}" if detail else text
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,200 @@
+"""A calibration that survives an interruption: what each finished layer showed, kept in a folder until all are.
+
+The folder holds, of every finished layer, its part of calibration.json and of the statistics, and, after the last of them, the
+hidden states with which the next layer begins. ``journal.jsonl`` says first what is calibrated, then, a line a layer, which files
+belong to it and their hashes; a layer without a line is none. A run that goes on verifies every file.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from rq_compile.calibration.schema import LayerCalibration
+from rq_compile.calibration.scratch import on_disk
+from rq_compile.calibration.statistics import write_statistics
+from rq_compile.checkpoint.safetensors_file import tensors_of
+from rq_compile.errors import UserError
+from rq_compile.file_systems import lock, sync
+from rq_compile.files import Document, sha256
+
+Job = dict[str, Any]
+Say = Callable[[str], None]
+
+
+class Finished(Document):
+    """A line of the journal: a layer, the sha256 of its files by name, and that of the states, which are there while it is the
+    last."""
+
+    layer: str
+    files: dict[str, str]
+    states: str
+
+
+class InProcess:
+    """Finished layers that are kept no longer than the process."""
+
+    def __init__(self) -> None:
+        self.layers: list[LayerCalibration] = []
+        self._statistics: dict[str, np.ndarray] = {}
+
+    def take_up(self, job: Job) -> None:
+        """Nothing is left of an earlier run."""
+
+    def add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
+        self.layers.append(layer)
+        self._statistics |= {name: on_disk(moment) for name, moment in statistics.items()}
+
+    def states(self) -> Any:
+        return None
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        return self._statistics
+
+
+class Unfinished:
+    """The finished ``layers`` in ``folder``, which ``take_up`` makes."""
+
+    def __init__(self, folder: Path, fresh: bool, say: Say) -> None:
+        self.folder, self.layers = folder, list[LayerCalibration]()
+        self._fresh, self._say = fresh, say
+        self._journal = folder / "journal.jsonl"
+        self._records: list[Finished] = []
+        self._lock: int | None = None
+
+    def take_up(self, job: Job) -> None:
+        """What is there of the same job, if all of it is as it was written.
+
+        Raises:
+            UserError: another process calibrates for the same output, or the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            lock(self._lock, self.folder / "lock")
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"another rq-compile writes {self.folder}; wait for it or choose another output with -o", 2) from None
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder}: {error.strerror}; choose another output with -o", 2) from error
+        self._records = [] if self._fresh else self._left_of(json.dumps(job))
+        if self._records:
+            self.layers = [
+                LayerCalibration.model_validate_json((self.folder / f"{number}.json").read_bytes())
+                for number in range(len(self._records))
+            ]
+            self._say(f"going on behind {self._records[-1].layer}, of which all was measured")
+        else:
+            for path in self.folder.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+        # Without a line that was cut off: the next would be added to it.
+        lines = (json.dumps(job), *(record.model_dump_json() for record in self._records))
+        self._journal.write_text("".join(f"{line}\n" for line in lines))
+
+    def _left_of(self, job: str) -> list[Finished]:
+        lines = self._journal.read_text(errors="replace").splitlines() if self._journal.exists() else []
+        if lines and lines[0] != job:
+            self._say(f"{self.folder} is of another calibration (other texts, options, model or version); starting over")
+        records: list[Finished] = []
+        for line in lines[1:] if lines and lines[0] == job else []:
+            try:
+                records.append(Finished.model_validate_json(line))
+            except ValidationError:
+                break  # cut off
+        if records and not self._intact(records):
+            self._say(f"what {self.folder} holds is not as it was written; starting over")
+            return []
+        return records
+
+    def _intact(self, records: list[Finished]) -> bool:
+        files = [pair for record in records for pair in record.files.items()]
+        files.append((f"states.{len(records) - 1}.pt", records[-1].states))
+        return all((self.folder / name).is_file() and sha256(self.folder / name) == digest for name, digest in files)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def begun(self) -> bool:
+        return self._lock is not None
+
+    def add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
+        """``states``: whatever of tensors, tuples, lists and dictionaries the next layer begins with.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            self._add(layer, statistics, states)
+        except OSError as error:
+            raise UserError(
+                f"cannot keep what was measured of {layer.name} in {self.folder}: {error.strerror or error}; "
+                "free space there or choose another output with -o"
+            ) from error
+
+    def _add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
+        number = len(self.layers)
+        names = [f"{number}.json", *([f"{number}.safetensors"] if statistics else [])]
+        (self.folder / names[0]).write_text(layer.model_dump_json())
+        if statistics:
+            write_statistics(statistics, self.folder / names[1])
+        kept = self.folder / f"states.{number}.pt"
+        torch.save(states, kept)
+        for path in (*(self.folder / name for name in names), kept):
+            sync(path)
+        record = Finished(layer=layer.name, files={name: sha256(self.folder / name) for name in names}, states=sha256(kept))
+        with self._journal.open("a") as lines:
+            lines.write(record.model_dump_json() + "\n")
+        sync(self._journal)
+        (self.folder / f"states.{number - 1}.pt").unlink(missing_ok=True)
+        self.layers.append(layer)
+        self._records.append(record)
+
+    def states(self) -> Any:
+        """What the last finished layer was added with, mapped from the disk; None without any."""
+        if not self.layers:
+            return None
+        return torch.load(self.folder / f"states.{len(self.layers) - 1}.pt", mmap=True, weights_only=True)
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Of all finished layers, mapped from the disk."""
+        found: dict[str, np.ndarray] = {}
+        for number in range(len(self.layers)):
+            path = self.folder / f"{number}.safetensors"
+            if path.exists():
+                found |= {
+                    name: np.memmap(path, np.float32, "r", offset=tensor.offset, shape=tensor.shape)
+                    for name, tensor in tensors_of(path).items()
+                }
+        return found
+
+
+@contextmanager
+def unfinished(output: Path, *, fresh: bool = False, say: Say = lambda text: None) -> Iterator[Unfinished]:
+    """What an earlier run for ``output`` left, unless ``fresh``. The folder is gone after success; after a failure or an
+    interruption it stays if a layer is finished. ``say`` takes a sentence for the user.
+    """
+    found = Unfinished(output.with_name(f".{output.name}.partial"), fresh, say)
+    try:
+        yield found
+    except BaseException:
+        if found.begun and found.layers:
+            say(f"{found.folder} holds what was done; the same command goes on from there, or starts over with --fresh")
+        elif found.begun:
+            shutil.rmtree(found.folder, ignore_errors=True)
+        raise
+    else:
+        if found.begun:
+            shutil.rmtree(found.folder, ignore_errors=True)
+    finally:
+        found.close()

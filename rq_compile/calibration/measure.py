@@ -95,12 +95,16 @@ class LayerMeasurement:
 
     @property
     def sums(self) -> LayerSums:
-        """As a document has them."""
+        """As a document has them: with the digits that sums of fp32 values have."""
+
+        def digits(values: np.ndarray) -> list[float]:
+            return [float(f"{value:.9g}") for value in values]
+
         return LayerSums(
             pairs=self.pairs.tolist(),
-            energy=self.energy.tolist(),
-            error={format: error.tolist() for format, error in self.error.items()},
-            weight_error={format: error.tolist() for format, error in self.weight_error.items()},
+            energy=digits(self.energy),
+            error={format: digits(error) for format, error in self.error.items()},
+            weight_error={format: digits(error) for format, error in self.weight_error.items()},
             output_square=self.output_square,
         )
 

@@ -16,7 +16,6 @@ benchmarks/results/ablations.json.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,6 @@ from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from balance import Remembered, rows_of_plan
 

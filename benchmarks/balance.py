@@ -13,7 +13,6 @@ the mean 1.219 (1.041 to 1.414), which is 34 % of the excess on average.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ import numpy as np
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate

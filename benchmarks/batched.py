@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from one_layer import LAYER, compiled, random_experts
 

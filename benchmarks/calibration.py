@@ -18,7 +18,6 @@ import json
 import platform
 import pstats
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -31,7 +30,6 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config, OlmoeConfig, PretrainedConfig, Qwen3MoeConfig
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model

@@ -27,9 +27,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
 from generated_checkpoint import OLMOE_1B_7B, SMALL, Model, generate
 from op_profile import op_times
 from rich.console import Console

@@ -7,13 +7,11 @@ CPU time on one thread, so that a busy machine shows as little as can be.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch

@@ -11,7 +11,6 @@ Rows go to benchmarks/results/formats.json.
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ import numpy as np
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from balance import LENGTH, SAME_KIND
 

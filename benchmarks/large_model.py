@@ -32,7 +32,6 @@ from pathlib import Path
 from time import perf_counter
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from generated_checkpoint import (
     MIXTRAL_8X7B,
@@ -93,7 +92,7 @@ class Finished:
 
 def command(*arguments: object, limit: int) -> Finished:
     """``rq-compile`` in a process that may allocate ``limit`` bytes."""
-    program = [sys.executable, "-m", "rq_compile.cli.main", *map(str, arguments)]
+    program = [sys.executable, "-P", "-m", "rq_compile.cli.main", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile("w+") as error:
         began = perf_counter()

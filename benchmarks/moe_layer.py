@@ -10,7 +10,8 @@ Without --full, in half an hour on two idle cores: uniform routing with one thre
 tokens but not in fp32; the other routings at 16 and 256 tokens, skewed for int4 and mixed, even for int4; Mixtral's shape up to
 64 tokens, at 8 and at 4 bits; no layer of more than 1.7 GB, since every variant holds it once, which takes 8 GB; and neither our
 kernels with fp32 activations nor MatMulNBits that multiplies in fp32, which is nowhere the best stock variant. The rows are
-written after each cell, and an interrupt ends with the summary of those that are there.
+written after each cell, and an interrupt ends with the summary of those that are there. Rows of other processors and of cells
+that are not measured stay in the file, so that it can be measured in pieces: --shapes, --formats, --tokens, --threads.
 
     python benchmarks/llama_cpp/build.py
     python benchmarks/moe_layer.py --quick
@@ -30,14 +31,12 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import numpy as np
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
 import llama_cpp_layer
+import numpy as np
 from machine import Machine, Probe
-from moe_goals import OTHER_PRODUCT, OURS, Row, summary
+from moe_goals import CELL, OTHER_PRODUCT, OURS, Row, summary
 from moe_variants import Batch, Builder, Run, Shape, formats_of
+from provenance import processor, provenance
 
 from rq_compile.quantization.formats import Format
 
@@ -52,7 +51,7 @@ FORMATS = ("fp32", "int8", "int4", "mixed")
 ROUTINGS = ("uniform", "skewed", "even")
 FEW = 16  # tokens: with so few a run is short
 BATCHES = 16  # with few tokens, runs in a row must not find their experts in a cache
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 4, 5, 60  # of a cell
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 4, 5, 60  # of a cell; fewer seconds by an option
 REST = 0.015  # seconds that torch's threads, the last of a round, need to stop spinning
 
 
@@ -127,13 +126,15 @@ def check(built: dict[str, Run], inputs: Batch) -> None:
         assert error < 0.02, f"{name} differs from {OURS} by {error:.3f}"
 
 
-def timed(built: dict[str, Run], routed: list[list[Batch]], probe: Probe, threads: int) -> tuple[list[dict[str, float]], Machine]:
+def timed(
+    built: dict[str, Run], routed: list[list[Batch]], probe: Probe, threads: int, seconds: float
+) -> tuple[list[dict[str, float]], Machine]:
     """Median seconds of each variant, for each of the ``routed`` batches, and the machine meanwhile: all run in turn."""
     times: list[dict[str, list[float]]] = [{name: [] for name in built} for _ in routed]
     machines = []
     start = time.perf_counter()
     for round in range(MAX_ROUNDS):
-        if round >= MIN_ROUNDS and time.perf_counter() - start > SECONDS * len(routed):
+        if round >= MIN_ROUNDS and time.perf_counter() - start > seconds * len(routed):
             break
         machines.append(probe.machine(threads))
         for batches, taken in zip(routed, times, strict=True):
@@ -164,7 +165,9 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
     return median(touched), {kind: median(m[kind] for m in macs) for kind in macs[0]}
 
 
-def measured(cells: list[Cell], probe: Probe, llama_cpp: ctypes.CDLL | None, full: bool) -> Iterator[tuple[list[Row], Machine]]:
+def measured(
+    cells: list[Cell], probe: Probe, llama_cpp: ctypes.CDLL | None, full: bool, seconds: float
+) -> Iterator[tuple[list[Row], Machine]]:
     """The rows of one cell after the other, ours first, and the machine meanwhile."""
     for shape, same_shape in itertools.groupby(cells, lambda cell: cell.shape):
         with tempfile.TemporaryDirectory() as folder:
@@ -172,18 +175,18 @@ def measured(cells: list[Cell], probe: Probe, llama_cpp: ctypes.CDLL | None, ful
             for (format, threads), same in itertools.groupby(same_shape, lambda cell: (cell.format, cell.threads)):
                 built = variants(builder, format, threads, llama_cpp, full)
                 for _, routed in itertools.groupby(same, lambda cell: cell.tokens):
-                    yield from rows_of(list(routed), built, probe)
+                    yield from rows_of(list(routed), built, probe, seconds)
                 built.clear()  # before the next are built beside them
 
 
-def rows_of(cells: list[Cell], built: dict[str, Run], probe: Probe) -> Iterator[tuple[list[Row], Machine]]:
+def rows_of(cells: list[Cell], built: dict[str, Run], probe: Probe, seconds: float) -> Iterator[tuple[list[Row], Machine]]:
     """The rows of each of the cells, which differ in routing alone and are measured in turn, and the machine meanwhile."""
     count = BATCHES if cells[0].tokens <= FEW else 2
     routed = [[batch(cell.shape, cell.tokens, cell.routing, seed) for seed in range(count)] for cell in cells]
     for batches in routed:
         check(built, batches[0])
-    times, machine = timed(built, routed, probe, cells[0].threads)
-    for cell, batches, seconds in zip(cells, routed, times, strict=True):
+    times, machine = timed(built, routed, probe, cells[0].threads, seconds)
+    for cell, batches, medians in zip(cells, routed, times, strict=True):
         touched, macs = work(cell.shape, cell.format, batches)
         bound = max(touched / machine.bandwidth, sum(n / machine.peaks[kind] for kind, n in macs.items()))
         rows = [
@@ -199,7 +202,7 @@ def rows_of(cells: list[Cell], built: dict[str, Run], probe: Probe) -> Iterator[
                 "gflops": round(2 * sum(macs.values()) / taken / 1e9, 1),
                 "roofline": round(bound / taken, 3),
             }
-            for variant, taken in seconds.items()
+            for variant, taken in medians.items()
         ]
         yield rows, machine
 
@@ -227,6 +230,7 @@ def main() -> None:
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     help = "where llama_cpp/build.py was told to build, default: %(default)s"
     parser.add_argument("--llama-cpp", type=Path, default=Path(__file__).parents[1] / "build" / "llama_cpp", help=help)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a cell, default: %(default)s")
     parser.add_argument("-o", "--output", type=Path, help="where the rows go, as JSON")
     args = parser.parse_args()
     if args.quick:
@@ -243,7 +247,7 @@ def main() -> None:
     machines: dict[int, list[Machine]] = {threads: [] for threads in args.threads}
     start = time.perf_counter()
     try:
-        for rows, machine in measured(cells, Probe(), llama_cpp, args.full):
+        for rows, machine in measured(cells, Probe(), llama_cpp, args.full, args.seconds):
             report(rows)
             found += rows
             machines[rows[0]["threads"]].append(machine)
@@ -259,16 +263,25 @@ def main() -> None:
 
 
 def write(output: Path, rows: list[Row], machines: dict[int, list[Machine]]) -> None:
-    """``machine``: the best ceilings of the cells so far, and how busy the machine is besides."""
-    best = {threads: Machine.of(several, max) for threads, several in machines.items() if several}
-    ceilings = [
-        {"threads": threads, "gbytes_per_s": round(machine.bandwidth / 1e9, 2)}
+    """Puts ``rows``, with the processor and the versions they were measured with, in place of those of the same cells.
+
+    ``machines``: of each processor the best ceilings so far, and how busy the machine is besides.
+    """
+    before = json.loads(output.read_text()) if output.is_file() else {"machines": {}, "rows": []}
+    here = processor()
+    best = {str(threads): Machine.of(several, max) for threads, several in machines.items() if several}
+    ceilings = before["machines"].get(here, {}).get("threads", {}) | {
+        threads: {"gbytes_per_s": round(machine.bandwidth / 1e9, 2)}
         | {f"{kind}_gflops": round(2 * peak / 1e9, 1) for kind, peak in machine.peaks.items()}
         for threads, machine in best.items()
-    ]
-    document = {"machine": ceilings, "load_average": round(os.getloadavg()[2], 1), "rows": rows}
+    }
+    known = before["machines"] | {here: {"load_average": round(os.getloadavg()[2], 1), "threads": ceilings}}
+    origin = {"processor": here} | provenance("onnxruntime", "numpy")
+    new = [row | origin for row in rows]
+    cells = {tuple(row[key] for key in CELL) for row in new}
+    kept = [row for row in before["rows"] if row["processor"] != here or tuple(row[key] for key in CELL) not in cells]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(document, indent=1) + "\n")
+    output.write_text(json.dumps({"machines": known, "rows": kept + new}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

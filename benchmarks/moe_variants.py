@@ -21,6 +21,7 @@ from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite import slot_weights
 from rq_compile.rewrite.rewrite import rewrite
 from rq_compile.targets.library import library_path
+from rq_compile.targets.partial_file import WRITTEN_AT_ONCE
 from rq_compile.targets.weights_file import locate, write_weights
 
 LAYER = "layer"
@@ -99,7 +100,7 @@ class Builder:
             model, weights, _ = rewrite(
                 _experts_node(self.shape), _plan(self.shape, slots), source, lowering, activation_bits=bits
             )
-            with (self.folder / f"{name}.data").open("wb") as file:
+            with (self.folder / f"{name}.data").open("wb", buffering=WRITTEN_AT_ONCE) as file:
                 locate(model, write_weights(weights, file).starts, f"{name}.data")
             onnx.save(model, path)
         session = _session(path, threads)

@@ -16,7 +16,6 @@ Rows (a plan each) go to benchmarks/results/sensitivity.json.
 import argparse
 import itertools
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,6 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from balance import LENGTH, SAME_KIND, Remembered, windows
 

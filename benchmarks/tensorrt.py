@@ -12,7 +12,6 @@ network that the builder gets (fp16, int8 with a scale for each column).
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics

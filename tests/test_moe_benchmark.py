@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import llama_cpp_layer
 import moe_goals
 import moe_layer
+import moe_variants
 
 from rq_compile.quantization.formats import Format
 from rq_compile.quantization.quantizer import dequantize, quantize
@@ -73,3 +74,11 @@ def test_blocks_of_llama_cpp_hold_our_weights(format: Format, columns: int) -> N
     nibbles = np.concatenate([numbers % 16, numbers // 16], axis=-1) - 8  # the first half of a block is in the low ones
     q = signed if format == "int8" else nibbles
     np.testing.assert_allclose((q * scales).reshape(5, columns), dequantize(quantized, format, columns), rtol=1e-3)
+
+
+@pytest.mark.parametrize("format", moe_layer.FORMATS)
+def test_every_variant_of_a_small_layer_computes_the_same(format: str, tmp_path: Path) -> None:
+    shape = moe_layer.Shape("small", 128, 64, 8, 2)
+    built = moe_layer.variants(moe_variants.Builder(shape, tmp_path), format, 1, None, full=True)
+    moe_layer.check(built, moe_layer.batch(shape, 5, "uniform", seed=0))
+    assert len(built) >= 4

@@ -1,6 +1,7 @@
 // Combine: y[t] = sum over choices c, in that order, of gates[t, c] * (slot output of pair (t, c)).
 #include <algorithm>
 
+#include "kernels.h"
 #include "op.h"
 
 namespace rq {
@@ -12,7 +13,9 @@ struct Combine {
   static constexpr int kOutputs[] = {kFloat};
   static constexpr size_t kFirstOptional = 3;
 
-  explicit Combine(const Info&) {}
+  const Kernels& kernels;
+
+  explicit Combine(const Info&) : kernels(best_kernels()) {}
 
   void compute(Context& context) const {
     const Tensor y = context.required(0, "y", 2), rows = context.required(1, "rows", 1), gates = context.required(2, "gates", 2);
@@ -20,24 +23,18 @@ struct Combine {
     require(pairs == tokens * top_k, "y has ", pairs, " rows, gates ask for ", tokens, " x ", top_k);
     require(rows.dim(0) == pairs, "rows has ", rows.dim(0), " entries, y ", pairs, " rows");
 
-    std::vector<int64_t> position(pairs, -1);
+    std::vector<const float*> row_of(pairs, nullptr);
     for (int64_t i = 0; i < pairs; ++i) {
       const int32_t pair = rows.as<int32_t>()[i];
-      require(pair >= 0 && pair < pairs && position[pair] < 0, "rows is not a permutation: ", pair, " at ", i);
-      position[pair] = i;
+      require(pair >= 0 && pair < pairs && !row_of[pair], "rows is not a permutation: ", pair, " at ", i);
+      row_of[pair] = y.as<float>() + i * hidden;
     }
     float* out = context.output<float>(0, {tokens, hidden});
     constexpr int64_t kTokensPerTile = 8;
     auto tile = [&](size_t index) {
       const int64_t first = static_cast<int64_t>(index) * kTokensPerTile, last = std::min(first + kTokensPerTile, tokens);
       for (int64_t t = first; t < last; ++t) {
-        float* sum = out + t * hidden;
-        std::fill_n(sum, hidden, 0.0f);
-        for (int64_t c = 0; c < top_k; ++c) {
-          const float gate = gates.as<float>()[t * top_k + c];
-          const float* row = y.as<float>() + position[t * top_k + c] * hidden;
-          for (int64_t h = 0; h < hidden; ++h) sum[h] += gate * row[h];
-        }
+        kernels.combine(row_of.data() + t * top_k, gates.as<float>() + t * top_k, top_k, hidden, out + t * hidden);
       }
     };
     context.parallel((tokens + kTokensPerTile - 1) / kTokensPerTile, tile);

@@ -48,6 +48,8 @@ struct Kernels {
   void (*quantize)(const float* x, int64_t columns, const QuantizedLayout& layout, uint8_t* out);
   // gate[i] = activation(gate[i], up[i]) for i < n; one that is not gated leaves `up` alone.
   void (*activate)(Activation activation, float alpha, float limit, const float* up, float* gate, int64_t n);
+  // out[i] = the sum over r < count, in that order, of gates[r] * rows[r][i], for i < n; starts at 0.
+  void (*combine)(const float* const* rows, const float* gates, int64_t count, int64_t n, float* out);
 };
 
 extern const Kernels kPlainKernels, kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels;

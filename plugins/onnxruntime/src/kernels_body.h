@@ -12,6 +12,7 @@ namespace {
 inline Ints set_bytes(uint32_t byte) { return set(static_cast<int32_t>(byte * 0x01010101u)); }
 
 #include "activation_kernel.h"
+#include "combine_kernel.h"
 #include "float_kernel.h"
 #include "quantize.h"
 #include "quantized_kernel.h"
@@ -19,6 +20,6 @@ inline Ints set_bytes(uint32_t byte) { return set(static_cast<int32_t>(byte * 0x
 }  // namespace
 
 extern const Kernels RQ_KERNELS;
-const Kernels RQ_KERNELS = {RQ_KERNELS_NAME, multiply_floats, multiply_quantized, quantize, activate};
+const Kernels RQ_KERNELS = {RQ_KERNELS_NAME, multiply_floats, multiply_quantized, quantize, activate, combine};
 
 }  // namespace rq

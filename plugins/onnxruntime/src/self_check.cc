@@ -88,6 +88,17 @@ bool activations_agree(const Kernels& kernels, Random& random) {
   return true;
 }
 
+bool sums_agree(const Kernels& kernels, Random& random) {
+  constexpr int64_t kRowsOfASum = 3, kLength = 139;
+  std::vector<float> x(kRowsOfASum * kLength), gates(kRowsOfASum), out(kLength), expected(kLength);
+  for (float& value : x) value = random.real();
+  for (float& gate : gates) gate = random.real();
+  const float* rows[] = {x.data() + kLength, x.data(), x.data() + 2 * kLength};
+  kernels.combine(rows, gates.data(), kRowsOfASum, kLength, out.data());
+  kPlainKernels.combine(rows, gates.data(), kRowsOfASum, kLength, expected.data());
+  return same(out, expected);
+}
+
 }  // namespace
 
 bool agrees_with_plain(const Kernels& kernels) {
@@ -96,7 +107,7 @@ bool agrees_with_plain(const Kernels& kernels) {
   for (Storage storage : {Storage::fp32, Storage::fp16, Storage::bf16, Storage::int8, Storage::int4}) {
     if (!storage_agrees(kernels, storage, random)) return false;
   }
-  return activations_agree(kernels, random);
+  return activations_agree(kernels, random) && sums_agree(kernels, random);
 }
 
 }  // namespace rq

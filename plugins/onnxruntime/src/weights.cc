@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "huge_pages.h"
+
 namespace rq {
 namespace {
 
@@ -67,6 +69,9 @@ SlotWeights::Bound SlotWeights::bind(const Context& context, size_t first, int64
       bound.block = bound.groups[f].block;
     }
     bound.slot_bytes[f] = static_cast<size_t>(panels) * bound.groups[f].panel_bytes;
+  }
+  if (!bound_.exchange(true)) {
+    for (int f = 0; f < 3; ++f) prefer_huge_pages(bound.groups[f].data, bound.slot_bytes[f] * static_cast<size_t>(members_[f]));
   }
   return bound;
 }

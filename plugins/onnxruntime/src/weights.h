@@ -1,6 +1,8 @@
 // The weights of ExpertGemm: three groups of inputs, one for each kind of format, and which slot is where.
 #pragma once
 
+#include <atomic>
+
 #include "kernels.h"
 #include "op.h"
 
@@ -31,6 +33,7 @@ class SlotWeights {
  private:
   std::vector<int64_t> formats_, places_;
   int64_t members_[3] = {};  // places of each group
+  mutable std::atomic<bool> bound_{false};
 };
 
 }  // namespace rq

@@ -1,0 +1,45 @@
+"""Where a figure comes from: the processor, the commit and the versions that it was measured with."""
+
+import platform
+import re
+import subprocess
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def processor() -> str:
+    """Its name with family and model: in a virtual machine the name alone may be that of several generations."""
+    text = CPU_INFO.read_text() if CPU_INFO.is_file() else ""
+    found = [re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")]
+    name, family, model = (match[1].strip() if match else "" for match in found)
+    if not name:
+        return platform.processor() or platform.machine()
+    return f"{name}, family {family} model {model}" if family else name
+
+
+def provenance(*packages: str) -> dict[str, str]:
+    """Commit ("+" if the tree has changes), date, and the versions of ``packages`` that are installed."""
+    versions = {package: found for package in packages if (found := _version(package))}
+    return {"commit": _commit(), "date": date.today().isoformat()} | versions
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or the sources without their history
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

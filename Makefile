@@ -88,7 +88,7 @@ wheel: $(INSTALLED) ## sdist and manylinux wheel in dist/, installed in an empty
 	cp build/dist/*.tar.gz dist
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install --quiet dist/*.whl 'pytest>=8' 'hypothesis>=6' 'jsonschema>=4' 'tritonclient[grpc]>=2.49'
-	build/wheel/bin/python -P -m pytest -m quick $$(grep -l mark.quick tests/test_*.py)
+	cd tests && ../build/wheel/bin/python -P -m pytest -m quick $$(grep -l mark.quick test_*.py)
 
 clean: ## remove what these made
 	rm -rf .venv $(TRITON) build demo dist

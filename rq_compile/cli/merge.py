@@ -19,8 +19,11 @@ from rq_compile.errors import UserError
 def command(screen: Screen, calibrations: tuple[Path, ...], output: Path) -> None:
     """Add up calibrations of one model on different texts."""
     check_place(output, list(calibrations), statistics=True)
-    if len({path.resolve() for path in calibrations}) < max(2, len(calibrations)):
-        raise UserError("merge takes two different calibrations or more; give each once", 2)
+    different = len({path.resolve() for path in calibrations})
+    if different < max(2, len(calibrations)):
+        raise UserError(
+            f"merge takes two different calibrations or more, {different} of {len(calibrations)} are; give each once", 2
+        )
 
     from rq_compile import spill
     from rq_compile.calibration.merge import merge, merge_statistics

@@ -16,9 +16,10 @@ from torch import nn
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
-from rq_compile.calibration.calibrate import block_of, work_of
+from rq_compile.calibration.calibrate import work_of
 from rq_compile.calibration.measure import MAX_PAIRS
 from rq_compile.calibration.memory import used_memory
+from rq_compile.calibration.stored import block_of
 from rq_compile.errors import UserError
 from rq_compile.files import Document, Name
 from rq_compile.planning.budget import enough_for

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
@@ -19,14 +19,14 @@ from rq_compile.calibration.memory import Way, choose_way
 from rq_compile.calibration.recording import LayerRecording, record_whole_model
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
 from rq_compile.calibration.statistics import tensors_of
+from rq_compile.calibration.stored import layers_to_measure, lossless_format, stored_layer
 from rq_compile.calibration.streaming import record_layer_by_layer
 from rq_compile.calibration.text import Batch, batches, tokenize
 from rq_compile.calibration.unfinished import InProcess, Unfinished
 from rq_compile.calibration.wanda import WANDA_FRACTION
-from rq_compile.checkpoint.storage.weight import Plain, Weight
 from rq_compile.errors import UserError
 from rq_compile.files import sha256
-from rq_compile.quantization.formats import BITS, BLOCKS, FORMATS, Block, Format, Quantizer
+from rq_compile.quantization.formats import Block, Quantizer
 
 # What the recorded inputs of all layers may take on disk where the model runs as a whole. Beyond, an even sample of the tokens is
 # measured (all are counted).
@@ -122,10 +122,7 @@ def calibrate(
     use_threads()
     for text in (work.way.reason, *remarks_on_ties(model)):
         remark(text)
-    layers = [
-        replace(layer, geometry=layer.geometry.model_copy(update={"block": block or block_of(model.stored_experts(layer))}))
-        for layer in work.layers
-    ]
+    layers = layers_to_measure(model, block)
     report = _Report(progress, detail, work.total, len(layers), sum(layer.geometry.experts for layer in layers))
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     kept = kept if kept is not None and not work.way.whole else InProcess()
@@ -169,7 +166,7 @@ def calibrate(
         model_type=model.model_type,
         fingerprint=model.fingerprint,
         tokenizer=sha256(model.path / "tokenizer.json"),
-        dtype=_lossless_format(model, measured_layers),
+        dtype=lossless_format(model, measured_layers),
         texts=[
             CalibrationText(name=name, sha256=digest, tokens=len(ids))
             for (name, digest), ids in zip(digests.items(), work.tokens, strict=True)
@@ -268,26 +265,8 @@ def _measure(
     return measurement.scaled(recording.load, recording.tokens / len(ids))
 
 
-def block_of(experts: Sequence[Weight]) -> Block:
-    """The most weights that share a scale in slots that hold what ``experts`` are stored as; 128 where none can."""
-    groups = {weight.integer_group for weight in experts if not isinstance(weight, Plain)}
-    if not groups or None in groups:
-        return BLOCKS[0]
-    smallest = min(group for group in groups if group is not None)
-    return next((block for block in BLOCKS if smallest % block == 0), BLOCKS[0])
-
-
-def _lossless_format(model: Model, layers: Sequence[LayerCalibration]) -> Format:
-    """The smallest format that stores every expert of a quantized checkpoint as it is; of another checkpoint its own."""
-    if not model.quantized:
-        return model.dtype
-    lossless = [format for format in FORMATS if all(not any(layer.error.get(format, [1.0])) for layer in layers)]
-    return min(lossless, key=lambda format: (BITS[format], format != model.dtype))
-
-
 def _layer_calibration(model: Model, recording: LayerRecording, measurement: LayerMeasurement) -> LayerCalibration:
     errors, estimated = relative_errors(measurement, recording.load)
-    experts = model.stored_experts(recording.layer)
     return LayerCalibration(
         name=recording.layer.name,
         index=recording.layer.index,
@@ -296,8 +275,7 @@ def _layer_calibration(model: Model, recording: LayerRecording, measurement: Lay
         text_loads=recording.text_loads.tolist(),
         batch_loads=[load.tolist() for load in recording.batch_loads],
         dropped=recording.dropped,
-        stored_as=sorted({weight.format for weight in experts if not isinstance(weight, Plain)}) if model.quantized else None,
-        stored_bytes=model.stored_bytes[recording.layer.name] if model.quantized else None,
+        **stored_layer(model, recording.layer),
         wanda=legible(measurement.wanda),
         error={format: legible(error) for format, error in errors.items()},
         estimated=np.flatnonzero(estimated).tolist(),

@@ -40,8 +40,7 @@ def merge(calibrations: dict[Path, Calibration]) -> Calibration:
     (first_path, first), *others = calibrations.items()
     for path, calibration in calibrations.items():
         if any(layer.sums is None for layer in calibration.layers):
-            why = "was written before schema version 2" if calibration.measured_tokens else "has loads that a server recorded"
-            raise UserError(f"{path} {why}, and so has no sums to add; calibrate again on its texts", 2)
+            raise UserError(f"{path} {_why_no_sums(calibration)}, and so has no sums to add; calibrate again on texts", 2)
     for path, other in others:
         _check_alike(first, first_path, other, path)
     texts = [text for calibration in calibrations.values() for text in calibration.texts]
@@ -84,6 +83,12 @@ def merge_statistics(layers: Sequence[LayerCalibration], several: Sequence[Stati
 
 def _sum(moments: Iterable[np.ndarray]) -> np.ndarray:
     return reduce(np.add, moments)
+
+
+def _why_no_sums(calibration: Calibration) -> str:
+    if calibration.data_free:
+        return "ran no text"
+    return "was written before schema version 2" if calibration.measured_tokens else "has loads that a server recorded"
 
 
 def _check_alike(first: Calibration, first_path: Path, other: Calibration, path: Path) -> None:

@@ -177,6 +177,7 @@ class Calibration(Versioned):
     batch_size: int = Field(ge=1, le=2**20)
     sequence_length: int = Field(ge=1, le=2**24)
     wanda_fraction: float = Field(gt=0, le=1)
+    data_free: bool = Field(default=False, description="no text was run: loads are uniform, errors those of the weights")
     quantizer: Quantizer
     statistics: StatisticsFile | None
     extra_layers: int = Field(

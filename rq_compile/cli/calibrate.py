@@ -16,7 +16,6 @@ from rq_compile.cli.options import (
     batch_size_option,
     dry_run_option,
     given_options,
-    read_texts,
     sequence_length_option,
     text_option,
 )
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
 # The options that say how the model is run and measured.
 MEASURING = (
     "texts",
+    "field",
+    "samples",
+    "seed",
     "batch_size",
     "sequence_length",
     "wanda_fraction",
@@ -37,6 +39,7 @@ MEASURING = (
     "block",
     "memory_limit",
     "device",
+    "data_free",
     "fresh",
     "dry_run",
 )
@@ -45,6 +48,11 @@ MEASURING = (
 @click.command("calibrate")
 @click.argument("folder", metavar="MODEL", type=FILE)
 @text_option
+@click.option("--field", help="Of .jsonl and .parquet files: what to read of every row. Default: text, else messages.")
+@click.option(
+    "--samples", type=click.IntRange(1), help="Of .jsonl and .parquet files: rows to run, chosen at random. Default: all."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="With --samples: another choice of rows.")
 @click.option("-o", "--output", type=FILE, required=True, help="The calibration to write (.json).")
 @batch_size_option
 @sequence_length_option
@@ -84,6 +92,7 @@ MEASURING = (
 )
 @click.option("--from-loads", type=FILE, multiple=True, help="Loads that SGLang or TensorRT-LLM recorded; repeatable.")
 @click.option("--calibration", "earlier", type=FILE, help="With --from-loads: the calibration to put these loads into.")
+@click.option("--data-free", is_flag=True, help="Run no text: uniform loads, and errors from the weights alone.")
 @click.option("--fresh", is_flag=True, help="Start over, where an interrupted calibration could be continued.")
 @dry_run_option
 @on_screen
@@ -91,6 +100,9 @@ def command(
     screen: Screen,
     folder: Path,
     texts: tuple[Path, ...],
+    field: str | None,
+    samples: int | None,
+    seed: int,
     output: Path,
     dry_run: bool,
     batch_size: int,
@@ -102,20 +114,34 @@ def command(
     device: str,
     from_loads: tuple[Path, ...],
     earlier: Path | None,
+    data_free: bool,
     fresh: bool,
 ) -> None:
     """Run MODEL over text: each expert's load, importance and errors.
 
     With --from-loads nothing is run: the loads of an earlier calibration are replaced by those that a server recorded.
     """
-    check_place(output, [*texts, *from_loads, *([earlier] if earlier else [])], statistics=quantizer == "gptq" and not from_loads)
+    check_place(
+        output,
+        [*texts, *from_loads, *([earlier] if earlier else [])],
+        statistics=quantizer == "gptq" and not (from_loads or data_free),
+    )
     if from_loads or earlier:
         from_recorded_loads(screen, folder, output, from_loads, earlier)
         return
-    contents = read_texts(texts)
+    if data_free:
+        without_text(
+            screen, folder, output, block=None if block == "auto" else cast("Block", int(block)), fraction=wanda_fraction
+        )
+        return
+    from rq_compile.texts import chat_template, has_rows, read_texts
+
+    check_rows([path for path in texts if not has_rows(path)])
+    contents = read_texts(texts, field=field, samples=samples, seed=seed, render=chat_template(folder))
 
     from rq_compile import spill
     from rq_compile.calibration.calibrate import calibrate
+    from rq_compile.calibration.coverage import few_tokens
     from rq_compile.calibration.statistics import write_with_statistics
     from rq_compile.calibration.unfinished import unfinished
     from rq_compile.cli.tables import calibration_tables
@@ -156,6 +182,8 @@ def command(
                 kept=kept,
             )
         calibration = write_with_statistics(calibration, statistics, output)
+    if remark := few_tokens(calibration):
+        screen.note(remark)
     screen.note(f"wrote {output}" + (f" and {calibration.statistics.name}" if calibration.statistics else ""))
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)
 
@@ -170,6 +198,40 @@ def check_place(output: Path, inputs: list[Path], *, statistics: bool) -> None:
         raise UserError(f"-o {output} names the calibration, whose statistics go into a .safetensors; end it in .json", 2)
     outputs = {output: document("calibration")} | ({output.with_suffix(".safetensors"): STATISTICS} if statistics else {})
     check_outputs(outputs, inputs)
+
+
+def check_rows(plain: list[Path]) -> None:
+    """``plain``: the texts that have no rows.
+
+    Raises:
+        UserError: an option that chooses among rows would not apply to one of them.
+    """
+    for name, option in given_options().items():
+        if name in ("field", "samples", "seed") and plain:
+            raise UserError(
+                f"{option} is for the rows of .jsonl and .parquet files, and --text {plain[0]} has none; leave it out", 2
+            )
+
+
+def without_text(screen: Screen, folder: Path, output: Path, *, block: Block | None, fraction: float) -> None:
+    """
+    Raises:
+        UserError: an option has no effect, or a weight is not finite.
+    """
+    for name, option in given_options().items():
+        if name in MEASURING and name not in ("block", "wanda_fraction", "data_free"):
+            raise UserError(f"{option} has no effect with --data-free, which runs no text; leave one of the two out", 2)
+
+    from rq_compile.calibration.data_free import data_free
+    from rq_compile.cli.tables import calibration_tables
+    from rq_compile.files import write_document
+
+    model = opened(screen, folder)
+    with screen.progress("measuring weights", "experts") as progress:
+        calibration = data_free(model, progress=progress, block=block, wanda_fraction=fraction)
+    write_document(calibration, output)
+    screen.note(f"wrote {output}")
+    screen.result(calibration, *calibration_tables(calibration), asked_for=False)
 
 
 def from_recorded_loads(screen: Screen, folder: Path, output: Path, paths: tuple[Path, ...], earlier: Path | None) -> None:

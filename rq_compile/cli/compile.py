@@ -17,7 +17,6 @@ from rq_compile.cli.options import (
     given_options,
     parse_options,
     planning_options,
-    read_texts,
     sequence_length_option,
     text_option,
 )
@@ -103,7 +102,9 @@ def command(
         refuse_planning_options()
     elif not texts:
         raise UserError("compiling needs a plan; give --plan FILE, or --text FILE to calibrate and plan first", 2)
-    contents = read_texts(texts) if plan_path is None else {}
+    from rq_compile.texts import chat_template, read_texts
+
+    contents = read_texts(texts, render=chat_template(folder)) if plan_path is None else {}
     options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies)
     shape: dict[str, Any] = {"dense_format": dense_format, "link_weights": link_weights, "threads": threads}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rq_compile.cli.opened import opened
-from rq_compile.cli.options import FILE, read_texts, sequence_length_option, text_option, threads_option
+from rq_compile.cli.options import FILE, sequence_length_option, text_option, threads_option
 from rq_compile.cli.screen import Screen, on_screen
 
 
@@ -22,7 +22,9 @@ def command(
     screen: Screen, engine: Path, reference: Path, texts: tuple[Path, ...], sequence_length: int, threads: int | None
 ) -> None:
     """Perplexity, agreement, KL and LIS of ENGINE on held-out text."""
-    contents = read_texts(texts)
+    from rq_compile.texts import chat_template, read_texts
+
+    contents = read_texts(texts, render=chat_template(reference))
 
     from rq_compile.cli.compile import check_same_model
     from rq_compile.cli.tables import evaluation_tables

@@ -50,7 +50,9 @@ class ByteSize(click.ParamType):
 SIZE = ByteSize()
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
-text_option = click.option("--text", "texts", type=FILE, multiple=True, help="A text file to run; repeatable.")
+text_option = click.option(
+    "--text", "texts", type=FILE, multiple=True, help="A file to run (.txt, .jsonl, .parquet), or a pattern; repeatable."
+)
 batch_size_option = click.option(
     "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences that run together."
 )
@@ -105,32 +107,6 @@ def parse_options(pairs: tuple[str, ...], *, policy: str, mixed_copies: bool) ->
         except ValueError:
             parsed[key] = value
     return parsed | ({"mixed_copies": True} if mixed_copies else {})
-
-
-def read_texts(paths: tuple[Path, ...]) -> dict[str, str]:
-    """File name -> content, without a byte order mark at its start.
-
-    Raises:
-        UserError: no file was given, one cannot be read, is not UTF-8 text, is empty, or two have the same name.
-    """
-    if not paths:
-        raise UserError("there is no text to run; give at least one --text FILE", 2)
-    texts: dict[str, str] = {}
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise UserError(f"cannot read --text {path}: {error.strerror}; check the path", 2) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--text {path} is not UTF-8 text; convert it or give another file", 2) from error
-        if (place := text.find("\0")) >= 0:
-            raise UserError(f"--text {path} has a NUL character (number {place}), as binary files do; give a text file", 2)
-        if not text.strip():
-            raise UserError(f"--text {path} is empty; give a file with text", 2)
-        if path.name in texts:
-            raise UserError(f"two --text files are named {path.name}; rename one, as results are listed by name", 2)
-        texts[path.name] = text
-    return texts
 
 
 def given_options() -> dict[str, str]:

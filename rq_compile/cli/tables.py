@@ -108,7 +108,9 @@ def calibration_tables(calibration: Calibration) -> list[RenderableType]:
         LIS=f"{sum(map(lis, layers)) / len(layers):.3f} on average, at most {lis(worst):.3f} (layer {worst.index})",
         lossless=" ".join(format for format in FORMATS if format not in costly) or "in no format",
     )
-    if not calibration.measured_tokens:
+    if calibration.data_free:
+        head.add_row("measured", "on no text: loads are taken to be uniform, errors are estimated from the weights alone")
+    elif not calibration.measured_tokens:
         head.add_row("measured", "on none of these tokens: errors are an earlier calibration's, scaled by the experts' shares")
     elif calibration.measured_tokens < calibration.tokens:
         head.add_row("measured", f"on {calibration.measured_tokens} tokens, evenly spread")

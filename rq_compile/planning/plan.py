@@ -28,6 +28,12 @@ class CommonOptions(Document):
     tokens: Count = 0
 
 
+DATA_FREE = (
+    "No text was run (calibrate --data-free): loads are taken to be uniform, so that nothing is balanced, and errors are "
+    "estimated from the weights alone; calibrate on text for a plan of what the model does."
+)
+
+
 def make_plan(
     calibration: Calibration,
     *,
@@ -76,7 +82,7 @@ def make_plan(
         memory=memory,
         ranks=ranks,
         optimality=decision.optimality,
-        remarks=[*remarks(problem, layers), *decision.remarks],
+        remarks=[*([DATA_FREE] if calibration.data_free else []), *remarks(problem, layers), *decision.remarks],
         extra_layers=calibration.extra_layers,
         layers=layers,
     )

@@ -1,0 +1,107 @@
+"""A calibration without any text: what weights alone tell of a format's errors, at loads that are all alike.
+
+An expert's output changes relatively about as much as its weights do, and each expert is taken to give as much of its layer's
+output as any other: ``error[format][e]`` is the relative squared change of its weights over the number of experts. Weights are
+rounded to the nearest, as there are no inputs for GPTQ to look at; ``wanda`` scores weights by their magnitude.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+
+from rq_compile import __version__
+from rq_compile.architectures.layers import ExpertWeights, MoeLayer
+from rq_compile.architectures.model import Model
+from rq_compile.calibration.calibrate import layers_to_measure, legible, lossless_format, stored_layer
+from rq_compile.calibration.expert import in_format, weight_error
+from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
+from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
+from rq_compile.quantization.formats import FORMATS, Block
+from rq_compile.standalone.limits import default_threads
+
+NO_TEXT = "no text"
+
+
+def data_free(
+    model: Model,
+    *,
+    progress: Callable[[int, int], None],
+    block: Block | None = None,
+    wanda_fraction: float = WANDA_FRACTION,
+) -> Calibration:
+    """Read every expert once and measure what each format changes of it. One token is counted for every expert, which goes to
+    ``top_k`` of them. ``progress(done, total)`` counts experts; for the rest see ``calibrate``.
+
+    Raises:
+        UserError: a weight is not a finite number.
+    """
+    layers = layers_to_measure(model, block)
+    total = sum(layer.geometry.experts for layer in layers)
+    done = 0
+    measured = []
+    for layer in layers:
+        experts = []
+        for expert in _experts(model, layer, wanda_fraction):
+            experts.append(expert)
+            done += 1
+            progress(done, total)
+        measured.append(_layer(model, layer, experts))
+    tokens = max(layer.geometry.experts for layer in layers)
+    return Calibration(
+        tool=f"rq-compile {__version__}",
+        model=model.name,
+        model_type=model.model_type,
+        fingerprint=model.fingerprint,
+        dtype=lossless_format(model, measured),
+        texts=[CalibrationText(name=NO_TEXT, sha256=hashlib.sha256(b"").hexdigest(), tokens=tokens)],
+        tokens=tokens,
+        measured_tokens=0,
+        padding_tokens=0,
+        batch_size=1,
+        sequence_length=tokens,
+        wanda_fraction=wanda_fraction,
+        quantizer="nearest",
+        statistics=None,
+        data_free=True,
+        extra_layers=model.extra_layers,
+        layers=measured,
+    )
+
+
+def _experts(model: Model, layer: MoeLayer, wanda_fraction: float) -> Iterator[tuple[list[float], float]]:
+    """Of each expert, in order: its weights' relative squared change in every format, and their score."""
+    threads = default_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, layer.geometry.experts, threads):
+            some = range(start, min(start + threads, layer.geometry.experts))
+            yield from pool.map(partial(_measured, model, layer, wanda_fraction), some)
+
+
+def _measured(model: Model, layer: MoeLayer, wanda_fraction: float, expert: int) -> tuple[list[float], float]:
+    weights: ExpertWeights = model.expert(layer, expert)
+    original = in_format(weights, "fp32")
+    errors = [weight_error(in_format(original, format, layer.geometry.block), original) for format in FORMATS]
+    matrices = [(matrix, np.ones(matrix.shape[1], np.float32)) for matrix in (original.up, original.down)]
+    return errors, wanda_score(matrices, wanda_fraction)
+
+
+def _layer(model: Model, layer: MoeLayer, experts: list[tuple[list[float], float]]) -> LayerCalibration:
+    count = layer.geometry.experts
+    load = [layer.geometry.top_k] * count
+    return LayerCalibration(
+        name=layer.name,
+        index=layer.index,
+        geometry=layer.geometry,
+        load=load,
+        text_loads=[load],
+        batch_loads=[load],
+        **stored_layer(model, layer),
+        wanda=legible(np.array([score for _, score in experts])),
+        error={
+            format: legible(np.array([errors[number] for errors, _ in experts]) / count) for number, format in enumerate(FORMATS)
+        },
+        estimated=list(range(count)),
+    )

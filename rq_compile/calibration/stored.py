@@ -1,0 +1,44 @@
+"""What a calibration says of how the checkpoint stores its experts, and how slots may hold what it stores."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.model import Model
+from rq_compile.calibration.schema import LayerCalibration
+from rq_compile.checkpoint.storage.weight import Plain, Weight
+from rq_compile.quantization.formats import BITS, BLOCKS, FORMATS, Block, Format
+
+
+def layers_to_measure(model: Model, block: Block | None) -> list[MoeLayer]:
+    """The model's layers, to be rounded in blocks of ``block`` weights; None: see ``block_of``."""
+    return [
+        replace(layer, geometry=layer.geometry.model_copy(update={"block": block or block_of(model.stored_experts(layer))}))
+        for layer in model.layers
+    ]
+
+
+def stored_layer(model: Model, layer: MoeLayer) -> dict[str, Any]:
+    """``stored_as`` and ``stored_bytes`` of ``LayerCalibration``."""
+    if not model.quantized:
+        return {}
+    formats = {weight.format for weight in model.stored_experts(layer) if not isinstance(weight, Plain)}
+    return {"stored_as": sorted(formats), "stored_bytes": model.stored_bytes[layer.name]}
+
+
+def block_of(experts: Sequence[Weight]) -> Block:
+    """The most weights that share a scale in slots that hold what ``experts`` are stored as; 128 where none can."""
+    groups = {weight.integer_group for weight in experts if not isinstance(weight, Plain)}
+    if not groups or None in groups:
+        return BLOCKS[0]
+    smallest = min(group for group in groups if group is not None)
+    return next((block for block in BLOCKS if smallest % block == 0), BLOCKS[0])
+
+
+def lossless_format(model: Model, layers: Sequence[LayerCalibration]) -> Format:
+    """The smallest format that stores every expert of a quantized checkpoint as it is; of another checkpoint its own."""
+    if not model.quantized:
+        return model.dtype
+    lossless = [format for format in FORMATS if all(not any(layer.error.get(format, [1.0])) for layer in layers)]
+    return min(lossless, key=lambda format: (BITS[format], format != model.dtype))

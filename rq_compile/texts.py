@@ -1,0 +1,194 @@
+"""Texts as people have them: plain files, rows of JSON lines or Parquet, and conversations through a model's chat template."""
+
+import glob
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rq_compile.errors import UserError
+
+# Fields of a row that are looked for, in this order, where none is named.
+FIELDS = ("text", "messages")
+BETWEEN = "\n\n"
+Messages = list[dict[str, Any]]
+Render = Callable[[Messages], str]
+
+
+def read_texts(
+    paths: Sequence[Path],
+    *,
+    field: str | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    render: Render | None = None,
+) -> dict[str, str]:
+    """File name -> content, without a byte order mark at its start.
+
+    A path may be a pattern (``*``, ``?``, ``[]``). Of .jsonl and .parquet files, ``field`` of every row is taken (by default
+    ``text``, else ``messages``), or of ``samples`` rows that ``seed`` chooses; where it is a list of messages, ``render`` makes a
+    text of it.
+
+    Raises:
+        UserError: no file was given, one cannot be read, is not UTF-8 text, is empty or has no such field, or two have the same
+            name.
+    """
+    if not paths:
+        raise UserError("there is no text to run; give at least one --text FILE", 2)
+    texts: dict[str, str] = {}
+    for path in (found for given in paths for found in _files(given)):
+        rows = _rows(path)
+        text = _plain(path) if rows is None else BETWEEN.join(_chosen(path, rows, field, samples, seed, render))
+        if not text.strip():
+            raise UserError(f"--text {path} is empty; give a file with text", 2)
+        if path.name in texts:
+            raise UserError(f"two --text files are named {path.name}; rename one, as results are listed by name", 2)
+        texts[path.name] = text
+    return texts
+
+
+def has_rows(path: Path) -> bool:
+    return path.suffix in (".jsonl", ".parquet")
+
+
+def _files(given: Path) -> list[Path]:
+    if given.exists() or not glob.has_magic(str(given)):
+        return [given]
+    found = [Path(name) for name in sorted(glob.glob(str(given), recursive=True)) if Path(name).is_file()]
+    if not found:
+        raise UserError(f"no file matches --text {given}; check the pattern", 2)
+    return found
+
+
+def _plain(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read --text {path}: {error.strerror}; check the path", 2) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {path} is not UTF-8 text; convert it or give another file", 2) from error
+    if (place := text.find("\0")) >= 0:
+        raise UserError(f"--text {path} has a NUL character (number {place}), as binary files do; give a text file", 2)
+    return text
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]] | None:
+    """None where the file is plain text."""
+    if path.suffix == ".jsonl":
+        return _json_lines(path)
+    return _parquet(path) if path.suffix == ".parquet" else None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(f"line {number} of --text {path} is not a JSON object; give one object a line", 2)
+                    yield row
+    except OSError as error:
+        raise UserError(f"cannot read --text {path}: {error.strerror}; check the path", 2) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {path} is not UTF-8 text; convert it or give another file", 2) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"line {number} of --text {path} is not JSON; give one object a line, or rename plain text", 2) from error
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"--text {path} is read by pyarrow, which is not installed; run pip install pyarrow", 2) from error
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read --text {path}: {reason}; give a Parquet file", 2) from error
+
+
+def _chosen(
+    path: Path, rows: Iterator[dict[str, Any]], field: str | None, samples: int | None, seed: int, render: Render | None
+) -> Iterator[str]:
+    """The texts of all rows, or of so many samples, in the order of the file."""
+    kept = rows if samples is None else iter(_sampled(rows, samples, seed))
+    for row in kept:
+        name = field or next((name for name in FIELDS if name in row), None)
+        if name is None or name not in row:
+            fields = ", ".join(map(str, row)) or "none"
+            wanted = field or " or ".join(FIELDS)
+            raise UserError(f"a row of --text {path} has no field {wanted} (its fields: {fields}); name one with --field", 2)
+        value = row[name]
+        if _is_conversation(value):
+            if render is None:
+                raise UserError(f"--text {path} holds conversations, and there is no chat template to write them by here", 2)
+            yield render(value)
+        elif isinstance(value, str):
+            yield value
+        else:
+            raise UserError(f"the field {name} of a row of --text {path} is no text; name another with --field", 2)
+
+
+def _sampled(rows: Iterator[dict[str, Any]], samples: int, seed: int) -> list[dict[str, Any]]:
+    """Reservoir sampling (Vitter's Algorithm R), which holds no more rows than it keeps; in the order of the file."""
+    chance = random.Random(seed)
+    kept: list[tuple[int, dict[str, Any]]] = []
+    for number, row in enumerate(rows):
+        if number < samples:
+            kept.append((number, row))
+        elif (place := chance.randrange(number + 1)) < samples:
+            kept[place] = (number, row)
+    return [row for _, row in sorted(kept, key=lambda pair: pair[0])]
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and "role" in turn for turn in value)
+
+
+def chat_template(folder: Path) -> Render:
+    """Writes conversations as the tokenizer of the checkpoint in ``folder`` says.
+
+    Raises:
+        UserError: when called: it has no chat template, or one that refuses the conversation.
+    """
+
+    def render(messages: Messages) -> str:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = _template(folder)
+        if template is None:
+            raise UserError(f"{folder} has no chat template for the messages of --text; name a field of text with --field", 2)
+        settings = _settings(folder)
+        given = {name: settings.get(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        tokens: Any = {name: token["content"] if isinstance(token, dict) else token for name, token in given.items()}
+        try:
+            rendered: Any = render_jinja_template([messages], chat_template=template, **tokens)
+        except TemplateError as error:
+            raise UserError(f"the chat template of {folder} refuses a conversation: {error}; leave it out", 2) from error
+        texts, _ = rendered
+        return texts[0]
+
+    return render
+
+
+def _template(folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _settings(folder).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    return template
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    from rq_compile.checkpoint.folder import read_json
+
+    file = folder / "tokenizer_config.json"
+    return read_json(file) if file.is_file() else {}

@@ -31,7 +31,7 @@ said: dict[str, str] = {}
 
 def faults(message: str) -> list[str]:
     """What is wrong with ``message``, which a user was told; empty if nothing is."""
-    problem, _, way_out = message.rpartition("; ")
+    problem, _, way_out = message.partition("; ")
     found = {
         "more than one line": "\n" in message,
         "ends in a full stop": re.search(r"\S\.$", message) is not None,

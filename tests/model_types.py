@@ -120,6 +120,7 @@ REFUSED = {
 }
 # Known not to work, for reasons of their own; a checkpoint of them is refused where it fails.
 NOT_TRIED = {
+    "deepseek_ocr2": "its vision tower has no small config yet",
     "diffusion_gemma": "it does not decode from left to right",
     "ernie4_5_vl_moe": "experts of its own for images",
     "glm4v_moe": "rotary positions of three axes",

@@ -67,7 +67,7 @@ def described_kernels(tmp_path_factory):
     (folder / "image").write_bytes(b"none")
     script = """
 import json, sys
-sys.path.append(sys.argv[1])
+sys.path.insert(0, sys.argv[1])  # before the package `build`
 from build import describe
 from rq_kernels import tiles
 from rq_kernels.variants import variants

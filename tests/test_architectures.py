@@ -240,18 +240,6 @@ def test_lists_the_supported_families(tiny_checkpoint: Callable[[str], Path], tm
     assert all(family in str(caught.value) for family in FAMILIES)
 
 
-def test_refuses_mxfp4_blocks(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    shutil.copytree(tiny_checkpoint("gpt_oss"), tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    tensors = load_file(file)
-    for name in [name for name in tensors if name.endswith("_proj")]:
-        del tensors[name]
-        tensors[f"{name}_blocks"] = torch.zeros(4, 8, dtype=torch.uint8)
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"MXFP4 blocks; dequantize"):
-        Model.open(tmp_path / "model")
-
-
 @pytest.mark.parametrize("family", ["olmoe", "llama_moe"])
 def test_refuses_a_checkpoint_that_lacks_a_tensor(tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     shutil.copytree(tiny_checkpoint(family), tmp_path / "model")

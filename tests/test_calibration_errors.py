@@ -15,6 +15,7 @@ import torch
 from calibrated import LENGTH, SWIGLU, TEXTS, copied, run, with_tensor
 from torch import nn
 
+from rq_compile import spill
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.calibration import recording
@@ -139,7 +140,7 @@ def test_says_where_the_disk_is_full(tiny_checkpoint: Callable[[str], Path], mon
         def write(self, data: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(recording.tempfile, "TemporaryFile", lambda prefix: Full())
+    monkeypatch.setattr(spill.tempfile, "TemporaryFile", lambda prefix, dir: Full())
     refused(
         Model.open(tiny_checkpoint("phimoe")),
         rf"cannot keep the inputs of model\.layers\.0\.mlp\.experts in {tempfile.gettempdir()}: No space left on device; free",

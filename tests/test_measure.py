@@ -254,9 +254,10 @@ def test_a_format_that_cannot_hold_a_weight_costs_infinitely(tmp_path: Path, tin
     assert np.isinf(errors["fp16"]).tolist() == [False, True, False, False, False, True]
     assert all(np.isfinite(errors[format]).all() for format in ("fp32", "bf16", "int8", "int4"))
     calibration = run(Model.open(tiny_checkpoint("olmoe")))
-    layer = calibration.layers[0].model_copy(update={"error": {"fp16": errors["fp16"].tolist()}})
+    fp16 = [*errors["fp16"].tolist(), 0.0, 0.0]  # eight experts
+    layer = calibration.layers[0].model_copy(update={"error": {"fp16": fp16}, "sums": None})
     write_document(calibration.model_copy(update={"layers": [layer]}), tmp_path / "c.json")
-    assert read_document(Calibration, tmp_path / "c.json").layers[0].error["fp16"] == errors["fp16"].tolist()
+    assert read_document(Calibration, tmp_path / "c.json").layers[0].error["fp16"] == fp16
 
 
 def test_a_sample_of_an_expert_s_pairs_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,4 +56,4 @@ def test_messages_that_tests_provoked(rq_compile: Run, stages: Path, model: Path
         assert rq_compile(*arguments).exit_code == 2
     assert len(messages.said) >= 6
     wrong = [f"{place}: {faults}" for place, text in messages.said.items() if (faults := messages.faults(text))]
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)

@@ -177,8 +177,8 @@ def test_a_context_model_names_its_provider_and_its_gpu(unbuilt: Path) -> None:
     [
         (["--builder", "rtx"], ["--sm 80,89,120"]),
         (["--sm", "89", "--no-build"], ["--builder tensorrt", "leave --sm out"]),
-        (["--builder", "rtx", "--sm", "a", "--no-build"], ["--sm a is no list"]),
-        (["--builder", "rtx", "--sm", "8\N{SUPERSCRIPT TWO}", "--no-build"], ["is no list"]),
+        (["--builder", "rtx", "--sm", "a", "--no-build"], ["--sm a is not a list"]),
+        (["--builder", "rtx", "--sm", "8\N{SUPERSCRIPT TWO}", "--no-build"], ["is not a list"]),
         (["--profile", "batch=1", "--no-build"], ["--profile batch=1 is not a profile"]),
         (["--lowering", "stock"], ["--lowering has no effect on", ".onnx"]),
     ],

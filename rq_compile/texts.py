@@ -126,12 +126,16 @@ def _chosen(
         value = row[name]
         if _is_conversation(value):
             if render is None:
-                raise UserError(f"--text {path} holds conversations, and there is no chat template to write them by here", 2)
+                raise UserError(
+                    f"--text {path} holds conversations, and there is no chat template to write them by; "
+                    "give text, or name a field of text with --field",
+                    2,
+                )
             yield render(value)
         elif isinstance(value, str):
             yield value
         else:
-            raise UserError(f"the field {name} of a row of --text {path} is no text; name another with --field", 2)
+            raise UserError(f"the field {name} of a row of --text {path} is not text; name another with --field", 2)
 
 
 def _sampled(rows: Iterator[dict[str, Any]], samples: int, seed: int) -> list[dict[str, Any]]:

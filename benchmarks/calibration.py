@@ -51,6 +51,7 @@ SHAPES: dict[str, PretrainedConfig] = {
     "Qwen3-30B-A3B": Qwen3MoeConfig(
         **COMMON,
         hidden_size=2048,
+        intermediate_size=2048,  # of no layer
         moe_intermediate_size=768,
         num_attention_heads=32,
         num_key_value_heads=4,
@@ -62,6 +63,7 @@ SHAPES: dict[str, PretrainedConfig] = {
     "DeepSeek-V2-Lite": DeepseekV2Config(
         **COMMON,
         hidden_size=2048,
+        intermediate_size=2048,
         moe_intermediate_size=1408,
         num_attention_heads=16,
         q_lora_rank=None,

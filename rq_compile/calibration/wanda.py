@@ -33,11 +33,12 @@ def _mean_of_lowest(scores: torch.Tensor, count: int) -> float:
     sample = np.sort(scores[:: max(1, len(scores) // SAMPLE)].numpy())
     place, reach = count / len(scores) * len(sample), 4 * len(sample) ** 0.5
     # Beyond the sample's ends there may be others.
-    low = sample[int(place - reach)] if place >= reach else 0.0
-    high = sample[int(place + reach)] if place + reach < len(sample) else np.inf
-    is_below = scores < low
-    below, between = int(is_below.sum()), scores[(scores >= low) & (scores <= high)].numpy()
+    low = float(sample[int(place - reach)]) if place >= reach else 0.0
+    high = float(sample[int(place + reach)]) if place + reach < len(sample) else np.inf
+    below, between = int((scores < low).count_nonzero()), scores[(scores >= low) & (scores <= high)].numpy()
     if not 0 < count - below <= len(between):
-        is_below[:], below, between = False, 0, scores.numpy()
+        low, below, between = 0.0, 0, scores.numpy()
     between = np.partition(between, count - below - 1)[: count - below]
-    return float(((scores * is_below).sum(dtype=torch.float32).double() + between.sum(dtype=np.float64)) / count)
+    # What is not below counts as ``low``.
+    total = float(scores.clamp(max=low).sum()) - low * (len(scores) - below)
+    return (total + float(between.sum(dtype=np.float64))) / count

@@ -79,18 +79,19 @@ def _one_thread() -> Iterator[None]:
 
 def whole_moment(inputs: np.ndarray) -> SecondMoment:
     """Of ``inputs [n, columns]`` fp32 (may be mapped from disk); zeros without any."""
-    total = np.zeros((inputs.shape[1], inputs.shape[1]), np.float32)
+    total = torch.zeros(inputs.shape[1], inputs.shape[1])
     for start in range(0, len(inputs), ROWS_AT_ONCE):
-        some = inputs[start : start + ROWS_AT_ONCE]
-        total += some.T @ some
-    return SecondMoment(total)
+        some = torch.from_numpy(np.array(inputs[start : start + ROWS_AT_ONCE]))
+        total.addmm_(some.mT, some)
+    return SecondMoment(total.numpy())
 
 
 def block_products(inputs: np.ndarray, block: int) -> np.ndarray:
     """Sum of ``x x^T`` over ``inputs [n, columns]``, by blocks of columns, the last one filled up: ``[blocks, block, block]``."""
-    blocks = -(-inputs.shape[1] // block)
-    filled = np.pad(inputs, ((0, 0), (0, -inputs.shape[1] % block))).reshape(len(inputs), blocks, block).transpose(1, 0, 2)
-    return filled.transpose(0, 2, 1) @ filled
+    filled = torch.nn.functional.pad(torch.from_numpy(inputs), (0, -inputs.shape[1] % block))
+    # torch's threads, as what comes before and after: numpy's would keep the cores busy for a while, waiting for more.
+    blocks = filled.reshape(len(inputs), -1, block).transpose(0, 1)
+    return torch.bmm(blocks.mT, blocks).numpy()
 
 
 def block_moment(inputs: np.ndarray, block: int) -> SecondMoment:

@@ -10,6 +10,7 @@ from click.testing import Result
 from command_line import refused
 from safetensors.numpy import load_file
 
+from rq_compile.architectures.model import Model
 from rq_compile.calibration import memory
 
 Run = Callable[..., Result]
@@ -56,3 +57,12 @@ def test_refuses_them_where_nothing_is_run(
 ) -> None:
     given = ["--from-loads", "loads.json", "--calibration", stages / "calibration.json", "-o", out / "c.json"]
     refused(rq_compile("calibrate", model, *given, option, value), 2, f"{option} has no effect with --from-loads")
+
+
+def test_more_text_asks_for_more_disk_not_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LOADING", 1e9)
+    opened = Model.open(model)
+    limit = memory.used_memory() + memory.PROGRAM + 32 * 2**20
+    ways = [memory.choose_way(opened, opened.layers, rows=rows, limit=limit, device="cpu") for rows in (10_000, 10_000_000)]
+    assert [way.states_in_memory for way in ways] == [True, False]
+    assert ways[1].memory <= ways[0].memory

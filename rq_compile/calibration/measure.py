@@ -25,7 +25,7 @@ from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 # error on all of them; 512 are within 1 % (3 %).
 MAX_PAIRS = 256
 # Tokens of an expert that are run at a time.
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 # The square of fp32's rounding: what changes weights by less changes outputs by less than computing them in fp32 does.
 ROUNDING = 2.0**-48
 

@@ -1,0 +1,48 @@
+"""Logits of the last tokens alone, and prompts that run in pieces."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+from rq_compile.runtime.engine import Engine
+from rq_compile.targets.vocabulary import _rotates_by_length
+
+Command = Callable[..., Result]
+
+
+@pytest.mark.parametrize("kept", [1, 3, 9, 40, 0])
+def test_logits_of_the_last_tokens_are_the_last_of_all(stages: Path, kept: int) -> None:
+    engine = Engine.load(stages / "model.onnx", threads=1)
+    ids = np.random.default_rng(kept).integers(4, 99, (3, 9))
+    feeds = engine._accepted(engine._session, engine._feeds(ids, None, None)) | {"logits_to_keep": np.array([kept])}
+    some, every = engine._session.run(["logits"], feeds)[0], engine.logits(ids)
+    np.testing.assert_array_equal(some, every[:, -kept:] if kept else every)
+    del feeds["logits_to_keep"]
+    np.testing.assert_array_equal(engine._session.run(["logits"], feeds)[0], every[:, -1:])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 30, 31, 512, None])
+def test_a_prompt_in_pieces_is_continued_alike(stages: Path, chunk: int | None) -> None:
+    engine = Engine.load(stages / "model.onnx", threads=1)
+    assert engine.manifest.prefill_chunk == 512
+    prompt = np.random.default_rng(0).integers(4, 99, 31).tolist()
+    whole, pieces = (Engine(engine.path, engine.manifest.model_copy(update={"prefill_chunk": size}), 1) for size in (None, chunk))
+    assert list(pieces.generate(prompt, 12, stop=False)) == list(whole.generate(prompt, 12, stop=False))
+
+
+def test_rotations_that_follow_the_length_take_prompts_whole() -> None:
+
+    for parameters, by_length in (
+        ({"rope_type": "default", "rope_theta": 1e4}, False),
+        ({"rope_type": "yarn", "factor": 4.0}, False),
+        ({"rope_type": "dynamic", "factor": 4.0}, True),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}, True),
+        (None, False),
+    ):
+        model: Any = SimpleNamespace(text_config=SimpleNamespace(rope_parameters=parameters))
+        assert _rotates_by_length(model) == by_length

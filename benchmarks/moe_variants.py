@@ -25,7 +25,6 @@ from rq_compile.targets.partial_file import WRITTEN_AT_ONCE
 from rq_compile.targets.weights_file import locate, write_weights
 
 LAYER = "layer"
-DISTINCT = 2  # experts that differ; the others repeat them, each with bytes of its own
 
 
 class Batch(NamedTuple):
@@ -64,31 +63,46 @@ def formats_of(shape: Shape, format: str) -> list[Format]:
     return [("fp16", "int8", "int8", "int4", "int4", "int4", "int4", "int4")[e % 8] for e in range(shape.experts)]
 
 
-def random_experts(shape: Shape) -> list[ExpertWeights]:
-    random = np.random.default_rng(0)
+class Experts:
+    """Random experts, views of two matrices: each is a row further than the one before it.
 
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        return (random.standard_normal((rows, columns), np.float32) / np.sqrt(columns)).astype(np.float32)
+    So no two have the same bytes, which ONNX Runtime would keep once (it shares equal prepacked weights), and all together take
+    little more memory than one.
+    """
 
-    width, hidden = shape.intermediate, shape.hidden
-    distinct = [ExpertWeights(matrix(2 * width, hidden), matrix(hidden, width), None, None) for _ in range(DISTINCT)]
-    return [distinct[e % DISTINCT] for e in range(shape.experts)]
+    def __init__(self, shape: Shape) -> None:
+        random = np.random.default_rng(0)
+
+        def matrix(rows: int, columns: int) -> np.ndarray:
+            return (random.standard_normal((rows + shape.experts, columns), np.float32) / np.sqrt(columns)).astype(np.float32)
+
+        up, down = 2 * shape.intermediate, shape.hidden
+        self._bases = (matrix(up, shape.hidden), matrix(down, shape.intermediate))
+        self._quantized: dict[tuple[int, Format, Block], Quantized] = {}
+        self.all = [
+            ExpertWeights(self._bases[0][e : e + up], self._bases[1][e : e + down], None, None) for e in range(shape.experts)
+        ]
+
+    def quantized(self, weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128) -> Quantized:
+        """As ``quantize`` does: rows are independent, so each of the two matrices is quantized once."""
+        number = next(i for i, base in enumerate(self._bases) if weights.base is base)
+        base = self._bases[number]
+        key = (number, format, most)
+        if key not in self._quantized:
+            self._quantized[key] = quantize(base, format, moment, most)
+        first = (weights.ctypes.data - base.ctypes.data) // base.strides[0]
+        whole, rows = self._quantized[key], slice(first, first + len(weights))
+        return Quantized(whole.packed[rows], whole.scales[rows])
 
 
 class Builder:
-    """Builds sessions of one shape, their files in ``folder``. Quantizes a matrix once, however many experts repeat it."""
+    """Builds sessions of one shape, their files in ``folder``."""
 
     def __init__(self, shape: Shape, folder: Path) -> None:
         self.shape, self.folder = shape, folder
-        self.experts = random_experts(shape)
-        self._quantized: dict[tuple[int, str, int], Quantized] = {}
-        slot_weights.quantize = self._quantize
-
-    def _quantize(self, weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128) -> Quantized:
-        key = (id(weights), format, most)
-        if key not in self._quantized:
-            self._quantized[key] = quantize(weights, format, moment, most)
-        return self._quantized[key]
+        experts = Experts(shape)
+        self.experts, self._quantize = experts.all, experts.quantized
+        slot_weights.quantize = experts.quantized
 
     def rewritten(self, format: str, lowering: str, bits: int, threads: int) -> Run:
         """Lowering "native" or "stock", activations in ``bits``."""
@@ -122,27 +136,25 @@ class Builder:
         def matrix(weights: np.ndarray) -> np.ndarray:
             return weights if format == "fp32" else blocks(self._quantize(weights, format), format)  # type: ignore[arg-type]
 
-        up = [matrix(expert.up) for expert in self.experts[:DISTINCT]]
-        layer.set_weights("gate", self._of_all([m[:half] for m in up]))
-        layer.set_weights("linear", self._of_all([m[half:] for m in up]))
-        layer.set_weights("down", self._of_all([matrix(expert.down) for expert in self.experts[:DISTINCT]]))
+        up = [matrix(expert.up) for expert in self.experts]
+        layer.set_weights("gate", np.stack([m[:half] for m in up]))
+        layer.set_weights("linear", np.stack([m[half:] for m in up]))
+        layer.set_weights("down", np.stack([matrix(expert.down) for expert in self.experts]))
         return lambda batch: layer.run(batch.x, batch.ids, batch.gates)
-
-    def _of_all(self, distinct: list[np.ndarray]) -> np.ndarray:
-        return np.stack([distinct[e % DISTINCT] for e in range(self.shape.experts)])
 
     def _fused_model(self, format: str) -> onnx.ModelProto:
         shape, weights = self.shape, []
         attributes = {"k": shape.top_k, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
         for i in (1, 2):
-            matrices = [_interleaved(e.up) if i == 1 else e.down for e in self.experts[:DISTINCT]]
+            rows = _interleaved if i == 1 else np.asarray
+            matrices = [e.up if i == 1 else e.down for e in self.experts]
             if format == "fp32":
-                parts = {f"fc{i}": matrices}
+                parts = {f"fc{i}": [rows(matrix) for matrix in matrices]}
             else:
-                quantized = [quantize(matrix, format) for matrix in matrices]  # type: ignore[arg-type]
-                parts = {f"fc{i}": [q.packed for q in quantized], f"fc{i}_scales": [q.scales for q in quantized]}
+                quantized = [self._quantize(matrix, format) for matrix in matrices]  # type: ignore[arg-type]
+                parts = {f"fc{i}": [rows(q.packed) for q in quantized], f"fc{i}_scales": [rows(q.scales) for q in quantized]}
             for name, arrays in parts.items():
-                weights.append(onnx.numpy_helper.from_array(self._of_all(arrays), name))
+                weights.append(onnx.numpy_helper.from_array(np.stack(arrays), name))
         if format == "fp32":
             inputs = ["x", "logits", "fc1", "", "fc2"]
         else:

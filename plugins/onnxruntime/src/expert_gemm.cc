@@ -129,6 +129,8 @@ struct ExpertGemm {
                     first_tile.data(), groups_at_once, out};
     auto work = [&](size_t index) { tile(call, static_cast<int64_t>(index)); };
     context.parallel(static_cast<size_t>(first_tile.data()[slots]), work);
+    const int64_t read = std::upper_bound(offset, offset + slots + 1, 0) - offset - 1;  // the first slot with rows
+    if (read < slots) weights.was_read(bound, read);
   }
 
   // The tiles of each slot; returns how many times 16 outputs one of them has.

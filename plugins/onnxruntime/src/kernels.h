@@ -22,6 +22,7 @@ struct Matrix {
   size_t panel_bytes;
   const float* scales;
   int64_t columns, block, blocks;
+  bool huge_pages = false;  // what `data` lies in: where the processor's own prefetcher goes on
 };
 
 // A row of x rounded to int8 (x = q * scale), block after block, each a header and `block` numbers q.

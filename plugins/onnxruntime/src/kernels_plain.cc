@@ -10,6 +10,7 @@ constexpr int64_t kLanes = 4, kVectors = 4;
 constexpr int kFloatRows = 2, kQuantizedRows = 2;
 constexpr int float_panels(int rows, bool) { return rows == 1 ? 2 : 1; }
 constexpr int quantized_panels(int) { return 1; }
+constexpr int kSequentialRows = 1;  // so that plain code has all of the logic
 constexpr int64_t prefetch_distance(int) { return 4096; }
 template <int>
 inline void prefetch(const uint8_t* p, int64_t distance) { __builtin_prefetch(p + distance); }
@@ -22,6 +23,7 @@ inline Floats load(const float* p) {
 inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 inline Floats set(float x) { return Floats{x, x, x, x}; }
 inline Floats add(Floats a, Floats b) { return a + b; }
+inline Ints add(Ints a, Ints b) { return a + b; }
 inline Floats multiply(Floats a, Floats b) { return a * b; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 

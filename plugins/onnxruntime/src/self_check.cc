@@ -48,7 +48,7 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
   std::vector<float> scales(kPanels * kBlocks * kPanel), x(kRows * kColumns);
   for (float& scale : scales) scale = random.real();
   for (float& value : x) value = random.real();
-  const Matrix weights{storage, data.data(), data.size() / kPanels, scales.data(), kColumns, kBlock, kBlocks};
+  Matrix weights{storage, data.data(), data.size() / kPanels, scales.data(), kColumns, kBlock, kBlocks};
   const QuantizedLayout layout = quantized_layout(kBlock, kBlocks);
   std::vector<uint8_t> records(static_cast<size_t>(kRows * layout.row_bytes)), plain_records = records;
   std::vector<const float*> floats;
@@ -68,9 +68,12 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
     kPlainKernels.multiply_floats(floats.data(), rows, weights, first, panels, expected.data());
     if (!close(out, expected)) return false;
     if (storage != Storage::int8 && storage != Storage::int4) continue;
-    kernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, out.data());
     kPlainKernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, expected.data());
-    if (!same(out, expected)) return false;
+    for (const bool huge_pages : {true, false}) {
+      weights.huge_pages = huge_pages;
+      kernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, out.data());
+      if (!same(out, expected)) return false;
+    }
   }
   return true;
 }

@@ -11,6 +11,7 @@ constexpr int64_t kLanes = 8, kVectors = 2;
 constexpr int kFloatRows = 6, kQuantizedRows = 2;  // rows of x at once: what the registers hold
 constexpr int float_panels(int rows, bool converted) { return rows == 1 ? 4 : rows <= (converted ? 2 : 3) ? 2 : 1; }
 constexpr int quantized_panels(int rows) { return rows == 1 ? 4 : 1; }
+constexpr int kSequentialRows = 0;
 // In a single panel the processor's own prefetcher stops at every page; in several it keeps up and must not be overtaken.
 constexpr int64_t prefetch_distance(int panels) { return panels == 1 ? 4096 : 512; }
 template <int>
@@ -20,6 +21,7 @@ inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats set(float x) { return _mm256_set1_ps(x); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }

@@ -70,7 +70,8 @@ SlotWeights::Bound SlotWeights::bind(const Context& context, size_t first, int64
     }
     bound.slot_bytes[f] = static_cast<size_t>(panels) * bound.groups[f].panel_bytes;
   }
-  if (!bound_.exchange(true)) {
+  Pages unbound = kUnbound;
+  if (pages_.compare_exchange_strong(unbound, kUnread)) {
     for (int f = 0; f < 3; ++f) prefer_huge_pages(bound.groups[f].data, bound.slot_bytes[f] * static_cast<size_t>(members_[f]));
   }
   return bound;
@@ -81,7 +82,14 @@ Matrix SlotWeights::of(const Bound& bound, int64_t slot) const {
   Matrix matrix = bound.groups[format];
   matrix.data += static_cast<size_t>(place) * bound.slot_bytes[format];
   if (matrix.scales) matrix.scales += place * bound.panels * matrix.blocks * kPanel;
+  matrix.huge_pages = pages_ == kHuge;
   return matrix;
+}
+
+void SlotWeights::was_read(const Bound& bound, int64_t slot) const {
+  if (pages_ != kUnread) return;
+  const Matrix matrix = of(bound, slot);
+  pages_ = in_huge_page(matrix.data + bound.slot_bytes[formats_[slot]] / 2) ? kHuge : kSmall;
 }
 
 }  // namespace rq

@@ -27,13 +27,16 @@ class SlotWeights {
   Bound bind(const Context& context, size_t first, int64_t panels, int64_t columns) const;
 
   Matrix of(const Bound& bound, int64_t slot) const;
+  // After the first call: looks at the pages that the weights of this slot were read from.
+  void was_read(const Bound& bound, int64_t slot) const;
   bool quantized(int64_t slot) const { return formats_[slot] != 0; }
   bool int4(int64_t slot) const { return formats_[slot] == 2; }
 
  private:
   std::vector<int64_t> formats_, places_;
   int64_t members_[3] = {};  // places of each group
-  mutable std::atomic<bool> bound_{false};
+  enum Pages { kUnbound, kUnread, kSmall, kHuge };
+  mutable std::atomic<Pages> pages_{kUnbound};
 };
 
 }  // namespace rq

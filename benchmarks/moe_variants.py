@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -102,7 +103,6 @@ class Builder:
         self.shape, self.folder = shape, folder
         experts = Experts(shape)
         self.experts, self._quantize = experts.all, experts.quantized
-        slot_weights.quantize = experts.quantized
 
     def rewritten(self, format: str, lowering: str, bits: int, threads: int) -> Run:
         """Lowering "native" or "stock", activations in ``bits``."""
@@ -114,7 +114,8 @@ class Builder:
             model, weights, _ = rewrite(
                 _experts_node(self.shape), _plan(self.shape, slots), source, lowering, activation_bits=bits
             )
-            with (self.folder / f"{name}.data").open("wb", buffering=WRITTEN_AT_ONCE) as file:
+            data = (self.folder / f"{name}.data").open("wb", buffering=WRITTEN_AT_ONCE)
+            with data as file, mock.patch.object(slot_weights, "quantize", self._quantize):
                 locate(model, write_weights(weights, file).starts, f"{name}.data")
             onnx.save(model, path)
         session = _session(path, threads)

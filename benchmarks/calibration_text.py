@@ -13,15 +13,11 @@ Rows go to benchmarks/results/calibration_text.json.
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate, work_of
@@ -33,6 +29,7 @@ from rq_compile.quantization.formats import QUANTIZED_FORMATS
 from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import whole_moment
 
+ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "calibration_text.json"
 TEXT = ROOT / "samples" / "text"
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)

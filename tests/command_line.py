@@ -11,13 +11,19 @@ from click.testing import Result
 import rq_compile as package
 
 Run = Callable[..., Result]
+PACKAGED_IN = Path(package.__file__).parent.parent
 
 
 def python(*arguments: str, **kwargs: object) -> subprocess.Popen:
     """Another Python that finds this package, whether installed or not."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGED_IN)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *arguments], env=environment, **pipes, **kwargs)
+    return subprocess.Popen([sys.executable, *safe_path(arguments[0]), *arguments], env=environment, **pipes, **kwargs)
+
+
+def safe_path(first: str) -> list[str]:
+    """What keeps the working folder, often the source tree without libraries, from coming before the package."""
+    return ["-P"] if first in ("-c", "-m") else []
 
 
 def refused(result: Result, status: int, *words: object) -> None:

@@ -22,7 +22,7 @@ LOCALES = {
 
 def in_locale(locale: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parent.parent), **LOCALES[locale]}
-    command = [sys.executable, "-m", "rq_compile", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "rq_compile", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, check=False)
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import text_tokenizers
 from click.testing import Result
-from command_line import refused
+from command_line import PACKAGED_IN, refused
 from own_engines import change
 from tokenizers import AddedToken
 
@@ -70,9 +70,7 @@ def test_tokens_that_the_model_does_not_know(
 
 
 def test_a_prompt_in_a_locale_without_utf8(stages: Path, rq_compile: Command, tmp_path: Path) -> None:
-
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGED_IN), "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     result = rq_compile("package", stages / "model.onnx", "--for", "edge", "-o", tmp_path / "edge", "-q")
     assert result.exit_code == 0, result.stderr
     engine, prompt = str(stages / "model.onnx"), "Äpfel"
@@ -84,7 +82,7 @@ def test_a_prompt_in_a_locale_without_utf8(stages: Path, rq_compile: Command, tm
         return run.stdout
 
     started = "import sys; from rq_compile.cli.main import main; main()"
-    ours = said(sys.executable, "-c", started, "generate", engine, "--max-tokens", 4, "--prompt", prompt.encode())
+    ours = said(sys.executable, "-P", "-c", started, "generate", engine, "--max-tokens", 4, "--prompt", prompt.encode())
     assert ours.decode() == f"{prompt}{wanted['text']}\n"
     theirs = said(sys.executable, tmp_path / "edge" / "generate.py", "--tokens", 4, prompt.encode())
     assert theirs.decode().removesuffix("\n") == wanted["text"]

@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 
 TRITON := .venv-triton
 
-.PHONY: help demo test quick sanitize tritonserver kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check tidy format schema frozen families wheel clean
+.PHONY: help demo test quick sanitize tritonserver kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check tidy format docs schema frozen families wheel clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -65,6 +65,9 @@ check: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rq_compile
 	for folder in kernels cuda launcher; do $(BIN)/mypy plugins/$$folder || exit 1; done
+
+docs: $(INSTALLED) ## the documentation as a site in build/site, links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 tidy: $(INSTALLED) ## clang-tidy over the C++ of the CPU ops
 	$(BIN)/clang-tidy --quiet plugins/onnxruntime/src/*.cc -- -std=c++17 -DRQ_X86 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mavxvnni

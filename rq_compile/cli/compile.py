@@ -28,7 +28,6 @@ from rq_compile.targets.engine_outputs import onnx_outputs, tensorrt_outputs
 
 if TYPE_CHECKING:
     from rq_compile.architectures.model import Model
-    from rq_compile.planning.schema import Plan
     from rq_compile.targets.manifest import DenseFormat, Lowering
 
 MEGABYTE = 10**6
@@ -113,6 +112,7 @@ def command(
     from rq_compile.files import read_document
     from rq_compile.planning.remarks import lost_with_lowering
     from rq_compile.planning.schema import Plan
+    from rq_compile.targets.preflight import check_same_model
 
     model = opened(screen, folder)
     settings = checked_settings(tensorrt, model, (batch_size, sequence_length)) if output.suffix == ".plan" else None
@@ -236,16 +236,3 @@ def refuse_planning_options() -> None:
     for name, option in given_options().items():
         if name in PLANNING:
             raise UserError(f"{option} has no effect beside --plan; leave one of the two out", 2)
-
-
-def check_same_model(plan: Plan, model: Model, path: Path) -> None:
-    """
-    Raises:
-        UserError: the plan was made for other weights.
-    """
-    if plan.fingerprint != model.fingerprint:
-        raise UserError(
-            f"{path} was made for {plan.model} ({plan.fingerprint[:12]}), not for {model.path} "
-            f"({model.fingerprint[:12]}); calibrate and plan this model",
-            2,
-        )

@@ -26,12 +26,12 @@ def command(
 
     contents = read_texts(texts, render=chat_template(reference))
 
-    from rq_compile.cli.compile import check_same_model
     from rq_compile.cli.tables import evaluation_tables
     from rq_compile.evaluation.evaluate import evaluate
     from rq_compile.evaluation.windows import cut
     from rq_compile.runtime.engine import Engine
     from rq_compile.runtime.reference import Reference
+    from rq_compile.targets.preflight import check_same_model
 
     loaded = Engine.load(engine, threads)
     model = opened(screen, reference)

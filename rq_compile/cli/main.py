@@ -65,6 +65,13 @@ class Commands(click.Group):
             if ctx.meta.get("debug"):
                 raise
             fail(str(error), error.exit_status)
+        except ModuleNotFoundError as error:
+            if ctx.meta.get("debug") or (error.name or "").startswith("rq_compile"):
+                raise
+            fail(
+                f"{ctx.invoked_subcommand} needs {error.name}, which a plain install does not bring; "
+                "run pip install 'rq-compile[compile]'"
+            )
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Engine:
         self.threads = threads
 
     @classmethod
-    def load(cls, path: Path, threads: int | None = None) -> Engine:
+    def load(cls, path: Path, threads: int | None = None) -> Self:
         """Load the engine at ``path`` (``.onnx``) to run on ``threads`` threads; default: see ``session_threads``.
 
         Raises:

@@ -1,5 +1,6 @@
 """What an ONNX Runtime engine cannot take is refused here, before any export, with layer, value and way out."""
 
+from pathlib import Path
 from typing import get_args
 
 from rq_compile.architectures.geometry import Activation
@@ -17,6 +18,20 @@ TARGET_FORMATS: dict[Lowering, tuple[Format, ...]] = dict.fromkeys(get_args(Lowe
 TARGETS: tuple[Target, ...] = ("cpu", "batched", "cuda")
 # Every lowering counts rows and indexes a slot's weights in int32.
 LARGEST_MATRIX = 2**31 - 1
+
+
+def check_same_model(plan: Plan, model: Model, path: Path) -> None:
+    """``path`` holds the plan.
+
+    Raises:
+        UserError: the plan was made for other weights.
+    """
+    if plan.fingerprint != model.fingerprint:
+        raise UserError(
+            f"{path} was made for {plan.model} ({plan.fingerprint[:12]}), not for {model.path} "
+            f"({model.fingerprint[:12]}); calibrate and plan this model",
+            2,
+        )
 
 
 def preflight(model: Model, plan: Plan, lowering: Lowering) -> None:

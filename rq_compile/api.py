@@ -1,0 +1,271 @@
+"""The package for programs, ``import rq_compile as rq``: ``open``, ``calibrate``, ``plan``, ``compile`` and ``load``.
+
+Each stage reads and writes the same files as the command of its name, so that a program and the command line can take turns.
+What a stage has to remark goes to the logger ``rq_compile``; nothing is printed. Errors of a user are ``UserError``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rq_compile.runtime.engine import Engine as _Engine
+
+if TYPE_CHECKING:
+    from rq_compile.architectures.model import Model
+    from rq_compile.calibration.schema import Calibration
+    from rq_compile.evaluation.schema import Bench, Evaluation
+    from rq_compile.planning.schema import Plan
+    from rq_compile.quantization.formats import Block, Quantizer
+    from rq_compile.runtime.language_model import LanguageModel
+    from rq_compile.targets.manifest import DenseFormat, Lowering, Manifest
+
+File = str | PathLike[str]
+# Names to contents, or files: .txt, .jsonl and .parquet (see ``rq_compile.texts``).
+Texts = Mapping[str, str] | File | Sequence[File]
+# Called with what is done and what there is to do.
+Progress = Callable[[int, int], None]
+
+_LOG = logging.getLogger("rq_compile")
+
+
+def open(checkpoint: File) -> Model:
+    """Open a Hugging Face checkpoint folder. Reads its config and the headers of its tensors, no weights.
+
+    Raises:
+        UserError: the folder is not a sparse MoE model of a supported family and storage format, or its files disagree.
+    """
+    from rq_compile.architectures.model import Model
+
+    model = Model.open(Path(checkpoint))
+    for remark in model.remarks:
+        _LOG.info(remark)
+    return model
+
+
+def calibrate(
+    model: Model | File,
+    texts: Texts,
+    output: File,
+    *,
+    batch_size: int = 8,
+    sequence_length: int = 256,
+    quantizer: Quantizer = "gptq",
+    block: Block | None = None,
+    memory_limit: int | None = None,
+    device: str = "cpu",
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Run ``model`` over ``texts`` and write what its experts did as ``output`` (``.json``).
+
+    ``progress`` counts tokens. ``memory_limit`` is in bytes. The statistics that GPTQ needs go beside ``output`` as
+    ``.safetensors``. An interrupted run of the same arguments continues behind its last finished layer, unless ``fresh``.
+
+    Raises:
+        UserError: there is no text, the text is too short, or one layer does not fit into the memory limit.
+    """
+    from rq_compile import spill
+    from rq_compile.calibration.calibrate import calibrate
+    from rq_compile.calibration.coverage import few_tokens
+    from rq_compile.calibration.statistics import write_with_statistics
+    from rq_compile.calibration.unfinished import unfinished
+
+    opened, path = _opened(model), Path(output)
+    contents = _contents(texts, opened)
+    with unfinished(path, fresh=fresh, say=_LOG.info) as kept:
+        with spill.beside(path):
+            calibration, statistics = calibrate(
+                opened,
+                contents,
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                progress=progress or _silent,
+                quantizer=quantizer,
+                block=block,
+                memory_limit=memory_limit,
+                device=device,
+                remark=_LOG.info,
+                kept=kept,
+            )
+        calibration = write_with_statistics(calibration, statistics, path)
+    if remark := few_tokens(calibration):
+        _LOG.info(remark)
+    return calibration
+
+
+def plan(
+    calibration: File,
+    output: File,
+    *,
+    policy: str = "optimal",
+    memory: float | None = None,
+    ranks: int = 1,
+    target: str = "cpu",
+    **options: Any,
+) -> Plan:
+    """Decide how often, in which format and on which rank each expert is stored, and write the plan as ``output`` (``.json``).
+
+    ``memory`` is the budget as a part of the bytes of the experts in the checkpoint. ``options`` are those of ``--option``:
+    see docs/planning.md.
+
+    Raises:
+        UserError: the calibration cannot be read, an argument is unknown or out of range, or the budget cannot be met.
+    """
+    from rq_compile.calibration.schema import Calibration
+    from rq_compile.files import read_document, sha256, write_document
+    from rq_compile.planning.plan import make_plan
+
+    source, path = Path(calibration), Path(output)
+    made = make_plan(
+        read_document(Calibration, source),
+        policy=policy,
+        memory=memory,
+        ranks=ranks,
+        target=target,
+        calibration_sha256=sha256(source),
+        **options,
+    )
+    if made.statistics:
+        made = made.model_copy(update={"statistics": made.statistics.named_from(source.parent, path)})
+    write_document(made, path)
+    return made
+
+
+def compile(
+    model: Model | File,
+    plan: File,
+    output: File,
+    *,
+    lowering: Lowering = "native",
+    activation_bits: int = 32,
+    dense_format: DenseFormat = "stored",
+    threads: int | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Compile ``model`` after ``plan`` into an engine for ONNX Runtime: ``output`` (``.onnx``) and the files beside it.
+
+    ``progress`` counts bytes of weights. The engine does not depend on ``threads``.
+
+    Raises:
+        UserError: the plan is of another model or does not fit the lowering, or the disk is full.
+    """
+    from rq_compile.calibration.statistics import Statistics
+    from rq_compile.files import read_document
+    from rq_compile.planning.schema import Plan
+    from rq_compile.targets.onnxruntime import compile_engine
+    from rq_compile.targets.preflight import check_same_model
+
+    opened, source = _opened(model), Path(plan)
+    document = read_document(Plan, source)
+    check_same_model(document, opened, source)
+    statistics = Statistics.beside(source.parent, document.statistics) if document.statistics else None
+    return compile_engine(
+        opened,
+        document,
+        Path(output),
+        lowering,
+        statistics,
+        activation_bits=activation_bits,
+        dense_format=dense_format,
+        progress=progress,
+        threads=threads,
+        fresh=fresh,
+        say=_LOG.info,
+    )
+
+
+def load(engine: File, threads: int | None = None) -> Engine:
+    """Load the engine at ``engine`` (``.onnx``). Needs the packages of a plain install alone, neither torch nor transformers.
+
+    Raises:
+        UserError: a file of the engine is missing or damaged, or ONNX Runtime cannot run it here.
+    """
+    return Engine.load(Path(engine), threads)
+
+
+class Engine(_Engine):
+    """A loaded engine: ``logits``, ``generate`` and ``loads`` of token ids, ``stream`` of text, ``evaluate`` and ``bench``."""
+
+    def stream(self, prompt: str, max_tokens: int = 64) -> Iterator[str]:
+        """Continue ``prompt`` greedily and yield the new text piece by piece; a piece never ends inside a character.
+
+        Raises:
+            UserError: the engine has no tokenizer, or the prompt is empty.
+        """
+        from rq_compile.standalone.text import TextStream
+
+        ids = self.tokenizer.encode(prompt).ids
+        follows = not self.encoder_decoder and self.tokenizer.decode(ids) == prompt
+        text = TextStream(self.tokenizer, before=ids if follows else ())
+        yield from filter(None, map(text.push, self.generate(ids, max_tokens)))
+        if rest := text.end():
+            yield rest
+
+    def evaluate(
+        self, reference: Model | File, texts: Texts, *, sequence_length: int = 256, progress: Progress | None = None
+    ) -> Evaluation:
+        """Perplexity, agreement, KL and LIS on held-out ``texts``, beside ``reference``, the checkpoint in transformers.
+
+        Raises:
+            UserError: the reference is not what the engine was compiled from, or a text is too short.
+        """
+        from rq_compile.evaluation.evaluate import evaluate
+        from rq_compile.evaluation.windows import cut
+        from rq_compile.runtime.reference import Reference
+        from rq_compile.targets.preflight import check_same_model
+
+        model = _opened(reference)
+        check_same_model(self.manifest.plan, model, self.path)
+        windows = [
+            cut(name, text, self.tokenizer, sequence_length, self.manifest.vocabulary)
+            for name, text in _contents(texts, model).items()
+        ]
+        return evaluate(self, Reference.load(model, self.threads), windows, reference_name=model.name, progress=progress)
+
+    def bench(
+        self,
+        against: LanguageModel | None = None,
+        *,
+        prompt_tokens: int = 128,
+        new_tokens: int = 32,
+        rounds: int = 5,
+        progress: Progress | None = None,
+    ) -> Bench:
+        """Tokens per second of prefill and decoding at batch 1, alternating with ``against``: another loaded engine, or a
+        ``Reference``, the checkpoint in transformers."""
+        from rq_compile.evaluation.bench import bench
+
+        return bench(
+            self,
+            against,
+            names=(self.path.name, getattr(against, "name", "")),
+            weights_sha256=self.manifest.weights.sha256,
+            vocabulary=self.manifest.vocabulary,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            threads=self.threads,
+            progress=progress,
+        )
+
+
+def _opened(model: Model | File) -> Model:
+    return open(model) if isinstance(model, str | PathLike) else model
+
+
+def _contents(texts: Texts, model: Model) -> dict[str, str]:
+    if isinstance(texts, Mapping):
+        return dict(texts)
+    from rq_compile.texts import chat_template, read_texts
+
+    files = [texts] if isinstance(texts, str | PathLike) else texts
+    return read_texts([Path(file) for file in files], render=chat_template(model.path))
+
+
+def _silent(done: int, total: int) -> None:
+    pass

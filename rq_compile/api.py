@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rq_compile.errors import UserError as UserError
 from rq_compile.runtime.engine import Engine as _Engine
 
 if TYPE_CHECKING:
@@ -229,21 +230,26 @@ class Engine(_Engine):
 
     def bench(
         self,
-        against: LanguageModel | None = None,
+        against: File | None = None,
         *,
         prompt_tokens: int = 128,
         new_tokens: int = 32,
         rounds: int = 5,
         progress: Progress | None = None,
     ) -> Bench:
-        """Tokens per second of prefill and decoding at batch 1, alternating with ``against``: another loaded engine, or a
-        ``Reference``, the checkpoint in transformers."""
+        """Tokens per second of prefill and decoding at batch 1, alternating with ``against``: another engine (``.onnx``), or a
+        checkpoint, which transformers runs in fp32.
+
+        Raises:
+            UserError: see ``load`` and ``open``.
+        """
         from rq_compile.evaluation.bench import bench
 
+        other = None if against is None else _language_model(Path(against), self.threads)
         return bench(
             self,
-            against,
-            names=(self.path.name, getattr(against, "name", "")),
+            other,
+            names=(self.path.name, Path(against).name if against is not None else ""),
             weights_sha256=self.manifest.weights.sha256,
             vocabulary=self.manifest.vocabulary,
             prompt_tokens=prompt_tokens,
@@ -256,6 +262,14 @@ class Engine(_Engine):
 
 def _opened(model: Model | File) -> Model:
     return open(model) if isinstance(model, str | PathLike) else model
+
+
+def _language_model(path: Path, threads: int | None) -> LanguageModel:
+    if path.suffix == ".onnx":
+        return Engine.load(path, threads)
+    from rq_compile.runtime.reference import Reference
+
+    return Reference.load(open(path), threads)
 
 
 def _contents(texts: Texts, model: Model) -> dict[str, str]:

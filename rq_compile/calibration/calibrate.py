@@ -63,7 +63,7 @@ def work_of(
 
     Raises:
         UserError: there is no text or one of too few tokens, the tokenizer is missing or not the model's, the sequences are
-            longer than the model's, the device is none, or not one layer fits into the limit.
+            longer than the model's, the device does not exist, or not one layer fits into the limit.
     """
     if not texts:
         raise UserError("there is no text to calibrate on; give at least one --text FILE", 2)

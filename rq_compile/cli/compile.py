@@ -181,7 +181,7 @@ def command(
         )
     screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")
     tables = engine_tables(manifest)
-    # Who gave a plan has seen it.
+    # With --plan the user has already seen the plan.
     screen.result(manifest, *(tables if plan_path is None else tables[:1]), asked_for=False)
 
 

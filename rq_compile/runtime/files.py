@@ -42,7 +42,7 @@ def read_manifest(engine: Path) -> Manifest:
 
 
 def read_cpu_manifest(engine: Path) -> Manifest:
-    """``read_manifest``, for who makes something of the engine that runs it on the CPU.
+    """``read_manifest`` for packagers, which support CPU engines only.
 
     Raises:
         UserError: also if the engine is for another provider.

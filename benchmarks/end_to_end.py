@@ -36,13 +36,13 @@ from rq_compile.architectures.model import Model as Opened
 from rq_compile.cli.main import main as rq_compile
 from rq_compile.cli.tables import table
 from rq_compile.evaluation.bench import time_round
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
 from rq_compile.files import read_document
+from rq_compile.lowerings import Lowering, Native, Stock
 from rq_compile.planning.schema import Plan
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.language_model import LanguageModel
 from rq_compile.runtime.reference import Reference
-from rq_compile.targets.manifest import DenseFormat, Lowering
 from rq_compile.targets.onnxruntime import compile_engine
 
 Row = dict[str, str | int | float]
@@ -61,21 +61,13 @@ GROUPS = {
 }
 
 
-@dataclass(frozen=True)
-class Variant:
-    """How an engine is compiled. The lowering ``stock`` keeps its dense part in fp32."""
-
-    lowering: Lowering
-    activation_bits: int
-    dense_format: DenseFormat = "stored"
-
-
-VARIANTS = {
-    "rq-compile, fp32 activations": Variant("native", 32),
-    "rq-compile, int8 activations": Variant("native", 8),
-    "rq-compile, int8 activations and dense part": Variant("native", 8, "int8"),
-    "stock, fp32 activations": Variant("stock", 32),
-    "stock, int8 activations": Variant("stock", 8),
+# The lowering ``stock`` keeps its non-expert weights in fp32.
+VARIANTS: dict[str, Lowering] = {
+    "rq-compile, fp32 activations": Native(),
+    "rq-compile, int8 activations": Native(activation_bits=8),
+    "rq-compile, int8 activations and dense part": Native(activation_bits=8, dense_format="int8"),
+    "stock, fp32 activations": Stock(),
+    "stock, int8 activations": Stock(activation_bits=8),
 }
 
 
@@ -110,7 +102,7 @@ def measured(name: str, folder: Path, scratch: Path, settings: Settings) -> Iter
     yield from speeds(name, models, checkpoint.config["vocab_size"], settings)
     del models, shared
     for variant, path in engines.items():
-        if VARIANTS[variant].lowering == "native":
+        if VARIANTS[variant].name == "native":
             yield from profile(name, variant, path, settings)
 
 
@@ -127,20 +119,8 @@ def compiled(checkpoint: Opened, scratch: Path) -> dict[str, Path]:
     paths = {}
     for number, (name, variant) in enumerate(VARIANTS.items()):
         paths[name] = scratch / f"{number}.onnx"
-        _compile(checkpoint, plan, paths[name], variant, exported)
+        compile_engine(checkpoint, plan, paths[name], variant, exported=exported)
     return paths
-
-
-def _compile(checkpoint: Opened, plan: Plan, path: Path, variant: Variant, exported: Exported) -> None:
-    compile_engine(
-        checkpoint,
-        plan,
-        path,
-        variant.lowering,
-        exported=exported,
-        activation_bits=variant.activation_bits,
-        dense_format=variant.dense_format,
-    )
 
 
 def speeds(name: str, models: dict[str, LanguageModel], vocabulary: int, settings: Settings) -> Iterator[Row]:

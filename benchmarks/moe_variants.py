@@ -15,13 +15,13 @@ from onnx import TensorProto, helper
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
+from rq_compile.engine.library import library_path
+from rq_compile.lowerings import LOWERINGS
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
 from rq_compile.quantization.formats import BITS, Block, Format, block_size
 from rq_compile.quantization.quantizer import Quantized, quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite import slot_weights
-from rq_compile.rewrite.rewrite import rewrite
-from rq_compile.targets.library import library_path
 from rq_compile.targets.partial_file import WRITTEN_AT_ONCE
 from rq_compile.targets.weights_file import locate, write_weights
 
@@ -111,13 +111,12 @@ class Builder:
         if not path.is_file():
             slots = [Slot(expert=e, format=f) for e, f in enumerate(formats_of(self.shape, format))]
             source = lambda _, e: self.experts[e]  # noqa: E731
-            model, weights, _ = rewrite(
-                _experts_node(self.shape), _plan(self.shape, slots), source, lowering, activation_bits=bits
-            )
+            realised = LOWERINGS[lowering](activation_bits=bits)
+            lowered = realised.lower(_experts_node(self.shape), _plan(self.shape, slots), source)
             data = (self.folder / f"{name}.data").open("wb", buffering=WRITTEN_AT_ONCE)
             with data as file, mock.patch.object(slot_weights, "quantize", self._quantize):
-                locate(model, write_weights(weights, file).starts, f"{name}.data")
-            onnx.save(model, path)
+                locate(lowered.model, write_weights(lowered.experts, file).starts, f"{name}.data")
+            onnx.save(lowered.model, path)
         session = _session(path, threads)
         return lambda batch: session.run(["y"], {"x": batch.x, "ids": batch.ids, "gates": batch.gates})[0]
 

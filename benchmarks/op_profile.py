@@ -11,9 +11,9 @@ from statistics import median
 import numpy as np
 import onnxruntime
 
+from rq_compile.engine.library import library_path
+from rq_compile.engine.manifest import Manifest
 from rq_compile.runtime.files import read_manifest
-from rq_compile.targets.library import library_path
-from rq_compile.targets.manifest import Manifest
 
 CONTAINERS = ("If", "Loop")
 

@@ -18,11 +18,11 @@ from rq_compile.runtime.engine import Engine as _Engine
 if TYPE_CHECKING:
     from rq_compile.architectures.model import Model
     from rq_compile.calibration.schema import Calibration
+    from rq_compile.engine.manifest import LoweringName, Manifest
     from rq_compile.evaluation.schema import Bench, Evaluation
     from rq_compile.planning.schema import Plan
-    from rq_compile.quantization.formats import Block, Quantizer
+    from rq_compile.quantization.formats import Block, DenseFormat, Quantizer
     from rq_compile.runtime.language_model import LanguageModel
-    from rq_compile.targets.manifest import DenseFormat, Lowering, Manifest
 
 File = str | PathLike[str]
 # Names to contents, or files: .txt, .jsonl and .parquet (see ``rq_compile.texts``).
@@ -141,7 +141,7 @@ def compile(
     plan: File,
     output: File,
     *,
-    lowering: Lowering = "native",
+    lowering: LoweringName = "native",
     activation_bits: int = 32,
     dense_format: DenseFormat = "stored",
     threads: int | None = None,
@@ -157,8 +157,9 @@ def compile(
     """
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
+    from rq_compile.lowerings import LOWERINGS, with_options
     from rq_compile.planning.schema import Plan
-    from rq_compile.targets.onnxruntime import compile_engine
+    from rq_compile.targets.onnxruntime import Writing, compile_engine
     from rq_compile.targets.preflight import check_same_model
 
     opened, source = _opened(model), Path(plan)
@@ -169,14 +170,9 @@ def compile(
         opened,
         document,
         Path(output),
-        lowering,
+        with_options(LOWERINGS[lowering], activation_bits=activation_bits, dense_format=dense_format),
         statistics,
-        activation_bits=activation_bits,
-        dense_format=dense_format,
-        progress=progress,
-        threads=threads,
-        fresh=fresh,
-        say=_LOG.info,
+        writing=Writing(threads, fresh, progress, _LOG.info),
     )
 
 

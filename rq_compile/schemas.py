@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from rq_compile.calibration.schema import Calibration
+from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation
 from rq_compile.planning.schema import Plan
-from rq_compile.targets.manifest import Manifest
 from rq_compile.targets.tensorrt.manifest import TensorRTManifest
 from rq_compile.versions import Versioned
 

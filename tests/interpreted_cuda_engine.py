@@ -13,12 +13,12 @@ import pytest
 from interpreted_launches import Launches
 
 from rq_compile.architectures.model import Model
+from rq_compile.engine import library
 from rq_compile.evaluation.evaluate import evaluate
 from rq_compile.evaluation.windows import Windows
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest
 from rq_compile.runtime.reference import Reference
-from rq_compile.targets import library
 
 HOST = ctypes.CDLL(os.environ["RQ_HOST"])
 ENGINE = Path(os.environ["RQ_ENGINE"])

@@ -11,12 +11,12 @@ from scipy.special import erf
 
 from rq_compile.architectures.geometry import GATED, ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
+from rq_compile.engine.library import library_path
+from rq_compile.lowerings import LOWERINGS
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
 from rq_compile.quantization.quantizer import stored
 from rq_compile.rewrite.batched_experts import ExpectedCapacity
 from rq_compile.rewrite.experts_to_slots import offsets_name
-from rq_compile.rewrite.rewrite import rewrite
-from rq_compile.targets.library import library_path
 from rq_compile.targets.weights_file import locate, write_weights
 
 LAYER = "model.layers.0.mlp.experts"
@@ -92,9 +92,11 @@ def compiled(
 ) -> Layer:
     geometry = plan.layers[0].geometry
     exported = one_layer(geometry.hidden, geometry.top_k)
-    model, weights, _ = rewrite(exported, plan, lambda _, e: experts[e], lowering, expected=expected)
+    realised = LOWERINGS[lowering](**({"expected": expected} if expected else {}))
+    lowered = realised.lower(exported, plan, lambda _, e: experts[e])
+    model = lowered.model
     with (folder / "layer.data").open("wb") as file:
-        written = write_weights(weights, file)
+        written = write_weights(lowered.experts, file)
     locate(model, written.starts, "layer.data")
     model.graph.output.append(helper.make_tensor_value_info(offsets_name(LAYER), TensorProto.INT32, [None]))
     onnx.save(model, folder / "layer.onnx")

@@ -13,10 +13,10 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 import rq_compile
+from rq_compile.engine import library
 from rq_compile.quantization.formats import block_size
 from rq_compile.quantization.quantizer import Quantized
 from rq_compile.rewrite.panels import float_panels, packed_panels, scale_panels
-from rq_compile.targets import library
 
 GATED = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu"}
 ONNX_TYPES = {

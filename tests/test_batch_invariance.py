@@ -15,6 +15,7 @@ import tiny
 from rq_compile.architectures.model import Model
 from rq_compile.export.export import Exported
 from rq_compile.files import read_document
+from rq_compile.lowerings import Native
 from rq_compile.planning.schema import Plan, Slot
 from rq_compile.quantization.formats import Format
 from rq_compile.runtime.engine import Engine
@@ -46,7 +47,7 @@ def copied(
             slots = [Slot(expert=expert, format=formats[expert % 2][copy]) for copy in range(2) for expert in range(8)]
             layers = [layer.model_copy(update={"slots": slots}) for layer in planned.layers]
             plan = planned.model_copy(update={"layers": layers})
-            compile_engine(checkpoint, plan, output, exported=export_once(checkpoint), dense_format="int8")
+            compile_engine(checkpoint, plan, output, Native(dense_format="int8"), exported=export_once(checkpoint))
         return Engine.load(output, threads=2)
 
     return compiled

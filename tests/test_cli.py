@@ -17,19 +17,21 @@ from rq_compile.architectures.model import Model
 from rq_compile.cli import options
 from rq_compile.cli.main import COMMANDS, main
 from rq_compile.cli.screen import json_value
+from rq_compile.engine.manifest import LoweringName
 from rq_compile.errors import UserError
-from rq_compile.planning.schema import Policy, Target
-from rq_compile.quantization.formats import BLOCKS
+from rq_compile.lowerings import LOWERINGS
+from rq_compile.planning.schema import Policy
+from rq_compile.planning.targets import TARGETS, Target
+from rq_compile.quantization.formats import BLOCKS, DenseFormat
 from rq_compile.runtime.engine import Engine
-from rq_compile.targets.manifest import DenseFormat, Lowering
 
 pytestmark = pytest.mark.quick
 
 
 def test_choices_are_those_of_the_schemas() -> None:
     assert get_args(Policy) == options.POLICIES
-    assert get_args(Target) == options.TARGETS
-    assert get_args(Lowering) == options.LOWERINGS
+    assert get_args(Target) == tuple(TARGETS)
+    assert get_args(LoweringName) == tuple(LOWERINGS)
     assert get_args(DenseFormat) == options.DENSE_FORMATS
     assert ["auto", *(str(block) for block in BLOCKS)] == list(options.BLOCKS)
 

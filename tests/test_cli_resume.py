@@ -172,6 +172,6 @@ def test_threads_change_nothing_in_other_lowerings(
     found = []
     for threads in (1, 4):
         output = tmp_path / f"{threads}.onnx"
-        target.compile_engine(checkpoint, plan, output, lowering, statistics, exported, threads=threads)
+        target.compile_engine(checkpoint, plan, output, lowering, statistics, exported, writing=target.Writing(threads))
         found.append(output.with_suffix(".onnx.data").read_bytes())
     assert found[0] == found[1]

@@ -13,13 +13,13 @@ from one_layer import PREDICTION
 from transformers import OlmoeConfig
 
 from rq_compile.architectures.model import Model
+from rq_compile.engine import library
 from rq_compile.errors import UserError
-from rq_compile.estimates import engine_estimate
 from rq_compile.files import read_document, write_document
 from rq_compile.planning.schema import LayerPlan, Plan, Slot
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest
-from rq_compile.targets import library
+from rq_compile.targets.engine_estimate import engine_estimate
 
 # Of sizes that the kernels take, unlike those of the other tests.
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_experts": 4}

@@ -15,11 +15,12 @@ from test_families import plan_of, unchanged
 
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
+from rq_compile.engine.manifest import Manifest
 from rq_compile.export.export import export_graph
+from rq_compile.lowerings import Native
 from rq_compile.planning.schema import Slot
 from rq_compile.quantization.quantizer import stored
 from rq_compile.runtime.engine import Engine
-from rq_compile.targets.manifest import Manifest
 from rq_compile.targets.onnxruntime import compile_engine
 
 FAMILIES = ["qwen2_moe", "deepseek_v2", "gpt_oss"]
@@ -81,7 +82,7 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     plan = plan_of(checkpoint, lambda layer: [Slot(expert=slot.expert, format="bf16") for slot in unchanged(layer)])
     paths = {format: folder / f"{format}.onnx" for format in ("fp32", "stored", "int8")}
     for format, path in paths.items():
-        compile_engine(checkpoint, plan, path, exported=exported, dense_format=format)
+        compile_engine(checkpoint, plan, path, Native(dense_format=format), exported=exported)
     return checkpoint, paths
 
 

@@ -211,6 +211,6 @@ def test_a_link_to_an_engine_names_the_engine(rq_compile: Run, stages: Path, out
 def test_an_op_library_that_does_not_load(rq_compile: Run, stages: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that was built on a newer system: the loader's reason is in the sentence."""
     (out / "librq_moe.so").write_bytes(b"\x7fELF of another machine")
-    monkeypatch.setattr("rq_compile.targets.library.library_path", lambda *_: out / "librq_moe.so")
+    monkeypatch.setattr("rq_compile.engine.library.library_path", lambda *_: out / "librq_moe.so")
     result = rq_compile("generate", stages / "model.onnx", "--prompt", "a")
     refused(result, 1, "cannot load", out / "librq_moe.so", "compile with --lowering stock")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 import numpy as np, onnx, onnxruntime
 from onnx import TensorProto, helper
-from rq_compile.targets.library import library_path
+from rq_compile.engine.library import library_path
 
 columns, panels = 1024, int(sys.argv[2])
 folder, random = Path(sys.argv[1]), np.random.default_rng(0)

@@ -13,9 +13,9 @@ from command_line import python
 from one_layer import LAYER, one_layer, plan_of
 
 from rq_compile.architectures.geometry import ExpertGeometry
-from rq_compile.rewrite.rewrite import rewrite
+from rq_compile.engine.library import library_path
+from rq_compile.lowerings import Stock, lowering_of
 from rq_compile.rewrite.weights import external_tensors
-from rq_compile.targets.library import library_path
 from rq_compile.targets.weights_file import ALIGNMENT, layout, locate
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -37,7 +37,7 @@ from pathlib import Path
 from rq_compile.architectures.model import Model
 from rq_compile.export.export import export_graph
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
-from rq_compile.targets.onnxruntime import compile_engine
+from rq_compile.targets.onnxruntime import Writing, compile_engine
 
 def resident(which):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(which)) * 1024
@@ -61,7 +61,7 @@ plan = Plan(
 exported = export_graph(checkpoint)
 open("/proc/self/clear_refs", "w").write("5")
 before = resident("VmRSS")
-manifest = compile_engine(checkpoint, plan, Path(sys.argv[2]), exported=exported, threads=2)
+manifest = compile_engine(checkpoint, plan, Path(sys.argv[2]), exported=exported, writing=Writing(threads=2))
 print(json.dumps([before, resident("VmHWM"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, manifest.weights.bytes]))
 """
 
@@ -94,7 +94,8 @@ def external_data(tensor: onnx.TensorProto) -> dict[str, int]:
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 def test_tensors_of_more_than_two_gigabytes(lowering: str, format: str) -> None:
     plan = plan_of(MIXTRAL, [(expert, format) for expert in range(40)])
-    model, sections, _ = rewrite(one_layer(MIXTRAL.hidden, MIXTRAL.top_k), plan, no_weights, lowering)
+    lowered = lowering_of(lowering).lower(one_layer(MIXTRAL.hidden, MIXTRAL.top_k), plan, no_weights)
+    model, sections = lowered.model, lowered.experts
     places = layout(sections)
     weights = [weight for section in sections for weight in section.weights]
     assert max(weight.bytes for weight in weights) > 2**31
@@ -112,7 +113,7 @@ def test_a_graph_of_thousands_of_nodes() -> None:
     """128 slots in stock ops: the largest of the graphs. It stays far below the 2 GiB that protobuf allows."""
     geometry = ExpertGeometry(experts=128, top_k=8, hidden=2048, intermediate=768, activation="swiglu")
     plan = plan_of(geometry, [(expert, "int4") for expert in range(128)])
-    model, _, _ = rewrite(one_layer(2048, 8), plan, no_weights, "stock")
+    model = Stock().lower(one_layer(2048, 8), plan, no_weights).model
 
     def nodes(graph: onnx.GraphProto) -> int:
         below = (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
@@ -126,7 +127,8 @@ def test_a_graph_of_thousands_of_nodes() -> None:
 def test_onnx_runtime_maps_weights_of_more_than_two_gigabytes(tmp_path: Path, lowering: str) -> None:
     """The file is one hole, which reads as zeros; what is not mapped but read would be seen in the resident memory."""
     plan = plan_of(MIXTRAL, [(expert, "int8") for expert in range(40)])
-    model, sections, _ = rewrite(one_layer(MIXTRAL.hidden, MIXTRAL.top_k), plan, no_weights, lowering)
+    lowered = lowering_of(lowering).lower(one_layer(MIXTRAL.hidden, MIXTRAL.top_k), plan, no_weights)
+    model, sections = lowered.model, lowered.experts
     places = layout(sections)
     locate(model, places.starts, "layer.data")
     onnx.save(model, tmp_path / "layer.onnx")

@@ -5,11 +5,11 @@ from pathlib import Path
 import onnx
 import pytest
 
+from rq_compile.engine.library import OP_SET_VERSION
+from rq_compile.engine.manifest import Manifest
 from rq_compile.files import sha256
 from rq_compile.quantization.formats import FORMATS, matrix_bytes
 from rq_compile.runtime.files import engine_files, read_manifest
-from rq_compile.targets.library import OP_SET_VERSION
-from rq_compile.targets.manifest import Manifest
 from rq_compile.targets.weights_file import ALIGNMENT
 
 

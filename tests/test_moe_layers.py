@@ -3,7 +3,6 @@
 import re
 from typing import get_args
 
-import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -13,11 +12,10 @@ from one_layer import LAYER, MIXED, PLAIN, batch, one_layer, plan_of, random_exp
 from rq_compile.architectures.geometry import GATED, Activation, ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.errors import UserError
-from rq_compile.rewrite.rewrite import rewrite_to_moe_layers
+from rq_compile.lowerings import Plugins
+from rq_compile.rewrite.halves import HALVES
 from rq_compile.targets.weights_file import locate, write_weights
 
-HALF = np.dtype(np.float16)
-BF16 = np.dtype(ml_dtypes.bfloat16)
 INT4_ALONE = [(e, "int4") for e in range(4)]
 ACTIVATIONS = list(get_args(Activation))
 
@@ -28,11 +26,12 @@ def geometry_of(activation="swiglu", *, bias=False, hidden=128, intermediate=64)
     )
 
 
-def compiled(geometry, slots, folder, *, experts=None, half=HALF, plan=None):
+def compiled(geometry, slots, folder, *, experts=None, half="fp16", plan=None):
     """The layer's model, whole and checked, and its experts."""
     experts = experts or random_experts(geometry)
     plan = plan or plan_of(geometry, slots)
-    model, sections, _ = rewrite_to_moe_layers(one_layer(geometry.hidden, 2), plan, lambda _, e: experts[e], half)
+    lowered = Plugins(half).lower(one_layer(geometry.hidden, 2), plan, lambda _, e: experts[e])
+    model, sections = lowered.model, lowered.experts
     with (folder / "layer.data").open("wb") as file:
         written = write_weights(sections, file)
     locate(model, written.starts, "layer.data")
@@ -108,10 +107,10 @@ def test_shares_are_the_loads_if_all_are_known(tmp_path):
         assert attributes_of(moe_nodes(model)[0]).get("shares") == (None if None in loads else list(loads))
 
 
-@pytest.mark.parametrize("half", [HALF, BF16])
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
 def test_it_computes_in_half_between_casts(half, tmp_path):
     model, _ = compiled(geometry_of(), MIXED, tmp_path, half=half)
-    element = onnx.helper.np_dtype_to_tensor_dtype(half)
+    element = onnx.helper.np_dtype_to_tensor_dtype(HALVES[half])
     first, node, last = model.graph.node
     assert [attributes_of(cast)["to"] for cast in (first, last)] == [element, onnx.TensorProto.FLOAT]
     assert (first.input[0], first.output[0], last.input[0], last.output[0]) == ("x", node.input[0], node.output[0], "y")
@@ -152,10 +151,10 @@ def test_a_weight_beyond_fp16_is_named(tmp_path):
     words = f"{LAYER}.down.float_weights has the value 7e+04, which float16 cannot hold; for .plan use --precision bf16"
     with pytest.raises(UserError, match=re.escape(words)):
         compiled(geometry, PLAIN, tmp_path, experts=experts)
-    compiled(geometry, PLAIN, tmp_path, experts=experts, half=BF16)
+    compiled(geometry, PLAIN, tmp_path, experts=experts, half="bf16")
 
 
 def test_a_plan_of_other_layers_is_refused():
     plan = plan_of(geometry_of(), PLAIN, name="model.layers.7.mlp.experts")
     with pytest.raises(UserError, match=f"MoE layer {LAYER} of the model is not in the plan"):
-        rewrite_to_moe_layers(one_layer(128, 2), plan, lambda *_: None, HALF)
+        Plugins().lower(one_layer(128, 2), plan, lambda *_: None)

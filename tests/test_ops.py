@@ -12,8 +12,8 @@ from onnx import TensorProto
 from op_nodes import GATED, assert_close, combine, dispatch, expert_gemm, pack, python_with, reference, routed, run_op
 
 from rq_compile.architectures.geometry import Activation
+from rq_compile.engine import library
 from rq_compile.errors import UserError
-from rq_compile.targets import library
 
 
 @pytest.fixture

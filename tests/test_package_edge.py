@@ -19,11 +19,11 @@ from command_line import names, refused
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
+from rq_compile.engine.library import library_path
 from rq_compile.files import sha256
 from rq_compile.packaging.archive import write_files
 from rq_compile.packaging.op_library import needed_versions, system_sentence
 from rq_compile.runtime.engine import Engine
-from rq_compile.targets.library import library_path
 
 Command = Callable[..., Result]
 PROMPT = [5, 9, 17, 3]

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from rq_compile.files import sha256
-from rq_compile.runtime.engine import FOLDING_LIMIT, Engine
+from rq_compile.lowerings.batched import FOLDING_LIMIT
+from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest
 
 genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
@@ -77,7 +78,7 @@ def test_its_loop_generates_the_engines_tokens(
 def test_session_options_are_those_the_engine_needs(engine: Path, packaged: Path) -> None:
     options = json.loads((packaged / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
     if Engine.load(engine, threads=1).manifest.op_library is None:
-        assert options == {"provider_options": [], FOLDING_LIMIT[0]: FOLDING_LIMIT[1]}
+        assert options == {"provider_options": [], **FOLDING_LIMIT}
     else:
         assert options == {"provider_options": [], "custom_ops_library": "librq_moe.so"}
         assert (packaged / "librq_moe.so").is_file()

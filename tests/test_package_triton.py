@@ -17,10 +17,10 @@ from google.protobuf import text_format
 from triton_server import Command, as_json, compile_native, read_config, succeed
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
+from rq_compile.engine.manifest import EngineFile
 from rq_compile.files import read_document, sha256, write_document
 from rq_compile.planning.schema import Plan
 from rq_compile.runtime.engine import Engine
-from rq_compile.targets.manifest import EngineFile
 from rq_compile.targets.tensorrt.manifest import Binding, TensorRTManifest
 from rq_compile.targets.tensorrt.profiles import Profile
 

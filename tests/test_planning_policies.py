@@ -5,6 +5,7 @@ import planning_inputs as inputs
 import pytest
 
 from rq_compile.errors import UserError
+from rq_compile.lowerings import LOWERINGS
 from rq_compile.planning.budget import allowed
 from rq_compile.planning.plan import POLICIES, make_plan
 from rq_compile.planning.policies.eplb import rebalance
@@ -190,14 +191,11 @@ def test_a_plan_says_when_it_balances_nothing() -> None:
     assert not any("lanes" in remark for remark in plan_of([skewed], "optimal", ranks=2).remarks)
 
 
-LOWERINGS = ("native", "stock", "batched", "cuda")
-
-
 @pytest.mark.parametrize("target", ["cpu", "cuda", "tensorrt-rtx", "batched"])
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_plan_says_what_another_lowering_loses_of_it(target: str, lowering: str) -> None:
     plan = make_plan(inputs.skewed(), policy="optimal", memory=0.7, ranks=1, target=target)
-    lost = lost_with_lowering(plan, lowering)
+    lost = lost_with_lowering(plan, lowering, batched=LOWERINGS[lowering].is_batched())
     waits = target in ("batched", "tensorrt-rtx")
     if waits and lowering != "batched":
         replicas = sum(len(layer.slots) for layer in plan.layers) - 64
@@ -212,9 +210,9 @@ def test_a_plan_says_what_another_lowering_loses_of_it(target: str, lowering: st
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_ranks_and_plans_without_replicas_lose_nothing(lowering: str) -> None:
     ranks = make_plan(inputs.skewed(), policy="optimal", memory=1.0, ranks=2, target="batched")
-    assert lost_with_lowering(ranks, lowering) == ""
+    assert lost_with_lowering(ranks, lowering, batched=LOWERINGS[lowering].is_batched()) == ""
     none = make_plan(inputs.skewed(), policy="none", memory=1.0, ranks=1, target="batched")
-    assert lost_with_lowering(none, lowering) == ""
+    assert lost_with_lowering(none, lowering, batched=LOWERINGS[lowering].is_batched()) == ""
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -14,11 +14,11 @@ from click.testing import Result
 from command_line import names, refused
 from html_page import Read
 
+from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.reporting.maps import BOUNDS, legend, maps, tone
 from rq_compile.reporting.page import page
-from rq_compile.targets.manifest import Manifest
 
 Command = Callable[..., Result]
 HOSTILE = "<script>pwned = 1</script>\"'><img src=x onerror=pwned=1>&amp;"

@@ -11,11 +11,10 @@ from one_layer import LAYER, MIXED, PLAIN, Layer, batch, compiled, one_layer, pl
 
 from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.errors import UserError
+from rq_compile.lowerings import Stock, lowering_of
 from rq_compile.rewrite.contract import ContractError
-from rq_compile.rewrite.rewrite import rewrite
-from rq_compile.targets.manifest import CpuLowering
 
-LOWERINGS = get_args(CpuLowering)
+LOWERINGS = ("native", "stock", "batched")
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
@@ -93,7 +92,7 @@ def test_native_and_stock_write_equal_copies_once() -> None:
     geometry = ExpertGeometry(experts=4, top_k=2, hidden=32, intermediate=32, activation="swiglu")
     source = lambda _, e: random_experts(geometry)[e]  # noqa: E731
     sizes = {
-        lowering: sum(w.bytes for w in rewrite(one_layer(32, 2), plan_of(geometry, MIXED), source, lowering)[1])
+        lowering: sum(w.bytes for w in lowering_of(lowering).lower(one_layer(32, 2), plan_of(geometry, MIXED), source).experts)
         for lowering in LOWERINGS
     }
     every = sum(geometry.expert_bytes(format) for _, format in MIXED)
@@ -104,10 +103,10 @@ def test_native_and_stock_write_equal_copies_once() -> None:
 def test_stock_needs_no_custom_op_and_counts_are_reported() -> None:
     geometry = ExpertGeometry(experts=4, top_k=2, hidden=32, intermediate=32, activation="swiglu")
     experts = random_experts(geometry)
-    model, _, counts = rewrite(one_layer(32, 2), plan_of(geometry, MIXED), lambda _, e: experts[e], "stock")
-    assert {node.domain for node in model.graph.node} == {""}
-    assert "com.microsoft" in {entry.domain for entry in model.opset_import}
-    assert counts == {
+    lowered = Stock().lower(one_layer(32, 2), plan_of(geometry, MIXED), lambda _, e: experts[e])
+    assert {node.domain for node in lowered.model.graph.node} == {""}
+    assert "com.microsoft" in {entry.domain for entry in lowered.model.opset_import}
+    assert lowered.replaced == {
         "experts nodes rewritten": 1, "replicas added": 4, "slots in int8": 3, "slots in int4": 2, "slots in fp16": 3
     }  # fmt: skip
 
@@ -116,11 +115,11 @@ def test_stock_needs_no_custom_op_and_counts_are_reported() -> None:
 def test_layers_that_differ_are_named(lowering: str) -> None:
     geometry = ExpertGeometry(experts=4, top_k=2, hidden=32, intermediate=32, activation="swiglu")
     with pytest.raises(UserError, match=r"MoE layer other\.experts of the model is not in the plan"):
-        rewrite(one_layer(32, 2, "other.experts"), plan_of(geometry, PLAIN), lambda _, e: None, lowering)
+        lowering_of(lowering).lower(one_layer(32, 2, "other.experts"), plan_of(geometry, PLAIN), lambda _, e: None)
     model = one_layer(32, 2)
     del model.graph.node[:]
     with pytest.raises(UserError, match=f"layer {LAYER} of the plan is not an MoE layer of the model"):
-        rewrite(model, plan_of(geometry, PLAIN), lambda _, e: None, lowering)
+        lowering_of(lowering).lower(model, plan_of(geometry, PLAIN), lambda _, e: None)
 
 
 def test_a_pass_out_of_order_is_the_authors_fault() -> None:

@@ -12,11 +12,11 @@ from one_layer import MIXED, Layer, batch, compiled, one_layer, plan_of, random_
 from onnx.reference import ReferenceEvaluator
 
 from rq_compile.architectures.geometry import ExpertGeometry
+from rq_compile.lowerings import Batched
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity, batched_experts
 from rq_compile.rewrite.contract import ContractError
 from rq_compile.rewrite.lane_weights import lane_weights
-from rq_compile.rewrite.rewrite import rewrite
 from rq_compile.rewrite.weights import INT4, stored
 
 GEOMETRY = ExpertGeometry(experts=4, top_k=2, hidden=32, intermediate=48, activation="swiglu", bias=True)
@@ -95,7 +95,7 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch(
 
 @pytest.mark.parametrize("expected", EXPECTED.values(), ids=EXPECTED.keys())
 def test_standard_ops_with_one_product_for_each_format_and_class(expected: ExpectedCapacity | None) -> None:
-    model, _, _ = rewrite(one_layer(32, 2), planned(), lambda _, e: EXPERTS[e], "batched", expected=expected)
+    model = Batched(expected).lower(one_layer(32, 2), planned(), lambda _, e: EXPERTS[e]).model
     assert [entry.domain for entry in model.opset_import] == [""]
     nodes = list(every_node(model.graph))
     assert {node.domain for node in nodes} == {""}

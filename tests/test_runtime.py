@@ -13,10 +13,10 @@ import pytest
 import tiny
 
 from rq_compile.architectures.model import Model
+from rq_compile.engine import library
 from rq_compile.errors import UserError
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
-from rq_compile.targets import library
 
 ATOL = 2e-5
 

@@ -21,15 +21,15 @@ from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported
 from rq_compile.files import read_document
+from rq_compile.lowerings import TensorRTLanes
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity
 from rq_compile.rewrite.contract import ContractError
-from rq_compile.rewrite.rewrite import rewrite
+from rq_compile.rewrite.halves import HALVES
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section
 from rq_compile.runtime.reference import Reference
 from rq_compile.targets.tensorrt.half_precision import half_precision, router_nodes
-from rq_compile.targets.tensorrt.loop_weights import loop_weights
-from rq_compile.targets.tensorrt.narrow import HALVES, Version, in_versions, narrowed
+from rq_compile.targets.tensorrt.narrow import Version, in_versions, narrowed
 from rq_compile.targets.tensorrt.network import default_precision, expected_capacity, remark_on_precision, write_network
 from rq_compile.targets.tensorrt.profiles import MOST_SCORES, Profile, Range, default_profiles
 from rq_compile.targets.weights_file import locate, write_weights
@@ -37,18 +37,16 @@ from rq_compile.targets.weights_file import locate, write_weights
 GEOMETRY = ExpertGeometry(experts=4, top_k=2, hidden=32, intermediate=48, activation="swiglu", bias=True)
 EXPERTS = random_experts(GEOMETRY)
 PROFILES = default_profiles(2, 16, 64)
+LANES = TensorRTLanes(expected_capacity(PROFILES))
 
 
 def layer_in_half(folder: Path, half: str = "fp16") -> onnx.ModelProto:
     """One layer of every format, so narrow that it needs further passes, and its weights."""
-    made = rewrite(
-        one_layer(32, 2), plan_of(GEOMETRY, MIXED), lambda _, e: EXPERTS[e], "batched",
-        expected=ExpectedCapacity(headroom=0.3, least=2), whole_columns=True,
-    )  # fmt: skip
-    loop_weights(made[0])
-    model, versions = half_precision(made[0], HALVES[half], layers=[LAYER])
+    lanes = TensorRTLanes(ExpectedCapacity(headroom=0.3, least=2))
+    lowered = lanes.lower(one_layer(32, 2), plan_of(GEOMETRY, MIXED), lambda _, e: EXPERTS[e])
+    model, versions = half_precision(lowered.model, HALVES[half], layers=[LAYER])
     with (folder / "layer.data").open("wb") as file:
-        written = write_weights([in_versions(section, versions) for section in made[1]], file)
+        written = write_weights([in_versions(section, versions) for section in lowered.experts], file)
     locate(model, written.starts, "layer.data")
     onnx.save(model, folder / "layer.onnx")
     return model
@@ -122,7 +120,7 @@ def network(
         for layer in plan.layers
     ]
     plan = plan.model_copy(update={"layers": layers})
-    return path, write_network(checkpoint, plan, exported, PROFILES, path).model, exported
+    return path, write_network(checkpoint, plan, exported, LANES, path).model, exported
 
 
 def test_a_model_gives_the_logits_of_transformers(network: tuple[Path, onnx.ModelProto, Exported], model: Path) -> None:

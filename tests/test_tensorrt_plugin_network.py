@@ -22,6 +22,7 @@ from transformers import OlmoeConfig
 from rq_compile.architectures.model import Model
 from rq_compile.export.export import Exported
 from rq_compile.files import read_document, write_document
+from rq_compile.lowerings import Plugins
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.quantizer import stored
 from rq_compile.runtime.reference import Reference
@@ -77,7 +78,7 @@ def network(
     """Without the calibration's statistics: rounded to the nearest."""
     checkpoint, plan = wide[0], read_document(Plan, wide[1])
     file = tmp_path_factory.mktemp("network") / "n.onnx"
-    write_network(checkpoint, plan, export_once(checkpoint), PROFILES, file, plugins=True)
+    write_network(checkpoint, plan, export_once(checkpoint), Plugins(), file)
     onnx.checker.check_model(str(file), full_check=True)
     return onnx.load(file), plan
 
@@ -136,7 +137,7 @@ def test_a_layer_keeps_its_types_and_the_router_stays_in_fp32(
 def test_bf16(wide: tuple[Model, Path], export_once: Callable[[Model], Exported], tmp_path: Path) -> None:
     checkpoint, path = wide
     plan = read_document(Plan, path)
-    write_network(checkpoint, plan, export_once(checkpoint), PROFILES, tmp_path / "n.onnx", precision="bf16", plugins=True)
+    write_network(checkpoint, plan, export_once(checkpoint), Plugins("bf16"), tmp_path / "n.onnx", precision="bf16")
     onnx.checker.check_model(str(tmp_path / "n.onnx"), full_check=True)
 
 

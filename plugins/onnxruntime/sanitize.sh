@@ -24,7 +24,7 @@ export LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -pri
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export PYTHONPATH=$folder/package
 # -P, or the package in the working directory would come before that copy.
-loaded=$("$python" -P -c "from rq_compile.targets.library import library_path; print(library_path())")
+loaded=$("$python" -P -c "from rq_compile.engine.library import library_path; print(library_path())")
 [[ $loaded == "$folder"/* ]] || { echo "$loaded would be tested" >&2; exit 1; }
 # Reports go to file descriptor 2, which pytest would keep to itself while the process ends.
 "$python" -P -m pytest --capture=sys tests/test_ops.py tests/test_ops_fuzz.py tests/test_activation_bits.py "$@"

@@ -148,8 +148,8 @@ def command(
 
     model = opened(screen, folder)
     if dry_run:
+        from rq_compile.calibration.run_estimate import calibration_estimate
         from rq_compile.cli.tables import estimate_tables
-        from rq_compile.estimates import calibration_estimate
 
         estimate = calibration_estimate(
             model,

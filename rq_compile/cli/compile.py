@@ -11,7 +11,6 @@ from rq_compile.cli.opened import opened
 from rq_compile.cli.options import (
     DENSE_FORMATS,
     FILE,
-    LOWERINGS,
     batch_size_option,
     dry_run_option,
     given_options,
@@ -23,12 +22,14 @@ from rq_compile.cli.options import (
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, checked_settings, compile_plan, tensorrt_options
 from rq_compile.errors import UserError
+from rq_compile.lowerings import LOWERINGS, lowering_for, with_options
 from rq_compile.outputs import check_outputs
 from rq_compile.targets.engine_outputs import onnx_outputs, tensorrt_outputs
 
 if TYPE_CHECKING:
     from rq_compile.architectures.model import Model
-    from rq_compile.targets.manifest import DenseFormat, Lowering
+    from rq_compile.lowerings import Lowering
+    from rq_compile.quantization.formats import DenseFormat
 
 MEGABYTE = 10**6
 PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "texts", "batch_size", "sequence_length")
@@ -41,11 +42,10 @@ PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "text
 @click.option("-o", "--output", type=FILE, required=True, help="The engine to write: .onnx, or .plan for TensorRT.")
 @click.option(
     "--lowering",
-    type=click.Choice(LOWERINGS),
+    type=click.Choice(list(LOWERINGS)),
     default="native",
     show_default=True,
-    help="native needs the op library of rq-compile; stock runs in any ONNX Runtime; batched is plain ONNX, for large batches; "
-    "cuda needs the op library of plugins/cuda and is the default for a plan with the target cuda.",
+    help="; ".join(f"{name} {kind.summary}" for name, kind in LOWERINGS.items()) + ".",
 )
 @click.option(
     "--activation-bits",
@@ -76,7 +76,7 @@ def command(
     plan_path: Path | None,
     texts: tuple[Path, ...],
     output: Path,
-    lowering: Lowering,
+    lowering: str,
     activation_bits: str,
     dense_format: DenseFormat,
     link_weights: bool,
@@ -93,7 +93,7 @@ def command(
     check_extension(output)
     check_tensorrt_options(output)
     tensorrt = {name: planning.pop(name) for name in OPTIONS}
-    check_lowering_options(lowering, activation_bits, f"--lowering {lowering}")
+    realised = lowering_by(LOWERINGS[lowering], activation_bits, dense_format, f"--lowering {lowering}")
     inputs = [path for path in (plan_path, tensorrt["plugins"], *texts) if path]
     written = tensorrt_outputs(output) if output.suffix == ".plan" else onnx_outputs(output, folder, link_weights=link_weights)
     check_outputs(written, inputs)
@@ -105,7 +105,7 @@ def command(
 
     contents = read_texts(texts, render=chat_template(folder)) if plan_path is None else {}
     options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies)
-    shape: dict[str, Any] = {"dense_format": dense_format, "link_weights": link_weights, "threads": threads}
+    shape: dict[str, Any] = {"link_weights": link_weights, "threads": threads}
 
     from rq_compile import spill
     from rq_compile.calibration.statistics import Statistics
@@ -123,27 +123,28 @@ def command(
         check_same_model(plan, model, plan_path)
         for remark in remarks_on_ties(model):
             screen.note(remark)
-        if plan.target == "cuda" and settings is None and "lowering" not in given_options():
-            lowering = "cuda"
-            check_lowering_options(lowering, activation_bits, f"--lowering cuda, which {plan_path} for cuda chooses")
-        if settings is None and (lost := lost_with_lowering(plan, lowering)):
+        if settings is None and "lowering" not in given_options():
+            kind = lowering_for(plan.target)
+            chosen_by = f"--lowering {kind.name}, which {plan_path} for {plan.target} chooses"
+            realised = lowering_by(kind, activation_bits, dense_format, chosen_by)
+        if settings is None and (lost := lost_with_lowering(plan, realised.name, batched=realised.is_batched())):
             screen.note(lost)
         if dry_run:
             from rq_compile.targets.preflight import preflight
 
-            preflight(model, plan, lowering)
-            show_estimate(screen, model, output, lowering, plan=plan, **shape)
+            preflight(model, plan, realised)
+            show_estimate(screen, model, output, realised, plan=plan, **shape)
             return
         statistics = Statistics.beside(plan_path.parent, plan.statistics) if plan.statistics else None
     else:
         from rq_compile.calibration.calibrate import calibrate
         from rq_compile.planning.plan import check_arguments, make_plan
 
-        planning["target"] = settings.planned_for if settings else lowering if lowering in ("batched", "cuda") else "cpu"
+        planning["target"] = (settings.lowering if settings else realised).planned_for
         check_arguments(**planning, options=options)
         if dry_run:
             first = {"texts": contents, "batch_size": batch_size, "sequence_length": sequence_length}
-            show_estimate(screen, model, output, lowering, first, plan=None, memory=planning["memory"], **shape)
+            show_estimate(screen, model, output, realised, first, plan=None, memory=planning["memory"], **shape)
             return
         with spill.beside(output), screen.progress("calibrating", "tokens") as progress:
             calibration, tensors = calibrate(
@@ -162,22 +163,17 @@ def command(
         return
 
     from rq_compile.cli.tables import engine_tables
-    from rq_compile.targets.onnxruntime import compile_engine
+    from rq_compile.targets.onnxruntime import Writing, compile_engine
 
     with screen.progress("compiling", "MB") as progress:
         manifest = compile_engine(
             model,
             plan,
             output,
-            lowering,
+            realised,
             statistics,
-            activation_bits=int(activation_bits),
-            dense_format=dense_format,
-            progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE),
-            threads=threads,
-            fresh=fresh,
             link_weights=link_weights,
-            say=screen.note,
+            writing=Writing(threads, fresh, lambda done, total: progress(done // MEGABYTE, total // MEGABYTE), screen.note),
         )
     screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")
     tables = engine_tables(manifest)
@@ -194,8 +190,10 @@ def show_estimate(
     **engine: Any,
 ) -> None:
     """``calibrating`` and ``engine`` are the other arguments of ``calibration_estimate`` and ``engine_estimate``."""
+    from rq_compile.calibration.run_estimate import calibration_estimate
     from rq_compile.cli.tables import estimate_tables
-    from rq_compile.estimates import calibration_estimate, engine_estimate, together
+    from rq_compile.estimates import together
+    from rq_compile.targets.engine_estimate import engine_estimate
 
     estimate = engine_estimate(model, output, lowering, **engine)
     if calibrating is not None:
@@ -203,18 +201,19 @@ def show_estimate(
     screen.result(estimate, *estimate_tables(estimate))
 
 
-def check_lowering_options(lowering: Lowering, activation_bits: str, chosen_by: str) -> None:
-    """``chosen_by``: what chose the lowering, for the message.
+def lowering_by(kind: type[Lowering], activation_bits: str, dense_format: DenseFormat, chosen_by: str) -> Lowering:
+    """The lowering with the options that it has; ``chosen_by``: what chose it, for the message.
 
     Raises:
-        UserError: an option was given that the lowering has no use for.
+        UserError: an option was given that it has no use for.
     """
-    given = "lowering" in given_options()
-    others = "leave one of the two out" if given else "leave it out, or give --lowering native"
-    if activation_bits != "32" and lowering in ("batched", "cuda"):
+    given = given_options()
+    others = "leave one of the two out" if "lowering" in given else "leave it out, or give --lowering native"
+    if activation_bits != "32" and "activation_bits" not in kind.options:
         raise UserError(f"--activation-bits {activation_bits} has no effect with {chosen_by}; {others}", 2)
-    if lowering != "native" and "dense_format" in given_options():
+    if "dense_format" in given and "dense_format" not in kind.options:
         raise UserError(f"--dense-format has no effect with {chosen_by}; {others}", 2)
+    return with_options(kind, activation_bits=int(activation_bits), dense_format=dense_format)
 
 
 def check_extension(output: Path) -> None:

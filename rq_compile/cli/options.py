@@ -17,10 +17,8 @@ import click
 from rq_compile.errors import UserError
 
 POLICIES = ("none", "paper", "eplb", "place", "optimal")
-TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched")
 QUANTIZERS = ("gptq", "nearest")
 BLOCKS = ("auto", "128", "64", "32", "16")
-LOWERINGS = ("native", "stock", "batched", "cuda")
 DENSE_FORMATS = ("stored", "int8", "fp32")
 
 FILE = click.Path(path_type=Path)

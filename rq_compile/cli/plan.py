@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
-from rq_compile.cli.options import FILE, TARGETS, parse_options, planning_options
+from rq_compile.cli.options import FILE, parse_options, planning_options
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.outputs import check_outputs, document
+from rq_compile.planning.targets import TARGETS
 
 
 @click.command("plan")
 @click.argument("calibration", type=FILE)
 @click.option("-o", "--output", type=FILE, required=True, help="The plan to write (.json).")
-@click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True, help="What the engine is for.")
+@click.option("--target", type=click.Choice(list(TARGETS)), default="cpu", show_default=True, help="What the engine is for.")
 @planning_options
 @on_screen
 def command(

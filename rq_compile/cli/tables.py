@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.cli.screen import duration
+from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import printable
 from rq_compile.evaluation.schema import Bench, Evaluation, TextEvaluation
 from rq_compile.packaging.package import Package
@@ -19,7 +20,6 @@ from rq_compile.planning import metrics
 from rq_compile.planning.replan import Change, Changes
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.formats import FORMATS, Format
-from rq_compile.targets.manifest import Manifest
 
 if TYPE_CHECKING:
     from rq_compile.estimates import Estimate

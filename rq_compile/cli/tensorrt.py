@@ -195,7 +195,7 @@ def tensorrt_tables(manifest: TensorRTManifest, engine: Path) -> list[Renderable
     head: dict[str, object] = {
         "made_by": manifest.tool,
         "target": f"{manifest.target}, {manifest.precision}",
-        "moe_layers": "plugins" if manifest.lowering == "plugins" else "standard ops",
+        "moe_layers": "plugins" if manifest.carries_code else "standard ops",
         "compute_capabilities": ", ".join(f"{n // 10}.{n % 10}" for n in manifest.compute_capabilities)
         or "the building machine's",
         "engine": megabytes(size) if size else "not built",

@@ -22,6 +22,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from rq_compile.architectures.load import meta_model
 from rq_compile.architectures.model import Model
+from rq_compile.engine.manifest import CacheTensor
 from rq_compile.errors import UserError
 from rq_compile.export.experts_op import route_to_experts_nodes
 from rq_compile.export.graph import Parameter, folded, without_weights
@@ -29,7 +30,6 @@ from rq_compile.export.linear_attention import linear_attention_as_nodes
 from rq_compile.export.logits_to_keep import indices_to_trace, take_a_number
 from rq_compile.export.rope import free_the_length
 from rq_compile.export.switch import route_switch_to_experts_nodes
-from rq_compile.targets.manifest import CacheTensor
 
 # Sizes to trace with: all different, and none is 0 or 1, which torch.export would take for constants.
 BATCH, SEQUENCE, PAST, KEPT = 2, 3, 5, 4

@@ -8,16 +8,18 @@ from pathlib import Path
 from string import Template
 
 from rq_compile import spill
+from rq_compile.engine.library import library_path
+from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
 from rq_compile.files import sha256
+from rq_compile.lowerings import LOWERINGS
+from rq_compile.lowerings.batched import FOLDING_LIMIT
 from rq_compile.packaging.archive import Files, archive_writer, check_package, write_files
 from rq_compile.packaging.op_library import machine, op_library, system_sentence
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.sbom import bill_of_materials
 from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
 from rq_compile.standalone import decoding, limits, text
-from rq_compile.targets.library import library_path
-from rq_compile.targets.manifest import Manifest
 
 TEMPLATES = Path(__file__).parent / "edge_files"
 EXAMPLE = TEMPLATES / "generate.py"
@@ -86,7 +88,7 @@ def write_examples(engine: str, manifest: Manifest, folder: Path) -> None:
     example = Template((TEMPLATES / "generate.cc").read_text()).substitute(
         engine=engine.replace("\\", "\\\\").replace('"', '\\"'),
         op_library="" if manifest.op_library is None else OP_LIBRARY,
-        limit_folding=str(manifest.lowering == "batched").lower(),
+        limit_folding=str(LOWERINGS[manifest.lowering].session_options == FOLDING_LIMIT).lower(),
         end_of_text=", ".join(map(str, manifest.end_of_text)),
         recomputed_beyond=-1 if manifest.recomputed_beyond is None else manifest.recomputed_beyond,
         prefill_chunk=manifest.prefill_chunk or 0,

@@ -6,16 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rq_compile.engine.library import library_path
+from rq_compile.engine.manifest import CacheTensor, EngineFile, Manifest
 from rq_compile.errors import UserError
 from rq_compile.files import folder_written_beside, sha256, write_document
+from rq_compile.lowerings import LOWERINGS
 from rq_compile.packaging.edge import OP_LIBRARY, cache_remarks, library_remark, licence_remark
 from rq_compile.packaging.package import Package
-from rq_compile.runtime.engine import FOLDING_LIMIT
 from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
 from rq_compile.standalone.decoding import ALL
 from rq_compile.standalone.text import open_tokenizer
-from rq_compile.targets.library import library_path
-from rq_compile.targets.manifest import CacheTensor, EngineFile, Manifest
 
 CONFIG = "genai_config.json"
 # The names under which onnxruntime-genai looks for a tokenizer.
@@ -127,8 +127,7 @@ def config(manifest: Manifest, context_length: int) -> dict[str, Any]:
     options: dict[str, Any] = {"provider_options": []}
     if manifest.op_library is not None:
         options["custom_ops_library"] = OP_LIBRARY
-    if manifest.lowering == "batched":
-        options |= [FOLDING_LIMIT]
+    options |= LOWERINGS[manifest.lowering].session_options
     decoder = {
         "filename": manifest.graph.name,
         "session_options": options,

@@ -6,8 +6,8 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 
+from rq_compile.engine.library import library_path
 from rq_compile.errors import UserError
-from rq_compile.targets.library import library_path
 
 # The machine field of a 64-bit ELF header, by the names that Linux and its packages use.
 MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
 from rq_compile.files import folder_written_beside, sha256
 from rq_compile.packaging import triton_onnxruntime, triton_python, triton_tensorrt
@@ -14,7 +15,7 @@ from rq_compile.packaging.edge import CHECKSUMS, engine_parts, library_remark, l
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.triton_config import as_text, messages
 from rq_compile.runtime.files import read_cpu_manifest, verify
-from rq_compile.targets.manifest import Manifest
+from rq_compile.targets.tensorrt.manifest import TensorRTManifest
 
 Flavour = Literal["python", "onnxruntime", "tensorrt"]
 WRITERS: dict[Flavour, Callable[..., tuple[Any, list[str]]]] = {
@@ -77,7 +78,7 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
         remarks = [*remarks, library_remark(onnx_engine), licence_remark(onnx_engine)]
     text = onnx_engine is not None and onnx_engine.tokenizer is not None
     run = commands(output, name, flavour, text, options.get("mount", triton_onnxruntime.MOUNT))
-    if onnx_engine is None and manifest.lowering == "plugins":
+    if isinstance(manifest, TensorRTManifest) and manifest.carries_code:
         run[-1] += f" {triton_tensorrt.CODE_ALLOWED}"
     return Package(destination="triton", folder=str(output), files=[*files, CHECKSUMS], run=run, remarks=remarks)
 

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from rq_compile.calibration.schema import Calibration
+from rq_compile.engine.library import library_path
+from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
 from rq_compile.files import read_document, sha256
+from rq_compile.lowerings import LOWERINGS
+from rq_compile.lowerings.batched import FOLDING_LIMIT
 from rq_compile.packaging.edge import cache_remarks
 from rq_compile.packaging.triton_config import Tensor, messages, model_config
 from rq_compile.planning.schema import Plan
-from rq_compile.targets.library import library_path
-from rq_compile.targets.manifest import Manifest
 
 MOUNT = "/models"
 # What commands that calibrate take by default.
@@ -119,7 +121,7 @@ def mixed_copies(plan: Plan) -> bool:
 
 def half_precision_bytes(manifest: Manifest) -> int:
     """Bytes of 16-bit experts that constant folding would unpack: only those of standard ops, in the batched lowering."""
-    if manifest.lowering != "batched":
+    if LOWERINGS[manifest.lowering].session_options != FOLDING_LIMIT:
         return 0
     wide = [(layer, slot) for layer in manifest.plan.layers for slot in layer.slots if slot.format in ("bf16", "fp16")]
     return sum(layer.geometry.expert_bytes(slot.format) for layer, slot in wide)

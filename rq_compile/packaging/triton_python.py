@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from rq_compile.engine.library import library_path
+from rq_compile.engine.manifest import Manifest
 from rq_compile.packaging.edge import EXAMPLE, OP_LIBRARY, SHARED
 from rq_compile.packaging.triton_config import TEXT, Tensor, messages, model_config
-from rq_compile.targets.library import library_path
-from rq_compile.targets.manifest import Manifest
 
 MODEL = Path(__file__).parent / "triton_files" / "model.py"
 INT64 = np.dtype(np.int64)

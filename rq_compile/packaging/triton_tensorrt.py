@@ -74,7 +74,7 @@ def write(source: Path, manifest: TensorRTManifest, model: Path, engine_for: tup
         "the client carries the KV cache from step to step",
         "an engine runs on the GPU model and the TensorRT version that built it; the server says so when it loads",
     ]
-    if manifest.lowering == "plugins":
+    if manifest.carries_code:
         remarks.append(
             f"the engine carries the code of its MoE layers; the backend runs it only in a server started with {CODE_ALLOWED}"
         )

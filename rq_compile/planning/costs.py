@@ -14,27 +14,10 @@ import numpy as np
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.planning.metrics import padded_work, rank_loads
-from rq_compile.planning.schema import Slot, Target
+from rq_compile.planning.schema import Slot
+from rq_compile.planning.targets import TARGETS, Target
 
 Busiest = Literal["slot", "rank", "nothing"]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Nominal rates that turn rows and bytes into one unit; a prediction is only ever shown as a ratio of two times."""
-
-    flops: float
-    bytes_per_second: float
-
-
-MACHINES: dict[Target, Machine] = {
-    "cpu": Machine(200e9, 33e9),
-    "batched": Machine(200e9, 33e9),
-    "cuda": Machine(800e12, 3.3e12),
-    "tensorrt": Machine(800e12, 3.3e12),
-    "tensorrt-rtx": Machine(150e12, 1.0e12),
-}
-BATCHED: frozenset[Target] = frozenset({"batched", "tensorrt-rtx"})
 
 
 @dataclass(frozen=True)
@@ -46,7 +29,7 @@ class CostModel:
 
     @property
     def batched(self) -> bool:
-        return self.target in BATCHED
+        return TARGETS[self.target].batched
 
     @property
     def busiest(self) -> Busiest:
@@ -62,7 +45,7 @@ class CostModel:
 
         The slowest rank counts; a rank computes its rows (padded to its ``lanes [S]`` if batched) and reads its weights once.
         """
-        machine = MACHINES[self.target]
+        machine = TARGETS[self.target]
         share = slot_rows / slot_rows.sum() if slot_rows.any() else np.full(len(slots), 1 / len(slots))
         rows = share * tokens * geometry.top_k
         bytes_read = self._bytes_read(geometry, slots, share, tokens)

@@ -3,10 +3,10 @@
 from collections import Counter, defaultdict
 
 from rq_compile.planning.budget import enough_for
-from rq_compile.planning.costs import BATCHED
 from rq_compile.planning.metrics import excess_removed
 from rq_compile.planning.problem import Problem
 from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.planning.targets import TARGETS
 
 
 def remarks(problem: Problem, layers: list[LayerPlan]) -> list[str]:
@@ -51,12 +51,13 @@ def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
     return f"{what} falls from {before:.3f} to {after:.3f}, {100 * removed:.1f} % of the excess; {time}."
 
 
-def lost_with_lowering(plan: Plan, lowering: str) -> str:
-    """What a plan for one rank loses when it is compiled with a lowering that waits for something else; empty if nothing."""
-    if plan.ranks > 1 or (plan.target in BATCHED) == (lowering == "batched"):
+def lost_with_lowering(plan: Plan, lowering: str, *, batched: bool) -> str:
+    """What a plan for one rank loses when it is compiled with a ``lowering``, ``batched`` or not, that waits for something else;
+    empty if nothing."""
+    if plan.ranks > 1 or TARGETS[plan.target].batched == batched:
         return ""
     replicas = sum(len(layer.slots) - layer.geometry.experts for layer in plan.layers)
-    if lowering == "batched":
+    if batched:
         balance = sum(layer.predicted.strict_lis_after for layer in plan.layers) / len(plan.layers)
         return (
             f"The plan is for {plan.target}, which waits for no busy expert, so its slots are not balanced: with --lowering "

@@ -21,11 +21,11 @@ from rq_compile.bounds import (
 )
 from rq_compile.calibration.schema import StatisticsFile, check_each_once
 from rq_compile.files import Document, Name
+from rq_compile.planning.targets import Target
 from rq_compile.quantization.formats import FLOAT_FORMATS, Format, Quantizer
 from rq_compile.versions import Upgrade, Versioned, same_keys
 
 Policy = Literal["none", "paper", "eplb", "place", "optimal"]
-Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched"]
 
 
 class Slot(Document):

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 Format = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Quantizer = Literal["gptq", "nearest"]
+# Of non-expert matrices in a native engine: 16 bit as stored, rounded to int8, or widened to fp32.
+DenseFormat = Literal["stored", "int8", "fp32"]
 FLOAT_FORMATS: tuple[Format, ...] = ("fp32", "fp16", "bf16")
 QUANTIZED_FORMATS: tuple[Format, ...] = ("int8", "int4")
 BITS: dict[Format, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}

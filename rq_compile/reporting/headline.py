@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
+from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation, LayerBalance
 from rq_compile.files import Document, Name
 from rq_compile.planning.schema import LayerPrediction
-from rq_compile.targets.manifest import Manifest
 
 
 class Headline(Document):

@@ -6,12 +6,12 @@ from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation, LayerBalance
 from rq_compile.planning.schema import LayerPrediction
 from rq_compile.reporting.charts import Bar, balance_scale, bars, slot_sizes, stored_layers
 from rq_compile.reporting.headline import headline
 from rq_compile.reporting.maps import formats_legend, legend, maps
-from rq_compile.targets.manifest import Manifest
 
 # Of every layer, by its number in the model.
 Balances = list[tuple[int, LayerPrediction | LayerBalance]]

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
 from rq_compile.evaluation.schema import Bench, Evaluation
-from rq_compile.targets.manifest import Manifest
 
 
 def check_evaluation(engine: Path, manifest: Manifest, evaluation: Evaluation, path: Path) -> None:

@@ -16,14 +16,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from rq_compile.quantization.formats import Format, block_size
+from rq_compile.quantization.formats import DenseFormat, Format, block_size
 from rq_compile.quantization.quantizer import FLOAT_DTYPES, quantize
 from rq_compile.rewrite.contract import requires
 from rq_compile.rewrite.experts_to_slots import DOMAIN
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
 from rq_compile.rewrite.slot_weights import group_of
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, constant, external_proto
-from rq_compile.targets.manifest import DenseFormat
 
 NAME = "dense_gemms"
 # Rows of a matrix that are quantized and packed at a time; a head has more than 100 000.

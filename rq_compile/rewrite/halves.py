@@ -1,8 +1,11 @@
 """Weights in 16 bit, which may be too narrow for them."""
 
+import ml_dtypes
 import numpy as np
 
 from rq_compile.errors import UserError
+
+HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def in_half(values: np.ndarray, half: np.dtype, name: str) -> np.ndarray:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
+from rq_compile.lowerings import LOWERINGS
 from rq_compile.runtime.files import read_manifest
 from rq_compile.runtime.graph import loadable_graph
 from rq_compile.standalone.decoding import ALL, decode, inputs_of, until_end
 from rq_compile.standalone.limits import session_threads
 from rq_compile.standalone.text import open_tokenizer
-from rq_compile.targets.manifest import Manifest
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 # Where a graph that is given as bytes has its weights.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-# ONNX Runtime would cast 16-bit weights to fp32 once at load and keep them so; up to this size it may fold constants.
-FOLDING_LIMIT = ("optimization.constant_folding_max_output_size_in_bytes", str(1 << 16))
 
 
 class Engine:
@@ -176,11 +175,11 @@ class Engine:
         options.log_severity_level = 3
         # As bytes: a folder's name need not be UTF-8.
         options.add_session_config_entry(WEIGHTS_FOLDER, os.fsencode(folder))
-        if self.manifest.lowering == "batched":
-            options.add_session_config_entry(*FOLDING_LIMIT)
+        for name, value in LOWERINGS[self.manifest.lowering].session_options.items():
+            options.add_session_config_entry(name, value)
         options.intra_op_num_threads = session_threads(self.threads)
         if self.manifest.op_library is not None:
-            from rq_compile.targets.library import CPU_LIBRARY, library_path
+            from rq_compile.engine.library import CPU_LIBRARY, library_path
 
             library = library_path(self.manifest.op_library_name or CPU_LIBRARY)
             try:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from rq_compile.engine.manifest import EngineFile, Manifest
 from rq_compile.errors import UserError
 from rq_compile.files import read_document, sha256
-from rq_compile.targets.manifest import EngineFile, Manifest
 
 
 def manifest_path(engine: Path) -> Path:

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
 from rq_compile.file_systems import readable
-from rq_compile.targets.manifest import Manifest
 
 if TYPE_CHECKING:
     import onnx

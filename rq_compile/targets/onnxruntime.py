@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
@@ -10,177 +11,226 @@ from rq_compile import __version__
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.rope import recomputed_beyond
 from rq_compile.calibration.statistics import Statistics
+from rq_compile.checkpoint.safetensors_file import StoredTensor
+from rq_compile.engine.library import OP_SET_VERSION
+from rq_compile.engine.manifest import EngineFile, Manifest
 from rq_compile.errors import UserError
-from rq_compile.estimates import check_space, engine_estimate
+from rq_compile.estimates import check_space
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import sha256, write_document, written_beside
+from rq_compile.lowerings import Lowering, lowering_of
+from rq_compile.lowerings.lowering import Lowered
 from rq_compile.outputs import check_outputs
 from rq_compile.planning.schema import Plan
-from rq_compile.quantization.formats import FLOAT_FORMATS
-from rq_compile.rewrite.dense_gemms import dense_gemms
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.logits_to_keep import with_default
-from rq_compile.rewrite.rewrite import rewrite, rewrite_to_moe_layers
 from rq_compile.rewrite.weights import Section
 from rq_compile.standalone.decoding import LAST
+from rq_compile.targets.engine_estimate import engine_estimate
 from rq_compile.targets.engine_outputs import onnx_outputs
-from rq_compile.targets.library import CPU_LIBRARY, CUDA_LIBRARY, OP_SET_VERSION, OpLibrary
 from rq_compile.targets.licences import declared_licence, licence_texts
 from rq_compile.targets.links import hard_linked, has_hard_links, link_names, linked_sentence
-from rq_compile.targets.manifest import DenseFormat, EngineFile, Lowering, Manifest
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
-from rq_compile.targets.tensorrt.narrow import HALVES
 from rq_compile.targets.vocabulary import remarks, vocabulary
 from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
 
-LIBRARIES: dict[Lowering, OpLibrary] = {"native": CPU_LIBRARY, "cuda": CUDA_LIBRARY}
+TOOL = f"rq-compile {__version__}"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the weights are written; no byte of the engine depends on it.
+
+    ``threads`` compute them, by default one for each core. An interrupted compilation goes on where it was, see
+    ``partial_file``, unless ``fresh``. ``progress(done, total)`` counts their bytes; ``say`` takes a sentence for the user.
+    """
+
+    threads: int | None = None
+    fresh: bool = False
+    progress: Progress | None = None
+    say: Say = lambda text: None
 
 
 def compile_engine(
     model: Model,
     plan: Plan,
     output: Path,
-    lowering: Lowering = "native",
+    lowering: Lowering | str = "native",
     statistics: Statistics | None = None,
     exported: Exported | None = None,
-    activation_bits: int = 32,
-    dense_format: DenseFormat = "stored",
-    progress: Progress | None = None,
-    threads: int | None = None,
-    fresh: bool = False,
+    *,
     link_weights: bool = False,
-    say: Say = lambda text: None,
+    writing: Writing = Writing(),
 ) -> Manifest:
     """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json``, ``<stem>.json`` and the licence texts of the
     checkpoint (``<stem>.LICENSE``) beside them.
 
-    Weights are streamed: a projection of an expert or a dense tensor at a time on each of ``threads`` threads (by default one for
-    each core), and never more of them than take the memory of the largest layer. The output does not depend on ``threads``. An
-    interrupted compilation goes on where it was, see ``partial_file``, unless ``fresh``. ``link_weights``: see ``links``.
+    Weights are streamed: a projection of an expert or a dense tensor at a time on each thread, and never more of them than take
+    the memory of the largest layer.
 
-    ``statistics`` are those of the calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported``
-    is the checkpoint's graph, for who compiles several plans of one. ``activation_bits``: see ``rewrite``; ``dense_format``: see
-    ``dense_gemms``, which only the native lowering has. The lowering "cuda" computes experts in 16 bit (bf16 if the checkpoint
-    is, else fp16) between two casts, and all else in fp32. ``progress(done, total)`` counts the bytes of the weights; ``say``
-    takes a sentence for the user.
+    ``lowering``: an object of ``lowerings``, or the name of one with its default options. ``statistics`` are those of the
+    calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported`` is the checkpoint's graph, for
+    who compiles several plans of one. ``link_weights``: see ``links``.
 
     Raises:
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written.
     """
-    data, tokenizer, document = Path(f"{output}.data"), output.with_suffix(".tokenizer.json"), output.with_suffix(".json")
-    texts = {output.with_suffix(f".{path.name}"): path for path in licence_texts(model.path)}
+    lowering = lowering_of(lowering).for_checkpoint(model.dtype)
     check_outputs(onnx_outputs(output, model.path, link_weights=link_weights))
     link_weights = link_weights and has_hard_links(output.parent)
-    layers = {layer.name: layer for layer in model.layers}
     preflight(model, plan, lowering)
-    if plan.quantizer == "gptq" and statistics is None:
-        raise UserError(
-            "the plan rounds weights by activation statistics (gptq), but has none; calibrate again, or with --quantizer nearest",
-            2,
-        )
-    estimate = engine_estimate(model, output, lowering, plan=plan, dense_format=dense_format, link_weights=link_weights)
-    check_space(output, estimate.output_bytes)
+    statistics = _needed(statistics, plan)
+    check_space(output, engine_estimate(model, output, lowering, plan=plan, link_weights=link_weights).output_bytes)
     tokens = vocabulary(model)
-
     exported = exported or export_graph(model)
-
-    moments = statistics if plan.quantizer == "gptq" else None
-    source = lambda layer, expert: StreamedExpert(model, layers[layer], expert, moments)  # noqa: E731
-    graph, matrices = exported.model, list[Section]()
-    if lowering == "native":
-        stored = stored_weights(model, exported.parameters)
-        graph, matrices = dense_gemms(graph, dense_format, stored, activation_bits)
-    if lowering == "cuda":
-        half = "bf16" if model.dtype == "bf16" else "fp16"
-        graph, experts, replaced = rewrite_to_moe_layers(graph, plan, source, HALVES[half])
-        activation_bits = 16
-        floats = [slot.format for layer in plan.layers for slot in layer.slots if slot.format in FLOAT_FORMATS]
-        replaced[f"float slots kept in {half}"] = sum(format != half for format in floats)
-    else:
-        graph, experts, replaced = rewrite(graph, plan, source, lowering, activation_bits=activation_bits)
-    dense, aliases, linked = dense_weights(model, graph.graph, exported.parameters, link=link_weights)
-    dense += matrices
+    content = _content(model, plan, lowering, statistics, exported, link_weights)
     job: Job = {
-        "tool": f"rq-compile {__version__}",
+        "tool": TOOL,
         "checkpoint": model.fingerprint,
         # The fingerprint samples a tensor's ends; a shard that was repaired in its middle must not be taken for the old one.
         "version of the shards": model.version,
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
-        "activation statistics": moments.sha256 if moments else None,
-        "lowering": lowering,
-        "dense format": dense_format,
-        "linked weights": len(linked),
+        "activation statistics": statistics.sha256 if statistics else None,
+        "lowering": lowering.name,
+        "dense format": lowering.dense_format,
+        "linked weights": len(content.linked),
     }
 
     # Left in reverse order: the manifest, by which an engine is loaded, is the last to appear.
     with ExitStack() as stack:
-        document_part = stack.enter_context(written_beside(document))
-        copied = None
-        if model.has_tokenizer:
-            tokenizer_part = stack.enter_context(written_beside(tokenizer))
-            tokenizer_part.write_text(model.tokenizer.to_str(), encoding="utf-8")
-            copied = _engine_file(tokenizer, tokenizer_part)
-        replaced |= remarks(model)
-        licences = []
-        for text, path in texts.items():
-            text_part = stack.enter_context(written_beside(text))
-            shutil.copyfile(path, text_part)
-            licences.append(_engine_file(text, text_part))
-        links = link_names(linked, output)
+        document = stack.enter_context(written_beside(output.with_suffix(".json")))
+        files = _copies(stack, model, output)
+        links = link_names(content.linked, output)
         for shard, link in links.items():
             stack.enter_context(hard_linked(shard, link))
+            files.linked.append(_engine_file(link, shard))
         if link_weights:
-            say(linked_sentence(linked.values(), sum(section.bytes for section in dense), model.dtype))
-        graph_part = stack.enter_context(written_beside(output))
-        journal = stack.enter_context(resumable(data, job, fresh=fresh, say=say))
-        began = monotonic()
-        sections = [*dense, *experts]
-        written = write_weights(
-            sections, journal.file, progress, threads=threads, memory=model.largest_layer_bytes, journal=journal
-        )
-        say(_throughput(written, monotonic() - began))
-        starts = written.starts | {alias: written.starts[name] for alias, name in aliases.items()}
-        elsewhere = {name: (links[tensor.file].name, tensor.offset) for name, tensor in linked.items()}
-        locate(graph, starts, data.name, elsewhere)
-        graph_part.write_bytes(with_default(graph, LAST).SerializeToString(deterministic=True))
-        replaced["equal tensors written once"] = len(aliases)
-        replaced["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
+            writing.say(linked_sentence(content.linked.values(), content.dense_bytes, model.dtype))
+        graph = stack.enter_context(written_beside(output))
+        written = _write_weights(stack, model, content, Path(f"{output}.data"), job, writing)
+        starts = written.starts | {alias: written.starts[name] for alias, name in content.aliases.items()}
+        elsewhere = {name: (links[tensor.file].name, tensor.offset) for name, tensor in content.linked.items()}
+        locate(content.lowered.model, starts, f"{output.name}.data", elsewhere)
+        graph.write_bytes(with_default(content.lowered.model, LAST).SerializeToString(deterministic=True))
         manifest = Manifest(
-            tool=f"rq-compile {__version__}",
-            target="cuda" if lowering == "cuda" else "cpu",
-            lowering=lowering,
-            graph=_engine_file(output, graph_part),
-            weights=EngineFile(name=data.name, sha256=written.sha256, bytes=written.bytes),
-            linked=[_engine_file(link, shard) for shard, link in links.items()],
-            tokenizer=copied,
-            licences=licences,
+            tool=TOOL,
+            target=lowering.device,
+            lowering=lowering.name,
+            graph=_engine_file(output, graph),
+            weights=EngineFile(name=f"{output.name}.data", sha256=written.sha256, bytes=written.bytes),
+            linked=files.linked,
+            tokenizer=files.tokenizer,
+            licences=files.licences,
             licence=declared_licence(model.path),
-            op_library=OP_SET_VERSION if lowering in LIBRARIES else None,
-            op_library_name=LIBRARIES.get(lowering),
-            provider="CUDAExecutionProvider" if lowering == "cuda" else "CPUExecutionProvider",
-            activation_bits=activation_bits,
-            dense_format=dense_format if lowering == "native" else "fp32",
+            op_library=OP_SET_VERSION if lowering.library else None,
+            op_library_name=lowering.library,
+            provider=lowering.provider,
+            activation_bits=lowering.activation_bits,
+            dense_format=lowering.dense_format,
             opset=exported.opset,
             encoder_decoder=exported.encoder_decoder,
             cache=exported.cache,
             recomputed_beyond=recomputed_beyond(model.config),
-            slot_offsets={layer.name: offsets_name(layer.name) for layer in plan.layers if lowering != "cuda"},
-            dense_bytes=sum(section.bytes for section in dense),
-            expert_bytes=sum(section.bytes for section in experts),
-            replaced={reason: count for reason, count in replaced.items() if count},
+            slot_offsets={layer.name: offsets_name(layer.name) for layer in plan.layers} if lowering.counts_rows else {},
+            dense_bytes=content.dense_bytes,
+            expert_bytes=sum(section.bytes for section in content.lowered.experts),
+            replaced=_replaced(model, plan, content),
             remarks=list(model.remarks),
             plan=plan,
             **tokens,
         )
-        write_document(manifest, document_part)
+        write_document(manifest, document)
     return manifest
 
 
-def _throughput(written: WeightsFile, seconds: float) -> str:
-    new = (written.bytes - written.resumed) / 1e9
-    return f"wrote {new:.3g} GB of weights in {seconds:.3g} s, {new / seconds:.3g} GB/s"
+@dataclass(frozen=True)
+class _Content:
+    """The engine before its weights are read: non-expert weights in ``dense``, or ``aliases`` of one of them, or ``linked``."""
+
+    lowered: Lowered
+    dense: list[Section]
+    aliases: dict[str, str]
+    linked: dict[str, StoredTensor]
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(section.bytes for section in self.dense)
+
+
+@dataclass
+class _Copies:
+    """What lies beside the engine as the checkpoint has it."""
+
+    tokenizer: EngineFile | None = None
+    licences: list[EngineFile] = field(default_factory=list)
+    linked: list[EngineFile] = field(default_factory=list)
+
+
+def _needed(statistics: Statistics | None, plan: Plan) -> Statistics | None:
+    """``statistics`` if the plan's quantizer wants them."""
+    if plan.quantizer != "gptq":
+        return None
+    if statistics is None:
+        raise UserError(
+            "the plan rounds weights by activation statistics (gptq), but has none; calibrate again, or with --quantizer nearest",
+            2,
+        )
+    return statistics
+
+
+def _content(
+    model: Model, plan: Plan, lowering: Lowering, statistics: Statistics | None, exported: Exported, link_weights: bool
+) -> _Content:
+    layers = {layer.name: layer for layer in model.layers}
+    lowered = lowering.lower(
+        exported.model,
+        plan,
+        lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics),
+        stored_weights(model, exported.parameters),
+    )
+    dense, aliases, linked = dense_weights(model, lowered.model.graph, exported.parameters, link=link_weights)
+    return _Content(lowered, dense + lowered.matrices, aliases, linked)
+
+
+def _copies(stack: ExitStack, model: Model, output: Path) -> _Copies:
+    """The tokenizer and the licence texts, which appear when ``stack`` is left."""
+    copies = _Copies()
+    if model.has_tokenizer:
+        tokenizer = output.with_suffix(".tokenizer.json")
+        part = stack.enter_context(written_beside(tokenizer))
+        part.write_text(model.tokenizer.to_str(), encoding="utf-8")
+        copies.tokenizer = _engine_file(tokenizer, part)
+    for path in licence_texts(model.path):
+        text = output.with_suffix(f".{path.name}")
+        part = stack.enter_context(written_beside(text))
+        shutil.copyfile(path, part)
+        copies.licences.append(_engine_file(text, part))
+    return copies
+
+
+def _write_weights(stack: ExitStack, model: Model, content: _Content, data: Path, job: Job, writing: Writing) -> WeightsFile:
+    journal = stack.enter_context(resumable(data, job, fresh=writing.fresh, say=writing.say))
+    began = monotonic()
+    written = write_weights(
+        [*content.dense, *content.lowered.experts],
+        journal.file,
+        writing.progress,
+        threads=writing.threads,
+        memory=model.largest_layer_bytes,
+        journal=journal,
+    )
+    new, seconds = (written.bytes - written.resumed) / 1e9, monotonic() - began
+    writing.say(f"wrote {new:.3g} GB of weights in {seconds:.3g} s, {new / seconds:.3g} GB/s")
+    return written
+
+
+def _replaced(model: Model, plan: Plan, content: _Content) -> dict[str, int]:
+    counts = content.lowered.replaced | remarks(model)
+    counts["equal tensors written once"] = len(content.aliases)
+    counts["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
+    return {reason: count for reason, count in counts.items() if count}
 
 
 def _engine_file(final: Path, part: Path) -> EngineFile:

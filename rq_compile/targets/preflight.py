@@ -1,21 +1,13 @@
 """What an ONNX Runtime engine cannot take is refused here, before any export, with layer, value and way out."""
 
 from pathlib import Path
-from typing import get_args
 
-from rq_compile.architectures.geometry import Activation
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
-from rq_compile.planning.schema import LayerPlan, Plan, Target
-from rq_compile.quantization.formats import FORMATS, Format
-from rq_compile.targets.kernel_sizes import check_kernel_sizes
-from rq_compile.targets.manifest import Lowering
+from rq_compile.lowerings import LOWERINGS, Lowering, lowering_of
+from rq_compile.planning.schema import LayerPlan, Plan
 
-ACTIVATIONS: dict[Lowering, tuple[Activation, ...]] = dict.fromkeys(get_args(Lowering), get_args(Activation))
-TARGET_FORMATS: dict[Lowering, tuple[Format, ...]] = dict.fromkeys(get_args(Lowering), FORMATS)
-# Every lowering executes the slots of a plan made for another; what the plan was made for only decides what it gains.
-TARGETS: tuple[Target, ...] = ("cpu", "batched", "cuda")
 # Every lowering counts rows and indexes a slot's weights in int32.
 LARGEST_MATRIX = 2**31 - 1
 
@@ -34,15 +26,26 @@ def check_same_model(plan: Plan, model: Model, path: Path) -> None:
         )
 
 
-def preflight(model: Model, plan: Plan, lowering: Lowering) -> None:
-    """Check that ``plan`` belongs to ``model`` and that ``lowering`` can take all of it.
+def preflight(model: Model, plan: Plan, lowering: Lowering | str) -> None:
+    """Check that ``plan`` is for ONNX Runtime, that it belongs to ``model`` and that ``lowering`` can take all of it.
 
     Raises:
         UserError: the first thing that does not fit, named with its layer and value.
     """
-    if plan.target not in TARGETS:
-        known = f"{', '.join(TARGETS[:-1])} or {TARGETS[-1]}"
+    # Every lowering executes the slots of a plan made for another; what the plan was made for only decides what it gains.
+    *others, last = dict.fromkeys(kind.planned_for for kind in LOWERINGS.values())
+    if plan.target not in (*others, last):
+        known = f"{', '.join(others)} or {last}"
         raise UserError(f"the plan is for target {plan.target}, but ONNX engines are for {known}; re-run rq-compile plan", 2)
+    check_plan(model, plan, lowering_of(lowering))
+
+
+def check_plan(model: Model, plan: Plan, lowering: Lowering) -> None:
+    """``preflight``, whatever the plan was made for.
+
+    Raises:
+        UserError: the first thing that does not fit, named with its layer and value.
+    """
     planned = {layer.name: layer for layer in plan.layers}
     for layer in model.layers:
         if layer.name in planned:
@@ -84,16 +87,16 @@ def _same_experts(model: Model, layer: MoeLayer, plan: LayerPlan) -> None:
 
 def _supported(plan: LayerPlan, lowering: Lowering) -> None:
     geometry = plan.geometry
-    if geometry.activation not in ACTIVATIONS[lowering]:
+    if geometry.activation in lowering.lacks_activations:
         raise UserError(
-            f"layer {plan.index} uses activation {geometry.activation}, which {lowering} lacks; use another --lowering", 2
+            f"layer {plan.index} uses activation {geometry.activation}, which {lowering.name} lacks; use another --lowering", 2
         )
-    if lowering == "cuda":
-        check_kernel_sizes(plan, "compile with --lowering native")
+    lowering.check_layer(plan)
     for slot in plan.slots:
-        if slot.format not in TARGET_FORMATS[lowering]:
+        if slot.format not in lowering.formats:
             raise UserError(
-                f"layer {plan.index} stores expert {slot.expert} in {slot.format}, which {lowering} lacks; plan without it", 2
+                f"layer {plan.index} stores expert {slot.expert} in {slot.format}, which {lowering.name} lacks; plan without it",
+                2,
             )
     if not 1 <= geometry.top_k <= geometry.experts:
         raise UserError(f"layer {plan.index} chooses {geometry.top_k} of {geometry.experts} experts; correct the config", 2)

@@ -13,20 +13,20 @@ from typing import Literal
 from rq_compile import __version__
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
+from rq_compile.engine.manifest import EngineFile
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.file_systems import PART, publish
 from rq_compile.files import sha256, write_document
+from rq_compile.lowerings import Lowering, Plugins, TensorRTLanes
 from rq_compile.outputs import check_outputs
-from rq_compile.planning.schema import LayerPlan, Plan, Target
+from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.targets.engine_outputs import tensorrt_outputs
-from rq_compile.targets.kernel_sizes import check_kernel_sizes
-from rq_compile.targets.manifest import EngineFile
-from rq_compile.targets.preflight import preflight
+from rq_compile.targets.preflight import check_plan
 from rq_compile.targets.tensorrt import build_engine, plugins
 from rq_compile.targets.tensorrt.ep_context import ep_context
 from rq_compile.targets.tensorrt.manifest import Built, TensorRTManifest, TensorRTTarget, bindings
-from rq_compile.targets.tensorrt.network import FP16_MOST, Network, Precision, write_network
+from rq_compile.targets.tensorrt.network import FP16_MOST, Network, Precision, expected_capacity, write_network
 from rq_compile.targets.tensorrt.profiles import Profile
 from rq_compile.targets.tensorrt.trtexec import trtexec
 from rq_compile.targets.weights_file import Progress
@@ -53,9 +53,11 @@ class Settings:
     plugins: Path | None = None
 
     @property
-    def planned_for(self) -> Target:
-        """What a plan for such an engine is best made for: standard ops take lanes of one width, as TensorRT-RTX does."""
-        return "tensorrt-rtx" if self.plugins is None else "tensorrt"
+    def lowering(self) -> Lowering:
+        """How MoE layers are realised: by the plugins, or in standard ops with lanes as wide as the profiles ask for."""
+        if self.plugins is not None:
+            return Plugins(half=self.precision)
+        return TensorRTLanes(expected=expected_capacity(self.profiles))
 
 
 def compile_tensorrt(
@@ -81,8 +83,7 @@ def compile_tensorrt(
     """
     check_outputs(tensorrt_outputs(output))
     check_settings(settings, model, plan)
-    # The plan is lowered like any other; what it was made for only decides what it gains.
-    preflight(model, plan.model_copy(update={"target": "batched"}), "batched")
+    check_plan(model, plan, settings.lowering)
     exported = exported or export_graph(model)
     stem, moments = output.stem, statistics if plan.quantizer == "gptq" else None
     with tempfile.TemporaryDirectory(prefix=PART, dir=output.parent) as name:
@@ -91,10 +92,9 @@ def compile_tensorrt(
             model,
             plan,
             exported,
-            settings.profiles,
+            settings.lowering,
             folder / f"{stem}.network.onnx",
             precision=settings.precision,
-            plugins=settings.plugins is not None,
             statistics=moments,
             threads=threads,
             progress=progress,
@@ -109,7 +109,7 @@ def compile_tensorrt(
             tool=f"rq-compile {__version__}",
             target=TARGETS[settings.builder],
             precision=settings.precision,
-            lowering="batched" if settings.plugins is None else "plugins",
+            lowering=settings.lowering.name,
             compute_capabilities=list(settings.capabilities),
             files=files,
             inputs=bindings(network.model.graph.input),
@@ -165,8 +165,7 @@ def check_layer(layer: LayerPlan, settings: Settings) -> None:
     Raises:
         UserError: the layer is not for the builder, its GPU or the plugins.
     """
-    if settings.plugins is not None:
-        check_kernel_sizes(layer, "compile with --stock")
+    settings.lowering.check_layer(layer)
     if layer.geometry.experts > MOST_EXPERTS:
         raise UserError(
             f"layer {layer.index} has {layer.geometry.experts} experts, above TensorRT's {MOST_EXPERTS} for a TopK; "

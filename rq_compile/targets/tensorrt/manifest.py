@@ -6,9 +6,10 @@ import onnx
 from pydantic import Field
 
 from rq_compile.bounds import MOST_COUNTED, Count, NonNegative
+from rq_compile.engine.manifest import EngineFile
 from rq_compile.files import Document
+from rq_compile.lowerings import TENSORRT_LOWERINGS
 from rq_compile.planning.schema import Plan
-from rq_compile.targets.manifest import EngineFile
 from rq_compile.targets.tensorrt.profiles import Profile
 from rq_compile.versions import Upgrade, Versioned, same_keys
 
@@ -63,6 +64,11 @@ class TensorRTManifest(Versioned):
     replaced: dict[str, Count]
     remarks: list[str] = Field(default=[], description="differences between the checkpoint's config and tensors")
     plan: Plan
+
+    @property
+    def carries_code(self) -> bool:
+        """Whether the engine holds the code of plugins, which a server has to be told to run."""
+        return TENSORRT_LOWERINGS[self.lowering].carries_code
 
 
 def bindings(values: "list[onnx.ValueInfoProto]") -> list[Binding]:

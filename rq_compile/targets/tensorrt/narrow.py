@@ -9,8 +9,6 @@ import numpy as np
 from rq_compile.rewrite.halves import in_half
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section
 
-HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-
 
 @dataclass(frozen=True)
 class Version:

@@ -11,15 +11,15 @@ import onnx
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.export.export import Exported
+from rq_compile.lowerings import Lowering
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity
+from rq_compile.rewrite.halves import HALVES
 from rq_compile.rewrite.logits_to_keep import fixed
-from rq_compile.rewrite.rewrite import rewrite, rewrite_to_moe_layers
 from rq_compile.standalone.decoding import LAST
 from rq_compile.targets.streamed import StreamedExpert, dense_weights
 from rq_compile.targets.tensorrt.half_precision import half_precision, router_nodes
-from rq_compile.targets.tensorrt.loop_weights import loop_weights
-from rq_compile.targets.tensorrt.narrow import HALVES, Version, in_versions
+from rq_compile.targets.tensorrt.narrow import Version, in_versions
 from rq_compile.targets.tensorrt.profiles import Profile
 from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
 
@@ -58,19 +58,18 @@ def write_network(
     model: Model,
     plan: Plan,
     exported: Exported,
-    profiles: Sequence[Profile],
+    lowering: Lowering,
     path: Path,
     *,
     precision: Precision = "fp16",
-    plugins: bool = False,
     statistics: Statistics | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Network:
     """Write ``path`` (ONNX) and its weights ``path.data``. In ONNX Runtime it gives the answers that the engine is to give.
 
-    Logits are those of the last token of each sequence. With ``plugins`` every MoE layer is a MoeLayer node, which ONNX Runtime
-    does not have on the CPU; else it is standard ops with lanes as wide as ``profiles`` ask for.
+    Logits are those of the last token of each sequence. ``lowering`` is one of ``TENSORRT_LOWERINGS``; the node of ``Plugins``
+    is one that ONNX Runtime does not have on the CPU.
     ``statistics``: those of the calibration, by which int4 slots are rounded. Weights are streamed, as in ``compile_engine``.
 
     Raises:
@@ -78,27 +77,18 @@ def write_network(
     """
     layers = {layer.name: layer for layer in model.layers}
     source = lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics)  # noqa: E731
-    half, network = HALVES[precision], fixed(exported.model, LAST)
-    if plugins:
-        graph, experts, replaced = rewrite_to_moe_layers(network, plan, source, half)
-    else:
-        expected = expected_capacity(profiles)
-        graph, experts, replaced = rewrite(network, plan, source, "batched", expected=expected, whole_columns=True)
-        loop_weights(graph)
-        replaced["int8 slots with a scale for each column"] = sum(
-            s.format == "int8" for layer in plan.layers for s in layer.slots
-        )
+    lowered = lowering.lower(fixed(exported.model, LAST), plan, source)
     router = router_nodes(exported.model)
-    typed, versions = half_precision(graph, half, router=router, layers=list(layers))
-    dense, aliases, _ = dense_weights(model, graph.graph, exported.parameters)
+    typed, versions = half_precision(lowered.model, HALVES[precision], router=router, layers=list(layers))
+    dense, aliases, _ = dense_weights(model, lowered.model.graph, exported.parameters)
     merged, same = _merged(versions, aliases)
-    sections = [in_versions(section, merged) for section in (*dense, *experts)]
+    sections = [in_versions(section, merged) for section in (*dense, *lowered.experts)]
     data = Path(f"{path}.data")
     with data.open("wb") as file:
         written = write_weights(sections, file, progress, threads=threads, memory=model.largest_layer_bytes)
     locate(typed, written.starts | {name: written.starts[other] for name, other in same.items()}, data.name)
     path.write_bytes(typed.SerializeToString(deterministic=True))
-    replaced["equal tensors written once"] = len(same)
+    replaced = lowered.replaced | {"equal tensors written once": len(same)}
     return Network(typed, written, {reason: count for reason, count in replaced.items() if count})
 
 

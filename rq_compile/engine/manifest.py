@@ -6,15 +6,14 @@ import numpy as np
 from pydantic import Field
 
 from rq_compile.bounds import Count, FileName, Sha256, Size, TokenId
+from rq_compile.engine.library import OpLibrary
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
-from rq_compile.targets.library import OpLibrary
+from rq_compile.quantization.formats import DenseFormat
 from rq_compile.versions import Upgrade, Versioned
 
-CpuLowering = Literal["native", "stock", "batched"]
-Lowering = Literal["native", "stock", "batched", "cuda"]
+LoweringName = Literal["native", "stock", "batched", "cuda"]
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
-DenseFormat = Literal["stored", "int8", "fp32"]
 
 
 class EngineFile(Document):
@@ -68,7 +67,7 @@ class Manifest(Versioned):
     kind: Literal["engine"] = "engine"
     tool: str
     target: Literal["cpu", "cuda"] = "cpu"
-    lowering: Lowering
+    lowering: LoweringName
     graph: EngineFile
     weights: EngineFile
     linked: list[EngineFile] = Field(default=[], description="shards of the checkpoint that hold weights, too (--link-weights)")

@@ -1,0 +1,81 @@
+"""What calibrating a checkpoint will take, before any weight is read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.model import Model
+from rq_compile.calibration.calibrate import work_of
+from rq_compile.calibration.measure import MAX_PAIRS
+from rq_compile.calibration.memory import used_memory
+from rq_compile.estimates import RATES, Estimate
+from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, Quantizer, block_size
+from rq_compile.standalone.limits import usable_cpus
+
+# Bytes of a number on a line of its own in an indented JSON file, and what a layer has beside its numbers.
+JSON_NUMBER, JSON_SUM, JSON_LAYER = 14, 22, 1000
+
+
+def calibration_estimate(
+    model: Model,
+    texts: dict[str, str],
+    output: Path,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    quantizer: Quantizer = "gptq",
+    memory_limit: int | None = None,
+    device: str = "cpu",
+) -> Estimate:
+    """What ``calibrate`` with these arguments takes; the texts are tokenized.
+
+    Raises:
+        UserError: see ``work_of``.
+    """
+    work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
+    layers, way = work.layers, work.way
+    outputs = {output.name: sum(_layer_json(layer, len(texts), len(work.batches)) for layer in layers)}
+    statistics = sum(_statistics_bytes(layer) for layer in layers) if quantizer == "gptq" else 0
+    if statistics:
+        outputs[output.with_suffix(".safetensors").name] = statistics
+    hidden = [layer.geometry.hidden for layer in layers]
+    # Layer by layer every token's inputs are kept, of one layer and of that before it.
+    recorded = 4 * (work.measured * sum(hidden) if way.whole else 2 * work.total * max(hidden))
+    states = 0 if way.states_in_memory else 12 * work.rows * max(hidden)
+    return Estimate(
+        outputs=outputs,
+        temporary_bytes=recorded + states + statistics,
+        memory_bytes=used_memory() + way.memory,
+        cores=usable_cpus(),
+        seconds=_calibration_seconds(model, layers, work.rows, work.measured, quantizer),
+        remarks=[way.reason],
+    )
+
+
+def _statistics_bytes(layer: MoeLayer) -> int:
+    geometry = layer.geometry
+    block = block_size(geometry.intermediate)
+    return 4 * (geometry.hidden**2 + geometry.experts * -(-geometry.intermediate // block) * block**2)
+
+
+def _layer_json(layer: MoeLayer, texts: int, batch_count: int) -> int:
+    """Bytes that a calibration holds of one layer: loads, scores and errors of each expert, and the sums behind them."""
+    numbers, sums = 2 + texts + batch_count + len(FORMATS), 2 + 2 * len(FORMATS)
+    return JSON_LAYER + layer.geometry.experts * (JSON_NUMBER * numbers + JSON_SUM * sums)
+
+
+def _calibration_seconds(model: Model, layers: Sequence[MoeLayer], rows: int, measured: int, quantizer: Quantizer) -> float:
+    """Every token through the model; every expert rounded; what was routed to it through it, as it is and rounded."""
+    stored = model.parameter_count
+    held = sum(layer.geometry.expert_weights * layer.geometry.experts for layer in layers)
+    active = stored - held + sum(layer.geometry.expert_weights * layer.geometry.top_k for layer in layers)
+    products = 2.0 * active * rows
+    for layer in layers:
+        pairs = measured * layer.geometry.top_k
+        products += (
+            2.0
+            * layer.geometry.expert_weights
+            * (pairs + min(pairs, MAX_PAIRS * layer.geometry.experts) * len(QUANTIZED_FORMATS))
+        )
+    rounding = held * len(QUANTIZED_FORMATS) / (RATES.gptq if quantizer == "gptq" else RATES.nearest)
+    return RATES.start + 4 * stored / RATES.read + (products / RATES.flops + rounding) / usable_cpus()

@@ -1,0 +1,38 @@
+"""Lowerings: how the op set ``rq.moe`` is realised. Each is one class in one file, which says all that other stages ask about it.
+
+Importing them imports no ONNX, numpy or pydantic, so that the command line can read this table for its help.
+"""
+
+from typing import Any
+
+from rq_compile.lowerings.batched import Batched
+from rq_compile.lowerings.cuda import Cuda
+from rq_compile.lowerings.lowering import Lowering
+from rq_compile.lowerings.native import Native
+from rq_compile.lowerings.plugins import Plugins
+from rq_compile.lowerings.stock import Stock
+from rq_compile.lowerings.tensorrt_lanes import TensorRTLanes
+
+# Of ONNX Runtime engines, by name.
+LOWERINGS: dict[str, type[Lowering]] = {kind.name: kind for kind in (Native, Stock, Batched, Cuda)}
+# Of TensorRT engines, by name.
+TENSORRT_LOWERINGS: dict[str, type[Lowering]] = {kind.name: kind for kind in (TensorRTLanes, Plugins)}
+
+
+def lowering_of(given: Lowering | str) -> Lowering:
+    """``given``, or the lowering of that name with its default options.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    return LOWERINGS[given]() if isinstance(given, str) else given
+
+
+def with_options(kind: type[Lowering], **options: Any) -> Lowering:
+    """A lowering of ``kind`` with those of ``options`` that it has."""
+    return kind(**{name: options[name] for name in kind.options})
+
+
+def lowering_for(target: str) -> type[Lowering]:
+    """The lowering that a plan for ``target`` gets unless another one is asked for."""
+    return next((kind for kind in LOWERINGS.values() if target in kind.default_for), Native)

@@ -1,0 +1,66 @@
+"""Lowering ``batched``: slots as the lanes of batched products, in standard ONNX ops; for large batches, and for TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+
+if TYPE_CHECKING:
+    import onnx
+
+    from rq_compile.planning.schema import LayerPlan, Plan
+    from rq_compile.planning.targets import Target
+    from rq_compile.rewrite.batched_experts import ExpectedCapacity
+    from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.slot_weights import Source
+    from rq_compile.rewrite.weights import ExternalWeight
+
+# ONNX Runtime would cast 16-bit weights to fp32 once at load and keep them so; up to this size it may fold constants.
+FOLDING_LIMIT = {"optimization.constant_folding_max_output_size_in_bytes": "65536"}
+PRODUCT_BYTES = 8_200  # of the graph
+
+
+@dataclass(frozen=True)
+class Batched(Lowering):
+    """``expected`` and ``whole_columns`` are for targets that must know shapes before values: see ``batched_experts``."""
+
+    expected: ExpectedCapacity | None = None
+    whole_columns: bool = False
+
+    name: ClassVar[str] = "batched"
+    summary: ClassVar[str] = "is plain ONNX, for large batches"
+    planned_for: ClassVar[Target] = "batched"
+    session_options: ClassVar[Mapping[str, str]] = FOLDING_LIMIT
+
+    def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
+        from rq_compile.rewrite.batched_experts import batched_experts
+        from rq_compile.rewrite.experts_to_slots import experts_to_slots
+        from rq_compile.rewrite.rewrite import counts, exported_in_standard_ops, imported
+        from rq_compile.rewrite.stock_combine import stock_combine
+        from rq_compile.rewrite.stock_dispatch import stock_dispatch
+
+        graph = imported(model)
+        experts_to_slots(graph, plan.layers, source, panels=False)
+        stock_dispatch(graph)
+        stock_combine(graph)
+        experts = batched_experts(graph, plan.layers, source, self.expected, whole_columns=self.whole_columns)
+        return Lowered(exported_in_standard_ops(graph), experts, [], counts(plan))
+
+    def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+        from rq_compile.planning.capacity import lane_groups
+        from rq_compile.rewrite.lane_weights import lane_weights
+
+        groups = lane_groups(layer.slots)
+        lanes = [[s for s, group in zip(layer.slots, groups, strict=True) if group == number] for number in sorted(set(groups))]
+        return [
+            weight
+            for slots in lanes
+            for name in ("up", "down")
+            for weight in lane_weights(layer, slots, "", name, unread, whole_columns=self.whole_columns).all
+        ]
+
+    def graph_bytes(self, slots: int, products: int) -> int:
+        return PRODUCT_BYTES * products

@@ -1,0 +1,50 @@
+"""What the lowerings of GPU libraries share: each MoE layer is one node ``rq.moe::MoeLayer`` in 16 bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+
+if TYPE_CHECKING:
+    import onnx
+
+    from rq_compile.planning.schema import LayerPlan, Plan
+    from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.slot_weights import Source
+    from rq_compile.rewrite.weights import ExternalWeight
+
+Half = Literal["fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class MoeLayerNode(Lowering):
+    """``half`` is what the node computes in, and what float slots are kept in."""
+
+    half: Half = "fp16"
+    activation_bits: int = 16
+
+    counts_rows: ClassVar[bool] = False  # slots are inside the node
+    otherwise: ClassVar[str]  # what to do with a layer that the kernels do not take
+
+    def check_layer(self, layer: LayerPlan) -> None:
+        from rq_compile.lowerings.kernel_sizes import check_kernel_sizes
+
+        check_kernel_sizes(layer, self.otherwise)
+
+    def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
+        from rq_compile.rewrite.halves import HALVES
+        from rq_compile.rewrite.moe_layers import moe_layers
+        from rq_compile.rewrite.rewrite import counts, exported, imported
+
+        graph = imported(model)
+        experts = moe_layers(graph, plan.layers, source, HALVES[self.half])
+        return Lowered(exported(graph), experts, [], counts(plan))
+
+    def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+        from rq_compile.rewrite.halves import HALVES
+        from rq_compile.rewrite.moe_layers import projection
+
+        projections = [projection(layer, name, unread, HALVES[self.half]) for name in ("up", "down")]
+        return [weight for held in projections for weight in held.inputs if weight]

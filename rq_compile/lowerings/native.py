@@ -1,0 +1,59 @@
+"""Lowering ``native``: the custom ops of ``librq_moe.so`` on the CPU, and ONNX Runtime's fused ops beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rq_compile.engine.library import CPU_LIBRARY
+from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+
+if TYPE_CHECKING:
+    import onnx
+
+    from rq_compile.engine.library import OpLibrary
+    from rq_compile.planning.schema import LayerPlan, Plan
+    from rq_compile.planning.targets import Target
+    from rq_compile.quantization.formats import DenseFormat
+    from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.slot_weights import Source
+    from rq_compile.rewrite.weights import ExternalWeight, Section
+
+
+@dataclass(frozen=True)
+class Native(Lowering):
+    """``activation_bits``: 8 rounds to int8 what is multiplied with quantized weights, 32 keeps it in fp32. ``dense_format``:
+    see ``dense_gemms``."""
+
+    activation_bits: int = 32
+    dense_format: DenseFormat = "stored"
+
+    name: ClassVar[str] = "native"
+    summary: ClassVar[str] = "needs the op library of rq-compile"
+    planned_for: ClassVar[Target] = "cpu"
+    options: ClassVar[tuple[str, ...]] = ("activation_bits", "dense_format")
+    library: ClassVar[OpLibrary] = CPU_LIBRARY
+
+    def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
+        from rq_compile.rewrite.attention import attention
+        from rq_compile.rewrite.dense_gemms import dense_gemms
+        from rq_compile.rewrite.experts_to_slots import experts_to_slots
+        from rq_compile.rewrite.rewrite import counts, exported, imported
+        from rq_compile.rewrite.rms_norms import rms_norms
+        from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
+
+        matrices: list[Section] = []
+        if dense is not None:
+            model, matrices = dense_gemms(model, self.dense_format, dense, self.activation_bits)
+        graph = imported(model)
+        experts = experts_to_slots(graph, plan.layers, source, activation_bits=self.activation_bits)
+        rms_norms(graph)
+        rotary_embeddings(graph)
+        attention(graph)
+        return Lowered(exported(graph), experts, matrices, counts(plan))
+
+    def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+        from rq_compile.rewrite.slot_weights import slot_weights
+
+        projections = [slot_weights(layer, name, unread, panels=True) for name in ("up", "down")]
+        return [weight for held in projections for weight in held.inputs if weight]

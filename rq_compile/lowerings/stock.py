@@ -1,0 +1,55 @@
+"""Lowering ``stock``: an ``If`` for each slot around ops that any ONNX Runtime has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+
+if TYPE_CHECKING:
+    import onnx
+
+    from rq_compile.planning.schema import LayerPlan, Plan
+    from rq_compile.planning.targets import Target
+    from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.slot_weights import Source
+    from rq_compile.rewrite.weights import ExternalWeight
+
+SLOT_BYTES = 4_500  # of the graph
+ROUNDED = 4  # the accuracy_level of MatMulNBits that rounds its inputs to int8
+
+
+@dataclass(frozen=True)
+class Stock(Lowering):
+    """``activation_bits``: 8 lets ``MatMulNBits`` round to int8 what it multiplies, 32 keeps it in fp32."""
+
+    activation_bits: int = 32
+
+    name: ClassVar[str] = "stock"
+    summary: ClassVar[str] = "runs in any ONNX Runtime"
+    planned_for: ClassVar[Target] = "cpu"
+    options: ClassVar[tuple[str, ...]] = ("activation_bits",)
+
+    def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
+        from rq_compile.rewrite.experts_to_slots import experts_to_slots
+        from rq_compile.rewrite.rewrite import counts, exported_in_standard_ops, imported
+        from rq_compile.rewrite.stock_combine import stock_combine
+        from rq_compile.rewrite.stock_dispatch import stock_dispatch
+        from rq_compile.rewrite.stock_experts import stock_experts
+
+        graph = imported(model)
+        experts = experts_to_slots(graph, plan.layers, source, panels=False, activation_bits=self.activation_bits)
+        stock_dispatch(graph)
+        stock_combine(graph)
+        stock_experts(graph, plan.layers, accuracy_level=ROUNDED if self.activation_bits == 8 else 0)
+        return Lowered(exported_in_standard_ops(graph), experts, [], counts(plan))
+
+    def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+        from rq_compile.rewrite.slot_weights import slot_weights
+
+        projections = [slot_weights(layer, name, unread, panels=False) for name in ("up", "down")]
+        return [weight for held in projections for weight in held.inputs if weight]
+
+    def graph_bytes(self, slots: int, products: int) -> int:
+        return SLOT_BYTES * slots

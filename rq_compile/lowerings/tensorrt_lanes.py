@@ -1,0 +1,35 @@
+"""Lowering ``batched`` as TensorRT takes it: shapes known before values, and weights that its builders keep packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rq_compile.lowerings.batched import Batched
+
+if TYPE_CHECKING:
+    import onnx
+
+    from rq_compile.lowerings.lowering import Lowered
+    from rq_compile.planning.schema import Plan
+    from rq_compile.planning.targets import Target
+    from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.slot_weights import Source
+
+
+@dataclass(frozen=True)
+class TensorRTLanes(Batched):
+    """``expected`` is needed here; int8 has one scale for each column."""
+
+    whole_columns: bool = True
+
+    planned_for: ClassVar[Target] = "tensorrt-rtx"
+
+    def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
+        from rq_compile.rewrite.loop_weights import loop_weights
+
+        lowered = super().lower(model, plan, source, dense)
+        loop_weights(lowered.model)
+        int8 = sum(slot.format == "int8" for layer in plan.layers for slot in layer.slots)
+        lowered.replaced["int8 slots with a scale for each column"] = int8
+        return lowered

@@ -1,0 +1,118 @@
+"""What compiling an ONNX Runtime engine will take, before any weight is read."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from rq_compile.architectures.layers import MoeLayer
+from rq_compile.architectures.model import Model
+from rq_compile.calibration.stored import block_of
+from rq_compile.estimates import RATES, Estimate
+from rq_compile.lowerings import Lowering, lowering_of
+from rq_compile.planning.budget import enough_for
+from rq_compile.planning.capacity import lane_groups
+from rq_compile.planning.schema import Plan
+from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, SCALE_BYTES, DenseFormat, Format, block_size, matrix_bytes
+from rq_compile.rewrite.panels import ROWS, panel_count
+from rq_compile.standalone.limits import usable_cpus
+from rq_compile.targets.licences import licence_texts
+from rq_compile.targets.weights_file import ALIGNMENT
+
+LAYER_BYTES = 16_500  # of the graph: a layer's nodes
+MANIFEST = 3_000  # and the plan
+# Measured: what the libraries and the exported graph of a small model hold.
+PROGRAM = 600 * 2**20
+
+
+def engine_estimate(
+    model: Model,
+    output: Path,
+    lowering: Lowering | str,
+    *,
+    plan: Plan | None,
+    memory: float | None = None,
+    link_weights: bool = False,
+    threads: int | None = None,
+) -> Estimate:
+    """What ``compile_engine`` takes; without a ``plan`` that of one which uses all of ``memory`` times the experts' bytes
+    (None: see ``make_plan``).
+
+    Raises:
+        UserError: see ``moe_layers`` and ``meta_model``.
+    """
+    layers, lowering = model.layers, lowering_of(lowering)
+    dense = _dense_sizes(model, lowering.dense_format, link_weights)
+    experts = [weight.bytes for layer in plan.layers for weight in lowering.expert_weights(layer)] if plan else []
+    data = sum(size + -size % ALIGNMENT for size in dense + experts)
+    if memory is None:
+        memory = max(1.0, enough_for(sum(_least_bytes(model, layer) for layer in model.layers), model.expert_bytes))
+    if plan is None:
+        data += int(memory * model.expert_bytes)
+    outputs = {output.name: _graph_bytes(layers, plan, lowering), f"{output.name}.data": data}
+    outputs[output.with_suffix(".json").name] = MANIFEST + (len(plan.model_dump_json(indent=1)) if plan else 0)
+    if model.has_tokenizer:
+        outputs[output.with_suffix(".tokenizer.json").name] = len(model.tokenizer.to_str().encode())
+    for file in licence_texts(model.path):
+        outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
+    # Pieces in flight take as much as the largest layer; a single dense tensor may be more.
+    threads = threads or usable_cpus()
+    return Estimate(
+        outputs=outputs,
+        temporary_bytes=0,
+        memory_bytes=PROGRAM + max(model.largest_layer_bytes, 2 * max(dense)),
+        cores=threads,
+        seconds=RATES.start + RATES.export * len(layers) + data / RATES.read + _quantizing_seconds(layers, plan) / threads,
+        remarks=[] if plan else [f"there is no plan yet: the experts are taken to fill --memory {memory:g}"],
+    )
+
+
+def _least_bytes(model: Model, layer: MoeLayer) -> int:
+    """Of a layer's experts, each once in the smallest format."""
+    geometry = layer.geometry.model_copy(update={"block": block_of(model.stored_experts(layer))})
+    return geometry.experts * geometry.expert_bytes("int4")
+
+
+def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) -> list[int]:
+    """Bytes of each weight beside the experts, in the form that ``dense_gemms`` gives it. A tied embedding is there twice: a
+    product wants it in another order than a table."""
+    empty = model.without_weights
+    matrices, tables = (
+        {f"{name}.weight" for name, module in empty.named_modules() if isinstance(module, kind)}
+        for kind in (nn.Linear, nn.Embedding)
+    )
+    sizes: dict[tuple[str, bool], tuple[int, ...]] = {}
+    for name in model.names:
+        shape, dtype = model.shape(name), model.dtype_of(name)
+        halved = dense_format != "fp32" and dtype.itemsize == 2
+        size: tuple[int, ...] = (math.prod(shape) * (2 if halved and name in tables else 4),)
+        if name in matrices and shape[0] >= ROWS and (halved or dense_format == "int8"):
+            format: Format = "int8" if dense_format == "int8" else "bf16"
+            rows, columns = ROWS * panel_count(shape[0], 1), shape[1]
+            scales = SCALE_BYTES * rows * -(-columns // block_size(columns)) if format == "int8" else 0
+            size = (matrix_bytes(format, rows, columns) - scales, scales)
+        elif link_weights and name not in matrices and size[0] == math.prod(shape) * dtype.itemsize:
+            continue
+        sizes[model.tensor(name), name in matrices] = size
+    return [size for parts in sizes.values() for size in parts]
+
+
+def _graph_bytes(layers: Sequence[MoeLayer], plan: Plan | None, lowering: Lowering) -> int:
+    if plan:
+        slots = sum(len(planned.slots) for planned in plan.layers)
+        products = sum(len(set(lane_groups(planned.slots).tolist())) for planned in plan.layers)
+    else:
+        slots = sum(layer.geometry.experts for layer in layers)
+        products = len(FORMATS) * len(layers)
+    return LAYER_BYTES * len(layers) + lowering.graph_bytes(slots, products)
+
+
+def _quantizing_seconds(layers: Sequence[MoeLayer], plan: Plan | None) -> float:
+    """On one core; without a plan, of every expert."""
+    if plan is None:
+        return sum(layer.geometry.expert_weights * layer.geometry.experts for layer in layers) / RATES.gptq
+    rate = RATES.gptq if plan.quantizer == "gptq" else RATES.nearest
+    sizes = {layer.name: layer.geometry.expert_weights for layer in layers}
+    quantized = sum(sizes[layer.name] for layer in plan.layers for slot in layer.slots if slot.format in QUANTIZED_FORMATS)
+    return quantized / rate

@@ -1,0 +1,116 @@
+"""The house: which package may import which, and tables that the documentation and the code share."""
+
+import ast
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from rq_compile.engine.manifest import LoweringName
+from rq_compile.lowerings import LOWERINGS, TENSORRT_LOWERINGS, Lowering, lowering_for, lowering_of
+from rq_compile.planning.targets import TARGETS, Target
+from rq_compile.targets.tensorrt.compile import TARGETS as OF_BUILDER
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rq_compile"
+# From the bottom. A package imports from lower floors only, and never from another one of its floor.
+FLOORS = (
+    ("bounds", "errors"),
+    ("file_systems", "quantization", "spill", "standalone", "violations"),
+    ("checkpoint", "files"),
+    ("estimates", "outputs", "texts", "versions"),
+    ("architectures",),
+    ("calibration",),
+    ("planning",),
+    ("engine",),
+    ("rewrite",),
+    ("export", "lowerings"),
+    ("runtime", "targets"),
+    ("evaluation", "inspection"),
+    ("packaging", "reporting"),
+    ("api", "schemas"),
+    ("__init__",),
+    ("cli",),
+    ("__main__",),
+)
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    """The packages and modules directly under ``rq_compile`` that the file imports from, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rq_compile":
+            rest = node.module.split(".")[1:2]
+            found |= set(rest or (name.name for name in node.names if name.name != "__version__"))
+        elif isinstance(node, ast.Import):
+            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("rq_compile.")}
+    return found
+
+
+def test_imports_go_down() -> None:
+    upward = []
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        upward += [
+            f"{path.relative_to(ROOT)} imports {other}" for other in imports(path) - {own} if FLOOR_OF[other] >= FLOOR_OF[own]
+        ]
+    assert upward == []
+
+
+def test_every_package_has_a_floor() -> None:
+    there = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert there == FLOOR_OF.keys()
+
+
+@pytest.mark.parametrize("package", ["planning", "quantization", "checkpoint", "engine"])
+def test_no_onnx_below_the_rewriting(package: str) -> None:
+    for path in (PACKAGE / package).rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) onnx", path.read_text(), re.MULTILINE), path
+
+
+def test_nothing_tells_lowerings_apart_by_name() -> None:
+    compared = re.compile(r"lowering(\.name)? (==|!=|in|not in) [(\"\[]")
+    found = [str(path) for path in PACKAGE.rglob("*.py") if compared.search(path.read_text()) and path.name != "decoding.py"]
+    assert found == []
+
+
+@pytest.mark.parametrize("kind", [*LOWERINGS.values(), *TENSORRT_LOWERINGS.values()])
+def test_a_lowering_says_all_that_is_asked(kind: type[Lowering]) -> None:
+    made = kind()
+    assert made.summary
+    assert made.planned_for in TARGETS
+    assert set(made.default_for) <= TARGETS.keys()
+    for option in made.options:
+        getattr(made, option)
+    assert made.activation_bits in (16, 32)
+
+
+def test_lowerings_by_name_and_by_target() -> None:
+    assert tuple(LOWERINGS) == get_args(LoweringName)
+    assert [lowering_for(target).name for target in TARGETS] == ["native", "cuda", "native", "native", "native"]
+    with pytest.raises(KeyError):
+        lowering_of("onnx")
+
+
+def test_the_documentation_has_the_table_of_targets() -> None:
+    """Target, what builds an engine for it, and by which lowering."""
+    assert tuple(TARGETS) == get_args(Target)
+    served = {target: [] for target in TARGETS}
+    for kind in LOWERINGS.values():
+        served[kind.planned_for].append(f"`{kind.name}`")
+    for builder, kind in (("tensorrt", TENSORRT_LOWERINGS["plugins"]), ("rtx", TENSORRT_LOWERINGS["batched"])):
+        assert OF_BUILDER[builder] == kind.planned_for
+        served[kind.planned_for].append(f"`{kind.name}`")
+    waits = {target: "its busiest slot" if costs.batched else "no slot" for target, costs in TARGETS.items()}
+    page = (ROOT / "docs" / "supported.md").read_text()
+    for target in TARGETS:
+        builder = {name: f"TensorRT (`--builder {of}`)" for of, name in OF_BUILDER.items()}.get(target, "ONNX Runtime")
+        assert f"| `{target}` | {builder} | {', '.join(served[target])} | {waits[target]} |" in page
+    for name in LOWERINGS:
+        assert f"\n| `{name}`" in page

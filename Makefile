@@ -25,7 +25,7 @@ quick: $(INSTALLED) ## the tests that need no engine of their own, in under two 
 	$(BIN)/pytest tests -m quick
 
 families: $(INSTALLED) ## all model types of transformers that are supported: a quarter of an hour
-	RQ_MODEL_TYPES=all $(BIN)/pytest tests/test_model_types.py
+	RQ_MODEL_TYPES=all $(BIN)/pytest tests/architectures/test_model_types.py
 
 sanitize: $(INSTALLED) ## the tests of the CPU's ops under AddressSanitizer and UBSan
 	PYTHON=$(BIN)/python plugins/onnxruntime/sanitize.sh
@@ -33,7 +33,7 @@ sanitize: $(INSTALLED) ## the tests of the CPU's ops under AddressSanitizer and 
 tritonserver: $(TRITON)/bin/tritonserver ## Triton Inference Server in .venv-triton, for the tests that talk to it
 
 # Without its container: the wheel's server, for the CPU, and what a packaged model.py needs.
-$(TRITON)/bin/tritonserver: tests/install_tritonserver.py
+$(TRITON)/bin/tritonserver: tests/support/install_tritonserver.py
 	$(PYTHON) -m venv $(TRITON)
 	$(TRITON)/bin/pip install --quiet nvidia-pytriton==0.7.0 'numpy<2' 'onnxruntime>=1.23' 'tokenizers>=0.22'
 	$(TRITON)/bin/python $<
@@ -81,7 +81,7 @@ schema: $(INSTALLED) ## docs/schema anew
 	$(BIN)/python -m rq_compile.schemas docs/schema
 
 frozen: $(INSTALLED) ## tests/frozen anew, after a change of a schema
-	PYTHONPATH=. $(BIN)/python tests/frozen_files.py
+	PYTHONPATH=. $(BIN)/python tests/support/frozen_files.py
 
 # auditwheel names the least glibc in the wheel's tag; the quick tests run against the installed wheel, away from the source.
 wheel: $(INSTALLED) ## sdist and manylinux wheel in dist/, installed in an empty environment and tested

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from one_layer import LAYER, compiled, random_experts
 

@@ -1,0 +1,174 @@
+"""Model types of transformers from checkpoint to engine, against transformers itself.
+
+All of them take a quarter of an hour. A run takes the popular ones and some others, another selection each day;
+``RQ_MODEL_TYPES=all`` (``make families``) takes all, names separated by commas take those.
+"""
+
+import datetime
+import os
+import random
+from pathlib import Path
+
+import model_types
+import numpy as np
+import plans
+import pytest
+import tiny_storage
+import torch
+from calibrated import LENGTH, TEXTS, same
+from transformers import AutoConfig
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+
+from rq_compile.architectures.load import load_model
+from rq_compile.architectures.model import Model
+from rq_compile.architectures.probe import experts_geometry
+from rq_compile.calibration import calibrate as calibrate_module
+from rq_compile.calibration.memory import Way
+from rq_compile.errors import UserError
+from rq_compile.export.export import Exported, export_graph
+from rq_compile.quantization.quantizer import stored
+from rq_compile.runtime.engine import Engine
+from rq_compile.runtime.reference import Reference
+from rq_compile.targets import onnxruntime as target
+
+POPULAR = ("qwen3_5_moe", "gemma4", "gpt_oss", "glm4_moe", "nemotron_h", "qwen3_next", "lfm2_moe")
+OTHERS = 3
+LOWERINGS = ("native", "batched")
+
+
+def selected() -> list[str]:
+    asked = os.environ.get("RQ_MODEL_TYPES", "")
+    if asked:
+        return list(model_types.SUPPORTED) if asked == "all" else asked.split(",")
+    others = sorted(set(model_types.SUPPORTED) - set(POPULAR))
+    return [*POPULAR, *random.Random(datetime.date.today().toordinal()).sample(others, OTHERS)]
+
+
+@pytest.fixture(scope="module", params=selected())
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model.open(model_types.build(request.param, tmp_path_factory.mktemp("types") / request.param))
+
+
+@pytest.fixture(scope="module")
+def exported(model: Model) -> Exported:
+    return export_graph(model)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Model) -> Reference:
+    return Reference.load(model)
+
+
+def quantized_in_place(model: Model) -> Reference:
+    """transformers, its experts' weights replaced by what the plan's formats hold of them."""
+    changed = load_model(model)
+    for layer in model.layers:
+        module = changed.get_submodule(layer.name)
+        up = module.gate_up_proj if module.has_gate else module.up_proj
+        for expert in range(layer.geometry.experts):
+            for weight in (up[expert], module.down_proj[expert]):
+                canonical = weight.T if module.is_transposed else weight
+                canonical.copy_(torch.from_numpy(stored(canonical.numpy(), plans.format_of(expert))))
+    return Reference(changed)
+
+
+def test_a_plan_that_changes_nothing_changes_no_logit_and_no_token(
+    model: Model, exported: Exported, reference: Reference, tmp_path: Path
+) -> None:
+    """Prompts shorter and longer than sliding windows, and decoding with the cache."""
+    for lowering in LOWERINGS:
+        target.compile_engine(
+            model, plans.plan_of(model, plans.unchanged), tmp_path / f"{lowering}.onnx", lowering, exported=exported
+        )
+        engine = Engine.load(tmp_path / f"{lowering}.onnx", threads=1)
+        for batch, length in ((1, 1), (2, 9), (1, 70)):
+            ids = plans.tokens(batch, length)
+            np.testing.assert_allclose(engine.logits(ids), reference.logits(ids), atol=1e-4, rtol=0)
+        prompt = plans.tokens(7).tolist()
+        wanted = list(reference.generate(prompt, 12, stop=False))
+        assert list(engine.generate(prompt, 12, stop=False)) == wanted
+        if engine.manifest.prefill_chunk is not None:
+            in_pieces = Engine(engine.path, engine.manifest.model_copy(update={"prefill_chunk": 3}), 1)
+            assert list(in_pieces.generate(prompt, 12, stop=False)) == wanted
+
+
+def test_replicated_and_quantized(model: Model, exported: Exported, tmp_path: Path) -> None:
+    plan, expected, ids = (
+        plans.plan_of(model, plans.replicated_and_quantized),
+        quantized_in_place(model),
+        plans.tokens(2, 20),
+    )
+    for lowering in LOWERINGS:
+        target.compile_engine(model, plan, tmp_path / f"{lowering}.onnx", lowering, exported=exported)
+        engine = Engine.load(tmp_path / f"{lowering}.onnx", threads=1)
+        np.testing.assert_allclose(engine.logits(ids), expected.logits(ids), atol=1e-4, rtol=0)
+
+
+def test_calibrated_in_memory_and_layer_by_layer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for whole in (True, False):
+        monkeypatch.setattr(calibrate_module, "choose_way", lambda *_, whole=whole, **__: Way(whole, True, "as asked for"))
+        results.append(
+            calibrate_module.calibrate(
+                model, TEXTS, batch_size=4, sequence_length=LENGTH, quantizer="nearest", progress=lambda done, total: None
+            )
+        )
+    same(*results)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "glm4_moe", "lfm2_moe"])
+@pytest.mark.parametrize("format", ["fp8", "pack-int4", "nvfp4-fp8"])
+def test_in_the_storage_formats_of_published_checkpoints(model_type: str, format: str, tmp_path: Path) -> None:
+    """Decoded before transformers' loader is traced, so that any family goes with any format."""
+    plain = model_types.build(model_type, tmp_path / "dequantized")
+    made = tiny_storage.store(plain, tmp_path / "stored", tiny_storage.FORMATS[format])
+    opened = Model.open(made)
+    assert opened.checkpoint.quantization is not None
+    ids = plans.tokens(2, 9)
+    expected = Reference.load(Model.open(plain)).logits(ids)
+    np.testing.assert_allclose(Reference.load(opened).logits(ids), expected, atol=1e-5, rtol=0)
+    layer = opened.layers[0]
+    one, other = opened.expert(layer, 1), Model.open(plain).expert(layer, 1)
+    np.testing.assert_allclose(one.up.astype(np.float32), other.up.astype(np.float32), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", model_types.REFUSED)
+def test_what_cannot_be_compiled_is_refused(model_type: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=model_types.REFUSED[model_type]):
+        export_graph(Model.open(model_types.build(model_type, tmp_path / model_type)))
+
+
+def test_experts_that_compute_something_else_are_refused() -> None:
+    """A norm after each expert, which no flag of ours describes: found by running the module."""
+    config = AutoConfig.for_model("muse_spark").get_text_config()
+    with torch.device("meta"):
+        module = MuseSparkExperts(config)
+    with pytest.raises(UserError, match="a norm after each expert"):
+        experts_geometry(module, "experts", experts=8, top_k=2, hidden=64, intermediate=32)
+
+
+@pytest.mark.parametrize("gate", [1.0, 6.0, 40.0])
+def test_the_limit_of_an_activation_is_found(gate: float) -> None:
+    config = AutoConfig.for_model("deepseek_v4", swiglu_limit=gate)
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+
+    with torch.device("meta"):
+        module = DeepseekV4Experts(config)
+    geometry = experts_geometry(module, "experts", experts=8, top_k=2, hidden=64, intermediate=32)
+    assert (geometry.activation, geometry.limit) == ("limited_swiglu", gate)
+
+
+def test_every_moe_type_of_transformers_is_listed(tmp_path: Path) -> None:
+    """A new one in another version of transformers is to be tried, not found by a user."""
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    sources = Path(transformers.__file__).parent / "models"
+    folders = {path.parent.name for path in sources.glob("*/modeling_*.py") if "@use_experts_implementation" in path.read_text()}
+    language = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    known = {*model_types.SUPPORTED, *model_types.REFUSED, *model_types.NOT_TRIED}
+    missing = {folder for folder in folders & language if folder not in known and f"{folder}_text" not in known}
+    assert missing == set()

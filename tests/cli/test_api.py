@@ -1,0 +1,142 @@
+"""The Python API: the same files as the commands write, the examples of its page, and an install without the compiler."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import Run, python
+
+import rq_compile as rq
+
+ROOT = Path(__file__).parents[2]
+COMPILER = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "onnx_graphsurgeon",
+    "safetensors",
+    "scipy",
+    "jinja2",
+    "yaml",
+)
+WITHOUT_COMPILER = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {COMPILER}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def test_the_stages_write_what_the_commands_write(model: Path, stages: Path, out: Path, capsys: pytest.CaptureFixture) -> None:
+    opened, seen = rq.open(model), []
+    text = stages / "text.txt"
+    rq.calibrate(
+        opened, text, out / "calibration.json", sequence_length=64, progress=lambda done, total: seen.append(done / total)
+    )
+    plan = rq.plan(out / "calibration.json", out / "plan.json", target="batched", memory=0.6)
+    manifest = rq.compile(model, out / "plan.json", out / "model.onnx")
+    assert manifest.plan == plan
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+    written = sorted(path.name for path in out.iterdir())
+    assert written == sorted(path.name for path in stages.iterdir() if path != text)
+    for name in written:
+        assert (out / name).read_bytes() == (stages / name).read_bytes(), name
+    assert capsys.readouterr() == ("", "")
+
+
+def test_texts_are_files_or_contents(model: Path, stages: Path, out: Path) -> None:
+    text = (stages / "text.txt").read_text()
+    made = rq.calibrate(model, {"text.txt": text}, out / "calibration.json", sequence_length=64)
+    assert made.texts == rq.calibrate(model, [stages / "text.txt"], out / "calibration.json", sequence_length=64).texts
+
+
+def test_text_comes_as_the_command_writes_it(stages: Path, rq_compile: Run) -> None:
+    prompt = "The hacker"
+    said = rq_compile("generate", stages / "model.onnx", "--prompt", prompt, "--max-tokens", 9, "-q").stdout
+    assert said == prompt + "".join(rq.load(stages / "model.onnx").stream(prompt, 9)) + "\n"
+
+
+def test_an_engine_is_evaluated_and_timed(model: Path, stages: Path, rq_compile: Run) -> None:
+    engine = rq.load(stages / "model.onnx", threads=1)
+    command = ("evaluate", stages / "model.onnx", "--reference", model, "--text", stages / "text.txt", "--sequence-length", 64)
+    found = engine.evaluate(model, stages / "text.txt", sequence_length=64)
+    assert found.model_dump(mode="json") == json.loads(rq_compile(*command, "--json", "-q", "--threads", 1).stdout)
+    speed = engine.bench(stages / "model.onnx", prompt_tokens=4, new_tokens=2, rounds=1)
+    assert speed.other.name == speed.engine.name == "model.onnx"
+
+
+def test_mistakes_are_user_errors(stages: Path, out: Path) -> None:
+    with pytest.raises(rq.UserError, match="no such"):
+        rq.load(out / "missing.onnx")
+    with pytest.raises(rq.UserError, match="memory"):
+        rq.plan(stages / "calibration.json", out / "plan.json", memory=-1)
+    with pytest.raises(AttributeError, match="nonsense"):
+        rq.nonsense  # noqa: B018
+    assert set(rq.__all__) < set(dir(rq))
+
+
+def test_remarks_are_logged(model: Path, stages: Path, out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "rq_compile"):
+        rq.calibrate(model, stages / "text.txt", out / "calibration.json", sequence_length=64)
+    assert "fewer than" in caplog.text
+
+
+def test_the_examples_of_the_documentation(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "samples" / "text").mkdir(parents=True)
+    (tmp_path / "samples" / "olmoe").symlink_to(model)
+    for kind in ("calibration", "heldout"):
+        text = (ROOT / "samples" / "text" / f"hacker.{kind}.txt").read_text()[:3000]
+        (tmp_path / "samples" / "text" / f"hacker.{kind}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {"__name__": "example"})
+
+
+def test_running_needs_no_compiler(stages: Path, model: Path) -> None:
+    program = (
+        WITHOUT_COMPILER
+        + f"""
+import rq_compile as rq
+from rq_compile.cli.main import main
+
+engine = {str(stages / "model.onnx")!r}
+loaded = rq.load(engine)
+list(loaded.stream("The hacker", 3))
+print(loaded.bench(prompt_tokens=4, new_tokens=2, rounds=1).engine.name)
+for command, *options in (["inspect"], ["generate", "--prompt", "The", "--max-tokens", "2"], ["bench", "--rounds", "1"]):
+    main([command, engine, *options, "-q"], standalone_mode=False)
+main(["inspect", {str(model)!r}], standalone_mode=False)
+"""
+    )
+    said, error = python("-c", program).communicate()
+    assert said.startswith("model.onnx\n")
+    assert error == "error: inspect needs torch, which a plain install does not bring; run pip install 'rq-compile[compile]'\n"
+
+
+def test_importing_changes_nothing() -> None:
+    program = """
+import logging, os, sys
+before = dict(os.environ), list(logging.root.handlers), sorted(sys.modules)
+import rq_compile
+rq_compile.Engine
+assert (dict(os.environ), list(logging.root.handlers)) == before[:2]
+assert not {"torch", "onnx", "onnxruntime"} & set(sys.modules)
+"""
+    assert python("-c", program).communicate() == ("", "")
+
+
+def test_logits_are_those_of_the_reference_type(stages: Path) -> None:
+    logits = rq.load(stages / "model.onnx").logits(np.array([[1, 2, 3]]))
+    assert (logits.shape[:2], logits.dtype) == ((1, 3), np.float32)

@@ -1,0 +1,129 @@
+"""What is not an expert, as stored or in int8: the op against float64, engines against transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+from onnx import TensorProto
+from op_nodes import assert_close, pack, reference, run_op
+from plans import plan_of, unchanged
+
+from rq_compile.architectures.load import load_model
+from rq_compile.architectures.model import Model
+from rq_compile.engine.manifest import Manifest
+from rq_compile.export.export import export_graph
+from rq_compile.lowerings import Native
+from rq_compile.planning.schema import Slot
+from rq_compile.quantization.quantizer import stored
+from rq_compile.runtime.engine import Engine
+from rq_compile.targets.onnxruntime import compile_engine
+
+FAMILIES = ["qwen2_moe", "deepseek_v2", "gpt_oss"]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(12)
+
+
+def dense_gemm(x, packed, bias=None, **options):
+    inputs = {"x": x, **packed.inputs, "bias": bias}
+    attributes = {"formats": packed.formats, "outputs": packed.outputs} | options
+    return run_op("DenseGemm", inputs, {"y": TensorProto.FLOAT}, **attributes)[0]
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (7, 37), (2, 3, 128), (2, 3, 5, 40), (0, 48), (2, 0, 48)])
+@pytest.mark.parametrize(
+    ("format", "float_type"), [(0, np.float32), (0, np.float16), (0, ml_dtypes.bfloat16), (1, None), (2, None)]
+)
+def test_every_row_of_any_rank(rng, shape, format, float_type):
+    weights = pack(rng, [format], 35, shape[-1], float_type or np.float32)
+    bias = rng.normal(size=(1, 35)).astype(np.float32)
+    x = rng.normal(size=shape).astype(np.float32)
+    flat, count = x.reshape(-1, shape[-1]), x.size // shape[-1]
+    expected = reference(flat, np.arange(count), [0, count], weights, bias).reshape(*shape[:-1], 35)
+    y = dense_gemm(x, weights, bias)
+    assert y.shape == expected.shape
+    if y.size:
+        assert_close(y, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_row_is_the_same_alone_and_among_others(rng, bits):
+    weights = pack(rng, [1], 40, 256)
+    x = rng.normal(size=(65, 256)).astype(np.float32)
+    together = dense_gemm(x, weights, activation_bits=bits)
+    assert all((dense_gemm(x[i : i + 1], weights, activation_bits=bits)[0] == together[i]).all() for i in (0, 1, 31, 64))
+
+
+def test_what_is_no_dense_matrix_is_refused(rng):
+    x = np.zeros((2, 32), np.float32)
+    with pytest.raises(Exception, match="formats has 2 entries"):
+        dense_gemm(x, pack(rng, [1, 1], 16, 32))
+    with pytest.raises(Exception, match="x is a scalar"):
+        dense_gemm(np.array(1, np.float32), pack(rng, [0], 16, 32))
+    with pytest.raises(Exception, match="x has rank 5, more than 4"):
+        dense_gemm(np.zeros((1, 1, 1, 2, 32), np.float32), pack(rng, [0], 16, 32))
+    with pytest.raises(Exception, match="float_weights has 32 columns, x 31"):
+        dense_gemm(x[:, :31], pack(rng, [0], 16, 32))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, dict[str, Path]]:
+    """A bf16 checkpoint, and its engine with the dense part in each format."""
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = Model.open(tiny.build(request.param, folder / "checkpoint", dtype=torch.bfloat16))
+    exported = export_graph(checkpoint)
+    plan = plan_of(checkpoint, lambda layer: [Slot(expert=slot.expert, format="bf16") for slot in unchanged(layer)])
+    paths = {format: folder / f"{format}.onnx" for format in ("fp32", "stored", "int8")}
+    for format, path in paths.items():
+        compile_engine(checkpoint, plan, path, Native(dense_format=format), exported=exported)
+    return checkpoint, paths
+
+
+def logits(path: Path) -> np.ndarray:
+    engine = Engine.load(path, threads=1)
+    ids = np.random.default_rng(3).integers(4, tiny.VOCABULARY, (2, 9))
+    return engine.logits(ids, decoder_input_ids=ids if engine.encoder_decoder else None)
+
+
+def matrices(path: Path, ending: str) -> set[str]:
+    """Parameters of the transformers model that the graph holds in an initializer of this ending."""
+    names = [tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer]
+    return {name.removesuffix(ending).removesuffix(".transposed") for name in names if name.endswith(ending)}
+
+
+def test_kept_as_stored_nothing_is_lost(engines: tuple[Model, dict[str, Path]]) -> None:
+    _, paths = engines
+    np.testing.assert_allclose(logits(paths["stored"]), logits(paths["fp32"]), rtol=0, atol=1e-5)
+    sizes = {format: Manifest.model_validate_json(path.with_suffix(".json").read_bytes()) for format, path in paths.items()}
+    assert sizes["stored"].dense_format == "stored"
+    assert sizes["int8"].dense_bytes < sizes["stored"].dense_bytes < 0.7 * sizes["fp32"].dense_bytes
+
+
+def test_in_int8_it_is_the_model_with_rounded_matrices(engines: tuple[Model, dict[str, Path]]) -> None:
+    checkpoint, paths = engines
+    rounded = matrices(paths["int8"], ".int8_packed")
+    assert rounded == matrices(paths["stored"], ".panels")
+    assert not [name for name in rounded if "router" in name or name.endswith((".gate.weight", "embed_tokens.weight"))]
+    model = load_model(checkpoint)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert rounded <= parameters.keys()
+    for name in rounded:
+        parameters[name].data = torch.from_numpy(stored(parameters[name].numpy(), "int8"))
+    ids = torch.from_numpy(np.random.default_rng(3).integers(4, tiny.VOCABULARY, (2, 9)))
+    arguments = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        expected = model(input_ids=ids, **arguments).logits.numpy()
+    np.testing.assert_allclose(logits(paths["int8"]), expected, rtol=0, atol=1e-4)
+
+
+def test_an_fp32_checkpoint_is_left_to_onnxruntime(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint = Model.open(tiny_checkpoint("olmoe"))
+    compile_engine(checkpoint, plan_of(checkpoint, unchanged), tmp_path / "model.onnx")
+    assert not matrices(tmp_path / "model.onnx", ".panels")

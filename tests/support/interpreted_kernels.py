@@ -1,0 +1,152 @@
+"""The GPU kernels in Triton's interpreter. test_kernels.py runs this file, in a Python whose Triton interprets."""
+
+import secrets
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.runtime import interpreter
+
+sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("plugins/kernels", "benchmarks")]
+
+import gpu_moe_layer as benchmark
+import op_nodes
+from rq_kernels import cases, launch, reference, tiles
+
+from rq_compile.quantization.formats import block_size
+from rq_compile.quantization.quantizer import quantize, stored
+
+SEED = secrets.randbits(32)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bfloat16(monkeypatch_module):
+    """Triton 3.9's interpreter keeps bf16 as its bits, multiplies these as integers and truncates to them: do as a GPU does."""
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    multiply, cast = builder.create_dot, builder.cast_impl
+
+    def numbers(operand):
+        if operand.dtype.scalar.name != "bf16":
+            return operand
+        return handle((operand.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    def rounding_cast(self, source, kind):
+        if source.dtype.scalar.name == "fp32" and kind.scalar.name == "bf16":
+            return handle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), kind.scalar)
+        return cast(self, source, kind)
+
+    monkeypatch_module.setattr(builder, "create_dot", lambda self, a, b, *rest: multiply(self, numbers(a), numbers(b), *rest))
+    for name in ("cast_impl", "create_fp_trunc"):
+        monkeypatch_module.setattr(builder, name, rounding_cast)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_every_stage_against_float64(case):
+    errors = cases.worst(case, SEED)
+    assert all(error <= 1 for error in errors.values()), f"seed {SEED}: {errors}"
+
+
+@st.composite
+def tables(draw):
+    """A replica table whose slots are in any order, how many slots there are, and ids."""
+    copies = draw(st.lists(st.integers(1, 4), min_size=1, max_size=70))
+    slots = draw(st.permutations(range(sum(copies) + draw(st.integers(0, 2)))))
+    table, places = np.full((len(copies), max(copies)), -1, np.int32), iter(slots)
+    for expert, count in enumerate(copies):
+        table[expert, :count] = [next(places) for _ in range(count)]
+    tokens, top_k = draw(st.integers(0, 150)), draw(st.integers(1, 4))
+    ids = np.random.default_rng(draw(st.integers(0, 2**32))).integers(0, len(copies), (tokens, top_k))
+    if draw(st.booleans()):
+        ids[:] = draw(st.integers(0, len(copies) - 1))
+    return ids, table, len(slots)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tables(), st.sampled_from([16, 64, 128]), st.sampled_from([0, 10**6]))
+def test_dispatch_gives_the_slots_of_the_cpu_op(drawn, rows_per_tile, small):
+    ids, table, slots = drawn
+    small = small if len(ids) else 1
+    routed = launch.route(torch.from_numpy(ids), torch.from_numpy(table), slots, rows_per_tile, small)
+    rows, offsets = op_nodes.dispatch(ids, table, slots)
+    np.testing.assert_array_equal(routed.rows.numpy(), rows)
+    np.testing.assert_array_equal(routed.offsets.numpy(), offsets)
+    assert cases.covers(routed, torch.from_numpy(offsets), rows_per_tile)
+
+
+def test_dispatch_of_many_slots_and_chunks():
+    random = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(0, 150, (1700, 3), generator=random)
+    table = torch.arange(300, dtype=torch.int32).reshape(2, 150).T.contiguous()
+    routed = launch.route(ids, table, 300, 16)
+    rows, offsets = reference.grouped(reference.routed_slots(ids, table), 300)
+    assert torch.equal(routed.rows, rows)
+    assert torch.equal(routed.offsets, offsets)
+    assert cases.covers(routed, offsets, 16)
+
+
+def test_weights_that_the_compiler_packs():
+    """What ``quantize`` packs is what the kernels read; two slots may share a matrix."""
+    random = np.random.default_rng(SEED)
+    matrices = {"up": (random.normal(size=(2, 128, 192)) / 14), "down": random.normal(size=(2, 192, 64)) / 8}
+
+    def projection(name):
+        int8, int4 = (quantize(w.astype(np.float32), f) for w, f in zip(matrices[name], ("int8", "int4"), strict=True))
+        groups = [torch.from_numpy(array)[None] for array in (int8.packed, int8.scales, int4.packed, int4.scales)]
+        return launch.Projection(torch.zeros(3, dtype=torch.int32), None, *groups, block=block_size(matrices[name].shape[2]))
+
+    formats, replicas = torch.tensor([2, 1, 2], dtype=torch.int32), torch.tensor([[1, -1], [0, 2]], dtype=torch.int32)
+    layer = launch.Layer(192, 64, "swiglu", formats, replicas, projection("up"), projection("down"))
+    exact = {
+        name: torch.from_numpy(np.stack([stored(w[e], f) for e, f in ((1, "int4"), (0, "int8"), (1, "int4"))])).double()
+        for name, w in matrices.items()
+    }
+    x, ids, gates = torch.randn(12, 192).half(), torch.randint(0, 2, (12, 2)), torch.rand(12, 2)
+    ours = launch.moe_layer(x, ids, gates, layer, "decode").double()
+    expected = reference.moe_layer(x, ids, gates, reference.Example(layer, exact["up"], exact["down"]))
+    assert (ours - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+def test_most_tiles_is_reached_and_never_passed():
+    random = np.random.default_rng(SEED)
+    for _ in range(300):
+        slots, rows = int(random.integers(1, 9)), int(random.choice([16, 64]))
+        loads = random.integers(0, 3 * rows, slots)
+        assert tiles.tile_count(loads, rows) <= tiles.most_tiles(int(loads.sum()), slots, rows)
+    assert tiles.tile_count([1, 1, 1, 17 + 16], 16) == tiles.most_tiles(36, 4, 16)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_the_benchmark_compares_like_with_like(format):
+    """Both baselines and our kernels compute one layer, made as the benchmark makes it."""
+    shape = benchmark.Shape("small", 256, 128, 4, 2)
+    formats = benchmark.formats_of(shape, format)
+    held = benchmark.layer(shape, formats, "cpu")
+    ids = benchmark.routing(shape, 5, "uniform", SEED)
+    inputs = torch.randn(5, 256).bfloat16(), ids, torch.rand(5, 2)
+    built = benchmark.variants(held, format, "decode")
+    assert len(built) == (6 if format == "bf16" else 5)
+    slow = [name for name in built if name.startswith(("fused MoE (64", "fused MoE (128"))]
+    benchmark.check({name: run for name, run in built.items() if name not in slow}, inputs)
+
+
+def test_the_benchmark_runs_a_mixed_layer():
+    shape = benchmark.Shape("small", 256, 128, 8, 2)
+    formats = benchmark.formats_of(shape, "mixed")
+    held = benchmark.layer(shape, formats, "cpu")
+    assert held.up.index.tolist() == [0, 0, 1, 0, 1, 2, 3, 4]
+    run = benchmark.variants(held, "mixed", "decode")[benchmark.OURS]
+    answer = run(torch.randn(3, 256).bfloat16(), benchmark.routing(shape, 3, "skewed", SEED), torch.rand(3, 2))
+    assert answer.shape == (3, 256)
+    assert answer.isfinite().all()

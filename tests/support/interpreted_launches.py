@@ -1,0 +1,124 @@
+"""Launches of the launcher, computed by Triton's interpreter, and layers to launch.
+
+A libcuda.so.1 of the tests' own (cuda_stand_in.cc) hands over each launch: the image, the grid and the parameters. RQ_STAND_IN
+says where it is, RQ_KERNELS what was built.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import secrets
+import struct
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "plugins" / "kernels"))
+
+from rq_kernels import reference
+from rq_kernels.variants import variants
+
+SEED = secrets.randbits(32)
+torch.set_num_threads(1)
+FOLDER = Path(os.environ["RQ_KERNELS"])
+DESCRIBED = {kernel["name"]: kernel for kernel in json.loads((FOLDER / "kernels.json").read_text())["kernels"]}
+KERNELS = {variant.name: variant for variant in variants()}
+IMAGES = {
+    build[kind]["sha256"]: kernel for kernel in DESCRIBED.values() for build in kernel["builds"] for kind in ("cubin", "ptx")
+}
+DTYPES = {"*fp16": torch.float16, "*i64": torch.int64, "*i32": torch.int32, "*fp32": torch.float32, "*u8": torch.uint8}
+
+LAUNCHED = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_uint,
+    ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+# Its name is libcuda.so.1, so a library's dlopen finds it loaded.
+DRIVER = ctypes.CDLL(os.environ["RQ_STAND_IN"], mode=ctypes.RTLD_GLOBAL)
+
+
+def image_kernel(address):
+    """The entry of kernels.json whose cubin or PTX lies there, and which of both it is."""
+    if ctypes.string_at(address, 4) != b"\x7fELF":
+        return IMAGES[hashlib.sha256(ctypes.string_at(address)).hexdigest()], "ptx"
+    header = ctypes.string_at(address, 64)
+    programs, sections = struct.unpack_from("<QQ", header, 32)
+    program_size, program_count, section_size, section_count = struct.unpack_from("<4H", header, 54)
+    size = max(programs + program_size * program_count, sections + section_size * section_count)
+    return IMAGES[hashlib.sha256(ctypes.string_at(address, size)).hexdigest()], "cubin"
+
+
+def tensor_at(address, kind):
+    """A tensor whose data begin at ``address``; the interpreter asks for no more."""
+    if not address:
+        return torch.empty(0, dtype=DTYPES[kind])
+    size = torch.empty(0, dtype=DTYPES[kind]).element_size()
+    return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=DTYPES[kind])
+
+
+class Launches:
+    """What was launched: ``(name, kind of image, grid)``. ``compute``: do what the kernels do."""
+
+    def __init__(self, sm=80, compute=True):
+        self.seen, self.compute, self.failure = [], compute, None
+        self.function = LAUNCHED(self.launched)
+        DRIVER.stand_in(sm, self.function)
+
+    def launched(self, image, entry, grid, threads, shared, parameters):
+        try:
+            kernel, kind = image_kernel(image)
+            build = kernel["builds"][0]
+            assert (entry.decode(), threads, shared) == (build["entry"], 32 * kernel["warps"], build["shared"])
+            self.seen.append((kernel["name"], kind, tuple(grid[:3])))
+            hidden = parameters[len(kernel["parameters"]) : len(kernel["parameters"]) + len(kernel["hidden_parameters"])]
+            assert [ctypes.c_uint64.from_address(each).value for each in hidden] == [0, 0]
+            if self.compute:
+                values = [read(parameters[i], p["type"]) for i, p in enumerate(kernel["parameters"])]
+                KERNELS[kernel["name"]].kernel[tuple(grid[:3])](*values, **kernel["constants"])
+        except BaseException as error:
+            self.failure = error
+            return 1
+        return 0
+
+
+def read(address, kind):
+    if kind[0] == "*":
+        return tensor_at(ctypes.c_uint64.from_address(address).value, kind)
+    return (ctypes.c_float if kind == "fp32" else ctypes.c_int32).from_address(address).value
+
+
+def inputs_of(layer, x, ids, gates):
+    """The inputs of a MoeLayer in their order."""
+    result = [x, ids, gates, layer.replicas, layer.formats]
+    for part in (layer.up, layer.down):
+        result.append(part.index)
+        result += [
+            t for t in (part.float_weights, part.int8_packed, part.int8_scales, part.int4_packed, part.int4_scales, part.bias)
+            if t is not None
+        ]  # fmt: skip
+    return result
+
+
+def batch(layer, tokens, top_k, random):
+    experts = len(layer.replicas)
+    x = torch.randn(tokens, layer.hidden, generator=random).half()
+    ids = torch.rand(tokens, experts, generator=random).argsort(1)[:, :top_k].contiguous()
+    return x, ids, torch.rand(tokens, top_k, generator=random)
+
+
+def example(random, activation="swiglu", **options):
+    replicas = [[0, 1, 2], [3, -1, -1], [4, -1, -1]]
+    sizes = {"hidden": 256, "intermediate": 128} | options
+    return reference.example(random, [0, 1, 2, 1, 2], activation=activation, replicas=replicas, **sizes)
+
+
+SMALL, LARGE = ["dispatch_small"], ["dispatch_count", "dispatch_scan", "dispatch_scatter"]
+CASES = {
+    "one token": (1, 1, "decode", SMALL, {}),
+    "biases": (9, 2, "decode", SMALL, {"bias": True, "activation": "geglu_tanh"}),
+    "a limit": (9, 2, "decode", SMALL, {"bias": True, "activation": "clamped_swiglu"}),
+    "blocks of 64": (9, 3, "decode_block64", SMALL, {"block": 64, "hidden": 192, "intermediate": 192}),
+    "batch tiles": (90, 2, "batch", SMALL, {"hidden": 128, "intermediate": 64}),
+    "prefill tiles": (360, 3, "prefill", LARGE, {"hidden": 64, "intermediate": 64}),
+}

@@ -1,0 +1,138 @@
+"""A layer compiled to a node MoeLayer, and what the node computes in float64, by plugins/tensorrt/README.md."""
+
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from one_layer import one_layer, plan_of, random_experts
+from onnx import TensorProto, helper, numpy_helper
+
+sys.path.append(str(Path(__file__).parents[2] / "plugins" / "kernels"))
+
+from rq_kernels import reference
+from rq_kernels.activations import GATED
+from rq_kernels.launch import Layer, Projection
+
+from rq_compile.architectures.geometry import Activation, ExpertGeometry
+from rq_compile.lowerings import Plugins
+from rq_compile.targets.weights_file import locate, write_weights
+
+ROLES = (("float_weights",), ("int8_packed", "int8_scales"), ("int4_packed", "int4_scales"))
+INT4_ALONE = [(e, "int4") for e in range(4)]
+ACTIVATIONS = list(get_args(Activation))
+FIRST = ("x", "ids", "gates", "replicas", "formats")
+
+
+def geometry_of(activation="swiglu", *, bias=False, hidden=128, intermediate=64):
+    return ExpertGeometry(
+        experts=4, top_k=2, hidden=hidden, intermediate=intermediate, activation=activation, bias=bias, alpha=1.3, limit=0.9
+    )
+
+
+def compiled_layer(geometry, slots, folder, *, experts=None, half="fp16", plan=None):
+    """The layer's model, whole and checked, and its experts."""
+    experts = experts or random_experts(geometry)
+    plan = plan or plan_of(geometry, slots)
+    lowered = Plugins(half).lower(one_layer(geometry.hidden, 2), plan, lambda _, e: experts[e])
+    model, sections = lowered.model, lowered.experts
+    with (folder / "layer.data").open("wb") as file:
+        written = write_weights(sections, file)
+    locate(model, written.starts, "layer.data")
+    onnx.save(model, folder / "layer.onnx")
+    return onnx.load(folder / "layer.onnx"), experts
+
+
+def moe_nodes(model):
+    return [node for node in model.graph.node if node.op_type == "MoeLayer" and node.domain == "rq.moe"]
+
+
+def attributes_of(node):
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def inputs_of(node):
+    """Names of the node's inputs by what they are, those of a projection as ``up_index`` or ``down_index``."""
+    formats = attributes_of(node)["formats"]
+    roles = ["index", *(role for code in range(3) if code in formats for role in ROLES[code])]
+    if len(node.input) > len(FIRST) + 2 * len(roles):
+        roles.append("bias")
+    names = [*FIRST, *(f"{projection}_{role}" for projection in ("up", "down") for role in roles)]
+    return dict(zip(names, node.input, strict=True))
+
+
+def constants_of(model):
+    """Every initializer; those in a file have to be loaded."""
+    return {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
+
+
+def arrays_of(node, constants, *of_tokens):
+    """The node's inputs in their order, as torch tensors; ``of_tokens``: x, ids and gates."""
+    arrays = [*of_tokens, *(constants[name] for name in list(node.input)[len(of_tokens) :])]
+    return [torch.from_numpy(array.view(np.uint8) if array.dtype == np.int8 else array) for array in arrays]
+
+
+def exact(node, constants):
+    """The layer as ``rq_kernels.reference`` takes it: its weights in float64, unpacked."""
+    attributes, held = attributes_of(node), {name: constants.get(tensor) for name, tensor in inputs_of(node).items()}
+    activation = attributes["activation"].decode()
+    some_down = next(held[f"down_{role}"] for roles in ROLES for role in roles if f"down_{role}" in held)
+    some_up = next(held[f"up_{role}"] for roles in ROLES for role in roles if f"up_{role}" in held)
+    hidden, intermediate = some_down.shape[1], some_up.shape[1] // (1 + (activation in GATED))
+    formats, projections, weights = attributes["formats"], [], []
+    for name, columns in (("up", hidden), ("down", intermediate)):
+        index, bias = held[f"{name}_index"], held.get(f"{name}_bias")
+        parts = [[held.get(f"{name}_{role}") for role in ROLES[code]] for code in range(3)]
+        slots = zip(formats, index, strict=True)
+        exact_slots = [unpacked(format, [part[i] for part in parts[format]], columns) for format, i in slots]
+        weights.append(torch.from_numpy(np.stack(exact_slots)))
+        projections.append(Projection(torch.from_numpy(index), bias=None if bias is None else torch.from_numpy(bias)))
+    tables = (torch.from_numpy(held[name]) for name in ("formats", "replicas"))
+    layer = Layer(hidden, intermediate, activation, *tables, *projections, attributes["alpha"], attributes["limit"])
+    return reference.Example(layer, *weights)
+
+
+def unpacked(format, parts, columns):
+    if format == 0:
+        return parts[0].astype(np.float64)
+    packed, scales = parts
+    assert packed.dtype == np.int8
+    q, zero = packed.view(np.uint8).astype(np.int64), 128
+    if format == 2:
+        q, zero = np.stack([q % 16, q // 16], -1).reshape(len(q), -1), 8
+    return ((q - zero) * np.repeat(scales.astype(np.float64), q.shape[1] // scales.shape[1], axis=1))[:, :columns]
+
+
+def evaluated(node, constants, x, ids, gates):
+    """float64 ``[T, hidden]``."""
+    arrays = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x.astype(np.float64), ids, gates))
+    return reference.moe_layer(*arrays, exact(node, constants)).numpy()
+
+
+def run(model, feeds):
+    """All outputs of a compiled model, by name: ONNX Runtime computes it on the CPU, save its MoeLayer nodes.
+
+    The graph is cut at these. It is run once for each, to learn what goes in, and once more with what comes out of all.
+    """
+    nodes, constants = moe_nodes(model), constants_of(model)
+    outputs = [value.name for value in model.graph.output]
+    cut = onnx.ModelProto.FromString(model.SerializeToString())
+    for node in moe_nodes(cut):
+        cut.graph.node.remove(node)
+    types = dict.fromkeys((name for node in nodes for name in (node.input[0], node.output[0])), TensorProto.FLOAT16)
+    for node in nodes:
+        types |= {node.input[1]: TensorProto.INT64, node.input[2]: TensorProto.FLOAT}
+    for node in nodes:
+        cut.graph.input.append(helper.make_tensor_value_info(node.output[0], types[node.output[0]], None))
+    for name in dict.fromkeys(name for node in nodes for name in node.input[:3]):
+        cut.graph.output.append(helper.make_tensor_value_info(name, types[name], None))
+    session = onnxruntime.InferenceSession(cut.SerializeToString(), providers=["CPUExecutionProvider"])
+    tokens = feeds["input_ids"].size
+    made = {node.output[0]: np.zeros((tokens, exact(node, constants).layer.hidden), np.float16) for node in nodes}
+    for node in nodes:
+        x, ids, gates = session.run(node.input[:3], feeds | made)
+        made[node.output[0]] = evaluated(node, constants, x, ids, gates).astype(np.float16)
+    return dict(zip(outputs, session.run(outputs, feeds | made), strict=True))

@@ -29,7 +29,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links name files of the repository. One that is no page of the site, a source file say, becomes plain text."""
+    """Links name files of the repository. A link to any other file, for example a source file, becomes plain text."""
     here = page.file.src_uri
     folder = posixpath.dirname(OUTSIDE.get(here, f"docs/{here}"))
 

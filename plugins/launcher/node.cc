@@ -173,7 +173,7 @@ int64_t token_count(int64_t x, int64_t ids, int64_t gates) {
 Buffers device_buffers(const std::vector<Input>& list, const void* const* inputs, void* out, void* workspace) {
   for (size_t i = 0; i < list.size(); ++i)
     if (reinterpret_cast<uintptr_t>(inputs[i]) % kAlignment)
-      throw std::invalid_argument(name_of(list[i]) + " begins at an address that is no multiple of 16 bytes");
+      throw std::invalid_argument(name_of(list[i]) + " begins at an address that is not a multiple of 16 bytes");
   Buffers buffers{inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], {}, {}, out, workspace};
   for (size_t i = 5; i < list.size(); ++i) {
     Weights& weights = list[i].down ? buffers.down : buffers.up;

@@ -1,7 +1,7 @@
 """One calibration out of several of the same model, on different texts: what they counted and measured adds up.
 
 Counts are exact, sums and moments those of all texts together to fp32 rounding, in whatever order calibrations are merged. Errors
-were measured on weights that each calibration rounded by its own moments. Two numbers of an expert are no sums: its weight
+were measured on weights that each calibration rounded by its own moments. Two numbers of an expert are not sums: its weight
 error, which becomes the mean over tokens, and its Wanda score, of which the squares add up, as its inputs' squared norms do.
 """
 

@@ -57,7 +57,7 @@ def tensors_of(file: Path) -> dict[str, StoredTensor]:
     """The tensors that the header of ``file`` lists, in the order of their bytes.
 
     Raises:
-        UserError: the file cannot be read, is no safetensors file, is truncated or damaged, or holds a dtype that only quantized
+        UserError: the file cannot be read, is not a safetensors file, is truncated or damaged, or holds a dtype that only quantized
             checkpoints have.
     """
     if not file.is_file():

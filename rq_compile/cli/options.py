@@ -38,7 +38,7 @@ class ByteSize(click.ParamType):
             return value
         written = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([KMGT])(?:iB)?)?", value.strip(), re.IGNORECASE | re.ASCII)
         if written is None:
-            self.fail(f"{value!r} is no size; write bytes or a unit of 1024s, for example 16G, 512M or 1.5GiB", param, ctx)
+            self.fail(f"{value!r} is not a size; write bytes or a unit of 1024s, for example 16G, 512M or 1.5GiB", param, ctx)
         size = int(Fraction(written[1]) * 1024 ** self.UNITS.index((written[2] or "").upper()))
         if size == 0:
             self.fail(f"{value!r} is less than one byte; write for example 16G, 512M or 1.5GiB", param, ctx)

@@ -153,7 +153,7 @@ def compile_plan(
 def capabilities_of(text: str | None) -> list[int]:
     """
     Raises:
-        UserError: the text is no list of numbers.
+        UserError: the text is not a list of numbers.
     """
     if text is None:
         return []

@@ -190,7 +190,7 @@ def _dimension(dimension: Any, names: dict[str, str]) -> int | str:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """torch's exporter prints its steps and warns of what is no concern of ours."""
+    """torch's exporter prints its steps and warnings that do not concern the user."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -40,7 +40,7 @@ def package(source: Path, output: Path, library: Path | None = None, architectur
     give the same bytes.
 
     Raises:
-        UserError: ``source`` is no whole engine or is damaged, is an encoder-decoder, needs no op library although one is
+        UserError: ``source`` is not a whole engine or is damaged, is an encoder-decoder, needs no op library although one is
             given, or see ``op_library`` and ``write_files``.
     """
     manifest = read_cpu_manifest(source)

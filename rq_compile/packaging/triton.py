@@ -40,7 +40,7 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
     library and options give the same bytes.
 
     Raises:
-        UserError: ``name`` cannot be a model's, ``source`` is no whole engine, is damaged or an encoder-decoder, an option is
+        UserError: ``name`` cannot be a model's, ``source`` is not a whole engine, is damaged or an encoder-decoder, an option is
             not for this flavour or is refused by it, tritonclient is missing, or see ``folder_written_beside``.
     """
     name = name or source.stem
@@ -86,7 +86,7 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
 def read_onnx_engine(source: Path) -> Manifest:
     """
     Raises:
-        UserError: it is no whole engine, is damaged, or is an encoder-decoder.
+        UserError: it is not a whole engine, is damaged, or is an encoder-decoder.
     """
     manifest = read_cpu_manifest(source)
     if manifest.encoder_decoder:

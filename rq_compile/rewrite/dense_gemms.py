@@ -66,7 +66,7 @@ def dense_gemms(
     sections: list[Section] = []
     for matrix in [matrix for node in graph.nodes if (matrix := _matrix(node))]:
         kept: Format | None = "int8" if format == "int8" else _float_format(dense.dtype_of(matrix.name))
-        # A column or two (the gate of a shared expert) is no work, and fp32 is what ONNX Runtime multiplies as fast.
+        # A column or two (the gate of a shared expert) takes no time, and ONNX Runtime multiplies fp32 as fast.
         if id(matrix.node) not in routers and matrix.rows >= ROWS and kept not in (None, "fp32"):
             sections.append(_replace(graph, matrix, kept, dense, activation_bits))
     graph.cleanup().toposort()

@@ -62,7 +62,7 @@ class StreamedExpert:
 def dense_weights(
     model: Model, graph: onnx.GraphProto, parameters: dict[str, Parameter], *, link: bool = False
 ) -> tuple[list[Section], dict[str, str], dict[str, StoredTensor]]:
-    """The weights the graph refers to that are no experts, in the graph's dtype, a section for each.
+    """The non-expert weights that the graph refers to, in the graph's dtype, a section for each.
 
     Those that are one tensor of the checkpoint in one form (tied embeddings) are written once: the second result gives the name
     of the weight that stands for another. With ``link`` those that can be are not written at all: the third result gives the

@@ -35,7 +35,7 @@ def test_reads_sizes(text: str, size: int) -> None:
     "text", ["", "G", "16GB", "16Gb", "-1", "-16G", "1,5G", "1.G", ".5G", "1e9", "16X", "inf", "nan", "\u0661G", "0x10"]
 )
 def test_refuses_what_is_no_size(text: str) -> None:
-    with pytest.raises(click.BadParameter, match=r"is no size; .*16G, 512M or 1\.5GiB"):
+    with pytest.raises(click.BadParameter, match=r"is not a size; .*16G, 512M or 1\.5GiB"):
         SIZE.convert(text, None, None)
 
 
@@ -62,4 +62,4 @@ def test_help_and_error_on_the_command_line() -> None:
     assert "--limit SIZE" in CliRunner().invoke(command, ["--help"]).stdout
     result = CliRunner().invoke(command, ["--limit", "16GB"])
     assert result.exit_code == 2
-    assert "'--limit': '16GB' is no size" in result.stderr
+    assert "'--limit': '16GB' is not a size" in result.stderr

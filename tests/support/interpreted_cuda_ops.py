@@ -140,7 +140,7 @@ def test_a_batch_whose_inputs_disagree_is_refused():
     launches = Launches(compute=False)
     assert "x, ids and gates are of different numbers of tokens" in refused(session, [x, rest[0][:2], *rest[1:]])
     shifted = np.zeros(x.size + 1, np.float16)[1:].reshape(x.shape)
-    assert "x begins at an address that is no multiple of 16 bytes" in refused(session, [shifted, *rest])
+    assert "x begins at an address that is not a multiple of 16 bytes" in refused(session, [shifted, *rest])
     assert not launches.seen
 
 

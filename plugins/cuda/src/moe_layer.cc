@@ -40,7 +40,7 @@ std::vector<TensorDescription> graph_inputs(const Info& info) {
     const std::unique_ptr<OrtTypeInfo, decltype(release)> type_info(raw, release);
     const OrtTensorTypeAndShapeInfo* tensor = nullptr;
     check(api, api.CastTypeInfoToTensorInfo(static_cast<const OrtTypeInfo*>(raw), &tensor));
-    require(tensor != nullptr, "input ", i, " is no tensor");
+    require(tensor != nullptr, "input ", i, " is not a tensor");
     int type = kUndefined;
     size_t rank = 0;
     check(api, api.GetTensorElementType(tensor, &type));

@@ -1,7 +1,7 @@
 """Documents that outlive the program that wrote them: every file says which version of its schema it follows.
 
 The rule. ``schema_version`` goes up with the first change of a document's JSON schema after a release (a key, a type, a meaning),
-once for all changes of the next release; tighter bounds that every file written so far keeps do not count as a change. A reader reads its
+once for all changes of the next release; tighter bounds that every file written so far keeps are not a change. A reader reads its
 own version and all earlier ones: ``upgrades`` holds a function for each step, or none where a version can no longer be read. A
 newer version is refused, as its keys are unknown. ``tests/frozen`` has a file of every version, and the hash of every schema.
 

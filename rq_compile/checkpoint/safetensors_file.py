@@ -57,8 +57,8 @@ def tensors_of(file: Path) -> dict[str, StoredTensor]:
     """The tensors that the header of ``file`` lists, in the order of their bytes.
 
     Raises:
-        UserError: the file cannot be read, is not a safetensors file, is truncated or damaged, or holds a dtype that only quantized
-            checkpoints have.
+        UserError: the file cannot be read, is not a safetensors file, is truncated or damaged, or holds a dtype that only
+            quantized checkpoints have.
     """
     if not file.is_file():
         raise UserError(f"{file} is not a file; put the weights there, or remove it", 2)

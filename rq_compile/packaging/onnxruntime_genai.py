@@ -31,8 +31,8 @@ def package(source: Path, output: Path, context_length: int | None = None) -> Pa
     engine and op library give the same bytes.
 
     Raises:
-        UserError: ``source`` is not a whole engine or is damaged, does not know its context length and none is given, cannot be run
-            by onnxruntime-genai (see ``check_runnable``), has a manifest called as one of its files, or see
+        UserError: ``source`` is not a whole engine or is damaged, does not know its context length and none is given, cannot be
+            run by onnxruntime-genai (see ``check_runnable``), has a manifest called as one of its files, or see
             ``folder_written_beside``.
     """
     manifest = read_cpu_manifest(source)

@@ -16,7 +16,7 @@ import click
 
 from rq_compile.errors import UserError
 
-POLICIES = ("none", "paper", "eplb", "place", "optimal")
+POLICIES = ("none", "paper", "eplb", "craft", "place", "uniform", "frequency", "random", "optimal")
 QUANTIZERS = ("gptq", "nearest")
 BLOCKS = ("auto", "128", "64", "32", "16")
 DENSE_FORMATS = ("stored", "int8", "fp32")

@@ -19,6 +19,7 @@ from rq_compile.planning.remarks import remarks
 from rq_compile.planning.schema import LayerPlan, Plan, Policy, Slot, Target
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+CHOOSE_FORMATS: tuple[Policy, ...] = ("optimal", "uniform", "frequency", "random")
 
 
 class CommonOptions(Document):
@@ -121,9 +122,9 @@ def check_arguments(
 
 
 def least_memory(problem: Problem, policy: str) -> float:
-    """1, or the least memory, rounded up, that holds every expert once: in its smallest format under the policy optimal, else in
-    the checkpoint's own."""
-    formats = -1 if policy == "optimal" else 0
+    """1, or the least memory, rounded up, that holds every expert once: in its smallest format where the policy chooses formats,
+    else in the checkpoint's own."""
+    formats = -1 if policy in CHOOSE_FORMATS else 0
     least = sum(layer.experts * int(sorted(layer.size, reverse=True)[formats]) for layer in problem.layers)
     return max(1.0, enough_for(least, problem.bytes_before))
 

@@ -25,7 +25,7 @@ from rq_compile.planning.targets import Target
 from rq_compile.quantization.formats import FLOAT_FORMATS, Format, Quantizer
 from rq_compile.versions import Upgrade, Versioned, same_keys
 
-Policy = Literal["none", "paper", "eplb", "place", "optimal"]
+Policy = Literal["none", "paper", "eplb", "craft", "place", "uniform", "frequency", "random", "optimal"]
 
 
 class Slot(Document):

@@ -1,4 +1,4 @@
-"""The policies that others defined (none, paper, eplb, place), and what holds for the plans of all of them."""
+"""The policies to compare with, and what holds for the plans of all of them."""
 
 import numpy as np
 import planning_inputs as inputs
@@ -173,6 +173,102 @@ def test_place_serves_the_worst_text() -> None:
     assert rank[2] != rank[3]
 
 
+# uniform, frequency, random
+
+
+FORMATS = {"int8": [0.01, 0.02, 0.03, 0.04], "int4": [0.1, 0.2, 0.3, 0.4]}
+
+
+@pytest.mark.parametrize(("memory", "format"), [(1.0, "bf16"), (0.99, "int8"), (0.56, "int8"), (0.53, "int4"), (0.3, "int4")])
+def test_uniform_takes_the_largest_format_that_fits(memory: float, format: str) -> None:
+    plan = plan_of([inputs.layer([[10, 70, 10, 10]], FORMATS)], "uniform", memory=memory)
+    assert held(plan.layers[0]) == [(expert, format) for expert in range(4)]
+
+
+def test_uniform_in_a_format_of_choice() -> None:
+    layer = inputs.layer([[10, 70, 10, 10]], FORMATS)
+    assert {format for _, format in held(plan_of([layer], "uniform", format="int4").layers[0])} == {"int4"}
+    with pytest.raises(UserError, match="layer 3 was not measured in int3, but in bf16, int8, int4"):
+        plan_of([layer], "uniform", format="int3")
+    with pytest.raises(UserError, match=r"policy uniform takes .* bytes, .* more than --memory 0\.1 allows"):
+        plan_of([layer], "uniform", memory=0.1)
+
+
+def test_frequency_gives_the_busiest_the_most_bits() -> None:
+    quiet = inputs.layer([[40, 30, 20, 10]], FORMATS)
+    busy = inputs.layer([[970, 10, 10, 10]], FORMATS, place=1)
+    plan = plan_of([quiet, busy], "frequency", memory=0.6)
+    # A load counts within its layer: expert 0 of the second layer has 97 % of it.
+    assert [held(layer) for layer in plan.layers] == [
+        [(0, "int8"), (1, "int8"), (2, "int8"), (3, "int8")],
+        [(0, "bf16"), (1, "int8"), (2, "int8"), (3, "int8")],
+    ]
+    assert plan.bytes_after <= 0.6 * plan.bytes_before
+
+
+def test_an_fp32_checkpoint_takes_the_float_format_that_errs_least() -> None:
+    layer = inputs.layer([[4, 3, 2, 1]], {"fp16": [0.5, 0.0, 0.5, 0.0], "bf16": [0.1] * 4, "int8": [0.5] * 4})
+    plan = plan_of([layer], "frequency", "fp32", memory=0.5)
+    assert {format for _, format in held(plan.layers[0])} == {"bf16"}
+    assert {format for _, format in held(plan_of([layer], "uniform", "fp32", memory=0.5).layers[0])} == {"bf16"}
+
+
+def test_random_depends_on_its_seed_alone() -> None:
+    calibration = inputs.skewed(layers=4, experts=16)
+    plans = [make_plan(calibration, policy="random", memory=0.6, ranks=1, target="cpu", seed=seed) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1]
+    assert [held(layer) for layer in plans[0].layers] != [held(layer) for layer in plans[2].layers]
+    counts = [sum(format == "bf16" for layer in plan.layers for _, format in held(layer)) for plan in plans]
+    assert counts[0] == counts[2]
+
+
+@pytest.mark.parametrize("policy", ["uniform", "frequency", "random"])
+@pytest.mark.parametrize("memory", [0.3, 0.6, 1.0])
+def test_optimal_errs_no_more_than_the_policies_that_only_choose_formats(policy: str, memory: float) -> None:
+    calibration = inputs.skewed(layers=3, experts=16)
+    arguments = {"memory": memory, "ranks": 1, "target": "cpu"}
+    ours, theirs = (make_plan(calibration, policy=name, **arguments) for name in ("optimal", policy))
+    errors = [sum(layer.predicted.error for layer in plan.layers) for plan in (ours, theirs)]
+    assert errors[0] <= errors[1]
+
+
+# craft
+
+
+EVEN, SKEWED = [25, 25, 25, 25], [70, 10, 10, 10]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_craft_gives_replicas_to_the_layers_that_gain(ranks: int) -> None:
+    layers = [inputs.layer([EVEN], {}), inputs.layer([SKEWED], {}, place=1)]
+    plan = plan_of(layers, "craft", memory=1.25, ranks=ranks, target="cuda", smoothing=0)
+    assert [len(layer.slots) for layer in plan.layers] == [4, 6]
+    assert inputs.copies(plan.layers[1])[0] == 3 if ranks == 1 else inputs.copies(plan.layers[1])[0] == 2
+    assert "CRAFT gives layers 0 to 2 replicas, 2 in all." in plan.remarks
+    assert {slot.format for layer in plan.layers for slot in layer.slots} == {"bf16"}
+
+
+def test_craft_stops_where_more_gains_nothing() -> None:
+    plan = plan_of([inputs.layer([EVEN], {})], "craft", memory=2.0, target="cuda")
+    assert len(plan.layers[0].slots) == 4
+    assert "has no replica that helps" in plan.remarks[-1]
+
+
+def test_craft_at_memory_one_places_as_well_as_eplb() -> None:
+    layer = inputs.layer([[8, 7, 2, 1]], {})
+    plan = plan_of([layer], "craft", ranks=2, target="cuda")
+    assert plan.layers[0].predicted.rank_imbalance_after == pytest.approx(1.0)
+    assert plan.bytes_after == plan.bytes_before
+
+
+def test_craft_takes_fewer_bytes_than_eplb_for_as_good_a_balance() -> None:
+    layers = [inputs.layer([EVEN], {}), inputs.layer([SKEWED], {}, place=1)]
+    plans = [plan_of(layers, policy, memory=1.75, target="cuda") for policy in ("craft", "eplb")]
+    worst = [max(layer.predicted.lis_after for layer in plan.layers) for plan in plans]
+    assert worst[0] <= worst[1]
+    assert plans[0].bytes_after < plans[1].bytes_after
+
+
 # What all have in common
 
 
@@ -272,7 +368,7 @@ def test_a_calibration_without_errors_keeps_the_format_of_the_checkpoint(policy:
         return
     plan = plan_of([layer], policy, memory=1.5)
     assert {slot.format for slot in plan.layers[0].slots} == {"bf16"}
-    assert len(plan.layers[0].slots) == (6 if policy in ("eplb", "optimal") else 4)
+    assert len(plan.layers[0].slots) == (6 if policy in ("eplb", "craft", "optimal") else 4)
 
 
 def test_batches_show_more_skew_than_the_pooled_counts() -> None:

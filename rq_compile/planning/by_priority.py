@@ -1,0 +1,73 @@
+"""Formats without replicas: experts in some order of priority, the first in the best formats that the budget holds."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from rq_compile.planning.placement import contiguous
+from rq_compile.planning.problem import Layer, Problem
+from rq_compile.planning.schema import Slot
+from rq_compile.quantization.formats import FLOAT_FORMATS, Format
+
+Place = tuple[int, int]  # a layer's position, an expert
+
+
+def all_experts(problem: Problem) -> list[Place]:
+    return [(position, expert) for position, layer in enumerate(problem.layers) for expert in range(layer.experts)]
+
+
+def formats_by_priority(problem: Problem, order: Sequence[Place]) -> list[list[Slot]]:
+    """One slot an expert. All begin in the smallest format that they can take; then, from the smallest format to the largest,
+    experts go up to the next one in ``order``, as long as the budget holds that.
+
+    A layer's slots share one float format. Where an fp32 checkpoint leaves a choice, it is the one with the least error in all.
+    """
+    floats = [format for format in problem.layers[0].formats if format in FLOAT_FORMATS]
+    filled = [_filled(problem, order, float_format) for float_format in floats]
+    held = min(filled, key=lambda held: _error(problem, held))
+    return one_slot_each(problem, lambda position, expert: held[position][expert])
+
+
+def _filled(problem: Problem, order: Sequence[Place], float_format: Format) -> list[list[int]]:
+    """The format of every expert of every layer, as a position in the layer's formats."""
+    layers = problem.layers
+    usable = [[_by_size(layer, expert, float_format) for expert in range(layer.experts)] for layer in layers]
+    held = [[formats[0] for formats in layer] for layer in usable]
+    room = problem.budget - sum(int(layers[p].size[f]) for p, layer in enumerate(held) for f in layer)
+    for step in range(1, max(len(formats) for layer in usable for formats in layer)):
+        for position, expert in order:
+            formats, size = usable[position][expert], layers[position].size
+            if step >= len(formats) or held[position][expert] != formats[step - 1]:
+                continue
+            more = int(size[formats[step]] - size[formats[step - 1]])
+            if more <= room:
+                held[position][expert] = formats[step]
+                room -= more
+    return held
+
+
+def _error(problem: Problem, held: list[list[int]]) -> float:
+    return sum(
+        float(layer.error[np.arange(layer.experts), formats].sum()) for layer, formats in zip(problem.layers, held, strict=True)
+    )
+
+
+def one_slot_each(problem: Problem, format_of: Callable[[int, int], int]) -> list[list[Slot]]:
+    """Ranks in consecutive blocks; ``format_of(layer's position, expert)`` is a position in the layer's formats."""
+    return [
+        [
+            Slot(expert=expert, format=layer.formats[format_of(position, expert)], rank=int(rank))
+            for expert, rank in enumerate(contiguous(layer.experts, problem.ranks))
+        ]
+        for position, layer in enumerate(problem.layers)
+    ]
+
+
+def _by_size(layer: Layer, expert: int, float_format: Format) -> list[int]:
+    """Positions of the formats that ``expert`` can take beside ``float_format``, the smallest first."""
+    usable = [
+        position
+        for position, format in enumerate(layer.formats)
+        if np.isfinite(layer.error[expert, position]) and (format == float_format or format not in FLOAT_FORMATS)
+    ]
+    return sorted(usable, key=lambda position: int(layer.size[position]))

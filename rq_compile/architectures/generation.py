@@ -45,7 +45,8 @@ def context_length(checkpoint: Checkpoint) -> int | None:
     Raises:
         UserError: it is not a whole number.
     """
-    value = checkpoint.config.get("max_position_embeddings")
+    nested: Any = next((checkpoint.config[key] for key in NESTED if isinstance(checkpoint.config.get(key), dict)), {})
+    value = checkpoint.config.get("max_position_embeddings", nested.get("max_position_embeddings"))
     return None if value is None else _whole(checkpoint, "max_position_embeddings", value)
 
 

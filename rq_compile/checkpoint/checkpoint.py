@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from rq_compile.checkpoint.folder import checkpoint_below, file_in, read_json, refuse_links_outward, refuse_pointer
+from rq_compile.checkpoint.other_folders import refuse_other_folders
 from rq_compile.checkpoint.safetensors_file import StoredTensor, read_ends
-from rq_compile.checkpoint.shards import refuse_gguf, stored_tensors
+from rq_compile.checkpoint.shards import stored_tensors
 from rq_compile.checkpoint.storage.stated import Stated, stated_of
 from rq_compile.checkpoint.storage.weight import BF16, Plain, Weight
 from rq_compile.checkpoint.storage.weights import weights_of
@@ -53,8 +54,9 @@ class Checkpoint:
         """Read the config and the headers of all shards; no weights.
 
         Raises:
-            UserError: no such directory, a link that leads out of it, no config.json, no safetensors, a shard that is damaged
-                (see ``stored_tensors``), or weights that are stored in a format that is not read (see ``weights_of``).
+            UserError: no such directory, a link that leads out of it, a folder of another kind (see ``refuse_other_folders``), no
+                config.json, no safetensors, a shard that is damaged (see ``stored_tensors``), or weights that are stored in a
+                format that is not read (see ``weights_of``).
         """
         path = Path(path)
         if not path.is_dir():
@@ -62,8 +64,7 @@ class Checkpoint:
         refuse_links_outward(path)
         if not (path / "config.json").exists() and (below := checkpoint_below(path)):
             raise UserError(f"{path} is not a checkpoint, but {below} is; give that one", 2)
-        if not (path / "config.json").exists():
-            refuse_gguf(path)
+        refuse_other_folders(path)
         for file in (path / name for name in SMALL_FILES):
             refuse_pointer(file)
         config = read_json(path / "config.json")

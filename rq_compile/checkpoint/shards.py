@@ -1,6 +1,5 @@
 """The tensors of a checkpoint's folder, wherever they lie: one file, or shards that an index lists."""
 
-import json
 import os
 import shlex
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from rq_compile.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt")
+PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth")
 # What `calibrate` writes has only such tensors.
 STATISTICS = (".input_moment", ".intermediate_moment")
 
@@ -98,29 +97,8 @@ def _is_statistics(file: Path) -> bool:
     return bool(names) and all(name.endswith(STATISTICS) for name in names)
 
 
-def refuse_gguf(folder: Path) -> None:
-    """
-    Raises:
-        UserError: the weights are in a GGUF file.
-    """
-    file = next(iter(sorted(folder.glob("*.gguf"))), None)
-    if file is None:
-        return
-    code = (
-        f"import transformers as t; at = {json.dumps(str(folder))}; name = {json.dumps(file.name)}; "
-        't.AutoModelForCausalLM.from_pretrained(at, gguf_file=name, dtype="bfloat16").save_pretrained("converted"); '
-        't.AutoTokenizer.from_pretrained(at, gguf_file=name).save_pretrained("converted")'
-    )
-    raise UserError(
-        f"{folder} has its weights in {file.name}, a GGUF file, which is not read; take the safetensors that it was made of, or "
-        f"convert it with python -c {shlex.quote(code)}",
-        2,
-    )
-
-
 def _no_shards(folder: Path) -> UserError:
     """Pickled weights run code when they are opened: the way out is a command that lets them hold tensors only."""
-    refuse_gguf(folder)
     pattern = next((pattern for pattern in PICKLED if any(folder.glob(pattern))), None)
     if pattern is None:
         return UserError(f"{folder} has no .safetensors files; give a checkpoint in that format", 2)

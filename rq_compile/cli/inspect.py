@@ -77,6 +77,9 @@ def kind_of(file: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; check the path", 2) from error
     if kind is None:
+        from rq_compile.checkpoint.other_folders import refuse_weights_file
+
+        refuse_weights_file(file)
         raise UserError(
             f"{file} is not a file of rq-compile; inspect a checkpoint folder, a calibration, a plan or an engine (.onnx, .plan)",
             2,

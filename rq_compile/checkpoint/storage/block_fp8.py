@@ -34,12 +34,16 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
     shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if pairs else codes.shape
     format = "FP4 (e2m1)" if pairs else "FP8 (e4m3)"
     scales = grid_of(scale, tensors[scale], shape, format, stated.block(name.removesuffix(".weight")))
-    size = "x".join(str(size) for size in (scales.height, scales.width))
+    shared = f"{scales.height}x{scales.width}"
+    if scales.grid[1:] == (1, 1):
+        shared = "per tensor"
+    elif scales.grid[1:] == (shape[-2], 1):
+        shared = "per row"
     packing: Packing = E2m1Pairs() if pairs else E4m3()
     return Quantized(
         name=name,
         shape=shape,
-        format=f"{format.split()[0]} {size}",
+        format=f"{format.split()[0]} {shared}",
         parts={name: codes, scale: tensors[scale]},
         packed=name,
         packing=packing,

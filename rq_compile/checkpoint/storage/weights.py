@@ -10,6 +10,7 @@ from typing import Any
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.checkpoint.storage import awq, block_fp8, four_bit_float, gptq, integers, mxfp4
 from rq_compile.checkpoint.storage.block_fp8 import scale_of
+from rq_compile.checkpoint.storage.foreign import OTHERWISE, not_read, refuse_codes, refuse_foreign
 from rq_compile.checkpoint.storage.stated import Stated
 from rq_compile.checkpoint.storage.weight import Weight, plain
 from rq_compile.errors import UserError
@@ -31,11 +32,6 @@ PLAIN = ("F64", "F32", "F16", "BF16")
 CODES = ("F8_E4M3", "F8_E8M0", "I8", "U8", "I32")
 FAKE = ("dense", "fakequant")  # formats of compressed-tensors whose weights are floats, with the scales beside them
 
-DEQUANTIZE: dict[str, str] = {
-    "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained(), or take what it was made of",
-}
-OTHERWISE = "take the checkpoint in 16 bit that it was made of, or one in a format that docs/storage-formats.md lists"
-
 
 def weights_of(tensors: dict[str, StoredTensor], stated: Stated) -> dict[str, Weight]:
     """Every weight by the name it has where nothing is quantized; other tensors under their own.
@@ -44,6 +40,7 @@ def weights_of(tensors: dict[str, StoredTensor], stated: Stated) -> dict[str, We
         UserError: parts of a quantized weight are missing or do not fit together, or a weight is stored in a format that is not
             read; the tensor and the format are named.
     """
+    refuse_foreign(tensors)
     weights: dict[str, Weight] = {}
     used: set[str] = set()
     for name, tensor in tensors.items():
@@ -59,6 +56,8 @@ def weights_of(tensors: dict[str, StoredTensor], stated: Stated) -> dict[str, We
             used.update(weight.parts)
     if weights:
         _check_transforms(stated, next(iter(weights)))
+    else:
+        refuse_codes(tensors, stated)
     modules = {name.rpartition(".")[0] for name in weights}
     for name, tensor in tensors.items():
         if name in used or (modules and name.endswith(NOT_OF_WEIGHTS)):
@@ -104,12 +103,7 @@ def _unread(name: str, tensor: StoredTensor, tensors: dict[str, StoredTensor], s
             "save the checkpoint again with the tool that quantized it",
             2,
         )
-    method = stated.method or "none"
-    return UserError(
-        f"{name} in {tensor.file} is stored as {tensor.dtype} {list(tensor.shape)} in a format that is not read (quant_method "
-        f"{method}); {DEQUANTIZE.get(method, OTHERWISE)}",
-        2,
-    )
+    return not_read(name, tensor, stated.method or "none")
 
 
 def _check_transforms(stated: Stated, name: str) -> None:

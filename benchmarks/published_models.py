@@ -1,0 +1,187 @@
+"""Do the checkpoints that people download open, and what would calibrating and compiling them take?
+
+Each is generated with the config, the tensor names, shapes and dtypes of the published one, and without weights
+(published_checkpoints.py). On it run `inspect`, `calibrate --dry-run`, `plan` and the compiler's `--dry-run`, each in a process
+of its own. The calibration that is planned is made up: loads as skewed as they were measured for Qwen3.6-35B (Gini 0.65), errors of
+the formats as they are for weights that are stored so. What the plan decides per expert means nothing; its bytes are real.
+Times and memory of calibrating and compiling are estimates of rq-compile for the machine that `rq_compile/estimates.py` tells; the
+times of the four commands are measured.
+
+    python benchmarks/published_models.py
+
+Rows go to benchmarks/results/published_models.json. 100 MB of disk are needed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+import numpy as np
+from provenance import provenance
+from published_checkpoints import PUBLISHED, write
+from rich.console import Console
+
+from rq_compile.architectures.model import Model
+from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
+from rq_compile.calibration.stored import layers_to_measure, stored_layer
+from rq_compile.cli.tables import table
+from rq_compile.files import write_document
+
+Row = dict[str, Any]
+TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
+TOKENS = 100_000
+SPREAD = 1.32  # of the logarithm of a load: log-normal loads then have a Gini coefficient of 0.65
+FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
+# Squared change of weights, relatively, by how they are stored. 0: held as they are.
+ERRORS = {
+    "plain": (0.0, 0.0, 0.0, 4.2e-5, 1.1e-2),
+    "FP8": (0.0, 1e-7, 2.8e-6, 4.4e-5, 7.6e-3),
+    "MXFP4": (0.0, 0.0, 0.0, 0.0, 1e-2),
+    "NVFP4": (0.0, 0.0, 2.8e-6, 0.0, 9e-3),
+}
+# What a plan is asked for; the first is the default.
+PLANS: dict[str, tuple[str, ...]] = {
+    "gpt-oss-20b": (),
+    "Qwen3.6-35B-A3B": ("--memory", "0.3"),
+    "Qwen3.6-35B-A3B-FP8": ("--memory", "0.6"),
+    "Qwen3.6-35B-A3B-NVFP4": (),
+    "DeepSeek-V3": ("--memory", "0.6"),
+}
+MEMORY = "16G"
+
+
+def made_up(model: Model) -> Calibration:
+    """A calibration of ``TOKENS`` tokens that nobody ran."""
+    random = np.random.default_rng(0)
+    layers = []
+    for layer in layers_to_measure(model, None):
+        geometry = layer.geometry
+        share = random.lognormal(0, SPREAD, geometry.experts)
+        load = random.multinomial(TOKENS * geometry.top_k, share / share.sum())
+        stored = stored_layer(model, layer)
+        kind = str(stored.get("stored_as", ["plain"])[0]).split()[0]
+        error = {format: (change * load / load.sum()).tolist() for format, change in zip(FORMATS, ERRORS[kind], strict=True)}
+        layers.append(
+            LayerCalibration(
+                name=layer.name,
+                index=layer.index,
+                geometry=geometry,
+                **stored,
+                load=load.tolist(),
+                text_loads=[load.tolist()],
+                batch_loads=[load.tolist()],
+                wanda=[1.0] * geometry.experts,
+                error=error,
+            )
+        )
+    lossless = min((format for format in FORMATS if not any(map(any, (layer.error[format] for layer in layers)))), key=_bits)
+    return Calibration(
+        tool="benchmarks/published_models.py",
+        model=model.name,
+        model_type=model.model_type,
+        fingerprint=model.fingerprint,
+        dtype=lossless,  # type: ignore[arg-type]
+        texts=[CalibrationText(name="made up", sha256=hashlib.sha256(b"").hexdigest(), tokens=TOKENS)],
+        tokens=TOKENS,
+        measured_tokens=TOKENS,
+        padding_tokens=0,
+        batch_size=8,
+        sequence_length=512,
+        wanda_fraction=0.5,
+        quantizer="nearest",
+        statistics=None,
+        extra_layers=model.extra_layers,
+        layers=layers,
+    )
+
+
+def _bits(format: str) -> tuple[int, bool]:
+    return int("".join(filter(str.isdigit, format))), format == "fp16"
+
+
+def command(*arguments: object) -> tuple[dict[str, Any], float, int]:
+    """What ``rq-compile`` prints as JSON, its CPU seconds and its peak of resident memory in bytes."""
+    program = [sys.executable, "-P", "-m", "rq_compile.cli.main", *map(str, arguments), "--json"]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        process = subprocess.Popen(program, stdout=out, stderr=error)
+        _, status, usage = os.wait4(process.pid, 0)
+        for file in (out, error):
+            file.seek(0)
+        if status:
+            raise SystemExit(f"{' '.join(program)} failed:\n{error.read()}")
+        return json.loads(out.read()), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def row(name: str, folder: Path) -> Row:
+    checkpoint = write(name, folder / name)
+    calibration, plan, engine = folder / "calibration.json", folder / "plan.json", folder / "engine.onnx"
+    found, opening, peak = command("inspect", checkpoint)
+    calibrating, *_ = command(
+        *("calibrate", checkpoint, "--text", TEXT, "-o", folder / "c.json", "--dry-run", "--memory-limit", MEMORY)
+    )
+    write_document(made_up(Model.open(checkpoint)), calibration)
+    planned, planning, _ = command("plan", calibration, *PLANS[name], "-o", plan)
+    compiling, *_ = command(checkpoint, "--plan", plan, "-o", engine, "--dry-run")
+    return {
+        "model": name,
+        "tensors": sum(len(_header(file)) for file in checkpoint.glob("*.safetensors")),
+        "checkpoint_gb": round(found["bytes"] / 1e9, 2),
+        "experts_gb": round(found["expert_bytes"] / 1e9, 2),
+        "inspect_cpu_seconds": round(opening, 1),
+        "inspect_peak_gb": round(peak / 1e9, 2),
+        "calibrate_hours": round(calibrating["seconds"] / 3600, 1),
+        "calibrate_memory_gb": round(calibrating["memory_bytes"] / 1e9, 1),
+        "calibrate_temporary_gb": round(calibrating["temporary_bytes"] / 1e9, 1),
+        "plan": " ".join(PLANS[name]) or "default",
+        "plan_memory": round(planned["memory"], 4),
+        "plan_cpu_seconds": round(planning, 1),
+        "engine_gb": round(sum(compiling["outputs"].values()) / 1e9, 1),
+        "compile_minutes": round(compiling["seconds"] / 60),
+        "compile_memory_gb": round(compiling["memory_bytes"] / 1e9, 1),
+        **provenance("transformers"),
+    }
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+
+
+def show(rows: list[Row], console: Console) -> None:
+    made = table(
+        "published models: what was measured, then what is estimated",
+        *("model", "tensors", "GB", "inspect, CPU s", "calibrate, h", "GB", "plan", "engine, GB", "compile, min", "GB"),
+    )
+    for one in rows:
+        keys = ("model", "tensors", "checkpoint_gb", "inspect_cpu_seconds", "calibrate_hours", "calibrate_memory_gb", "plan")
+        made.add_row(*(str(one[key]) for key in (*keys, "engine_gb", "compile_minutes", "compile_memory_gb")))
+    console.print(made)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="the models with this in their name")
+    parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/published_models.json without --only")
+    arguments = parser.parse_args()
+    names = [name for name in PUBLISHED if (arguments.only or "") in name]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = []
+        for name in names:
+            rows.append(row(name, Path(folder)))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    show(rows, Console(width=160))
+    output = arguments.output or (None if arguments.only else ROOT / "benchmarks" / "results" / "published_models.json")
+    if output:
+        output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Quantized weights in formats that are not read, told by their tensors, so that none is taken for a weight or for nothing."""
+
+from rq_compile.checkpoint.safetensors_file import StoredTensor
+from rq_compile.checkpoint.storage.stated import Stated
+from rq_compile.errors import UserError
+
+OTHERWISE = "take the checkpoint in 16 bit that it was made of, or one in a format that docs/storage-formats.md lists"
+WAY_OUT: dict[str, str] = {
+    "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained(), or take what it was made of",
+    "MLX": "make 16 bit of it with mlx_lm.convert --dequantize, or take the checkpoint that it was made of",
+}
+# How the names of a format's tensors end -> the format.
+MARKS: dict[str, str] = {
+    ".trellis": "EXL3",
+    ".q_weight": "EXL2",
+    ".W_q": "HQQ",
+    ".weight._data": "quanto",
+    ".codebooks": "AQLM",
+    ".Qidxs": "QuIP#",
+    ".centroids": "VPTQ",
+    ".weight_qdata": "torchao",
+    ".weight:_data": "torchao",
+    ".SCB": "bitsandbytes",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes",
+}
+ENDS = tuple(MARKS)
+CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
+
+
+def refuse_foreign(tensors: dict[str, StoredTensor]) -> None:
+    """
+    Raises:
+        UserError: a tensor is named as those of a format that is not read are.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith(ENDS):
+            raise _not_read(name, tensor, next(format for end, format in MARKS.items() if name.endswith(end)))
+        stem, _, last = name.rpartition(".")
+        if tensor.dtype == "U32" and last == "weight" and f"{stem}.scales" in tensors:
+            raise _not_read(name, tensor, "MLX")
+
+
+def refuse_codes(tensors: dict[str, StoredTensor], stated: Stated) -> None:
+    """For a checkpoint that is said to be quantized and has no weight in a format that is known.
+
+    Raises:
+        UserError: a tensor is a matrix of whole numbers.
+    """
+    for name, tensor in tensors.items():
+        if stated.named and tensor.dtype in CODES and len(tensor.shape) > 1:
+            raise not_read(name, tensor, stated.method or "none")
+
+
+def not_read(name: str, tensor: StoredTensor, method: str) -> UserError:
+    return UserError(
+        f"{name} in {tensor.file} is stored as {tensor.dtype} {list(tensor.shape)} in a format that is not read (quant_method "
+        f"{method}); {WAY_OUT.get(method, OTHERWISE)}",
+        2,
+    )
+
+
+def _not_read(name: str, tensor: StoredTensor, format: str) -> UserError:
+    return UserError(
+        f"{name} in {tensor.file} is stored by {format}, a format that is not read; {WAY_OUT.get(format, OTHERWISE)}", 2
+    )

@@ -2,10 +2,10 @@
 
 Each is generated with the config, the tensor names, shapes and dtypes of the published one, and without weights
 (published_checkpoints.py). On it run `inspect`, `calibrate --dry-run`, `plan` and the compiler's `--dry-run`, each in a process
-of its own. The calibration that is planned is made up: loads as skewed as they were measured for Qwen3.6-35B (Gini 0.65), errors of
-the formats as they are for weights that are stored so. What the plan decides per expert means nothing; its bytes are real.
-Times and memory of calibrating and compiling are estimates of rq-compile for the machine that `rq_compile/estimates.py` tells; the
-times of the four commands are measured.
+of its own. The calibration that is planned is made up: loads as skewed as they were measured for Qwen3.6-35B (Gini 0.65), and
+errors of the formats as they are for weights that are stored so. What the plan decides for an expert means nothing; its bytes are
+real. Times and memory of calibrating and compiling are rq-compile's own estimates for the machine that `rq_compile/estimates.py`
+describes. The CPU times of inspecting and planning are measured.
 
     python benchmarks/published_models.py
 

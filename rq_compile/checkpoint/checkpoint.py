@@ -62,9 +62,9 @@ class Checkpoint:
         if not path.is_dir():
             raise UserError(f"no such directory: {path}; give a local Hugging Face checkpoint directory", 2)
         refuse_links_outward(path)
+        refuse_other_folders(path)
         if not (path / "config.json").exists() and (below := checkpoint_below(path)):
             raise UserError(f"{path} is not a checkpoint, but {below} is; give that one", 2)
-        refuse_other_folders(path)
         for file in (path / name for name in SMALL_FILES):
             refuse_pointer(file)
         config = read_json(path / "config.json")

@@ -115,10 +115,6 @@ def _tokenizer_only(folder: Path, file: Path) -> str:
     )
 
 
-def _config_only(folder: Path, file: Path) -> str:
-    return f"{folder} has a {file.name} and no weights; copy the model's .safetensors files there"
-
-
 # The first that fits.
 KINDS = (
     Kind(("model_index.json",), _pipeline, unless=("config.json",)),
@@ -128,6 +124,5 @@ KINDS = (
     Kind(("params.json", "consolidated*.safetensors", "consolidated*.pth"), _publishers_own, unless=WHOLE),
     Kind(("*.onnx", "onnx/*.onnx"), _onnx, unless=("*.safetensors", "*.bin")),
     Kind(("tf_model*.h5", "flax_model*.msgpack", "*.ckpt.index"), _other_framework, unless=("*.safetensors", "*.bin")),
-    Kind(TOKENIZER, _tokenizer_only, unless=("config.json", "*.safetensors")),
-    Kind(("config.json",), _config_only, unless=("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")),
+    Kind(TOKENIZER, _tokenizer_only, unless=("config.json", "*/config.json", "*.safetensors")),
 )

@@ -101,7 +101,7 @@ def test_a_dense_model(rq_compile: Run, tmp_path: Path) -> None:
 
 
 def test_what_is_not_a_checkpoint(rq_compile: Run, model: Path, tmp_path: Path) -> None:
-    for folder, words in ((tmp_path, "config.json is missing"), (model.parent.parent / "nowhere", "cannot read")):
+    for folder, words in ((tmp_path, "is an empty folder"), (model.parent.parent / "nowhere", "cannot read")):
         result = rq_compile("inspect", folder)
         assert result.exit_code == 2
         assert words in result.stderr

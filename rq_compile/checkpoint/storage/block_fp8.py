@@ -9,9 +9,12 @@ or uint8 codes with such scales are pairs of float4_e2m1.
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.checkpoint.storage.packings import E2m1Pairs, E4m3, Packing
 from rq_compile.checkpoint.storage.quantized import Quantized
-from rq_compile.checkpoint.storage.scales import EXPONENTS, grid_of
+from rq_compile.checkpoint.storage.scales import EXPONENTS, check_kind, grid_of, wrong_shape
 from rq_compile.checkpoint.storage.stated import Stated
+from rq_compile.errors import UserError
 
+SCALES = ("F32", "BF16", "F16", *EXPONENTS)
+FP4_GROUP = 32
 SUFFIXES = ("_scale_inv", "_scale")
 NEIGHBOURS = (".scale", ".qscale_weight")
 
@@ -28,12 +31,21 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
     scale = scale_of(name, tensors)
     if scale is None:
         return None
+    if len(found := scales_of(name, tensors)) > 1:
+        raise UserError(
+            f"{name} in {codes.file} has two tensors of scales, {found[0]} and {found[1]}; remove the one that is not its own", 2
+        )
     pairs = codes.dtype != "F8_E4M3"
     if pairs and tensors[scale].dtype not in EXPONENTS:
         return None
     shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if pairs else codes.shape
     format = "FP4 (e2m1)" if pairs else "FP8 (e4m3)"
-    scales = grid_of(scale, tensors[scale], shape, format, stated.block(name.removesuffix(".weight")))
+    module = name.removesuffix(".weight")
+    check_kind(name, codes, stated.floats(module), floats=True)
+    scales = grid_of(scale, tensors[scale], shape, format, stated.block(module), SCALES)
+    if pairs and (scales.height, scales.width) != (1, FP4_GROUP):
+        expected = (*shape[:-1], -(-shape[-1] // FP4_GROUP))
+        raise wrong_shape(scale, tensors[scale], expected, f"FP4 with a scale for every {FP4_GROUP} of {shape[-1]} columns")
     shared = f"{scales.height}x{scales.width}"
     if scales.grid[1:] == (1, 1):
         shared = "per tensor"
@@ -53,7 +65,12 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
 
 def scale_of(name: str, tensors: dict[str, StoredTensor]) -> str | None:
     """The tensor that holds the scales of the weight ``name``."""
+    return next(iter(scales_of(name, tensors)), None)
+
+
+def scales_of(name: str, tensors: dict[str, StoredTensor]) -> list[str]:
+    """All tensors that are named as its scales are."""
     stem = name.removesuffix(".weight")
     names = [f"{name}{suffix}" for suffix in SUFFIXES]
     names += [f"{stem}{suffix}" for suffix in NEIGHBOURS] if stem != name else []
-    return next((scale for scale in names if scale in tensors), None)
+    return [scale for scale in names if scale in tensors]

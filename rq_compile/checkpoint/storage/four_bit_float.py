@@ -41,13 +41,20 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         used = [scale]
     else:
         format, scales = "NVFP4", in_groups(scale, tensors[scale], shape, NVFP4_GROUP, "NVFP4", ("F8_E4M3",))
-        factor, divides = next(((f"{stem}.{n}", d) for n, d in GLOBAL if f"{stem}.{n}" in tensors), (None, False))
-        if factor is None:
+        factors = [(f"{stem}.{suffix}", divides) for suffix, divides in GLOBAL if f"{stem}.{suffix}" in tensors]
+        if len(factors) > 1:
+            raise UserError(
+                f"{name} in {codes.file} has two global scales, {factors[0][0]} and {factors[1][0]}; "
+                "remove the one that is not its own",
+                2,
+            )
+        if not factors:
             raise UserError(
                 f"{name} in {codes.file} is stored as NVFP4, but its global scale ({stem}.{GLOBAL[0][0]} or {GLOBAL[1][0]}) is "
                 "missing; save the checkpoint again with the tool that quantized it",
                 2,
             )
+        ((factor, divides),) = factors
         scales, used = scaled_by(scales, factor, tensors[factor], divides=divides), [scale, factor]
     before = f"{stem}.pre_quant_scale"
     used += [before] if before in tensors else []

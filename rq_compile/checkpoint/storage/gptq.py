@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from rq_compile.checkpoint.safetensors_file import StoredTensor, read_tensor
-from rq_compile.checkpoint.storage.integers import FLOATS, column_order, format_name
+from rq_compile.checkpoint.storage.integers import FLOATS, column_order, format_name, order_missing
 from rq_compile.checkpoint.storage.packings import ColumnWords, transposed, unsigned
 from rq_compile.checkpoint.storage.quantized import Quantized
 from rq_compile.checkpoint.storage.scales import Scales, check_dtype, wrong_shape
@@ -52,6 +52,8 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
     if bits not in BITS or tensors[zero].shape != (scales.grid[-1], rows * bits // 32):
         raise wrong_shape(zero, tensors[zero], (scales.grid[-1], rows * bits // 32), "zero points of 4 or 8 bits")
     check_dtype(zero, tensors[zero], ("I32",), "GPTQ")
+    if index not in tensors and stated.settings.get("desc_act") is True:
+        raise order_missing(name, codes, index)
     order = column_order(index, tensors[index], columns, scales) if index in tensors else None
     used = [index] if index in tensors else []
     return Quantized(

@@ -15,12 +15,13 @@ from rq_compile.checkpoint.safetensors_file import StoredTensor, read_tensor
 from rq_compile.checkpoint.storage.four_bit_float import column_scale
 from rq_compile.checkpoint.storage.packings import Int8, OffsetWords, RowPairs, transposed
 from rq_compile.checkpoint.storage.quantized import Quantized
-from rq_compile.checkpoint.storage.scales import Scales, check_dtype, grid_of, in_groups, wrong_shape
+from rq_compile.checkpoint.storage.scales import Scales, check_dtype, check_kind, grid_of, in_groups, wrong_shape
 from rq_compile.checkpoint.storage.stated import Stated
 from rq_compile.errors import UserError
 
 FLOATS = ("F32", "BF16", "F16")
 BITS = (4, 8)
+ORDERED = ("group", "dynamic", True)  # actorder of compressed-tensors that stores an order of the columns
 
 
 def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quantized | None:
@@ -36,6 +37,8 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         return _packed(name, stem, tensors, stated)
     if last != "weight" or scale not in tensors or tensors[scale].dtype not in FLOATS or len(codes.shape) < 2:
         return None
+    if codes.dtype in ("I8", "U8"):
+        check_kind(name, codes, stated.floats(stem), floats=False)
     if codes.dtype == "I8":
         return _int8(name, stem, tensors)
     return _row_pairs(name, stem, tensors) if codes.dtype == "U8" else None
@@ -78,6 +81,8 @@ def _packed(name: str, stem: str, tensors: dict[str, StoredTensor], stated: Stat
         )
     if (index := f"{stem}.weight_g_idx") in tensors:
         order, parts = column_order(index, tensors[index], columns, scales), [*parts, index]
+    elif said.get("actorder") in ORDERED:
+        raise order_missing(name, codes, index)
     return Quantized(
         name=f"{stem}.weight",
         shape=shape,
@@ -130,9 +135,10 @@ def _row_pairs(name: str, stem: str, tensors: dict[str, StoredTensor]) -> Quanti
 def _grouped(name: str, tensor: StoredTensor, shape: tuple[int, ...], format: str, stated: object) -> Scales:
     """Scales whose group follows from their number, which has to be the one that is ``stated``."""
     count = tensor.shape[-1] if len(tensor.shape) == len(shape) else 1
-    if count <= 1:
+    said = stated if type(stated) is int and stated > 0 else None
+    if count <= 1 and (said is None or said >= shape[-1]):
         return grid_of(name, tensor, shape, format)
-    group = stated if type(stated) is int and stated > 0 else ceil(shape[-1] / count)
+    group = said or max(1, ceil(shape[-1] / max(1, count)))
     return in_groups(name, tensor, shape, group, format, FLOATS)
 
 
@@ -150,6 +156,14 @@ def _read_zeros(name: str, tensor: StoredTensor, bits: int, count: int, rows: sl
     if tensor.dtype == "I32":
         stored = transposed(OffsetWords(bits).of_words(transposed(stored), count))
     return np.ascontiguousarray(stored[rows], np.float32)
+
+
+def order_missing(name: str, codes: StoredTensor, index: str) -> UserError:
+    return UserError(
+        f"{name} in {codes.file} has columns in the order of their activations, but {index}, which says in which, is missing; "
+        "save the checkpoint again with the tool that quantized it",
+        2,
+    )
 
 
 def column_order(name: str, tensor: StoredTensor, columns: int, scales: Scales) -> partial[np.ndarray | None]:

@@ -152,6 +152,21 @@ def check_dtype(name: str, tensor: StoredTensor, dtypes: tuple[str, ...], format
         )
 
 
+def check_kind(name: str, codes: StoredTensor, stated: bool | None, *, floats: bool) -> None:
+    """``stated``: see ``Stated.floats``.
+
+    Raises:
+        UserError: ``codes`` are ``floats``, or not, and the other is stated.
+    """
+    if stated is not None and stated != floats:
+        kinds = ("floats", "whole numbers") if stated else ("whole numbers", "floats")
+        raise UserError(
+            f"{name} in {codes.file} is said to be quantized to {kinds[0]}, but is stored as {codes.dtype}, as {kinds[1]} are; "
+            "save the checkpoint again with the tool that quantized it",
+            2,
+        )
+
+
 def wrong_shape(name: str, tensor: StoredTensor, expected: tuple[int, ...], what: str) -> UserError:
     return UserError(
         f"{name} in {tensor.file} has shape {list(tensor.shape)} where {list(expected)} is expected of {what}; "

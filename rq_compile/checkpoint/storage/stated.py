@@ -49,6 +49,18 @@ class Stated:
             return block[0], block[1]
         return None
 
+    def floats(self, module: str) -> bool | None:
+        """Whether the weights of ``module`` are said to be quantized to floats, or to whole numbers; None: nothing is said."""
+        kind = self.weights(module).get("type")
+        if kind in ("float", "int"):
+            return kind == "float"
+        if self.method in ("fp8", "mxfp8", "mxfp4", "fbgemm_fp8"):
+            return True
+        layers = self.settings.get("quantized_layers")
+        layer = layers.get(module) if isinstance(layers, dict) else None
+        algorithm = layer.get("quant_algo") if isinstance(layer, dict) else self.settings.get("quant_algo")
+        return True if isinstance(algorithm, str) and ("FP8" in algorithm or "FP4" in algorithm) else None
+
     def weights(self, module: str) -> dict[str, Any]:
         """How compressed-tensors says that the weights of ``module`` are quantized: the group whose targets name it, by its full
         name before patterns and patterns before classes; {} where there is none."""

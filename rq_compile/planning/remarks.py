@@ -7,6 +7,7 @@ from rq_compile.planning.metrics import excess_removed
 from rq_compile.planning.problem import Problem
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.planning.targets import TARGETS
+from rq_compile.quantization.formats import BLOCKS
 
 
 def remarks(problem: Problem, layers: list[LayerPlan]) -> list[str]:
@@ -21,9 +22,27 @@ def _stored(problem: Problem) -> str:
     if not names:
         return ""
     lossless = enough_for(sum(layer.experts * int(layer.size[0]) for layer in problem.layers), problem.bytes_before)
-    return (
+    said = (
         f"The checkpoint stores its experts as {', '.join(names)} in {problem.bytes_before / 1e6:.4g} MB; {problem.dtype} holds "
         f"them without loss, in {lossless:g} times the bytes."
+    )
+    return f"{said} {_one_block(problem)}".rstrip()
+
+
+def _one_block(problem: Problem) -> str:
+    """What it costs that a layer has one block for all formats, where int8 wants the short one of the checkpoint."""
+    geometries = [layer.calibration.geometry for layer in problem.layers]
+    wider = [geometry.model_copy(update={"block": BLOCKS[0]}) for geometry in geometries]
+    here, there = (
+        enough_for(sum(geometry.experts * geometry.expert_bytes("int4") for geometry in some), problem.bytes_before)
+        for some in (geometries, wider)
+    )
+    if problem.dtype != "int8" or there >= here:
+        return ""
+    block = min(geometry.block for geometry in geometries)
+    return (
+        f"A layer has one block for int8 and int4, here {block}: int4 takes {here:g} times the bytes, and {there:g} with "
+        f"calibrate --block {BLOCKS[0]}, but int8 would then round a second time."
     )
 
 

@@ -9,7 +9,7 @@ or uint8 codes with such scales are pairs of float4_e2m1.
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.checkpoint.storage.packings import E2m1Pairs, E4m3, Packing
 from rq_compile.checkpoint.storage.quantized import Quantized
-from rq_compile.checkpoint.storage.scales import EXPONENTS, check_kind, grid_of, wrong_shape
+from rq_compile.checkpoint.storage.scales import EXPONENTS, check_kind, grid_of, in_groups
 from rq_compile.checkpoint.storage.stated import Stated
 from rq_compile.errors import UserError
 
@@ -42,10 +42,10 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
     format = "FP4 (e2m1)" if pairs else "FP8 (e4m3)"
     module = name.removesuffix(".weight")
     check_kind(name, codes, stated.floats(module), floats=True)
-    scales = grid_of(scale, tensors[scale], shape, format, stated.block(module), SCALES)
-    if pairs and (scales.height, scales.width) != (1, FP4_GROUP):
-        expected = (*shape[:-1], -(-shape[-1] // FP4_GROUP))
-        raise wrong_shape(scale, tensors[scale], expected, f"FP4 with a scale for every {FP4_GROUP} of {shape[-1]} columns")
+    if pairs:
+        scales = in_groups(scale, tensors[scale], shape, FP4_GROUP, format, EXPONENTS)
+    else:
+        scales = grid_of(scale, tensors[scale], shape, format, stated.block(module), SCALES)
     shared = f"{scales.height}x{scales.width}"
     if scales.grid[1:] == (1, 1):
         shared = "per tensor"

@@ -27,7 +27,7 @@ from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.cli.tables import table
-from rq_compile.quantization.formats import BITS, BLOCKS, SCALE_BYTES, Block, block_size
+from rq_compile.quantization.formats import BLOCKS, SCALE_BYTES, SLOT_FORMATS, Block, block_size
 from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import SecondMoment
 
@@ -39,8 +39,8 @@ FEW_BITS = (3, 2)
 def candidates(weights: np.ndarray, moment: SecondMoment, block: Block) -> Iterator[tuple[str, str, int, np.ndarray]]:
     """Format, how it is rounded, bits of a weight without its scale, and the values that ``weights`` then have."""
     for format in ("int8", "int4"):
-        yield format, "gptq", BITS[format], stored(weights, format, moment, block)
-        yield format, "nearest", BITS[format], stored(weights, format, None, block)
+        yield format, "gptq", SLOT_FORMATS[format].bits, stored(weights, format, moment, block)
+        yield format, "nearest", SLOT_FORMATS[format].bits, stored(weights, format, None, block)
     blocks = weights.astype(np.float32).reshape(len(weights), -1, block_size(weights.shape[1], block))
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
     scales = np.where(largest == 0, np.float32(1), largest)

@@ -18,7 +18,7 @@ from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.engine.library import library_path
 from rq_compile.lowerings import LOWERINGS
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
-from rq_compile.quantization.formats import BITS, Block, Format, block_size
+from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, block_size
 from rq_compile.quantization.quantizer import Quantized, quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite import slot_weights
@@ -159,7 +159,11 @@ class Builder:
             inputs = ["x", "logits", "fc1", "", "fc2"]
         else:
             inputs = ["x", "logits", "fc1", "fc1_scales", "", "fc2", "fc2_scales"]
-            attributes |= {"expert_weight_bits": BITS[format], "block_size": block_size(shape.hidden), "accuracy_level": 4}
+            attributes |= {
+                "expert_weight_bits": SLOT_FORMATS[format].bits,
+                "block_size": block_size(shape.hidden),
+                "accuracy_level": 4,
+            }
         node = helper.make_node("MoE" if format == "fp32" else "QMoE", inputs, ["y"], domain="com.microsoft", **attributes)
         floats = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "logits", "y")]
         graph = helper.make_graph([node], "fused", floats[:2], floats[2:], weights)

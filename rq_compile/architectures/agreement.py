@@ -26,7 +26,7 @@ from rq_compile.architectures.layers import MoeLayer, layer_tensors
 from rq_compile.checkpoint.checkpoint import FLOATS, Checkpoint
 from rq_compile.checkpoint.safetensors_file import read_ends
 from rq_compile.errors import UserError
-from rq_compile.quantization.formats import BITS, Format
+from rq_compile.quantization.formats import SLOT_FORMATS, Format
 
 if TYPE_CHECKING:
     import torch
@@ -262,7 +262,7 @@ def _formats(checkpoint: Checkpoint, names: Iterable[str]) -> Counter[Format]:
 
 
 def _most(count: Counter[Format]) -> Format:
-    return max(count, key=lambda format: (count[format], BITS[format]))
+    return max(count, key=lambda format: (count[format], SLOT_FORMATS[format].bits))
 
 
 def _unused_remarks(checkpoint: Checkpoint, stack: str, held: int, unused: tuple[str, ...]) -> list[str]:

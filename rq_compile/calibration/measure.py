@@ -17,8 +17,7 @@ from rq_compile.calibration.expert import expert_outputs, in_format, weight_erro
 from rq_compile.calibration.schema import LayerSums
 from rq_compile.calibration.scratch import release
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
-from rq_compile.quantization.formats import FORMATS, Format, Quantizer, block_size
-from rq_compile.quantization.quantizer import FLOAT_DTYPES
+from rq_compile.quantization.formats import FLOAT_FORMATS, FORMATS, SLOT_FORMATS, Format, Quantizer, block_size
 from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 
 # An expert's error is measured on at most this many of its pairs. On samples/olmoe that is within 2 % (median; 95 %: 6 %) of the
@@ -199,7 +198,7 @@ class _Measure:
         on_sample = _OnSample(sampled_x, sampled_y, shares, energy, self.device)
         weight_errors: dict[Format, float] = {}
         errors: dict[Format, float] = {}
-        exact = {"fp32", *(format for format, dtype in FLOAT_DTYPES.items() if weights.up.dtype == weights.down.dtype == dtype)}
+        exact = {"fp32", *(name for name in FLOAT_FORMATS if weights.up.dtype == weights.down.dtype == SLOT_FORMATS[name].dtype)}
         for format in self.formats:
             if format in exact:
                 weight_errors[format] = errors[format] = 0.0

@@ -8,7 +8,7 @@ from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.schema import LayerCalibration
 from rq_compile.checkpoint.storage.weight import Plain, Weight
-from rq_compile.quantization.formats import BITS, BLOCKS, FORMATS, Block, Format
+from rq_compile.quantization.formats import BLOCKS, FORMATS, SLOT_FORMATS, Block, Format
 
 
 def layers_to_measure(model: Model, block: Block | None) -> list[MoeLayer]:
@@ -41,4 +41,4 @@ def lossless_format(model: Model, layers: Sequence[LayerCalibration]) -> Format:
     if not model.quantized:
         return model.dtype
     lossless = [format for format in FORMATS if all(not any(layer.error.get(format, [1.0])) for layer in layers)]
-    return min(lossless, key=lambda format: (BITS[format], format != model.dtype))
+    return min(lossless, key=lambda format: (SLOT_FORMATS[format].bits, format != model.dtype))

@@ -8,6 +8,8 @@ from rq_compile.errors import UserError
 
 OpLibrary = Literal["librq_moe.so", "librq_moe_cuda.so"]
 OP_SET_VERSION = 1
+# Of the op set: slots are told apart by the place of their format's group here, and the ops have inputs for each in this order.
+FORMAT_GROUPS = ("float", "int8", "int4")
 CPU_LIBRARY: OpLibrary = "librq_moe.so"
 CUDA_LIBRARY: OpLibrary = "librq_moe_cuda.so"
 # How a missing one is got.

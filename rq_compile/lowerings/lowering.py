@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+from rq_compile.engine.library import FORMAT_GROUPS
 from rq_compile.planning.targets import TARGETS
-from rq_compile.quantization.formats import FORMATS
+from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS
 
 if TYPE_CHECKING:
     import onnx
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from rq_compile.rewrite.slot_weights import Expert, Source
     from rq_compile.rewrite.weights import ExternalWeight, Section
 
+# The formats that the ops of ``rq.moe`` have inputs for.
+OF_THE_OP_SET = tuple(name for name, format in SLOT_FORMATS.items() if format.group in FORMAT_GROUPS)
 PROVIDERS: dict[str, Provider] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 

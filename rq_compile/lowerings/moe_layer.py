@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unread
 
 if TYPE_CHECKING:
     import onnx
 
     from rq_compile.planning.schema import LayerPlan, Plan
+    from rq_compile.quantization.formats import Format
     from rq_compile.rewrite.dense_gemms import DenseWeights
     from rq_compile.rewrite.slot_weights import Source
     from rq_compile.rewrite.weights import ExternalWeight
@@ -25,6 +26,7 @@ class MoeLayerNode(Lowering):
     half: Half = "fp16"
     activation_bits: int = 16
 
+    formats: ClassVar[tuple[Format, ...]] = OF_THE_OP_SET
     counts_rows: ClassVar[bool] = False  # slots are inside the node
     otherwise: ClassVar[str]  # what to do with a layer that the kernels do not take
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rq_compile.engine.library import CPU_LIBRARY
-from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unread
 
 if TYPE_CHECKING:
     import onnx
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rq_compile.engine.library import OpLibrary
     from rq_compile.planning.schema import LayerPlan, Plan
     from rq_compile.planning.targets import Target
-    from rq_compile.quantization.formats import DenseFormat
+    from rq_compile.quantization.formats import DenseFormat, Format
     from rq_compile.rewrite.dense_gemms import DenseWeights
     from rq_compile.rewrite.slot_weights import Source
     from rq_compile.rewrite.weights import ExternalWeight, Section
@@ -32,6 +32,7 @@ class Native(Lowering):
     summary: ClassVar[str] = "needs the op library of rq-compile"
     planned_for: ClassVar[Target] = "cpu"
     options: ClassVar[tuple[str, ...]] = ("activation_bits", "dense_format")
+    formats: ClassVar[tuple[Format, ...]] = OF_THE_OP_SET
     library: ClassVar[OpLibrary] = CPU_LIBRARY
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:

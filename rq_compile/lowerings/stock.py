@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+from rq_compile.quantization.formats import SLOT_FORMATS
 
 if TYPE_CHECKING:
     import onnx
 
     from rq_compile.planning.schema import LayerPlan, Plan
     from rq_compile.planning.targets import Target
+    from rq_compile.quantization.formats import Format
     from rq_compile.rewrite.dense_gemms import DenseWeights
     from rq_compile.rewrite.slot_weights import Source
     from rq_compile.rewrite.weights import ExternalWeight
 
 SLOT_BYTES = 4_500  # of the graph
+BITS = (2, 4, 8)  # that MatMulNBits takes
 ROUNDED = 4  # the accuracy_level of MatMulNBits that rounds its inputs to int8
 
 
@@ -29,6 +32,9 @@ class Stock(Lowering):
     name: ClassVar[str] = "stock"
     summary: ClassVar[str] = "runs in any ONNX Runtime"
     planned_for: ClassVar[Target] = "cpu"
+    formats: ClassVar[tuple[Format, ...]] = tuple(
+        name for name, format in SLOT_FORMATS.items() if not format.quantized or format.bits in BITS
+    )
     options: ClassVar[tuple[str, ...]] = ("activation_bits",)
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:

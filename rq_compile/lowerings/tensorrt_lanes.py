@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rq_compile.lowerings.batched import Batched
+from rq_compile.quantization.formats import SLOT_FORMATS
 
 if TYPE_CHECKING:
     import onnx
@@ -30,6 +31,6 @@ class TensorRTLanes(Batched):
 
         lowered = super().lower(model, plan, source, dense)
         loop_weights(lowered.model)
-        int8 = sum(slot.format == "int8" for layer in plan.layers for slot in layer.slots)
+        int8 = sum(SLOT_FORMATS[slot.format].element == "int8" for layer in plan.layers for slot in layer.slots)
         lowered.replaced["int8 slots with a scale for each column"] = int8
         return lowered

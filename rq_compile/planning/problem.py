@@ -11,7 +11,7 @@ from rq_compile.planning.budget import allowed
 from rq_compile.planning.costs import CostModel
 from rq_compile.planning.demand import demand, drift_gain
 from rq_compile.planning.schema import Optimality, Slot, Target
-from rq_compile.quantization.formats import BITS, FORMATS, Format
+from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS, Format
 
 # No format but the checkpoint's own counts as exact: what cost nothing on the calibration text may cost something elsewhere.
 # Far below any measured error, this only decides between equals, in favour of more bits.
@@ -93,10 +93,11 @@ def problem_of(calibration: Calibration, *, target: Target, ranks: int, memory: 
 
 def _layer(layer: LayerCalibration, dtype: Format, smoothing: float) -> Layer:
     experts = layer.geometry.experts
-    formats = (dtype, *(format for format in FORMATS if format in layer.error and BITS[format] < BITS[dtype]))
+    bits = {name: format.bits for name, format in SLOT_FORMATS.items()}
+    formats = (dtype, *(format for format in FORMATS if format in layer.error and bits[format] < bits[dtype]))
     # Experts that the checkpoint stores in another format than most are rounded to that of most.
     own = layer.error.get(dtype, [0.0] * experts)
     error = np.array([own, *(layer.error[format] for format in formats[1:])], np.float64).T
-    error[:, 1:] = np.maximum(error[:, 1:], [LEAST_ERROR / 2 ** BITS[format] for format in formats[1:]])
+    error[:, 1:] = np.maximum(error[:, 1:], [LEAST_ERROR / 2 ** bits[format] for format in formats[1:]])
     size = np.array([layer.geometry.expert_bytes(format) for format in formats], np.int64)
     return Layer(layer, demand(layer, smoothing), formats, size, error)

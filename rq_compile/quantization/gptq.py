@@ -13,16 +13,11 @@ import numpy as np
 
 import rq_compile
 from rq_compile.errors import UserError
-from rq_compile.quantization.formats import WHOLE_NUMBERS, Format
+from rq_compile.quantization.formats import BLOCK_FORMATS, Format
 from rq_compile.quantization.rounding import NOT_FINITE
 from rq_compile.quantization.second_moment import SecondMoment
 
 LIBRARY = Path(rq_compile.__file__).parent / "lib" / "librq_quantizer.so"
-# Clipping the largest weights pays where there are few levels.
-FRACTIONS: dict[Format, np.ndarray] = {
-    "int8": np.linspace(1.0, 0.9, 5, dtype=np.float32),
-    "int4": np.linspace(1.0, 0.6, 17, dtype=np.float32),
-}
 
 
 def gptq(
@@ -42,11 +37,11 @@ def gptq(
     parts, blocks_of_part = feedback.shape[:2]
     blocks = parts * blocks_of_part
     q, scales = np.empty((rows, blocks, block), np.int8), np.empty((rows, blocks), np.float32)
-    fractions, importance = FRACTIONS[format], moment.importance(block)
-    least, greatest = WHOLE_NUMBERS[format]
+    kept, importance = BLOCK_FORMATS[format], moment.importance(block)
+    fractions = np.linspace(1.0, kept.smallest, kept.fractions, dtype=np.float32)
     matrix = _Matrix(
         *(weights.ctypes.data, rows, columns, parts, blocks_of_part * block, block),
-        *(feedback.ctypes.data, importance.ctypes.data, fractions.ctypes.data, len(fractions), least, greatest),
+        *(feedback.ctypes.data, importance.ctypes.data, fractions.ctypes.data, len(fractions), kept.least, kept.greatest),
         *(q.ctypes.data, scales.ctypes.data),
     )
     status = _library().rq_gptq(ctypes.byref(matrix), threads)

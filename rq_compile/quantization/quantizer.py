@@ -1,18 +1,18 @@
 """Weights in a format: quantized, packed as the engines read them, and what they are worth once stored.
 
-Block-wise and symmetric: ``block_size`` neighbours of a row share one scale, and a weight is ``q * scale`` with q in
-[-127, 127] (int8) or [-8, 7] (int4). Packed, q is offset by 128 or 8, the zero points of ONNX Runtime's ``MatMulNBits``; int4
-holds the even column in the low nibble.
+``BlockFormat`` says what q and scales are. Packed, q is offset by the format's zero point. The columns of a row follow each other
+bit by bit, the first in the lowest bits of the first byte, as ONNX Runtime's ``MatMulNBits`` reads them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import ml_dtypes
 import numpy as np
 import torch
 
-from rq_compile.quantization.formats import QUANTIZED_FORMATS, Block, Format, block_size
+from rq_compile.quantization.formats import BLOCK_FORMATS, SLOT_FORMATS, Block, Format, block_size
 from rq_compile.quantization.gptq import gptq
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
@@ -20,13 +20,6 @@ from rq_compile.quantization.source_integers import SourceIntegers
 
 # Weights that are rounded to the nearest at a time: so few that they stay in the caches.
 NEAREST_TILE = 1 << 19
-ZERO_POINT: dict[Format, int] = {"int8": 128, "int4": 8}
-FLOAT_DTYPES: dict[Format, np.dtype] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
-TORCH_DTYPES: dict[Format, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ def carried(integers: SourceIntegers | None, format: Format, most: Block = 128) 
 def quantize(
     weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128, *, threads: int = 1
 ) -> Quantized:
-    """Round ``weights [rows, columns]`` of any float dtype to what ``format`` ("int8" or "int4") holds.
+    """Round ``weights [rows, columns]`` of any float dtype to what the quantized ``format`` holds.
 
     To the nearest; or, where the second ``moment`` of the matrix's inputs is given, such that its outputs change least (GPTQ),
     on so many ``threads``. ``most`` weights share a scale, see ``block_size``.
@@ -68,8 +61,9 @@ def stored(
     Raises:
         UserError: a weight that is to be quantized is not a finite number.
     """
-    if format not in QUANTIZED_FORMATS:
-        return torch_tensor(weights).to(TORCH_DTYPES[format]).float().numpy()
+    kept = SLOT_FORMATS[format]
+    if not kept.quantized:
+        return torch_tensor(weights).to(getattr(torch, kept.element)).float().numpy()
     columns = weights.shape[1]
     return np.concatenate(
         [
@@ -105,10 +99,8 @@ def _rounded(
 
 def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:
     """int8 ``[rows, blocks * block]``: the q of what ``quantize`` packed, each to be multiplied by its block's scale."""
-    packed = quantized.packed
-    if format == "int4":
-        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-    return (packed - np.uint8(ZERO_POINT[format])).view(np.int8)
+    kept = BLOCK_FORMATS[format]
+    return (unpacked(quantized.packed, kept.bits) - np.uint8(kept.zero_point)).view(np.int8)
 
 
 def dequantize(quantized: Quantized, format: Format, columns: int) -> np.ndarray:
@@ -128,8 +120,25 @@ def _blocks(weights: np.ndarray, most: Block) -> np.ndarray:
 
 
 def _pack(q: np.ndarray, format: Format) -> np.ndarray:
-    offset = (q.astype(np.int16) + ZERO_POINT[format]).astype(np.uint8).reshape(len(q), -1)
-    return offset if format == "int8" else offset[:, 0::2] | offset[:, 1::2] << 4
+    kept = BLOCK_FORMATS[format]
+    offset = (q.astype(np.int16) + kept.zero_point).astype(np.uint8).reshape(len(q), -1)
+    if 8 % kept.bits:
+        bits = np.unpackbits(offset[..., None], axis=-1, count=kept.bits, bitorder="little")
+        return np.packbits(bits.reshape(len(q), -1), axis=-1, bitorder="little")
+    of_a_byte = 8 // kept.bits
+    parts = [offset[:, place::of_a_byte] << place * kept.bits for place in range(of_a_byte)]
+    return reduce(np.bitwise_or, parts)
+
+
+def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 ``[rows, columns]`` of ``packed [rows, columns * bits / 8]``: what stands in each column's bits."""
+    if bits == 8:
+        return packed
+    if 8 % bits:
+        columns = np.unpackbits(packed, axis=-1, bitorder="little").reshape(len(packed), -1, bits)
+        return np.packbits(columns, axis=-1, bitorder="little")[..., 0]
+    parts = [packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)]
+    return np.stack(parts, axis=-1).reshape(len(packed), -1)
 
 
 def _columns(blocks: np.ndarray, columns: int) -> np.ndarray:

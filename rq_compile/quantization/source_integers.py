@@ -4,10 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rq_compile.quantization.formats import Block, Format, block_size
-
-# What a slot can hold, which is more than what rounding uses.
-HELD: dict[Format, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7)}
+from rq_compile.quantization.formats import BLOCK_FORMATS, Block, Format, block_size
 
 
 @dataclass(frozen=True)
@@ -26,9 +23,9 @@ class SourceIntegers:
         """
         columns = self.numbers.shape[1]
         block = block_size(columns, most)
-        if format not in HELD or (self.group % block and self.group < columns):
+        if format not in BLOCK_FORMATS or (self.group % block and self.group < columns):
             return None
-        least, greatest = HELD[format]
+        least, greatest = BLOCK_FORMATS[format].held
         if self.numbers.size and not (least <= int(self.numbers.min()) and int(self.numbers.max()) <= greatest):
             return None
         blocks = -(-columns // block)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rq_compile.planning.schema import LayerPlan, Plan, Slot
-from rq_compile.quantization.formats import BITS, FORMATS, Format
+from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS, Format
 from rq_compile.reporting.grid import Cell, Grid, grid
 
 # Load over the mean load of the layer's experts: the bounds between tones, of which the first has no load at all.
@@ -48,7 +48,7 @@ def legend() -> list[tuple[str, str]]:
 
 def formats_legend(plan: Plan) -> list[tuple[str, str]]:
     held = {slot.format for layer in plan.layers for slot in layer.slots}
-    return [(f"bits{BITS[format]}", format) for format in FORMATS if format in held]
+    return [(f"bits{SLOT_FORMATS[format].bits}", format) for format in FORMATS if format in held]
 
 
 def loads(layer: LayerPlan) -> list[float] | None:
@@ -106,8 +106,8 @@ def stored(row: int, layer: LayerPlan) -> Iterator[Cell]:
             row=row,
             column=column,
             width=width,
-            tone=f"bits{BITS[slot.format]}",
-            number="" if width < 1 / 2 else str(BITS[slot.format]),
+            tone=f"bits{SLOT_FORMATS[slot.format].bits}",
+            number="" if width < 1 / 2 else str(SLOT_FORMATS[slot.format].bits),
             tip=f"{name(layer, number)}: {slot.format}, {layer.geometry.expert_bytes(slot.format):,} bytes",
         )
 

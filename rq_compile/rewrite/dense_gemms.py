@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from rq_compile.quantization.formats import DenseFormat, Format, block_size
-from rq_compile.quantization.quantizer import FLOAT_DTYPES, quantize
+from rq_compile.engine.library import FORMAT_GROUPS
+from rq_compile.quantization.formats import SLOT_FORMATS, DenseFormat, Format, block_size, tensors_of
+from rq_compile.quantization.quantizer import quantize
 from rq_compile.rewrite.contract import requires
 from rq_compile.rewrite.experts_to_slots import DOMAIN
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
@@ -99,7 +100,7 @@ def _matrix(node: gs.Node) -> Matrix | None:
 
 
 def _float_format(dtype: np.dtype) -> Format | None:
-    return next((format for format, stored in FLOAT_DTYPES.items() if stored == dtype), None)
+    return next((name for name, format in SLOT_FORMATS.items() if not format.quantized and format.dtype == dtype), None)
 
 
 def _embeddings(graph: gs.Graph, dtype_of: Callable[[str], np.dtype]) -> None:
@@ -122,7 +123,8 @@ def _embeddings(graph: gs.Graph, dtype_of: Callable[[str], np.dtype]) -> None:
 
 def _replace(graph: gs.Graph, matrix: Matrix, format: Format, dense: DenseWeights, activation_bits: int) -> Section:
     node, section = matrix.node, _section(matrix, format, dense)
-    skipped = [gs.Variable.empty()] if format == "int8" else []  # the place of float_weights
+    before = [name for group in FORMAT_GROUPS[: group_of(format)] for name in tensors_of(group)]
+    skipped = [gs.Variable.empty() for _ in before]
     operands = [*skipped, *(constant(weight) for weight in section.weights)]
     (result,) = node.outputs
     bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
@@ -155,13 +157,16 @@ def _section(matrix: Matrix, format: Format, dense: DenseWeights) -> Section:
         return packed, np.concatenate([scale_panels(part, 1) for part in parts])
 
     weights: tuple[ExternalWeight, ...]
-    if format == "int8":
+    kept = SLOT_FORMATS[format]
+    if kept.quantized:
+        of_packed, of_scales = (f"{matrix.name}.{name}" for name in kept.tensors)
+        groups = blocks * block * kept.bits // 32
         weights = (
-            ExternalWeight(f"{matrix.name}.int8_packed", np.dtype(np.uint8), (1, panels, blocks * block // 4, 4 * ROWS)),
-            ExternalWeight(f"{matrix.name}.int8_scales", np.dtype(np.float32), (1, panels, blocks, ROWS)),
+            ExternalWeight(of_packed, np.dtype(np.uint8), (1, panels, groups, 4 * ROWS)),
+            ExternalWeight(of_scales, np.dtype(np.float32), (1, panels, blocks, ROWS)),
         )
     else:
-        weights = (ExternalWeight(f"{matrix.name}.panels", FLOAT_DTYPES[format], (1, panels, matrix.columns, ROWS)),)
+        weights = (ExternalWeight(f"{matrix.name}.panels", kept.dtype, (1, panels, matrix.columns, ROWS)),)
     read = matrix.rows * matrix.columns * dense.dtype_of(matrix.name).itemsize
     memory = read + 2 * sum(weight.bytes for weight in weights)
-    return Section(matrix.name, weights, (Piece(weights, quantized if format == "int8" else floats, memory),))
+    return Section(matrix.name, weights, (Piece(weights, quantized if kept.quantized else floats, memory),))

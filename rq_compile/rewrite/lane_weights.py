@@ -6,13 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rq_compile.planning.schema import LayerPlan, Slot
-from rq_compile.quantization.formats import QUANTIZED_FORMATS, block_size
-from rq_compile.quantization.quantizer import FLOAT_DTYPES, whole_numbers
+from rq_compile.quantization.formats import SLOT_FORMATS, block_size
+from rq_compile.quantization.quantizer import whole_numbers
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, Source, quantized
-from rq_compile.rewrite.weights import INT4, ExternalWeight, Piece
-
-QUANTIZED_DTYPES = {"int8": np.dtype(np.int8), "int4": INT4}
+from rq_compile.rewrite.weights import ExternalWeight, Piece
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,13 @@ def lane_weights(
     """
     geometry, format = plan.geometry, slots[0].format
     rows, columns = (geometry.up_rows, geometry.hidden) if projection == "up" else (geometry.hidden, geometry.intermediate)
-    whole = whole_columns and format == "int8"
+    kept = SLOT_FORMATS[format]
+    whole = whole_columns and kept.element == "int8"
     block = columns if whole else block_size(columns, geometry.block)
     blocks = -(-columns // block)
     held, fp32 = len(slots), np.dtype(np.float32)
-    packed = format in QUANTIZED_FORMATS
-    dtype, padded = (QUANTIZED_DTYPES[format], blocks * block) if packed else (FLOAT_DTYPES[format], columns)
+    packed, dtype = kept.quantized, kept.dtype
+    padded = blocks * block if packed else columns
     values = ExternalWeight(f"{name}.{projection}_weights", dtype, (held, padded, rows))
     scales = ExternalWeight(f"{name}.{projection}_scales", fp32, (held, blocks, rows)) if packed else None
     bias = ExternalWeight(f"{name}.{projection}_bias", fp32, (held, 1, rows)) if geometry.bias else None

@@ -7,8 +7,8 @@ multiple of 16 rows.
 
 import numpy as np
 
-from rq_compile.quantization.formats import Format
-from rq_compile.quantization.quantizer import Quantized
+from rq_compile.quantization.formats import BLOCK_FORMATS, Format
+from rq_compile.quantization.quantizer import Quantized, unpacked
 
 ROWS = 16
 
@@ -26,13 +26,14 @@ def float_panels(weights: np.ndarray, halves: int) -> np.ndarray:
 def packed_panels(quantized: Quantized, format: Format, halves: int) -> np.ndarray:
     """uint8 ``[panels, groups, 64]``: of each row, four neighbouring bytes in each group.
 
-    int8: a byte is a column. int4: the low nibbles of a group's four bytes are four columns, the high nibbles the next four.
+    int8: a byte is a column. Below, the lowest bits of a group's four bytes are four columns, the bits above them the next four.
     """
-    columns = quantized.packed
-    if format == "int4":
-        # Nibbles come in column order, two to a byte: eight columns a b c d e f g h are wanted as ea fb gc hd.
-        nibbles = np.stack([columns & 15, columns >> 4], axis=-1).reshape(len(columns), -1, 2, 4)
-        columns = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(len(columns), -1)
+    bits, columns = BLOCK_FORMATS[format].bits, quantized.packed
+    if bits < 8:
+        # As packed, int4 has a byte for two neighbours: eight columns a b c d e f g h are wanted as ea fb gc hd.
+        parts = unpacked(columns, bits).reshape(len(columns), -1, 8 // bits, 4)
+        columns = np.bitwise_or.reduce([parts[:, :, place] << place * bits for place in range(8 // bits)])
+        columns = columns.reshape(len(columns), -1)
     panels = _panels(columns, halves)
     groups = panels.reshape(len(panels), ROWS, -1, 4).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(groups).reshape(len(panels), -1, 4 * ROWS)

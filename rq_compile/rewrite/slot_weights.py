@@ -7,9 +7,10 @@ from typing import Protocol
 import numpy as np
 
 from rq_compile.architectures.geometry import GATED
+from rq_compile.engine.library import FORMAT_GROUPS
 from rq_compile.planning.schema import LayerPlan, Slot
-from rq_compile.quantization.formats import BITS, FLOAT_FORMATS, Block, Format, block_size
-from rq_compile.quantization.quantizer import FLOAT_DTYPES, Quantized, carried, quantize
+from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, SlotFormat, block_size, tensors_of
+from rq_compile.quantization.quantizer import Quantized, carried, quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_integers import SourceIntegers
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
@@ -19,7 +20,6 @@ from rq_compile.rewrite.weights import ExternalWeight, Piece
 Source = Callable[[str, int], "Expert"]
 # A weight while it is read, quantized and packed: at most as fp32 in two forms.
 BYTES_OF_A_WEIGHT = 8
-GROUPS = ("float", "int8", "int4")
 
 
 class Expert(Protocol):
@@ -50,8 +50,8 @@ def quantized(expert: Expert, projection: str, format: Format, most: Block) -> Q
 
 
 def group_of(format: Format) -> int:
-    """The code of ``format`` in ExpertGemm's attribute ``formats``: 0 float, 1 int8, 2 int4."""
-    return 0 if format in FLOAT_FORMATS else GROUPS.index(format)
+    """The code of ``format`` in an op's attribute ``formats``: the place of its group among ``FORMAT_GROUPS``."""
+    return FORMAT_GROUPS.index(SLOT_FORMATS[format].group)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bo
     """
     geometry = plan.geometry
     rows, columns = (geometry.up_rows, geometry.hidden) if projection == "up" else (geometry.hidden, geometry.intermediate)
-    groups: list[list[Slot]] = [[], [], []]
+    groups: list[list[Slot]] = [[] for _ in FORMAT_GROUPS]
     index: list[int] = []
     for slot in plan.slots:
         group = groups[group_of(slot.format)]
@@ -88,7 +88,7 @@ def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bo
     layout = _Panels(rows, columns, block, halves) if panels else _Rows(rows, columns, block)
     part = _Projection(plan.name, projection, source, geometry.block)
     bias, biases = _bias(part, plan, rows)
-    found = [_floats(part, groups[0], layout), *(_quantized(part, groups[code], layout, GROUPS[code]) for code in (1, 2))]
+    found = [_group(part, slots, layout, name) for slots, name in zip(groups, FORMAT_GROUPS, strict=True)]
     inputs = [weight for weights, _ in found for weight in weights] + [bias]
     return SlotWeights(tuple(inputs), tuple(index), tuple(piece for _, pieces in found for piece in pieces) + biases)
 
@@ -127,7 +127,7 @@ class _Rows:
         return self.rows, self.columns
 
     def packed_shape(self, format: Format) -> tuple[int, ...]:
-        return self.rows, self.blocks * self.block * BITS[format] // 8
+        return self.rows, self.blocks * self.block * SLOT_FORMATS[format].bits // 8
 
     def scales_shape(self) -> tuple[int, ...]:
         return self.rows, self.blocks
@@ -150,7 +150,7 @@ class _Panels(_Rows):
         return self.panels, self.columns, ROWS
 
     def packed_shape(self, format: Format) -> tuple[int, ...]:
-        return self.panels, self.blocks * self.block * BITS[format] // 32, 4 * ROWS
+        return self.panels, self.blocks * self.block * SLOT_FORMATS[format].bits // 32, 4 * ROWS
 
     def scales_shape(self) -> tuple[int, ...]:
         return self.panels, self.blocks, ROWS
@@ -165,11 +165,17 @@ class _Panels(_Rows):
 Found = tuple[list[ExternalWeight | None], tuple[Piece, ...]]
 
 
-def _floats(part: _Projection, slots: list[Slot], layout: _Rows) -> Found:
+def _group(part: _Projection, slots: list[Slot], layout: _Rows, group: str) -> Found:
+    """The tensors that the formats of ``group`` declare, None where no slot has one; float slots of a plan have one format."""
     if not slots:
-        return [None], ()
-    dtype = FLOAT_DTYPES[slots[0].format]
-    weight = part.weight("float_weights", dtype, (len(slots), *layout.float_shape()))
+        return [None] * len(tensors_of(group)), ()
+    format = SLOT_FORMATS[slots[0].format]
+    return (_quantized if format.quantized else _floats)(part, slots, layout, format)
+
+
+def _floats(part: _Projection, slots: list[Slot], layout: _Rows, format: SlotFormat) -> Found:
+    (name,), dtype = format.tensors, format.dtype
+    weight = part.weight(name, dtype, (len(slots), *layout.float_shape()))
 
     def piece(slot: Slot) -> Piece:
         values = lambda: (layout.floats(part.matrix(slot.expert).astype(dtype, copy=False)),)  # noqa: E731
@@ -178,16 +184,14 @@ def _floats(part: _Projection, slots: list[Slot], layout: _Rows) -> Found:
     return [weight], tuple(map(piece, slots))
 
 
-def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, group: str) -> Found:
-    if not slots:
-        return [None, None], ()
-    format = slots[0].format
-    packed = part.weight(f"{group}_packed", np.dtype(np.uint8), (len(slots), *layout.packed_shape(format)))
-    scales = part.weight(f"{group}_scales", np.dtype(np.float32), (len(slots), *layout.scales_shape()))
+def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, format: SlotFormat) -> Found:
+    of_packed, of_scales = format.tensors
+    packed = part.weight(of_packed, np.dtype(np.uint8), (len(slots), *layout.packed_shape(format.name)))
+    scales = part.weight(of_scales, np.dtype(np.float32), (len(slots), *layout.scales_shape()))
 
     def piece(slot: Slot) -> Piece:
         def values() -> tuple[np.ndarray, ...]:
-            result = layout.quantized(part.quantized(slot.expert, format), format)
+            result = layout.quantized(part.quantized(slot.expert, format.name), format.name)
             return result.packed, result.scales
 
         return Piece((packed, scales), values, layout.memory)

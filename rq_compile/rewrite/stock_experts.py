@@ -10,15 +10,18 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from rq_compile.engine.library import FORMAT_GROUPS
 from rq_compile.planning.schema import LayerPlan
-from rq_compile.quantization.formats import BITS, QUANTIZED_FORMATS, Format, block_size
+from rq_compile.quantization.formats import SLOT_FORMATS, Format, block_size, tensors_of
 from rq_compile.rewrite.activations import activated
 from rq_compile.rewrite.contract import ensures, requires
 from rq_compile.rewrite.ops import Ops
-from rq_compile.rewrite.slot_weights import GROUPS, group_of
+from rq_compile.rewrite.slot_weights import group_of
 from rq_compile.rewrite.weights import slice_of
 
 NAME = "stock_experts"
+# The weights among the inputs of ExpertGemm, in their order.
+OPERANDS = (*(name for group in FORMAT_GROUPS for name in tensors_of(group)), "bias")
 
 
 def stock_experts(graph: gs.Graph, plans: Sequence[LayerPlan], accuracy_level: int = 0) -> None:
@@ -56,14 +59,14 @@ class _Operands:
     """The weights of one slot and projection: slices of the layer's, and of its bias."""
 
     def __init__(self, inputs: list[gs.Tensor], attrs: dict, slot: int, format: Format) -> None:
-        inputs = inputs + [gs.Variable.empty()] * (6 - len(inputs))
         group, formats = group_of(format), attrs["formats"]
         index = attrs["weights"][slot] if "weights" in attrs else list(formats[:slot]).count(group)
-        self.format = format
-        self.bias = slice_of(inputs[5], slot) if inputs[5].name else None
-        place = 2 * GROUPS.index(GROUPS[group]) - 1 if group else 0
-        self.weight, self.index = inputs[place], index
-        self.scales = slice_of(inputs[place + 1], index) if group else None
+        self.format = SLOT_FORMATS[format]
+        held = {name: tensor for name, tensor in zip(OPERANDS, inputs, strict=False) if tensor.name}
+        self.bias = slice_of(held["bias"], slot) if "bias" in held else None
+        weight, *scales = (held[name] for name in self.format.tensors)
+        self.weight, self.index = weight, index
+        self.scales = slice_of(scales[0], index) if scales else None
 
 
 def _busy(
@@ -89,12 +92,12 @@ def _busy(
 
 
 def _product(op: Ops, x: gs.Tensor, operands: _Operands, rows: int, columns: int, block: int, accuracy_level: int) -> gs.Tensor:
-    if operands.format not in QUANTIZED_FORMATS:
+    if not operands.format.quantized:
         weight = slice_of(operands.weight, operands.index)
-        if operands.format != "fp32":
+        if operands.format.name != "fp32":
             weight = op("Cast", weight, to=onnx.TensorProto.FLOAT)
         return op("Gemm", x, weight, *([operands.bias] if operands.bias else []), transB=1)
-    bits = BITS[operands.format]
+    bits = operands.format.bits
     packed = slice_of(operands.weight, operands.index, (rows, -(-columns // block), block * bits // 8))
     attributes = {"N": rows, "K": columns, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
     y = op("MatMulNBits", x, packed, operands.scales, domain="com.microsoft", **attributes)

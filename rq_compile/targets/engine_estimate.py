@@ -14,7 +14,7 @@ from rq_compile.lowerings import Lowering, lowering_of
 from rq_compile.planning.budget import enough_for
 from rq_compile.planning.capacity import lane_groups
 from rq_compile.planning.schema import Plan
-from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, SCALE_BYTES, DenseFormat, Format, block_size, matrix_bytes
+from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, SCALE_BYTES, SLOT_FORMATS, DenseFormat, Format, block_size
 from rq_compile.rewrite.panels import ROWS, panel_count
 from rq_compile.standalone.limits import usable_cpus
 from rq_compile.targets.licences import licence_texts
@@ -71,7 +71,7 @@ def engine_estimate(
 def _least_bytes(model: Model, layer: MoeLayer) -> int:
     """Of a layer's experts, each once in the smallest format."""
     geometry = layer.geometry.model_copy(update={"block": block_of(model.stored_experts(layer))})
-    return geometry.experts * geometry.expert_bytes("int4")
+    return geometry.experts * min(map(geometry.expert_bytes, FORMATS))
 
 
 def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) -> list[int]:
@@ -90,8 +90,8 @@ def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) ->
         if name in matrices and shape[0] >= ROWS and (halved or dense_format == "int8"):
             format: Format = "int8" if dense_format == "int8" else "bf16"
             rows, columns = ROWS * panel_count(shape[0], 1), shape[1]
-            scales = SCALE_BYTES * rows * -(-columns // block_size(columns)) if format == "int8" else 0
-            size = (matrix_bytes(format, rows, columns) - scales, scales)
+            scales = SCALE_BYTES * rows * -(-columns // block_size(columns)) if SLOT_FORMATS[format].quantized else 0
+            size = (SLOT_FORMATS[format].matrix_bytes(rows, columns) - scales, scales)
         elif link_weights and name not in matrices and size[0] == math.prod(shape) * dtype.itemsize:
             continue
         sizes[model.tensor(name), name in matrices] = size

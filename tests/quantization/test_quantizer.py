@@ -13,8 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from rq_compile.errors import UserError
 from rq_compile.quantization import gptq
-from rq_compile.quantization.formats import BLOCKS, QUANTIZED_FORMATS, WHOLE_NUMBERS, Format, block_size, matrix_bytes
-from rq_compile.quantization.gptq import FRACTIONS
+from rq_compile.quantization.formats import BLOCK_FORMATS, BLOCKS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
 from rq_compile.quantization.quantizer import dequantize, quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
 
@@ -154,7 +153,8 @@ def plainly(weights: np.ndarray, format: Format, moment: np.ndarray, block: int)
     damped = moment + 0.01 * moment.diagonal().mean() * np.eye(len(moment))
     factor = np.linalg.cholesky(np.linalg.inv(damped), upper=True)
     left, kept = weights.astype(np.float64), np.empty(weights.shape)
-    low, high = WHOLE_NUMBERS[format]
+    rule = BLOCK_FORMATS[format]
+    low, high, fractions = rule.least, rule.greatest, np.linspace(1.0, rule.smallest, rule.fractions)
     for column in range(weights.shape[1]):
         if column % block == 0:
             part = left[:, column : column + block]
@@ -164,7 +164,7 @@ def plainly(weights: np.ndarray, format: Format, moment: np.ndarray, block: int)
                 if format == "int8"
                 else np.where(largest > -smallest, largest, smallest) / -8
             )
-            scales = end[:, None] * FRACTIONS[format].astype(np.float64)
+            scales = end[:, None] * fractions
             tried = np.clip(np.rint(part[:, None] / scales[..., None]), low, high) * scales[..., None] - part[:, None]
             best = (tried**2 @ damped.diagonal()[column : column + block]).argmin(1)
             scale = scales[range(len(scales)), best]

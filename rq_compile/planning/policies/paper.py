@@ -17,7 +17,7 @@ with the highest mean Wanda score) is quantized to that format in place. What th
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rq_compile.errors import UserError
 from rq_compile.files import Document
@@ -26,11 +26,17 @@ from rq_compile.planning.metrics import rank_loads
 from rq_compile.planning.policies.none import unplanned
 from rq_compile.planning.problem import Decision, Layer, Problem
 from rq_compile.planning.schema import Slot
-from rq_compile.quantization.formats import Format
+from rq_compile.quantization.formats import QUANTIZED_FORMATS, Format
+
+
+def _quantized(format: Format) -> Format:
+    if format not in QUANTIZED_FORMATS:
+        raise ValueError(f"it is {' or '.join(QUANTIZED_FORMATS)}")
+    return format
 
 
 class Options(Document):
-    format: Literal["int8", "int4"] = "int8"
+    format: Annotated[Format, AfterValidator(_quantized)] = "int8"
     in_place: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     skip_heavy_hitter: bool = True
 

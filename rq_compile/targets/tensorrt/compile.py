@@ -21,6 +21,7 @@ from rq_compile.files import sha256, write_document
 from rq_compile.lowerings import Lowering, Plugins, TensorRTLanes
 from rq_compile.outputs import check_outputs
 from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.quantization.formats import SLOT_FORMATS
 from rq_compile.targets.engine_outputs import tensorrt_outputs
 from rq_compile.targets.preflight import check_plan
 from rq_compile.targets.tensorrt import build_engine, plugins
@@ -172,8 +173,9 @@ def check_layer(layer: LayerPlan, settings: Settings) -> None:
             "compile it for ONNX Runtime, with an output in .onnx",
             2,
         )
-    if WITHOUT_INT4 in settings.capabilities and any(slot.format == "int4" for slot in layer.slots):
-        raise UserError(f"layer {layer.index} has experts in int4, which --sm {WITHOUT_INT4} lacks; plan without it", 2)
+    kept = [slot.format for slot in layer.slots if SLOT_FORMATS[slot.format].element == "int4"]
+    if kept and WITHOUT_INT4 in settings.capabilities:
+        raise UserError(f"layer {layer.index} has experts in {kept[0]}, which --sm {WITHOUT_INT4} lacks; plan without it", 2)
 
 
 def _write_build_files(folder: Path, stem: str, settings: Settings, network: Network) -> None:

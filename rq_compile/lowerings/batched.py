@@ -43,7 +43,7 @@ class Batched(Lowering):
         from rq_compile.rewrite.stock_dispatch import stock_dispatch
 
         graph = imported(model)
-        experts_to_slots(graph, plan.layers, source, panels=False)
+        experts_to_slots(graph, plan.layers, None)
         stock_dispatch(graph)
         stock_combine(graph)
         experts = batched_experts(graph, plan.layers, source, self.expected, whole_columns=self.whole_columns)

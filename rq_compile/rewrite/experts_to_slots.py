@@ -16,6 +16,7 @@ from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_
 from rq_compile.rewrite.weights import Section, constant
 
 NAME = "experts_to_slots"
+PROJECTIONS = ("up", "down")
 DOMAIN = "rq.moe"
 
 
@@ -52,14 +53,14 @@ def experts_nodes(graph: gs.Graph, plans: Sequence[LayerPlan]) -> list[tuple[Lay
 def experts_to_slots(
     graph: gs.Graph,
     plans: Sequence[LayerPlan],
-    source: Source,
+    source: Source | None,
     *,
     panels: bool = True,
     activation_bits: int = 32,
 ) -> list[Section]:
     """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
 
-    ``panels``: see ``slot_weights``. ``activation_bits`` is ExpertGemm's: 8 rounds what is multiplied with quantized weights
+    Without a ``source`` the products have no weights, for a pass that replaces them. ``panels``: see ``slot_weights``. ``activation_bits`` is ExpertGemm's: 8 rounds what is multiplied with quantized weights
     to int8, 32 keeps it in fp32.
 
     Raises:
@@ -67,17 +68,17 @@ def experts_to_slots(
     """
     sections = []
     for plan, node in experts_nodes(graph, plans):
-        up, down = (slot_weights(plan, p, source, panels=panels) for p in ("up", "down"))
-        sections.append(_replace(graph, node, plan, up, down, activation_bits))
+        projections = [slot_weights(plan, p, source, panels=panels) for p in PROJECTIONS] if source else []
+        _replace(graph, node, plan, projections, activation_bits)
+        weights, pieces = ([held for p in projections for held in getattr(p, what) if held] for what in ("inputs", "pieces"))
+        sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")
     ensures(NAME, {offsets_name(plan.name) for plan in plans} <= set(graph.tensors()), "slot_offsets for every layer")
     return sections
 
 
-def _replace(
-    graph: gs.Graph, node: gs.Node, plan: LayerPlan, up: SlotWeights, down: SlotWeights, activation_bits: int
-) -> Section:
+def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[SlotWeights], activation_bits: int) -> None:
     x, ids, gates = node.inputs
     (y,) = node.outputs
     node.outputs.clear()
@@ -91,16 +92,18 @@ def _replace(
     def add(op: str, inputs: list[gs.Tensor], results: list[gs.Tensor], suffix: str, **attributes: object) -> None:
         graph.nodes.append(gs.Node(op, f"{layer}.{suffix}", attributes, inputs, results, domain=DOMAIN))
 
-    def gemm(inputs: list[gs.Tensor], weights: SlotWeights, output: gs.Tensor, suffix: str, **attributes: object) -> None:
-        operands = [constant(weight) if weight else gs.Variable.empty() for weight in weights.inputs]
-        while operands and not operands[-1].name:
-            operands.pop()
-        formats = [group_of(slot.format) for slot in plan.slots]
-        add("ExpertGemm", [*inputs, *operands], [output], suffix, formats=formats, weights=list(weights.index), **attributes)
+    def gemm(inputs: list[gs.Tensor], output: gs.Tensor, suffix: str, **attributes: object) -> None:
+        if projections:
+            weights = projections[PROJECTIONS.index(suffix)]
+            inputs = inputs + [constant(weight) if weight else gs.Variable.empty() for weight in weights.inputs]
+            while not inputs[-1].name:
+                inputs.pop()
+            formats = [group_of(slot.format) for slot in plan.slots]
+            attributes = {"formats": formats, "weights": list(weights.index), **attributes}
+        add("ExpertGemm", inputs, [output], suffix, **attributes)
 
     numbers = {"alpha": float(geometry.alpha), "limit": float(geometry.limit), "activation_bits": activation_bits}
     add("Dispatch", [ids, replicas], [rows, offsets], "dispatch", slots=slots)
-    gemm([x, rows, offsets], up, middle, "up", activation=geometry.activation, outputs=geometry.intermediate, gather=1, **numbers)
-    gemm([middle, rows, offsets], down, out, "down", activation="none", outputs=geometry.hidden, gather=0, **numbers)
+    gemm([x, rows, offsets], middle, "up", activation=geometry.activation, outputs=geometry.intermediate, gather=1, **numbers)
+    gemm([middle, rows, offsets], out, "down", activation="none", outputs=geometry.hidden, gather=0, **numbers)
     add("Combine", [out, rows, gates], [y], "combine")
-    return Section(layer, tuple(weight for weight in (*up.inputs, *down.inputs) if weight), up.pieces + down.pieces)

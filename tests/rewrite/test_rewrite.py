@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import LAYER, MIXED, PLAIN, Layer, batch, compiled, one_layer, plan_of, random_experts, reference, slot_of_each
 
+from rq_compile import lowerings
 from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.errors import UserError
 from rq_compile.lowerings import Stock, lowering_of
+from rq_compile.quantization.formats import FORMATS
 from rq_compile.rewrite.contract import ContractError
 
 LOWERINGS = ("native", "stock", "batched")
@@ -30,9 +32,11 @@ def test_every_activation(activation: Activation, bias: bool, lowering: str, tmp
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("format", ["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(32, 16), (40, 24), (128, 192)])
 def test_every_format_and_block(hidden: int, intermediate: int, format: str, lowering: str, tmp_path: Path) -> None:
+    if format not in lowerings.LOWERINGS[lowering].formats:
+        pytest.skip(f"{lowering} does not take {format}")
     geometry = ExpertGeometry(experts=3, top_k=1, hidden=hidden, intermediate=intermediate, activation="swiglu")
     experts, slots = random_experts(geometry), [(e, format) for e in (0, 1, 2, 1)]
     inputs = batch(geometry, 7)

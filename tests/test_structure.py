@@ -91,6 +91,12 @@ def test_a_lowering_says_all_that_is_asked(kind: type[Lowering]) -> None:
     assert made.activation_bits in (16, 32)
 
 
+@pytest.mark.parametrize("kind", [*LOWERINGS.values(), *TENSORRT_LOWERINGS.values()])
+def test_every_lowering_takes_these_formats(kind: type[Lowering]) -> None:
+    """Tests of a lowering leave out the formats that it does not take."""
+    assert {"fp32", "fp16", "bf16", "int8", "int4"} <= set(kind.formats)
+
+
 def test_lowerings_by_name_and_by_target() -> None:
     assert tuple(LOWERINGS) == get_args(LoweringName)
     assert [lowering_for(target).name for target in TARGETS] == ["native", "cuda", "native", "native", "native"]

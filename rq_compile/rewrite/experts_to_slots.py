@@ -60,8 +60,8 @@ def experts_to_slots(
 ) -> list[Section]:
     """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
 
-    Without a ``source`` the products have no weights, for a pass that replaces them. ``panels``: see ``slot_weights``. ``activation_bits`` is ExpertGemm's: 8 rounds what is multiplied with quantized weights
-    to int8, 32 keeps it in fp32.
+    Without a ``source`` the products have no weights, for a pass that replaces them. ``panels``: see ``slot_weights``.
+    ``activation_bits`` is ExpertGemm's: 8 rounds what is multiplied with quantized weights to int8, 32 keeps it in fp32.
 
     Raises:
         UserError: a layer of the model is missing from the plan, or the other way round (the layer is named).

@@ -39,6 +39,7 @@ class Native(Lowering):
         from rq_compile.rewrite.attention import attention
         from rq_compile.rewrite.dense_gemms import dense_gemms
         from rq_compile.rewrite.experts_to_slots import experts_to_slots
+        from rq_compile.rewrite.report import counts_of
         from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.rms_norms import rms_norms
         from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
@@ -48,10 +49,8 @@ class Native(Lowering):
             model, matrices = dense_gemms(model, self.dense_format, dense, self.activation_bits)
         graph = imported(model)
         experts = experts_to_slots(graph, plan.layers, source, activation_bits=self.activation_bits)
-        rms_norms(graph)
-        rotary_embeddings(graph)
-        attention(graph)
-        return Lowered(exported(graph), experts, matrices, counts(plan))
+        fused = counts_of(run(graph) for run in (rms_norms, rotary_embeddings, attention))
+        return Lowered(exported(graph), experts, matrices, counts(plan) | fused)
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.slot_weights import slot_weights

@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 from rq_compile.rewrite.contract import ensures
 from rq_compile.rewrite.match import concatenated, match, numbers
 from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.report import Match, NearMatch, PassReport
 from rq_compile.rewrite.rotary_embeddings import HEADS, SWAP_HEADS, merged_heads
 
 NAME = "attention"
@@ -33,31 +34,36 @@ ATTENTION = ("Transpose", {"perm": SWAP_HEADS}, ("Reshape", WEIGHTED, "shape"))
 REPEATED = ("Reshape", ("Expand", ("Unsqueeze", "held", "axis"), "repeats"), "shape")
 
 
-def attention(graph: gs.Graph) -> None:
+def attention(graph: gs.Graph) -> PassReport:
     """Rewrite every attention of ``graph`` in place."""
-    op = Ops(graph, NAME)
+    op, report = Ops(graph, NAME), PassReport("attentions")
     masks: dict[tuple[int, int], gs.Tensor] = {}
     for node in [node for node in graph.nodes if node.op == "Transpose"]:
         (result,) = node.outputs
-        if found := _attention(result):
+        if found := report.matched(_attention(result)):
             node.outputs.clear()
             graph.ir_version = max(graph.ir_version, FILE_FORMAT)
             y = _fused(op, result.shape[2], found, masks)
             for merge in list(result.outputs):
                 merge.inputs[0] = y
     graph.cleanup().toposort()
-    left = [node for node in graph.nodes if node.op == "Transpose" and _attention(node.outputs[0])]
+    left = [node for node in graph.nodes if node.op == "Transpose" and isinstance(_attention(node.outputs[0]), dict)]
     ensures(NAME, not left, "that no attention is left in parts")
+    return report
 
 
-def _attention(result: gs.Tensor) -> dict[str, gs.Tensor] | None:
+def _attention(result: gs.Tensor) -> Match | NearMatch | None:
     found = match(result, ATTENTION)
-    if found is None or any(node.op != "Reshape" for node in result.outputs):
+    if found is None:
         return None
+    if others := sorted({node.op for node in result.outputs} - {"Reshape"}):
+        return NearMatch(f"its heads are read by {', '.join(others)}")
     query, by_token = found["query"].shape or [], result.shape or []
     known = len(query) == len(by_token) == 4 and all(isinstance(size, int) for size in by_token[2:])
     scales = len(numbers(found["query_scale"])) == len(numbers(found["key_scale"])) == 1
-    return found if known and scales and query[3] == by_token[3] else None
+    if not known or not scales:
+        return NearMatch(f"the query {query} or a scale is not known")
+    return found if query[3] == by_token[3] else NearMatch(f"heads of {query[3]} have values of {by_token[3]}")
 
 
 def _fused(op: Ops, heads: int, found: dict[str, gs.Tensor], masks: dict[tuple[int, int], gs.Tensor]) -> gs.Tensor:

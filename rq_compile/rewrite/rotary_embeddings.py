@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from rq_compile.rewrite.contract import ensures
 from rq_compile.rewrite.match import TO_THE_END, Pattern, match, numbers
 from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.report import Match, NearMatch, PassReport
 
 NAME = "rotary_embeddings"
 SWAP_HEADS = [0, 2, 1, 3]
@@ -25,13 +26,13 @@ def _of_angle(function: str) -> Pattern:
     return ("Unsqueeze", ("Mul", (function, ("Concat", {"axis": -1}, "angle", "angle")), "scaling"), "heads_axis")
 
 
-def rotary_embeddings(graph: gs.Graph) -> None:
+def rotary_embeddings(graph: gs.Graph) -> PassReport:
     """Rewrite every rotation of ``graph`` in place."""
-    op = Ops(graph, NAME)
+    op, report = Ops(graph, NAME), PassReport("rotations")
     tables: dict[int, list[gs.Tensor]] = {}
     for node in [node for node in graph.nodes if node.op == "Add"]:
         (result,) = node.outputs
-        if found := _rotation(result):
+        if found := report.matched(_rotation(result)):
             node.outputs.clear()
             batch, heads, tokens, dimension = found["x"].shape
             angle = found["angle"]
@@ -41,7 +42,9 @@ def rotary_embeddings(graph: gs.Graph) -> None:
             turned.shape, turned.dtype = [batch, tokens, heads * dimension], result.dtype
             op("Transpose", op("Reshape", turned, [0, 0, heads, dimension]), perm=SWAP_HEADS, out=result)
     graph.cleanup().toposort()
-    ensures(NAME, not any(_rotation(node.outputs[0]) for node in graph.nodes if node.op == "Add"), "that no rotation is left")
+    left = [node for node in graph.nodes if node.op == "Add" and isinstance(_rotation(node.outputs[0]), dict)]
+    ensures(NAME, not left, "that no rotation is left")
+    return report
 
 
 def merged_heads(op: Ops, by_token: gs.Tensor) -> gs.Tensor:
@@ -52,20 +55,26 @@ def merged_heads(op: Ops, by_token: gs.Tensor) -> gs.Tensor:
     return op("Reshape", by_token, [0, 0, -1])
 
 
-def _rotation(result: gs.Tensor) -> dict[str, gs.Tensor] | None:
+def _rotation(result: gs.Tensor) -> Match | NearMatch | None:
     found = match(result, ROTATED)
     if found is None:
         return None
     heads, cos, sin = match(found["x"], HEADS), match(found["cos"], _of_angle("Cos")), match(found["sin"], _of_angle("Sin"))
-    if heads is None or cos is None or sin is None or cos["angle"] is not sin["angle"]:
-        return None
+    if heads is None:
+        return NearMatch("what is rotated is not a transpose of heads")
+    if cos is None or sin is None or cos["angle"] is not sin["angle"]:
+        return NearMatch("cos and sin are not of one angle")
     x, angle = found["x"].shape or [], cos["angle"].shape or []
     if len(x) != 4 or not isinstance(x[1], int) or not isinstance(x[3], int) or angle != [x[0], x[2], x[3] // 2]:
-        return None
+        return NearMatch(f"x {x} has angles {angle}")
     bounds = [numbers(found[name]) for name in ("start", "stop", "middle", "end", "axis", "axis_too", "step", "step_too")]
     halves = bounds == [[0], [x[3] // 2], [x[3] // 2], [TO_THE_END], [3], [3], [1], [1]]
+    if not halves:
+        return NearMatch(f"the halves end at {bounds[1]} and start at {bounds[2]} of {x[3]}")
     alike = numbers(cos["heads_axis"]) == numbers(sin["heads_axis"]) == [1] and numbers(cos["scaling"]) == numbers(sin["scaling"])
-    return {**found, **heads, **cos} if halves and alike and len(numbers(cos["scaling"])) == 1 else None
+    if not alike or len(numbers(cos["scaling"])) != 1:
+        return NearMatch(f"cos is scaled by {numbers(cos['scaling'])} and sin by {numbers(sin['scaling'])}")
+    return {**found, **heads, **cos}
 
 
 def _tables(op: Ops, angle: gs.Tensor, scaling: float) -> list[gs.Tensor]:

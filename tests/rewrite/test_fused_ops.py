@@ -15,6 +15,7 @@ import pytest
 from rq_compile.rewrite.attention import attention
 from rq_compile.rewrite.match import match
 from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.report import counts_of
 from rq_compile.rewrite.rms_norms import rms_norms
 from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
 
@@ -58,7 +59,7 @@ def test_a_norm(rng, shape):
     weight = rng.standard_normal(shape[-1]).astype(np.float32)
     y = exported_norm(op, x, weight)
     y.dtype, graph.outputs = np.float32, [y]
-    rms_norms(graph)
+    assert counts_of([rms_norms(graph)]) == {"norms fused": 1}
     assert ops_of(graph) == {"SimplifiedLayerNormalization": 1}
     values = (3 * rng.standard_normal(shape)).astype(np.float32)
     exact = values.astype(np.float64)
@@ -66,11 +67,13 @@ def test_a_norm(rng, shape):
     np.testing.assert_allclose(run(graph, x=values), exact, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("other", [{"exponent": 3.0}, {"axis": 1}])
-def test_what_is_no_norm_stays(other):
+@pytest.mark.parametrize(
+    ("other", "why"), [({"exponent": 3.0}, "exponent [3.0]"), ({"axis": 1}, "axes [1]"), ({"exponent": 0.5}, "exponent [0.5]")]
+)
+def test_what_is_no_norm_stays(other, why):
     graph, op, (x,) = graph_of(("x", ["b", "s", 8]))
     graph.outputs = [exported_norm(op, x, np.ones(8, np.float32), **other)]
-    rms_norms(graph)
+    assert counts_of([rms_norms(graph)]) == {"norms fused": 0, f"norms not fused: {why}": 1}
     assert ops_of(graph)["Pow"] == 1
 
 
@@ -111,7 +114,8 @@ def test_a_rotation_of_unequal_parts_stays():
     by_head = op("Transpose", op("Reshape", x, [0, 0, 2, 8]), perm=[0, 2, 1, 3])
     by_head.shape = ["b", 2, "s", 8]
     graph.outputs = [exported_rotation(op, by_head, angle, 8, middle=3)]
-    rotary_embeddings(graph)
+    why = "the halves end at [3] and start at [3] of 8"
+    assert counts_of([rotary_embeddings(graph)]) == {"rotations fused": 0, f"rotations not fused: {why}": 1}
     assert ops_of(graph)["Neg"] == 1
 
 
@@ -181,7 +185,7 @@ def test_attention(rng, heads, key_heads, dimension, sizes):
 
 def test_latent_attention_stays():
     graph = attention_graph(2, 2, 8, value_dimension=6)
-    attention(graph)
+    assert counts_of([attention(graph)]) == {"attentions fused": 0, "attentions not fused: heads of 8 have values of 6": 1}
     assert ops_of(graph)["Softmax"] == 1
 
 

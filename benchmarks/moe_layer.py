@@ -6,8 +6,8 @@ checked against ours. Its threads are asleep when a run begins; with few tokens 
 ``roofline`` is the time that the touched weights at that read bandwidth, or the multiply-adds at that peak, need at least, over
 the time taken; the bytes are those of our formats, also where a variant's are some more (llama.cpp's: see llama_cpp_layer.py).
 
-Without --full, in half an hour on two idle cores: uniform routing with one thread everywhere, two threads at 1, 16, 256 and 1024
-tokens but not in fp32; the other routings at 16 and 256 tokens, skewed for int4 and mixed, even for int4; Mixtral's shape up to
+Without --full, in some forty minutes on two idle cores: uniform routing with one thread everywhere, two threads but not in fp32; the
+other routings at 16 and 256 tokens, skewed for int4 and mixed, even for int4; Mixtral's shape up to
 64 tokens, at 8 and at 4 bits; no layer of more than 1.7 GB, since every variant holds it once, which takes 8 GB; and neither our
 kernels with fp32 activations nor MatMulNBits that multiplies in fp32, which is nowhere the best stock variant. The rows are
 written after each cell, and an interrupt ends with the summary of those that are there. Rows of other processors and of cells
@@ -43,6 +43,7 @@ from rq_compile.quantization.formats import Format
 SHAPES = [
     Shape("H1024-F2816-E16-k2", 1024, 2816, 16, 2),
     Shape("OLMoE", 2048, 1024, 64, 8),
+    Shape("Qwen3-30B-A3B", 2048, 768, 128, 8),
     Shape("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
     Shape("Mixtral", 4096, 14336, 8, 2),
 ]
@@ -71,7 +72,7 @@ class Cell(NamedTuple):
         return (
             sum(self.shape.geometry.expert_bytes(format) for format in formats_of(self.shape, self.format)) <= 1.7e9
             and (not large or (self.tokens <= 64 and self.format != "mixed"))
-            and (self.threads == 1 or (self.tokens in (1, 16, 256, 1024) and self.format != "fp32"))
+            and (self.threads == 1 or self.format != "fp32")
             and (self.routing == "uniform" or self.tokens in (16, 256))
             and self.format in {"uniform": FORMATS, "skewed": ("int4", "mixed"), "even": ("int4",)}[self.routing]
         )

@@ -14,6 +14,7 @@ import moe_variants
 
 from rq_compile.quantization.formats import Format
 from rq_compile.quantization.quantizer import dequantize, quantize
+from rq_compile.rewrite import slot_weights
 
 
 def cell(tokens: int, format: str = "int4", routing: str = "uniform", threads: int = 1, **ms: float) -> list[dict]:
@@ -82,3 +83,12 @@ def test_every_variant_of_a_small_layer_computes_the_same(format: str, tmp_path:
     built = moe_layer.variants(moe_variants.Builder(shape, tmp_path), format, 1, None, full=True)
     moe_layer.check(built, moe_layer.batch(shape, 5, "uniform", seed=0))
     assert len(built) >= 4
+
+
+@pytest.mark.parametrize("lowering", ["native", "stock"])
+def test_a_layer_is_built_with_the_package_left_as_it_was(lowering: str, tmp_path: Path) -> None:
+    before = dict(vars(slot_weights))
+    builder = moe_variants.Builder(moe_layer.Shape("small", 32, 48, 4, 2), tmp_path)
+    assert vars(slot_weights) == before
+    builder.rewritten("int8", lowering, 8, 1)
+    assert vars(slot_weights) == before

@@ -70,8 +70,14 @@ __attribute__((always_inline)) inline void add_columns(const float* const* x, in
   if constexpr (j + 1 < columns_of(storage)) add_columns<storage, j + 1>(x, c, group, stride, total);
 }
 
+// Whether nothing is prefetched for weights in huge pages, with which the processor's own prefetcher keeps up: for so few
+// multiply-adds a line of 64 bytes.
+constexpr bool reads_unaided(Storage storage, int rows) {
+  return kReadsHugePagesInOrder && !is_quantized(storage) && rows * (storage == Storage::fp32 ? 1 : 2) <= 4;
+}
+
 // Adds R rows times P panels to out[panel][row][16], of which there are `rows` rows.
-template <Storage storage, int R, int P>
+template <Storage storage, int R, int P, bool unaided>
 void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t rows, float* out) {
   const uint8_t* group = chunk.weights;
   const size_t stride = chunk.stride;
@@ -83,7 +89,9 @@ void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t rows, flo
     }
   }
   for (int64_t c = chunk.begin; c < end; c += columns_of(storage), group += bytes_of(storage)) {
-    for (int p = 0; p < P; ++p) prefetch<P>(group + p * stride, prefetch_distance(P));
+    if constexpr (!unaided) {
+      for (int p = 0; p < P; ++p) prefetch<P>(group + p * stride, prefetch_distance(P));
+    }
     add_columns<storage, 0>(x, c, group, stride, total);
   }
   for (int p = 0; p < P; ++p) {
@@ -99,16 +107,16 @@ void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t rows, flo
 }
 
 // The first `count` rows, R at once.
-template <Storage storage, int R, int P>
+template <Storage storage, int R, int P, bool unaided>
 void multiply_rows(const float* const* x, int64_t count, const Chunk& chunk, int64_t rows, float* out) {
-  for (; count >= R; count -= R, x += R, out += R * kPanel) multiply_chunk<storage, R, P>(x, chunk, rows, out);
+  for (; count >= R; count -= R, x += R, out += R * kPanel) multiply_chunk<storage, R, P, unaided>(x, chunk, rows, out);
   if constexpr (R > 1) {
-    if (count > 0) multiply_rows<storage, R - 1, P>(x, count, chunk, rows, out);
+    if (count > 0) multiply_rows<storage, R - 1, P, unaided>(x, count, chunk, rows, out);
   }
 }
 
 // All rows, R at once, times P panels from `first` on.
-template <Storage storage, int R, int P>
+template <Storage storage, int R, int P, bool unaided>
 void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, float* out) {
   const uint8_t* data = weights.data + static_cast<size_t>(first) * weights.panel_bytes;
   Chunk chunk{0, 0, data, weights.panel_bytes, nullptr, weights.blocks * kPanel, unit_of(storage)};
@@ -129,11 +137,20 @@ void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights,
       Chunk floats = chunk;
       floats.weights = reinterpret_cast<const uint8_t*>(unpacked);
       floats.stride = sizeof unpacked[0];
-      multiply_rows<Storage::fp32, R, P>(x, rows, floats, rows, out);
+      multiply_rows<Storage::fp32, R, P, unaided>(x, rows, floats, rows, out);
     } else {
-      multiply_rows<storage, R, P>(x, rows, chunk, rows, out);
+      multiply_rows<storage, R, P, unaided>(x, rows, chunk, rows, out);
     }
   }
+}
+
+// `count` panels, P side by side.
+template <Storage storage, int R, int P, bool unaided>
+void multiply_panels_by(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {
+  for (; count >= P; count -= P, first += P, out += P * rows * kPanel) {
+    multiply_chunks<storage, R, P, unaided>(x, rows, weights, first, out);
+  }
+  if constexpr (P > 1) multiply_panels_by<storage, R, 1, unaided>(x, rows, weights, first, count, out);
 }
 
 // As many rows at once as registers hold, and side by side the panels that these leave room for.
@@ -143,10 +160,10 @@ void multiply_panels(const float* const* x, int64_t rows, const Matrix& weights,
     if (rows > R) return multiply_panels<storage, R + 1>(x, rows, weights, first, count, out);
   }
   constexpr int P = panels_of(storage, R);
-  for (; count >= P; count -= P, first += P, out += P * rows * kPanel) multiply_chunks<storage, R, P>(x, rows, weights, first, out);
-  if constexpr (P > 1) {
-    for (; count > 0; --count, ++first, out += rows * kPanel) multiply_chunks<storage, R, 1>(x, rows, weights, first, out);
+  if constexpr (reads_unaided(storage, R)) {
+    if (weights.huge_pages) return multiply_panels_by<storage, R, P, true>(x, rows, weights, first, count, out);
   }
+  multiply_panels_by<storage, R, P, false>(x, rows, weights, first, count, out);
 }
 
 void multiply_floats(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {

@@ -6,7 +6,7 @@ namespace {
 constexpr int32_t kInt8Offset = 0;
 constexpr int kQuantizedRows = 4;
 constexpr int quantized_panels(int rows) { return rows <= 2 ? 4 : 1; }
-constexpr int kSequentialRows = 0;
+constexpr bool kReadsHugePagesInOrder = false;
 
 constexpr int kPartialColumns = 32;
 struct Partial {

@@ -6,7 +6,7 @@ namespace {
 constexpr int32_t kInt8Offset = 128;
 constexpr int kQuantizedRows = 8;
 constexpr int quantized_panels(int rows) { return rows <= 4 ? 4 : 2; }
-constexpr int kSequentialRows = 2;
+constexpr bool kReadsHugePagesInOrder = true;
 
 using Partial = Ints;
 constexpr int kPartialColumns = 1024;  // of any block

@@ -10,10 +10,12 @@ constexpr int64_t kLanes = 4, kVectors = 4;
 constexpr int kFloatRows = 2, kQuantizedRows = 2;
 constexpr int float_panels(int rows, bool) { return rows == 1 ? 2 : 1; }
 constexpr int quantized_panels(int) { return 1; }
-constexpr int kSequentialRows = 1;  // so that plain code has all of the logic
+constexpr bool kReadsHugePagesInOrder = true;  // so that plain code has all of the logic
 constexpr int64_t prefetch_distance(int) { return 4096; }
 template <int>
 inline void prefetch(const uint8_t* p, int64_t distance) { __builtin_prefetch(p + distance); }
+template <int>
+inline void prefetch_in_order(const uint8_t*) {}
 constexpr int32_t kInt8Offset = 128;
 inline Floats load(const float* p) {
   Floats v;

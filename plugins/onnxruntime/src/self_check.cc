@@ -64,9 +64,12 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
   for (int64_t i = 0; i < kRows * kPanels; ++i) {
     const int64_t rows = i / kPanels + 1, panels = i % kPanels + 1, first = kPanels - panels;
     std::vector<float> out(panels * rows * kPanel), expected = out;
-    kernels.multiply_floats(floats.data(), rows, weights, first, panels, out.data());
     kPlainKernels.multiply_floats(floats.data(), rows, weights, first, panels, expected.data());
-    if (!close(out, expected)) return false;
+    for (const bool huge_pages : {true, false}) {
+      weights.huge_pages = huge_pages;
+      kernels.multiply_floats(floats.data(), rows, weights, first, panels, out.data());
+      if (!close(out, expected)) return false;
+    }
     if (storage != Storage::int8 && storage != Storage::int4) continue;
     kPlainKernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, expected.data());
     for (const bool huge_pages : {true, false}) {

@@ -18,6 +18,12 @@ inline void prefetch(const uint8_t* p, int64_t distance) {
   __builtin_prefetch(p + distance, 0, 2);
   __builtin_prefetch(p + 512);
 }
+// For a line of a panel that is read in order and meets x in so many instructions. With few the processor's own prefetcher is best.
+template <int products>
+inline void prefetch_in_order(const uint8_t* line) {
+  if (products > 4) __builtin_prefetch(line + 8192, 0, 2);
+  else if (products > 2) __builtin_prefetch(line + 4096);
+}
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }

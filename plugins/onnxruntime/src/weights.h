@@ -27,8 +27,8 @@ class SlotWeights {
   Bound bind(const Context& context, size_t first, int64_t panels, int64_t columns) const;
 
   Matrix of(const Bound& bound, int64_t slot) const;
-  // After the first call: looks at the pages that the weights of this slot were read from.
-  void was_read(const Bound& bound, int64_t slot) const;
+  // After a call: what kind of pages most weights lie in that have been read, once for each group.
+  void look_at_pages(const Bound& bound) const;
   bool quantized(int64_t slot) const { return formats_[slot] != 0; }
   bool int4(int64_t slot) const { return formats_[slot] == 2; }
 
@@ -36,7 +36,7 @@ class SlotWeights {
   std::vector<int64_t> formats_, places_;
   int64_t members_[3] = {};  // places of each group
   enum Pages { kUnbound, kUnread, kSmall, kHuge };
-  mutable std::atomic<Pages> pages_{kUnbound};
+  mutable std::atomic<Pages> pages_[3] = {};  // of each group
 };
 
 }  // namespace rq

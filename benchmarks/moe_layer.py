@@ -7,12 +7,12 @@ one on each batch before all of them.
 ``roofline`` is the time that the touched weights at that read bandwidth, or the multiply-adds at that peak, need at least, over
 the time taken; the bytes are those of our formats, also where a variant's are some more (llama.cpp's: see llama_cpp_layer.py).
 
-Without --full, in some forty minutes on two idle cores: uniform routing with one thread everywhere and with two but in fp32; the
-other routings at 16 and 256 tokens, skewed for int4 and mixed, even for int4; Mixtral's shape up to 64 tokens, at 8 and at 4 bits;
-no layer of more than 1.7 GB, since every variant holds it once, which takes 8 GB; and neither our kernels with fp32 activations nor
-MatMulNBits that multiplies in fp32, which is nowhere the best stock variant. The rows are written after each cell, and an interrupt
-ends with the summary of those that are there. Rows of other processors and of cells that are not measured stay in the file, so that
-it can be measured in pieces: --shapes, --formats, --tokens, --threads.
+Without --full: uniform routing with one thread everywhere and with two but in fp32; the other routings at 16 and 256 tokens,
+skewed for int4 and mixed, even for int4; Mixtral's shape up to 64 tokens, at 8 and at 4 bits; no layer of more than 1.7 GB,
+since every variant holds it once, which takes 8 GB; and neither our kernels with fp32 activations nor MatMulNBits that
+multiplies in fp32, which is nowhere the best stock variant. The rows are written after each cell, and an interrupt ends with
+the summary of those that are there. Rows of other processors and of cells that are not measured stay in the file, so that it
+can be measured in pieces: --shapes, --formats, --tokens, --threads.
 
     python benchmarks/llama_cpp/build.py
     python benchmarks/moe_layer.py --quick

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from rq_compile.bounds import Count, FileName, Sha256, Size, TokenId
+from rq_compile.bounds import Count, FileName, Sha256, TokenId
 from rq_compile.engine.library import OpLibrary
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
@@ -28,12 +28,13 @@ class CacheTensor(Document):
     """One tensor of the cache, fp32: graph input ``past``, output ``present``.
 
     Keys and values (``past_key_values.{i}.key``) are ``[batch, heads, past, dimension]``. Layers without attention keep states
-    of a fixed size: ``[batch, ...]``. In ``shape`` the free dimensions stand by name.
+    of a fixed size: ``[batch, ...]``. In ``shape`` the free dimensions stand by name. A size may be 0: keys without
+    a rotated part.
     """
 
     past: str
     present: str
-    shape: list[Size | Literal["batch", "past"]] = Field(min_length=1, max_length=8)
+    shape: list[Count | Literal["batch", "past"]] = Field(min_length=1, max_length=8)
 
     def empty(self, batch: int) -> np.ndarray:
         """What a text begins with: no keys and values, and states of zeros."""

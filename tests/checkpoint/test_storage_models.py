@@ -145,8 +145,7 @@ def test_engines(
         assert plan.bytes_after <= plan.memory * stored
         assert ", ".join(calibrated.layers[0].stored_as or []) in plan.remarks[0]
         output = tmp_path / f"{policy}.onnx"
-        quiet = {"progress": lambda done, total: None, "exported": exported_once(name, model)}
-        compile_engine(model, plan, output, "native", Statistics.of(statistics), **quiet)
+        compile_engine(model, plan, output, "native", Statistics.of(statistics), exported_once(name, model))
         engine = Engine.load(output, threads=1)
         ids = tokens(2, 9)
         if policy == "none":

@@ -91,7 +91,7 @@ def check_new_folder(path: Path) -> None:
 def write_document(document: Document, path: Path) -> None:
     """Write ``document`` as indented JSON; the same document gives the same bytes."""
     with written_beside(path) as temporary:
-        temporary.write_text(document.model_dump_json(indent=1) + "\n")
+        temporary.write_text(document.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_document(kind: type[D], path: Path) -> D:

@@ -30,7 +30,7 @@ def schema(kind: str) -> str:
 def write(folder: Path) -> None:
     """Write ``<kind>.schema.json`` of every kind into ``folder``."""
     for kind in DOCUMENTS:
-        (folder / f"{kind}.schema.json").write_text(schema(kind))
+        (folder / f"{kind}.schema.json").write_text(schema(kind), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rq_compile.architectures.families import Family
-from rq_compile.architectures.layers import MoeLayer, layer_tensors
+from rq_compile.architectures.layers import EXPERTS_KEYS, MoeLayer, layer_tensors
 from rq_compile.checkpoint.checkpoint import FLOATS, Checkpoint
 from rq_compile.checkpoint.safetensors_file import read_ends
 from rq_compile.errors import UserError
@@ -42,6 +42,8 @@ OPTIONAL_DIMENSIONS = (
     *("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "d_kv", "d_ff", "n_group", "topk_group", "first_k_dense_replace"),
 )
 LAYERS = ("num_hidden_layers", "num_decoder_layers")
+# Of what reads images and sound, too.
+LAYERS_OF_PARTS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "depth")
 FLOATING = (*FLOATS, np.dtype(np.float64))
 SHOWN = 3
 SAMPLE = 4096
@@ -68,10 +70,30 @@ class Agreement:
 
 
 def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
-    """
+    """Of the language model, where it is a part of a multimodal model, too.
+
     Raises:
         UserError: a size that the config states is not a whole number, or larger than any of the tensors can bear out.
     """
+    language = config.get_text_config()
+    for part in (config,) if language is config else (config, language):
+        _check_sizes(checkpoint, part)
+
+
+def check_layers(checkpoint: Checkpoint, stated: dict[str, Any]) -> None:
+    """Of all parts of a model; before a config is made of what is ``stated``, as some list their layers then.
+
+    Raises:
+        UserError: there are more layers than tensors.
+    """
+    for key, value in stated.items():
+        if isinstance(value, dict):
+            check_layers(checkpoint, value)
+        elif key in LAYERS_OF_PARTS and isinstance(value, int | float):
+            _check_size(checkpoint, key, int(value) if value == value // 1 else value, 0, len(checkpoint.names))
+
+
+def _check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
     largest = max((max(weight.shape, default=1) for weight in checkpoint.weights()), default=1)
     limits = dict.fromkeys(DIMENSIONS, (1, largest)) | dict.fromkeys(OPTIONAL_DIMENSIONS, (0, largest))
     limits |= dict.fromkeys(LAYERS, (1, len(checkpoint.names)))
@@ -79,13 +101,21 @@ def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
         value = getattr(config, key, None)
         if not hasattr(config, key) or (value is None and least == 0):
             continue
-        if type(value) is not int or not least <= value <= most:
-            shown = repr(value)[:40]
-            raise UserError(
-                f"{checkpoint.path / 'config.json'} says {key} {shown}, which its tensors do not allow ({least} to {most}); "
-                "correct it, or take the config.json published with these weights",
-                2,
-            )
+        _check_size(checkpoint, key, value, least, most)
+    experts = next((value for key in EXPERTS_KEYS if type(value := getattr(config, key, None)) is int), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if experts is not None and type(chosen) is int and chosen > experts:
+        raise UserError(f"{checkpoint.path / 'config.json'} chooses {chosen} of {experts} experts; correct it", 2)
+
+
+def _check_size(checkpoint: Checkpoint, key: str, value: object, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        config = checkpoint.path / "config.json"
+        raise UserError(
+            f"{config} says {key} {repr(value)[:40]}, which its tensors do not allow ({least} to {most}); "
+            "correct it, or take the config.json published with these weights",
+            2,
+        )
 
 
 def check_names(checkpoint: Checkpoint, family: Family) -> None:
@@ -130,7 +160,7 @@ def compare(checkpoint: Checkpoint, family: Family, layers: tuple[MoeLayer, ...]
         if tensor is None:
             partner = _partner(weight, ties, own)
             if partner is None:
-                raise _missing(checkpoint, family, empty, weight)
+                raise missing(checkpoint, empty, weight, family.tensor_name(weight))
             tied[weight], tensor = partner, own[partner]
         assert tensor is not None
         _check(checkpoint, tensor, value)
@@ -138,13 +168,13 @@ def compare(checkpoint: Checkpoint, family: Family, layers: tuple[MoeLayer, ...]
     experts = {layer.index: layer_tensors(checkpoint, family, layer) for layer in layers}
     for names in experts.values():
         for tensor in names:
-            _check_floating(checkpoint, tensor)
+            check_floating(checkpoint, tensor)
     used = {*tensors.values(), *(name for names in experts.values() for name in names)}
     stack = family.tensor_name(family.experts).partition("{layer}")[0]
     found = agreement_of(checkpoint, tensors, experts, used, stack, getattr(empty.config, "num_hidden_layers", 0))
     for layer in layers:
         _check_stray(checkpoint, family, layer, found.unused)
-    return replace(found, tied=tied, remarks=(*found.remarks, *_tie_remarks(checkpoint, ties, own)))
+    return replace(found, tied=tied, remarks=(*found.remarks, *tie_remarks(checkpoint, ties, own)))
 
 
 def agreement_of(
@@ -212,8 +242,8 @@ def _partner(weight: str, ties: dict[str, str], own: dict[str, str | None]) -> s
     return next((other for other in group if weight in group and other != weight and own.get(other)), None)
 
 
-def _missing(checkpoint: Checkpoint, family: Family, empty: "PreTrainedModel", weight: str) -> UserError:
-    name = family.tensor_name(weight)
+def missing(checkpoint: Checkpoint, empty: "PreTrainedModel", weight: str, name: str) -> UserError:
+    """What to say where ``weight``, a parameter of ``empty``, has no tensor; ``name`` is what that would be called."""
     lacks = f"{checkpoint.lacks(name)}, which its config.json asks for"
     if name in checkpoint.absent:
         return UserError(f"{lacks}; copy that file there", 2)
@@ -237,10 +267,14 @@ def _check(checkpoint: Checkpoint, tensor: str, value: "torch.Tensor") -> None:
             2,
         )
     if value.is_floating_point():
-        _check_floating(checkpoint, tensor)
+        check_floating(checkpoint, tensor)
 
 
-def _check_floating(checkpoint: Checkpoint, tensor: str) -> None:
+def check_floating(checkpoint: Checkpoint, tensor: str) -> None:
+    """
+    Raises:
+        UserError: a weight is not stored as floating-point numbers.
+    """
     dtype = checkpoint.dtype_of(tensor)
     if dtype not in FLOATING:
         raise UserError(
@@ -290,7 +324,8 @@ def _tensors(names: "list[str] | tuple[str, ...]") -> str:
     return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:SHOWN])}{more})"
 
 
-def _tie_remarks(checkpoint: Checkpoint, ties: dict[str, str], own: dict[str, str | None]) -> list[str]:
+def tie_remarks(checkpoint: Checkpoint, ties: dict[str, str], own: Mapping[str, str | None]) -> list[str]:
+    """On tied weights whose own tensors differ; ``ties``: weight -> the weight that the config ties it to."""
     remarks = []
     for weight, source in ties.items():
         one, other = own.get(weight), own.get(source)

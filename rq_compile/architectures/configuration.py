@@ -5,7 +5,7 @@ Families whose code is not in transformers are mapped onto a class that computes
 
 from typing import TYPE_CHECKING, Any
 
-from rq_compile.architectures.agreement import check_sizes
+from rq_compile.architectures.agreement import check_layers, check_sizes
 from rq_compile.architectures.config_values import in_declared_types, neutralized
 from rq_compile.architectures.families import known_family
 from rq_compile.architectures.rope import check_rope, stated_rope, with_head_dim
@@ -32,6 +32,7 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
     known_family(checkpoint)
     stated = {key: value for key, value in checkpoint.config.items() if not key.startswith("_") and key not in RUNTIME_KEYS}
     stated = neutralized(stated)
+    check_layers(checkpoint, stated)
     check_rope(stated, str(checkpoint.path / "config.json"))
     make = {"llama_moe": _llama_moe, "deepseek": _deepseek}.get(checkpoint.model_type, _of_transformers)
     try:

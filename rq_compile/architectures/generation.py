@@ -1,5 +1,6 @@
 """Where generation begins and ends, as transformers' ``model.generate`` has it."""
 
+import math
 from typing import Any
 
 from rq_compile.checkpoint.checkpoint import Checkpoint
@@ -56,7 +57,7 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _whole(checkpoint: Checkpoint, key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
         raise UserError(
             f"{checkpoint.path} has {key} {repr(value)[:40]}, which is not a whole number; correct its config files", 2
         )

@@ -18,9 +18,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.quiet import quiet_transformers
 from rq_compile.architectures.remote import REMOTE_CLASSES
 from rq_compile.architectures.ties import break_ties_by_number
-from rq_compile.architectures.traced import quiet_loading, set_experts_implementation
+from rq_compile.architectures.traced import set_experts_implementation
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.mapped import mapped
 from rq_compile.errors import UserError
@@ -122,7 +123,7 @@ def materialize(
 
 def _converted(model_class: type[PreTrainedModel], model: Model) -> PreTrainedModel:
     """The model with the checkpoint's tensors, renamed and stacked by transformers."""
-    with quiet_loading():
+    with quiet_transformers():
         return model_class.from_pretrained(
             None,
             config=deepcopy(model.config),

@@ -20,6 +20,7 @@ from rq_compile.architectures.layers import (
     expert_matrix,
     moe_layers,
 )
+from rq_compile.architectures.quiet import quiet_transformers
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.checkpoint.storage.weight import Plain, Weight
@@ -67,6 +68,11 @@ class Model:
         Raises:
             UserError: see ``check_names``, ``model_config``, ``TracedWeights.of``, ``moe_layers`` and ``compare``.
         """
+        with quiet_transformers():
+            return cls._of(checkpoint)
+
+    @classmethod
+    def _of(cls, checkpoint: Checkpoint) -> "Model":
         family = FAMILIES.get(checkpoint.model_type)
         if family is None:
             from rq_compile.architectures.traced import TracedWeights

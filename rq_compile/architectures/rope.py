@@ -43,6 +43,8 @@ def check_rope(config: dict[str, Any], place: str) -> None:
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    if isinstance(language := config.get("text_config"), dict):
+        check_rope({"model_type": config["model_type"], **language}, place)
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, dict):
             raise UserError(f"{place} has {key} {str(config[key])[:40]}, which is not an object; give one with a rope_type", 2)
@@ -56,12 +58,18 @@ def check_rope(config: dict[str, Any], place: str) -> None:
             raise UserError(f"{asks}, which is not supported; use a model with one of {', '.join(known)}", 2)
         if by_layer and kind in BY_LENGTH:
             raise UserError(f"{asks} in some layers alone, which is not supported; use it in all layers or in none", 2)
+        if rope["rope_theta"] is not None and not _number(rope["rope_theta"]):
+            raise UserError(f"{asks} with rope_theta {rope['rope_theta']!r:.40}; correct it to a number of at least 0", 2)
         for key in NUMBERS.get(kind, ()):
             if not _positive(rope.get(key)):
                 raise UserError(f"{asks} with {key} {rope.get(key)!r:.40}; correct it to a number above 0, or a list of them", 2)
         trained = "original_max_position_embeddings"
         if config["model_type"] == "phimoe" and kind != "default" and trained not in rope and trained not in config:
             raise UserError(f"{asks} without {trained}; add the length of the model's first training", 2)
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _positive(value: Any) -> bool:

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -16,11 +15,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
-from transformers.utils import logging
 
-from rq_compile.architectures.agreement import Agreement, agreement_of
+from rq_compile.architectures.agreement import Agreement, agreement_of, check_floating, missing, tie_remarks
 from rq_compile.architectures.layers import MoeLayer, Projection
+from rq_compile.architectures.misfit import misfit_of_experts, misfit_of_shapes, tensor_name
 from rq_compile.architectures.probe import experts_geometry
+from rq_compile.architectures.quiet import quiet_transformers
 from rq_compile.architectures.sources.experts import ExpertSources, expert_sources, experts_modules
 from rq_compile.architectures.sources.expression import CASTS, Expression, Source
 from rq_compile.architectures.sources.tracing import Traces, trace
@@ -59,21 +59,15 @@ class TracedWeights:
         model_class = model_class_of(config, checkpoint)
         tensors = {name: (checkpoint.shape(name), _torch_dtype(checkpoint.dtype_of(name))) for name in checkpoint.names}
         try:
-            with quiet_loading():
+            with quiet_transformers():
                 traces = trace(model_class, config, tensors)
         except Exception as error:  # a config may be wrong in any way, and a loader may need what was not foreseen
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"transformers cannot load {checkpoint.path} as a {model_class.__name__}: {reason}; "
+            raise misfit_of_experts(checkpoint, config.get_text_config()) or UserError(
+                f"transformers cannot load {checkpoint.path} as a {model_class.__name__}: {_reason(error)}; "
                 "check its config.json against its tensors",
                 2,
             ) from error
-        if traces.missing:
-            raise UserError(
-                f"{checkpoint.path} has no tensor for {len(traces.missing)} of the parameters of a {model_class.__name__}, "
-                f"{min(traces.missing)} among them; check that all of its files and the right config.json are there",
-                2,
-            )
+        _check_placed(traces, checkpoint, config)
         return cls(checkpoint, traces, tuple(_moe_layers(traces, checkpoint)))
 
     @property
@@ -95,7 +89,12 @@ class TracedWeights:
             for layer in self.layers
         }
         used = {source.name for expression in self.traces.parameters.values() for source in expression.sources()}
-        return agreement_of(self.checkpoint, tensors, experts, used)
+        stack = re.match(r".*?\.(?=\d+\.)", min(min(experts.values())))
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
+        found = agreement_of(self.checkpoint, tensors, experts, used, stack[0] if stack else "model.layers.", layers)
+        ties = dict(getattr(self.model, "all_tied_weights_keys", {}))
+        tied = {weight: source for weight, source in ties.items() if tensors.get(weight, "") == tensors.get(source)}
+        return replace(found, tied=tied, remarks=(*found.remarks, *tie_remarks(self.checkpoint, ties, tensors)))
 
     def _parameters_of(self, layer: MoeLayer) -> list[str]:
         return [name for name in self.traces.parameters if name.startswith(f"{layer.name}.")]
@@ -215,22 +214,40 @@ def text_body(model: Any) -> Any:
     return model.base_model if model.config.is_encoder_decoder else model.get_decoder()
 
 
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """transformers shows no progress bar and warns of nothing."""
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
+def _check_placed(traces: Traces, checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
+    """Whether every parameter is made up of tensors, of its shape and of floating-point numbers.
+
+    Raises:
+        UserError: one is not.
+    """
+    if traces.mismatched:
+        raise misfit_of_experts(checkpoint, config.get_text_config()) or misfit_of_shapes(checkpoint, traces)
+    if traces.missing:
+        ties = getattr(traces.model, "all_tied_weights_keys", {})
+        # Where a weight and what it is tied to are both missing, the checkpoint lacks the second.
+        weight = min((name for name in traces.missing if ties.get(name) not in traces.missing), default=min(traces.missing))
+        raise missing(checkpoint, traces.model, weight, tensor_name(traces, weight))
+    weights = traces.model.state_dict()
+    for name, expression in traces.parameters.items():
+        if name in weights and weights[name].is_floating_point():
+            for source in expression.sources():
+                check_floating(checkpoint, source.name)
+
+
+def _reason(error: Exception) -> str:
+    told = " ".join(str(error).split())[:300]
+    return f"it does not know {told}" if isinstance(error, KeyError) else told or type(error).__name__
 
 
 def _moe_layers(traces: Traces, checkpoint: Checkpoint) -> Iterator[MoeLayer]:
-    chosen = _top_k(traces.model)
+    try:
+        chosen = _top_k(traces.model)
+    except Exception as error:  # as above: numbers of a router that do not go together, say
+        raise UserError(
+            f"transformers cannot run a {type(traces.model).__name__} as {checkpoint.path / 'config.json'} describes it: "
+            f"{_reason(error)}; correct it",
+            2,
+        ) from error
     found = [(name, module) for name, module in experts_modules(traces.model) if name in chosen]
     if not found:
         raise UserError(
@@ -242,6 +259,9 @@ def _moe_layers(traces: Traces, checkpoint: Checkpoint) -> Iterator[MoeLayer]:
         up, down = (traces.parameters.get(f"{name}.{part}") for part in (_up(module), "down_proj"))
         if up is None or down is None:
             raise UserError(f"{checkpoint.path} has no tensors for {name}; check that all of its files are there", 2)
+        if not 1 <= chosen[name] <= down.shape[0]:
+            config = checkpoint.path / "config.json"
+            raise UserError(f"{config} chooses {chosen[name]} of {down.shape[0]} experts; correct it", 2)
         first = expert_sources(traces, name, 0)
         hidden, intermediate = first.down.shape
         number = re.search(r"\.(\d+)\.", name)

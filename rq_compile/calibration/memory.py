@@ -94,12 +94,12 @@ def available_memory() -> int:
     machine = Path("/proc/meminfo")
     if not machine.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    found = re.search(r"MemAvailable: *(\d+) kB", machine.read_text())
+    found = re.search(r"MemAvailable: *(\d+) kB", machine.read_text(encoding="utf-8"))
     available = [int(found[1]) * 1024] if found else []
     available += memory_left()
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     if own != resource.RLIM_INFINITY:
-        available.append(own - int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE)
+        available.append(own - int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * mmap.PAGESIZE)
     return max(0, min(available))
 
 
@@ -122,7 +122,7 @@ def used_memory() -> int:
     """Resident bytes of this process (at its peak, where the system does not tell)."""
     statistics = Path("/proc/self/statm")
     if statistics.exists():
-        return int(statistics.read_text().split()[1]) * mmap.PAGESIZE
+        return int(statistics.read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -66,7 +66,7 @@ def read_loads(path: Path) -> Recorded:
         if path.is_dir():
             return _tensorrt_llm(path)
         if path.suffix == ".json":
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
         return _sglang(content, path)

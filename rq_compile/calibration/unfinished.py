@@ -97,10 +97,10 @@ class Unfinished:
                     path.unlink()
         # Without a line that was cut off: the next would be added to it.
         lines = (json.dumps(job), *(record.model_dump_json() for record in self._records))
-        self._journal.write_text("".join(f"{line}\n" for line in lines))
+        self._journal.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def _left_of(self, job: str) -> list[Finished]:
-        lines = self._journal.read_text(errors="replace").splitlines() if self._journal.exists() else []
+        lines = self._journal.read_text(encoding="utf-8", errors="replace").splitlines() if self._journal.exists() else []
         if lines and lines[0] != job:
             self._say(f"{self.folder} is of another calibration (other texts, options, model or version); starting over")
         records: list[Finished] = []
@@ -145,7 +145,7 @@ class Unfinished:
     def _add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
         number = len(self.layers)
         names = [f"{number}.json", *([f"{number}.safetensors"] if statistics else [])]
-        (self.folder / names[0]).write_text(layer.model_dump_json())
+        (self.folder / names[0]).write_text(layer.model_dump_json(), encoding="utf-8")
         if statistics:
             write_statistics(statistics, self.folder / names[1])
         kept = self.folder / f"states.{number}.pt"
@@ -153,7 +153,7 @@ class Unfinished:
         for path in (*(self.folder / name for name in names), kept):
             sync(path)
         record = Finished(layer=layer.name, files={name: sha256(self.folder / name) for name in names}, states=sha256(kept))
-        with self._journal.open("a") as lines:
+        with self._journal.open("a", encoding="utf-8") as lines:
             lines.write(record.model_dump_json() + "\n")
         sync(self._journal)
         (self.folder / f"states.{number - 1}.pt").unlink(missing_ok=True)

@@ -61,7 +61,10 @@ def refuse_pointer(file: Path) -> None:
 def checkpoint_below(folder: Path) -> Path | None:
     """The checkpoint in a folder that is none itself: the snapshot of a hub repository that is checked out, or the only one."""
     main = folder / "refs" / "main"
-    if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()[:64] / "config.json").is_file():
+    if (
+        main.is_file()
+        and (named := folder / "snapshots" / main.read_text(encoding="utf-8").strip()[:64] / "config.json").is_file()
+    ):
         return named.parent
     found = [file.parent for pattern in BELOW for file in sorted(folder.glob(pattern))]
     return found[0] if len(found) == 1 else None

@@ -176,9 +176,9 @@ def run() -> None:
     """The entry point of the process.
 
     In an ASCII locale Python takes its UTF-8 mode, unless it was told not to: then names of files and prompts would be torn
-    apart, and results could not be written.
+    apart, and results could not be written. Of other encodings (Latin-1) the same is true, and there it never takes it.
     """
-    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and sys.executable and not sys.flags.utf8_mode:
+    if codecs.lookup(sys.getfilesystemencoding()).name != "utf-8" and sys.executable and not sys.flags.utf8_mode:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 is written as it is

@@ -28,10 +28,10 @@ def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None,
     from rq_compile.reporting.headline import headline
     from rq_compile.reporting.page import page
     from rq_compile.reporting.same_engine import check_bench, check_evaluation
-    from rq_compile.runtime.files import engine_files, manifest_path, read_manifest
+    from rq_compile.runtime.files import manifest_path, read_manifest
 
     manifest = read_manifest(engine)
-    parts = (engine.parent / file.name for file in engine_files(manifest))
+    parts = (engine.parent / file.name for file in manifest.files)
     read = [manifest_path(engine), *parts, *(path for path in (evaluation, bench) if path)]
     check_outputs({output: REPORT}, read)
     evaluated = timed = None

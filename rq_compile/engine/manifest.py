@@ -104,3 +104,9 @@ class Manifest(Versioned):
     replaced: dict[str, Count] = Field(default={})
     remarks: list[str] = Field(default=[], description="differences between the checkpoint's config and tensors")
     plan: Plan
+
+    @property
+    def files(self) -> list[EngineFile]:
+        """All but the manifest itself."""
+        files = (self.graph, self.weights, *self.linked, self.tokenizer, *self.licences)
+        return [file for file in files if file is not None]

@@ -24,5 +24,7 @@ def _cpus() -> str:
 
 
 def _processor() -> str:
-    names = re.findall(r"^model name\s*:\s*(.+)$", CPU_INFO.read_text(), re.MULTILINE) if CPU_INFO.is_file() else []
+    names = (
+        re.findall(r"^model name\s*:\s*(.+)$", CPU_INFO.read_text(encoding="utf-8"), re.MULTILINE) if CPU_INFO.is_file() else []
+    )
     return names[0].strip() if names else platform.processor() or "unknown processor"

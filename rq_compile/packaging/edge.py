@@ -11,14 +11,14 @@ from rq_compile import spill
 from rq_compile.engine.library import library_path
 from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
-from rq_compile.files import sha256
+from rq_compile.files import sha256, write_document
 from rq_compile.lowerings import LOWERINGS
 from rq_compile.lowerings.batched import FOLDING_LIMIT
 from rq_compile.packaging.archive import Files, archive_writer, check_package, write_files
 from rq_compile.packaging.op_library import machine, op_library, system_sentence
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.sbom import bill_of_materials
-from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
+from rq_compile.runtime.files import manifest_path, read_cpu_manifest, verify
 from rq_compile.standalone import decoding, limits, text
 
 TEMPLATES = Path(__file__).parent / "edge_files"
@@ -70,12 +70,14 @@ def package(source: Path, output: Path, library: Path | None = None, architectur
 
 def engine_parts(source: Path, manifest: Manifest) -> dict[str, Path]:
     """The engine's own files: graph, weights, tokenizer, the licence texts of its model, and the manifest."""
-    return {path.name: path for path in (manifest_path(source), *(source.parent / file.name for file in engine_files(manifest)))}
+    return {path.name: path for path in (manifest_path(source), *(source.parent / file.name for file in manifest.files))}
 
 
 def written_parts(engine: str, manifest: Manifest, folder: Path, others: Files, remark: str) -> dict[str, Path]:
     """What describes the ``others`` and how to run them, made in ``folder``."""
-    (folder / "LICENSE").write_text(licence())
+    (folder / "LICENSE").write_text(licence(), encoding="utf-8")
+    # In the keys of today, which the examples read: the engine may be of an earlier release.
+    write_document(manifest, manifest_path(folder / engine))
     write_examples(engine, manifest, folder)
     write_readme(engine, manifest, folder, others, remark)
     write_inventory(engine, manifest, folder, others)
@@ -85,7 +87,7 @@ def written_parts(engine: str, manifest: Manifest, folder: Path, others: Files, 
 def write_examples(engine: str, manifest: Manifest, folder: Path) -> None:
     for source in (EXAMPLE, *SHARED):
         shutil.copyfile(source, folder / source.name)
-    example = Template((TEMPLATES / "generate.cc").read_text()).substitute(
+    example = Template((TEMPLATES / "generate.cc").read_text(encoding="utf-8")).substitute(
         engine=engine.replace("\\", "\\\\").replace('"', '\\"'),
         op_library="" if manifest.op_library is None else OP_LIBRARY,
         limit_folding=str(LOWERINGS[manifest.lowering].session_options == FOLDING_LIMIT).lower(),
@@ -93,20 +95,20 @@ def write_examples(engine: str, manifest: Manifest, folder: Path) -> None:
         recomputed_beyond=-1 if manifest.recomputed_beyond is None else manifest.recomputed_beyond,
         prefill_chunk=manifest.prefill_chunk or 0,
     )
-    (folder / "generate.cc").write_text(example)
+    (folder / "generate.cc").write_text(example, encoding="utf-8")
 
 
 def write_readme(engine: str, manifest: Manifest, folder: Path, others: Files, remark: str) -> None:
     parts = {**others, **{path.name: path for path in folder.iterdir()}}
     sizes = [f"| {name} | {parts[name].stat().st_size:,} |" for name in sorted(parts)]
-    readme = Template((TEMPLATES / "README.md").read_text()).substitute(
+    readme = Template((TEMPLATES / "README.md").read_text(encoding="utf-8")).substitute(
         engine=engine,
         tool=manifest.tool,
         library=sentence(remark),
         model_licence=sentence(licence_remark(manifest)),
         files="\n".join(sizes),
     )
-    (folder / "README.md").write_text(readme)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def write_inventory(engine: str, manifest: Manifest, folder: Path, others: Files) -> None:
@@ -117,9 +119,9 @@ def write_inventory(engine: str, manifest: Manifest, folder: Path, others: Files
         file.name: manifest.licence for file in (manifest.graph, manifest.weights, manifest.tokenizer) if file is not None
     }
     licences = {**of_model, **dict.fromkeys(OURS & parts.keys(), "Apache-2.0")}
-    (folder / MATERIALS).write_text(bill_of_materials(engine, manifest.licence, parts, digests, licences))
+    (folder / MATERIALS).write_text(bill_of_materials(engine, manifest.licence, parts, digests, licences), encoding="utf-8")
     digests[MATERIALS] = sha256(folder / MATERIALS)
-    (folder / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+    (folder / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())), encoding="utf-8")
 
 
 def command_lines(source: Path, manifest: Manifest, output: Path) -> list[str]:
@@ -171,4 +173,4 @@ def licence() -> str:
         installed = importlib.metadata.distribution("rq-compile").read_text("licenses/LICENSE")
     except importlib.metadata.PackageNotFoundError:
         installed = None
-    return installed or (Path(__file__).parents[2] / "LICENSE").read_text()
+    return installed or (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")

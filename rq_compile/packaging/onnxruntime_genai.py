@@ -13,7 +13,7 @@ from rq_compile.files import folder_written_beside, sha256, write_document
 from rq_compile.lowerings import LOWERINGS
 from rq_compile.packaging.edge import OP_LIBRARY, cache_remarks, library_remark, licence_remark
 from rq_compile.packaging.package import Package
-from rq_compile.runtime.files import engine_files, manifest_path, read_cpu_manifest, verify
+from rq_compile.runtime.files import manifest_path, read_cpu_manifest, verify
 from rq_compile.standalone.decoding import ALL
 from rq_compile.standalone.text import open_tokenizer
 
@@ -46,7 +46,7 @@ def package(source: Path, output: Path, context_length: int | None = None) -> Pa
     settings = tokenizer_settings(source, manifest)
 
     with folder_written_beside(output) as folder:
-        for file in engine_files(manifest):
+        for file in manifest.files:
             shutil.copyfile(source.parent / file.name, folder / (TOKENIZER if file == manifest.tokenizer else file.name))
         if manifest.tokenizer is not None:  # the folder stays an engine of ours, to be verified, timed and evaluated
             manifest = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"name": TOKENIZER})})
@@ -204,4 +204,4 @@ def example(folder: Path, settings: dict[str, Any] | None) -> str:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

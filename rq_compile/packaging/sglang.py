@@ -34,7 +34,7 @@ def package(source: Path, output: Path, layers: int | None = None, extra_layers:
     known = dict(zip(placement.index, placement.by_layer(), strict=True))
     rows = [known.get(layer, dense) for layer in range((layers or least) + extra_layers)]
     with folder_written_beside(output) as folder:
-        (folder / FILE).write_text(json.dumps({"physical_to_logical_map": rows}) + "\n")
+        (folder / FILE).write_text(json.dumps({"physical_to_logical_map": rows}) + "\n", encoding="utf-8")
     ranks = str(placement.ranks)
     serve = ["python", "-m", "sglang.launch_server", "--model-path", placement.model, "--tp-size", ranks, "--ep-size", ranks]
     serve += ["--ep-num-redundant-experts", str(placement.redundant), "--init-expert-location", str(output / FILE)]

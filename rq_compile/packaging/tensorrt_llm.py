@@ -29,8 +29,10 @@ def package(source: Path, output: Path, extra_layers: int = 0) -> Package:
         "initial_global_assignments": dict(zip(placement.index, placement.by_layer(), strict=True)),
     }
     with folder_written_beside(output) as folder:
-        (folder / BALANCER).write_text(yaml.safe_dump(balancer, sort_keys=False, default_flow_style=None, width=2**20))
-        (folder / OPTIONS).write_text(yaml.safe_dump({"moe_config": {"load_balancer": f"./{BALANCER}"}}))
+        (folder / BALANCER).write_text(
+            yaml.safe_dump(balancer, sort_keys=False, default_flow_style=None, width=2**20), encoding="utf-8"
+        )
+        (folder / OPTIONS).write_text(yaml.safe_dump({"moe_config": {"load_balancer": f"./{BALANCER}"}}), encoding="utf-8")
     ranks = str(placement.ranks)
     serve = ["trtllm-serve", placement.model, "--tp_size", ranks, "--ep_size", ranks, "--extra_llm_api_options", OPTIONS]
     return Package(

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
-from rq_compile.files import folder_written_beside, sha256
+from rq_compile.files import folder_written_beside, sha256, write_document
 from rq_compile.packaging import triton_onnxruntime, triton_python, triton_tensorrt
 from rq_compile.packaging.edge import CHECKSUMS, engine_parts, library_remark, licence, licence_remark
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.triton_config import as_text, messages
-from rq_compile.runtime.files import read_cpu_manifest, verify
+from rq_compile.runtime.files import manifest_path, read_cpu_manifest, verify
 from rq_compile.targets.tensorrt.manifest import TensorRTManifest
 
 Flavour = Literal["python", "onnxruntime", "tensorrt"]
@@ -66,11 +66,13 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
         (model / "1").mkdir(parents=True)
         for part, path in (engine_parts(source, onnx_engine) if onnx_engine else {}).items():
             shutil.copyfile(path, model / "1" / part)
+        if onnx_engine:  # in the keys of today, which the python backend reads
+            write_document(onnx_engine, manifest_path(model / "1" / source.name))
         config, remarks = WRITERS[flavour](source, manifest, model, **options)
-        (model / "config.pbtxt").write_text(as_text(config))
-        (repository / "LICENSE").write_text(licence())
+        (model / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
+        (repository / "LICENSE").write_text(licence(), encoding="utf-8")
         files = sorted(path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file())
-        (repository / CHECKSUMS).write_text("".join(f"{sha256(repository / file)}  {file}\n" for file in files))
+        (repository / CHECKSUMS).write_text("".join(f"{sha256(repository / file)}  {file}\n" for file in files), encoding="utf-8")
 
     if flavour != "python":
         remarks.append("the container of the last command is a proposal: no image of NVIDIA was tried with this package")

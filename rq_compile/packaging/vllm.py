@@ -23,7 +23,7 @@ def package(source: Path, output: Path, extra_layers: int = 0) -> Package:
     """
     placement = read_placement(source, extra_layers)
     with folder_written_beside(output) as folder:
-        (folder / FILE).write_text(json.dumps(placement.by_layer()) + "\n")
+        (folder / FILE).write_text(json.dumps(placement.by_layer()) + "\n", encoding="utf-8")
     serve = ["vllm", "serve", placement.model, "--tensor-parallel-size", str(placement.ranks), "--enable-expert-parallel"]
     serve += ["--enable-eplb", "--eplb-config", json.dumps({"num_redundant_experts": placement.redundant})]
     return Package(

@@ -31,7 +31,7 @@ def package(source: Path, output: Path, extra_layers: int = 0) -> Package:
         for number, layer in enumerate(placement.experts)
     ]
     with folder_written_beside(output) as folder:
-        (folder / FILE).write_text(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}) + "\n")
+        (folder / FILE).write_text(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}) + "\n", encoding="utf-8")
     serve = ["vllm", "serve", placement.model, "--tensor-parallel-size", str(placement.ranks), "--enable-expert-parallel"]
     serve += ["--additional-config", json.dumps({"eplb_config": {"expert_map_path": str(output / FILE)}})]
     return Package(

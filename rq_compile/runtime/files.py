@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from rq_compile.engine.manifest import EngineFile, Manifest
+from rq_compile.engine.appearing import list_of
+from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
 from rq_compile.files import read_document, sha256
 
@@ -11,16 +12,12 @@ def manifest_path(engine: Path) -> Path:
     return engine.with_suffix(".json")
 
 
-def engine_files(manifest: Manifest) -> list[EngineFile]:
-    files = (manifest.graph, manifest.weights, *manifest.linked, manifest.tokenizer, *manifest.licences)
-    return [file for file in files if file is not None]
-
-
 def read_manifest(engine: Path) -> Manifest:
     """Read the manifest beside ``engine`` (an ``.onnx`` file) and check that its files are there, whole.
 
     Raises:
-        UserError: the engine, its manifest or one of its files is missing, or a file has another size than recorded.
+        UserError: the engine, its manifest or one of its files is missing, a file has another size than recorded, or
+            its compilation was stopped while they appeared.
     """
     if engine.suffix != ".onnx":
         raise UserError(f"{engine} is not an engine; name the .onnx file that rq-compile wrote", 2)
@@ -31,8 +28,10 @@ def read_manifest(engine: Path) -> Manifest:
         raise UserError(f"{engine} has no manifest {name} beside it, as it is a link; name {engine.resolve()}", 2)
     if not manifest_path(engine).is_file():
         raise UserError(f"{engine} has no manifest {manifest_path(engine).name} beside it; copy it along or compile again", 2)
+    if list_of(engine).is_file():
+        raise UserError(f"{engine} was not written to its end, as {list_of(engine)} tells; compile it again", 2)
     manifest = read_document(Manifest, manifest_path(engine))
-    for file in engine_files(manifest):
+    for file in manifest.files:
         path = engine.parent / file.name
         if not path.is_file():
             raise UserError(f"{engine} needs {path}, which is missing; copy it along or compile again", 2)
@@ -59,7 +58,7 @@ def verify(engine: Path, manifest: Manifest) -> None:
     Raises:
         UserError: a file is not the one the manifest describes.
     """
-    for file in engine_files(manifest):
+    for file in manifest.files:
         path = engine.parent / file.name
         if (digest := sha256(path)) != file.sha256:
             raise UserError(f"{path} is damaged: sha256 {digest[:12]}... instead of {file.sha256[:12]}...; compile again")

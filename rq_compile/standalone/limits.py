@@ -51,9 +51,11 @@ def cpu_quota() -> float | None:
     for version, group in control_groups("cpu"):
         with suppress(OSError, ValueError):  # a group without the file has no limit of its own
             if version == 2:
-                quota, period = (group / "cpu.max").read_text().split()
+                quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
             else:
-                quota, period = ((group / f"cpu.cfs_{part}_us").read_text().strip() for part in ("quota", "period"))
+                quota, period = (
+                    (group / f"cpu.cfs_{part}_us").read_text(encoding="utf-8").strip() for part in ("quota", "period")
+                )
             if quota not in ("max", "-1"):
                 quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
@@ -67,18 +69,20 @@ def memory_left() -> list[int]:
         if version == 1:
             limit, used, prefix = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         with suppress(OSError, ValueError):
-            bound = int((group / limit).read_text())
+            bound = int((group / limit).read_text(encoding="utf-8"))
             # What was read from disk counts as used, but gives way.
-            cached = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-            left.append(bound - int((group / used).read_text()) + sum(map(int, cached)))
+            cached = re.findall(
+                rf"^{prefix}(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE
+            )
+            left.append(bound - int((group / used).read_text(encoding="utf-8")) + sum(map(int, cached)))
     return left
 
 
 def control_groups(controller: str) -> Iterator[tuple[int, Path]]:
     """Version and folder of the control group of this process, and of each group that it is in, for ``controller``."""
     try:
-        mounts = (PROCESS / "mountinfo").read_text().splitlines()
-        memberships = [line.split(":", 2) for line in (PROCESS / "cgroup").read_text().splitlines()]
+        mounts = (PROCESS / "mountinfo").read_text(encoding="utf-8").splitlines()
+        memberships = [line.split(":", 2) for line in (PROCESS / "cgroup").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return  # not Linux
     for mount in mounts:
@@ -113,6 +117,6 @@ def _within_quota(cpus: int) -> int:
 def _siblings(cpu: int) -> str:
     """The CPUs that share a physical core with this one; itself where the system does not tell."""
     try:
-        return (CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+        return (CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="utf-8").strip()
     except OSError:
         return str(cpu)

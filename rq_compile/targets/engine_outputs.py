@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from rq_compile.engine.appearing import left_over
 from rq_compile.outputs import Recognizes, engine_of
 from rq_compile.targets.licences import licence_texts
 
@@ -35,9 +36,11 @@ def tensorrt_outputs(output: Path) -> dict[Path, tuple[str, Recognizes]]:
 def engine_outputs(output: Path, endings: Iterable[str]) -> dict[Path, tuple[str, Recognizes]]:
     """``output``, ``<stem>.json`` and the files of other ``endings``.
 
-    They may be replaced if ``<stem>.json`` is the manifest of an engine called ``output``.
+    They may be replaced if ``<stem>.json`` is the manifest of an engine called ``output``, or if an earlier compilation was
+    stopped while they appeared.
     """
     manifest = output.with_suffix(".json")
-    ours = manifest.is_file() and engine_of(manifest) == output.name
+    known, stopped = manifest.is_file() and engine_of(manifest) == output.name, left_over(output)
+    ours = lambda path: known or path.name in stopped  # noqa: E731
     others = [output, *(output.parent / f"{output.stem}{ending}" for ending in endings)]
-    return {manifest: ("engine's manifest", lambda _: ours), **dict.fromkeys(others, ("engine", lambda _: ours))}
+    return {manifest: ("engine's manifest", ours), **dict.fromkeys(others, ("engine", ours))}

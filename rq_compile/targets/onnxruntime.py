@@ -12,6 +12,7 @@ from rq_compile.architectures.model import Model
 from rq_compile.architectures.rope import recomputed_beyond
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.safetensors_file import StoredTensor
+from rq_compile.engine.appearing import Appearing
 from rq_compile.engine.library import OP_SET_VERSION
 from rq_compile.engine.manifest import EngineFile, Manifest
 from rq_compile.errors import UserError
@@ -100,6 +101,7 @@ def compile_engine(
 
     # Left in reverse order: the manifest, by which an engine is loaded, is the last to appear.
     with ExitStack() as stack:
+        appearing = stack.enter_context(Appearing(output))
         document = stack.enter_context(written_beside(output.with_suffix(".json")))
         files = _copies(stack, model, output)
         links = link_names(content.linked, output)
@@ -142,6 +144,7 @@ def compile_engine(
             **tokens,
         )
         write_document(manifest, document)
+        appearing.begin([output.with_suffix(".json").name, *(file.name for file in manifest.files)])
     return manifest
 
 

@@ -45,14 +45,14 @@ class Journal:
     def add(self, record: Record) -> None:
         """The section that follows the others was written to ``file`` and flushed."""
         self.records.append(record)
-        with self.path.open("a") as lines:
+        with self.path.open("a", encoding="utf-8") as lines:
             lines.write(record.model_dump_json() + "\n")
 
     def distrust(self, number: int) -> None:
         """Section ``number`` and all after it are not as they were written."""
         self._say(f"{self.records[number].section} of the partial file is not as it was written; going on from there")
         del self.records[number:]
-        _write_lines(self.path, self.path.read_text().splitlines()[0], self.records)
+        _write_lines(self.path, self.path.read_text(encoding="utf-8").splitlines()[0], self.records)
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def _records(lines: Path, job: Job, path: Path, fresh: bool, say: Say) -> list[R
     """What the journal tells of a job that was the same; nothing after a line that was cut off."""
     if fresh or not lines.exists():
         return []
-    first, *rest = lines.read_text(errors="replace").splitlines() or [""]
+    first, *rest = lines.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     if first != json.dumps(job):
         say(f"the partial {path.name} was begun {_difference(first, job)}; starting over")
         return []
@@ -142,4 +142,4 @@ def _difference(first: str, job: Job) -> str:
 
 
 def _write_lines(path: Path, job: str, records: list[Record]) -> None:
-    path.write_text("".join(f"{line}\n" for line in (job, *(record.model_dump_json() for record in records))))
+    path.write_text("".join(f"{line}\n" for line in (job, *(record.model_dump_json() for record in records))), encoding="utf-8")

@@ -14,6 +14,8 @@ from frozen_files import FROZEN, PLANS
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from rq_compile.evaluation import bench
+
 EXAMPLES = int(os.environ.get("RQ_FUZZ", "40"))
 FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 Run = Callable[..., Result]
@@ -99,6 +101,19 @@ def well_told(result: Result) -> bool:
     return False
 
 
+@pytest.fixture(scope="module")
+def short_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("Some words to score.")
+    return file
+
+
+@pytest.fixture(autouse=True)
+def without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the rounds of a benchmark whose figures nobody reads."""
+    monkeypatch.setattr(bench, "REST", 0)
+
+
 def check_all(run: Run, *commands: list[object]) -> None:
     results = [well_told(run(*command, "-q")) for command in commands]
     note(f"worked: {results}")
@@ -150,12 +165,20 @@ def test_plans_that_are_compiled(
     plan = document(stages / "plan.json")
     shutil.copy(stages / plan["statistics"]["name"], folder)
     file.write_text(data.draw(changed(plan)))
-    check_all(rq_compile, [model, "--plan", file, "-o", folder / "a.onnx", "--dry-run"])
+    compile = [model, "--plan", file, "-o", folder / "a.onnx"]
+    check_all(rq_compile, [*compile, "--dry-run"], compile)
+    if not (folder / "a.onnx").exists():
+        left = {path.name for path in folder.iterdir()} - {file.name, plan["statistics"]["name"]}
+        assert left == set()
+    else:
+        check_all(rq_compile, ["generate", folder / "a.onnx", "--prompt", "ab", "--max-tokens", 2])
 
 
 @FUZZ
 @given(data=st.data())
-def test_manifests(data: st.DataObject, rq_compile: Run, stages: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_manifests(
+    data: st.DataObject, rq_compile: Run, model: Path, stages: Path, short_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     for file in stages.glob("model.*"):
         (folder / file.name).symlink_to(file)
@@ -166,6 +189,8 @@ def test_manifests(data: st.DataObject, rq_compile: Run, stages: Path, tmp_path_
         rq_compile,
         ["inspect", engine],
         ["generate", engine, "--prompt", "ab", "--max-tokens", 2],
+        ["evaluate", engine, "--reference", model, "--text", short_text, "--sequence-length", 16],
+        ["bench", engine, "--prompt-tokens", 3, "--new-tokens", 1, "--rounds", 1],
         ["report", engine, "-o", folder / "report.html"],
         ["package", engine, "--for", "edge", "-o", folder / "edge"],
     )

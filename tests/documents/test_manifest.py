@@ -9,7 +9,7 @@ from rq_compile.engine.library import OP_SET_VERSION
 from rq_compile.engine.manifest import Manifest
 from rq_compile.files import sha256
 from rq_compile.quantization.formats import FORMATS, matrix_bytes
-from rq_compile.runtime.files import engine_files, read_manifest
+from rq_compile.runtime.files import read_manifest
 from rq_compile.targets.weights_file import ALIGNMENT
 
 
@@ -24,7 +24,7 @@ def graph(stages: Path) -> onnx.GraphProto:
 
 
 def test_it_lists_every_file_with_its_hash(manifest: Manifest, stages: Path) -> None:
-    files = {file.name: file for file in engine_files(manifest)}
+    files = {file.name: file for file in manifest.files}
     assert {path.name for path in stages.glob("model.*")} == {*files, "model.json"}
     for name, file in files.items():
         assert file.bytes == (stages / name).stat().st_size

@@ -100,6 +100,26 @@ def test_python_example_generates_the_engines_tokens_without_rq_compile(engine: 
     assert contents(packaged) == before
 
 
+def test_an_engine_of_an_earlier_release(engine: Path, rq_compile: Command, tmp_path: Path) -> None:
+    """Version 1 of the manifest knew caches by heads and dimension; the package has the keys that its script reads."""
+    old = tmp_path / "old"
+    old.mkdir()
+    for file in engine.parent.glob("small.*"):
+        shutil.copy(file, old)
+    manifest = json.loads((old / "small.json").read_text())
+    manifest["schema_version"] = 1
+    for tensor in manifest["cache"]:
+        _, tensor["heads"], _, tensor["dimension"] = tensor.pop("shape")
+    for key in ("prefill_chunk", "recomputed_beyond", "linked", "remarks"):
+        del manifest[key]
+    (old / "small.json").write_text(json.dumps(manifest))
+    result = rq_compile("package", old / "small.onnx", "--for", "edge", "-o", tmp_path / "edge", "-q")
+    assert result.exit_code == 0, result.stderr
+    said = run(sys.executable, tmp_path / "edge" / "generate.py", "--ids", *PROMPT, "--tokens", 6, cwd=tmp_path)
+    assert [int(token) for token in said] == list(Engine.load(engine, threads=1).generate(PROMPT, 6))
+    run("sha256sum", "--strict", "-c", "SHA256SUMS", cwd=tmp_path / "edge")
+
+
 def test_python_example_continues_a_text(engine: Path, packaged: Path, tmp_path: Path) -> None:
     loaded = Engine.load(engine, threads=1)
     expected = loaded.tokenizer.decode(list(loaded.generate(loaded.tokenizer.encode("The hacker").ids, 5)))

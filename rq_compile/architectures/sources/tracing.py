@@ -22,13 +22,15 @@ class Traces:
     """A model on the meta device whose parameters are known as expressions.
 
     ``parameters`` has every parameter and buffer that checkpoint tensors make up, by its name in ``model``. ``missing`` are the
-    model's parameters that no tensor makes up, ``unexpected`` the tensors that no parameter takes. Buffers that no checkpoint
-    holds (rotary frequencies) are real.
+    model's parameters and persistent buffers that no tensor makes up, also where the loader would fill them with new values;
+    ``mismatched`` those whose tensors make up another shape -> that shape, and the model's; ``unexpected`` the tensors that no
+    parameter takes. Buffers that no checkpoint holds (rotary frequencies) are real.
     """
 
     model: PreTrainedModel
     parameters: dict[str, Expression]
     missing: frozenset[str]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     unexpected: frozenset[str]
 
 
@@ -42,14 +44,22 @@ def trace(
     }
     loader: Any = model_class
     model, loaded = loader.from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        None,
+        config=config,
+        state_dict=state,
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
     )
     parameters: dict[str, Expression] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if isinstance(tensor, Traced):
             parameters[name] = tensor.expression
             _replace(model, name, tensor.as_subclass(torch.Tensor))
-    return Traces(model.eval(), parameters, frozenset(loaded["missing_keys"]), frozenset(loaded["unexpected_keys"]))
+    mismatched = {name: (tuple(there), tuple(asked)) for name, there, asked in loaded["mismatched_keys"]}
+    missing = {*loaded["missing_keys"], *(name for name in model.state_dict() if name not in parameters)}
+    return Traces(model.eval(), parameters, frozenset(missing), mismatched, frozenset(loaded["unexpected_keys"]))
 
 
 def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ class TritonPythonModel:
             for name in ("intra_op_thread_count", "concurrent_requests", "max_sequence_length")
         )
         engine = next(HERE.glob("*.onnx"))
-        self.manifest = json.loads(engine.with_suffix(".json").read_text())
+        self.manifest = json.loads(engine.with_suffix(".json").read_text(encoding="utf-8"))
         self.session = open_session(engine, self.manifest, HERE / "librq_moe.so", session_threads(threads))
         file = self.manifest["tokenizer"]
         self.tokenizer = None if file is None else open_tokenizer(HERE / file["name"])

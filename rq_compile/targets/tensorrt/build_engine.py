@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--builder", choices=BUILDERS, help="instead of the one that the settings name")
     parser.add_argument("--sm", help="compute capabilities, with --builder rtx: 80,89,120")
     arguments = parser.parse_args()
-    settings = json.loads(arguments.settings.read_text())
+    settings = json.loads(arguments.settings.read_text(encoding="utf-8"))
     if arguments.builder and arguments.builder != settings["builder"]:
         settings |= {"builder": arguments.builder, "compute_capabilities": []}
     if arguments.sm:
@@ -212,7 +212,7 @@ def main() -> None:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    (folder / f"{settings['engine']}.report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / f"{settings['engine']}.report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {settings['engine']}, {report['bytes']} bytes, in {report['build_seconds']} s with {report['builder']}")
 
 

@@ -12,7 +12,9 @@ from typing import Literal
 
 from rq_compile import __version__
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.rope import recomputed_beyond
 from rq_compile.calibration.statistics import Statistics
+from rq_compile.engine.appearing import Appearing
 from rq_compile.engine.manifest import EngineFile
 from rq_compile.errors import UserError
 from rq_compile.export.export import Exported, export_graph
@@ -119,12 +121,16 @@ def compile_tensorrt(
             built=built,
             replaced=network.replaced,
             remarks=list(model.remarks),
+            recomputed_beyond=recomputed_beyond(model.config),
             plan=plan,
         )
         write_document(manifest, folder / f"{stem}.json")
         # All of them are there. The manifest comes last, so that what it describes is never missing beside it.
-        for name in (*(file.name for file in files.values()), f"{stem}.json"):
-            publish(folder / name, output.parent / name)
+        names = [*(file.name for file in files.values()), f"{stem}.json"]
+        with Appearing(output) as appearing:
+            appearing.begin(names)
+            for name in names:
+                publish(folder / name, output.parent / name)
     return manifest
 
 
@@ -193,10 +199,10 @@ def _write_build_files(folder: Path, stem: str, settings: Settings, network: Net
         "timing_cache": f"{stem}.timing",
         "profiles": shapes,
     }
-    (folder / f"{stem}.build.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"{stem}.build.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(build_engine.__file__, folder / f"{stem}.build.py")
     line = trtexec(f"{stem}.network.onnx", f"{stem}.plan", f"{stem}.timing", shapes, library)
-    (folder / f"{stem}.build.sh").write_text(line)
+    (folder / f"{stem}.build.sh").write_text(line, encoding="utf-8")
 
 
 def _build(folder: Path, stem: str) -> Built:

@@ -63,6 +63,9 @@ class TensorRTManifest(Versioned):
     built: Built | None
     replaced: dict[str, Count]
     remarks: list[str] = Field(default=[], description="differences between the checkpoint's config and tensors")
+    recomputed_beyond: Count | None = Field(
+        default=None, description="a cache of at most so many tokens is not continued beyond them: all are computed anew"
+    )
     plan: Plan
 
     @property

@@ -1,0 +1,193 @@
+"""Config and tensors that differ, in families that transformers' loader places: the same answers as in declared families."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import model_types
+import pytest
+import tiny_storage
+import torch
+from hostile import one_sentence
+from safetensors.torch import load_file, save_file
+
+from rq_compile.architectures.model import Model
+from rq_compile.errors import UserError
+
+Tensors = dict[str, torch.Tensor]
+Copy = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    known: dict[str, Path] = {}
+
+    def build(model_type: str) -> Path:
+        if model_type not in known:
+            known[model_type] = model_types.build(model_type, tmp_path_factory.mktemp("types") / model_type)
+        return known[model_type]
+
+    return build
+
+
+@pytest.fixture
+def copy(built: Callable[[str], Path], tmp_path: Path) -> Copy:
+    """``copy(type, change, keys...)``: a checkpoint whose tensors ``change`` has changed, and keys of its text config."""
+
+    def make(model_type: str, change: Callable[[Tensors], object] | None = None, **keys: object) -> Path:
+        folder = Path(shutil.copytree(built(model_type), tmp_path / f"{model_type}-{len(list(tmp_path.iterdir()))}"))
+        stated = json.loads((folder / "config.json").read_text())
+        stated.get("text_config", stated).update(keys)
+        (folder / "config.json").write_text(json.dumps(stated))
+        if change is not None:
+            tensors = load_file(folder / "model.safetensors")
+            change(tensors)
+            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return make
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Model.open(folder)
+    message = one_sentence(caught.value)
+    assert caught.value.exit_status == 2
+    assert all(word in message for word in words), message
+
+
+def remarks(folder: Path) -> list[str]:
+    return [remark for remark in Model.open(folder).remarks if "ends a text" not in remark]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tensor"),
+    [
+        ("glm4_moe", "lm_head.weight"),
+        ("qwen3_5_moe", "lm_head.weight"),
+        ("nemotron_h", "lm_head.weight"),
+        ("lfm2_moe", "model.embed_tokens.weight"),
+        ("gemma4", "model.language_model.embed_tokens.weight"),
+        ("nemotron_h", "backbone.layers.0.mixer.A_log"),
+        ("nemotron_h", "backbone.norm_f.weight"),
+        ("minimax_m2", "model.layers.2.block_sparse_moe.gate.weight"),
+        ("minimax_m2", "model.layers.1.block_sparse_moe.e_score_correction_bias"),
+        ("axk1", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("gemma4", "model.language_model.layers.1.router.per_expert_scale"),
+        ("glm4_moe", "model.layers.1.mlp.experts.0.down_proj.weight"),
+        ("qwen3_5_moe", "model.language_model.layers.2.mlp.experts.7.gate_proj.weight"),
+        ("nemotron_h", "backbone.layers.1.mixer.experts.3.up_proj.weight"),
+    ],
+)
+def test_a_missing_weight_is_named(copy: Copy, model_type: str, tensor: str) -> None:
+    """Also one that the loader would fill with new values, and one matrix of one expert."""
+    refused(copy(model_type, lambda tensors: tensors.pop(tensor)), f"has no tensor {tensor}")
+
+
+def test_a_head_is_only_the_embedding_where_the_config_ties_it(copy: Copy) -> None:
+    refused(copy("glm4_moe", lambda tensors: tensors.pop("lm_head.weight")), "tie_word_embeddings is false")
+    tied = copy("glm4_moe", lambda tensors: tensors.pop("lm_head.weight"), tie_word_embeddings=True)
+    assert Model.open(tied).agreement.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert any("differ, though config.json ties them" in said for said in remarks(copy("glm4_moe", tie_word_embeddings=True)))
+
+
+@pytest.mark.parametrize("experts", [7, 9])
+@pytest.mark.parametrize(
+    ("model_type", "key"), [("glm4_moe", "n_routed_experts"), ("qwen3_5_moe", "num_experts"), ("nemotron_h", "n_routed_experts")]
+)
+def test_another_number_of_experts(copy: Copy, model_type: str, key: str, experts: int) -> None:
+    refused(
+        copy(model_type, **{key: experts}), "experts.", f"{experts} experts" if experts == 7 else f"config.json says {experts}"
+    )
+
+
+def test_a_layer_with_fewer_experts(copy: Copy) -> None:
+    def fewer(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".layers.2." in name and (".experts.6." in name or ".experts.7." in name)]:
+            del tensors[name]
+
+    refused(copy("glm4_moe", fewer), "model.layers.2.mlp.experts has 6 experts where config.json says 8", "experts.6.")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tensor"), [("glm4_moe", "model.layers.1.input_layernorm.weight"), ("nemotron_h", "backbone.norm_f.weight")]
+)
+def test_a_weight_of_another_shape_or_type(copy: Copy, model_type: str, tensor: str) -> None:
+    refused(copy(model_type, lambda tensors: tensors.update({tensor: torch.ones(7)})), f"{tensor} of", "has shape [7] where")
+    for dtype in (torch.int64, torch.bool):
+        changed = copy(model_type, lambda tensors, dtype=dtype: tensors.update({tensor: tensors[tensor].to(dtype)}))
+        refused(changed, f"{tensor} of", "is stored as")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tensor"),
+    [
+        ("glm4_moe", "model.layers.1.self_attn.rotary_emb.inv_freq"),
+        ("qwen3_5_moe", "model.language_model.layers.1.extra"),
+        ("nemotron_h", "mtp.fc.weight"),
+    ],
+)
+def test_a_tensor_that_no_weight_needs(copy: Copy, model_type: str, tensor: str) -> None:
+    said = remarks(copy(model_type, lambda tensors: tensors.update({tensor: torch.ones(4)})))
+    assert said == [f"1 tensor ({tensor}) left out: the model has no such weight"]
+
+
+def test_layers_beyond_the_config_s(copy: Copy) -> None:
+    (said,) = remarks(copy("glm4_moe", num_hidden_layers=3))
+    assert said.startswith("layer 3 of the checkpoint left out")
+    assert said.endswith("the model has 3 layers")
+
+
+HUGE = 10**9
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "gemma4", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_hidden_layers": HUGE},
+        {"vocab_size": HUGE},
+        {"num_attention_heads": HUGE},
+        {"num_experts_per_tok": 99},
+        {"top_k_experts": 99, "num_experts_per_tok": 99},
+        {"num_experts_per_tok": 0, "top_k_experts": 0},
+        {"rope_parameters": {"rope_type": "yarnx", "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
+        {"hidden_act": "siluu", "hidden_activation": "siluu"},
+    ],
+    ids=lambda keys: f"{next(iter(keys))}={next(iter(keys.values()))}"[:40],
+)
+def test_a_number_or_a_name_that_cannot_be(copy: Copy, model_type: str, keys: dict[str, Any]) -> None:
+    """Of the language model, where it is a part of a multimodal one, too; no work grows with the number."""
+    if model_type == "gemma4" and "top_k_experts" not in keys and "num_experts_per_tok" in keys:
+        pytest.skip("Gemma calls it top_k_experts")
+    refused(copy(model_type, **keys), "config.json")
+
+
+def test_layers_of_what_reads_images(built: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built("qwen3_5_moe"), tmp_path / "model"))
+    stated = json.loads((folder / "config.json").read_text())
+    stated["vision_config"]["depth"] = HUGE
+    (folder / "config.json").write_text(json.dumps(stated))
+    refused(folder, f"says depth {HUGE}")
+
+
+def test_quantized_weights_that_are_missing(built: Callable[[str], Path], tmp_path: Path) -> None:
+    """In a storage format, too: the names are those of the weights as they are decoded."""
+    plain = Path(shutil.copytree(built("glm4_moe"), tmp_path / "plain"))
+    made = tiny_storage.store(plain, tmp_path / "stored", tiny_storage.FORMATS["fp8"])
+    for shard in made.glob("*.safetensors"):
+        tensors = load_file(shard)
+        kept = {name: t for name, t in tensors.items() if ".layers.1.mlp.experts.2.up_proj." not in name}
+        save_file(kept, shard, {"format": "pt"})
+    (made / "model.safetensors.index.json").unlink()
+    refused(made, "has no tensor model.layers.1.mlp.experts.2.up_proj.weight")
+
+
+def test_transformers_is_quiet(copy: Copy, capfd: pytest.CaptureFixture[str]) -> None:
+    """What it warns of in a config is ours to say, or not odd."""
+    Model.open(copy("glm4_moe", eos_token_id=-1, pad_token_id=9999))
+    assert capfd.readouterr().err == ""

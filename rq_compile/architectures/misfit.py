@@ -9,7 +9,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from rq_compile.architectures.layers import EXPERTS_KEYS
-from rq_compile.architectures.sources.expression import Source
+from rq_compile.architectures.sources.expression import whole_tensor
 from rq_compile.architectures.sources.tracing import Traces
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
@@ -60,7 +60,7 @@ def misfit_of_shapes(checkpoint: Checkpoint, traces: Traces) -> UserError:
 def tensor_name(traces: Traces, parameter: str) -> str:
     """What the tensor of a parameter would be called in this checkpoint: as the same one of another layer, or as most others of
     the modules that it is in."""
-    renamed = {name: part.name for name, part in traces.parameters.items() if isinstance(part, Source) and part.row is None}
+    renamed = {name: tensor for name, part in traces.parameters.items() if (tensor := whole_tensor(part))}
     if parameter in renamed:
         return renamed[parameter]
     numbers = NUMBER.findall(parameter)

@@ -22,7 +22,7 @@ from rq_compile.architectures.misfit import misfit_of_experts, misfit_of_shapes,
 from rq_compile.architectures.probe import experts_geometry
 from rq_compile.architectures.quiet import quiet_transformers
 from rq_compile.architectures.sources.experts import ExpertSources, expert_sources, experts_modules
-from rq_compile.architectures.sources.expression import CASTS, Expression, Source
+from rq_compile.architectures.sources.expression import CASTS, Expression, Source, whole_tensor
 from rq_compile.architectures.sources.tracing import Traces, trace
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
@@ -93,8 +93,9 @@ class TracedWeights:
         layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
         found = agreement_of(self.checkpoint, tensors, experts, used, stack[0] if stack else "model.layers.", layers)
         ties = dict(getattr(self.model, "all_tied_weights_keys", {}))
-        tied = {weight: source for weight, source in ties.items() if tensors.get(weight, "") == tensors.get(source)}
-        return replace(found, tied=tied, remarks=(*found.remarks, *tie_remarks(self.checkpoint, ties, tensors)))
+        own = {name: whole_tensor(self.parameter(name)) for name in (*ties, *ties.values()) if name in tensors}
+        tied = {weight: source for weight, source in ties.items() if own.get(weight) and own[weight] == own.get(source)}
+        return replace(found, tied=tied, remarks=(*found.remarks, *tie_remarks(self.checkpoint, ties, own)))
 
     def _parameters_of(self, layer: MoeLayer) -> list[str]:
         return [name for name in self.traces.parameters if name.startswith(f"{layer.name}.")]

@@ -111,6 +111,13 @@ class Step(Expression):
         return next((self.kwargs[name] for name in names if name in self.kwargs), default)
 
 
+def whole_tensor(expression: Expression) -> str | None:
+    """The tensor that an expression is all of (``tensor[...]``), but for casts; None where it is something else."""
+    while isinstance(expression, Step) and (expression.is_cast or expression.args[1:] == (...,)):
+        expression = expression.args[0]
+    return expression.name if isinstance(expression, Source) and expression.row is None else None
+
+
 def step(function: Callable[..., Any], *args: Any, output: int | None = None) -> Step:
     """``function(*args)`` as an expression; its shape is found on the meta device."""
     shapes = tree_map(lambda leaf: torch.empty(leaf.shape, device="meta") if isinstance(leaf, Expression) else leaf, args)

@@ -168,8 +168,7 @@ def test_other_lowerings_carry_whole_numbers_over_too(
     tmp_path: Path,
 ) -> None:
     plan = make_plan(calibration[0], policy="none", memory=None, ranks=1, target="cpu")
-    quiet = {"progress": lambda done, total: None, "exported": exported_once(name, model)}
-    compile_engine(model, plan, tmp_path / "e.onnx", lowering, Statistics.of(calibration[1]), **quiet)
+    compile_engine(model, plan, tmp_path / "e.onnx", lowering, Statistics.of(calibration[1]), exported_once(name, model))
     logits = Engine.load(tmp_path / "e.onnx", threads=1).logits(tokens(2, 9))
     np.testing.assert_allclose(logits, dequantized.logits(tokens(2, 9)), rtol=0, atol=1e-4)
 

@@ -132,7 +132,6 @@ NOT_TRIED = {
     "deepseek_ocr2": "its vision tower has no small config yet",
     "diffusion_gemma": "it does not decode from left to right",
     "ernie4_5_vl_moe": "experts of its own for images",
-    "glm4v_moe": "rotary positions of three axes",
     "glm5_next": "a number of tokens that depends on the data (torch.nonzero)",
     "inkling_text": "a graph that ONNX Runtime refuses",
     "minimax": "a cache class of its own",

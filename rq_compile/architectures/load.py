@@ -25,6 +25,7 @@ from rq_compile.architectures.traced import set_experts_implementation
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.mapped import mapped
 from rq_compile.errors import UserError
+from rq_compile.processes import on_this_host
 from rq_compile.standalone.limits import default_threads
 
 # One product per expert that has tokens: "grouped_mm" in one call, which wants rows of whole 16 bytes, or "eager" in a loop.
@@ -54,7 +55,7 @@ def load_model(model: Model) -> PreTrainedModel:
 
 def use_threads(threads: int | None = None) -> None:
     """Have torch compute on ``threads`` threads; by default on no more than this process may use."""
-    torch.set_num_threads(threads or min(torch.get_num_threads(), default_threads()))
+    torch.set_num_threads(threads or min(torch.get_num_threads(), max(1, default_threads() // on_this_host())))
 
 
 def meta_model(model: Model) -> PreTrainedModel:

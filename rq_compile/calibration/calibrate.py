@@ -18,6 +18,7 @@ from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.memory import Way, choose_way
 from rq_compile.calibration.recording import LayerRecording, record_whole_model
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
+from rq_compile.calibration.split import Split
 from rq_compile.calibration.statistics import tensors_of
 from rq_compile.calibration.stored import layers_to_measure, lossless_format, stored_layer
 from rq_compile.calibration.streaming import record_layer_by_layer
@@ -26,6 +27,7 @@ from rq_compile.calibration.unfinished import InProcess, Unfinished
 from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.errors import UserError
 from rq_compile.files import sha256
+from rq_compile.processes import device_of_process, world
 from rq_compile.quantization.formats import Block, Quantizer
 
 # What the recorded inputs of all layers may take on disk where the model runs as a whole. Beyond, an even sample of the tokens is
@@ -109,6 +111,9 @@ def calibrate(
     ``streaming.py``), with the same result to fp32 rounding. ``remark`` is told which way was taken, and whether experts tie.
     ``device`` is the torch device that runs the model and its experts; the CPU rounds.
 
+    Several processes (see ``processes``) share the batches, then the experts of a layer, and each returns the result. What is
+    ``kept`` is the first one's.
+
     Layers that are measured one by one are ``kept``, so that an interrupted run goes on behind the last of them. ``detail`` is
     told which layer is measured, and how fast.
 
@@ -118,6 +123,7 @@ def calibrate(
     Raises:
         UserError: see ``work_of``; or a layer's routing or output is not what it must be (see ``LayerRecording``).
     """
+    device = device_of_process(device)
     work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
     use_threads()
     for text in (work.way.reason, *remarks_on_ties(model)):
@@ -138,22 +144,26 @@ def calibrate(
             "wanda_fraction": wanda_fraction,
         }
     )
+    split = Split.of(work.batches)
+    kept.layers = world().from_first(kept.layers)
     measured: tuple[LayerCalibration, dict[str, np.ndarray]]
     if work.way.whole:
         recorded = record_whole_model(model, layers, list(texts), work.batches, device=device, progress=report.ran)
     else:
         recorded = record_layer_by_layer(
-            *(model, layers, list(texts), work.batches),
+            *(model, layers, list(texts), split.own(work.batches)),
             device=device,
             in_memory=work.way.states_in_memory,
             progress=report.ran,
-            begin=kept.states(),
+            begin=split.own_states(kept.states() if kept.layers else None),
             after=kept.layers[-1].name if kept.layers else None,
-            finished=lambda states: kept.add(*measured, states),
+            finished=lambda states: kept.add(*measured, split.all_states(states)),
         )
     report.begin(kept.layers)
-    for recording, read_expert, output in recorded if len(kept.layers) < len(layers) else ():
-        measurement = _measure(recording, report.layer(read_expert), output, quantizer, wanda_fraction, device)
+    for own, read_expert, own_output in recorded if len(kept.layers) < len(layers) else ():
+        recording = split.all_of(own)
+        with split.all_outputs(recording, own_output, in_memory=work.way.states_in_memory) as output:
+            measurement = _measure(recording, report.layer(read_expert), output, quantizer, wanda_fraction, device)
         report.measured()
         moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
         measured = _layer_calibration(model, recording, measurement), moments if quantizer == "gptq" else {}

@@ -4,7 +4,7 @@ Nothing here knows where inputs and weights come from, so that a model larger th
 the same function.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ from rq_compile.calibration.expert import expert_outputs, in_format, weight_erro
 from rq_compile.calibration.schema import LayerSums
 from rq_compile.calibration.scratch import release
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
+from rq_compile.processes import world
 from rq_compile.quantization.formats import FLOAT_FORMATS, FORMATS, SLOT_FORMATS, Format, Quantizer, block_size
 from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 
@@ -25,6 +26,8 @@ from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 MAX_PAIRS = 256
 # Tokens of an expert that are run at a time.
 ROWS_AT_ONCE = 1024
+# What rounding an expert takes, in tokens that it could have run instead: for a fair share of a layer's experts.
+ROUNDING_COST = 1500
 # The square of fp32's rounding: what changes weights by less changes outputs by less than computing them in fp32 does.
 ROUNDING = 2.0**-48
 
@@ -43,7 +46,7 @@ class ExpertMeasurement:
     error: dict[Format, float]
     weight_error: dict[Format, float]
     wanda: float
-    intermediate_moment: SecondMoment
+    intermediate_moment: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class LayerMeasurement:
             weight_error={format: np.array([expert.weight_error[format] for expert in experts]) for format in experts[0].error},
             wanda=np.array([expert.wanda for expert in experts]),
             input_moment=input_moment,
-            intermediate_moments=np.stack([expert.intermediate_moment.values for expert in experts]),
+            intermediate_moments=np.stack([expert.intermediate_moment for expert in experts]),
             output_square=output_square,
         )
 
@@ -129,31 +132,40 @@ def measure_layer(
 
     ``hidden [T, hidden]`` fp32, ``ids [T, k]`` in ``0..m-1``, ``gates [T, k]`` fp32. ``weights_of(e)`` gives expert e; it is
     called once an expert, in order, from a thread of its own, while the expert before is measured. What the experts give
-    together for every token is added to ``output [T, hidden]`` fp32, zeros at first. ``hidden`` and ``output`` may be mapped
+    together for every token is added to ``output [T, hidden]`` float64, zeros at first. ``hidden`` and ``output`` may be mapped
     from disk. Held at a time, in fp32: the weights of one expert twice, and the inputs and outputs of some of its tokens.
     ``device`` is the torch device of the products; the CPU rounds.
+
+    Every process of the world is given all tokens, measures the experts that it owns, and returns the measurements of all.
+    ``output`` is in float64 so that its fp32 digits do not depend on the order in which experts are added.
     """
-    output = np.zeros(hidden.shape, np.float32) if output is None else output
+    output = np.zeros(hidden.shape, np.float64) if output is None else output
     input_moment = whole_moment(hidden)
     by_expert = np.argsort(ids, axis=None, kind="stable")
     starts = np.searchsorted(ids.ravel()[by_expert], np.arange(geometry.experts + 1))
     measure = _Measure(geometry, hidden, output, formats, wanda_fraction, device)
+    owners = world().owners(ROUNDING_COST + np.diff(starts))
+    own = list(world().own(owners, range(geometry.experts)))
     experts = []
-    for expert, weights in enumerate(_ahead(weights_of, geometry.experts)):
+    for expert, weights in zip(own, _ahead(weights_of, own), strict=True):
         pairs = by_expert[starts[expert] : starts[expert + 1]]
         if quantizer == "gptq":
             weights = replace(weights, up_moment=input_moment)
         experts.append(measure.expert(weights, pairs // ids.shape[1], gates.ravel()[pairs]))
-    return LayerMeasurement.of(experts, input_moment, _square(output))
+    experts = list(world().all(owners, experts))
+    return LayerMeasurement.of(experts, input_moment, _square(world().sum(output, device)))
 
 
-def _ahead(weights_of: Callable[[int], ExpertWeights], experts: int) -> Iterator[ExpertWeights]:
+def _ahead(weights_of: Callable[[int], ExpertWeights], experts: Iterable[int]) -> Iterator[ExpertWeights]:
+    """The weights of ``experts``, read one ahead."""
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(weights_of, 0)
-        for expert in range(1, experts):
-            weights, coming = coming.result(), reader.submit(weights_of, expert)
-            yield weights
-        yield coming.result()
+        coming = None
+        for expert in experts:
+            before, coming = coming, reader.submit(weights_of, expert)
+            if before is not None:
+                yield before.result()
+        if coming is not None:
+            yield coming.result()
 
 
 @dataclass(frozen=True)
@@ -187,14 +199,13 @@ class _Measure:
             sampled_y.append(y[picked])
             y *= torch.from_numpy(gate[start : start + len(some), None])
             energy += _square(y.numpy())
-            output.index_add_(0, torch.from_numpy(some), y)
+            output.index_add_(0, torch.from_numpy(some), y.double())
             release(self.hidden)
             release(self.output)
-        intermediate_moment = SecondMoment(products)
         norms = _diagonal(products)[: geometry.intermediate]
         changed = original
         if weights.up_moment is not None:
-            changed = replace(original, up_moment=weights.up_moment, down_moment=intermediate_moment)
+            changed = replace(original, up_moment=weights.up_moment, down_moment=SecondMoment(products))
         on_sample = _OnSample(sampled_x, sampled_y, shares, energy, self.device)
         weight_errors: dict[Format, float] = {}
         errors: dict[Format, float] = {}
@@ -212,7 +223,7 @@ class _Measure:
             error=errors,
             weight_error=weight_errors,
             wanda=wanda_score([(original.up, squares.astype(np.float32)), (original.down, norms)], self.wanda_fraction),
-            intermediate_moment=intermediate_moment,
+            intermediate_moment=products,
         )
 
 

@@ -15,6 +15,7 @@ from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.measure import ROWS_AT_ONCE
 from rq_compile.errors import UserError
+from rq_compile.processes import on_this_host, world_size
 from rq_compile.standalone.limits import memory_left
 
 GIB = 2**30
@@ -50,9 +51,10 @@ def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: in
     room = available_memory() if limit is None else limit - used_memory()
     weights = 4 * model.parameter_count
     measuring = PROGRAM + _measuring(layers, rows)
-    states = 3 * 4 * rows * max(moe.geometry.hidden for moe in layers)
-    whole = int(LOADING * weights) + measuring + states // 3
-    if whole <= room and (device_room is None or weights + GIB <= device_room):
+    # Two of hidden states in fp32 and one of outputs in float64; of several processes, each has the outputs of all.
+    states = (16 if world_size() == 1 else 24) * rows * max(moe.geometry.hidden for moe in layers)
+    whole = int(LOADING * weights) + measuring + states // 2
+    if whole <= room and world_size() == 1 and (device_room is None or weights + GIB <= device_room):
         return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory", whole)
     # A tensor is held as stored and in fp32 while it is read.
     layer = 6 * largest_dense_part(model) + measuring
@@ -65,8 +67,11 @@ def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: in
     in_memory = layer + states <= room
     there = f"{_size(room)} of memory" if whole > room else f"the memory of {device}"
     place = "" if in_memory else f", {_size(states)} of hidden states on disk"
-    reason = f"the model runs layer by layer{place}: as a whole it would take {_size(whole)}, more than {there}"
-    return Way(False, in_memory, reason, layer + states * in_memory)
+    if world_size() > 1:
+        why = f"{world_size()} processes share its batches and experts"
+    else:
+        why = f"as a whole it would take {_size(whole)}, more than {there}"
+    return Way(False, in_memory, f"the model runs layer by layer{place}: {why}", layer + states * in_memory)
 
 
 def _measuring(layers: Sequence[MoeLayer], rows: int) -> int:
@@ -90,7 +95,8 @@ def largest_dense_part(model: Model) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take without swapping, as the machine, its control groups and its own limit say."""
+    """Bytes that this process can still take without swapping, as the machine, its control groups and its own limit say; a fair
+    share of them where several processes of a world are on one machine."""
     machine = Path("/proc/meminfo")
     if not machine.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -100,7 +106,7 @@ def available_memory() -> int:
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     if own != resource.RLIM_INFINITY:
         available.append(own - int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * mmap.PAGESIZE)
-    return max(0, min(available))
+    return max(0, min(available)) // on_this_host()
 
 
 def device_memory(device: str) -> int:

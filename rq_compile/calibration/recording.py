@@ -1,6 +1,7 @@
 """Run the model over batches; count what every layer's router chose and keep the inputs of its experts on disk."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,21 @@ from rq_compile.calibration.text import Batch
 from rq_compile.errors import UserError
 
 
+@dataclass(frozen=True)
+class SeenBatch:
+    """What a layer saw of one batch of text number ``text``: ``load`` int64 ``[m]`` counts the choices of its ``tokens`` real
+    tokens, ``dropped`` of which the model did not compute. Of the T measured tokens: ``hidden [T, hidden]`` fp32, ``ids [T, k]``
+    int64 and ``gates [T, k]`` fp32."""
+
+    text: int
+    tokens: int
+    load: np.ndarray
+    dropped: int
+    hidden: np.ndarray
+    ids: np.ndarray
+    gates: np.ndarray
+
+
 class LayerRecording:
     """What one MoE layer saw.
 
@@ -28,14 +44,28 @@ class LayerRecording:
 
     def __init__(self, layer: MoeLayer, texts: list[str]) -> None:
         self.layer = layer
-        self.tokens = 0
-        self.dropped = 0
-        self.text_loads = np.zeros((len(texts), layer.geometry.experts), np.int64)
-        self.batch_loads: list[np.ndarray] = []
-        self._texts = texts
+        self.texts = texts
         self._hidden = spill.unnamed_file()  # open as long as the recording lives
-        self._ids: list[np.ndarray] = []
-        self._gates: list[np.ndarray] = []
+        self.batches: list[SeenBatch] = []  # without their inputs
+
+    @property
+    def tokens(self) -> int:
+        return sum(seen.tokens for seen in self.batches)
+
+    @property
+    def dropped(self) -> int:
+        return sum(seen.dropped for seen in self.batches)
+
+    @property
+    def batch_loads(self) -> list[np.ndarray]:
+        return [seen.load for seen in self.batches]
+
+    @property
+    def text_loads(self) -> np.ndarray:
+        loads = np.zeros((len(self.texts), self.layer.geometry.experts), np.int64)
+        for seen in self.batches:
+            loads[seen.text] += seen.load
+        return loads
 
     @property
     def load(self) -> np.ndarray:
@@ -46,13 +76,13 @@ class LayerRecording:
         self._text = batch.text
         in_encoder = self.layer.name.startswith("encoder.")
         self._rows = batch.encoder if in_encoder and batch.encoder is not None else batch.decoder
-        self.batch_loads.append(np.zeros(self.layer.geometry.experts, np.int64))
+        self._received: SeenBatch | None = None
 
     def receive(self, routing: Routing) -> None:
-        """Count and keep one call of the layer's experts on the batch that has begun.
+        """Count one call of the layer's experts on the batch that has begun.
 
         Raises:
-            UserError: it has not the batch's tokens, an input or gate is not finite, or the disk is full.
+            UserError: it has not the batch's tokens, or an input or gate is not finite.
         """
         real, measured = self._rows.real.ravel(), self._rows.measured.ravel()
         hidden, ids, gates = (tensor.cpu().numpy() for tensor in (routing.hidden, routing.ids, routing.gates))
@@ -62,43 +92,65 @@ class LayerRecording:
                 "text; use a transformers version that this rq-compile asks for"
             )
         if not (np.isfinite(hidden[real]).all() and np.isfinite(gates[real]).all()):
-            name = self._texts[self._text]
+            name = self.texts[self._text]
             raise UserError(f"the input of {self.layer.name} is not finite on {name}; check the checkpoint's weights")
         known = ids[real & (ids >= 0).all(1) & (ids < self.layer.geometry.experts).all(1)]
-        self.batch_loads[-1] += np.bincount(known.ravel(), minlength=self.layer.geometry.experts)
-        if routing.dropped is not None:
-            self.dropped += int(routing.dropped.cpu().numpy()[real].sum())
-        self._ids.append(ids[measured])
-        self._gates.append(gates[measured].astype(np.float32))
+        self._received = SeenBatch(
+            text=self._text,
+            tokens=int(real.sum()),
+            load=np.bincount(known.ravel(), minlength=self.layer.geometry.experts),
+            dropped=0 if routing.dropped is None else int(routing.dropped.cpu().numpy()[real].sum()),
+            hidden=hidden[measured].astype(np.float32, copy=False),
+            ids=ids[measured],
+            gates=gates[measured].astype(np.float32),
+        )
+
+    def end(self) -> None:
+        """Keep what was received.
+
+        Raises:
+            UserError: the batch's counts do not sum to its tokens * top_k, or the disk is full.
+        """
+        routed = 0 if self._received is None else self._received.load.sum()
+        tokens, top_k = int(self._rows.real.sum()), self.layer.geometry.top_k
+        if self._received is None or routed != tokens * top_k:
+            raise UserError(
+                f"{self.layer.name} routed {routed} (token, choice) pairs of a batch of {self.texts[self._text]} where "
+                f"{tokens} tokens x top-k {top_k} = {tokens * top_k} were expected; check the experts in the model's config.json"
+            )
+        self.add(self._received)
+
+    def add(self, seen: SeenBatch) -> None:
+        """The next batch.
+
+        Raises:
+            UserError: the disk is full.
+        """
         try:
-            self._hidden.write(hidden[measured].astype(np.float32, copy=False))
+            self._hidden.write(np.ascontiguousarray(seen.hidden).data)
             self._hidden.flush()
         except OSError as error:
             raise UserError(
                 f"cannot keep the inputs of {self.layer.name} in {spill.folder()}: {error.strerror}; "
                 "free space there or name another folder in TMPDIR"
             ) from error
+        self.batches.append(replace(seen, hidden=np.zeros((0, 0), np.float32)))
 
-    def end(self) -> None:
-        """
-        Raises:
-            UserError: the batch's counts do not sum to its tokens * top_k.
-        """
-        load, tokens, top_k = self.batch_loads[-1], int(self._rows.real.sum()), self.layer.geometry.top_k
-        if load.sum() != tokens * top_k:
-            raise UserError(
-                f"{self.layer.name} routed {load.sum()} (token, choice) pairs of a batch of {self._texts[self._text]} where "
-                f"{tokens} tokens x top-k {top_k} = {tokens * top_k} were expected; check the experts in the model's config.json"
-            )
-        self.tokens += tokens
-        self.text_loads[self._text] += load
+    def seen(self) -> Iterator[SeenBatch]:
+        """Every batch that was added."""
+        if not self.batches:
+            return
+        hidden, start = self.measured()[0], 0
+        for seen in self.batches:
+            yield replace(seen, hidden=np.array(hidden[start : start + len(seen.ids)]))
+            start += len(seen.ids)
 
     def measured(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``hidden [T, hidden]`` fp32 (mapped from disk), ``ids [T, k]`` int64, ``gates [T, k]`` fp32 of the measured tokens."""
-        ids = np.concatenate(self._ids)
+        ids = np.concatenate([seen.ids for seen in self.batches])
         shape = (len(ids), self.layer.geometry.hidden)
         hidden = np.memmap(self._hidden, np.float32, "r", shape=shape) if len(ids) else np.zeros(shape, np.float32)
-        return hidden, ids, np.concatenate(self._gates)
+        return hidden, ids, np.concatenate([seen.gates for seen in self.batches])
 
 
 # A layer's recording, what reads one of its experts, and where what the experts give together is to be added, if anywhere: see

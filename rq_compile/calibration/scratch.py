@@ -12,22 +12,22 @@ from rq_compile.errors import UserError
 from rq_compile.file_systems import optional
 
 
-def scratch(shape: tuple[int, ...], in_memory: bool) -> np.ndarray:
-    """Zeros in fp32: in memory, or mapped from an unnamed file that is gone with the array, however the process ends.
+def scratch(shape: tuple[int, ...], in_memory: bool, dtype: type[np.floating] = np.float32) -> np.ndarray:
+    """Zeros: in memory, or mapped from an unnamed file that is gone with the array, however the process ends.
 
     Raises:
         UserError: the disk has no room for it.
     """
-    size = 4 * math.prod(shape)
+    size = np.dtype(dtype).itemsize * math.prod(shape)
     if in_memory or not size:
-        return np.zeros(shape, np.float32)
+        return np.zeros(shape, dtype)
     try:
         with spill.unnamed_file() as file:
             file.truncate(size)
             if sys.platform == "linux":
                 with optional("reserve room in files", spill.folder()):
                     os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a bus error of a later write
-            return np.memmap(file, np.float32, "r+", shape=shape)
+            return np.memmap(file, dtype, "r+", shape=shape)
     except OSError as error:
         raise UserError(
             f"cannot keep {size / 2**30:.1f} GiB of hidden states in {spill.folder()}: {error.strerror}; "

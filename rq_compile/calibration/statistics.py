@@ -22,6 +22,7 @@ from rq_compile.checkpoint.safetensors_file import read_tensor
 from rq_compile.checkpoint.safetensors_file import tensors_of as stored_tensors
 from rq_compile.errors import UserError
 from rq_compile.files import sha256, write_document, written_beside
+from rq_compile.processes import rank, world
 from rq_compile.quantization.second_moment import SecondMoment
 
 
@@ -149,15 +150,18 @@ def write_statistics(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def write_with_statistics(calibration: Calibration, tensors: dict[str, np.ndarray], output: Path) -> Calibration:
-    """Write the statistics, if there are any, beside ``output``, and the calibration that names them, which is returned.
+    """Write the statistics, if there are any, beside ``output``, and the calibration that names them, which is returned. Of
+    several processes, the first writes.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
+    if rank() > 0:
+        return world().from_first(calibration)
     if tensors:
         path = output.with_suffix(".safetensors")
         with written_beside(path) as temporary:
             write_statistics(tensors, temporary)
         calibration = calibration.model_copy(update={"statistics": StatisticsFile(name=path.name, sha256=sha256(path))})
     write_document(calibration, output)
-    return calibration
+    return world().from_first(calibration)

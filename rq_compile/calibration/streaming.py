@@ -137,7 +137,8 @@ class _Stack:
     """A stack of layers, what its embedding gave for each batch, and what the layer of it that was visited last returned: the
     hidden states and, of a layer of Switch, the position biases, which the first layer computes for all.
 
-    ``outputs [real tokens, hidden]`` is for the experts of the layer that is visited. ``sides`` are the stack's rows by batch.
+    ``outputs [real tokens, hidden]``, float64, is for the experts of the layer that is visited. ``sides`` are the stack's rows by
+    batch.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class _Stack:
         self.layers = [f"{name}.{number}" for number in range(layers)]
         self.sides = sides
         self.device = device
-        self.outputs = scratch((sum(int(rows.real.sum()) for rows in sides), hidden), in_memory)
+        self.outputs = scratch((sum(int(rows.real.sum()) for rows in sides), hidden), in_memory, np.float64)
         starts = np.cumsum([0, *(rows.ids.size for rows in sides)])
         # A model may compute more of the embeddings than the first layer's input (Gemma's inputs of each layer).
         self.embedded, self._states = (_States(starts, hidden, in_memory, device) for _ in range(2))
@@ -181,7 +182,7 @@ class _Stack:
         real = torch.from_numpy(self.sides[batch].real.ravel())
         outputs = torch.zeros(len(real), self.outputs.shape[1])
         start = sum(int(rows.real.sum()) for rows in self.sides[:batch])
-        outputs[real] = torch.tensor(self.outputs[start : start + int(real.sum())])
+        outputs[real] = torch.tensor(self.outputs[start : start + int(real.sum())], dtype=torch.float32)
         release(self.outputs)
         return outputs.to(self.device)
 

@@ -24,6 +24,7 @@ from rq_compile.checkpoint.safetensors_file import tensors_of
 from rq_compile.errors import UserError
 from rq_compile.file_systems import lock, sync
 from rq_compile.files import Document, sha256
+from rq_compile.processes import rank
 
 Job = dict[str, Any]
 Say = Callable[[str], None]
@@ -39,10 +40,11 @@ class Finished(Document):
 
 
 class InProcess:
-    """Finished layers that are kept no longer than the process."""
+    """Finished layers that are kept no longer than the process; without ``moments``, nobody will ask for the statistics."""
 
-    def __init__(self) -> None:
+    def __init__(self, moments: bool = True) -> None:
         self.layers: list[LayerCalibration] = []
+        self._moments = moments
         self._statistics: dict[str, np.ndarray] = {}
 
     def take_up(self, job: Job) -> None:
@@ -50,7 +52,8 @@ class InProcess:
 
     def add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
         self.layers.append(layer)
-        self._statistics |= {name: on_disk(moment) for name, moment in statistics.items()}
+        if self._moments:
+            self._statistics |= {name: on_disk(moment) for name, moment in statistics.items()}
 
     def states(self) -> Any:
         return None
@@ -180,10 +183,14 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished(output: Path, *, fresh: bool = False, say: Say = lambda text: None) -> Iterator[Unfinished]:
+def unfinished(output: Path, *, fresh: bool = False, say: Say = lambda text: None) -> Iterator[Unfinished | InProcess]:
     """What an earlier run for ``output`` left, unless ``fresh``. The folder is gone after success; after a failure or an
-    interruption it stays if a layer is finished. ``say`` takes a sentence for the user.
+    interruption it stays if a layer is finished. ``say`` takes a sentence for the user. Of several processes only the first keeps
+    anything.
     """
+    if rank() > 0:
+        yield InProcess(moments=False)
+        return
     found = Unfinished(output.with_name(f".{output.name}.partial"), fresh, say)
     try:
         yield found

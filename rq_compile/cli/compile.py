@@ -24,6 +24,7 @@ from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, checked_set
 from rq_compile.errors import UserError
 from rq_compile.lowerings import LOWERINGS, lowering_for, with_options
 from rq_compile.outputs import check_outputs
+from rq_compile.processes import rank
 from rq_compile.targets.engine_outputs import onnx_outputs, tensorrt_outputs
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def command(
     else:
         from rq_compile.calibration.calibrate import calibrate
         from rq_compile.planning.plan import check_arguments, make_plan
+        from rq_compile.processes import world
 
         planning["target"] = (settings.lowering if settings else realised).planned_for
         check_arguments(**planning, options=options)
@@ -155,11 +157,12 @@ def command(
                 progress=progress,
                 remark=screen.note,
             )
-        plan = make_plan(calibration, **planning, **options)
+        plan = world().from_first(make_plan(calibration, **planning, **options))
         statistics = Statistics.of(tensors)
 
     if settings is not None:
-        compile_plan(screen, model, plan, output, settings, statistics=statistics, threads=threads)
+        if rank() == 0:
+            compile_plan(screen, model, plan, output, settings, statistics=statistics, threads=threads)
         return
 
     from rq_compile.cli.tables import engine_tables

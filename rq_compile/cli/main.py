@@ -20,6 +20,7 @@ import click
 
 from rq_compile import __version__
 from rq_compile.errors import UserError, printable
+from rq_compile.processes import in_contact, lost, on_this_host, rank
 from rq_compile.standalone.limits import default_threads, restricted
 
 COMMANDS = ("compile", "calibrate", "merge", "plan", "replan", "inspect", "evaluate", "bench", "generate", "package", "report")
@@ -29,8 +30,12 @@ TERMINATED = 143
 
 
 def fail(message: str, exit_status: int = 1) -> NoReturn:
-    """Say ``error: message`` on stderr and leave."""
-    click.echo(f"error: {printable(message)}", err=True)
+    """Say ``error: message`` on stderr and leave. Of several processes each tells what went wrong in it alone."""
+    if in_contact():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all processes when one has failed
+    if rank() == 0 or in_contact():
+        of = f"process {rank()}: " if rank() > 0 else ""
+        click.echo(f"error: {of}{printable(message)}", err=True)
     raise click.exceptions.Exit(exit_status)
 
 
@@ -73,7 +78,8 @@ class Commands(click.Group):
                 "run pip install 'rq-compile[compile]'"
             )
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            if rank() == 0:
+                click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:
             if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno == errno.EPIPE):
@@ -143,14 +149,20 @@ def main() -> None:
     use_what_is_allowed()
     show_warnings()
     # As Ctrl-C does, a polite kill unwinds, so that temporary files go.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    signal.signal(signal.SIGTERM, end)
+
+
+def end(*_: object) -> NoReturn:
+    if in_contact():
+        raise lost()
+    sys.exit(TERMINATED)
 
 
 def use_what_is_allowed() -> None:
     """Libraries that read their number of threads from the environment count all CPUs of the machine, a quota or not."""
-    if restricted():
+    if restricted() or on_this_host() > 1:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-            os.environ.setdefault(name, str(default_threads()))
+            os.environ.setdefault(name, str(max(1, default_threads() // on_this_host())))
 
 
 def show_warnings() -> None:

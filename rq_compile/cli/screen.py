@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from rq_compile.errors import printable
+from rq_compile.processes import rank
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -25,6 +26,9 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, detail: str = "") -> None: ...
 
 
+# What several processes do together, and the options with which a command does something else; the rest is the first's alone.
+SHARED = ("calibrate", "compile")
+NOT_SHARED = ("data_free", "from_loads", "dry_run")
 LOG_INTERVAL = 10.0  # seconds between two plain lines
 LOG_WIDTH = 160  # columns of a table that no terminal bounds
 
@@ -49,7 +53,7 @@ class Screen:
         """Print ``document`` as JSON with --json, else the tables; ``-q`` silences a result that was not asked for."""
         if self.as_json:
             click.echo(json.dumps(json_value(document), indent=1, allow_nan=False))
-        elif asked_for or not self.quiet:
+        elif (asked_for and rank() == 0) or not self.quiet:
             from rich.console import Console
 
             plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names are shown as they are
@@ -143,7 +147,9 @@ def on_screen(function: Callable[..., None]) -> Callable[..., None]:
     @click.pass_context
     @functools.wraps(function)
     def run(ctx: click.Context, /, *, as_json: bool, quiet: bool, debug: bool, **arguments: Any) -> None:
-        ctx.meta["debug"], ctx.meta["quiet"] = debug, quiet
-        function(Screen(quiet, as_json), **arguments)
+        if rank() > 0 and (ctx.command.name not in SHARED or any(arguments.get(name) for name in NOT_SHARED)):
+            return
+        ctx.meta["debug"], ctx.meta["quiet"] = debug, quiet or rank() > 0
+        function(Screen(quiet or rank() > 0, as_json and rank() == 0), **arguments)
 
     return run

@@ -19,6 +19,7 @@ from rq_compile.packaging.package import Package
 from rq_compile.planning import metrics
 from rq_compile.planning.replan import Change, Changes
 from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.planning.skew import outlook, skew_of
 from rq_compile.quantization.formats import FORMATS, Format
 
 if TYPE_CHECKING:
@@ -114,16 +115,23 @@ def calibration_tables(calibration: Calibration) -> list[RenderableType]:
         head.add_row("measured", "on none of these tokens: errors are an earlier calibration's, scaled by the experts' shares")
     elif calibration.measured_tokens < calibration.tokens:
         head.add_row("measured", f"on {calibration.measured_tokens} tokens, evenly spread")
+    skews = [skew_of(layer) for layer in layers]
+    if not calibration.data_free:
+        head.add_row("outlook", outlook(skews))
     if dropped := sum(layer.dropped for layer in layers):
         head.add_row("dropped", f"{dropped} tokens beyond an expert's capacity, counted as load")
     texts = short_names([text.name for text in calibration.texts]) if len(calibration.texts) > 1 else []
-    made = table("load", "layer", "LIS", *(f"on {text}" for text in texts), "heavy hitter", "its load", "unreached")
-    for layer in layers:
+    columns = ("layer", "LIS", *(f"on {text}" for text in texts), "Gini", "busiest tenth", "agreement")
+    made = table("load", *columns, "heavy hitter", "its load", "unreached")
+    for layer, found in zip(layers, skews, strict=True):
         load = layer.load
         made.add_row(
             str(layer.index),
             f"{lis(layer):.3f}",
             *(f"{lis_of(text_load):.3f}" for text_load in (layer.text_loads if texts else [])),
+            f"{found.gini:.3f}",
+            f"{100 * found.busiest_tenth:.0f} %",
+            "-" if found.agreement is None else f"{found.agreement:.2f}",
             str(load.index(max(load))),
             str(max(load)),
             members([expert for expert, count in enumerate(load) if count == 0]),

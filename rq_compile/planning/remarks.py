@@ -1,18 +1,20 @@
 """What a plan has to say to the person who asked for it, a sentence each."""
 
 from collections import Counter, defaultdict
+from statistics import fmean
 
 from rq_compile.planning.budget import enough_for
 from rq_compile.planning.metrics import excess_removed
 from rq_compile.planning.problem import Problem
 from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.planning.skew import EVEN, skew_of, spread, steadiness
 from rq_compile.planning.targets import TARGETS
 from rq_compile.quantization.formats import BLOCKS
 
 
 def remarks(problem: Problem, layers: list[LayerPlan]) -> list[str]:
     said = [_stored(problem), _gain(problem, layers), _padding(problem, layers)]
-    said += [_format_mix(layers), _ranks(problem, layers), _unreached(layers)]
+    said += [_format_mix(layers), _ranks(problem, layers), _unreached(layers), _skew(problem)]
     return [sentence for sentence in said if sentence]
 
 
@@ -44,6 +46,20 @@ def _one_block(problem: Problem) -> str:
         f"A layer has one block for int8 and int4, here {block}: int4 takes {here:g} times the bytes, and {there:g} with "
         f"calibrate --block {BLOCKS[0]}, but int8 would then round a second time."
     )
+
+
+def _skew(problem: Problem) -> str:
+    """Whether replication can pay on the target, by the loads of the calibration."""
+    skews = [skew_of(layer.calibration) for layer in problem.layers]
+    if all(one.gini == 0 for one in skews):
+        return ""  # no text was run
+    if problem.cost.busiest == "nothing":
+        can = f"Replication cannot pay on {problem.cost.target} with one rank, which waits for no single expert"
+    elif fmean(one.lis for one in skews) < EVEN:
+        can = "Replication cannot pay: the load is even"
+    else:
+        can = f"Replication can pay on {problem.cost.target}, which waits for the busiest {problem.cost.busiest}"
+    return "; ".join(filter(None, (f"{can}: {spread(skews)}", steadiness(skews)))) + "."
 
 
 def _gain(problem: Problem, layers: list[LayerPlan]) -> str:

@@ -8,9 +8,11 @@ from threading import Lock
 import numpy as np
 import torch
 
+from rq_compile.processes import world
+
 # Of the mean diagonal, added to it: directions that few calibration tokens took must not count as free of error.
 DAMPING = 0.01
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +80,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def whole_moment(inputs: np.ndarray) -> SecondMoment:
-    """Of ``inputs [n, columns]`` fp32 (may be mapped from disk); zeros without any."""
-    total = torch.zeros(inputs.shape[1], inputs.shape[1])
-    for start in range(0, len(inputs), ROWS_AT_ONCE):
+    """Of ``inputs [n, columns]`` fp32 (may be mapped from disk), the same on every process of the world, each of which
+    multiplies some of them; zeros without any."""
+    # In float64 the order of a sum, and so the number of processes, changes nothing that fp32 shows.
+    total = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
+    starts = range(0, len(inputs), ROWS_AT_ONCE)
+    for start in world().own(world().owners([1] * len(starts)), starts):
         some = torch.from_numpy(np.array(inputs[start : start + ROWS_AT_ONCE]))
-        total.addmm_(some.mT, some)
-    return SecondMoment(total.numpy())
+        total += some.mT @ some
+    return SecondMoment(world().sum(total.numpy()).astype(np.float32))
 
 
 def block_products(inputs: np.ndarray, block: int) -> np.ndarray:

@@ -4,11 +4,13 @@ import shlex
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation, LayerBalance
-from rq_compile.planning.schema import LayerPrediction
+from rq_compile.planning.schema import LayerPlan, LayerPrediction
+from rq_compile.planning.skew import skew
 from rq_compile.reporting.charts import Bar, balance_scale, bars, slot_sizes, stored_layers
 from rq_compile.reporting.headline import headline
 from rq_compile.reporting.maps import formats_legend, legend, maps
@@ -39,6 +41,7 @@ def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: 
             predicted=predicted,
             measured=measured,
             scale=balance_scale(balance.lis_before for _, balance in [*predicted, *measured]),
+            skews=[(layer.index, skew(load)) for layer in plan.layers if (load := expert_loads(layer)) is not None],
             layers=stored_layers(plan),
             sizes=slot_sizes(plan),
             memory=bars(
@@ -60,6 +63,14 @@ def environment() -> Environment:
     )
     made.filters |= {"size": size, "rate": rate, "percent": percent, "mean": mean, "figure": figure}
     return made
+
+
+def expert_loads(layer: LayerPlan) -> np.ndarray | None:
+    """Share of the layer's tokens that each expert gets, float64 ``[m]``; None where the plan does not know that of some slot."""
+    shares = [slot.load for slot in layer.slots if slot.load is not None]
+    if len(shares) < len(layer.slots):
+        return None
+    return np.bincount([slot.expert for slot in layer.slots], shares, layer.geometry.experts)
 
 
 def size(count: float) -> str:

@@ -4,13 +4,15 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
+
 from rq_compile.rewrite.weights import Piece, stored
 
-Stored = list[memoryview]
+Stored = list[np.ndarray]
 
 
 def in_order(pieces: Iterable[Piece], threads: int, memory: int) -> Generator[tuple[Piece, Stored]]:
-    """Each piece with the bytes of its values, one ``memoryview`` for each weight.
+    """Each piece with the bytes of its values, uint8 ``[bytes]`` for each weight.
 
     Pieces are begun ahead of their turn while those in flight take no more than ``memory`` bytes; one always is. Results do not
     depend on ``threads``. What a piece raises is raised at its turn.
@@ -34,4 +36,4 @@ def in_order(pieces: Iterable[Piece], threads: int, memory: int) -> Generator[tu
 
 
 def _bytes_of(piece: Piece) -> Stored:
-    return [stored(values, weight.dtype).data for weight, values in zip(piece.weights, piece.values(), strict=True)]
+    return [stored(values, weight.dtype) for weight, values in zip(piece.weights, piece.values(), strict=True)]

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
+from typing import cast
 
 from rq_compile import __version__
 from rq_compile.architectures.model import Model
@@ -23,6 +24,7 @@ from rq_compile.lowerings import Lowering, lowering_of
 from rq_compile.lowerings.lowering import Lowered
 from rq_compile.outputs import check_outputs
 from rq_compile.planning.schema import Plan
+from rq_compile.processes import world
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.logits_to_keep import with_default
 from rq_compile.rewrite.weights import Section
@@ -35,7 +37,7 @@ from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
 from rq_compile.targets.vocabulary import remarks, vocabulary
-from rq_compile.targets.weights_file import Progress, WeightsFile, locate, write_weights
+from rq_compile.targets.weights_file import Progress, WeightsFile, compute_weights, locate, write_weights
 
 TOOL = f"rq-compile {__version__}"
 
@@ -69,7 +71,8 @@ def compile_engine(
     checkpoint (``<stem>.LICENSE``) beside them.
 
     Weights are streamed: a projection of an expert or a dense tensor at a time on each thread, and never more of them than take
-    the memory of the largest layer.
+    the memory of the largest layer. Several processes (see ``processes``) compute them, the first writes, and all return the
+    manifest.
 
     ``lowering``: an object of ``lowerings``, or the name of one with its default options. ``statistics`` are those of the
     calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported`` is the checkpoint's graph, for
@@ -98,6 +101,10 @@ def compile_engine(
         "dense format": lowering.dense_format,
         "linked weights": len(content.linked),
     }
+
+    if world().rank > 0:
+        compute_weights(content.sections, threads=writing.threads, memory=model.largest_layer_bytes)
+        return world().from_first(cast("Manifest", None))
 
     # Left in reverse order: the manifest, by which an engine is loaded, is the last to appear.
     with ExitStack() as stack:
@@ -145,7 +152,7 @@ def compile_engine(
         )
         write_document(manifest, document)
         appearing.begin([output.with_suffix(".json").name, *(file.name for file in manifest.files)])
-    return manifest
+    return world().from_first(manifest)
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,10 @@ class _Content:
     dense: list[Section]
     aliases: dict[str, str]
     linked: dict[str, StoredTensor]
+
+    @property
+    def sections(self) -> list[Section]:
+        return [*self.dense, *self.lowered.experts]
 
     @property
     def dense_bytes(self) -> int:
@@ -217,7 +228,7 @@ def _write_weights(stack: ExitStack, model: Model, content: _Content, data: Path
     journal = stack.enter_context(resumable(data, job, fresh=writing.fresh, say=writing.say))
     began = monotonic()
     written = write_weights(
-        [*content.dense, *content.lowered.experts],
+        content.sections,
         journal.file,
         writing.progress,
         threads=writing.threads,

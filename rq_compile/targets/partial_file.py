@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rq_compile.errors import UserError
 from rq_compile.file_systems import lock, publish
 from rq_compile.files import Document
+from rq_compile.processes import ProcessLost
 
 # Large writes leave the file in huge pages of the page cache, in which it is mapped later: the kernels read those faster.
 WRITTEN_AT_ONCE = 1 << 24
@@ -59,8 +60,9 @@ class Journal:
 def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda text: None) -> Iterator[Journal]:
     """Yield the journal of ``path``'s partial file: that of an earlier ``job`` that was the same, unless ``fresh``, or a new one.
 
-    On success the partial file is renamed onto ``path``. When interrupted, or when disk or memory is full, it and the journal
-    stay if a section is whole; on any other failure they are removed. ``say`` takes a sentence for the user.
+    On success the partial file is renamed onto ``path``. When interrupted, or when disk or memory is full, or another process is
+    lost, it and the journal stay if a section is whole; on any other failure they are removed. ``say`` takes a sentence for the
+    user.
 
     Raises:
         UserError: another process writes ``path``, or it cannot be written.
@@ -83,7 +85,7 @@ def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda te
         lines.unlink()
         publish(partial, path)
     except BaseException as error:
-        if isinstance(error, OSError | MemoryError | KeyboardInterrupt | SystemExit) and journal.records:
+        if isinstance(error, OSError | MemoryError | ProcessLost | KeyboardInterrupt | SystemExit) and journal.records:
             say(f"{partial} holds what was done; the same command goes on from there, or starts over with --fresh")
         else:
             # In this order: without the partial file, which is locked, the journal may be another process's.

@@ -4,7 +4,7 @@ So what is there after an interruption is the beginning of the file that would h
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 
+from rq_compile.processes import on_this_host, world
 from rq_compile.rewrite.weights import (
     ExternalWeight,
     Piece,
@@ -86,13 +87,12 @@ def write_weights(
     sections = list(sections)
     places = layout(sections)
     writer = _Writer(file)
-    found = _verified(sections, places, writer, journal) if journal else 0
+    found = world().from_first(_verified(sections, places, writer, journal) if journal else 0)
     resumed = writer.position
     file.seek(resumed)
     file.truncate()
-    pieces = (piece for section in sections[found:] for piece in section.pieces)
     # Closed, so that after a failure to write no thread goes on computing.
-    with closing(in_order(pieces, threads or usable_cpus(), memory)) as computed:
+    with closing(_computed(sections[found:], threads, memory)) as computed:
         for section, end in zip(sections[found:], places.ends[found:], strict=True):
             for weight, data in _by_weight(section, islice(computed, len(section.pieces))):
                 writer.fill_up(places.starts[weight.name])
@@ -104,6 +104,27 @@ def write_weights(
                 journal.add(Record(section=section.name, end=end, sha256=writer.section.hexdigest()))
             writer.section = hashlib.sha256()
     return WeightsFile(places.starts, places.bytes, writer.whole.hexdigest(), resumed)
+
+
+def compute_weights(sections: Iterable[Section], *, threads: int | None = None, memory: int = MEMORY) -> None:
+    """What the other processes do while the first runs ``write_weights`` with the same arguments: compute the pieces that they
+    own, and hand them on.
+
+    Raises:
+        ProcessLost: another process is gone.
+    """
+    found = world().from_first(0)
+    for _ in _computed(list(sections)[found:], threads, memory):
+        pass
+
+
+def _computed(sections: Sequence[Section], threads: int | None, memory: int) -> Generator[tuple[Piece, Stored]]:
+    """Every piece and its bytes, in order, on the first process."""
+    pieces = [piece for section in sections for piece in section.pieces]
+    owners = world().owners(piece.memory for piece in pieces)
+    threads = threads or max(1, usable_cpus() // on_this_host())
+    with closing(in_order(world().own(owners, pieces), threads, memory)) as own:
+        yield from zip(pieces, world().at_first(owners, (stored for _, stored in own)), strict=world().rank == 0)
 
 
 class _Writer:
@@ -135,7 +156,7 @@ def _by_weight(section: Section, computed: Iterator[tuple[Piece, Stored]]) -> It
     turns = list(section.weights)
     for piece, arrays in computed:
         for weight, data in zip(piece.weights, arrays, strict=True):
-            early[weight.name].append(data)
+            early[weight.name].append(data.data)
             missing[weight.name] -= len(data)
         while turns:
             ready, early[turns[0].name] = early[turns[0].name], []

@@ -57,6 +57,26 @@ def test_its_plan_says_so(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     refused(result, 2, "plan.json is a file of kind plan")
 
 
+def test_plan_of_a_checkpoint_is_that_of_its_data_free_calibration(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    model = tiny_checkpoint("olmoe")
+    assert run("calibrate", model, "--data-free", "-o", tmp_path / "c.json").exit_code == 0
+    assert run("plan", tmp_path / "c.json", "--memory", "0.4", "-o", tmp_path / "two.json").exit_code == 0
+    assert run("plan", model, "--data-free", "--memory", "0.4", "-o", tmp_path / "one.json").exit_code == 0
+    one, two = (read_document(Plan, tmp_path / f"{name}.json") for name in ("one", "two"))
+    assert one == two.model_copy(update={"calibration_sha256": None})
+    assert "No text was run" in run("inspect", tmp_path / "one.json").stdout
+
+
+def test_plan_refuses_what_it_cannot_plan(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    model = tiny_checkpoint("olmoe")
+    refused(run("plan", model, "-o", tmp_path / "p.json"), 2, f"{model} is a directory", "--data-free")
+    (tmp_path / "c.json").write_text("{}")
+    refused(run("plan", tmp_path / "c.json", "--data-free", "-o", tmp_path / "p.json"), 2, "c.json is not a directory")
+    refused(run("plan", tmp_path / "gone", "--data-free", "-o", tmp_path / "p.json"), 2, "gone is not a directory")
+    (tmp_path / "empty").mkdir()
+    refused(run("plan", tmp_path / "empty", "--data-free", "-o", tmp_path / "p.json"), 2, "empty")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

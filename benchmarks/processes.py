@@ -1,0 +1,102 @@
+"""How much faster are several processes? One thread each, one layer in the shape of a published model, random weights.
+
+    python benchmarks/processes.py --command calibrate --processes 2 --folder /scratch
+    python benchmarks/processes.py --command compile --processes 2 --folder /scratch
+
+"seconds" is the wall time of the whole command, from the start of `torchrun` (or of the single process) to its end; "start" is
+that of the same command with `--dry-run`, which opens the checkpoint and computes nothing. `calibrate` runs layer by layer with
+GPTQ, in one process too. `compile` rounds every expert to int4 with GPTQ; "weights_s" is what its
+weights took, without the export of the graph, which every process does. `--only-make` makes what is measured: the checkpoint,
+the text and the plan. A row goes to benchmarks/results/processes.json, in place of one of the same kind.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+from calibration import ROOT, SHAPES, checkpoint, environment, text
+
+from rq_compile.architectures.model import Model
+
+RESULTS = ROOT / "benchmarks" / "results" / "processes.json"
+LENGTH = ("--sequence-length", "512", "--batch-size", "2")
+# In one process too: layer by layer, as several run.
+LAYER_BY_LAYER = """
+import sys
+from rq_compile.calibration import calibrate as module
+from rq_compile.cli.main import run
+module.choose_way = lambda *_, **__: module.Way(False, True, "layer by layer")
+sys.argv[0] = "rq-compile"
+run()
+"""
+
+
+def command(processes: int, *arguments: str) -> list[str]:
+    if processes > 1:
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "rq_compile", *arguments]
+    return [sys.executable, "-c", LAYER_BY_LAYER, *arguments]
+
+
+def seconds(processes: int, *arguments: str) -> tuple[float, str]:
+    """What the command took, and what it said."""
+    began = perf_counter()
+    found = subprocess.run(
+        command(processes, *arguments), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    if found.returncode:
+        raise SystemExit(found.stderr)
+    return perf_counter() - began, found.stderr
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--command", choices=("calibrate", "compile"), default="calibrate")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--shape", choices=SHAPES, default="OLMoE-1B-7B")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--experts", type=int, help="fewer than the model has")
+    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are made, and kept")
+    parser.add_argument("--only-make", action="store_true", help="make what is measured and measure nothing")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    path = checkpoint(given.shape, given.experts, given.folder)
+    texts = given.folder / f"{given.tokens}.txt"
+    calibration, plan = (given.folder / f"{path.name}.{name}.json" for name in ("calibration", "plan"))
+    output = given.folder / ("measured.json" if given.command == "calibrate" else "engine.onnx")
+    calibrating = ["calibrate", str(path), "--text", str(texts), *LENGTH]
+    if not texts.exists():
+        texts.write_text(text(Model.open(path), given.tokens)["text"])
+    if given.only_make:
+        seconds(1, *calibrating, "-o", str(calibration))
+        seconds(1, "plan", str(calibration), "--memory", "0.27", "-o", str(plan))
+        return
+    run = calibrating if given.command == "calibrate" else [str(path), "--plan", str(plan), "--threads", "1"]
+    run += ["-o", str(output)]
+    (taken, said), (start, _) = seconds(given.processes, *run), seconds(given.processes, *run, "--dry-run")
+    weights = re.search(r"of weights in (.*) s,", said)
+    found = {
+        "command": given.command,
+        "shape": given.shape,
+        "experts": given.experts,
+        "tokens": given.tokens,
+        "processes": given.processes,
+        "seconds": round(taken, 2),
+        "start_s": round(start, 2),
+        **({"weights_s": float(weights[1])} if weights else {}),
+        **environment(),
+        "threads": 1,
+    }
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    key = ("command", "shape", "experts", "tokens", "processes")
+    kept = [other for other in known if [other[name] for name in key] != [found[name] for name in key]]
+    RESULTS.write_text(json.dumps([*kept, found], indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""How unevenly a router spreads tokens over the experts of a layer, and whether texts agree on which of them are busy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import ceil
+from statistics import fmean
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from rq_compile.calibration.schema import LayerCalibration
+from rq_compile.planning import metrics
+
+# The busiest expert of uniformly random routing is a few per cent above the mean on some thousand tokens an expert.
+EVEN = 1.05
+# Rank correlation of loads below which a plan for one text tells little about another.
+AGREEING = 0.5
+
+
+@dataclass(frozen=True)
+class Skew:
+    """``lis``: busiest expert over the mean. ``gini``: 0 where all experts are alike, ``1 - 1/m`` where one has all tokens.
+    ``busiest_tenth``: share of the tokens that the busiest tenth of the experts, rounded up, gets. ``agreement``: Spearman's rank
+    correlation of the experts' loads, mean over pairs of texts (of one text: its halves); None: not known, or all are alike.
+    """
+
+    lis: float
+    gini: float
+    busiest_tenth: float
+    agreement: float | None = None
+
+
+def skew(load: Sequence[float] | np.ndarray, several: Sequence[Sequence[int]] | np.ndarray = ()) -> Skew:
+    """Of ``load [m]``, and of ``several`` loads ``[n, m]`` that may agree."""
+    ordered = np.sort(np.asarray(load, np.float64))
+    count, total = len(ordered), ordered.sum()
+    if total <= 0:
+        return Skew(1.0, 0.0, ceil(count / 10) / count)
+    return Skew(
+        lis=float(metrics.lis(ordered, count)),
+        # Half the mean difference of two experts over the mean, from ordered values (Gini 1912).
+        gini=float((2 * np.arange(1, count + 1) - count - 1) @ ordered / (count * total)),
+        busiest_tenth=float(ordered[-ceil(count / 10) :].sum() / total),
+        agreement=agreement(np.asarray(several)),
+    )
+
+
+def skew_of(layer: LayerCalibration) -> Skew:
+    """Of a calibrated layer: between its texts, or between the first and the second half of its only text's batches."""
+    several = np.asarray(layer.text_loads)
+    if len(several) == 1 and len(layer.batch_loads) > 1:
+        batches = np.asarray(layer.batch_loads)
+        several = np.stack([half.sum(0) for half in np.array_split(batches, 2)])
+    return skew(layer.load, several)
+
+
+def agreement(several: np.ndarray) -> float | None:
+    """Mean rank correlation of ``several [n, m]`` loads, pair by pair; None without a pair in which both differ by expert."""
+    told = [
+        float(spearmanr(one, other).statistic) for one, other in combinations(several, 2) if np.ptp(one) > 0 and np.ptp(other) > 0
+    ]
+    return fmean(told) if told else None
+
+
+def spread(skews: Sequence[Skew]) -> str:
+    """Means over the layers, as a part of a sentence."""
+    lis, gini, tenth = (fmean(getattr(one, name) for one in skews) for name in ("lis", "gini", "busiest_tenth"))
+    return (
+        f"the busiest expert of a layer gets {lis:.2f} times the mean and the busiest tenth {100 * tenth:.0f} % (Gini {gini:.2f})"
+    )
+
+
+def steadiness(skews: Sequence[Skew]) -> str:
+    """Whether a plan for these loads can serve other text, as a part of a sentence; empty where that is not known."""
+    known = [one.agreement for one in skews if one.agreement is not None]
+    if not known:
+        return ""
+    correlation = fmean(known)
+    if correlation >= AGREEING:
+        return f"texts agree on which experts are busy (rank correlation {correlation:.2f})"
+    return (
+        f"texts differ in which experts are busy (rank correlation {correlation:.2f}), so a plan for one serves another less well"
+    )
+
+
+def outlook(skews: Sequence[Skew]) -> str:
+    """Whether replicas can pay, by target, in one sentence: what a calibration says before there is a plan."""
+    told = "; ".join(filter(None, (spread(skews), steadiness(skews))))
+    if fmean(one.lis for one in skews) < EVEN:
+        return f"replication cannot pay on any target: the load is even ({told})"
+    return (
+        "replication can pay where the busiest slot or rank sets the time (--target batched or tensorrt-rtx, or several "
+        f"--ranks), and on no other target: {told}"
+    )

@@ -1,0 +1,172 @@
+"""The processes that share one calibration or compilation. This is the only module that knows torch.distributed.
+
+They are started by ``torchrun``, or by anything that sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``. A
+process that was started alone is a world of one: it owns all work and exchanges nothing.
+
+Work is a list of items, each owned by one process. Every process computes the same owners, works on its own items, and sees
+the results of all in the order of the list.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+T = TypeVar("T")
+
+# How long a process waits for another that is alive. The longest wait is for the first process while it writes to a slow disk.
+PATIENCE = timedelta(hours=2)
+
+
+class ProcessLost(UserError):
+    """Another process of the world ended early."""
+
+
+def rank() -> int:
+    """The number of this process among all. The first, 0, writes the outputs and prints."""
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def on_this_host() -> int:
+    """How many of the processes share this machine's cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
+
+
+def device_of_process(device: str) -> str:
+    """The torch device of this process: of several GPUs of a machine, each process has its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and on_this_host() > 1 else device
+
+
+def in_contact() -> bool:
+    """Whether this process has met the others, so that what it fails at now is its own."""
+    return bool(world.cache_info().currsize) and world_size() > 1
+
+
+class World:
+    """All processes, as one of them sees them."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = rank(), world_size()
+        if self.size > 1:
+            import torch
+
+            devices = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            try:
+                torch.distributed.init_process_group(devices, timeout=PATIENCE)
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    f"the {self.size} processes of WORLD_SIZE did not meet: {reason}; start them with torchrun"
+                ) from error
+
+    def owners(self, costs: Iterable[float]) -> list[int]:
+        """The rank that owns each item: each next one goes to whoever has the least to do so far."""
+        work = [0.0] * self.size
+        owners = []
+        for cost in costs:
+            owners.append(work.index(min(work)))
+            work[owners[-1]] += float(cost)
+        return owners
+
+    def own(self, owners: Sequence[int], items: Iterable[T]) -> Iterator[T]:
+        """Those of ``items`` that this process owns."""
+        return (item for owner, item in zip(owners, items, strict=True) if owner == self.rank)
+
+    def all(self, owners: Sequence[int], own: Iterable[T]) -> Iterator[T]:
+        """Every item, in order, on every process, of which each gives its ``own``.
+
+        Raises:
+            ProcessLost: another process is gone; so do all methods that exchange something.
+        """
+        mine = iter(own)
+        for owner in owners:
+            yield self._from(owner, next(mine) if owner == self.rank else None)
+
+    def at_first(self, owners: Sequence[int], own: Iterable[T]) -> Iterator[T]:
+        """Every item, in order, on the first process; the others hand on their ``own`` and see none."""
+        mine = iter(own)
+        for owner in owners:
+            if owner == self.rank == 0:
+                yield next(mine)
+            elif owner == self.rank:
+                self._send(next(mine))
+            elif self.rank == 0:
+                yield self._receive(owner)
+
+    def from_first(self, item: T) -> T:
+        """The first process's ``item``."""
+        return self._from(0, item)
+
+    def sum(self, array: np.ndarray, device: str = "cpu") -> np.ndarray:
+        """The sum of all processes' arrays, in place; it goes from one ``device`` to the other."""
+        if self.size > 1:
+            import torch
+
+            # Pieces, as the array may be mapped from a file that is larger than memory.
+            for part in torch.from_numpy(array).view(-1).split(1 << 24):
+                with _or_lost():
+                    there = part.to(device)
+                    torch.distributed.all_reduce(there)
+                    part.copy_(there)
+        return array
+
+    def _from(self, owner: int, item: Any) -> Any:
+        box = [item]
+        if self.size > 1:
+            import torch
+
+            with _or_lost():
+                torch.distributed.broadcast_object_list(box, src=owner, device=torch.device("cpu"))
+        return box[0]
+
+    def _send(self, item: object) -> None:
+        import torch
+
+        with _or_lost():
+            torch.distributed.send_object_list([item], dst=0, device=torch.device("cpu"))
+
+    def _receive(self, owner: int) -> Any:
+        import torch
+
+        box = [None]
+        with _or_lost():
+            torch.distributed.recv_object_list(box, src=owner, device=torch.device("cpu"))
+        return box[0]
+
+
+@cache
+def world() -> World:
+    """Waits for the other processes when it is called first.
+
+    Raises:
+        ProcessLost: they did not come.
+    """
+    return World()
+
+
+@contextmanager
+def _or_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what torch raises where a connection ends
+        raise lost() from error
+
+
+def lost() -> ProcessLost:
+    return ProcessLost(
+        f"one of the {world_size()} processes ended, so that the others cannot go on; read what it said, and start all again "
+        "with the same command, which goes on from what is finished"
+    )

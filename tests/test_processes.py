@@ -1,0 +1,192 @@
+"""Several processes share a calibration or a compilation, with the result of one; one that dies ends them all with a sentence."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import PACKAGED_IN
+from safetensors.numpy import load_file
+
+from rq_compile.processes import World
+
+# Layer by layer, as several processes run, and dying before the layer number $DIE_AT where it is set.
+PROGRAM = """
+import os, signal, sys
+from rq_compile.calibration import calibrate as module
+from rq_compile.cli.main import run
+measure_layer, choose_way, measured = module.measure_layer, module.choose_way, []
+def measure(*arguments, **given):
+    if os.environ.get("DIE_AT") == str(len(measured)) and os.environ.get("RANK") == os.environ.get("DYING"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    measured.append(1)
+    return measure_layer(*arguments, **given)
+module.measure_layer = measure
+if "RANK" not in os.environ:
+    module.choose_way = lambda *_, **__: module.Way(False, True, "layer by layer")
+sys.argv[0] = "rq-compile"
+run()
+"""
+TEXT = "In the beginning was the word, and the word was with the reader; nothing was made without it. " * 20
+
+
+def start(size: int, *arguments: object, **variables: str) -> list[subprocess.Popen[str]]:
+    """The processes of one command, as Slurm and torchrun start them: none knows more of the others than these variables."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    worlds = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)] if size > 1 else [{}]
+    common = os.environ | {"PYTHONPATH": str(PACKAGED_IN), "OMP_NUM_THREADS": "1"} | variables
+    return [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", PROGRAM, *map(str, arguments)],
+            env=common | {name: str(value) for name, value in world.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for world in worlds
+    ]
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of each."""
+    said = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *both) for process, both in zip(processes, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return Path(__file__).parents[1] / "samples" / "olmoe"
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a calibration, a plan and an engine that single processes wrote."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "text.txt").write_text(TEXT)
+    for arguments in (calibrating(model, folder, "calibration.json"), planning(folder), compiling(model, folder, "alone.onnx")):
+        (status, _, error), *_ = ended(start(1, *arguments))
+        assert status == 0, error
+    return folder
+
+
+def calibrating(model: Path, folder: Path, name: str) -> list[object]:
+    lengths = ("--sequence-length", 64, "--batch-size", 2)
+    return ["calibrate", model, "--text", folder / "text.txt", "-o", folder / name, *lengths]
+
+
+def planning(folder: Path) -> list[object]:
+    return ["plan", folder / "calibration.json", "--memory", "0.6", "-o", folder / "plan.json"]
+
+
+def compiling(model: Path, folder: Path, name: str) -> list[object]:
+    return [model, "--plan", folder / "plan.json", "-o", folder / name]
+
+
+def same(one: Path, other: Path) -> None:
+    """Counts exactly, what was measured to fp32 rounding."""
+    first, second = (json.loads(path.read_text()) for path in (one, other))
+    for layer, found in zip(first["layers"], second["layers"], strict=True):
+        for name in ("load", "text_loads", "batch_loads", "dropped", "estimated"):
+            assert found[name] == layer[name], name
+        np.testing.assert_allclose(found["wanda"], layer["wanda"], rtol=1e-5)
+        for format, errors in layer["error"].items():
+            np.testing.assert_allclose(found["error"][format], errors, rtol=1e-4, err_msg=format)
+    moments, others = (load_file(path.with_suffix(".safetensors")) for path in (one, other))
+    assert moments.keys() == others.keys()
+    for name, moment in moments.items():
+        np.testing.assert_allclose(others[name], moment, rtol=0, atol=1e-6 * np.abs(moment).max())
+
+
+def test_three_processes_calibrate_as_one(model: Path, alone: Path) -> None:
+    """Of unlike shares: batches and experts do not divide by three."""
+    first, *others = ended(start(3, *calibrating(model, alone, "three.json")))
+    assert first[0] == 0, first
+    assert "3 processes share its batches and experts" in first[2]
+    assert others == [(0, "", "")] * 2
+    same(alone / "calibration.json", alone / "three.json")
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_lost_process_ends_all_and_the_run_goes_on_later(model: Path, alone: Path, dying: int) -> None:
+    command = calibrating(model, alone, f"resumed{dying}.json")
+    results = ended(start(2, *command, DIE_AT="2", DYING=str(dying)))
+    status, output, error = results[1 - dying]
+    assert results[dying][0] == -signal.SIGKILL
+    assert (status, output) == (1, "")
+    assert "Traceback" not in error
+    assert error.count("error: ") == 1
+    assert "one of the 2 processes ended" in error
+    assert not (alone / f"resumed{dying}.json").exists()
+    # With another number of processes.
+    ((status, _, error),) = ended(start(1, *command))
+    assert status == 0, error
+    assert "going on behind model.layers.1.mlp.experts" in error
+    same(alone / "calibration.json", alone / f"resumed{dying}.json")
+
+
+def test_two_processes_compile_the_same_bytes(model: Path, alone: Path) -> None:
+    first, other = ended(start(2, *compiling(model, alone, "two.onnx")))
+    assert first[0] == 0, first
+    assert other == (0, "", "")
+    assert (alone / "two.onnx.data").read_bytes() == (alone / "alone.onnx.data").read_bytes()
+    one, two = (json.loads((alone / f"{name}.json").read_text()) for name in ("alone", "two"))
+    assert two["weights"]["sha256"] == one["weights"]["sha256"]
+    assert two["plan"] == one["plan"]
+
+
+def test_a_mistake_is_told_once(model: Path, alone: Path) -> None:
+    first, other = ended(start(2, *calibrating(model, alone, "wrong.json"), "--sequence-length", 100_000))
+    assert first[0] == other[0] == 2
+    assert first[2].count("error: ") == 1
+    assert other[1:] == ("", "")
+    assert other[1] == ""
+
+
+def test_torchrun_starts_them_and_ends_them(model: Path, alone: Path) -> None:
+    """Its agent kills who is left as soon as one process fails."""
+    began = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(PACKAGED_IN), "OMP_NUM_THREADS": "1", "DIE_AT": "1", "DYING": "1"}
+    program = alone / "program.py"
+    program.write_text(PROGRAM)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
+    command = [sys.executable, "-P", *torchrun, *map(str, calibrating(model, alone, "torchrun.json"))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.count("error: one of the 2 processes ended") == 1
+    assert time.monotonic() - began < 100
+
+
+@pytest.mark.parametrize(
+    ("size", "costs", "owners"),
+    [(1, [1, 2], [0, 0]), (2, [1, 1, 1], [0, 1, 0]), (2, [5, 1, 1, 1], [0, 1, 1, 1]), (3, [2, 1], [0, 1]), (3, [], [])],
+)
+def test_each_item_goes_to_who_has_least_to_do(size: int, costs: list[float], owners: list[int]) -> None:
+    world = World.__new__(World)
+    world.size = size
+    assert world.owners(costs) == owners
+
+
+def test_one_process_owns_all_and_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise AssertionError("a world of one has nobody to talk to")
+
+    for name in ("init_process_group", "all_reduce", "broadcast_object_list", "send_object_list"):
+        monkeypatch.setattr(torch.distributed, name, none)
+    world = World()
+    items = ["a", "b"]
+    owners = world.owners([1, 1])
+    seen: list[Callable[..., object]] = [world.own, world.all, world.at_first]
+    assert [list(each(owners, items)) for each in seen] == [items] * 3
+    assert world.from_first(3) == 3
+    assert world.sum(np.ones(2)).tolist() == [1, 1]

@@ -3,7 +3,7 @@
     python benchmarks/processes.py --command calibrate --processes 2 --folder /scratch
     python benchmarks/processes.py --command compile --processes 2 --folder /scratch
 
-"seconds" is the wall time of the whole command, from the start of `torchrun` (or of the single process) to its end; "start" is
+"seconds" is the wall time of the whole command in every round, from the start of `torchrun` (or of the single process) to its end; "start" is
 that of the same command with `--dry-run`, which opens the checkpoint and computes nothing. `calibrate` runs layer by layer with
 GPTQ, in one process too. `compile` rounds every expert to int4 with GPTQ; "weights_s" is what its
 weights took, without the export of the graph, which every process does. `--only-make` makes what is measured: the checkpoint,
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="OLMoE-1B-7B")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--experts", type=int, help="fewer than the model has")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are made, and kept")
     parser.add_argument("--only-make", action="store_true", help="make what is measured and measure nothing")
     given = parser.parse_args()
@@ -77,17 +78,18 @@ def main() -> None:
         return
     run = calibrating if given.command == "calibrate" else [str(path), "--plan", str(plan), "--threads", "1"]
     run += ["-o", str(output)]
-    (taken, said), (start, _) = seconds(given.processes, *run), seconds(given.processes, *run, "--dry-run")
-    weights = re.search(r"of weights in (.*) s,", said)
+    rounds = [seconds(given.processes, *run) for _ in range(given.rounds)]
+    start, _ = seconds(given.processes, *run, "--dry-run")
+    weights = [float(found[1]) for _, said in rounds if (found := re.search(r"of weights in (.*) s,", said))]
     found = {
         "command": given.command,
         "shape": given.shape,
         "experts": given.experts,
         "tokens": given.tokens,
         "processes": given.processes,
-        "seconds": round(taken, 2),
+        "seconds": [round(taken, 2) for taken, _ in rounds],
         "start_s": round(start, 2),
-        **({"weights_s": float(weights[1])} if weights else {}),
+        **({"weights_s": weights} if weights else {}),
         **environment(),
         "threads": 1,
     }

@@ -3,11 +3,11 @@
     python benchmarks/processes.py --command calibrate --processes 2 --folder /scratch
     python benchmarks/processes.py --command compile --processes 2 --folder /scratch
 
-"seconds" is the wall time of the whole command in every round, from the start of `torchrun` (or of the single process) to its end; "start" is
-that of the same command with `--dry-run`, which opens the checkpoint and computes nothing. `calibrate` runs layer by layer with
-GPTQ, in one process too. `compile` rounds every expert to int4 with GPTQ; "weights_s" is what its
-weights took, without the export of the graph, which every process does. `--only-make` makes what is measured: the checkpoint,
-the text and the plan. A row goes to benchmarks/results/processes.json, in place of one of the same kind.
+"seconds" is the wall time of the whole command in every round, from the start of `torchrun` (or of the single process) to its
+end; "start" is that of the same command with `--dry-run`, which opens the checkpoint and computes nothing. `calibrate` runs layer
+by layer with GPTQ, in one process too. `compile` rounds every expert to int4 with GPTQ; "weights_s" is what its weights took,
+without the export of the graph, which every process does. `--only-make` makes what is measured: the checkpoint, the text and the
+plan. A row goes to benchmarks/results/processes.json, in place of one of the same kind.
 """
 
 import argparse

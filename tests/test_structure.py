@@ -19,6 +19,7 @@ PACKAGE = ROOT / "rq_compile"
 # From the bottom. A package imports from lower floors only, and never from another one of its floor.
 FLOORS = (
     ("bounds", "errors"),
+    ("processes",),
     ("file_systems", "quantization", "spill", "standalone", "violations"),
     ("checkpoint", "files"),
     ("estimates", "outputs", "texts", "versions"),

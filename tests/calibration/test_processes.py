@@ -66,7 +66,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    return Path(__file__).parents[1] / "samples" / "olmoe"
+    return Path(__file__).parents[2] / "samples" / "olmoe"
 
 
 @pytest.fixture(scope="module")

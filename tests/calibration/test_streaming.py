@@ -148,7 +148,7 @@ def test_the_way_is_chosen_by_the_memory(tiny_checkpoint: Callable[[str], Path],
     assert (streamed.whole, streamed.states_in_memory) == (False, True)
     spilled = way(1014 * MIB, rows=1_000_000)
     assert (spilled.whole, spilled.states_in_memory) == (False, False)
-    assert "layer by layer, 366 MiB of hidden states on disk: as a whole" in spilled.reason
+    assert "layer by layer, 488 MiB of hidden states on disk: as a whole" in spilled.reason
     with pytest.raises(UserError, match=r"--memory-limit is 1000 MiB, but a single layer of .* takes 10\d\d MiB while"):
         way(1000 * MIB + 10_000)
     monkeypatch.setattr(memory, "available_memory", lambda: 0)

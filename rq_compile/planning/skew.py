@@ -7,7 +7,6 @@ from math import ceil
 from statistics import fmean
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from rq_compile.calibration.schema import LayerCalibration
 from rq_compile.planning import metrics
@@ -57,6 +56,8 @@ def skew_of(layer: LayerCalibration) -> Skew:
 
 def agreement(several: np.ndarray) -> float | None:
     """Mean rank correlation of ``several [n, m]`` loads, pair by pair; None without a pair in which both differ by expert."""
+    from scipy.stats import spearmanr  # a plain install shows engines, and has no scipy
+
     told = [
         float(spearmanr(one, other).statistic) for one, other in combinations(several, 2) if np.ptp(one) > 0 and np.ptp(other) > 0
     ]

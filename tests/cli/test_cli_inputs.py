@@ -56,7 +56,7 @@ def change(file: Path, how: Callable[[dict], None]) -> Path:
         (spoil_config, ["config.json is missing"]),
         (spoil_safetensors, ["no .safetensors files"]),
         (spoil_shard, ["model.safetensors is truncated", "bytes"]),
-        (spoil_kind, ["has no tensor", "LlamaForCausalLM", "config.json"]),
+        (spoil_kind, ["has no tensor", "mlp.down_proj.weight", "config.json"]),
         (spoil_tokenizer, ["no tokenizer.json"]),
     ],
 )

@@ -133,7 +133,8 @@ def test_a_shard_that_was_written_again_starts_over(
 
 
 @pytest.mark.parametrize(
-    ("options", "named"), [(("--lowering", "stock"), "lowering"), (("--plan", "other.json"), "plan and activation statistics")]
+    ("options", "named"),
+    [(("--lowering", "stock"), "lowering and dense format"), (("--plan", "other.json"), "plan and activation statistics")],
 )
 def test_another_engine_starts_over(
     rq_compile: Run, model: Path, stages: Path, left: Path, read: set[int], tmp_path: Path, options: tuple[str, str], named: str

@@ -20,6 +20,15 @@ pytest_plugins = ["messages"]  # records what users are told
 # Models this small only lose time to threads: much of it, on a busy machine.
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def _threads_of_torch() -> Iterator[None]:
+    """A test that sets them would change the last bits of what later tests calibrate."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 SAMPLE_TEXTS = Path(__file__).parent.parent / "samples" / "text"
 
 

@@ -255,8 +255,8 @@ def test_int4_needs_a_gpu_that_has_it() -> None:
     plan = plan_of(GEOMETRY, MIXED)
     (layer,) = plan.layers
     with pytest.raises(UserError, match="layer 0 has experts in int4, which --sm 75 lacks"):
-        target.check_layer(layer, target.Settings("rtx", (), [75], build=False))
-    target.check_layer(layer, target.Settings("rtx", (), [80], build=False))
+        target.check_layer(layer, target.Settings("rtx", default_profiles(2, 16, 64), [75], build=False))
+    target.check_layer(layer, target.Settings("rtx", default_profiles(2, 16, 64), [80], build=False))
 
 
 @rtx

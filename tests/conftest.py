@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import tiny
 import torch
@@ -16,6 +17,10 @@ from rq_compile.export.export import Exported, export_graph
 from rq_compile.targets import onnxruntime as target
 
 pytest_plugins = ["messages"]  # records what users are told
+
+# On a busy machine an example that waits for its turn is not a slow one.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # Models this small only lose time to threads: much of it, on a busy machine.
 torch.set_num_threads(1)

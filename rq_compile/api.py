@@ -10,9 +10,10 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rq_compile.errors import UserError as UserError
+from rq_compile.quantization.formats import DenseFormat
 from rq_compile.runtime.engine import Engine as _Engine
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from rq_compile.calibration.schema import Calibration
     from rq_compile.engine.manifest import LoweringName, Manifest
     from rq_compile.evaluation.schema import Bench, Evaluation
+    from rq_compile.lowerings import Lowering
     from rq_compile.planning.schema import Plan
-    from rq_compile.quantization.formats import Block, DenseFormat, Quantizer
+    from rq_compile.quantization.formats import Block, Quantizer
     from rq_compile.runtime.language_model import LanguageModel
 
 File = str | PathLike[str]
@@ -29,6 +31,9 @@ File = str | PathLike[str]
 Texts = Mapping[str, str] | File | Sequence[File]
 # Called with what is done and what there is to do.
 Progress = Callable[[int, int], None]
+ActivationBits = Literal[8, 32]
+# Of lowerings, and what each may be.
+OPTIONS: dict[str, Any] = {"activation_bits": ActivationBits, "dense_format": DenseFormat}
 
 _LOG = logging.getLogger("rq_compile")
 
@@ -67,35 +72,29 @@ def calibrate(
     ``.safetensors``. An interrupted run of the same arguments continues behind its last finished layer, unless ``fresh``.
 
     Raises:
-        UserError: there is no text, the text is too short, or one layer does not fit into the memory limit.
+        UserError: ``output`` would replace an input or a file of another kind, there is no text, the text is too short, or one
+            layer does not fit into the memory limit.
     """
-    from rq_compile import spill
-    from rq_compile.calibration.calibrate import calibrate
-    from rq_compile.calibration.coverage import few_tokens
-    from rq_compile.calibration.statistics import write_with_statistics
-    from rq_compile.calibration.unfinished import unfinished
+    from rq_compile.calibration.written import calibrated_into
+    from rq_compile.outputs import check_calibration
 
-    opened, path = _opened(model), Path(output)
-    contents = _contents(texts, opened)
-    with unfinished(path, fresh=fresh, say=_LOG.info) as kept:
-        with spill.beside(path):
-            calibration, statistics = calibrate(
-                opened,
-                contents,
-                batch_size=batch_size,
-                sequence_length=sequence_length,
-                progress=progress or _silent,
-                quantizer=quantizer,
-                block=block,
-                memory_limit=memory_limit,
-                device=device,
-                remark=_LOG.info,
-                kept=kept,
-            )
-        calibration = write_with_statistics(calibration, statistics, path)
-    if remark := few_tokens(calibration):
-        _LOG.info(remark)
-    return calibration
+    path = Path(output)
+    check_calibration(path, _files(texts), statistics=quantizer == "gptq")
+    opened = _opened(model)
+    return calibrated_into(
+        path,
+        opened,
+        _contents(texts, opened),
+        fresh=fresh,
+        remark=_LOG.info,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        progress=progress or _silent,
+        quantizer=quantizer,
+        block=block,
+        memory_limit=memory_limit,
+        device=device,
+    )
 
 
 def plan(
@@ -114,13 +113,16 @@ def plan(
     see docs/planning.md.
 
     Raises:
-        UserError: the calibration cannot be read, an argument is unknown or out of range, or the budget cannot be met.
+        UserError: ``output`` would replace an input or a file of another kind, the calibration cannot be read, an argument is
+            unknown or out of range, or the budget cannot be met.
     """
     from rq_compile.calibration.schema import Calibration
     from rq_compile.files import read_document, sha256, write_document
+    from rq_compile.outputs import check_outputs, document
     from rq_compile.planning.plan import make_plan
 
     source, path = Path(calibration), Path(output)
+    check_outputs({path: document("plan")}, [source])
     made = make_plan(
         read_document(Calibration, source),
         policy=policy,
@@ -141,39 +143,48 @@ def compile(
     plan: File,
     output: File,
     *,
-    lowering: LoweringName = "native",
-    activation_bits: int = 32,
-    dense_format: DenseFormat = "stored",
+    lowering: LoweringName | None = None,
+    activation_bits: ActivationBits | None = None,
+    dense_format: DenseFormat | None = None,
     threads: int | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Compile ``model`` after ``plan`` into an engine for ONNX Runtime: ``output`` (``.onnx``) and the files beside it.
 
-    ``progress`` counts bytes of weights. The engine does not depend on ``threads``.
+    ``lowering``: by default the one for the plan's target. ``activation_bits`` and ``dense_format`` are options of some
+    lowerings. ``progress`` counts bytes of weights. The engine does not depend on ``threads``.
 
     Raises:
-        UserError: the plan is of another model or does not fit the lowering, or the disk is full.
+        UserError: ``output`` would replace another file, the plan is of another model or does not fit the lowering, the lowering
+            does not have an option, or the disk is full.
     """
+    from rq_compile.architectures.ties import remarks_on_ties
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
-    from rq_compile.lowerings import LOWERINGS, with_options
+    from rq_compile.lowerings import lowering_for
+    from rq_compile.outputs import check_outputs
+    from rq_compile.planning.remarks import lost_with_lowering
     from rq_compile.planning.schema import Plan
+    from rq_compile.targets.engine_outputs import onnx_outputs
     from rq_compile.targets.onnxruntime import Writing, compile_engine
     from rq_compile.targets.preflight import check_same_model
 
-    opened, source = _opened(model), Path(plan)
+    opened, source, path = _opened(model), Path(plan), Path(output)
+    if path.suffix != ".onnx":
+        raise UserError(f"{path} is not named as an engine for ONNX Runtime; end it in .onnx", 2)
+    check_outputs(onnx_outputs(path, opened.path, link_weights=False), [source])
     document = read_document(Plan, source)
     check_same_model(document, opened, source)
+    options = {"activation_bits": activation_bits, "dense_format": dense_format}
+    realised = _lowering(lowering or lowering_for(document.target).name, options)
+    for remark in remarks_on_ties(opened):
+        _LOG.info(remark)
+    if lost := lost_with_lowering(document, realised.name, batched=realised.is_batched()):
+        _LOG.info(lost)
     statistics = Statistics.beside(source.parent, document.statistics) if document.statistics else None
-    return compile_engine(
-        opened,
-        document,
-        Path(output),
-        with_options(LOWERINGS[lowering], activation_bits=activation_bits, dense_format=dense_format),
-        statistics,
-        writing=Writing(threads, fresh, progress, _LOG.info),
-    )
+    writing = Writing(threads, fresh, progress, _LOG.info)
+    return compile_engine(opened, document, path, realised, statistics, writing=writing)
 
 
 def load(engine: File, threads: int | None = None) -> Engine:
@@ -260,6 +271,22 @@ def _opened(model: Model | File) -> Model:
     return open(model) if isinstance(model, str | PathLike) else model
 
 
+def _lowering(name: str, options: dict[str, Any]) -> Lowering:
+    """With those of ``options`` that are not None, all of which it must have."""
+    from rq_compile.lowerings import LOWERINGS
+
+    if name not in LOWERINGS:
+        raise UserError(f"there is no lowering {name}; choose one of {', '.join(LOWERINGS)}", 2)
+    kind = LOWERINGS[name]
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in given.items():
+        if option not in kind.options:
+            raise UserError(f"{option} {value} has no effect with lowering {name}; leave it out, or take lowering native", 2)
+        if (known := get_args(OPTIONS[option])) and value not in known:
+            raise UserError(f"{option} cannot be {value}; choose one of {', '.join(map(str, known))}", 2)
+    return kind(**given)
+
+
 def _language_model(path: Path, threads: int | None) -> LanguageModel:
     if path.suffix == ".onnx":
         return Engine.load(path, threads)
@@ -273,8 +300,13 @@ def _contents(texts: Texts, model: Model) -> dict[str, str]:
         return dict(texts)
     from rq_compile.texts import chat_template, read_texts
 
-    files = [texts] if isinstance(texts, str | PathLike) else texts
-    return read_texts([Path(file) for file in files], render=chat_template(model.path))
+    return read_texts(_files(texts), render=chat_template(model.path))
+
+
+def _files(texts: Texts) -> list[Path]:
+    if isinstance(texts, Mapping):
+        return []
+    return [Path(file) for file in ([texts] if isinstance(texts, str | PathLike) else texts)]
 
 
 def _silent(done: int, total: int) -> None:

@@ -45,6 +45,18 @@ def check_outputs(outputs: Mapping[Path, tuple[str, Recognizes]], inputs: Iterab
             raise UserError(f"the {kind} would overwrite {path}, which this command reads; {CHOOSE}", 2)
 
 
+def check_calibration(output: Path, inputs: Iterable[Path], *, statistics: bool) -> None:
+    """The calibration is written as ``output``, its statistics, if it has any, as ``<stem>.safetensors``.
+
+    Raises:
+        UserError: ``output`` is named as its statistics, or see ``check_outputs``.
+    """
+    if output.suffix == ".safetensors":
+        raise UserError(f"-o {output} names the calibration, whose statistics go into a .safetensors; end it in .json", 2)
+    beside = {output.with_suffix(".safetensors"): STATISTICS} if statistics else {}
+    check_outputs({output: document("calibration")} | beside, inputs)
+
+
 def check_folder(folder: Path, output: Path) -> None:
     """
     Raises:

@@ -21,7 +21,7 @@ from rq_compile.cli.options import (
 )
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
-from rq_compile.outputs import STATISTICS, check_outputs, document
+from rq_compile.outputs import check_calibration
 
 if TYPE_CHECKING:
     from rq_compile.quantization.formats import Block, Quantizer
@@ -121,7 +121,7 @@ def command(
 
     With --from-loads nothing is run: the loads of an earlier calibration are replaced by those that a server recorded.
     """
-    check_place(
+    check_calibration(
         output,
         [*texts, *from_loads, *([earlier] if earlier else [])],
         statistics=quantizer == "gptq" and not (from_loads or data_free),
@@ -139,11 +139,7 @@ def command(
     check_rows([path for path in texts if not has_rows(path)])
     contents = read_texts(texts, field=field, samples=samples, seed=seed, render=chat_template(folder))
 
-    from rq_compile import spill
-    from rq_compile.calibration.calibrate import calibrate
-    from rq_compile.calibration.coverage import few_tokens
-    from rq_compile.calibration.statistics import write_with_statistics
-    from rq_compile.calibration.unfinished import unfinished
+    from rq_compile.calibration.written import calibrated_into
     from rq_compile.cli.tables import calibration_tables
 
     model = opened(screen, folder)
@@ -164,40 +160,25 @@ def command(
         screen.result(estimate, *estimate_tables(estimate))
         return
     under_way = [""]
-    with unfinished(output, fresh=fresh, say=screen.note) as kept:
-        with spill.beside(output), screen.progress("calibrating", "tokens") as progress:
-            calibration, statistics = calibrate(
-                model,
-                contents,
-                batch_size=batch_size,
-                sequence_length=sequence_length,
-                progress=lambda done, total: progress(done, total, under_way[0]),
-                detail=lambda text: under_way.__setitem__(0, text),
-                quantizer=quantizer,
-                block=None if block == "auto" else cast("Block", int(block)),
-                wanda_fraction=wanda_fraction,
-                memory_limit=memory_limit,
-                device=device,
-                remark=screen.note,
-                kept=kept,
-            )
-        calibration = write_with_statistics(calibration, statistics, output)
-    if remark := few_tokens(calibration):
-        screen.note(remark)
+    with screen.progress("calibrating", "tokens") as progress:
+        calibration = calibrated_into(
+            output,
+            model,
+            contents,
+            fresh=fresh,
+            remark=screen.note,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            progress=lambda done, total: progress(done, total, under_way[0]),
+            detail=lambda text: under_way.__setitem__(0, text),
+            quantizer=quantizer,
+            block=None if block == "auto" else cast("Block", int(block)),
+            wanda_fraction=wanda_fraction,
+            memory_limit=memory_limit,
+            device=device,
+        )
     screen.note(f"wrote {output}" + (f" and {calibration.statistics.name}" if calibration.statistics else ""))
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)
-
-
-def check_place(output: Path, inputs: list[Path], *, statistics: bool) -> None:
-    """The calibration is written as ``output``, its statistics as ``<stem>.safetensors``.
-
-    Raises:
-        UserError: ``output`` is named as its statistics, or see ``check_outputs``.
-    """
-    if output.suffix == ".safetensors":
-        raise UserError(f"-o {output} names the calibration, whose statistics go into a .safetensors; end it in .json", 2)
-    outputs = {output: document("calibration")} | ({output.with_suffix(".safetensors"): STATISTICS} if statistics else {})
-    check_outputs(outputs, inputs)
 
 
 def check_rows(plain: list[Path]) -> None:

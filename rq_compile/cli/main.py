@@ -75,7 +75,7 @@ class Commands(click.Group):
                 raise
             fail(
                 f"{ctx.invoked_subcommand} needs {error.name}, which a plain install does not bring; "
-                "run pip install 'rq-compile[compile]'"
+                "run pip install '.[compile]' in the folder of rq-compile's sources"
             )
         except KeyboardInterrupt:
             if rank() == 0:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from rq_compile.cli.calibrate import check_place
 from rq_compile.cli.options import FILE
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
+from rq_compile.outputs import check_calibration
 
 
 @click.command("merge")
@@ -18,7 +18,7 @@ from rq_compile.errors import UserError
 @on_screen
 def command(screen: Screen, calibrations: tuple[Path, ...], output: Path) -> None:
     """Add up calibrations of one model on different texts."""
-    check_place(output, list(calibrations), statistics=True)
+    check_calibration(output, list(calibrations), statistics=True)
     different = len({path.resolve() for path in calibrations})
     if different < max(2, len(calibrations)):
         raise UserError(

@@ -1,0 +1,33 @@
+"""A calibration from texts to files: kept layer by layer while it runs, its statistics written beside it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rq_compile import spill
+from rq_compile.architectures.model import Model
+from rq_compile.calibration.calibrate import calibrate
+from rq_compile.calibration.coverage import few_tokens
+from rq_compile.calibration.schema import Calibration
+from rq_compile.calibration.statistics import write_with_statistics
+from rq_compile.calibration.unfinished import unfinished
+
+
+def calibrated_into(
+    output: Path, model: Model, texts: dict[str, str], *, fresh: bool, remark: Callable[[str], None], **measuring: Any
+) -> Calibration:
+    """Calibrate ``model`` on ``texts`` (name to content), write it as ``output`` and return what was written.
+
+    ``measuring``: the other arguments of ``calibrate``. An interrupted run of the same arguments continues behind its last
+    finished layer, unless ``fresh``.
+
+    Raises:
+        UserError: see ``calibrate`` and ``write_with_statistics``.
+    """
+    with unfinished(output, fresh=fresh, say=remark) as kept:
+        with spill.beside(output):
+            calibration, statistics = calibrate(model, texts, remark=remark, kept=kept, **measuring)
+        calibration = write_with_statistics(calibration, statistics, output)
+    if told := few_tokens(calibration):
+        remark(told)
+    return calibration

@@ -24,7 +24,7 @@ from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, checked_set
 from rq_compile.errors import UserError
 from rq_compile.lowerings import LOWERINGS, lowering_for, with_options
 from rq_compile.outputs import check_outputs
-from rq_compile.processes import rank
+from rq_compile.processes import world_size
 from rq_compile.targets.engine_outputs import onnx_outputs, tensorrt_outputs
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def command(
     """Compile MODEL into an engine (the default command)."""
     check_extension(output)
     check_tensorrt_options(output)
+    check_processes(output)
     tensorrt = {name: planning.pop(name) for name in OPTIONS}
     realised = lowering_by(LOWERINGS[lowering], activation_bits, dense_format, f"--lowering {lowering}")
     inputs = [path for path in (plan_path, tensorrt["plugins"], *texts) if path]
@@ -161,8 +162,7 @@ def command(
         statistics = Statistics.of(tensors)
 
     if settings is not None:
-        if rank() == 0:
-            compile_plan(screen, model, plan, output, settings, statistics=statistics, threads=threads)
+        compile_plan(screen, model, plan, output, settings, statistics=statistics, threads=threads)
         return
 
     from rq_compile.cli.tables import engine_tables
@@ -227,6 +227,19 @@ def check_extension(output: Path) -> None:
     """
     if output.suffix not in (".onnx", ".plan"):
         raise UserError(f"{output} has no extension of an engine; end it in .onnx (ONNX Runtime) or .plan (TensorRT)", 2)
+
+
+def check_processes(output: Path) -> None:
+    """
+    Raises:
+        UserError: several processes would share a compilation that one has to do.
+    """
+    if output.suffix == ".plan" and world_size() > 1:
+        raise UserError(
+            f"{world_size()} processes cannot share the compilation of {output}, which TensorRT's builder does in one; "
+            "start it without torchrun, or compile an .onnx",
+            2,
+        )
 
 
 def refuse_planning_options() -> None:

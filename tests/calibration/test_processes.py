@@ -150,7 +150,15 @@ def test_a_mistake_is_told_once(model: Path, alone: Path) -> None:
     assert first[0] == other[0] == 2
     assert first[2].count("error: ") == 1
     assert other[1:] == ("", "")
-    assert other[1] == ""
+
+
+def test_an_engine_for_tensorrt_is_compiled_by_one(model: Path, alone: Path) -> None:
+    first, other = ended(start(2, *compiling(model, alone, "two.plan"), "--no-build"))
+    assert first[0] == other[0] == 2
+    assert "error: 2 processes cannot share the compilation of" in first[2]
+    assert "start it without torchrun" in first[2]
+    assert other[1:] == ("", "")
+    assert not list(alone.glob("two.plan*"))
 
 
 def test_torchrun_starts_them_and_ends_them(model: Path, alone: Path) -> None:

@@ -6,24 +6,20 @@ experts in MXFP4 (compressed-tensors' mxfp4-pack-quantized).
 Its router chooses as random weights do: nothing that is measured with it says anything about accuracy or balance.
 """
 
-import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
+from shards import SHARD, Tensors, bytes_of, write_checkpoint
 
-TOKENIZER = Path(__file__).parents[1] / "samples" / "olmoe" / "tokenizer.json"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 AT_ONCE = 1 << 22  # weights that are drawn at a time
 Shapes = dict[str, tuple[int, ...]]
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
 Storage = Literal["bf16", "fp8", "mxfp4"]
-BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
 QUANTIZATION: dict[str, dict[str, object]] = {
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "mxfp4": {
@@ -119,7 +115,7 @@ class Model:
 
     @property
     def bytes(self) -> int:
-        return sum(BYTES[dtype] * math.prod(shape) for dtype, shape in self.tensors.values())
+        return sum(map(bytes_of, self.tensors.values()))
 
     @property
     def layer_bytes(self) -> int:
@@ -138,46 +134,16 @@ OLMOE_FP8, OLMOE_MXFP4 = (replace(OLMOE_1B_7B, layers=32, storage=storage) for s
 SMALL_FP8, SMALL_MXFP4 = (replace(SMALL, layers=8, storage=storage) for storage in (FP8, MXFP4))
 
 
-def generate(model: Model, folder: Path, shard_bytes: int = 5 * 10**9, seed: int = 0) -> Path:
+def generate(model: Model, folder: Path, shard_bytes: int = SHARD, seed: int = 0) -> Path:
     """Write the checkpoint into ``folder``, which is made, and return it."""
-    folder.mkdir(parents=True)
-    shards = list(_shards(model.tensors, shard_bytes))
-    weight_map = {}
-    for number, tensors in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write(folder / name, tensors, np.random.default_rng([seed, number]))
-        weight_map |= dict.fromkeys(tensors, name)
-    index = {"metadata": {"total_size": model.bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(model.config, indent=1))
-    shutil.copy(TOKENIZER, folder)
-    return folder
 
-
-def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[Tensors]:
-    shard: Tensors = {}
-    size = 0
-    for name, (dtype, shape) in tensors.items():
-        bytes = BYTES[dtype] * math.prod(shape)
-        if shard and size + bytes > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = dtype, shape
-        size += bytes
-    yield shard
-
-
-def _write(path: Path, tensors: Tensors, random: np.random.Generator) -> None:
-    header, end = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + BYTES[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+    def fill(file: BinaryIO, tensors: Tensors, number: int) -> None:
+        random = np.random.default_rng([seed, number])
         for name, (dtype, shape) in tensors.items():
             for values in _values(name, dtype, shape, random):
                 file.write(values.data)
+
+    return write_checkpoint(folder, model.config, model.tensors, fill, shard_bytes)
 
 
 def _values(name: str, dtype: str, shape: tuple[int, ...], random: np.random.Generator) -> Iterator[np.ndarray]:

@@ -14,55 +14,19 @@ Names and shapes were written down from these public descriptions (as of Novembe
   README_WEIGHTS.md beside it.
 """
 
-import json
-import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TOKENIZER = Path(__file__).parents[1] / "samples" / "olmoe" / "tokenizer.json"  # a stand-in: theirs have other vocabularies
-BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
-SHARD = 5 * 10**9
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
+from shards import Tensors, leave_out, write_checkpoint
+
 # The tensors of a linear layer [out, in], by its module's name.
 Store = Callable[[str, int, int], Tensors]
 
 
 def write(name: str, folder: Path) -> Path:
     """Write the checkpoint ``name`` of ``PUBLISHED`` into ``folder``, which is made, and return it."""
-    config, tensors = PUBLISHED[name]()
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    shutil.copy(TOKENIZER, folder)
-    shards: list[Tensors] = [{}]
-    size = 0
-    for tensor, (dtype, shape) in tensors.items():
-        taken = BYTES[dtype] * math.prod(shape)
-        if shards[-1] and size + taken > SHARD:
-            shards.append({})
-            size = 0
-        shards[-1][tensor] = dtype, shape
-        size += taken
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_sparse(folder / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
-
-
-def _write_sparse(file: Path, tensors: Tensors) -> None:
-    header: dict[str, dict[str, Any]] = {}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + BYTES[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    with file.open("wb") as opened:
-        opened.write(len(encoded).to_bytes(8, "little") + encoded)
-        opened.truncate(8 + len(encoded) + end)
+    return write_checkpoint(folder, *PUBLISHED[name](), leave_out)
 
 
 # ------------------------------------------------------------------------------------------------ how a linear layer is stored

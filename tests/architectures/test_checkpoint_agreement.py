@@ -10,20 +10,18 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hostile import INDEX, one_sentence
+from changed_checkpoints import Tensors, changed, refused
+from hostile import INDEX
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from rq_compile.architectures.config_values import NEUTRAL
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
-from rq_compile.errors import UserError
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import read_document
 from rq_compile.planning.schema import Plan
 from rq_compile.targets.onnxruntime import compile_engine
-
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
@@ -32,26 +30,14 @@ def copy(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[...
     (None: without the key)."""
 
     def make(family: str, change: Callable[[Tensors], object] | None = None, **config: object) -> Path:
-        folder = Path(shutil.copytree(tiny_checkpoint(family), tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"))
-        stated = json.loads((folder / "config.json").read_text()) | config
-        (folder / "config.json").write_text(json.dumps({key: value for key, value in stated.items() if value is not None}))
-        if change is not None:
-            tensors = load_file(folder / "model.safetensors")
-            change(tensors)
-            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-        return folder
+        def settle(stated: dict[str, Any]) -> None:
+            stated |= config
+            for key in [key for key, value in stated.items() if value is None]:
+                del stated[key]
+
+        return changed(tiny_checkpoint(family), tmp_path, settle, change)
 
     return make
-
-
-def refused(folder: Path, *words: str) -> str:
-    with pytest.raises(UserError) as caught:
-        Model.open(folder)
-    message = one_sentence(caught.value)
-    assert caught.value.exit_status == 2
-    assert all(word in message for word in words), message
-    assert "ownload" not in message
-    return message
 
 
 def opened(folder: Path, *remarks: str) -> Model:

@@ -10,13 +10,11 @@ import model_types
 import pytest
 import tiny_storage
 import torch
-from hostile import one_sentence
+from changed_checkpoints import Tensors, changed, refused
 from safetensors.torch import load_file, save_file
 
 from rq_compile.architectures.model import Model
-from rq_compile.errors import UserError
 
-Tensors = dict[str, torch.Tensor]
 Copy = Callable[..., Path]
 
 
@@ -37,25 +35,9 @@ def copy(built: Callable[[str], Path], tmp_path: Path) -> Copy:
     """``copy(type, change, keys...)``: a checkpoint whose tensors ``change`` has changed, and keys of its text config."""
 
     def make(model_type: str, change: Callable[[Tensors], object] | None = None, **keys: object) -> Path:
-        folder = Path(shutil.copytree(built(model_type), tmp_path / f"{model_type}-{len(list(tmp_path.iterdir()))}"))
-        stated = json.loads((folder / "config.json").read_text())
-        stated.get("text_config", stated).update(keys)
-        (folder / "config.json").write_text(json.dumps(stated))
-        if change is not None:
-            tensors = load_file(folder / "model.safetensors")
-            change(tensors)
-            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-        return folder
+        return changed(built(model_type), tmp_path, lambda stated: stated.get("text_config", stated).update(keys), change)
 
     return make
-
-
-def refused(folder: Path, *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        Model.open(folder)
-    message = one_sentence(caught.value)
-    assert caught.value.exit_status == 2
-    assert all(word in message for word in words), message
 
 
 def remarks(folder: Path) -> list[str]:

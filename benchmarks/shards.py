@@ -1,0 +1,64 @@
+"""A checkpoint's files around its weights: config, tokenizer, index and shards, whose values the caller gives or leaves out."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+TOKENIZER = Path(__file__).parents[1] / "samples" / "olmoe" / "tokenizer.json"  # a stand-in: theirs have other vocabularies
+BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
+SHARD = 5 * 10**9
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+# Given a file behind its header, the tensors that it holds and the number of the shard, writes their values.
+Fill = Callable[[BinaryIO, Tensors, int], object]
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: Tensors, fill: Fill, shard_bytes: int = SHARD) -> Path:
+    """Write a checkpoint with ``config`` and ``tensors`` (name to dtype and shape) into ``folder``, which is made."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.copy(TOKENIZER, folder)
+    shards = list(_shards(tensors, shard_bytes))
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with (folder / name).open("wb") as file:
+            file.write(_header(shard))
+            fill(file, shard, number)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(map(bytes_of, tensors.values()))}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def leave_out(file: BinaryIO, tensors: Tensors, number: int) -> None:
+    """Zeros that take no room on the disk."""
+    file.truncate(file.tell() + sum(map(bytes_of, tensors.values())))
+
+
+def bytes_of(tensor: tuple[str, tuple[int, ...]]) -> int:
+    dtype, shape = tensor
+    return BYTES[dtype] * math.prod(shape)
+
+
+def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[Tensors]:
+    shard: Tensors = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + bytes_of(tensor) > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += bytes_of(tensor)
+    yield shard
+
+
+def _header(tensors: Tensors) -> bytes:
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + bytes_of((dtype, shape))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    return len(encoded).to_bytes(8, "little") + encoded

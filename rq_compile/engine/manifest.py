@@ -1,9 +1,9 @@
 """The engine manifest, written beside the engine as ``<engine stem>.json``: what is needed to load and run it."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rq_compile.bounds import Count, FileName, Sha256, TokenId
 from rq_compile.engine.library import OpLibrary
@@ -104,6 +104,13 @@ class Manifest(Versioned):
     replaced: dict[str, Count] = Field(default={})
     remarks: list[str] = Field(default=[], description="differences between the checkpoint's config and tensors")
     plan: Plan
+
+    @model_validator(mode="after")
+    def _counts_all_layers_or_none(self) -> Self:
+        layers = {layer.name for layer in self.plan.layers}
+        if self.slot_offsets and (uneven := layers ^ self.slot_offsets.keys()):
+            raise ValueError(f"slot_offsets and the layers of the plan differ in {min(uneven)}")
+        return self
 
     @property
     def files(self) -> list[EngineFile]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
 
+# The inputs of a graph beside its cache.
+FED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "decoder_input_ids"}
 # Where a graph that is given as bytes has its weights.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -192,13 +194,23 @@ class Engine:
         # What a GPU has no kernel for, ONNX Runtime runs on the CPU.
         providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
         try:
-            return onnxruntime.InferenceSession(model, options, providers=providers)
+            session = onnxruntime.InferenceSession(model, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             version = onnxruntime.__version__
             raise UserError(
                 f"ONNX Runtime {version} cannot load {self.path}: {_reason(error)}; "
                 f"compile it again with {self.manifest.tool}, or install a newer onnxruntime"
             ) from error
+        if (unlike := _unlike(self.manifest, session)) is not None:
+            raise UserError(f"{self.path} and its manifest differ in {unlike}; copy both again or compile again", 2)
+        return session
+
+
+def _unlike(manifest: Manifest, session: onnxruntime.InferenceSession) -> str | None:
+    """An input that nothing would be given to, or a tensor of the cache that does not come out; None: there is none."""
+    unfed = {tensor.name for tensor in session.get_inputs()} - FED - {tensor.past for tensor in manifest.cache}
+    lacking = {tensor.present for tensor in manifest.cache} - {output.name for output in session.get_outputs()}
+    return min(unfed | lacking, default=None)
 
 
 def _reason(error: Exception) -> str:

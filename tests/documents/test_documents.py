@@ -137,6 +137,8 @@ def test_plans(spoil: Spoil, words: str, tmp_path: Path) -> None:
         ("engine", lambda d: d["graph"].update(bytes=-1), "graph.bytes is -1"),
         ("engine", lambda d: d["cache"][0].update(shape=["batch", -1]), "cache.0.shape.1"),
         ("engine", lambda d: d.update(activation_bits=7), "activation_bits is 7"),
+        ("engine", lambda d: d["slot_offsets"].popitem(), "slot_offsets and the layers of the plan differ in model.layers"),
+        ("engine", lambda d: d["slot_offsets"].update(x="y"), "slot_offsets and the layers of the plan differ in x"),
         ("engine", lambda d: d["plan"].update(schema_version=99), "plan: schema version 99 is of a newer rq-compile"),
         ("engine", lambda d: d["plan"]["layers"][0].update(index=1), "stands twice"),
         ("tensorrt-engine", lambda d: d.update(compute_capabilities=[0]), "compute_capabilities.0 is 0"),

@@ -168,6 +168,15 @@ def test_a_file_that_was_cut_short_is_named(copied: Path, name: str) -> None:
         Engine.load(copied)
 
 
+@pytest.mark.parametrize("key", ["past", "present"])
+def test_a_cache_that_the_graph_does_not_have_is_one_sentence(copied: Path, key: str) -> None:
+    manifest = json.loads(copied.with_suffix(".json").read_text())
+    manifest["cache"][0][key] = "another"
+    copied.with_suffix(".json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"model\.onnx and its manifest differ in (another|past_key_values\.0\.key); copy both"):
+        Engine.load(copied)
+
+
 def test_a_graph_that_does_not_load_is_one_sentence(copied: Path) -> None:
     size = copied.stat().st_size
     copied.write_bytes(bytes(size))

@@ -1,9 +1,17 @@
 """The one exception a user's mistake raises, and how foreign text is shown."""
 
+import re
+
 
 def printable(text: str) -> str:
     """``text`` with whatever is not printable escaped: names and files of others must not steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of what another library says in ``error``, on one line and without its full stop."""
+    sentence, *_ = re.split(r"(?<=\w)\. (?=[A-Z])", " ".join(str(error).split()))
+    return printable(sentence).rstrip(".") or type(error).__name__
 
 
 class UserError(Exception):

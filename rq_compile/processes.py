@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,9 +67,8 @@ class World:
             try:
                 torch.distributed.init_process_group(devices, timeout=PATIENCE)
             except (RuntimeError, ValueError) as error:
-                reason = str(error).partition("\n")[0]
                 raise UserError(
-                    f"the {self.size} processes of WORLD_SIZE did not meet: {reason}; start them with torchrun"
+                    f"the {self.size} processes of WORLD_SIZE did not meet: {reason(error)}; start them with torchrun"
                 ) from error
 
     def owners(self, costs: Iterable[float]) -> list[int]:

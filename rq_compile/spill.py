@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 PREFIX = "rq-compile-"
@@ -37,7 +37,7 @@ def folder() -> Path:
         return Path(tempfile.gettempdir())
     except FileNotFoundError as error:
         if _output_folder is None:
-            raise UserError(f"the system has no usable temporary folder ({error}); name one in TMPDIR", 2) from error
+            raise UserError(f"the system has no usable temporary folder ({reason(error)}); name one in TMPDIR", 2) from error
         log.warning("the system has no usable temporary folder; working files go to %s", _output_folder)
         return _output_folder
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 
 # Fields of a row that are looked for, in this order, where none is named.
 FIELDS = ("text", "messages")
@@ -108,8 +108,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot read --text {path}: {reason}; give a Parquet file", 2) from error
+        raise UserError(f"cannot read --text {path}: {reason(error)}; give a Parquet file", 2) from error
 
 
 def _chosen(
@@ -174,7 +173,7 @@ def chat_template(folder: Path) -> Render:
         try:
             rendered: Any = render_jinja_template([messages], chat_template=template, **tokens)
         except TemplateError as error:
-            raise UserError(f"the chat template of {folder} refuses a conversation: {error}; leave it out", 2) from error
+            raise UserError(f"the chat template of {folder} refuses a conversation: {reason(error)}; leave it out", 2) from error
         texts, _ = rendered
         return texts[0]
 

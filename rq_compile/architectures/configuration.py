@@ -11,7 +11,7 @@ from rq_compile.architectures.families import known_family
 from rq_compile.architectures.rope import check_rope, stated_rope, with_head_dim
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.storage.stated import QUANTIZATION
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,10 +40,10 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
     except UserError:
         raise
     except Exception as error:  # each of transformers' validators and converters raises what it likes
-        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        told = f"no {error}" if isinstance(error, KeyError) else reason(error)
         file = checkpoint.path / "config.json"
         raise UserError(
-            f"{file} is not a valid {checkpoint.model_type} config: {reason}; correct it",
+            f"{file} is not a valid {checkpoint.model_type} config: {told}; correct it",
             2,
         ) from error
     check_sizes(checkpoint, config)

@@ -24,7 +24,7 @@ from rq_compile.architectures.ties import break_ties_by_number
 from rq_compile.architectures.traced import set_experts_implementation
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.mapped import mapped
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 from rq_compile.processes import on_this_host
 from rq_compile.standalone.limits import default_threads
 
@@ -78,9 +78,8 @@ def built_without_weights(checkpoint: Checkpoint, config: PretrainedConfig) -> P
     try:
         empty = _empty(_model_class(checkpoint.model_type, config), config)
     except Exception as error:  # a config may be wrong in any way
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{checkpoint.path / 'config.json'} does not describe a model that can be built ({reason}); correct it", 2
+            f"{checkpoint.path / 'config.json'} does not describe a model that can be built ({reason(error)}); correct it", 2
         ) from error
     return empty.eval().requires_grad_(False)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from rq_compile.architectures.activation import ACTIVATIONS, activate
 from rq_compile.architectures.geometry import GATED, ExpertGeometry
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, CHOICES = 3, 8, 6, 48, 2
 TOLERANCE = 1e-4
@@ -41,7 +41,7 @@ def experts_geometry(module: Any, name: str, *, experts: int, top_k: int, hidden
             expected = small(x, ids, gates)
     except Exception as error:  # a module that needs more than the interface promises
         raise UserError(
-            f"{kind} cannot be run on small weights ({' '.join(str(error).split())[:120]}); "
+            f"{kind} cannot be run on small weights ({reason(error)[:120]}); "
             "it is not supported, use a family of docs/families.md"
         ) from error
     found = next((one for one in _candidates(module) if _equal(_computed(small, one, x, ids, gates), expected)), None)

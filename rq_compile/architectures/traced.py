@@ -25,7 +25,7 @@ from rq_compile.architectures.sources.experts import ExpertSources, expert_sourc
 from rq_compile.architectures.sources.expression import CASTS, Expression, Source, whole_tensor
 from rq_compile.architectures.sources.tracing import Traces, trace
 from rq_compile.checkpoint.checkpoint import Checkpoint
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 from rq_compile.quantization.source_integers import SourceIntegers
 
 if TYPE_CHECKING:
@@ -236,8 +236,8 @@ def _check_placed(traces: Traces, checkpoint: Checkpoint, config: "PretrainedCon
 
 
 def _reason(error: Exception) -> str:
-    told = " ".join(str(error).split())[:300]
-    return f"it does not know {told}" if isinstance(error, KeyError) else told or type(error).__name__
+    told = reason(error)[:300]
+    return f"it does not know {told}" if isinstance(error, KeyError) else told
 
 
 def _moe_layers(traces: Traces, checkpoint: Checkpoint) -> Iterator[MoeLayer]:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 
 MAX_JSON_BYTES = 100_000_000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -88,7 +88,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"cannot read {file}: it is nested too deeply; give the checkpoint's own file", 2) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}; correct it, or copy the published one there", 2) from error
+        raise UserError(f"cannot read {file}: {reason(error)}; correct it, or copy the published one there", 2) from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object; copy the published file there", 2)
     return content

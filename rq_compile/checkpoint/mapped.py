@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from rq_compile.checkpoint.safetensors_file import check_finite
 from rq_compile.checkpoint.storage.weight import BF16, Plain, Weight
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 from rq_compile.file_systems import readable
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def mapped(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tens
             files = {file: safe_open(_utf8_name(file, stack), "pt") for file in checkpoint.files}
             return {name: _tensor(checkpoint.weight(name), files) for name in names}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights of {checkpoint.path}: {error}; check the files' permissions", 2) from error
+        raise UserError(
+            f"cannot read the weights of {checkpoint.path}: {reason(error)}; check the files' permissions", 2
+        ) from error
 
 
 def _tensor(weight: Weight, files: dict[Path, Any]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from tokenizers import Tokenizer
 
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 
 # Characters of a text that are encoded at a time, and the part of them that two neighbours share.
 PIECE, SHARED = 1 << 16, 1 / 32
@@ -31,7 +31,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # tokenizers raises no narrower class
-        raise UserError(f"{path} cannot be read: {error}; put a tokenizer.json in its place that tokenizers saved", 2) from error
+        raise UserError(
+            f"{path} cannot be read: {reason(error)}; put a tokenizer.json in its place that tokenizers saved", 2
+        ) from error
     with utf8_path(folder) as readable:
         tokenizer = _of_transformers(readable, folder)
     tokenizer.no_truncation()
@@ -64,18 +66,17 @@ def _of_transformers(folder: Path, named: Path) -> Tokenizer:
     """``named``: the folder's name for the user."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    reason: Exception | None = None
+    failure: Exception = TypeError("it is not a fast tokenizer")
     for reader in (AutoTokenizer, PreTrainedTokenizerFast):
         try:
             read = reader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
             if isinstance(read, PreTrainedTokenizerFast):
                 return read.backend_tokenizer
         except Exception as error:  # a tokenizer_config.json may be wrong in any way
-            reason = error
-    told = " ".join(str(reason).split()) or type(reason).__name__
+            failure = error
     raise UserError(
-        f"transformers cannot read the tokenizer of {named}: {told}; correct its tokenizer_config.json", 2
-    ) from reason
+        f"transformers cannot read the tokenizer of {named}: {reason(failure)}; correct its tokenizer_config.json", 2
+    ) from failure
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from rq_compile import __version__
-from rq_compile.errors import UserError, printable
+from rq_compile.errors import UserError, printable, reason
 from rq_compile.processes import in_contact, lost, on_this_host, rank
 from rq_compile.standalone.limits import default_threads, restricted
 
@@ -124,8 +124,7 @@ def _usage_in_one_line() -> Iterator[None]:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "no space left on the disk; free space or choose another output with -o"
-    reason = str(error).strip().split("\n")[0] or "no message"
-    return f"{type(error).__name__}: {reason}; run with --debug for the traceback"
+    return f"{type(error).__name__}: {reason(error)}; run with --debug for the traceback"
 
 
 @click.group("rq-compile", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from rq_compile.engine.manifest import Manifest
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 from rq_compile.lowerings import LOWERINGS
 from rq_compile.runtime.files import read_manifest
 from rq_compile.runtime.graph import loadable_graph
@@ -188,7 +188,7 @@ class Engine:
                 options.register_custom_ops_library(os.fsencode(library))
             except Exception as error:  # ONNX Runtime's exceptions share no base class
                 raise UserError(
-                    f"ONNX Runtime {onnxruntime.__version__} cannot load {library}: {_reason(error)}; "
+                    f"ONNX Runtime {onnxruntime.__version__} cannot load {library}: {reason(error)}; "
                     "build it on this system with pip install --force-reinstall rq-compile, or compile with --lowering stock"
                 ) from error
         # What a GPU has no kernel for, ONNX Runtime runs on the CPU.
@@ -198,7 +198,7 @@ class Engine:
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             version = onnxruntime.__version__
             raise UserError(
-                f"ONNX Runtime {version} cannot load {self.path}: {_reason(error)}; "
+                f"ONNX Runtime {version} cannot load {self.path}: {reason(error)}; "
                 f"compile it again with {self.manifest.tool}, or install a newer onnxruntime"
             ) from error
         if (unlike := _unlike(self.manifest, session)) is not None:
@@ -211,7 +211,3 @@ def _unlike(manifest: Manifest, session: onnxruntime.InferenceSession) -> str | 
     unfed = {tensor.name for tensor in session.get_inputs()} - FED - {tensor.past for tensor in manifest.cache}
     lacking = {tensor.present for tensor in manifest.cache} - {output.name for output in session.get_outputs()}
     return min(unfed | lacking, default=None)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

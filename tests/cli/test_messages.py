@@ -6,6 +6,8 @@ import messages
 import pytest
 from command_line import Run
 
+from rq_compile.errors import reason
+
 pytestmark = pytest.mark.quick
 
 GOOD = [
@@ -40,6 +42,28 @@ def test_messages_of_the_source() -> None:
     found = dict(messages.templates())
     assert len(found) > 200
     assert [f"{place}: {text}: {faults}" for place, text in found.items() if (faults := messages.template_faults(text))] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ValueError("Magic bytes not found in footer. Either the file is corrupted or not Parquet."),
+            "Magic bytes not found in footer",
+        ),
+        (OSError("cannot open:\n  a.so: no such file\n"), "cannot open: a.so: no such file"),
+        (RuntimeError("version 1.25 of libx.so.3 is needed"), "version 1.25 of libx.so.3 is needed"),
+        (ValueError("a\x1b[31m name"), "a\\x1b[31m name"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_the_first_sentence_of_other_libraries_is_quoted(error: Exception, said: str) -> None:
+    assert reason(error) == said
+
+
+def test_no_message_quotes_an_exception_whole() -> None:
+    """Other libraries write several sentences and lines, which no message may have."""
+    assert list(messages.whole_quotes()) == []
 
 
 @pytest.mark.last

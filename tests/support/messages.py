@@ -25,6 +25,9 @@ ACTIONS = re.compile(
 # An incomplete or damaged copy: then, and only then, another copy helps.
 BAD_COPY = re.compile(r"truncated|damaged|incomplete|is not a safetensors file|cannot be read")
 
+# Exceptions of this package, whose texts are its own.
+OWN = {"UserError", "BuildError", "ContractError"}
+
 # Where it was raised -> what it said, of this session.
 said: dict[str, str] = {}
 
@@ -58,6 +61,22 @@ def templates() -> Iterator[tuple[str, str]]:
                 text = template(node.args[0])
                 if text is not None:
                     yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text
+
+
+def whole_quotes() -> Iterator[str]:
+    """Where a message holds a caught exception as it is, rather than ``errors.reason`` of it; our own may be held."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for handler in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(handler, ast.ExceptHandler) and handler.name and not OWN & _names(handler.type):
+                for call in ast.walk(handler):
+                    if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "UserError":
+                        values = [node.value for node in ast.walk(call) if isinstance(node, ast.FormattedValue)]
+                        if any(isinstance(value, ast.Name) and value.id == handler.name for value in values):
+                            yield f"{path.relative_to(PACKAGE)}:{call.lineno}"
+
+
+def _names(types: ast.expr | None) -> set[str]:
+    return {node.id if isinstance(node, ast.Name) else getattr(node, "attr", "") for node in ast.walk(types)} if types else set()
 
 
 def template(message: ast.expr) -> str | None:

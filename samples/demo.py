@@ -63,7 +63,7 @@ def planned_bytes(plan: dict[str, Any]) -> int:
 
 
 def summary(plan: dict[str, Any], evaluation: dict[str, Any], bench: dict[str, Any], generated: str) -> None:
-    print("\nSummary, on held-out text; satire is of a kind that the calibration has not seen. Before -> after the plan:")
+    print("\nSummary on held-out text, before -> after the plan. No text of the kind of satire was used for calibration.")
     balance(evaluation, "LIS", "lis")
     balance(evaluation, "strict LIS", "strict_lis")
     print("\nperplexity    transformers    engine     change    top-1 agreement")
@@ -73,7 +73,7 @@ def summary(plan: dict[str, Any], evaluation: dict[str, Any], bench: dict[str, A
         print(f"{text['name'].split('.')[0]:<14}{theirs:12.3f}{ours:10.3f}{change:+9.2f} %{agreement:17.2f} %")
     before, planned, kept = evaluation["expert_bytes_before"], planned_bytes(plan), evaluation["expert_bytes_after"]
     print(f"\nexpert bytes  {before} -> {planned} in all slots ({planned / before:.3f});")
-    print(f"              {kept} in this engine ({kept / before:.3f}), whose equal copies share theirs")
+    print(f"              {kept} in this engine ({kept / before:.3f}), which stores identical copies once")
     theirs, ours = bench["other"], bench["engine"]
     print(f"\ntokens/s      transformers    engine      ratio    (batch 1, {os.cpu_count()} cores; not due to the balance)")
     for what, count in (("prefill", bench["prompt_tokens"]), ("decode", bench["new_tokens"])):
@@ -89,7 +89,7 @@ def main() -> None:
     evaluation, bench = OUT / "evaluation.json", OUT / "bench.json"
 
     rq_compile("calibrate", MODEL, *texts(CALIBRATION_KINDS, "calibration"), "-o", calibration)
-    # On one device, a balanced load saves time in the lowering `batched` alone. The native engine below shows the balance; its
+    # On one device, a balanced load saves time only in the lowering `batched`. The native engine below shows the balance, but its
     # speed comes from its kernels and formats.
     rq_compile("plan", calibration, "--target", "batched", "-o", plan)
     rq_compile(MODEL, "--plan", plan, "-o", engine)

@@ -89,7 +89,7 @@ def check_name(output: Path) -> None:
 
 
 def document_kind(path: Path) -> str | None:
-    """``calibration``, ``plan`` or ``engine``, as the file says itself; None of a file that is none of them.
+    """``calibration``, ``plan``, ``sweep`` or ``engine``, as the file says itself; None of a file that is none of them.
 
     Raises:
         OSError: it cannot be read.
@@ -102,11 +102,11 @@ def document_kind(path: Path) -> str | None:
     except ValueError:
         return None
     kind = content.get("kind") if isinstance(content, dict) else None
-    return kind if kind in ("calibration", "plan", "engine") else None
+    return kind if kind in ("calibration", "plan", "sweep", "engine") else None
 
 
 def document(kind: str) -> tuple[str, Recognizes]:
-    """A ``calibration`` or a ``plan``."""
+    """A ``calibration``, a ``plan`` or a ``sweep``."""
     return kind, lambda path: document_kind(path) == kind
 
 

@@ -8,12 +8,14 @@ from rq_compile.calibration.schema import Calibration
 from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation
 from rq_compile.planning.schema import Plan
+from rq_compile.planning.sweep import Sweep
 from rq_compile.targets.tensorrt.manifest import TensorRTManifest
 from rq_compile.versions import Versioned
 
 DOCUMENTS: dict[str, type[Versioned]] = {
     "calibration": Calibration,
     "plan": Plan,
+    "sweep": Sweep,
     "engine": Manifest,
     "tensorrt-engine": TensorRTManifest,
     "evaluation": Evaluation,

@@ -1,4 +1,4 @@
-"""``rq-compile inspect``: a checkpoint, calibration, plan or engine as tables."""
+"""``rq-compile inspect``: a checkpoint, calibration, plan, sweep or engine as tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rq_compile.outputs import document_kind
 @click.option("--verify", is_flag=True, help="Recompute the SHA-256 of an engine's files.")
 @on_screen
 def command(screen: Screen, file: Path, verify: bool) -> None:
-    """Show a checkpoint, calibration, plan or engine."""
+    """Show a checkpoint, calibration, plan, sweep or engine."""
     if file.is_dir():
         inspect_checkpoint(screen, file, verify=verify)
         return
@@ -34,6 +34,7 @@ def command(screen: Screen, file: Path, verify: bool) -> None:
     from rq_compile.cli import tables
     from rq_compile.files import read_document
     from rq_compile.planning.schema import Plan
+    from rq_compile.planning.sweep import Sweep
     from rq_compile.runtime import files
 
     if kind == "calibration":
@@ -42,6 +43,9 @@ def command(screen: Screen, file: Path, verify: bool) -> None:
     elif kind == "plan":
         plan = read_document(Plan, file)
         screen.result(plan, *tables.plan_tables(plan))
+    elif kind == "sweep":
+        sweep = read_document(Sweep, file)
+        screen.result(sweep, *tables.sweep_tables(sweep))
     else:
         engine = file.with_suffix(".onnx")
         manifest = files.read_manifest(engine)
@@ -81,7 +85,8 @@ def kind_of(file: Path) -> str:
 
         refuse_weights_file(file)
         raise UserError(
-            f"{file} is not a file of rq-compile; inspect a checkpoint folder, a calibration, a plan or an engine (.onnx, .plan)",
+            f"{file} is not a file of rq-compile; inspect a checkpoint folder, a calibration, a plan, a sweep "
+            "or an engine (.onnx, .plan)",
             2,
         )
     return kind

@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("calibration", metavar="CALIBRATION", type=FILE)
-@click.option("-o", "--output", type=FILE, required=True, help="The plan to write (.json).")
+@click.option("-o", "--output", type=FILE, required=True, help="The plan, or the sweep, to write (.json).")
 @click.option("--target", type=click.Choice(list(TARGETS)), default="cpu", show_default=True, help="What the engine is for.")
 @click.option("--data-free", is_flag=True, help="Run no text: give MODEL in the place of CALIBRATION.")
+@click.option("--sweep", is_flag=True, help="Plan for many budgets and write what each costs, in the place of one plan.")
+@click.option(
+    "--budgets",
+    metavar="LIST",
+    help="With --sweep: the values of --memory to plan for (0.3,0.5,1). Default: twelve, from the least to 1.25.",
+)
 @planning_options
 @on_screen
 def command(
@@ -31,6 +37,8 @@ def command(
     output: Path,
     target: str,
     data_free: bool,
+    sweep: bool,
+    budgets: str | None,
     policy: str,
     memory: float | None,
     ranks: int,
@@ -43,25 +51,65 @@ def command(
     taken to be uniform.
     """
     check_source(calibration, data_free=data_free)
-    check_outputs({output: document("plan")}, [calibration])
+    check_outputs({output: document("sweep" if sweep else "plan")}, [calibration])
+    asked = parse_budgets(budgets, sweep=sweep, memory=memory)
     options = parse_options(policy_options, policy=policy, mixed_copies=mixed_copies)
 
     from rq_compile.calibration.schema import Calibration
-    from rq_compile.cli.tables import plan_tables
+    from rq_compile.cli.tables import plan_tables, sweep_tables
     from rq_compile.files import read_document, sha256, write_document
     from rq_compile.planning.plan import check_arguments, make_plan
+    from rq_compile.planning.sweep import make_sweep
 
     check_arguments(policy=policy, memory=memory, ranks=ranks, target=target, options=options)
     if data_free:
         measured, digest = without_text(screen, calibration), None
     else:
         measured, digest = read_document(Calibration, calibration), sha256(calibration)
+    if sweep:
+        with screen.progress("planning", "budgets") as progress:
+            swept = make_sweep(
+                measured,
+                policy=policy,
+                budgets=asked,
+                ranks=ranks,
+                target=target,
+                calibration_sha256=digest,
+                progress=progress,
+                **options,
+            )
+        write_document(swept, output)
+        screen.note(f"wrote {output}")
+        screen.result(swept, *sweep_tables(swept), asked_for=False)
+        return
     plan = make_plan(measured, policy=policy, memory=memory, ranks=ranks, target=target, calibration_sha256=digest, **options)
     if plan.statistics:
         plan = plan.model_copy(update={"statistics": plan.statistics.named_from(calibration.parent, output)})
     write_document(plan, output)
     screen.note(f"wrote {output}")
     screen.result(plan, *plan_tables(plan), asked_for=False)
+
+
+def parse_budgets(budgets: str | None, *, sweep: bool, memory: float | None) -> list[float] | None:
+    """
+    Raises:
+        UserError: they are not numbers, one is out of range, or an option without effect was given.
+    """
+    if sweep and memory is not None:
+        raise UserError(f"--memory {memory:g} has no effect with --sweep; give the budgets with --budgets", 2)
+    if budgets is None:
+        return None
+    if not sweep:
+        raise UserError(f"--budgets {budgets} has no effect without --sweep; add --sweep, or give one with --memory", 2)
+    try:
+        numbers = [float(budget) for budget in budgets.split(",")]
+    except ValueError:
+        raise UserError(f"--budgets {budgets} is not a list of numbers; write for example --budgets 0.3,0.5,1", 2) from None
+    from rq_compile.bounds import MOST_MEMORY
+
+    if wrong := [number for number in numbers if not 0 < number <= MOST_MEMORY]:
+        raise UserError(f"--budgets {budgets} has {wrong[0]:g}; give numbers above 0 and up to {MOST_MEMORY:g}", 2)
+    return numbers
 
 
 def check_source(source: Path, *, data_free: bool) -> None:

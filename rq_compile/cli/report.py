@@ -16,33 +16,39 @@ from rq_compile.outputs import REPORT, check_outputs
 @click.option("-o", "--output", type=FILE, required=True, help="The page to write (.html).")
 @click.option("--evaluation", type=FILE, help="What `rq-compile evaluate ENGINE ... --json` printed.")
 @click.option("--bench", type=FILE, help="What `rq-compile bench ENGINE ... --json` printed.")
+@click.option("--sweep", type=FILE, help="What `rq-compile plan CALIBRATION --sweep` wrote for the same model.")
 @on_screen
-def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None, bench: Path | None) -> None:
+def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None, bench: Path | None, sweep: Path | None) -> None:
     """Show ENGINE as one self-contained HTML page.
 
-    Load, balance, formats and memory come from the engine, accuracy and speed from what evaluate and bench printed.
+    Load, balance, formats and memory come from the engine, accuracy and speed from what evaluate and bench printed,
+    the trade between bytes, error and time from a sweep.
     """
     from rq_compile.cli.tables import facts
     from rq_compile.evaluation.schema import Bench, Evaluation
     from rq_compile.files import read_document, written_beside
+    from rq_compile.planning.sweep import Sweep
     from rq_compile.reporting.headline import headline
     from rq_compile.reporting.page import page
-    from rq_compile.reporting.same_engine import check_bench, check_evaluation
+    from rq_compile.reporting.same_engine import check_bench, check_evaluation, check_sweep
     from rq_compile.runtime.files import manifest_path, read_manifest
 
     manifest = read_manifest(engine)
     parts = (engine.parent / file.name for file in manifest.files)
-    read = [manifest_path(engine), *parts, *(path for path in (evaluation, bench) if path)]
+    read = [manifest_path(engine), *parts, *(path for path in (evaluation, bench, sweep) if path)]
     check_outputs({output: REPORT}, read)
-    evaluated = timed = None
+    evaluated = timed = swept = None
     if evaluation is not None:
         evaluated = read_document(Evaluation, evaluation)
         check_evaluation(engine, manifest, evaluated, evaluation)
     if bench is not None:
         timed = read_document(Bench, bench)
         check_bench(engine, manifest, timed, bench)
+    if sweep is not None:
+        swept = read_document(Sweep, sweep)
+        check_sweep(engine, manifest, swept, sweep)
     with written_beside(output) as temporary:
-        temporary.write_text(page(engine.name, manifest, evaluated, timed), encoding="utf-8")
+        temporary.write_text(page(engine.name, manifest, evaluated, timed, swept), encoding="utf-8")
     screen.note(f"wrote {output}")
     result = headline(engine.name, manifest, evaluated, timed)
     screen.result(result, facts(result.engine, result=result.sentence), asked_for=False)

@@ -20,6 +20,7 @@ from rq_compile.planning import metrics
 from rq_compile.planning.replan import Change, Changes
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.planning.skew import outlook, skew_of
+from rq_compile.planning.sweep import Sweep
 from rq_compile.quantization.formats import FORMATS, Format
 
 if TYPE_CHECKING:
@@ -187,6 +188,31 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
     for remark in plan.remarks:
         head.add_row("remark", remark)
     return [head, stored_table(plan), balance_prediction(plan), *batches_table(plan)]
+
+
+def sweep_tables(sweep: Sweep) -> list[RenderableType]:
+    head = facts(
+        "sweep",
+        model=f"{sweep.model} ({sweep.model_type}, {sweep.fingerprint[:12]})",
+        policy=sweep.policy,
+        target=f"{sweep.target}, {sweep.ranks} rank{'s' if sweep.ranks > 1 else ''}",
+        experts=f"{megabytes(sweep.bytes_before)} in the checkpoint",
+    )
+    for remark in sweep.remarks:
+        head.add_row("remark", remark)
+    columns = ("memory", "MB", "error", "LIS", "time of a step", "of a token", "replicas", "formats")
+    made = table("one plan for each budget; means over the layers, times as multiples of those without a plan", *columns)
+    for point in sweep.points:
+        made.add_row(
+            f"{point.memory:g}",
+            f"{point.bytes / 1e6:.2f}",
+            f"{point.error:.2e}",
+            f"{point.lis:.3f}",
+            *("-" if time is None else f"{time:.3f}" for time in (point.step_time, point.token_time)),
+            str(point.replicas),
+            " ".join(f"{format}:{count}" for format, count in point.slots.items()),
+        )
+    return [head, made]
 
 
 def stored_table(plan: Plan) -> Table:

@@ -122,11 +122,14 @@ def check_arguments(
 
 
 def least_memory(problem: Problem, policy: str) -> float:
-    """1, or the least memory, rounded up, that holds every expert once: in its smallest format where the policy chooses formats,
-    else in the checkpoint's own."""
+    """1, or the least memory, rounded up, that holds every expert once."""
+    return max(1.0, enough_for(least_bytes(problem, policy), problem.bytes_before))
+
+
+def least_bytes(problem: Problem, policy: str) -> int:
+    """Of every expert once: in its smallest format where the policy chooses formats, else in the checkpoint's own."""
     formats = -1 if policy in CHOOSE_FORMATS else 0
-    least = sum(layer.experts * int(sorted(layer.size, reverse=True)[formats]) for layer in problem.layers)
-    return max(1.0, enough_for(least, problem.bytes_before))
+    return sum(layer.experts * int(sorted(layer.size, reverse=True)[formats]) for layer in problem.layers)
 
 
 def layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:

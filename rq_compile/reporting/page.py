@@ -11,7 +11,9 @@ from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation, LayerBalance
 from rq_compile.planning.schema import LayerPlan, LayerPrediction
 from rq_compile.planning.skew import skew
+from rq_compile.planning.sweep import Sweep
 from rq_compile.reporting.charts import Bar, balance_scale, bars, slot_sizes, stored_layers
+from rq_compile.reporting.curves import curves
 from rq_compile.reporting.headline import headline
 from rq_compile.reporting.maps import formats_legend, legend, maps
 
@@ -20,7 +22,7 @@ Balances = list[tuple[int, LayerPrediction | LayerBalance]]
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: Bench | None) -> str:
+def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: Bench | None, sweep: Sweep | None = None) -> str:
     """The page of the engine called ``engine``; what was not measured, it says, with the command that does it.
 
     Names are escaped wherever they come from.
@@ -49,6 +51,7 @@ def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: 
                 ("all slots of the plan", plan.bytes_after, True),
                 ("experts in this engine", manifest.expert_bytes, True),
             ),
+            curves=[] if sweep is None else curves(sweep, plan),
             evaluation=evaluation,
             bench=bench,
             speeds=[] if bench is None else speeds(plan.model, bench),

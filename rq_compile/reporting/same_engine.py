@@ -1,10 +1,11 @@
-"""Whether an evaluation or a benchmark is of the engine that is reported."""
+"""Whether an evaluation, a benchmark or a sweep is of the engine that is reported."""
 
 from pathlib import Path
 
 from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
 from rq_compile.evaluation.schema import Bench, Evaluation
+from rq_compile.planning.sweep import Sweep
 
 
 def check_evaluation(engine: Path, manifest: Manifest, evaluation: Evaluation, path: Path) -> None:
@@ -43,3 +44,22 @@ def check_bench(engine: Path, manifest: Manifest, bench: Bench, path: Path) -> N
             f"rq-compile bench {engine.name} --against MODEL --json",
             2,
         )
+
+
+def check_sweep(engine: Path, manifest: Manifest, sweep: Sweep, path: Path) -> None:
+    """
+    Raises:
+        UserError: the sweep at ``path`` is of another checkpoint, or for another target or number of ranks.
+    """
+    plan = manifest.plan
+    for told, ours, theirs in (
+        ("the checkpoint ", plan.fingerprint[:12], sweep.fingerprint[:12]),
+        ("the target ", plan.target, sweep.target),
+        ("ranks: ", plan.ranks, sweep.ranks),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{path} is a sweep of {told}{theirs}, and {engine.name} is of {told}{ours}; make it with rq-compile plan "
+                f"CALIBRATION --sweep --target {plan.target} --ranks {plan.ranks}",
+                2,
+            )

@@ -14,9 +14,13 @@ from click.testing import Result
 from command_line import names, refused
 from html_page import Read
 
+from rq_compile.calibration.schema import Calibration
 from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation
+from rq_compile.files import write_document
 from rq_compile.planning.schema import LayerPlan, Slot
+from rq_compile.planning.sweep import Sweep, make_sweep, point_of
+from rq_compile.reporting.curves import curves
 from rq_compile.reporting.maps import BOUNDS, legend, maps, tone
 from rq_compile.reporting.page import page
 
@@ -53,8 +57,8 @@ def documents(stages: Path, measured: Path) -> tuple[Manifest, Evaluation, Bench
 
 
 @pytest.fixture(scope="module")
-def pages(documents: tuple[Manifest, Evaluation, Bench], tmp_path_factory) -> dict[str, Path]:
-    """The full page, one where nothing was measured, a large model's, and one whose names are hostile."""
+def pages(documents: tuple[Manifest, Evaluation, Bench], stages: Path, tmp_path_factory) -> dict[str, Path]:
+    """The full page, one with a sweep, one where nothing was measured, a large model's, and one whose names are hostile."""
     manifest, evaluation, bench = documents
     folder = tmp_path_factory.mktemp("pages")
     named = manifest.model_copy(update={"tool": HOSTILE, "plan": manifest.plan.model_copy(update={"model": HOSTILE})})
@@ -62,6 +66,7 @@ def pages(documents: tuple[Manifest, Evaluation, Bench], tmp_path_factory) -> di
     contents = {
         "full": page("model.onnx", manifest, evaluation, bench),
         "bare": page("model.onnx", manifest, None, None),
+        "swept": page("model.onnx", manifest, evaluation, bench, sweep_of(manifest, stages)),
         "large": page("model.onnx", large(manifest), None, bench),
         "hostile": page(HOSTILE, named, evaluation.model_copy(update={"texts": texts, "reference": HOSTILE}), bench),
         "hostile bare": page(HOSTILE, named, None, None),
@@ -69,6 +74,12 @@ def pages(documents: tuple[Manifest, Evaluation, Bench], tmp_path_factory) -> di
     for name, content in contents.items():
         (folder / f"{name}.html").write_text(content)
     return {name: folder / f"{name}.html" for name in contents}
+
+
+def sweep_of(manifest: Manifest, stages: Path) -> Sweep:
+    calibration = Calibration.model_validate_json((stages / "calibration.json").read_bytes())
+    plan = manifest.plan
+    return make_sweep(calibration, policy="optimal", budgets=None, ranks=plan.ranks, target=plan.target)
 
 
 def large(manifest: Manifest, layers: int = 64, experts: int = 256) -> Manifest:
@@ -227,10 +238,64 @@ def test_tones_are_those_of_the_legend() -> None:
     assert [name for name, _ in legend()] == [f"t{number}" for number in range(len(BOUNDS) + 1)]
 
 
+def test_a_sweep_is_drawn_and_the_engine_marked(
+    rq_compile: Command, stages: Path, documents: tuple[Manifest, Evaluation, Bench], out: Path
+) -> None:
+    manifest = documents[0]
+    sweep = sweep_of(manifest, stages)
+    write_document(sweep, out / "sweep.json")
+    result = rq_compile("report", stages / "model.onnx", "--sweep", out / "sweep.json", "-o", out / "report.html", "-q")
+    assert result.exit_code == 0, result.stderr
+    content = (out / "report.html").read_text()
+    assert "What memory buys" in Read(content).text
+    drawn = curves(sweep, manifest.plan)
+    assert [curve.title for curve in drawn] == ["Error", "LIS", "Time of a step", "Time of a token"]
+    for curve in drawn:
+        assert len(curve.marks) == len(sweep.points) + 1
+        assert [mark.here for mark in curve.marks].count(True) == 1
+        assert all(0 <= place <= 100 for mark in curve.marks for place in (mark.x, mark.y))
+        assert all(0 <= place <= 100 for place, _ in [*curve.x_ticks, *curve.y_ticks])
+        assert [mark.x for mark in curve.marks] == sorted(mark.x for mark in curve.marks)
+        assert all(mark.tip in content for mark in curve.marks)
+    # The more memory, the smaller the error, the lower the point.
+    heights = [mark.y for mark in drawn[0].marks if not mark.here]
+    assert heights[0] < heights[-1]
+
+
+def test_a_sweep_with_one_budget_is_drawn(documents: tuple[Manifest, Evaluation, Bench], stages: Path) -> None:
+    manifest = documents[0]
+    sweep = sweep_of(manifest, stages)
+    for point in (sweep.points[0], point_of(manifest.plan)):
+        for curve in curves(sweep.model_copy(update={"points": [point]}), manifest.plan):
+            assert all(0 <= place <= 100 for mark in curve.marks for place in (mark.x, mark.y))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fingerprint": "0" * 64}, ["is a sweep of the checkpoint 000000000000", "rq-compile plan"]),
+        ({"target": "cuda"}, ["is a sweep of the target cuda"]),
+        ({"ranks": 2}, ["is a sweep of ranks: 2"]),
+    ],
+)
+def test_sweeps_of_something_else(
+    rq_compile: Command,
+    stages: Path,
+    documents: tuple[Manifest, Evaluation, Bench],
+    out: Path,
+    changes: dict[str, Any],
+    words: list[str],
+) -> None:
+    document = out.parent / "sweep.json"
+    write_document(sweep_of(documents[0], stages).model_copy(update=changes), document)
+    refused(rq_compile("report", stages / "model.onnx", "--sweep", document, "-o", out / "report.html"), 2, *words)
+    assert names(out) == []
+
+
 # What it is made of
 
 
-@pytest.mark.parametrize("name", ["full", "bare", "large", "hostile", "hostile bare"])
+@pytest.mark.parametrize("name", ["full", "swept", "bare", "large", "hostile", "hostile bare"])
 def test_it_is_one_file_without_script(pages: dict[str, Path], name: str) -> None:
     content = pages[name].read_text()
     read = Read(content)
@@ -314,7 +379,7 @@ def tab(tmp_path_factory) -> Iterator[Page]:
         yield opened
 
 
-@pytest.mark.parametrize("name", ["full", "bare", "large", "hostile"])
+@pytest.mark.parametrize("name", ["full", "swept", "bare", "large", "hostile"])
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_loads_without_a_complaint_and_fits(tab: Page, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:

@@ -1,0 +1,146 @@
+"""``sweep.json``: plans for a range of budgets side by side, so that a person can choose how much memory to give."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, ClassVar, Literal, Self, cast
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from rq_compile import __version__
+from rq_compile.bounds import MOST_MEMORY, MOST_RANKS, Count, Imbalance, NonNegative, Positive, Sha256
+from rq_compile.calibration.schema import Calibration
+from rq_compile.errors import UserError
+from rq_compile.files import Document, Name
+from rq_compile.planning.budget import enough_for
+from rq_compile.planning.plan import check_arguments, least_bytes, make_plan
+from rq_compile.planning.problem import problem_of
+from rq_compile.planning.schema import LayerPlan, Plan, Policy, Target
+from rq_compile.quantization.formats import FORMATS, Format
+from rq_compile.versions import Versioned
+
+POINTS = 12
+# Beyond, only replicas are left to buy.
+ROOM_FOR_REPLICAS = 1.25
+
+
+class SweepPoint(Document):
+    """The plan for one budget, over all layers.
+
+    ``memory``: the budget, as in a plan. ``error`` and ``lis``: means over the layers. ``step_time`` and ``token_time``: of all
+    layers, over those of the model without a plan; None: not known. ``slots`` by format.
+    """
+
+    memory: float = Field(gt=0, le=MOST_MEMORY)
+    bytes: Count
+    error: NonNegative
+    lis: Imbalance
+    step_time: Positive | None = None
+    token_time: Positive | None = None
+    replicas: Count
+    slots: dict[Format, Count]
+
+
+class Sweep(Versioned):
+    called: ClassVar[str] = "sweep"
+    command: ClassVar[str] = "rq-compile plan --sweep"
+
+    schema_version: Literal[1] = 1
+    kind: Literal["sweep"] = "sweep"
+    tool: str
+    model: Name
+    model_type: str
+    fingerprint: Sha256
+    calibration_sha256: Sha256 | None
+    policy: Policy
+    options: dict[str, str | int | float | bool] = Field(default={})
+    target: Target
+    ranks: int = Field(default=1, ge=1, le=MOST_RANKS)
+    bytes_before: Count
+    remarks: list[str] = Field(default=[])
+    points: list[SweepPoint] = Field(min_length=1, description="in the order of their budgets")
+
+    @model_validator(mode="after")
+    def budgets_rise(self) -> Self:
+        budgets = [point.memory for point in self.points]
+        for budget, following in pairwise(budgets):
+            if following <= budget:
+                raise ValueError(f"budget {following:g} stands behind {budget:g}; each is larger than the one before")
+        return self
+
+
+def make_sweep(
+    calibration: Calibration,
+    *,
+    policy: str,
+    budgets: Sequence[float] | None,
+    ranks: int,
+    target: str,
+    calibration_sha256: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> Sweep:
+    """Plan for each of ``budgets``, multiples of the experts' bytes in the checkpoint; other arguments are ``make_plan``'s.
+
+    None: ``POINTS`` budgets, evenly spread from the least that holds every expert to 1.25. A budget that the policy cannot meet
+    is left out with a remark. The same arguments give the same sweep.
+
+    Raises:
+        UserError: see ``make_plan``; no budget can be met.
+    """
+    common, own = check_arguments(policy=policy, memory=None, ranks=ranks, target=target, options=options)
+    spread = sorted(set(budgets)) if budgets else list(_spread(calibration, policy, ranks, target))
+    plans: list[Plan] = []
+    for done, memory in enumerate(spread):
+        progress(done, len(spread))
+        with suppress(UserError):
+            plans.append(make_plan(calibration, policy=policy, memory=memory, ranks=ranks, target=target, **options))
+    progress(len(spread), len(spread))
+    if not plans:
+        raise UserError(f"policy {policy} cannot meet budgets up to {max(spread):g}; give larger --budgets, or leave them out")
+    left_out = [f"{memory:g}" for memory in spread if memory not in {plan.memory for plan in plans}]
+    return Sweep(
+        tool=f"rq-compile {__version__}",
+        model=calibration.model,
+        model_type=calibration.model_type,
+        fingerprint=calibration.fingerprint,
+        calibration_sha256=calibration_sha256,
+        policy=cast(Policy, policy),
+        options={**common.model_dump(), **own.model_dump()},
+        target=cast(Target, target),
+        ranks=ranks,
+        bytes_before=plans[0].bytes_before,
+        remarks=[f"Policy {policy} cannot meet these budgets: {', '.join(left_out)}."] if left_out else [],
+        points=[point_of(plan) for plan in plans],
+    )
+
+
+def _spread(calibration: Calibration, policy: str, ranks: int, target: str) -> Iterator[float]:
+    problem = problem_of(calibration, target=cast(Target, target), ranks=ranks, memory=1.0, smoothing=0.0)
+    least = enough_for(least_bytes(problem, policy), problem.bytes_before)
+    # A quantized checkpoint may hold its experts in fewer bytes than any slot.
+    most = max(ROOM_FOR_REPLICAS, least * ROOM_FOR_REPLICAS)
+    inner = np.linspace(least, most, POINTS)[1:]
+    yield from sorted({least, *(round(float(budget), 3) for budget in inner)})
+
+
+def point_of(plan: Plan) -> SweepPoint:
+    slots = Counter(slot.format for layer in plan.layers for slot in layer.slots)
+    return SweepPoint(
+        memory=plan.memory,
+        bytes=plan.bytes_after,
+        error=fmean(layer.predicted.error for layer in plan.layers),
+        lis=fmean(layer.predicted.lis_after for layer in plan.layers),
+        step_time=_time(plan.layers, "step"),
+        token_time=_time(plan.layers, "token"),
+        replicas=sum(len(layer.slots) - layer.geometry.experts for layer in plan.layers),
+        slots={format: slots[format] for format in FORMATS if slots[format]},
+    )
+
+
+def _time(layers: list[LayerPlan], of: Literal["step", "token"]) -> float | None:
+    before, after = ([getattr(layer.predicted, f"{of}_time_{when}") for layer in layers] for when in ("before", "after"))
+    return None if None in before or None in after else sum(after) / sum(before)

@@ -1,0 +1,106 @@
+"""What memory buys, from a sweep: curves over the bytes of the experts, as positions in per cent of a chart."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, floor, log10
+
+from rq_compile.planning.schema import Plan
+from rq_compile.planning.sweep import Sweep, SweepPoint, point_of
+
+# Values below count as this one: on a logarithmic axis 0 has no place.
+LEAST = 1e-9
+
+
+@dataclass(frozen=True)
+class Mark:
+    """``x`` from the left and ``y`` from the top; ``here``: it is the plan of the engine that the page is about."""
+
+    x: float
+    y: float
+    tip: str
+    here: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """``line``: the points of an SVG polyline, in a system of 100 by 100. Ticks are (position, label)."""
+
+    title: str
+    subtitle: str
+    marks: list[Mark]
+    line: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+
+
+def curves(sweep: Sweep, plan: Plan) -> list[Curve]:
+    """Of the error, of LIS and of the times that are known; ``plan`` is marked."""
+    here = point_of(plan)
+    points = sorted([*sweep.points, here], key=lambda point: point.bytes)
+    drawn = [
+        curve(
+            "Error",
+            "of a layer's output, mean, relative",
+            points,
+            here,
+            lambda point: max(point.error, LEAST),
+            "{:.0e}",
+            log=True,
+        ),
+        curve("LIS", "mean of the layers", points, here, lambda point: point.lis, "{:.2f}"),
+    ]
+    if all(point.step_time and point.token_time for point in points):
+        told = "over the model's without a plan, predicted"
+        drawn += [
+            curve("Time of a step", told, points, here, lambda point: point.step_time or 0, "{:.2f}"),
+            curve("Time of a token", told, points, here, lambda point: point.token_time or 0, "{:.2f}"),
+        ]
+    return drawn
+
+
+def curve(
+    title: str,
+    subtitle: str,
+    points: Sequence[SweepPoint],
+    here: SweepPoint,
+    value: Callable[[SweepPoint], float],
+    label: str,
+    *,
+    log: bool = False,
+) -> Curve:
+    scaled = log10 if log else float
+    values = [scaled(value(point)) for point in points]
+    y_values = _decades(min(values), max(values)) if log else _evenly(min(values), max(values))
+    budgets = [point.memory for point in points]
+    sizes = [point.bytes for point in points]
+
+    def across(size: float) -> float:
+        return 100 * (size - sizes[0]) / ((sizes[-1] - sizes[0]) or 1)
+
+    def down(scaled_value: float) -> float:
+        return 100 - 100 * (scaled_value - y_values[0]) / (y_values[-1] - y_values[0])
+
+    places = [(across(point.bytes), down(value)) for point, value in zip(points, values, strict=True)]
+    return Curve(
+        title=title,
+        subtitle=subtitle,
+        marks=[
+            Mark(x, y, f"memory {point.memory:g}, {point.bytes / 1e6:.2f} MB: {title} {value(point):.4g}", point is here)
+            for point, (x, y) in zip(points, places, strict=True)
+        ],
+        line=" ".join(f"{x:.2f},{y:.2f}" for x, y in places),
+        x_ticks=[(across(sizes[at]), f"{budgets[at]:g}") for at in sorted({0, len(points) // 2, len(points) - 1})],
+        y_ticks=[(down(tick), label.format(10**tick if log else tick)) for tick in y_values],
+    )
+
+
+def _decades(least: float, most: float) -> list[float]:
+    """Whole powers of ten from below ``least`` to above ``most``, no more than five."""
+    low, high = floor(least), max(ceil(most), floor(least) + 1)
+    step = ceil((high - low) / 4)
+    return [float(low + step * at) for at in range(ceil((high - low) / step) + 1)]
+
+
+def _evenly(least: float, most: float) -> list[float]:
+    room = (most - least) or max(abs(most), 1.0) / 10
+    return [least + room * at / 3 for at in range(4)] if most > least else [least - room / 2, least, least + room / 2]

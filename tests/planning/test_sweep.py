@@ -1,0 +1,121 @@
+"""Plans for many budgets side by side."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import planning_inputs as inputs
+import pytest
+from click.testing import Result
+from command_line import names, refused
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rq_compile.calibration.schema import Calibration
+from rq_compile.errors import UserError
+from rq_compile.files import read_document
+from rq_compile.planning.plan import POLICIES, make_plan
+from rq_compile.planning.sweep import POINTS, Sweep, make_sweep, point_of
+
+pytestmark = pytest.mark.quick
+Command = Callable[..., Result]
+FROZEN = Path(__file__).parents[1] / "frozen" / "plans" / "calibration.json"
+
+
+def calibration(loads: list[int]) -> Calibration:
+    errors = {"int8": [1e-5 * load for load in loads], "int4": [1e-3 * load for load in loads]}
+    return inputs.calibration([inputs.layer([loads], errors), inputs.layer([loads[::-1]], errors, place=1)])
+
+
+@given(st.lists(st.integers(1, 500), min_size=4, max_size=8), st.sampled_from(["cpu", "batched"]))
+def test_more_memory_is_never_worse_and_every_point_is_the_plan_of_its_budget(loads: list[int], target: str) -> None:
+    measured = calibration(loads)
+    sweep = make_sweep(measured, policy="optimal", budgets=None, ranks=1, target=target)
+    assert len(sweep.points) == POINTS
+    for point in sweep.points:
+        plan = make_plan(measured, policy="optimal", memory=point.memory, ranks=1, target=target)
+        assert point == point_of(plan)
+        assert point.bytes <= point.memory * sweep.bytes_before * (1 + 1e-12)
+    if target == "cpu":
+        errors = [point.error for point in sweep.points]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] == 0
+
+
+def test_the_least_budget_holds_every_expert_once() -> None:
+    sweep = make_sweep(calibration([5, 1, 1, 1]), policy="optimal", budgets=None, ranks=1, target="cpu")
+    first = sweep.points[0]
+    assert (first.slots, first.replicas) == ({"int4": 8}, 0)
+    with pytest.raises(UserError, match="cannot meet budgets"):
+        make_sweep(calibration([5, 1, 1, 1]), policy="optimal", budgets=[first.memory - 1e-4], ranks=1, target="cpu")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("target", "ranks"), [("cpu", 1), ("batched", 2)])
+def test_every_policy(policy: str, target: str, ranks: int) -> None:
+    sweep = make_sweep(calibration([9, 3, 2, 1]), policy=policy, budgets=None, ranks=ranks, target=target)
+    budgets = [point.memory for point in sweep.points]
+    assert budgets == sorted(set(budgets))
+    assert Sweep.model_validate_json(sweep.model_dump_json()) == sweep
+
+
+def test_budgets_that_cannot_be_met_are_named() -> None:
+    sweep = make_sweep(calibration([5, 1, 1, 1]), policy="optimal", budgets=[1, 0.01, 0.6, 0.6, 0.02], ranks=1, target="cpu")
+    assert [point.memory for point in sweep.points] == [0.6, 1]
+    assert sweep.remarks == ["Policy optimal cannot meet these budgets: 0.01, 0.02."]
+
+
+def test_times_are_over_those_without_a_plan() -> None:
+    sweep = make_sweep(calibration([9, 3, 2, 1]), policy="none", budgets=[1], ranks=1, target="cpu")
+    assert (sweep.points[0].step_time, sweep.points[0].token_time) == (1, 1)
+
+
+# On the command line
+
+
+def test_written_and_inspected(rq_compile: Command, out: Path) -> None:
+    result = rq_compile("plan", FROZEN, "--sweep", "--budgets", "1,0.5", "-o", out / "sweep.json", "--json")
+    assert result.exit_code == 0, result.stderr
+    sweep = read_document(Sweep, out / "sweep.json")
+    assert json.loads(result.stdout) == json.loads((out / "sweep.json").read_text())
+    assert [point.memory for point in sweep.points] == [0.5, 1]
+    shown = rq_compile("inspect", out / "sweep.json").stdout
+    assert "one plan for each budget" in shown
+    assert all(f"{point.error:.2e}" in shown for point in sweep.points)
+    again = rq_compile("plan", FROZEN, "--sweep", "-o", out / "sweep.json", "-q")
+    assert again.exit_code == 0, again.stderr
+    assert len(read_document(Sweep, out / "sweep.json").points) == POINTS
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sweep", "--memory", "0.5"], ["--memory 0.5 has no effect with --sweep", "--budgets"]),
+        (["--budgets", "0.5"], ["--budgets 0.5 has no effect without --sweep"]),
+        (["--sweep", "--budgets", "0.5,x"], ["--budgets 0.5,x is not a list of numbers"]),
+        (["--sweep", "--budgets", ""], ["is not a list of numbers"]),
+        (["--sweep", "--budgets", "0.5,nan"], ["has nan; give numbers above 0"]),
+        (["--sweep", "--budgets", "0"], ["has 0; give numbers above 0"]),
+        (["--sweep", "--budgets", "1e4"], ["has 10000; give numbers above 0 and up to 1000"]),
+        (["--sweep", "--policy", "paper", "--option", "formats=int8"], ["policy paper has no option formats"]),
+    ],
+)
+def test_what_it_refuses(rq_compile: Command, out: Path, options: list[str], words: list[str]) -> None:
+    refused(rq_compile("plan", FROZEN, *options, "-o", out / "sweep.json"), 2, *words)
+    assert names(out) == []
+
+
+def test_a_plan_and_a_sweep_do_not_replace_each_other(rq_compile: Command, out: Path) -> None:
+    for first, second in (([], ["--sweep"]), (["--sweep"], [])):
+        path = out / "one.json"
+        path.unlink(missing_ok=True)
+        assert rq_compile("plan", FROZEN, *first, "-o", path, "-q").exit_code == 0
+        before = path.read_bytes()
+        refused(rq_compile("plan", FROZEN, *second, "-o", path), 2, "would overwrite", "choose another output with -o")
+        assert path.read_bytes() == before
+
+
+def test_a_sweep_is_no_plan(rq_compile: Command, out: Path, model: Path) -> None:
+    assert rq_compile("plan", FROZEN, "--sweep", "-o", out / "sweep.json", "-q").exit_code == 0
+    result = rq_compile(model, "--plan", out / "sweep.json", "-o", out / "m.onnx")
+    refused(result, 2, "is a file of kind sweep, not a plan; give a plan")

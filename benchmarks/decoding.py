@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from provenance import processor, provenance
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -32,6 +33,7 @@ from rq_compile.checkpoint.storage.weights import weights_of
 from rq_compile.cli.tables import table
 
 ROWS, COLUMNS = 2048, 1024
+COLUMNS_SHOWN = ("format", "bits_per_weight", "gb_per_s_one_thread", "gb_per_s_two_threads", "weights_per_s_two_threads")
 GENERATOR = torch.Generator().manual_seed(0)
 Tensors = dict[str, torch.Tensor]
 
@@ -129,12 +131,13 @@ def row(name: str, weight: Weight, matrices: int, repeats: int) -> dict[str, obj
 def rows(matrices: int, repeats: int) -> list[dict[str, object]]:
     found = []
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    origin = {"processor": processor()} | provenance("numpy")
     for name, (parts, settings) in CASES.items():
         with tempfile.TemporaryDirectory(dir=place) as folder:
             file = Path(folder) / "model.safetensors"
             save_file({f"m.{part}": tensor for part, tensor in parts.items()}, file)
             (weight,) = weights_of(tensors_of(file), Stated(settings, file)).values()
-            found.append(row(name, weight, matrices, repeats))
+            found.append(row(name, weight, matrices, repeats) | origin)
             print(found[-1], file=sys.stderr, flush=True)
     return found
 
@@ -142,7 +145,7 @@ def rows(matrices: int, repeats: int) -> list[dict[str, object]]:
 def show(found: list[dict[str, object]], console: Console) -> None:
     made = table("decoding, GB/s of stored bytes", "format", "bits", "one thread", "two threads", "10^9 weights/s, two threads")
     for one in found:
-        made.add_row(*map(str, one.values()))
+        made.add_row(*(str(one[column]) for column in COLUMNS_SHOWN))
     console.print(made)
 
 

@@ -143,7 +143,11 @@ def require_finite(name: str, tensor: StoredTensor, finite: bool) -> None:
         UserError: not ``finite``.
     """
     if not finite:
-        raise UserError(f"{name} in {tensor.file} has a weight that is not finite; repair the checkpoint")
+        raise not_finite(name, tensor)
+
+
+def not_finite(name: str, tensor: StoredTensor) -> UserError:
+    return UserError(f"{name} in {tensor.file} has a weight that is not finite; repair the checkpoint")
 
 
 def all_finite(values: np.ndarray, dtype: str) -> bool:

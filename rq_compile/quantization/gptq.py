@@ -6,18 +6,14 @@ moment's diagonal, among fractions of the scale that just holds the block's larg
 """
 
 import ctypes
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
-import rq_compile
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import BLOCK_FORMATS, Format
+from rq_compile.quantization.library import quantizer_library
 from rq_compile.quantization.rounding import NOT_FINITE
 from rq_compile.quantization.second_moment import SecondMoment
-
-LIBRARY = Path(rq_compile.__file__).parent / "lib" / "librq_quantizer.so"
 
 
 def gptq(
@@ -44,7 +40,7 @@ def gptq(
         *(feedback.ctypes.data, importance.ctypes.data, fractions.ctypes.data, len(fractions), kept.least, kept.greatest),
         *(q.ctypes.data, scales.ctypes.data),
     )
-    status = _library().rq_gptq(ctypes.byref(matrix), threads)
+    status = quantizer_library().rq_gptq(ctypes.byref(matrix), threads)
     if status == 1:
         raise UserError(NOT_FINITE)
     if status:
@@ -64,11 +60,3 @@ class _Matrix(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("least", "greatest")),
         *((name, ctypes.c_void_p) for name in ("q", "scales")),
     )
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        raise UserError(f"the quantizer {LIBRARY} is missing or not of this machine; run pip install .", 2) from error

@@ -1,6 +1,7 @@
 """Formats, packing and the two ways of rounding, against plain float64."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rq_compile.errors import UserError
-from rq_compile.quantization import gptq
+from rq_compile.quantization import library
 from rq_compile.quantization.formats import BLOCK_FORMATS, BLOCKS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
 from rq_compile.quantization.quantizer import dequantize, quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
@@ -234,9 +235,12 @@ def test_every_instruction_set_rounds_alike(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.02)
 
 
-def test_a_package_that_was_not_built_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gptq, "LIBRARY", tmp_path / "librq_quantizer.so")
-    gptq._library.cache_clear()
-    with pytest.raises(UserError, match=r"librq_quantizer\.so is missing or not of this machine; run pip install \."):
+@pytest.mark.parametrize("there", ["nothing", "another library"])
+def test_a_package_that_was_not_built_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: str) -> None:
+    if there == "another library":  # as one of older sources, it has not all functions
+        shutil.copy(library.LIBRARY.with_name("librq_moe.so"), tmp_path / "librq_quantizer.so")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "librq_quantizer.so")
+    library.quantizer_library.cache_clear()
+    with pytest.raises(UserError, match=r"librq_quantizer\.so is missing, too old or not of this machine; run pip install \."):
         quantize(normal(3, 32), "int8", SecondMoment(np.eye(32, dtype=np.float32)))
-    gptq._library.cache_clear()
+    library.quantizer_library.cache_clear()

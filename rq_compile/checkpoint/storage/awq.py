@@ -5,12 +5,11 @@ A word holds eight columns of ``out``, in the order 0, 2, 4, 6, 1, 3, 5, 7 from 
 
 from functools import partial
 
-import numpy as np
-
-from rq_compile.checkpoint.safetensors_file import StoredTensor, read_tensor
+from rq_compile.checkpoint.safetensors_file import StoredTensor
+from rq_compile.checkpoint.storage.decoding import read_differences
 from rq_compile.checkpoint.storage.gptq import check_parts, group_scales, is_awq
 from rq_compile.checkpoint.storage.integers import format_name
-from rq_compile.checkpoint.storage.packings import AwqWords, awq_rows
+from rq_compile.checkpoint.storage.packings import AWQ_WORDS
 from rq_compile.checkpoint.storage.quantized import Quantized
 from rq_compile.checkpoint.storage.scales import check_dtype, wrong_shape
 from rq_compile.checkpoint.storage.stated import Stated
@@ -47,11 +46,7 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         format=f"AWQ {format_name('INT4', scales, columns)}",
         parts={part: tensors[part] for part in (name, zero, scale)},
         packed=name,
-        packing=AwqWords(),
+        packing=AWQ_WORDS,
         scales=scales,
-        zeros=partial(_read_zeros, zero, tensors[zero]),
+        zeros=partial(read_differences, AWQ_WORDS, zero, tensors[zero], (rows, scales.grid[-1])),
     )
-
-
-def _read_zeros(name: str, tensor: StoredTensor, rows: slice) -> np.ndarray:
-    return np.ascontiguousarray(awq_rows(read_tensor(name, tensor))[rows], np.float32)

@@ -7,7 +7,7 @@ or uint8 codes with such scales are pairs of float4_e2m1.
 """
 
 from rq_compile.checkpoint.safetensors_file import StoredTensor
-from rq_compile.checkpoint.storage.packings import E2m1Pairs, E4m3, Packing
+from rq_compile.checkpoint.storage.packings import E2M1_PAIRS, E4M3
 from rq_compile.checkpoint.storage.quantized import Quantized
 from rq_compile.checkpoint.storage.scales import EXPONENTS, check_kind, grid_of, in_groups
 from rq_compile.checkpoint.storage.stated import Stated
@@ -51,14 +51,13 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         shared = "per tensor"
     elif scales.grid[1:] == (shape[-2], 1):
         shared = "per row"
-    packing: Packing = E2m1Pairs() if pairs else E4m3()
     return Quantized(
         name=name,
         shape=shape,
         format=f"{format.split()[0]} {shared}",
         parts={name: codes, scale: tensors[scale]},
         packed=name,
-        packing=packing,
+        packing=E2M1_PAIRS if pairs else E4M3,
         scales=scales,
     )
 

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from rq_compile.checkpoint.safetensors_file import StoredTensor, read_tensor
-from rq_compile.checkpoint.storage.packings import E2m1Pairs
+from rq_compile.checkpoint.storage.packings import E2M1_PAIRS
 from rq_compile.checkpoint.storage.quantized import Quantized
 from rq_compile.checkpoint.storage.scales import EXPONENTS, check_dtype, in_groups, scaled_by, wrong_shape
 from rq_compile.checkpoint.storage.stated import Stated
@@ -64,7 +64,7 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         format=format,
         parts={part: tensors[part] for part in (name, *used)},
         packed=name,
-        packing=E2m1Pairs(),
+        packing=E2M1_PAIRS,
         scales=scales,
         column_scale=column_scale(before, tensors, shape[-1]),
     )

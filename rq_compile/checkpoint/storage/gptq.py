@@ -8,11 +8,10 @@ version.
 
 from functools import partial
 
-import numpy as np
-
-from rq_compile.checkpoint.safetensors_file import StoredTensor, read_tensor
+from rq_compile.checkpoint.safetensors_file import StoredTensor
+from rq_compile.checkpoint.storage.decoding import read_differences
 from rq_compile.checkpoint.storage.integers import FLOATS, column_order, format_name, order_missing
-from rq_compile.checkpoint.storage.packings import ColumnWords, transposed, unsigned
+from rq_compile.checkpoint.storage.packings import column_words, zero_words
 from rq_compile.checkpoint.storage.quantized import Quantized
 from rq_compile.checkpoint.storage.scales import Scales, check_dtype, wrong_shape
 from rq_compile.checkpoint.storage.stated import Stated
@@ -62,9 +61,9 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         format=f"GPTQ {format_name(f'INT{bits}', scales, columns)}",
         parts={part: tensors[part] for part in (name, zero, scale, *used)},
         packed=name,
-        packing=ColumnWords(bits),
+        packing=column_words(bits),
         scales=scales,
-        zeros=partial(_read_zeros, zero, tensors[zero], bits, FORMATS[variant]),
+        zeros=partial(read_differences, zero_words(bits, FORMATS[variant]), zero, tensors[zero], (rows, scales.grid[-1])),
         order=order,
     )
 
@@ -105,11 +104,3 @@ def group_scales(name: str, tensor: StoredTensor, rows: int, columns: int, state
     if tensor.shape != (groups, rows) or not groups:
         raise wrong_shape(name, tensor, (groups, rows), f"{format} and group_size {said}")
     return Scales(name, tensor, (1, rows, groups), rows, 1, group or -(-columns // groups), transposed=True)
-
-
-def _read_zeros(name: str, tensor: StoredTensor, bits: int, taken_off: int, rows: slice) -> np.ndarray:
-    """As ``unsigned`` numbers."""
-    stored = unsigned(read_tensor(name, tensor), bits)
-    offset = 0 if bits == 4 else 128
-    zeros = (stored.astype(np.int16) + offset + taken_off) & (2**bits - 1)
-    return np.ascontiguousarray(transposed(zeros - offset)[rows], np.float32)

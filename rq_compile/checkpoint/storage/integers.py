@@ -12,8 +12,9 @@ from math import ceil
 import numpy as np
 
 from rq_compile.checkpoint.safetensors_file import StoredTensor, read_tensor
+from rq_compile.checkpoint.storage.decoding import read_differences
 from rq_compile.checkpoint.storage.four_bit_float import column_scale
-from rq_compile.checkpoint.storage.packings import Int8, OffsetWords, RowPairs, transposed
+from rq_compile.checkpoint.storage.packings import INT8, ROW_PAIRS, offset_words
 from rq_compile.checkpoint.storage.quantized import Quantized
 from rq_compile.checkpoint.storage.scales import Scales, check_dtype, check_kind, grid_of, in_groups, wrong_shape
 from rq_compile.checkpoint.storage.stated import Stated
@@ -89,7 +90,7 @@ def _packed(name: str, stem: str, tensors: dict[str, StoredTensor], stated: Stat
         format=format_name(format, scales, columns),
         parts={part: tensors[part] for part in parts},
         packed=name,
-        packing=OffsetWords(bits),
+        packing=offset_words(bits),
         scales=scales,
         zeros=zeros,
         order=order,
@@ -102,6 +103,8 @@ def _int8(name: str, stem: str, tensors: dict[str, StoredTensor]) -> Quantized:
     parts, zeros = {name: codes, scale: tensors[scale]}, None
     if zero in tensors:
         points = grid_of(zero, tensors[zero], codes.shape, "INT8", dtypes=("I8",))
+        if points.width != scales.width:
+            raise wrong_shape(zero, tensors[zero], tensors[scale].shape, "zero points, one for each scale")
         parts[zero], zeros = tensors[zero], points.read
     return Quantized(
         name=name,
@@ -109,7 +112,7 @@ def _int8(name: str, stem: str, tensors: dict[str, StoredTensor]) -> Quantized:
         format=format_name("INT8", scales, codes.shape[-1]),
         parts=parts,
         packed=name,
-        packing=Int8(),
+        packing=INT8,
         scales=scales,
         zeros=zeros,
     )
@@ -126,7 +129,7 @@ def _row_pairs(name: str, stem: str, tensors: dict[str, StoredTensor]) -> Quanti
         format=format_name("INT4", scales, shape[-1]),
         parts={part: tensors[part] for part in (name, scale, *used)},
         packed=name,
-        packing=RowPairs(),
+        packing=ROW_PAIRS,
         scales=scales,
         column_scale=column_scale(before, tensors, shape[-1]),
     )
@@ -148,14 +151,8 @@ def _zeros(name: str, tensor: StoredTensor, scales: Scales, rows: int, bits: int
     expected = (ceil(rows * bits / 32), groups) if tensor.dtype == "I32" else (rows, groups)
     if tensor.shape != expected:
         raise wrong_shape(name, tensor, expected, f"zero points of {rows} rows")
-    return partial(_read_zeros, name, tensor, bits, rows)
-
-
-def _read_zeros(name: str, tensor: StoredTensor, bits: int, count: int, rows: slice) -> np.ndarray:
-    stored = read_tensor(name, tensor)
-    if tensor.dtype == "I32":
-        stored = transposed(OffsetWords(bits).of_words(transposed(stored), count))
-    return np.ascontiguousarray(stored[rows], np.float32)
+    packing = offset_words(bits, of_rows=True) if tensor.dtype == "I32" else INT8
+    return partial(read_differences, packing, name, tensor, (rows, groups))
 
 
 def order_missing(name: str, codes: StoredTensor, index: str) -> UserError:

@@ -5,7 +5,7 @@ uint8 ``[experts, out, in / 32]`` are exponents. In 16 bit the same family store
 """
 
 from rq_compile.checkpoint.safetensors_file import StoredTensor
-from rq_compile.checkpoint.storage.packings import E2m1Pairs
+from rq_compile.checkpoint.storage.packings import E2M1_PAIRS
 from rq_compile.checkpoint.storage.quantized import Quantized
 from rq_compile.checkpoint.storage.scales import EXPONENTS, check_dtype, in_groups, wrong_shape
 from rq_compile.checkpoint.storage.stated import Stated
@@ -44,6 +44,6 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         parts={name: blocks, scale: tensors[scale]},
         transposed=True,
         packed=name,
-        packing=E2m1Pairs(),
+        packing=E2M1_PAIRS,
         scales=in_groups(scale, tensors[scale], (experts, rows, columns), GROUP, "MXFP4", EXPONENTS),
     )

@@ -1,0 +1,2 @@
+#define RQ_DECODE decode_plain
+#include "decode_matrix.h"

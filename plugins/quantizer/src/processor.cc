@@ -1,0 +1,34 @@
+#include "processor.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+const Code kPlain = {"plain", round_tile_plain, decode_plain, [] { return true; }};
+
+const Code kVectorized[] = {
+#ifdef RQ_X86
+    {"avx512", round_tile_avx512, decode_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512dq");
+     }},
+    {"avx2", round_tile_avx2, decode_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+};
+
+// RQ_QUANTIZER_ISA, for tests, chooses another one than the best.
+const Code& choose() {
+  const char* asked = std::getenv("RQ_QUANTIZER_ISA");
+  for (const Code& code : kVectorized)
+    if ((!asked || std::strcmp(asked, code.name) == 0) && code.supported()) return code;
+  return kPlain;
+}
+
+}  // namespace
+
+const Code& code_for_this_processor() {
+  static const Code& code = choose();
+  return code;
+}

@@ -1,0 +1,14 @@
+// The code that was compiled for this processor.
+#pragma once
+
+#include "decode.h"
+#include "gptq.h"
+
+struct Code {
+  const char* name;
+  RoundTile round_tile;
+  Decode decode;
+  bool (*supported)();
+};
+
+const Code& code_for_this_processor();

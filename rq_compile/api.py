@@ -17,8 +17,11 @@ from rq_compile.quantization.formats import DenseFormat
 from rq_compile.runtime.engine import Engine as _Engine
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from rq_compile.architectures.model import Model
     from rq_compile.calibration.schema import Calibration
+    from rq_compile.calibration.statistics import Statistics
     from rq_compile.engine.manifest import LoweringName, Manifest
     from rq_compile.evaluation.schema import Bench, Evaluation
     from rq_compile.lowerings import Lowering
@@ -61,15 +64,18 @@ def calibrate(
     sequence_length: int = 256,
     quantizer: Quantizer = "gptq",
     block: Block | None = None,
+    wanda_fraction: float = 0.5,
     memory_limit: int | None = None,
     device: str = "cpu",
     fresh: bool = False,
     progress: Progress | None = None,
+    detail: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Run ``model`` over ``texts`` and write what its experts did as ``output`` (``.json``).
 
-    ``progress`` counts tokens. ``memory_limit`` is in bytes. The statistics that GPTQ needs go beside ``output`` as
-    ``.safetensors``. An interrupted run of the same arguments continues behind its last finished layer, unless ``fresh``.
+    ``progress`` counts tokens; ``detail`` is told which layer is measured. ``memory_limit`` is in bytes, ``wanda_fraction`` is
+    the paper's s. The statistics that GPTQ needs go beside ``output`` as ``.safetensors``. An interrupted run of the same
+    arguments continues behind its last finished layer, unless ``fresh``.
 
     Raises:
         UserError: ``output`` would replace an input or a file of another kind, there is no text, the text is too short, or one
@@ -90,27 +96,31 @@ def calibrate(
         batch_size=batch_size,
         sequence_length=sequence_length,
         progress=progress or _silent,
+        detail=detail or _silent,
         quantizer=quantizer,
         block=block,
+        wanda_fraction=wanda_fraction,
         memory_limit=memory_limit,
         device=device,
     )
 
 
 def plan(
-    calibration: File,
+    calibration: File | Model,
     output: File,
     *,
     policy: str = "optimal",
     memory: float | None = None,
     ranks: int = 1,
     target: str = "cpu",
+    progress: Progress | None = None,
     **options: Any,
 ) -> Plan:
     """Decide how often, in which format and on which rank each expert is stored, and write the plan as ``output`` (``.json``).
 
-    ``memory`` is the budget as a part of the bytes of the experts in the checkpoint. ``options`` are those of ``--option``:
-    see docs/planning.md.
+    A model may stand in the place of ``calibration``: then loads are taken to be uniform, weights alone tell the errors, and
+    ``progress`` counts experts. ``memory`` is the budget as a part of the bytes of the experts in the checkpoint. ``options`` are
+    those of ``--option``: see docs/planning.md.
 
     Raises:
         UserError: ``output`` would replace an input or a file of another kind, the calibration cannot be read, an argument is
@@ -119,19 +129,19 @@ def plan(
     from rq_compile.calibration.schema import Calibration
     from rq_compile.files import read_document, sha256, write_document
     from rq_compile.outputs import check_outputs, document
-    from rq_compile.planning.plan import make_plan
+    from rq_compile.planning.plan import check_arguments, make_plan
 
-    source, path = Path(calibration), Path(output)
+    path = Path(output)
+    how: dict[str, Any] = {"policy": policy, "memory": memory, "ranks": ranks, "target": target}
+    source = Path(calibration) if _is_file(calibration) else calibration.path
     check_outputs({path: document("plan")}, [source])
-    made = make_plan(
-        read_document(Calibration, source),
-        policy=policy,
-        memory=memory,
-        ranks=ranks,
-        target=target,
-        calibration_sha256=sha256(source),
-        **options,
-    )
+    check_arguments(**how, options=options)
+    if _is_file(calibration):
+        made = make_plan(read_document(Calibration, source), **how, calibration_sha256=sha256(source), **options)
+    else:
+        from rq_compile.calibration.data_free import data_free
+
+        made = make_plan(data_free(calibration, progress=progress or _silent), **how, **options)
     if made.statistics:
         made = made.model_copy(update={"statistics": made.statistics.named_from(source.parent, path)})
     write_document(made, path)
@@ -140,51 +150,58 @@ def plan(
 
 def compile(
     model: Model | File,
-    plan: File,
+    plan: File | Plan,
     output: File,
     *,
+    statistics: Statistics | None = None,
     lowering: LoweringName | None = None,
     activation_bits: ActivationBits | None = None,
     dense_format: DenseFormat | None = None,
+    link_weights: bool = False,
     threads: int | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Compile ``model`` after ``plan`` into an engine for ONNX Runtime: ``output`` (``.onnx``) and the files beside it.
 
+    ``statistics`` are those of the plan's calibration; by default they are read from where ``plan`` says, beside it.
     ``lowering``: by default the one for the plan's target. ``activation_bits`` and ``dense_format`` are options of some
-    lowerings. ``progress`` counts bytes of weights. The engine does not depend on ``threads``.
+    lowerings. ``link_weights`` leaves weights in the checkpoint that need no other form. ``progress`` counts bytes of weights.
+    The engine does not depend on ``threads``.
 
     Raises:
         UserError: ``output`` would replace another file, the plan is of another model or does not fit the lowering, the lowering
             does not have an option, or the disk is full.
     """
-    from rq_compile.architectures.ties import remarks_on_ties
-    from rq_compile.calibration.statistics import Statistics
-    from rq_compile.files import read_document
     from rq_compile.lowerings import lowering_for
     from rq_compile.outputs import check_outputs
-    from rq_compile.planning.remarks import lost_with_lowering
-    from rq_compile.planning.schema import Plan
     from rq_compile.targets.engine_outputs import onnx_outputs
     from rq_compile.targets.onnxruntime import Writing, compile_engine
-    from rq_compile.targets.preflight import check_same_model
+    from rq_compile.targets.preflight import remarks_before
 
-    opened, source, path = _opened(model), Path(plan), Path(output)
+    opened, path = _opened(model), Path(output)
     if path.suffix != ".onnx":
         raise UserError(f"{path} is not named as an engine for ONNX Runtime; end it in .onnx", 2)
-    check_outputs(onnx_outputs(path, opened.path, link_weights=False), [source])
-    document = read_document(Plan, source)
-    check_same_model(document, opened, source)
+    outputs = onnx_outputs(path, opened.path, link_weights=link_weights)
+    check_outputs(outputs, [Path(plan)] if _is_file(plan) else [])
+    if _is_file(plan):
+        from rq_compile.calibration.statistics import Statistics
+        from rq_compile.files import read_document
+        from rq_compile.planning.schema import Plan
+        from rq_compile.targets.preflight import check_same_model
+
+        document = read_document(Plan, Path(plan))
+        check_same_model(document, opened, Path(plan))
+        if statistics is None and document.statistics is not None:
+            statistics = Statistics.beside(Path(plan).parent, document.statistics)
+    else:
+        document = plan
     options = {"activation_bits": activation_bits, "dense_format": dense_format}
     realised = _lowering(lowering or lowering_for(document.target).name, options)
-    for remark in remarks_on_ties(opened):
+    for remark in remarks_before(opened, document, realised):
         _LOG.info(remark)
-    if lost := lost_with_lowering(document, realised.name, batched=realised.is_batched()):
-        _LOG.info(lost)
-    statistics = Statistics.beside(source.parent, document.statistics) if document.statistics else None
     writing = Writing(threads, fresh, progress, _LOG.info)
-    return compile_engine(opened, document, path, realised, statistics, writing=writing)
+    return compile_engine(opened, document, path, realised, statistics, link_weights=link_weights, writing=writing)
 
 
 def load(engine: File, threads: int | None = None) -> Engine:
@@ -199,8 +216,10 @@ def load(engine: File, threads: int | None = None) -> Engine:
 class Engine(_Engine):
     """A loaded engine: ``logits``, ``generate`` and ``loads`` of token ids, ``stream`` of text, ``evaluate`` and ``bench``."""
 
-    def stream(self, prompt: str, max_tokens: int = 64) -> Iterator[str]:
+    def stream(self, prompt: str, max_tokens: int = 64, on_token: Callable[[int], None] | None = None) -> Iterator[str]:
         """Continue ``prompt`` greedily and yield the new text piece by piece; a piece never ends inside a character.
+
+        ``on_token`` is called with the id of every new token, before its text is yielded.
 
         Raises:
             UserError: the engine has no tokenizer, or the prompt is empty.
@@ -208,9 +227,14 @@ class Engine(_Engine):
         from rq_compile.standalone.text import TextStream
 
         ids = self.tokenizer.encode(prompt).ids
+        # After a prompt that decodes to itself the continuation does, too: with the space that its first word begins with.
         follows = not self.encoder_decoder and self.tokenizer.decode(ids) == prompt
         text = TextStream(self.tokenizer, before=ids if follows else ())
-        yield from filter(None, map(text.push, self.generate(ids, max_tokens)))
+        for token in self.generate(ids, max_tokens):
+            if on_token is not None:
+                on_token(token)
+            if piece := text.push(token):
+                yield piece
         if rest := text.end():
             yield rest
 
@@ -267,8 +291,12 @@ class Engine(_Engine):
         )
 
 
+def _is_file(given: object) -> TypeIs[File]:
+    return isinstance(given, str | PathLike)
+
+
 def _opened(model: Model | File) -> Model:
-    return open(model) if isinstance(model, str | PathLike) else model
+    return open(model) if _is_file(model) else model
 
 
 def _lowering(name: str, options: dict[str, Any]) -> Lowering:
@@ -306,8 +334,8 @@ def _contents(texts: Texts, model: Model) -> dict[str, str]:
 def _files(texts: Texts) -> list[Path]:
     if isinstance(texts, Mapping):
         return []
-    return [Path(file) for file in ([texts] if isinstance(texts, str | PathLike) else texts)]
+    return [Path(file) for file in ([texts] if _is_file(texts) else texts)]
 
 
-def _silent(done: int, total: int) -> None:
+def _silent(*told: object) -> None:
     pass

@@ -6,7 +6,8 @@ config and the tensors that ``Model`` has checked, never the folder: there it wo
 another repository, unpickle a distributed checkpoint's ``.metadata``, or take other weights than the rest of rq-compile does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -53,9 +54,15 @@ def load_model(model: Model) -> PreTrainedModel:
     return loaded.eval().requires_grad_(False)
 
 
-def use_threads(threads: int | None = None) -> None:
-    """Have torch compute on ``threads`` threads; by default on no more than this process may use."""
-    torch.set_num_threads(threads or min(torch.get_num_threads(), max(1, default_threads() // on_this_host())))
+@contextmanager
+def torch_threads(threads: int | None = None) -> Iterator[None]:
+    """Meanwhile torch computes on ``threads`` threads; by default on no more than this process may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or min(before, max(1, default_threads() // on_this_host())))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def meta_model(model: Model) -> PreTrainedModel:

@@ -290,7 +290,7 @@ def _top_k(model: Any) -> dict[str, int]:
     handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in experts_modules(model)]
     set_experts_implementation(model, WATCHED)
     try:
-        with torch.no_grad():
+        with quiet_transformers(), torch.no_grad():
             ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
             model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
     finally:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rq_compile import __version__
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer
-from rq_compile.architectures.load import use_threads
+from rq_compile.architectures.load import torch_threads
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import remarks_on_ties
 from rq_compile.calibration.estimate import relative_errors
@@ -82,6 +82,7 @@ def work_of(
     return Work(layers, tokens, measured, all_measured if measured == total else list(cut(measured_tokens=measured)), rows, way)
 
 
+@torch_threads()
 def calibrate(
     model: Model,
     texts: dict[str, str],
@@ -125,7 +126,6 @@ def calibrate(
     """
     device = device_of_process(device)
     work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
-    use_threads()
     for text in (work.way.reason, *remarks_on_ties(model)):
         remark(text)
     layers = layers_to_measure(model, block)

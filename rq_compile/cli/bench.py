@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from rq_compile.cli.opened import opened
+import rq_compile as rq
 from rq_compile.cli.options import FILE, threads_option
 from rq_compile.cli.screen import Screen, on_screen
-
-if TYPE_CHECKING:
-    from rq_compile.runtime.language_model import LanguageModel
 
 
 @click.command("bench")
@@ -34,32 +30,8 @@ def command(
 ) -> None:
     """Tokens per second of ENGINE, alone or against another."""
     from rq_compile.cli.tables import bench_tables
-    from rq_compile.evaluation.bench import bench
-    from rq_compile.runtime.engine import Engine
 
-    loaded = Engine.load(engine, threads)
-    other = None if against is None else load_either(screen, against, threads)
+    loaded = rq.load(engine, threads)
     with screen.progress("timing", "rounds") as progress:
-        result = bench(
-            loaded,
-            other,
-            names=(engine.name, against.name if against else ""),
-            weights_sha256=loaded.manifest.weights.sha256,
-            vocabulary=loaded.manifest.vocabulary,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            rounds=rounds,
-            threads=threads,
-            progress=progress,
-        )
+        result = loaded.bench(against, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, progress=progress)
     screen.result(result, *bench_tables(result))
-
-
-def load_either(screen: Screen, path: Path, threads: int | None) -> LanguageModel:
-    from rq_compile.runtime.engine import Engine
-
-    if path.suffix == ".onnx":
-        return Engine.load(path, threads)
-    from rq_compile.runtime.reference import Reference
-
-    return Reference.load(opened(screen, path), threads)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from rq_compile.cli.opened import opened
+import rq_compile as rq
 from rq_compile.cli.options import (
     BLOCKS,
     FILE,
@@ -139,10 +139,9 @@ def command(
     check_rows([path for path in texts if not has_rows(path)])
     contents = read_texts(texts, field=field, samples=samples, seed=seed, render=chat_template(folder))
 
-    from rq_compile.calibration.written import calibrated_into
     from rq_compile.cli.tables import calibration_tables
 
-    model = opened(screen, folder)
+    model = rq.open(folder)
     if dry_run:
         from rq_compile.calibration.run_estimate import calibration_estimate
         from rq_compile.cli.tables import estimate_tables
@@ -161,21 +160,20 @@ def command(
         return
     under_way = [""]
     with screen.progress("calibrating", "tokens") as progress:
-        calibration = calibrated_into(
-            output,
+        calibration = rq.calibrate(
             model,
             contents,
-            fresh=fresh,
-            remark=screen.note,
+            output,
             batch_size=batch_size,
             sequence_length=sequence_length,
-            progress=lambda done, total: progress(done, total, under_way[0]),
-            detail=lambda text: under_way.__setitem__(0, text),
             quantizer=quantizer,
             block=None if block == "auto" else cast("Block", int(block)),
             wanda_fraction=wanda_fraction,
             memory_limit=memory_limit,
             device=device,
+            fresh=fresh,
+            progress=lambda done, total: progress(done, total, under_way[0]),
+            detail=lambda text: under_way.__setitem__(0, text),
         )
     screen.note(f"wrote {output}" + (f" and {calibration.statistics.name}" if calibration.statistics else ""))
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)
@@ -207,7 +205,7 @@ def without_text(screen: Screen, folder: Path, output: Path, *, block: Block | N
     from rq_compile.cli.tables import calibration_tables
     from rq_compile.files import write_document
 
-    model = opened(screen, folder)
+    model = rq.open(folder)
     with screen.progress("measuring weights", "experts") as progress:
         calibration = data_free(model, progress=progress, block=block, wanda_fraction=fraction)
     write_document(calibration, output)
@@ -234,7 +232,7 @@ def from_recorded_loads(screen: Screen, folder: Path, output: Path, paths: tuple
     from rq_compile.files import read_document, write_document
 
     calibration = read_document(Calibration, earlier)
-    model = opened(screen, folder)
+    model = rq.open(folder)
     if calibration.fingerprint != model.fingerprint:
         raise UserError(f"{earlier} is of {calibration.model}, not of {folder}; give a calibration of this MODEL", 2)
     made = with_recorded_loads(calibration, list(paths))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from rq_compile.cli.opened import opened
+import rq_compile as rq
 from rq_compile.cli.options import (
     DENSE_FORMATS,
     FILE,
@@ -29,10 +30,12 @@ from rq_compile.targets.engine_outputs import onnx_outputs, tensorrt_outputs
 
 if TYPE_CHECKING:
     from rq_compile.architectures.model import Model
+    from rq_compile.engine.manifest import LoweringName
     from rq_compile.lowerings import Lowering
     from rq_compile.quantization.formats import DenseFormat
 
 MEGABYTE = 10**6
+log = logging.getLogger(__name__)  # shows a remark once, whichever stages make it
 PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "texts", "batch_size", "sequence_length")
 
 
@@ -110,30 +113,24 @@ def command(
     shape: dict[str, Any] = {"link_weights": link_weights, "threads": threads}
 
     from rq_compile import spill
+    from rq_compile.architectures.ties import remarks_on_ties
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
-    from rq_compile.planning.remarks import lost_with_lowering
     from rq_compile.planning.schema import Plan
-    from rq_compile.targets.preflight import check_same_model
+    from rq_compile.targets.preflight import check_same_model, preflight, remarks_before
 
-    model = opened(screen, folder)
+    model = rq.open(folder)
     settings = checked_settings(tensorrt, model, (batch_size, sequence_length)) if output.suffix == ".plan" else None
     if plan_path is not None:
-        from rq_compile.architectures.ties import remarks_on_ties
-
         plan = read_document(Plan, plan_path)
         check_same_model(plan, model, plan_path)
-        for remark in remarks_on_ties(model):
-            screen.note(remark)
         if settings is None and "lowering" not in given_options():
             kind = lowering_for(plan.target)
             chosen_by = f"--lowering {kind.name}, which {plan_path} for {plan.target} chooses"
             realised = lowering_by(kind, activation_bits, dense_format, chosen_by)
-        if settings is None and (lost := lost_with_lowering(plan, realised.name, batched=realised.is_batched())):
-            screen.note(lost)
         if dry_run:
-            from rq_compile.targets.preflight import preflight
-
+            for remark in remarks_before(model, plan, realised):
+                log.info(remark)
             preflight(model, plan, realised)
             show_estimate(screen, model, output, realised, plan=plan, **shape)
             return
@@ -156,27 +153,31 @@ def command(
                 batch_size=batch_size,
                 sequence_length=sequence_length,
                 progress=progress,
-                remark=screen.note,
+                remark=log.info,
             )
         plan = world().from_first(make_plan(calibration, **planning, **options))
         statistics = Statistics.of(tensors)
 
     if settings is not None:
+        for remark in remarks_on_ties(model):
+            log.info(remark)
         compile_plan(screen, model, plan, output, settings, statistics=statistics, threads=threads)
         return
 
     from rq_compile.cli.tables import engine_tables
-    from rq_compile.targets.onnxruntime import Writing, compile_engine
 
     with screen.progress("compiling", "MB") as progress:
-        manifest = compile_engine(
+        manifest = rq.compile(
             model,
             plan,
             output,
-            realised,
-            statistics,
+            statistics=statistics,
+            lowering=cast("LoweringName", realised.name),
+            **{option: getattr(realised, option) for option in realised.options},
             link_weights=link_weights,
-            writing=Writing(threads, fresh, lambda done, total: progress(done // MEGABYTE, total // MEGABYTE), screen.note),
+            threads=threads,
+            fresh=fresh,
+            progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE),
         )
     screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")
     tables = engine_tables(manifest)

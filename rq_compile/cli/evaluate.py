@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rq_compile.cli.opened import opened
+import rq_compile as rq
 from rq_compile.cli.options import FILE, sequence_length_option, text_option, threads_option
 from rq_compile.cli.screen import Screen, on_screen
 
@@ -27,17 +27,8 @@ def command(
     contents = read_texts(texts, render=chat_template(reference))
 
     from rq_compile.cli.tables import evaluation_tables
-    from rq_compile.evaluation.evaluate import evaluate
-    from rq_compile.evaluation.windows import cut
-    from rq_compile.runtime.engine import Engine
-    from rq_compile.runtime.reference import Reference
-    from rq_compile.targets.preflight import check_same_model
 
-    loaded = Engine.load(engine, threads)
-    model = opened(screen, reference)
-    check_same_model(loaded.manifest.plan, model, engine)
-    tokenizer, vocabulary = loaded.tokenizer, loaded.manifest.vocabulary
-    windows = [cut(name, text, tokenizer, sequence_length, vocabulary) for name, text in contents.items()]
+    loaded, model = rq.load(engine, threads), rq.open(reference)
     with screen.progress("evaluating", "tokens") as progress:
-        evaluation = evaluate(loaded, Reference.load(model, threads), windows, reference_name=model.name, progress=progress)
+        evaluation = loaded.evaluate(model, contents, sequence_length=sequence_length, progress=progress)
     screen.result(evaluation, *evaluation_tables(evaluation))

@@ -146,7 +146,8 @@ def main() -> None:
 
         warnings.simplefilter("ignore")
     use_what_is_allowed()
-    show_warnings()
+    context = click.get_current_context()
+    context.with_resource(log_shown(context))
     # As Ctrl-C does, a polite kill unwinds, so that temporary files go.
     signal.signal(signal.SIGTERM, end)
 
@@ -164,23 +165,28 @@ def use_what_is_allowed() -> None:
             os.environ.setdefault(name, str(max(1, default_threads() // on_this_host())))
 
 
-def show_warnings() -> None:
-    """What the package logs, once each, as lines on stderr."""
+@contextmanager
+def log_shown(context: click.Context) -> Iterator[None]:
+    """While the command runs: what the package logs, once each, as lines on stderr."""
     log = logging.getLogger("rq_compile")
-    log.handlers = [Lines()]
-    log.propagate = False
+    before = log.handlers, log.level, log.propagate
+    log.handlers, log.level, log.propagate = [Lines(context)], logging.INFO, False
+    try:
+        yield
+    finally:
+        log.handlers, log.level, log.propagate = before
 
 
 class Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, context: click.Context) -> None:
+        super().__init__()
+        self.context = context
         self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        context = click.get_current_context(silent=True)
-        if (text := record.getMessage()) not in self.shown and not (context and context.meta.get("quiet")):
+        if (text := record.getMessage()) not in self.shown and not self.context.meta.get("quiet"):
             self.shown.add(text)
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
 
 def run() -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rq_compile.cli.opened import opened
+import rq_compile as rq
 from rq_compile.cli.options import FILE, parse_options, planning_options
-from rq_compile.cli.screen import Screen, on_screen
+from rq_compile.cli.screen import Progress, Screen, on_screen
 from rq_compile.errors import UserError
 from rq_compile.outputs import check_outputs, document
 from rq_compile.planning.targets import TARGETS
 
 if TYPE_CHECKING:
-    from rq_compile.calibration.schema import Calibration
+    from rq_compile.architectures.model import Model
 
 
 @click.command("plan")
@@ -55,37 +57,17 @@ def command(
     asked = parse_budgets(budgets, sweep=sweep, memory=memory)
     options = parse_options(policy_options, policy=policy, mixed_copies=mixed_copies)
 
-    from rq_compile.calibration.schema import Calibration
-    from rq_compile.cli.tables import plan_tables, sweep_tables
-    from rq_compile.files import read_document, sha256, write_document
-    from rq_compile.planning.plan import check_arguments, make_plan
-    from rq_compile.planning.sweep import make_sweep
+    from rq_compile.cli.tables import plan_tables
+    from rq_compile.planning.plan import check_arguments
 
-    check_arguments(policy=policy, memory=memory, ranks=ranks, target=target, options=options)
-    if data_free:
-        measured, digest = without_text(screen, calibration), None
-    else:
-        measured, digest = read_document(Calibration, calibration), sha256(calibration)
+    how: dict[str, Any] = {"policy": policy, "ranks": ranks, "target": target}
+    check_arguments(**how, memory=memory, options=options)
+    source = rq.open(calibration) if data_free else calibration
     if sweep:
-        with screen.progress("planning", "budgets") as progress:
-            swept = make_sweep(
-                measured,
-                policy=policy,
-                budgets=asked,
-                ranks=ranks,
-                target=target,
-                calibration_sha256=digest,
-                progress=progress,
-                **options,
-            )
-        write_document(swept, output)
-        screen.note(f"wrote {output}")
-        screen.result(swept, *sweep_tables(swept), asked_for=False)
+        write_sweep(screen, source, output, budgets=asked, **how, **options)
         return
-    plan = make_plan(measured, policy=policy, memory=memory, ranks=ranks, target=target, calibration_sha256=digest, **options)
-    if plan.statistics:
-        plan = plan.model_copy(update={"statistics": plan.statistics.named_from(calibration.parent, output)})
-    write_document(plan, output)
+    with measuring(screen, source) as progress:
+        plan = rq.plan(source, output, **how, memory=memory, progress=progress, **options)
     screen.note(f"wrote {output}")
     screen.result(plan, *plan_tables(plan), asked_for=False)
 
@@ -127,9 +109,31 @@ def check_source(source: Path, *, data_free: bool) -> None:
         raise UserError(f"--data-free reads a checkpoint, but {source} is not a directory; give MODEL, or leave it out", 2)
 
 
-def without_text(screen: Screen, folder: Path) -> Calibration:
+def write_sweep(screen: Screen, source: Model | Path, output: Path, **arguments: Any) -> None:
+    """``arguments``: the other ones of ``make_sweep``."""
     from rq_compile.calibration.data_free import data_free
+    from rq_compile.calibration.schema import Calibration
+    from rq_compile.cli.tables import sweep_tables
+    from rq_compile.files import read_document, sha256, write_document
+    from rq_compile.planning.sweep import make_sweep
 
-    model = opened(screen, folder)
-    with screen.progress("measuring weights", "experts") as progress:
-        return data_free(model, progress=progress)
+    if isinstance(source, Path):
+        calibration, digest = read_document(Calibration, source), sha256(source)
+    else:
+        with measuring(screen, source) as progress:
+            calibration, digest = data_free(source, progress=progress), None
+    with screen.progress("planning", "budgets") as progress:
+        swept = make_sweep(calibration, calibration_sha256=digest, progress=progress, **arguments)
+    write_document(swept, output)
+    screen.note(f"wrote {output}")
+    screen.result(swept, *sweep_tables(swept), asked_for=False)
+
+
+@contextmanager
+def measuring(screen: Screen, source: Model | Path) -> Iterator[Progress]:
+    """Progress of measuring the weights of a model; a calibration has measured them."""
+    if isinstance(source, Path):
+        yield lambda done, total, detail="": None
+    else:
+        with screen.progress("measuring weights", "experts") as progress:
+            yield progress

@@ -4,13 +4,12 @@ The model is traced on the meta device by transformers' ONNX exporter. One graph
 past are free, and the KV cache goes in and out as plain tensors.
 """
 
-import contextlib
-import io
 import logging
 import re
-import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx
@@ -18,10 +17,12 @@ import onnx_ir
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from rq_compile.architectures.load import meta_model
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.quiet import quiet_transformers
 from rq_compile.engine.manifest import CacheTensor
 from rq_compile.errors import UserError
 from rq_compile.export.experts_op import route_to_experts_nodes
@@ -68,7 +69,7 @@ def export_graph(model: Model) -> Exported:
     Raises:
         UserError: see ``meta_model``.
     """
-    with _silence():
+    with _quiet_exporters():
         module = meta_model(model)
         encoder_decoder = bool(model.config.is_encoder_decoder)
         if encoder_decoder:
@@ -188,14 +189,19 @@ def _dimension(dimension: Any, names: dict[str, str]) -> int | str:
     return re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), text)
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """torch's exporter prints its steps and warnings that do not concern the user."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+@contextmanager
+def _quiet_exporters() -> Iterator[None]:
+    """torch's exporter prints its steps unless it is told not to, for which transformers' has no argument. What both log and
+    warn of (their own deprecated calls, ops of packages that are not installed) does not concern the user."""
+    export = torch.onnx.export
+    levels = {log: log.level for log in (exporter_dynamo.logger, exporter_onnx.logger, logging.getLogger("torch"))}
+    with quiet_transformers():
+        torch.onnx.export = partial(export, verbose=False)
+        for log in levels:
+            log.setLevel(logging.ERROR)
+        try:
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            torch.onnx.export = export
+            for log, level in levels.items():
+                log.setLevel(level)

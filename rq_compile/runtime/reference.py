@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 
 
 class Reference:
-    """A transformers model in fp32 on the CPU, on ``threads`` threads (default: see ``use_threads``)."""
+    """A transformers model in fp32 on the CPU, on ``threads`` threads (default: see ``torch_threads``)."""
 
     def __init__(
         self, model: Any, threads: int | None = None, end_of_text: Sequence[int] = (), decoder_start: int | None = None
     ) -> None:
         """``end_of_text`` and ``decoder_start``: the tokens at which generation ends and with which a decoder begins."""
-        from rq_compile.architectures.load import use_threads
-
-        use_threads(threads)
         self.model = model
+        self.threads = threads
         self.end_of_text = list(end_of_text)
         self.decoder_start = decoder_start
 
@@ -48,8 +46,7 @@ class Reference:
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if decoder_input_ids is not None:
             arguments["decoder_input_ids"] = torch.from_numpy(np.asarray(decoder_input_ids, dtype=np.int64))
-        with torch.inference_mode():
-            return self.model(**arguments).logits.float().numpy()
+        return self._run(self.model, **arguments).logits.float().numpy()
 
     def generate(self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True) -> Iterator[int]:
         """As :meth:`rq_compile.runtime.engine.Engine.generate`, with transformers' KV cache."""
@@ -60,8 +57,7 @@ class Reference:
         ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
         key, encoded = "input_ids", {}
         if self.encoder_decoder:
-            with torch.inference_mode():
-                encoded = {"encoder_outputs": self.model.get_encoder()(input_ids=ids)}
+            encoded = {"encoder_outputs": self._run(self.model.get_encoder(), input_ids=ids)}
             key, ids = "decoder_input_ids", torch.tensor([[self.decoder_start or 0]])
         beyond = recomputed_beyond(self.model.config)
         state: Any = None
@@ -69,11 +65,19 @@ class Reference:
         for _ in range(max_tokens):
             if is_recomputed(beyond, start, ids.shape[1]):
                 state, start = None, 0
-            with torch.inference_mode():
-                outputs = self.model(**{key: ids[:, start:]}, **encoded, past_key_values=state, use_cache=True)
+            outputs = self._run(self.model, **{key: ids[:, start:]}, **encoded, past_key_values=state, use_cache=True)
             state = outputs.past_key_values
             token = int(outputs.logits[0, -1].argmax())
             if stop and token in self.end_of_text:
                 return
             yield token
             start, ids = ids.shape[1], torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+    def _run(self, module: Any, **arguments: Any) -> Any:
+        import torch
+
+        from rq_compile.architectures.load import torch_threads
+        from rq_compile.architectures.quiet import quiet_transformers
+
+        with torch_threads(self.threads), quiet_transformers(), torch.inference_mode():
+            return module(**arguments)

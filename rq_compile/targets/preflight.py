@@ -1,11 +1,14 @@
 """What an ONNX Runtime engine cannot take is refused here, before any export, with layer, value and way out."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.ties import remarks_on_ties
 from rq_compile.errors import UserError
 from rq_compile.lowerings import LOWERINGS, Lowering, lowering_of
+from rq_compile.planning.remarks import lost_with_lowering
 from rq_compile.planning.schema import LayerPlan, Plan
 
 # Every lowering counts rows and indexes a slot's weights in int32.
@@ -24,6 +27,13 @@ def check_same_model(plan: Plan, model: Model, path: Path) -> None:
             f"({model.fingerprint[:12]}); calibrate and plan this model",
             2,
         )
+
+
+def remarks_before(model: Model, plan: Plan, lowering: Lowering) -> Iterator[str]:
+    """What a user should know before a compilation: experts that tie, and what the plan loses with this lowering."""
+    yield from remarks_on_ties(model)
+    if lost := lost_with_lowering(plan, lowering.name, batched=lowering.is_batched()):
+        yield lost
 
 
 def preflight(model: Model, plan: Plan, lowering: Lowering | str) -> None:

@@ -172,16 +172,88 @@ main(["inspect", {str(model)!r}], standalone_mode=False)
     assert error.count("\n") == 1
 
 
+# What of a process others rely on, as a program may have set it up. Of torch only what is imported already.
+STATE = """
+import logging, os, signal, sys, warnings
+
+class Seen(logging.Handler):
+    def emit(self, record):
+        if not record.name.startswith("rq_compile"):
+            print(record.name, record.getMessage())
+
+def state():
+    logs = [logging.root, *map(logging.getLogger, ("torch", "transformers", "rq_compile"))]
+    found = {
+        "environment": dict(os.environ),
+        "streams": (sys.stdin, sys.stdout, sys.stderr),
+        "logging": logging.root.manager.disable,
+        "loggers": [(log.level, log.handlers[:], log.propagate, log.disabled) for log in logs],
+        "warnings": (warnings.filters[:], warnings.showwarning),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "folder": os.getcwd(),
+        "path": sys.path[:],
+    }
+    if "torch" in sys.modules:
+        import torch
+        found["torch"] = {
+            "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+            "types": (torch.get_default_dtype(), torch.get_default_device()),
+            "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            "random numbers": torch.get_rng_state().tolist(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "exporter": torch.onnx.export,
+        }
+    return found
+
+def unlike(before):
+    after = state()
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+"""
+
+
 def test_importing_changes_nothing() -> None:
-    program = """
-import logging, os, sys
-before = dict(os.environ), list(logging.root.handlers), sorted(sys.modules)
+    program = f"""{STATE}
+import numpy  # adds filters of its own
+before = state()
 import rq_compile
 rq_compile.Engine
-assert (dict(os.environ), list(logging.root.handlers)) == before[:2]
-assert not {"torch", "onnx", "onnxruntime"} & set(sys.modules)
+print(unlike(before), {{"torch", "onnx", "onnxruntime"}} & set(sys.modules))
 """
-    assert python("-c", program).communicate() == ("", "")
+    assert python("-c", program).communicate() == ("{} set()\n", "")
+
+
+def test_no_stage_changes_the_process(model: Path, stages: Path, out: Path) -> None:
+    """Or writes to its streams, even where the process shows the warnings that libraries log."""
+    program = f"""{STATE}
+import torch, transformers, onnxscript
+from transformers.exporters import exporter_onnx
+torch.set_num_threads(3)
+logging.basicConfig(level=logging.INFO, handlers=[Seen(logging.WARNING)])
+before = state()
+import rq_compile as rq
+model, text = rq.open({str(model)!r}), {str(stages / "text.txt")!r}
+rq.calibrate(model, text, "c.json", sequence_length=64)
+print("calibrate", unlike(before))
+rq.plan("c.json", "p.json", memory=0.6)
+rq.plan(model, "q.json", memory=0.6)
+print("plan", unlike(before))
+rq.compile(model, "p.json", "e.onnx")
+print("compile", unlike(before))
+engine = rq.load("e.onnx")
+engine.evaluate(model, text, sequence_length=64)
+print("evaluate", unlike(before))
+engine.bench({str(model)!r}, prompt_tokens=4, new_tokens=2, rounds=1)
+print("bench", unlike(before))
+try:
+    rq.compile(model, "p.json", "e.onnx", lowering="cuda")
+except rq.UserError:
+    pass
+print("refused", unlike(before))
+"""
+    said, error = python("-c", program, cwd=out).communicate()
+    stages_run = ("calibrate", "plan", "compile", "evaluate", "bench", "refused")
+    assert said.splitlines() == [f"{stage} {{}}" for stage in stages_run]
+    assert error == ""
 
 
 def test_logits_are_those_of_the_reference_type(stages: Path) -> None:

@@ -129,12 +129,12 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
 torch.set_num_threads(8)
 from pathlib import Path
-from rq_compile.architectures.load import use_threads
+from rq_compile.architectures.load import torch_threads
 from rq_compile.runtime.engine import Engine
 from rq_compile.evaluation.machine import describe_machine
-use_threads()
 engine = Engine.load(Path(%r))
-print(torch.get_num_threads(), engine._session.get_session_options().intra_op_num_threads, describe_machine(), sep="|")
+with torch_threads():
+    print(torch.get_num_threads(), engine._session.get_session_options().intra_op_num_threads, describe_machine(), sep="|")
 """
 
 

@@ -1,1 +1,1 @@
-"""The command line: one click command a module; knows screens, nothing else does."""
+"""The command line: one click command per module. No other package writes to the screen."""

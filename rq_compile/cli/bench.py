@@ -13,10 +13,10 @@ from rq_compile.cli.screen import Screen, on_screen
 
 @click.command("bench")
 @click.argument("engine", type=FILE)
-@click.option("--against", type=FILE, help="Another engine (.onnx), or a checkpoint to run by transformers in fp32.")
+@click.option("--against", type=FILE, help="Another engine (.onnx), or a checkpoint, which transformers runs in fp32.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to prefill.")
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens to decode.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="The median of these is shown.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds to time; the median is shown.")
 @threads_option
 @on_screen
 def command(
@@ -28,7 +28,7 @@ def command(
     rounds: int,
     threads: int | None,
 ) -> None:
-    """Tokens per second of ENGINE, alone or against another."""
+    """Measure the tokens per second of ENGINE, alone or in comparison."""
     from rq_compile.cli.tables import bench_tables
 
     loaded = rq.load(engine, threads)

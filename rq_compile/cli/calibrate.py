@@ -1,4 +1,4 @@
-"""``rq-compile calibrate``: run the model over text and write what its experts did."""
+"""``rq-compile calibrate``: run the model over text and measure its experts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rq_compile.outputs import check_calibration
 if TYPE_CHECKING:
     from rq_compile.quantization.formats import Block, Quantizer
 
-# The options that say how the model is run and measured.
+# The options that control how the model is run and measured.
 MEASURING = (
     "texts",
     "field",
@@ -48,11 +48,11 @@ MEASURING = (
 @click.command("calibrate")
 @click.argument("folder", metavar="MODEL", type=FILE)
 @text_option
-@click.option("--field", help="Of .jsonl and .parquet files: what to read of every row. Default: text, else messages.")
+@click.option("--field", help="For .jsonl and .parquet files: the field to read from every row. Default: text, else messages.")
 @click.option(
-    "--samples", type=click.IntRange(1), help="Of .jsonl and .parquet files: rows to run, chosen at random. Default: all."
+    "--samples", type=click.IntRange(1), help="For .jsonl and .parquet files: rows to run, chosen at random. Default: all."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="With --samples: another choice of rows.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="With --samples: seed of the random choice.")
 @click.option("-o", "--output", type=FILE, required=True, help="The calibration to write (.json).")
 @batch_size_option
 @sequence_length_option
@@ -61,39 +61,39 @@ MEASURING = (
     type=click.FloatRange(0, 1, min_open=True),
     default=0.5,
     show_default=True,
-    help="The paper's s: an expert's score is the mean over this part of its weights, lowest first.",
+    help="The paper's s: an expert's score is the mean over this fraction of its weights, lowest first.",
 )
 @click.option(
     "--quantizer",
     type=click.Choice(QUANTIZERS),
     default="gptq",
     show_default=True,
-    help="How weights are rounded: by what the text shows of their inputs (GPTQ), or each to the nearest.",
+    help="How weights are rounded: by GPTQ, with statistics of their inputs, or each to the nearest.",
 )
 @click.option(
     "--block",
     type=click.Choice(BLOCKS),
     default="auto",
     show_default=True,
-    help="Weights that share a scale once quantized; fewer err less and take more bytes. auto: as in a quantized "
-    "checkpoint, else 128.",
+    help="Number of quantized weights that share a scale. Fewer reduce the error and take more bytes. auto: as in a quantized "
+    "checkpoint, otherwise 128.",
 )
 @click.option(
     "--memory-limit",
     type=SIZE,
-    help="Memory to stay below; a model that takes more runs layer by layer. Default: what is available.",
+    help="Memory to stay below; a model that needs more runs layer by layer. Default: the available memory.",
 )
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="What runs the model; the CPU measures.",
+    help="The device that runs the model; measurements run on the CPU.",
 )
 @click.option("--from-loads", type=FILE, multiple=True, help="Loads that SGLang or TensorRT-LLM recorded; repeatable.")
 @click.option("--calibration", "earlier", type=FILE, help="With --from-loads: the calibration to put these loads into.")
-@click.option("--data-free", is_flag=True, help="Run no text: uniform loads, and errors from the weights alone.")
-@click.option("--fresh", is_flag=True, help="Start over, where an interrupted calibration could be continued.")
+@click.option("--data-free", is_flag=True, help="Use no text: assume uniform loads, and take errors from the weights alone.")
+@click.option("--fresh", is_flag=True, help="Start over instead of continuing an interrupted calibration.")
 @dry_run_option
 @on_screen
 def command(
@@ -117,9 +117,9 @@ def command(
     data_free: bool,
     fresh: bool,
 ) -> None:
-    """Run MODEL over text: each expert's load, importance and errors.
+    """Measure each expert's load, importance and errors on text.
 
-    With --from-loads nothing is run: the loads of an earlier calibration are replaced by those that a server recorded.
+    With --from-loads, MODEL is not run: the loads of an earlier calibration are replaced by those that a server recorded.
     """
     check_calibration(
         output,
@@ -180,15 +180,17 @@ def command(
 
 
 def check_rows(plain: list[Path]) -> None:
-    """``plain``: the texts that have no rows.
+    """
+    Args:
+        plain: the text files without rows.
 
     Raises:
-        UserError: an option that chooses among rows would not apply to one of them.
+        UserError: an option for rows was given, but there are files without rows.
     """
     for name, option in given_options().items():
         if name in ("field", "samples", "seed") and plain:
             raise UserError(
-                f"{option} is for the rows of .jsonl and .parquet files, and --text {plain[0]} has none; leave it out", 2
+                f"{option} is for the rows of .jsonl and .parquet files, but --text {plain[0]} has no rows; leave it out", 2
             )
 
 
@@ -199,7 +201,7 @@ def without_text(screen: Screen, folder: Path, output: Path, *, block: Block | N
     """
     for name, option in given_options().items():
         if name in MEASURING and name not in ("block", "wanda_fraction", "data_free"):
-            raise UserError(f"{option} has no effect with --data-free, which runs no text; leave one of the two out", 2)
+            raise UserError(f"{option} has no effect with --data-free, which uses no text; leave one of the two out", 2)
 
     from rq_compile.calibration.data_free import data_free
     from rq_compile.cli.tables import calibration_tables
@@ -220,11 +222,11 @@ def from_recorded_loads(screen: Screen, folder: Path, output: Path, paths: tuple
     """
     if not (paths and earlier):
         raise UserError(
-            "--from-loads gives loads, but no errors of formats; give --calibration FILE too, an earlier one of MODEL", 2
+            "--from-loads gives loads, but no errors of formats; also give --calibration FILE, an earlier calibration of MODEL", 2
         )
     for name, option in given_options().items():
         if name in MEASURING:
-            raise UserError(f"{option} has no effect with --from-loads, which runs nothing; leave one of the two out", 2)
+            raise UserError(f"{option} has no effect with --from-loads, which does not run MODEL; leave one of the two out", 2)
 
     from rq_compile.calibration.recorded_loads import with_recorded_loads
     from rq_compile.calibration.schema import Calibration

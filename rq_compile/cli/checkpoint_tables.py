@@ -9,7 +9,7 @@ from rq_compile.inspection import CheckpointFound, LayerFound
 
 
 def checkpoint_tables(found: CheckpointFound) -> list[RenderableType]:
-    """What is known; of a checkpoint that cannot be compiled, why not."""
+    """What is known about the checkpoint and, if it cannot be compiled, the reason."""
     dtypes = ", ".join(f"{dtype} {megabytes(size)}" for dtype, size in found.dtypes.items())
     rows = {
         "family": found.model_type,
@@ -43,7 +43,7 @@ def checkpoint_tables(found: CheckpointFound) -> list[RenderableType]:
 
 
 def _runs(layers: list[LayerFound]) -> list[list[LayerFound]]:
-    """Neighbours that differ in nothing but their number stand together."""
+    """Groups of neighbouring layers that differ only in their number."""
     alike = lambda layer: layer.model_dump(exclude={"index", "name"})  # noqa: E731
     runs: list[list[LayerFound]] = []
     for layer in layers:

@@ -1,4 +1,4 @@
-"""``rq-compile MODEL -o OUT``: compile; without a plan it calibrates and plans first."""
+"""``rq-compile MODEL -o OUT``: compile. Without a plan, the command calibrates and plans first."""
 
 from __future__ import annotations
 
@@ -56,18 +56,22 @@ PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "text
     type=click.Choice(["8", "32"]),
     default="32",
     show_default=True,
-    help="What native and stock multiply with quantized weights: kept in fp32, or rounded to int8, which is faster.",
+    help="Activations that native and stock multiply by quantized weights: kept in fp32, or rounded to int8, which is faster.",
 )
 @click.option(
     "--dense-format",
     type=click.Choice(DENSE_FORMATS),
     default="stored",
     show_default=True,
-    help="What is not an expert (native only): 16 bit as stored, rounded to int8, or widened to fp32.",
+    help="Format of non-expert weights (native only): 16 bits as stored, rounded to int8, or widened to fp32.",
 )
-@click.option("--link-weights", is_flag=True, help="Leave weights in the checkpoint that need no other form (no experts).")
-@click.option("--fresh", is_flag=True, help="Start over, where an interrupted compilation could be continued.")
-@click.option("--threads", type=click.IntRange(1), help="Threads that compute the weights; default: one for each core.")
+@click.option(
+    "--link-weights",
+    is_flag=True,
+    help="Hard-link the checkpoint and use its weights in place where the layout allows (mostly embeddings).",
+)
+@click.option("--fresh", is_flag=True, help="Start over instead of continuing an interrupted compilation.")
+@click.option("--threads", type=click.IntRange(1), help="Threads that compute the weights; default: one per core.")
 @tensorrt_options
 @planning_options
 @batch_size_option
@@ -193,7 +197,7 @@ def show_estimate(
     calibrating: dict[str, Any] | None = None,
     **engine: Any,
 ) -> None:
-    """``calibrating`` and ``engine`` are the other arguments of ``calibration_estimate`` and ``engine_estimate``."""
+    """``calibrating`` and ``engine`` are further arguments of ``calibration_estimate`` and ``engine_estimate``."""
     from rq_compile.calibration.run_estimate import calibration_estimate
     from rq_compile.cli.tables import estimate_tables
     from rq_compile.estimates import together
@@ -206,10 +210,10 @@ def show_estimate(
 
 
 def lowering_by(kind: type[Lowering], activation_bits: str, dense_format: DenseFormat, chosen_by: str) -> Lowering:
-    """The lowering with the options that it has; ``chosen_by``: what chose it, for the message.
+    """The lowering with those of the options that it has. ``chosen_by`` says in a message what chose the lowering.
 
     Raises:
-        UserError: an option was given that it has no use for.
+        UserError: an option was given that has no effect on this lowering.
     """
     given = given_options()
     others = "leave one of the two out" if "lowering" in given else "leave it out, or give --lowering native"
@@ -221,34 +225,35 @@ def lowering_by(kind: type[Lowering], activation_bits: str, dense_format: DenseF
 
 
 def check_extension(output: Path) -> None:
-    """The output's extension chooses the target.
+    """The output's extension selects the kind of engine.
 
     Raises:
-        UserError: no target writes such a file.
+        UserError: the extension is not .onnx or .plan.
     """
     if output.suffix not in (".onnx", ".plan"):
-        raise UserError(f"{output} has no extension of an engine; end it in .onnx (ONNX Runtime) or .plan (TensorRT)", 2)
+        raise UserError(
+            f"{output} does not have the extension of an engine; end it in .onnx (ONNX Runtime) or .plan (TensorRT)", 2
+        )
 
 
 def check_processes(output: Path) -> None:
     """
     Raises:
-        UserError: several processes would share a compilation that one has to do.
+        UserError: several processes would share a compilation that one process must do alone.
     """
     if output.suffix == ".plan" and world_size() > 1:
         raise UserError(
-            f"{world_size()} processes cannot share the compilation of {output}, which TensorRT's builder does in one; "
+            f"{world_size()} processes cannot share the compilation of {output}, because TensorRT's builder uses one process; "
             "start it without torchrun, or compile an .onnx",
             2,
         )
 
 
 def refuse_planning_options() -> None:
-    """An option that a given plan would silently override is a mistake.
-
+    """
     Raises:
-        UserError: such an option was given.
+        UserError: an option was given that the given plan would silently override.
     """
     for name, option in given_options().items():
         if name in PLANNING:
-            raise UserError(f"{option} has no effect beside --plan; leave one of the two out", 2)
+            raise UserError(f"{option} has no effect with --plan; leave one of the two out", 2)

@@ -1,4 +1,4 @@
-"""``rq-compile evaluate``: an engine against the checkpoint run by transformers, on held-out text."""
+"""``rq-compile evaluate``: compare an engine with the checkpoint, which transformers runs, on held-out text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rq_compile.cli.screen import Screen, on_screen
 def command(
     screen: Screen, engine: Path, reference: Path, texts: tuple[Path, ...], sequence_length: int, threads: int | None
 ) -> None:
-    """Perplexity, agreement, KL and LIS of ENGINE on held-out text."""
+    """Measure perplexity, agreement, KL and LIS of ENGINE on text."""
     from rq_compile.texts import chat_template, read_texts
 
     contents = read_texts(texts, render=chat_template(reference))

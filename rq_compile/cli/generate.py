@@ -16,7 +16,7 @@ from rq_compile.errors import UserError
 @click.command("generate")
 @click.argument("engine", type=FILE)
 @click.option("--prompt", required=True, help="The text to continue.")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to add.")
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate.")
 @threads_option
 @on_screen
 def command(screen: Screen, engine: Path, prompt: str, max_tokens: int, threads: int | None) -> None:
@@ -29,7 +29,7 @@ def command(screen: Screen, engine: Path, prompt: str, max_tokens: int, threads:
         raise UserError("--prompt is not UTF-8 text; give it in UTF-8", 2) from error
     loaded = rq.load(engine, threads)
     if not loaded.manifest.end_of_text:
-        screen.note(f"the model names no end-of-text token, so the text ends after {max_tokens} tokens (--max-tokens)")
+        screen.note(f"the model does not name an end-of-text token, so the text ends after {max_tokens} tokens (--max-tokens)")
     tokens: list[int] = []
     start = monotonic()
 

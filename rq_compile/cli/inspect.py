@@ -51,14 +51,14 @@ def command(screen: Screen, file: Path, verify: bool) -> None:
         manifest = files.read_manifest(engine)
         if verify:
             files.verify(engine, manifest)
-            screen.note(f"{engine}: every file is whole")
+            screen.note(f"{engine}: every file is intact")
         screen.result(manifest, *tables.engine_tables(manifest))
 
 
 def inspect_checkpoint(screen: Screen, folder: Path, *, verify: bool) -> None:
     """
     Raises:
-        UserError: the folder holds no checkpoint that can be described.
+        UserError: the folder does not hold a checkpoint that can be described.
     """
     if verify:
         raise UserError(f"--verify checks an engine's files, but {folder} is a checkpoint; leave --verify out", 2)
@@ -74,7 +74,7 @@ def inspect_checkpoint(screen: Screen, folder: Path, *, verify: bool) -> None:
 def kind_of(file: Path) -> str:
     """
     Raises:
-        UserError: the file cannot be read or is none of ours.
+        UserError: the file cannot be read, or rq-compile did not write it.
     """
     try:
         kind = document_kind(file)

@@ -1,4 +1,4 @@
-"""The ``rq-compile`` command: finds the command's module, and turns what goes wrong into one sentence and an exit code."""
+"""The ``rq-compile`` command: finds the command's module, and turns errors into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TERMINATED = 143
 
 
 def fail(message: str, exit_status: int = 1) -> NoReturn:
-    """Say ``error: message`` on stderr and leave. Of several processes each tells what went wrong in it alone."""
+    """Print ``error: message`` to stderr and exit. With several processes, each prints only its own errors."""
     if in_contact():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all processes when one has failed
     if rank() == 0 or in_contact():
@@ -40,7 +40,7 @@ def fail(message: str, exit_status: int = 1) -> NoReturn:
 
 
 class Commands(click.Group):
-    """Commands loaded by name when used; without a command's name, ``compile`` is meant."""
+    """Loads a command's module when the command is used. Without a command name, the command is ``compile``."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _usage_in_one_line():
@@ -74,7 +74,7 @@ class Commands(click.Group):
             if ctx.meta.get("debug") or (error.name or "").startswith("rq_compile"):
                 raise
             fail(
-                f"{ctx.invoked_subcommand} needs {error.name}, which a plain install does not bring; "
+                f"{ctx.invoked_subcommand} needs {error.name}, which a plain install does not include; "
                 "run pip install '.[compile]' in the folder of rq-compile's sources"
             )
         except KeyboardInterrupt:
@@ -88,10 +88,10 @@ class Commands(click.Group):
 
 
 def check_model_given(args: list[str], ctx: click.Context) -> None:
-    """Find MODEL in arguments that begin with no command: it may come after options.
+    """Find MODEL in arguments that do not begin with a command. MODEL may follow options.
 
     Raises:
-        Exit: what stands there is a command, or neither a command nor a folder.
+        Exit: the argument found is a command, or neither a command nor a folder.
     """
     model = args[0]
     if model.startswith("-"):
@@ -99,9 +99,9 @@ def check_model_given(args: list[str], ctx: click.Context) -> None:
         given, _, _ = compiling.make_parser(click.Context(compiling, ctx, info_name="compile")).parse_args(list(args))
         model = given.get("folder")
         if not isinstance(model, str):
-            return  # compile says what is missing
+            return  # the compile command says what is missing
         if model in COMMANDS and not Path(model).exists():
-            fail(f"{args[0]} stands before the command {model}; write rq-compile {model} ... {args[0]} ...", 2)
+            fail(f"{args[0]} is placed before the command {model}; write rq-compile {model} ... {args[0]} ...", 2)
     if not Path(model).exists():
         close = difflib.get_close_matches(model, COMMANDS, 1)
         way_out = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
@@ -110,7 +110,7 @@ def check_model_given(args: list[str], ctx: click.Context) -> None:
 
 @contextmanager
 def _usage_in_one_line() -> Iterator[None]:
-    """A wrong argument is told as every other error is, instead of under two lines of usage."""
+    """Report a wrong argument in one line, as every other error, instead of after two lines of usage."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
@@ -130,15 +130,15 @@ def _sentence(error: Exception) -> str:
 @click.group("rq-compile", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rq-compile")
 def main() -> None:
-    """Compile a sparse Mixture-of-Experts checkpoint into an engine whose experts share the load.
+    """Compile a sparse Mixture-of-Experts checkpoint into an engine with balanced experts.
 
     \b
     rq-compile MODEL --plan plan.json -o OUT.onnx    compile
-    rq-compile MODEL --text FILE -o OUT.onnx         calibrate, plan and compile in one go
+    rq-compile MODEL --text FILE -o OUT.onnx         calibrate, plan and compile
 
-    MODEL is a local Hugging Face checkpoint directory with safetensors.
+    MODEL is a local Hugging Face checkpoint directory with safetensors files.
     """
-    # Nothing is ever fetched, and libraries must not write between our lines.
+    # Nothing is ever downloaded, and libraries must not write between our lines.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
@@ -148,7 +148,7 @@ def main() -> None:
     use_what_is_allowed()
     context = click.get_current_context()
     context.with_resource(log_shown(context))
-    # As Ctrl-C does, a polite kill unwinds, so that temporary files go.
+    # SIGTERM unwinds the stack as Ctrl-C does, so that temporary files are removed.
     signal.signal(signal.SIGTERM, end)
 
 
@@ -159,7 +159,7 @@ def end(*_: object) -> NoReturn:
 
 
 def use_what_is_allowed() -> None:
-    """Libraries that read their number of threads from the environment count all CPUs of the machine, a quota or not."""
+    """Limit libraries that choose their number of threads by the CPUs of the machine and ignore quotas."""
     if restricted() or on_this_host() > 1:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
             os.environ.setdefault(name, str(max(1, default_threads() // on_this_host())))
@@ -167,7 +167,7 @@ def use_what_is_allowed() -> None:
 
 @contextmanager
 def log_shown(context: click.Context) -> Iterator[None]:
-    """While the command runs: what the package logs, once each, as lines on stderr."""
+    """While the command runs, print what the package logs as lines on stderr, each line once."""
     log = logging.getLogger("rq_compile")
     before = log.handlers, log.level, log.propagate
     log.handlers, log.level, log.propagate = [Lines(context)], logging.INFO, False
@@ -192,8 +192,8 @@ class Lines(logging.Handler):
 def run() -> None:
     """The entry point of the process.
 
-    In an ASCII locale Python takes its UTF-8 mode, unless it was told not to: then names of files and prompts would be torn
-    apart, and results could not be written. Of other encodings (Latin-1) the same is true, and there it never takes it.
+    In a locale without UTF-8, names of files and prompts could not be decoded, and results could not be written. Python switches
+    to its UTF-8 mode in an ASCII locale, unless this is disabled, and never does in other encodings such as Latin-1.
     """
     if codecs.lookup(sys.getfilesystemencoding()).name != "utf-8" and sys.executable and not sys.flags.utf8_mode:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

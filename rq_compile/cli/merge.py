@@ -1,4 +1,4 @@
-"""``rq-compile merge``: one calibration out of several, on different texts."""
+"""``rq-compile merge``: make one calibration from several calibrations on different texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def command(screen: Screen, calibrations: tuple[Path, ...], output: Path) -> Non
     different = len({path.resolve() for path in calibrations})
     if different < max(2, len(calibrations)):
         raise UserError(
-            f"merge takes two different calibrations or more, {different} of {len(calibrations)} are; give each once", 2
+            f"merge needs at least two different calibrations, but {len(calibrations)} paths name {different}; give each once", 2
         )
 
     from rq_compile import spill

@@ -1,6 +1,6 @@
 """Options that several commands share, and checks that must come before the long work.
 
-The choices repeat the schemas' so that ``--help`` need not import them; a test holds them equal.
+The choices repeat those of the schemas, so that ``--help`` does not have to import them. A test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ FILE = click.Path(path_type=Path)
 
 
 class ByteSize(click.ParamType):
-    """Bytes: ``16G`` or ``16GiB`` is 16 x 2**30; K, M, G and T count in 1024s; ``1.5G`` is taken, plain digits are bytes.
+    """A number of bytes. ``16G`` and ``16GiB`` are 16 x 2**30, ``1.5G`` is valid, and plain digits are bytes.
 
-    ``16GB`` is refused: some read it as 10**9s, others as 2**30s.
+    ``16GB`` is refused, because its unit may mean 10**9 or 2**30.
     """
 
     name = "size"
@@ -49,36 +49,38 @@ SIZE = ByteSize()
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 text_option = click.option(
-    "--text", "texts", type=FILE, multiple=True, help="A file to run (.txt, .jsonl, .parquet), or a pattern; repeatable."
+    "--text", "texts", type=FILE, multiple=True, help="A text file (.txt, .jsonl, .parquet) or a pattern; repeatable."
 )
 batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences that run together."
+    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences in a batch."
 )
 sequence_length_option = click.option(
-    "--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence."
+    "--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a sequence."
 )
 dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Only say what disk, memory and, roughly, time it would take; read no weights."
+    "--dry-run", is_flag=True, help="Only estimate disk space, memory and (roughly) time; weights are not read."
 )
-threads_option = click.option("--threads", type=click.IntRange(1), help="Threads; default: the runtime's choice.")
+threads_option = click.option("--threads", type=click.IntRange(1), help="Number of threads; default: the runtime's choice.")
 
 
 def planning_options(function: Callable[..., None]) -> Callable[..., None]:
     options: list[Decorator] = [
-        click.option("--policy", type=click.Choice(POLICIES), default="optimal", show_default=True, help="How to decide."),
+        click.option("--policy", type=click.Choice(POLICIES), default="optimal", show_default=True, help="The planning policy."),
         click.option(
             "--memory",
             type=click.FloatRange(0, min_open=True),
-            help="Bytes the plan may take, as a multiple of the experts' bytes in the checkpoint. Default: 1.0, or the least "
-            "that works where a quantized checkpoint takes fewer.",
+            help="Bytes that the plan may take, as a multiple of the experts' bytes in the checkpoint. Default: 1.0, or the "
+            "least that works if a quantized checkpoint is smaller than any plan.",
         ),
         click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Devices that share the experts."),
         click.option(
             "--mixed-copies",
             is_flag=True,
-            help="Let copies of an expert differ in format, as in the paper: an answer then depends on who shares its batch.",
+            help="Let copies of an expert differ in format, as in the paper: an answer then depends on the rest of its batch.",
         ),
-        click.option("--option", "policy_options", multiple=True, metavar="KEY=VALUE", help="A policy's own option; repeatable."),
+        click.option(
+            "--option", "policy_options", multiple=True, metavar="KEY=VALUE", help="An option of the policy; repeatable."
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -86,10 +88,10 @@ def planning_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_options(pairs: tuple[str, ...], *, policy: str, mixed_copies: bool) -> dict[str, Any]:
-    """What a policy is given: ``key=value`` pairs, of which a value that reads as a JSON number or boolean is one, and the flag.
+    """The options of a policy, from ``key=value`` pairs and the flag. Values that are valid JSON are parsed.
 
     Raises:
-        UserError: a pair has no ``=`` or repeats the flag, or ``policy`` does not have it.
+        UserError: a pair has no ``=`` or repeats the flag, or ``policy`` does not have the flag.
     """
     if mixed_copies and policy != "optimal":
         raise UserError(f"--mixed-copies has no effect with --policy {policy}; leave one of the two out", 2)
@@ -99,7 +101,7 @@ def parse_options(pairs: tuple[str, ...], *, policy: str, mixed_copies: bool) ->
         if not equals or not key.isidentifier():
             raise UserError(f"--option {pair} is not KEY=VALUE; write for example --option fraction=0.5", 2)
         if key == "mixed_copies":
-            raise UserError(f"--option {pair} has a flag of its own; give --mixed-copies, or leave it out", 2)
+            raise UserError(f"--option {pair} is given by a flag; give --mixed-copies, or leave it out", 2)
         try:
             parsed[key] = json.loads(value)
         except ValueError:
@@ -108,7 +110,7 @@ def parse_options(pairs: tuple[str, ...], *, policy: str, mixed_copies: bool) ->
 
 
 def given_options() -> dict[str, str]:
-    """Parameter -> its option (``--text``), for those that stand on the command line and do not have their defaults."""
+    """Parameter -> its option (``--text``), for the options that were given on the command line."""
     context = click.get_current_context()
     return {
         parameter.name: parameter.opts[-1]

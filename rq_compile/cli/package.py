@@ -1,4 +1,4 @@
-"""``rq-compile package``: what it takes to deploy an engine, in one folder."""
+"""``rq-compile package``: write a folder with everything that is needed to deploy an engine."""
 
 from __future__ import annotations
 
@@ -38,16 +38,22 @@ OPTIONS: dict[str, tuple[Destination, ...]] = {
 
 @click.command("package")
 @click.argument("engine", type=FILE)
-@click.option("--for", "destination", type=click.Choice(list(MODULES)), required=True, help="What is to run it.")
-@click.option("-o", "--output", type=FILE, required=True, help="The folder to write; edge: or archive (.tar.gz, .zip).")
+@click.option(
+    "--for",
+    "destination",
+    type=click.Choice(list(MODULES)),
+    required=True,
+    help="The server, device or library that will run it.",
+)
+@click.option("-o", "--output", type=FILE, required=True, help="The folder to write; edge: also an archive (.tar.gz, .zip).")
 @click.option(
     "--flavour",
     type=click.Choice(["python", "onnxruntime", "tensorrt"]),
-    help="triton: the backend; default: python, which takes and gives text, or tensorrt for an engine that ends in .plan.",
+    help="triton: the backend; default: python, with text as input and output, or tensorrt for an engine that ends in .plan.",
 )
 @click.option("--name", help="triton: the model's name; default: the engine's.")
 @click.option("--mount", help="triton, onnxruntime: where the server will see the repository; default: /models.")
-@click.option("--instances", type=click.IntRange(1), help="triton, onnxruntime: sessions side by side; default: 1.")
+@click.option("--instances", type=click.IntRange(1), help="triton, onnxruntime: number of parallel sessions; default: 1.")
 @click.option("--threads", type=click.IntRange(1), help="triton: threads of an instance; default: ONNX Runtime's choice.")
 @click.option(
     "--calibration", type=FILE, help="triton, onnxruntime: the engine's calibration, for its batch and sequence lengths."
@@ -56,25 +62,29 @@ OPTIONS: dict[str, tuple[Destination, ...]] = {
     "--engine-for",
     multiple=True,
     metavar="8.9=FILE",
-    help="triton, tensorrt: the engine for a compute capability, ENGINE among them; repeatable.",
+    help="triton, tensorrt: the engine for a compute capability; repeat it for each engine, including ENGINE.",
 )
-@click.option("--library", type=FILE, help="edge: an op library for another machine; default: the one of this machine.")
-@click.option("--architecture", type=click.Choice(list(MACHINES.values())), help="edge: what the op library must be built for.")
-@click.option("--layers", type=click.IntRange(1), help="sglang: decoder layers of the model, dense ones included.")
+@click.option("--library", type=FILE, help="edge: an op library for another machine; default: that of this machine.")
+@click.option(
+    "--architecture",
+    type=click.Choice(list(MACHINES.values())),
+    help="edge: the architecture that the op library must be built for.",
+)
+@click.option("--layers", type=click.IntRange(1), help="sglang: number of decoder layers of the model, including dense ones.")
 @click.option(
     "--extra-layers",
     type=click.IntRange(1),
-    help="tensorrt-llm, sglang, vllm, vllm-ascend: layers after the decoder's that predict further tokens, to get rows too.",
+    help="tensorrt-llm, sglang, vllm, vllm-ascend: number of multi-token-prediction layers to add rows for.",
 )
 @click.option(
-    "--context-length", type=click.IntRange(1), help="onnxruntime-genai: most tokens of a sequence; default: the model's."
+    "--context-length", type=click.IntRange(1), help="onnxruntime-genai: maximum tokens of a sequence; default: the model's."
 )
 @on_screen
 def command(screen: Screen, engine: Path, destination: Destination, output: Path, **options: Any) -> None:
-    """Put ENGINE into a folder that a server or device can start from.
+    """Write a folder from which a server or device can run ENGINE.
 
-    For the cluster servers (tensorrt-llm, sglang, vllm, vllm-ascend) ENGINE may be a plan.json: they load the checkpoint
-    themselves and take the placement of its experts.
+    For the cluster servers (tensorrt-llm, sglang, vllm, vllm-ascend), ENGINE may be a plan.json: they load the checkpoint
+    themselves, and only read the placement of its experts.
     """
     given = {name: option for name, option in given_options().items() if name in OPTIONS}
     for name, option in given.items():

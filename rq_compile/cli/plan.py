@@ -1,4 +1,4 @@
-"""``rq-compile plan``: from a calibration to slots, formats and ranks."""
+"""``rq-compile plan``: turn a calibration into slots, formats and ranks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 @click.argument("calibration", metavar="CALIBRATION", type=FILE)
 @click.option("-o", "--output", type=FILE, required=True, help="The plan, or the sweep, to write (.json).")
 @click.option("--target", type=click.Choice(list(TARGETS)), default="cpu", show_default=True, help="What the engine is for.")
-@click.option("--data-free", is_flag=True, help="Run no text: give MODEL in the place of CALIBRATION.")
-@click.option("--sweep", is_flag=True, help="Plan for many budgets and write what each costs, in the place of one plan.")
+@click.option("--data-free", is_flag=True, help="Plan without text: give MODEL instead of CALIBRATION.")
+@click.option("--sweep", is_flag=True, help="Plan for many budgets and write the cost of each, instead of one plan.")
 @click.option(
     "--budgets",
     metavar="LIST",
-    help="With --sweep: the values of --memory to plan for (0.3,0.5,1). Default: twelve, from the least to 1.25.",
+    help="With --sweep: the values of --memory to plan for (0.3,0.5,1). Default: twelve, from the least possible to 1.25.",
 )
 @planning_options
 @on_screen
@@ -49,8 +49,8 @@ def command(
 ) -> None:
     """Decide how often and in which format each expert is stored.
 
-    With --data-free a checkpoint directory stands in the place of CALIBRATION: weights alone tell the errors, and loads are
-    taken to be uniform.
+    With --data-free, give a checkpoint directory instead of CALIBRATION: errors come from the weights alone, and loads are
+    assumed to be uniform.
     """
     check_source(calibration, data_free=data_free)
     check_outputs({output: document("sweep" if sweep else "plan")}, [calibration])
@@ -97,12 +97,12 @@ def parse_budgets(budgets: str | None, *, sweep: bool, memory: float | None) -> 
 def check_source(source: Path, *, data_free: bool) -> None:
     """
     Raises:
-        UserError: ``source`` is a checkpoint, which is planned without text alone, or no checkpoint where one is asked for.
+        UserError: ``source`` is a checkpoint without ``data_free``, or is not a checkpoint with it.
     """
     if source.is_dir() and not data_free:
         raise UserError(
-            f"{source} is a directory, and a plan is made from a calibration; run rq-compile calibrate on it first, or give "
-            "--data-free to plan by its weights alone",
+            f"{source} is a directory, but a plan is made from a calibration; run rq-compile calibrate on it first, or give "
+            "--data-free to plan from its weights alone",
             2,
         )
     if data_free and not source.is_dir():

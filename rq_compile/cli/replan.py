@@ -1,4 +1,4 @@
-"""``rq-compile replan``: the fewest changes to a plan that balance new loads."""
+"""``rq-compile replan``: balance new loads with as few changes to a plan as possible."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rq_compile.outputs import check_outputs, document
 @click.argument("plan", type=FILE)
 @click.option("--loads", type=FILE, required=True, help="A calibration of the plan's model on newer text.")
 @click.option("-o", "--output", type=FILE, required=True, help="The plan to write (.json).")
-@click.option("--tolerance", type=click.FloatRange(0), default=0.05, show_default=True, help="Imbalance to put up with.")
+@click.option("--tolerance", type=click.FloatRange(0), default=0.05, show_default=True, help="Imbalance to accept.")
 @on_screen
 def command(screen: Screen, plan: Path, loads: Path, output: Path, tolerance: float) -> None:
-    """Adapt PLAN to new loads, moving as little as possible."""
+    """Adapt PLAN to new loads and move as little as possible."""
     check_outputs({output: document("plan")}, [plan, loads])
 
     from rq_compile.calibration.schema import Calibration

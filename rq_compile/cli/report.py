@@ -1,4 +1,4 @@
-"""``rq-compile report``: an engine as a page to look at."""
+"""``rq-compile report``: describe an engine on an HTML page."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rq_compile.outputs import REPORT, check_outputs
 @click.command("report")
 @click.argument("engine", type=FILE)
 @click.option("-o", "--output", type=FILE, required=True, help="The page to write (.html).")
-@click.option("--evaluation", type=FILE, help="What `rq-compile evaluate ENGINE ... --json` printed.")
-@click.option("--bench", type=FILE, help="What `rq-compile bench ENGINE ... --json` printed.")
-@click.option("--sweep", type=FILE, help="What `rq-compile plan CALIBRATION --sweep` wrote for the same model.")
+@click.option("--evaluation", type=FILE, help="The output of `rq-compile evaluate ENGINE ... --json`.")
+@click.option("--bench", type=FILE, help="The output of `rq-compile bench ENGINE ... --json`.")
+@click.option("--sweep", type=FILE, help="The output of `rq-compile plan CALIBRATION --sweep` for the same model.")
 @on_screen
 def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None, bench: Path | None, sweep: Path | None) -> None:
-    """Show ENGINE as one self-contained HTML page.
+    """Describe ENGINE on one self-contained HTML page.
 
-    Load, balance, formats and memory come from the engine, accuracy and speed from what evaluate and bench printed,
-    the trade between bytes, error and time from a sweep.
+    Load, balance, formats and memory come from the engine. Accuracy and speed come from the output of evaluate and bench. The
+    trade-off between bytes, error and time comes from a sweep.
     """
     from rq_compile.cli.tables import facts
     from rq_compile.evaluation.schema import Bench, Evaluation

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """How much is done, and what is under way."""
+    """Reports how much is done, and what is being done now."""
 
     def __call__(self, done: int, total: int, detail: str = "") -> None: ...
 
 
-# What several processes do together, and the options with which a command does something else; the rest is the first's alone.
+# Commands that several processes share, and options with which they do not. The first process does everything else alone.
 SHARED = ("calibrate", "compile")
 NOT_SHARED = ("data_free", "from_loads", "dry_run")
-LOG_INTERVAL = 10.0  # seconds between two plain lines
-LOG_WIDTH = 160  # columns of a table that no terminal bounds
+LOG_INTERVAL = 10.0  # seconds between two lines of progress without a terminal
+LOG_WIDTH = 160  # columns of a table without a terminal
 
 
 class Screen:
@@ -50,7 +50,7 @@ class Screen:
             click.echo(printable(text), err=True)
 
     def result(self, document: Document | dict[str, Any], *tables: RenderableType, asked_for: bool = True) -> None:
-        """Print ``document`` as JSON with --json, else the tables; ``-q`` silences a result that was not asked for."""
+        """Print ``document`` as JSON with --json, otherwise the tables; ``-q`` silences a result that was not asked for."""
         if self.as_json:
             click.echo(json.dumps(json_value(document), indent=1, allow_nan=False))
         elif (asked_for and rank() == 0) or not self.quiet:
@@ -63,7 +63,7 @@ class Screen:
             with console.capture() as capture:
                 for position, table in enumerate(tables):
                     console.print(*([""] if position else []), table, sep="\n")
-            # rich fills every line with spaces.
+            # rich pads every line with spaces.
             click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
     @contextmanager
@@ -97,7 +97,7 @@ class Screen:
         def update(done: int, total: int, detail: str = "") -> None:
             nonlocal last, finished
             state = meter.state(done, total, detail)
-            # The last report may come more than once, where many small steps round to the total.
+            # The last report may come more than once, because many small steps may round to the total.
             if (done == total and not finished) or monotonic() - last >= LOG_INTERVAL:
                 last, finished = monotonic(), done == total
                 self.note(f"{description}: {state}")
@@ -106,7 +106,7 @@ class Screen:
 
 
 def json_value(document: Document | dict[str, Any]) -> Any:
-    """``document`` as JSON has it: an infinite or undefined number, which JSON cannot hold, is null."""
+    """``document`` as JSON values. Infinities and NaN, which JSON cannot hold, become null."""
     from pydantic_core import to_jsonable_python
 
     data = document if isinstance(document, dict) else document.model_dump(mode="json")
@@ -114,7 +114,7 @@ def json_value(document: Document | dict[str, Any]) -> Any:
 
 
 class Meter:
-    """How much is done, how fast, and the time left; what came before the first report (loading, say) is in no rate."""
+    """How much is done, how fast, and the time left. Rates do not include the time before the first report, such as loading."""
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
@@ -139,10 +139,10 @@ def duration(seconds: float) -> str:
 
 
 def on_screen(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options every command has, and a ``Screen`` as first argument."""
+    """Give a command the options that every command has, and a ``Screen`` as its first argument."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-    @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and the result asked for.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only errors and the requested result.")
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @click.pass_context
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""Calibrations, plans, engines and results as tables a person can read."""
+"""Calibrations, plans, engines and results as tables for people."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from rq_compile.quantization.formats import FORMATS, Format
 if TYPE_CHECKING:
     from rq_compile.estimates import Estimate
 
-# Below, an error is what fp32 arithmetic makes of it.
+# Errors below this are rounding of fp32 arithmetic.
 EXACT = 1e-12
 
 
 class TitledTable(Table):
-    """A table as wide as its cells: a longer heading wraps, and the title never does. Where the terminal is narrower still, cells
-    wrap; nothing is cut."""
+    """A table as wide as its cells. Longer headings wrap; the title does not. If the terminal is still narrower, cells wrap.
+    Nothing is cut off."""
 
     def __init__(self, title: str) -> None:
         super().__init__(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -77,7 +77,7 @@ def facts(title: str, **values: object) -> Table:
 
 
 def short_names(files: list[str]) -> list[str]:
-    """The names up to their first dot, where that tells them apart."""
+    """The names up to their first dot, if that keeps them different."""
     short = [file.split(".")[0] for file in files]
     return short if len(set(short)) == len(files) and all(short) else files
 
@@ -89,7 +89,7 @@ def estimate_tables(estimate: Estimate) -> list[RenderableType]:
         "memory": f"about {megabytes(estimate.memory_bytes)}",
         "time": f"roughly {duration(estimate.seconds)} on {estimate.cores} cores",
     }
-    head = facts("what it would take (no weight was read)", **values)
+    head = facts("estimate (no weight was read)", **values)
     for remark in estimate.remarks:
         head.add_row("remark", remark)
     made = table("files", "", "bytes")
@@ -111,9 +111,9 @@ def calibration_tables(calibration: Calibration) -> list[RenderableType]:
         lossless=" ".join(format for format in FORMATS if format not in costly) or "in no format",
     )
     if calibration.data_free:
-        head.add_row("measured", "on no text: loads are taken to be uniform, errors are estimated from the weights alone")
+        head.add_row("measured", "without text: loads are assumed to be uniform, errors are estimated from the weights alone")
     elif not calibration.measured_tokens:
-        head.add_row("measured", "on none of these tokens: errors are an earlier calibration's, scaled by the experts' shares")
+        head.add_row("measured", "not on these tokens: errors are those of an earlier calibration, scaled by the experts' shares")
     elif calibration.measured_tokens < calibration.tokens:
         head.add_row("measured", f"on {calibration.measured_tokens} tokens, evenly spread")
     skews = [skew_of(layer) for layer in layers]
@@ -232,7 +232,7 @@ def stored_table(plan: Plan) -> Table:
 
 
 def balance_prediction(plan: Plan) -> Table:
-    """Every balance of every layer before -> after, and their means over the layers."""
+    """Every measure of balance for every layer, before -> after, and the means over the layers."""
     columns = {
         "LIS": "lis",
         "of the worst text": "worst_text_lis",
@@ -261,7 +261,7 @@ def change(pairs: list[tuple[float, float] | None]) -> str:
 
 
 def times(layers: list[LayerPlan]) -> list[str]:
-    """Predicted times after over before, for all ``layers`` together."""
+    """Predicted times after the plan divided by those before, for all ``layers`` together."""
     ratios = []
     for name, title in (("step_time", "of a batch"), ("token_time", "of one token")):
         if pairs := [pair for layer in layers if (pair := predicted(layer, name))]:
@@ -270,7 +270,7 @@ def times(layers: list[LayerPlan]) -> list[str]:
 
 
 def batches_table(plan: Plan) -> list[RenderableType]:
-    """LIS over batches, means over the layers; nothing if the plan holds none."""
+    """LIS over batches, as means over the layers. Empty if the plan has no batches."""
     columns = ("sequences", "batches", "mean", "95th percentile")
     made = table("LIS of single batches, mean over the layers", *columns)
     for sizes in zip(*(layer.predicted.over_batches for layer in plan.layers), strict=False):
@@ -284,7 +284,7 @@ def batches_table(plan: Plan) -> list[RenderableType]:
 
 
 def changes_tables(changes: Changes, plan: Plan) -> list[RenderableType]:
-    """What ``changes`` move, and how ``plan``, which they led to, holds the new loads."""
+    """What ``changes`` move, and how ``plan``, the changed plan, balances the new loads."""
     head = facts("changes", moved=f"{changes.count} of {changes.slots} slots, {megabytes(changes.bytes_moved)}")
     for remark in plan.remarks:
         head.add_row("remark", remark)

@@ -34,20 +34,20 @@ def tensorrt_options(function: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(["tensorrt", "rtx"]),
             default="tensorrt",
             show_default=True,
-            help="For .plan: TensorRT, which needs the GPU that it builds for, or TensorRT-RTX, which needs none.",
+            help="For .plan: TensorRT, which needs the GPU that it builds for, or TensorRT-RTX, which needs no GPU.",
         ),
         click.option(
             "--plugins",
             type=FILE,
             metavar="LIBRARY",
-            help="For .plan by TensorRT: build MoE layers with the plugins of this librq_tensorrt.so; the engine carries it.",
+            help="For .plan by TensorRT: build MoE layers with the plugins of this librq_tensorrt.so and embed it in the engine.",
         ),
-        click.option("--stock", is_flag=True, help="For .plan: build MoE layers of standard ops, as without --plugins."),
+        click.option("--stock", is_flag=True, help="For .plan: build MoE layers from standard ops, as without --plugins."),
         click.option("--sm", metavar="80,89,120", help="For .plan by rtx: the compute capabilities to build for."),
         click.option(
             "--precision",
             type=click.Choice(["fp16", "bf16"]),
-            help="For .plan: what products and the cache are computed in; routers and norms stay in fp32. "
+            help="For .plan: the type of products and of the cache; routers and norms stay in fp32. "
             "Default: bf16, or fp16 if the checkpoint is fp16 or fp32.",
         ),
         click.option(
@@ -55,12 +55,12 @@ def tensorrt_options(function: Callable[..., None]) -> Callable[..., None]:
             "profiles",
             multiple=True,
             metavar="AXIS=MIN:OPT:MAX,...",
-            help="For .plan: the sizes that it takes, as batch=1:8:32,sequence=1,past=1:256:2047; repeatable. "
+            help="For .plan: the sizes that it accepts, as in batch=1:8:32,sequence=1,past=1:256:2047; repeatable. "
             "Default: one for prompts and one for decoding.",
         ),
         click.option(
             "--no-build", "build", is_flag=True, flag_value=False, default=True,
-            help="For .plan: write what the builder needs and how to call it, to build on another machine.",
+            help="For .plan: do not build, but write everything that is needed to build on another machine.",
         ),
     ]  # fmt: skip
     for option in reversed(options):
@@ -69,10 +69,9 @@ def tensorrt_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_tensorrt_options(output: Path) -> None:
-    """An option that has no effect on this kind of output is a mistake.
-
+    """
     Raises:
-        UserError: such an option was given.
+        UserError: an option was given that has no effect on this kind of output.
     """
     without_effect, instead = (OF_ONNX, ".onnx") if output.suffix == ".plan" else (OPTIONS, ".plan")
     for name, option in given_options().items():
@@ -81,17 +80,17 @@ def check_tensorrt_options(output: Path) -> None:
 
 
 def checked_settings(options: dict[str, Any], model: Model, workload: tuple[int, int]) -> Settings:
-    """How to build; ``workload``: the batch and the sequence length that default profiles are made for.
+    """The settings of the build. ``workload`` is the batch size and the sequence length for which default profiles are made.
 
     Raises:
-        UserError: an option cannot be read, or see ``check_settings``.
+        UserError: an option cannot be parsed, or see ``check_settings``.
     """
     from rq_compile.targets.tensorrt.compile import Settings, check_settings
     from rq_compile.targets.tensorrt.network import default_precision
     from rq_compile.targets.tensorrt.profiles import Profile, default_profiles
 
     if options["stock"] and options["plugins"]:
-        raise UserError("--stock is without plugins; leave one of --stock and --plugins out", 2)
+        raise UserError("--stock and --plugins exclude each other; leave one of the two out", 2)
     context = model.stated.get("max_position_embeddings")
     given = [Profile.parse(text) for text in options["profiles"]]
     settings = Settings(
@@ -126,11 +125,11 @@ def compile_plan(
 
     heads = model.config.num_attention_heads
     for profile in settings.profiles:
-        screen.note(f"profile {profile}: up to {profile.most_scores(heads):.2g} attention scores a layer")
+        screen.note(f"profile {profile}: up to {profile.most_scores(heads):.2g} attention scores per layer")
     if remark := remark_on_precision(model, settings.precision):
         screen.note(remark)
     if settings.builder == "tensorrt" and not {"plugins", "stock"} & given_options().keys():
-        screen.note("MoE layers are built of standard ops; --plugins librq_tensorrt.so builds them with kernels of their own")
+        screen.note("MoE layers are built from standard ops; --plugins librq_tensorrt.so builds them with dedicated kernels")
     with screen.progress("compiling", "MB") as progress:
         manifest = compile_tensorrt(
             model,
@@ -166,7 +165,7 @@ def capabilities_of(text: str | None) -> list[int]:
 def inspect_plan(screen: Screen, file: Path, *, verify: bool = False) -> None:
     """
     Raises:
-        UserError: there is no manifest beside it, or with ``verify`` a file is not the one that it describes.
+        UserError: there is no manifest beside it or, with ``verify``, a file differs from the manifest.
     """
     from rq_compile.files import read_document, sha256
     from rq_compile.targets.tensorrt.manifest import Built, TensorRTManifest
@@ -174,7 +173,8 @@ def inspect_plan(screen: Screen, file: Path, *, verify: bool = False) -> None:
     document, report = file.with_suffix(".json"), file.with_name(f"{file.name}.report.json")
     if not document.is_file():
         raise UserError(
-            f"{file} has no manifest {document.name} beside it, and an engine is silent without a GPU; copy it along", 2
+            f"{file} has no manifest {document.name} beside it, and cannot be queried without a GPU; copy the manifest too",
+            2,
         )
     manifest = read_document(TensorRTManifest, document)
     if manifest.built is None and report.is_file():
@@ -184,7 +184,7 @@ def inspect_plan(screen: Screen, file: Path, *, verify: bool = False) -> None:
             path = file.parent / held.name
             if not path.is_file() or sha256(path) != held.sha256:
                 raise UserError(f"{path} is damaged or missing; copy it again or compile again")
-        screen.note(f"{file}: every file is whole")
+        screen.note(f"{file}: every file is intact")
     screen.result(manifest, *tensorrt_tables(manifest, file))
 
 

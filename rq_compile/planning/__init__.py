@@ -1,1 +1,1 @@
-"""LIS, cost models and policies: from loads, errors, sizes and a budget to a plan. Pure; knows no torch and no ONNX."""
+"""LIS, cost models and policies: a plan from loads, errors, sizes and a budget. Pure functions, without torch and ONNX."""

@@ -1,14 +1,14 @@
-"""Copies and formats for all layers together under one budget of bytes, with a proof of how good they are.
+"""Copies and formats for all layers together under one budget of bytes, with a bound on the optimum.
 
-The problem. Layer l takes the first i replicas of its copy sequence, expert e a format f; minimise
+The problem: layer l takes the first i replicas of its copy sequence, and expert e takes a format f; minimise
 
     sum_l  penalty[l, i]  +  sum_e  error[l, e, f]      subject to      sum_{l, e} copies[l, e](i) * size[l, f]  <=  budget.
 
-Relaxing the budget with a price per byte makes layers and experts independent (Everett 1963), so that the best for a price is
-found exactly and fast, and its value less ``price * budget`` bounds the optimum from below. The best price is found by
-intersecting the two lines that the best known solutions within and above the budget span, which ends at the maximum of the
-dual. The two solutions there differ in few layers; going from one to the other, layer by layer, every choice of copies on the way
-gets its best formats, and the best of all is taken.
+Relaxing the budget with a price per byte makes layers and experts independent (Everett 1963). The best solution for a price is
+then found exactly and fast, and its value minus ``price * budget`` is a lower bound of the optimum. The best price is found by
+repeatedly intersecting the lines of the best known solutions within and above the budget, which ends at the maximum of the
+dual. The two solutions there differ in few layers. The search goes from one to the other, layer by layer, computes the best
+formats for every choice of copies on the way, and takes the best of all.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,11 @@ from rq_compile.planning.knapsack import choose_formats, smallest_formats
 
 @dataclass(frozen=True)
 class LayerChoices:
-    """What one layer may choose. ``penalty [n + 1]``: cost of stopping after i replicas.
+    """The choices of one layer.
 
-    ``error`` float ``[m, F]`` of an expert's format, inf where it is forbidden; ``size`` int64 ``[F]``. With ``mixed``, each copy
-    of an expert has a format of its own and an equal share of the error.
+    ``penalty [n + 1]``: cost of stopping after i replicas. ``error`` float ``[m, F]``: error of each expert in each format, inf
+    if the format is forbidden. ``size`` int64 ``[F]``: bytes of an expert. If ``mixed``, each copy of an expert has its own
+    format and an equal share of the error.
     """
 
     sequence: CopySequence
@@ -38,9 +39,9 @@ class LayerChoices:
         return len(self.error)
 
     def priced(self, price: float) -> np.ndarray:
-        """The least penalty, error and ``price`` times bytes for every number of replicas, float ``[n + 1]``.
+        """The least sum of penalty, error and ``price`` times bytes for every number of replicas, float ``[n + 1]``.
 
-        Mixing formats gains nothing here: at a price all copies of an expert want the same one.
+        Mixing formats has no advantage here: for a given price, the same format is best for all copies of an expert.
         """
         expert, copy = self.sequence.expert, self.sequence.copy
         paid = price * self.size
@@ -52,7 +53,8 @@ class LayerChoices:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """``copies [m]`` of every expert and, in the order of ``slot_experts``, ``format [S]``: columns of ``LayerChoices.size``."""
+    """``copies [m]``: number of copies of every expert. ``format [S]``: columns of ``LayerChoices.size``, in the order of
+    ``slot_experts``."""
 
     copies: np.ndarray
     format: np.ndarray
@@ -60,9 +62,9 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """``value`` is the objective of ``layers``; no choice that fits the budget has less than ``bound``.
+    """``value``: the objective of ``layers``. ``bound``: a lower bound of the objective of all choices that fit the budget.
 
-    ``price``: what a byte more would save, at which the bound was found.
+    ``price``: the price per byte for which the bound was found.
     """
 
     layers: list[LayerChoice]
@@ -72,7 +74,7 @@ class Allocation:
 
 
 def slot_experts(copies: np.ndarray) -> np.ndarray:
-    """The expert of every slot, int64 ``[S]``: all experts once, then those with a second copy, and so on."""
+    """The expert of every slot, int64 ``[S]``: first all experts, then those with a second copy, and so on."""
     return np.concatenate([np.flatnonzero(copies > number) for number in range(copies.max())])
 
 
@@ -118,7 +120,8 @@ def allocate_copies(layers: list[LayerChoices], replicas: list[int], budget: int
 
 
 def _items(layer: LayerChoices, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What gets a format: experts with all their copies or, if ``mixed``, slots. Error and bytes, both ``[items, F]``."""
+    """Error and bytes of the items that get a format, both ``[items, F]``. An item is an expert with all its copies or, if
+    ``mixed``, a slot."""
     if layer.mixed:
         held = slot_experts(copies)
         return layer.error[held] / copies[held, None], np.broadcast_to(layer.size, (len(held), len(layer.size)))
@@ -133,7 +136,7 @@ class _Solution:
 
 
 def _priced(layers: list[LayerChoices], price: float) -> _Solution:
-    """The least ``objective + price * bytes``."""
+    """The solution with the least ``objective + price * bytes``."""
     replicas, formats = [], []
     for layer in layers:
         replicas.append(int(layer.priced(price).argmin()))
@@ -152,7 +155,7 @@ def _solution(layers: list[LayerChoices], replicas: list[int], formats: list[np.
 
 
 def _on_the_way(layers: list[LayerChoices], start: list[int], end: list[int], budget: int) -> list[Allocation]:
-    """The best formats for ``start``, and for every step from it to ``end`` that takes one layer after the other."""
+    """The best formats for ``start`` and for every step from it to ``end``, changing one layer at a time."""
     replicas = list(start)
     found = [allocate_copies(layers, replicas, budget)]
     for place in range(len(layers)):

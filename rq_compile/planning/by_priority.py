@@ -1,4 +1,4 @@
-"""Formats without replicas: experts in some order of priority, the first in the best formats that the budget holds."""
+"""Formats without replicas: experts get the best formats that the budget allows, in an order of priority."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,10 +17,10 @@ def all_experts(problem: Problem) -> list[Place]:
 
 
 def formats_by_priority(problem: Problem, order: Sequence[Place]) -> list[list[Slot]]:
-    """One slot an expert. All begin in the smallest format that they can take; then, from the smallest format to the largest,
-    experts go up to the next one in ``order``, as long as the budget holds that.
+    """One slot per expert. All experts start in their smallest possible format. Then, format by format, experts are raised to the
+    next larger one in ``order``, as long as the budget allows it.
 
-    A layer's slots share one float format. Where an fp32 checkpoint leaves a choice, it is the one with the least error in all.
+    A layer's slots share one float format. If an fp32 checkpoint leaves a choice, the one with the least total error is taken.
     """
     floats = [format for format in problem.layers[0].formats if format in FLOAT_FORMATS]
     filled = [_filled(problem, order, float_format) for float_format in floats]
@@ -29,7 +29,7 @@ def formats_by_priority(problem: Problem, order: Sequence[Place]) -> list[list[S
 
 
 def _filled(problem: Problem, order: Sequence[Place], float_format: Format) -> list[list[int]]:
-    """The format of every expert of every layer, as a position in the layer's formats."""
+    """The format of every expert of every layer, as an index into the layer's formats."""
     layers = problem.layers
     usable = [[_by_size(layer, expert, float_format) for expert in range(layer.experts)] for layer in layers]
     held = [[formats[0] for formats in layer] for layer in usable]
@@ -53,7 +53,7 @@ def _error(problem: Problem, held: list[list[int]]) -> float:
 
 
 def one_slot_each(problem: Problem, format_of: Callable[[int, int], int]) -> list[list[Slot]]:
-    """Ranks in consecutive blocks; ``format_of(layer's position, expert)`` is a position in the layer's formats."""
+    """Ranks in consecutive blocks. ``format_of(layer's position, expert)`` is an index into the layer's formats."""
     return [
         [
             Slot(expert=expert, format=layer.formats[format_of(position, expert)], rank=int(rank))
@@ -64,7 +64,7 @@ def one_slot_each(problem: Problem, format_of: Callable[[int, int], int]) -> lis
 
 
 def _by_size(layer: Layer, expert: int, float_format: Format) -> list[int]:
-    """Positions of the formats that ``expert`` can take beside ``float_format``, the smallest first."""
+    """Indices of the formats that ``expert`` can take together with ``float_format``, smallest first."""
     usable = [
         position
         for position, format in enumerate(layer.formats)

@@ -1,7 +1,7 @@
 """Lanes of the batched lowering: which slots share a product, and how wide its lanes are.
 
-Slots of one format and one capacity class are the lanes of one batched matrix product; every lane is as wide as the busiest of
-them. Wide lanes for busy slots and narrow ones for cold slots keep the padding small.
+Slots with the same format and capacity class are the lanes of one batched matrix product. All its lanes are as wide as its
+busiest slot requires. Wide lanes for busy slots and narrow lanes for cold slots keep the padding small.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ CLASSES = 4
 
 
 def capacity_classes(shares: np.ndarray, formats: Sequence[Format], classes: int = CLASSES) -> np.ndarray:
-    """The capacity class of every slot, int64 ``[S]``, that makes the lanes least padded; 0 is a format's widest.
+    """The capacity class of every slot, int64 ``[S]``, with the least padding; class 0 is the widest of a format.
 
-    ``shares`` float ``[texts, S]``: the share of each text's pairs that each slot is expected to get; the lanes are least padded
-    in the mean over texts. A format has at most ``classes``, each a run of its slots sorted by mean share; among these the best
-    are found exactly, by dynamic programming over the cuts, and a class that would save nothing is not opened.
+    ``shares`` float ``[texts, S]``: the share of each text's pairs that each slot is expected to get. The padding is minimised
+    in the mean over texts. A format has at most ``classes`` classes, each a run of its slots sorted by mean share. The best runs
+    are found exactly, by dynamic programming over the cuts. A class that would save nothing is not used.
     """
     labels = np.zeros(len(formats), np.int64)
     for format in FORMATS:
@@ -30,14 +30,14 @@ def capacity_classes(shares: np.ndarray, formats: Sequence[Format], classes: int
 
 
 def lane_groups(slots: Sequence[Slot]) -> np.ndarray:
-    """Which batched product each slot is a lane of, int64 ``[S]``: products are numbered by format, then by class."""
+    """The number of each slot's batched product, int64 ``[S]``. Products are numbered by format, then by class."""
     keys = [(FORMATS.index(slot.format), slot.capacity_class) for slot in slots]
     numbers = {key: number for number, key in enumerate(sorted(set(keys)))}
     return np.array([numbers[key] for key in keys], np.int64)
 
 
 def expected_loads(slots: Sequence[Slot]) -> np.ndarray:
-    """The share of a layer's pairs that each of its slots is expected to get, float64 ``[S]``; equal ones if any is not known."""
+    """The share of a layer's pairs that each of its slots is expected to get, float64 ``[S]``. If any is unknown, all are equal."""
     loads = [slot.load for slot in slots]
     if any(load is None for load in loads):
         return np.full(len(loads), 1 / len(loads))
@@ -54,7 +54,7 @@ def _classes_of_one_format(shares: np.ndarray, classes: int) -> np.ndarray:
         lanes[start, start:] = widest * np.arange(1, slots - start + 1)
     best, cuts = lanes[0], []
     for _ in range(1, min(classes, slots)):
-        # A further class starts at `start`, after the best of what ends before it.
+        # A further class starts at `start`, after the best classes of the slots before it.
         total = best[:-1, None] + lanes[1:]
         start, split = total.argmin(axis=0) + 1, total.min(axis=0)
         worthwhile = split < best * (1 - 1e-9)

@@ -1,4 +1,4 @@
-"""How many copies each expert gets: one sequence of replicas, every prefix of which is the best for what it reaches."""
+"""How many copies each expert gets: a sequence of replicas whose prefixes are all optimal for the load that they reach."""
 
 import heapq
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class CopySequence:
-    """Replicas in the order in which they are worth adding.
+    """Replicas in the order in which they should be added.
 
     ``expert [n]`` gets the i-th replica, as its copy number ``copy [n]`` (2 for its first replica). With the first i replicas,
-    the busiest slot has load ``level [n + 1]``, and ``drift_level [n + 1]`` if any one expert may gain some. From the replica
-    ``balanced`` on, no slot that could be relieved is above the goal; before, where nothing is done about gains, ``drift_level``
-    falls as ``level`` does.
+    the busiest slot has load ``level [n + 1]``, or ``drift_level [n + 1]`` if any one expert may gain load. From the replica
+    ``balanced`` on, no slot that could be relieved is above the goal. Before it, gains are not considered, and ``drift_level``
+    falls with ``level``.
     """
 
     expert: np.ndarray
@@ -30,12 +30,12 @@ class CopySequence:
 def copy_sequence(
     load: np.ndarray, *, goal: float, gain: np.ndarray, most_copies: int, replicas: int | None = None
 ) -> CopySequence:
-    """First bring the expected ``load [m]`` under ``goal``, then ``load + gain``, always copying the busiest expert.
+    """First bring the expected ``load [m]`` below ``goal``, then ``load + gain``, always copying the busiest expert.
 
-    For any bound M on a slot's load, expert e needs ``ceil(load[e] / M)`` copies, and the first part of the sequence passes
-    through exactly these counts: nothing else with as busy a busiest slot has fewer copies of any expert. The second part does
-    the same for ``load + gain``, given the first. No expert gets more than ``most_copies``. With ``replicas``, the sequence has
-    that many, as far as there are experts to copy, whether or not the goal is met.
+    If a slot's load is bounded by M, expert e needs ``ceil(load[e] / M)`` copies. The first part of the sequence passes through
+    exactly these counts: no other choice with the same load of the busiest slot has fewer copies of any expert. The second part
+    does the same for ``load + gain``, starting from the first. No expert gets more than ``most_copies``. With ``replicas``, the
+    sequence has that many replicas, as far as there are experts to copy, whether or not the goal is met.
     """
     count = np.ones(len(load), np.int64)
     most = len(load) * most_copies if replicas is None else replicas
@@ -57,7 +57,7 @@ def copy_sequence(
 
 
 def sequence_of(copies: np.ndarray) -> CopySequence:
-    """The sequence whose end is ``copies [m]``; it says nothing about loads."""
+    """The sequence that ends with ``copies [m]``; it has no loads."""
     expert = np.concatenate([np.flatnonzero(copies > number) for number in range(1, copies.max())] or [np.zeros(0, np.int64)])
     number = np.concatenate([np.full((copies > number).sum(), number + 1) for number in range(1, copies.max())] or [expert])
     unknown = np.full(len(expert) + 1, np.nan)
@@ -65,7 +65,7 @@ def sequence_of(copies: np.ndarray) -> CopySequence:
 
 
 def _relieve(load: np.ndarray, count: np.ndarray, goal: float, most_copies: int, replicas: int) -> list[int]:
-    """Experts to copy, in order, until every slot that can be relieved is at ``goal`` or below; ``count`` is updated."""
+    """Experts to copy, in order, until every slot that can be relieved is at or below ``goal``. Updates ``count``."""
     heap = [(-float(load[e] / count[e]), e) for e in range(len(load)) if count[e] < most_copies]
     heapq.heapify(heap)
     order: list[int] = []

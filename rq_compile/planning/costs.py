@@ -1,10 +1,10 @@
-"""What a step costs on each target, and therefore what a replica buys there.
+"""The cost of a step on each target, and therefore the benefit of a replica there.
 
-- *ragged* kernels (``cpu``, ``cuda``, ``tensorrt``) compute exactly the rows that were routed, whoever holds them: on one rank a
-  replica is an alias, and time follows the rows and the bytes that are read.
+- *ragged* kernels (``cpu``, ``cuda``, ``tensorrt``) compute exactly the routed rows, whichever slot holds them. On one rank, a
+  replica is an alias, and the time depends on the rows and on the bytes that are read.
 - *batched* lowerings (``batched``, ``tensorrt-rtx``) make every slot a lane as wide as the busiest slot of its format and
-  capacity class and read the weights of all slots: the busiest slots set the time.
-- with several ranks the busiest rank sets the time, whatever its kernels.
+  capacity class, and read the weights of all slots. The busiest slots determine the time.
+- With several ranks, the busiest rank determines the time, whatever its kernels.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class CostModel:
 
     @property
     def busiest(self) -> Busiest:
-        """Whose load a layer waits for: what a replica can relieve."""
+        """What a layer waits for, which is what a replica can relieve."""
         if self.ranks > 1:
             return "rank"
         return "slot" if self.batched else "nothing"
@@ -41,9 +41,10 @@ class CostModel:
     def step_time(
         self, geometry: ExpertGeometry, slots: list[Slot], slot_rows: np.ndarray, tokens: int, lanes: np.ndarray
     ) -> float:
-        """Seconds of a step of ``tokens`` tokens on the nominal machine, whose rows are spread like ``slot_rows [S]``.
+        """Seconds of a step of ``tokens`` tokens on the nominal machine, if its rows are distributed like ``slot_rows [S]``.
 
-        The slowest rank counts; a rank computes its rows (padded to its ``lanes [S]`` if batched) and reads its weights once.
+        The time is that of the slowest rank. A rank computes its rows (padded to its ``lanes [S]`` if batched) and reads its
+        weights once.
         """
         machine = TARGETS[self.target]
         share = slot_rows / slot_rows.sum() if slot_rows.any() else np.full(len(slots), 1 / len(slots))
@@ -62,7 +63,8 @@ class CostModel:
         return float((computed * flops / machine.flops + read / machine.bytes_per_second).max())
 
     def _bytes_read(self, geometry: ExpertGeometry, slots: list[Slot], share: np.ndarray, tokens: int) -> np.ndarray:
-        """Expected bytes each slot reads, float ``[S]``; copies of equal format on one rank are one set of weights if ragged."""
+        """Bytes that each slot is expected to read, float ``[S]``. With ragged kernels, copies of an expert with the same format
+        and rank share their weights."""
         size = np.array([geometry.expert_bytes(slot.format) for slot in slots], np.float64)
         if self.batched:
             return size

@@ -1,9 +1,9 @@
-"""The last gap closed: what could still be better than a known allocation, searched completely.
+"""Closes the remaining gap: a complete search of what could still be better than a known allocation.
 
-At the best price a choice costs some amount more than its alternatives (its reduced cost). A solution that makes it is worse than
-the bound by at least that much, so only choices within the gap between the known value and the bound can be part of anything
-better (reduced-cost fixing; Nemhauser and Wolsey 1988, II.5.4). Few survive, usually; then dynamic programming over the bytes
-that they can differ by finds the best of them. Where that is too much work, the gap stays and is reported.
+At the best price, a choice costs some amount more than the best alternative (its reduced cost). A solution with this choice is
+worse than the bound by at least that amount. Only choices within the gap between the known value and the bound can therefore be
+part of a better solution (reduced-cost fixing; Nemhauser and Wolsey 1988, II.5.4). Usually few choices remain, and dynamic
+programming over the bytes by which they can differ finds the best. If that is too much work, the gap remains and is reported.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ MOST_WORK = 400_000_000
 
 @dataclass(frozen=True)
 class _Item:
-    """Slots of ``expert`` that get one format: all its copies or, with mixed copies, copy number ``copy`` alone.
+    """Slots of ``expert`` that get one format: all its copies or, with mixed copies, only copy number ``copy``.
 
-    The formats that survive, with the cost of each and its bytes, in units, beyond the smallest of them.
+    It holds the formats that remain, the cost of each, and its bytes, in units, in excess of the smallest of them.
     """
 
     expert: int
@@ -34,7 +34,7 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Stop:
-    """A layer with so many ``replicas``: what is certain costs ``cost`` and takes ``size`` units; ``items`` are open."""
+    """A layer with ``replicas`` replicas. The decided part costs ``cost`` and takes ``size`` units; ``items`` are undecided."""
 
     replicas: int
     cost: float
@@ -44,14 +44,14 @@ class _Stop:
 
 
 def polished(layers: list[LayerChoices], allowed: list[list[int]], known: Allocation, budget: int) -> Allocation:
-    """``known`` or what is better, then proved the best, where that is not too much work.
+    """A solution that is better than ``known`` and proved to be the best, or ``known`` if there is none or the work is too much.
 
-    ``allowed[l]``: numbers of replicas that layer l may stop after.
+    ``allowed[l]``: the numbers of replicas that layer l may have.
     """
     if known.value <= known.bound:
         return known
     unit = gcd(*(int(size) for layer in layers for size in layer.size))
-    # A little more than the gap, as reduced costs carry rounding.
+    # A little more than the gap, because reduced costs have rounding errors.
     gap = (known.value - known.bound) + 1e-9 * known.value
     stops = [_stops(layer, numbers, known.price, gap, unit) for layer, numbers in zip(layers, allowed, strict=True)]
     least = [min(stop.size for stop in choices) for choices in stops]
@@ -62,7 +62,7 @@ def polished(layers: list[LayerChoices], allowed: list[list[int]], known: Alloca
     found = _best(stops, least, room)
     value, chosen = found
     if value >= known.value:
-        # Nothing that could be better fits: what is known is the best.
+        # Nothing that could be better fits, so the known solution is the best.
         return Allocation(known.layers, known.value, known.value, known.price)
     made = [_choice(layer, stop, formats) for layer, (stop, formats) in zip(layers, chosen, strict=True)]
     return Allocation(made, value, value, known.price)
@@ -100,7 +100,7 @@ def _stop(layer: LayerChoices, replicas: int, price: float, allowance: float, un
 
 def _best(stops: list[list[_Stop]], least: list[int], room: int) -> tuple[float, list[tuple[_Stop, list[int]]]]:
     """The least cost in ``room`` units beyond the ``least`` of every layer, and each layer's stop with its items' formats."""
-    # cost[u]: of the best choice for the layers so far that takes u units.
+    # cost[u]: cost of the best choice for the layers so far that takes u units.
     cost = np.full(room + 1, np.inf)
     cost[0] = 0.0
     history = []
@@ -134,7 +134,7 @@ def _best(stops: list[list[_Stop]], least: list[int], room: int) -> tuple[float,
 
 
 def _shifted(table: np.ndarray, units: int) -> np.ndarray:
-    """``table`` of choices that take ``units`` more."""
+    """``table``, if every choice takes ``units`` more units."""
     moved = np.full_like(table, np.inf)
     if units < len(table):
         moved[units:] = table[: len(table) - units]

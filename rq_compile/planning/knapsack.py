@@ -7,9 +7,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class FormatChoice:
-    """``format`` int64 ``[N]`` and the summed ``error``; no choice within the budget has less than ``bound``.
+    """``format`` int64 ``[N]`` and the total ``error``. ``bound``: a lower bound of the error of all choices within the budget.
 
-    ``price``: error that one byte more would save in the linear relaxation.
+    ``price``: the error that one more byte would save in the linear relaxation.
     """
 
     format: np.ndarray
@@ -19,12 +19,12 @@ class FormatChoice:
 
 
 def choose_formats(error: np.ndarray, size: np.ndarray, budget: int) -> FormatChoice | None:
-    """The least summed error within ``budget`` bytes, or None if not even the smallest formats fit.
+    """The formats with the least total error within ``budget`` bytes, or None if not even the smallest formats fit.
 
-    ``error`` float and ``size`` int64, both ``[N, F]``; an infinite error forbids a format. Every item starts at its smallest
-    format and climbs its lower convex hull; the steps of all items are taken by falling gain per byte. Up to the first
-    step that does not fit this is the optimum of the linear relaxation, whose value, that step taken in part, is the bound;
-    after it, whatever still fits is taken. So the result misses the bound by less than one step's gain.
+    ``error`` is float and ``size`` int64, both ``[N, F]``; an infinite error forbids a format. Every item starts with its smallest
+    format and climbs its lower convex hull. The steps of all items are taken in the order of falling gain per byte. Up to the first
+    step that does not fit, this is the optimum of the linear relaxation; its value with a part of that step is the bound.
+    After it, every further step that fits is taken. The result therefore exceeds the bound by less than one step's gain.
     """
     start = smallest_formats(error, size)
     left = budget - int(_at(size, start).sum())
@@ -48,14 +48,14 @@ def choose_formats(error: np.ndarray, size: np.ndarray, budget: int) -> FormatCh
 
 
 def smallest_formats(error: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """The smallest possible format of every item, of several the one with the least error, int64 ``[N]``."""
+    """The smallest possible format of every item, int64 ``[N]``; among equally small ones, that with the least error."""
     possible = np.where(np.isfinite(error), size, np.iinfo(np.int64).max)
     return np.where(possible == possible.min(axis=1, keepdims=True), error, np.inf).argmin(axis=1)
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Better formats by falling gain per byte, all ``[steps]``; those of one item are in the order of its hull."""
+    """Steps to better formats by falling gain per byte, all ``[steps]``. The steps of one item are in the order of its hull."""
 
     item: np.ndarray
     to: np.ndarray
@@ -74,7 +74,7 @@ def _hull_steps(error: np.ndarray, size: np.ndarray, start: np.ndarray) -> _Step
         gain, paid = _at(error, at)[:, None] - error, size - _at(size, at)[:, None]
         rate = np.where((gain > 0) & (paid > 0), gain / np.maximum(paid, 1), -1.0)
         best = rate.max(axis=1)
-        # Of steps along one edge of the hull, the longest.
+        # Of several steps along one edge of the hull, take the longest.
         to = np.where(rate >= best[:, None] * (1 - 1e-12), paid, -1).argmax(axis=1)
         climbing = np.flatnonzero(best > 0)
         found.append((climbing, to[climbing], _at(gain, to)[climbing], _at(paid, to)[climbing]))
@@ -85,7 +85,7 @@ def _hull_steps(error: np.ndarray, size: np.ndarray, start: np.ndarray) -> _Step
 
 
 def _take_what_fits(step: _Steps, first: int, chosen: np.ndarray, left: int) -> int:
-    """Take every further step that fits and whose item took the one before; return the bytes left."""
+    """Take every further step that fits and whose item took the previous step. Returns the bytes left."""
     stopped: set[int] = set()
     smallest = int(step.bytes[first:].min())
     for item, to, paid in zip(step.item[first:].tolist(), step.to[first:].tolist(), step.bytes[first:].tolist(), strict=True):
@@ -100,7 +100,7 @@ def _take_what_fits(step: _Steps, first: int, chosen: np.ndarray, left: int) -> 
 
 
 def _spend(error: np.ndarray, size: np.ndarray, chosen: np.ndarray, left: int) -> None:
-    """Better formats, on the hull or not, as long as one fits into what is ``left``; ``chosen`` is changed in place."""
+    """Take better formats, on the hull or not, as long as one fits into the bytes ``left``. Changes ``chosen`` in place."""
     while True:
         gain, paid = _at(error, chosen)[:, None] - error, size - _at(size, chosen)[:, None]
         gain = np.where((gain > 0) & (paid <= left), gain, 0.0)

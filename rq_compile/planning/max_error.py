@@ -1,13 +1,13 @@
-"""The best solution whose error keeps to a bound: what option ``max_error`` of policy ``optimal`` asks for.
+"""The best solution within a limit on the error: option ``max_error`` of policy ``optimal``.
 
-On a target that waits for nothing, the fewest bytes are wanted. The least error falls as the budget grows, so the smallest
-budget whose least error keeps to the bound is found by bisection, to the byte.
+On a target that does not wait, the goal is the fewest bytes. The least error falls as the budget grows, so the smallest
+budget whose least error is within the limit is found by bisection, to the byte.
 
-On a target that waits, balance gives way. Two families of problems lead from the unbounded optimum to the least error. *Easing*
-raises the imbalance that costs nothing, in all layers alike; *weighing* multiplies the error (Lagrangian relaxation), which finds
-only the convex hull of what can be had, but also bounds the optimum. Both are bisected, and every solution on the way that keeps
-to the bound is a candidate. Candidates are compared by the objective that ``policies.optimal`` documents, never by that of the
-problem that they solve.
+On a target that waits, balance is reduced. Two families of problems lead from the unlimited optimum to the least error. *Easing*
+raises the imbalance that costs nothing, equally in all layers. *Weighing* multiplies the error (Lagrangian relaxation); it finds
+only the convex hull of the possible solutions, but also bounds the optimum. Both are bisected, and every solution on the way that
+is within the limit is a candidate. Candidates are compared by the objective that ``policies.optimal`` documents, never by that
+of the problem that they solve.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from rq_compile.planning.solver import Objective, Solution, objective_of
 
 Solve = Callable[[Problem, Objective, int], Solution | None]
 HALVINGS = 12
-# The error of the last weighted problem counts 2 ** 40 times: there, nothing but the error matters.
+# The last weighted problem counts the error 2 ** 40 times, so that only the error matters.
 DOUBLINGS = 40
 
 
@@ -46,7 +46,7 @@ def fewest_bytes(solve: Solve, problem: Problem, objective: Objective, max_error
 
 
 def least_objective(solve: Solve, problem: Problem, objective: Objective, max_error: float) -> Solution | None:
-    """The solution of the least ``objective`` found whose mean error of a layer is at most ``max_error``, with its bound."""
+    """The solution with the least ``objective`` found whose mean error per layer is at most ``max_error``, with its bound."""
     free = solve(problem, objective, problem.budget)
     if free is None or free.mean_error <= max_error:
         return free
@@ -66,7 +66,7 @@ def least_objective(solve: Solve, problem: Problem, objective: Objective, max_er
         found = solve(replace(problem, layers=layers), objective, problem.budget)
         if found is None:
             return False
-        # Any plan that keeps to the bound pays at most this much for the weight.
+        # Any plan within the limit pays at most this much for the weight.
         bound = max(bound, found.bound - weight * max_error * len(layers))
         return kept(replace(found, mean_error=found.mean_error / (1 + weight)))
 
@@ -84,7 +84,7 @@ def least_objective(solve: Solve, problem: Problem, objective: Objective, max_er
 
 
 def _bisect(kept: Callable[[float], bool], good: float, bad: float) -> None:
-    """Ask ``kept`` ever nearer to where its answer changes, from ``good``, where it says yes if it does anywhere."""
+    """Call ``kept`` closer and closer to where its answer changes. ``good``: the point where it is true if it is true anywhere."""
     if not kept(good):
         return
     for _ in range(HALVINGS):

@@ -1,7 +1,7 @@
-"""What balance is: every number that a plan or an evaluation reports about loads, each defined once.
+"""Measures of balance: every number that a plan or an evaluation reports about loads, each defined once.
 
-Loads are (token, choice) pairs, padding masked. All functions take leading axes (texts, batches), so the same definition serves
-pooled counts and the distribution over batches.
+Loads are (token, choice) pairs, with padding masked. All functions accept leading axes (texts, batches), so one definition
+serves both pooled counts and the distribution over batches.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def copy_numbers(experts: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of slots holding ``experts [S]``: each one's number among its expert's copies, and how many there are, int64 ``[S]``."""
+    """For slots with ``experts [S]``: each slot's number among its expert's copies, and how many copies there are, int64 ``[S]``."""
     held = np.asarray(experts, np.int64)
     order = np.argsort(held, kind="stable")
     first = np.searchsorted(held[order], held[order])
@@ -20,10 +20,10 @@ def copy_numbers(experts: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def slot_loads(loads: np.ndarray, experts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Rows per slot int64 ``[..., S]`` of rows per logical expert ``loads [..., m]``, as the op Dispatch splits them.
+    """Rows per slot, int64 ``[..., S]``, from rows per logical expert, ``loads [..., m]``, as the op Dispatch distributes them.
 
-    The tokens of an expert take its slots in turn, in arrival order: the first ``n mod c`` of its c slots hold one row more than
-    the others, so the shares are equal within one token.
+    The tokens of an expert take its slots in turn, in arrival order. The first ``n mod c`` of its c slots hold one row more than
+    the others, so the loads differ by at most one token.
     """
     number, copies = copy_numbers(experts)
     rows = np.asarray(loads, np.int64)[..., np.asarray(experts, np.int64)]
@@ -31,37 +31,38 @@ def slot_loads(loads: np.ndarray, experts: Sequence[int] | np.ndarray) -> np.nda
 
 
 def rank_loads(slot_rows: np.ndarray, ranks_of_slots: Sequence[int] | np.ndarray, ranks: int) -> np.ndarray:
-    """Rows per rank ``[..., R]`` of rows per slot ``[..., S]``."""
+    """Rows per rank ``[..., R]``, from rows per slot ``[..., S]``."""
     membership = np.asarray(ranks_of_slots)[:, None] == np.arange(ranks)
     return slot_rows @ membership.astype(slot_rows.dtype)
 
 
 def lis(slot_rows: np.ndarray, experts: int) -> np.ndarray:
-    """Load imbalance score (arXiv 2602.19938): busiest slot over the equal share of the m logical ``experts``, ``[...]``.
+    """Load imbalance score (arXiv 2602.19938): busiest slot divided by the equal share of the m logical ``experts``, ``[...]``.
 
-    Slots beyond m do not lower the share, and a score below 1 counts as 1: duplicating everything earns nothing. Without any
-    row, 1.
+    Slots beyond m do not lower the share, and a score below 1 counts as 1, so that duplicating everything gains nothing. Without
+    any rows, the score is 1.
     """
     return np.maximum(1.0, _over_mean(slot_rows, experts))
 
 
 def strict_lis(slot_rows: np.ndarray) -> np.ndarray:
-    """Busiest slot over the mean of the S slots ``[...]``: rows of a batched lowering with one capacity over useful rows."""
+    """Busiest slot divided by the mean of the S slots, ``[...]``. With a batched lowering of one capacity, this is the number of
+    computed rows divided by the useful rows."""
     return np.maximum(1.0, _over_mean(slot_rows, slot_rows.shape[-1]))
 
 
 def rank_imbalance(rank_rows: np.ndarray) -> np.ndarray:
-    """Busiest rank over the mean rank ``[...]``; the step time of an expert-parallel layer is proportional to it."""
+    """Busiest rank divided by the mean rank, ``[...]``. The step time of an expert-parallel layer is proportional to it."""
     return np.maximum(1.0, _over_mean(rank_rows, rank_rows.shape[-1]))
 
 
 def balancedness(rank_rows: np.ndarray) -> np.ndarray:
-    """Mean rank over busiest rank ``[...]``, as vLLM logs it: 1 is perfect, 1/R the worst."""
+    """Mean rank divided by the busiest rank, ``[...]``, as vLLM logs it. 1 is perfect, 1/R is the worst."""
     return 1.0 / rank_imbalance(rank_rows)
 
 
 def padded_work(slot_rows: np.ndarray, lanes: np.ndarray) -> np.ndarray:
-    """Rows that a batched lowering computes over useful rows ``[...]``.
+    """Rows that a batched lowering computes, divided by the useful rows, ``[...]``.
 
     Every slot is a lane as wide as the busiest slot of its product (``lanes [S]``: see ``capacity.lane_groups``).
     """
@@ -72,14 +73,14 @@ def padded_work(slot_rows: np.ndarray, lanes: np.ndarray) -> np.ndarray:
 
 
 def excess_removed(before: float, after: float) -> float:
-    """Fraction of the excess imbalance ``before - 1`` that ``after`` no longer has; 1 where there was none."""
+    """Fraction of the excess imbalance ``before - 1`` that ``after`` no longer has; 1 if there was none."""
     return 1.0 if before <= 1.0 else (before - after) / (before - 1.0)
 
 
 def over_batches(batch_loads: np.ndarray, batches: int) -> np.ndarray:
-    """Loads ``[B // batches, m]`` of larger batches, each ``batches`` consecutive calibration batches of ``[B, m]``.
+    """Loads ``[B // batches, m]`` of larger batches, each made of ``batches`` consecutive calibration batches ``[B, m]``.
 
-    What is left over is dropped. So the distribution of any metric over batches of 32 or 128 sequences comes from calibration
+    Remaining batches are dropped. This gives the distribution of a metric over batches of 32 or 128 sequences from calibration
     batches of 8 or 1.
     """
     whole = len(batch_loads) // batches * batches

@@ -48,7 +48,7 @@ def test_its_plan_says_so(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """In the plan, and wherever its remarks are shown."""
     assert run("calibrate", tiny_checkpoint("olmoe"), "--data-free", "-o", tmp_path / "c.json").exit_code == 0
     assert read_document(Calibration, tmp_path / "c.json").data_free
-    assert "on no text: loads are taken to be uniform" in run("inspect", tmp_path / "c.json").stdout
+    assert "without text: loads are assumed to be uniform" in run("inspect", tmp_path / "c.json").stdout
     assert run("plan", tmp_path / "c.json", "--memory", "0.4", "-o", tmp_path / "plan.json").exit_code == 0
     plan = read_document(Plan, tmp_path / "plan.json")
     assert plan.remarks[0].startswith("No text was run (calibrate --data-free)")
@@ -89,7 +89,7 @@ def test_refuses_options_of_a_run(tiny_checkpoint: Tiny, tmp_path: Path, options
     (tmp_path / "a.txt").write_text(TEXTS["first.txt"])
     options = [str(tmp_path / option) if option == "a.txt" else option for option in options]
     result = run("calibrate", tiny_checkpoint("olmoe"), "--data-free", *options, "-o", tmp_path / "c.json")
-    refused(result, 2, f"{said} has no effect with --data-free, which runs no text")
+    refused(result, 2, f"{said} has no effect with --data-free, which uses no text")
     assert not (tmp_path / "c.json").exists()
 
 

@@ -145,4 +145,4 @@ def test_on_the_command_line(tiny_checkpoint: Callable[[str], Path], tmp_path: P
     assert run(*given, *chosen, "-o", tmp_path / "one.json").exit_code == 0
     assert read_document(Calibration, tmp_path / "one.json").tokens in (len(text), 50)
     result = run(*given, "--text", tmp_path / "a.txt", "--samples", 3, "-o", tmp_path / "no.json")
-    refused(result, 2, "--samples is for the rows of .jsonl and .parquet files, and --text", "a.txt has none")
+    refused(result, 2, "--samples is for the rows of .jsonl and .parquet files, but --text", "a.txt has no rows")

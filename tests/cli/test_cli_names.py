@@ -121,8 +121,8 @@ def test_options_may_come_before_model(rq_compile: Run, model: Path, stages: Pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["-q", "calibrate", "x"], ["-q stands before the command calibrate; write rq-compile calibrate ... -q"]),
-        (["--memory", "1", "plan", "c.json"], ["--memory stands before the command plan"]),
+        (["-q", "calibrate", "x"], ["-q is placed before the command calibrate; write rq-compile calibrate ... -q"]),
+        (["--memory", "1", "plan", "c.json"], ["--memory is placed before the command plan"]),
         (["--plan", "p.json", "modle", "-o", "x.onnx"], ["no such command or model directory: modle"]),
         (["--plan", "p.json", "-o", "x.onnx"], ["missing argument 'MODEL'"]),
         (["--plam", "p.json", "model", "-o", "x.onnx"], ["--plam", "--plan"]),

@@ -203,7 +203,7 @@ def test_without_plugins_it_is_said_and_with_stock_it_is_not(
     ("options", "words"),
     [
         (["--plugins", "{library}", "--builder", "rtx", "--sm", "89"], ["--builder rtx takes no plugins", "--builder tensorrt"]),
-        (["--plugins", "{library}", "--stock"], ["leave one of --stock and --plugins out"]),
+        (["--plugins", "{library}", "--stock"], ["--stock and --plugins exclude each other"]),
         (["--plugins", "nowhere.so"], ["cannot read the plugin library nowhere.so", "plugins/tensorrt/README.md"]),
         (["--plugins", "{text}"], ["is not a library of the plugin MoeLayer"]),
     ],

@@ -37,7 +37,8 @@ def lane_groups(slots: Sequence[Slot]) -> np.ndarray:
 
 
 def expected_loads(slots: Sequence[Slot]) -> np.ndarray:
-    """The share of a layer's pairs that each of its slots is expected to get, float64 ``[S]``. If any is unknown, all are equal."""
+    """The share of a layer's pairs that each of its slots is expected to get, float64 ``[S]``. If any is unknown, all are
+    equal."""
     loads = [slot.load for slot in slots]
     if any(load is None for load in loads):
         return np.full(len(loads), 1 / len(loads))

@@ -21,13 +21,14 @@ def demand(layer: LayerCalibration, smoothing: float) -> np.ndarray:
 
 
 # Between texts of different kinds, the load of an expert with 0.25 to 2 times the mean load changed by about one mean load, and
-# that of a nearly unused expert by a multiple of its own (16 and 12 experts, three kinds of text). Within a kind, an expert's load
-# changed by a tenth of its own.
+# that of a nearly unused expert by a multiple of its own (16 and 12 experts, three kinds of text). Within a kind, an expert's
+# load changed by a tenth of its own.
 MOST_GROWTH = 4.0
 
 
 def drift_gain(load: np.ndarray, drift: float, most: float) -> np.ndarray:
-    """The load that each expert may gain on a kind of text that was not calibrated on, float ``[m]``, in mean loads like ``load [m]``.
+    """The load that each expert may gain on a kind of text that was not calibrated on, float ``[m]``, in mean loads like ``load
+    [m]``.
 
     This is ``drift`` mean loads, but at most ``MOST_GROWTH`` times the expert's own load, because a nearly unused expert hardly
     gains. No load rises above ``most``, the load of an expert that every token chooses: m / top-k.

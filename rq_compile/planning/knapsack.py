@@ -21,10 +21,10 @@ class FormatChoice:
 def choose_formats(error: np.ndarray, size: np.ndarray, budget: int) -> FormatChoice | None:
     """The formats with the least total error within ``budget`` bytes, or None if not even the smallest formats fit.
 
-    ``error`` is float and ``size`` int64, both ``[N, F]``; an infinite error forbids a format. Every item starts with its smallest
-    format and climbs its lower convex hull. The steps of all items are taken in the order of falling gain per byte. Up to the first
-    step that does not fit, this is the optimum of the linear relaxation; its value with a part of that step is the bound.
-    After it, every further step that fits is taken. The result therefore exceeds the bound by less than one step's gain.
+    ``error`` is float and ``size`` int64, both ``[N, F]``; an infinite error forbids a format. Every item starts with its
+    smallest format and climbs its lower convex hull. The steps of all items are taken in the order of falling gain per byte. Up
+    to the first step that does not fit, this is the optimum of the linear relaxation; its value with a part of that step is the
+    bound. After it, every further step that fits is taken. The result therefore exceeds the bound by less than one step's gain.
     """
     start = smallest_formats(error, size)
     left = budget - int(_at(size, start).sum())

@@ -24,7 +24,7 @@ DOUBLINGS = 40
 
 
 def fewest_bytes(solve: Solve, problem: Problem, objective: Objective, max_error: float) -> Solution | None:
-    """The solution of the fewest bytes whose mean error of a layer is at most ``max_error``; None if none fits the budget."""
+    """The solution with the fewest bytes whose mean error per layer is at most ``max_error``; None if none fits the budget."""
 
     def kept(budget: int) -> Solution | None:
         found = solve(problem, objective, budget)
@@ -34,7 +34,7 @@ def fewest_bytes(solve: Solve, problem: Problem, objective: Objective, max_error
     if best is None:
         return None
     unit = gcd(*(int(size) for layer in problem.layers for size in layer.size))
-    # Too few units, and enough.
+    # Units that are too few, and units that are enough.
     low, high = 0, best.bytes // unit
     while high - low > 1:
         middle = (low + high) // 2
@@ -84,7 +84,8 @@ def least_objective(solve: Solve, problem: Problem, objective: Objective, max_er
 
 
 def _bisect(kept: Callable[[float], bool], good: float, bad: float) -> None:
-    """Call ``kept`` closer and closer to where its answer changes. ``good``: the point where it is true if it is true anywhere."""
+    """Call ``kept`` closer and closer to where its answer changes. ``good``: the point where it is true if it is true
+    anywhere."""
     if not kept(good):
         return
     for _ in range(HALVINGS):

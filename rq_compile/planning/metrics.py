@@ -10,7 +10,8 @@ import numpy as np
 
 
 def copy_numbers(experts: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For slots with ``experts [S]``: each slot's number among its expert's copies, and how many copies there are, int64 ``[S]``."""
+    """For slots with ``experts [S]``: each slot's number among its expert's copies, and how many copies there are, int64
+    ``[S]``."""
     held = np.asarray(experts, np.int64)
     order = np.argsort(held, kind="stable")
     first = np.searchsorted(held[order], held[order])

@@ -1,7 +1,7 @@
-"""Which rank holds which expert. Two copies of one expert never share a rank: a copy beside its original relieves nobody.
+"""Which rank holds which expert. Two copies of one expert never share a rank, because this would not relieve any rank.
 
-So a layer's slots on ranks are a matrix, ``holds`` bool ``[R, m]``; an expert's tokens are split evenly among the ranks that hold
-it.
+A layer's slots on ranks are therefore a matrix ``holds``, bool ``[R, m]``. An expert's tokens are split evenly among the ranks
+that hold it.
 """
 
 from dataclasses import dataclass
@@ -9,32 +9,33 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_MOVES = 500
-# A move must lower the busiest rank's load by more than rounding could.
+# A move must lower the busiest rank's load by more than rounding errors.
 PROGRESS = 1 - 1e-9
 
 
 def contiguous(experts: int, ranks: int) -> np.ndarray:
-    """Expert-parallel layout without a plan, int64 ``[m]``: every rank holds a block of consecutive experts."""
+    """The rank of each expert in an expert-parallel layout without a plan, int64 ``[m]``: consecutive blocks of experts."""
     return np.arange(experts) * ranks // experts
 
 
 def imbalance(demand: np.ndarray, holds: np.ndarray) -> float:
-    """Load of the busiest rank over the mean rank's, in the text that is served worst. ``demand`` float ``[texts, m]``."""
+    """Load of the busiest rank divided by the mean, in the text that is served worst. ``demand`` is float ``[texts, m]``."""
     load = rank_loads(demand, holds)
     return float((load.max(axis=1) / load.mean(axis=1)).max())
 
 
 def rank_loads(demand: np.ndarray, holds: np.ndarray) -> np.ndarray:
-    """float ``[texts, R]``."""
+    """Load of each rank in each text, float ``[texts, R]``."""
     return (demand / holds.sum(axis=0)) @ holds.T.astype(np.float64)
 
 
 def pack(demand: np.ndarray, copies: np.ndarray, ranks: int, goal: float = 1.0) -> np.ndarray:
-    """Ranks for ``copies [m]`` of the experts such that the busiest rank of any text is as little busy as possible; ``holds``.
+    """``holds`` for ``copies [m]`` of the experts, with the load of the busiest rank in any text as low as possible.
 
-    Every rank holds ``S // ranks`` slots or one more. Longest processing time first (Graham 1969), with the two restrictions, or
-    the layout without a plan if no expert has a second copy; then, while the busiest rank is above ``goal`` times the mean, the
-    exchange of two slots that lowers it most; the better of the two.
+    Every rank holds ``S // ranks`` slots or one more. Slots are first placed by longest processing time first (Graham 1969) under
+    the two restrictions. If no expert has a second copy, the layout without a plan is tried too. From each start, while the
+    busiest rank is above ``goal`` times the mean, the two slots whose exchange lowers it most are exchanged. The better result is
+    returned.
 
     Raises:
         ValueError: an expert has more copies than there are ranks.
@@ -53,10 +54,10 @@ def pack(demand: np.ndarray, copies: np.ndarray, ranks: int, goal: float = 1.0) 
 
 
 def copied_anew(demand: np.ndarray, holds: np.ndarray, goal: float) -> np.ndarray:
-    """``holds`` with other experts copied, as many slots on every rank, where that balances better than any exchange.
+    """``holds`` with other experts copied, if that balances better than any exchange. Ranks keep their numbers of slots.
 
-    Steepest descent over two moves, until the busiest rank is at ``goal`` times the mean: on one rank, a copy of an expert is
-    replaced by a copy of another; two ranks exchange a slot.
+    Steepest descent over two kinds of moves, until the busiest rank is at ``goal`` times the mean: either a copy of an expert on
+    a rank is replaced by a copy of another expert, or two ranks exchange a slot.
     """
     holds = holds.copy()
     for _ in range(MOST_MOVES):
@@ -72,7 +73,7 @@ def copied_anew(demand: np.ndarray, holds: np.ndarray, goal: float) -> np.ndarra
 
 @dataclass(frozen=True)
 class Move:
-    """Slots that change: ``(rank, expert it held, expert it holds)``. ``after``: load of the busiest rank then."""
+    """Slots that change: ``(rank, expert it held, expert it holds)``. ``after``: load of the busiest rank after the move."""
 
     after: float
     slots: tuple[tuple[int, int, int], ...]
@@ -83,7 +84,7 @@ class Move:
 
 
 def best_exchange(demand: np.ndarray, holds: np.ndarray) -> Move | None:
-    """The exchange of a slot of the busiest rank for one of another that relieves it most; None if none does."""
+    """The exchange between a slot of the busiest rank and a slot of another rank that relieves it most; None if none does."""
     share, load = demand / holds.sum(axis=0), rank_loads(demand, holds)
     worst = load.max(axis=0)
     busiest = int(worst.argmax())
@@ -102,9 +103,9 @@ def best_exchange(demand: np.ndarray, holds: np.ndarray) -> Move | None:
 
 
 def best_replacement(demand: np.ndarray, holds: np.ndarray, size: np.ndarray | None = None, room: int = 0) -> Move | None:
-    """The replacement, on any rank, of a copy of one expert by a copy of another that relieves the busiest rank most, or None.
+    """The replacement of a copy of one expert by a copy of another, on any rank, that relieves the busiest rank most, or None.
 
-    With ``size [m]``, the bytes of an expert, only what takes at most ``room`` bytes more.
+    If ``size [m]``, the bytes of an expert, is given, only replacements that take at most ``room`` more bytes are considered.
     """
     copies, load = holds.sum(axis=0), rank_loads(demand, holds)
     best, found = load.max() * PROGRESS, None
@@ -115,7 +116,7 @@ def best_replacement(demand: np.ndarray, holds: np.ndarray, size: np.ndarray | N
             continue
         without, beside = holds[:, out].copy(), holds[:, into].copy()
         without[rank], beside[rank] = False, True
-        # What the experts bring to the ranks less what they brought, [texts, R, experts].
+        # The experts' loads on the ranks after the replacement, minus those before, [texts, R, experts].
         lost = _brought(demand, without, out) - _brought(demand, holds[:, out], out)
         won = _brought(demand, beside, into) - _brought(demand, holds[:, into], into)
         after = (load[:, :, None, None] + lost[..., :, None] + won[..., None, :]).max(axis=(0, 1))
@@ -144,7 +145,8 @@ def _longest_first(share: np.ndarray, copies: np.ndarray, ranks: int) -> np.ndar
         if free.any():
             rank = int(np.where(free, (load + share[:, expert, None]).max(axis=0), np.inf).argmin())
         else:
-            # All with room hold the expert. One that does not is full, so it has an expert to hand over that they lack.
+            # All ranks with room hold the expert. A rank without it is full, so it has an expert that they lack and can hand it
+            # over.
             rank, there = int(np.flatnonzero(~holds[:, expert])[0]), int(np.flatnonzero(room)[0])
             moved = int(np.flatnonzero(holds[rank] & ~holds[there])[0])
             _move(share, holds, load, moved, rank, there)

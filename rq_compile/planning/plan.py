@@ -1,4 +1,4 @@
-"""From a calibration to a plan: options checked, a policy asked, its slots measured against doing nothing."""
+"""Makes a plan from a calibration: checks the options, runs a policy, and compares its slots with the unplanned model."""
 
 import importlib
 from dataclasses import replace
@@ -23,15 +23,15 @@ CHOOSE_FORMATS: tuple[Policy, ...] = ("optimal", "uniform", "frequency", "random
 
 
 class CommonOptions(Document):
-    """What every policy takes. ``tokens``: of the step whose time is predicted; 0 stands for one calibration batch."""
+    """Options of every policy. ``tokens``: tokens of the step whose time is predicted; 0 means one calibration batch."""
 
     smoothing: NonNegative = 1.0
     tokens: Count = 0
 
 
 DATA_FREE = (
-    "No text was run (calibrate --data-free): loads are taken to be uniform, so that nothing is balanced, and errors are "
-    "estimated from the weights alone; calibrate on text for a plan of what the model does."
+    "No text was run (calibrate --data-free): loads are assumed to be uniform, so nothing is balanced, and errors are estimated "
+    "from the weights alone; calibrate on text for a plan that fits the model's real loads."
 )
 
 
@@ -47,9 +47,9 @@ def make_plan(
 ) -> Plan:
     """Decide how often, in which format and on which rank each expert is stored.
 
-    ``memory`` times the bytes of the experts as the checkpoint stores them is the most the plan takes, scales included. None: 1,
-    or where a quantized checkpoint stores its experts in fewer bytes than any slot takes, the least that works. ``options`` are
-    those of ``CommonOptions`` and of the policy's own ``Options``. The same arguments give the same plan.
+    The plan takes at most ``memory`` times the bytes of the experts as the checkpoint stores them, including scales. None means
+    1 or, if a quantized checkpoint stores its experts in fewer bytes than any slot takes, the least that works. ``options`` are
+    those of ``CommonOptions`` and of the policy's ``Options``. The same arguments give the same plan.
 
     Raises:
         UserError: an unknown policy, target or option, a value out of range, or a budget that cannot be met.
@@ -92,7 +92,7 @@ def make_plan(
 def check_arguments(
     *, policy: str, memory: float | None, ranks: int, target: str, options: dict[str, Any]
 ) -> tuple[CommonOptions, Document]:
-    """All of ``make_plan``'s arguments that can be refused before there is a calibration; returns the options, validated.
+    """Check those arguments of ``make_plan`` that do not need the calibration. Returns the validated options.
 
     Raises:
         UserError: an unknown policy or target, an option that the policy does not have, or a value out of range.
@@ -127,13 +127,13 @@ def least_memory(problem: Problem, policy: str) -> float:
 
 
 def least_bytes(problem: Problem, policy: str) -> int:
-    """Of every expert once: in its smallest format where the policy chooses formats, else in the checkpoint's own."""
+    """Bytes of every expert once: in its smallest format if the policy chooses formats, otherwise in the checkpoint's format."""
     formats = -1 if policy in CHOOSE_FORMATS else 0
     return sum(layer.experts * int(sorted(layer.size, reverse=True)[formats]) for layer in problem.layers)
 
 
 def layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:
-    """``slots`` with all that can be predicted of them, against a layer that nobody planned."""
+    """``slots`` with all predictions about them, compared with the unplanned layer."""
     before = with_capacity_classes(layer, unplanned(layer.geometry.experts, problem))
     after = with_capacity_classes(layer, slots)
     return LayerPlan(

@@ -1,4 +1,4 @@
-"""What slots will do: the numbers that stand in a plan, from the calibration and the slots alone."""
+"""The predictions in a plan, computed from the calibration and the slots alone."""
 
 import numpy as np
 
@@ -14,7 +14,8 @@ BATCH_SIZES = (1, 8, 32, 128)
 
 
 def with_capacity_classes(layer: LayerCalibration, slots: list[Slot]) -> list[Slot]:
-    """``slots`` with their expected loads, and the capacity classes that pad the calibration texts least, all of equal weight."""
+    """``slots`` with their expected loads and with the capacity classes that pad the calibration texts least, equally
+    weighted."""
     held = [slot.expert for slot in slots]
     rows = metrics.slot_loads(np.asarray(layer.load), held)
     load = rows / max(1, rows.sum())
@@ -39,7 +40,7 @@ def predict(
 ) -> LayerPrediction:
     """Every metric of ``planning.metrics`` for one layer.
 
-    ``batch_size``: sequences of a calibration batch. ``tokens``: of the step whose time is predicted.
+    ``batch_size``: sequences of a calibration batch. ``tokens``: tokens of the step whose time is predicted.
     """
     geometry = layer.geometry
     values: dict[str, float | int | None] = {}

@@ -1,4 +1,4 @@
-"""What a policy decides on, and what it decides."""
+"""The input and the result of a policy."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,8 +22,8 @@ LEAST_ERROR = 1e-9
 class Layer:
     """One MoE layer as the policies see it.
 
-    ``demand`` float ``[texts, m]``: see ``demand.demand``. ``formats``: those an expert may be stored in, the checkpoint's own
-    first; ``size`` int64 ``[F]``: bytes of an expert; ``error`` float ``[m, F]``: of storing it so, inf where it cannot be.
+    ``demand`` float ``[texts, m]``: see ``demand.demand``. ``formats``: the possible formats of an expert, the checkpoint's own
+    first. ``size`` int64 ``[F]``: bytes of an expert. ``error`` float ``[m, F]``: error of each format, inf if it is impossible.
     """
 
     calibration: LayerCalibration
@@ -42,21 +42,21 @@ class Layer:
 
     @property
     def bytes_before(self) -> int:
-        """Of the layer's experts in the checkpoint."""
+        """Bytes of the layer's experts in the checkpoint."""
         return self.calibration.stored_bytes or self.experts * self.geometry.expert_bytes(self.formats[0])
 
     def worst_demand(self) -> np.ndarray:
-        """float ``[m]``: every expert's load in the text that asks most for it."""
+        """float ``[m]``: every expert's load in the text that uses it most."""
         return self.demand.max(axis=0)
 
     def drift_gain(self, drift: float) -> np.ndarray:
-        """float ``[m]``: what an expert may gain beyond its worst demand, see ``demand.drift_gain``."""
+        """float ``[m]``: the load that an expert may gain beyond its worst demand, see ``demand.drift_gain``."""
         return drift_gain(self.worst_demand(), drift, self.experts / self.geometry.top_k)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A model's layers, the bytes its experts may take, and what the plan is for."""
+    """A model's layers, the bytes that its experts may take, and the target of the plan."""
 
     layers: tuple[Layer, ...]
     dtype: Format
@@ -73,13 +73,13 @@ class Problem:
 
     @property
     def budget(self) -> int:
-        """Bytes the whole plan may take."""
+        """Bytes that the whole plan may take."""
         return allowed(self.memory, self.bytes_before)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The slots of every layer; how near to the best, where the policy can tell; what to say about it."""
+    """The slots of every layer, the distance from the optimum if the policy knows it, and remarks."""
 
     slots: list[list[Slot]]
     optimality: Optimality | None = None

@@ -1,13 +1,14 @@
 """Minimise error and imbalance under a budget on several ranks, with the same number of slots in every layer and on every rank.
 
-For each number of slots the experts to copy are those that are busiest if they gain what drift may bring; their formats are
-solved as a knapsack, and they are packed on the ranks, with other experts copied instead where that balances better. Numbers are
-tried in the order of what they would cost if the packing came out even, until the next cannot be better.
+For each number of slots, the experts that would be busiest under drift are copied, and their formats are solved as a knapsack.
+The slots are then packed on the ranks, with other experts copied instead if that balances better. Numbers of slots are tried in
+the order of their cost with perfectly even packing, until the next number cannot be better.
 
-The bound holds for any copies, formats and packing. A rank is as busy as the mean, or as the busiest slot. With N replicas in a
-layer, the drift imbalance is no better than after some k <= N replicas of the busiest-first sequence, which then has no more
-copies of any expert (``copies.copy_sequence``); the N - k others cost at least the cheapest further copy of any expert each. At a
-price per byte that is a sum over experts, which bounds the optimum as in ``allocation``.
+The bound holds for any copies, formats and packing. The busiest rank is at least as busy as the mean, and as the busiest slot.
+With N replicas in a layer, the drift imbalance is not better than after some k <= N replicas of the busiest-first sequence, which
+then has no more copies of any expert (``copies.copy_sequence``). Each of the N - k other replicas costs at least as much as the
+cheapest further copy of any expert. For a given price per byte, this is a sum over experts, which bounds the optimum as in
+``allocation``.
 """
 
 from dataclasses import dataclass, replace
@@ -25,9 +26,9 @@ from rq_compile.planning.solver import ROUNDING, LayerSolution, Objective, Solut
 
 @dataclass(frozen=True)
 class _LayerSequence:
-    """``choices`` copies the busiest first, drift included, with the penalty of drift alone.
+    """``choices`` copies the busiest experts first, including drift, with the penalty of drift alone.
 
-    ``missed [n + 1]``: least cost of imbalance that any choice of so many replicas can have.
+    ``missed [n + 1]``: the least cost of imbalance that any choice of this number of replicas can have.
     """
 
     layer: Layer
@@ -36,18 +37,18 @@ class _LayerSequence:
 
 
 def solve_on_ranks(problem: Problem, objective: Objective, budget: int) -> Solution | None:
-    """The least objective found within ``budget`` bytes, with its bound; None if the budget does not hold every expert once."""
+    """The solution with the least objective found within ``budget`` bytes; None if the budget does not hold every expert once."""
     sequences = _sequences(problem, objective)
     choices = [sequence.choices for sequence in sequences]
     most = min(len(choice.sequence.expert) for choice in choices)
     even = [n for n in range(most + 1) if all((layer.experts + n) % problem.ranks == 0 for layer in problem.layers)]
-    # Where no even number of slots exists or fits, some ranks hold one slot more than others.
+    # If no even number of slots exists or fits, some ranks hold one slot more than others.
     relaxed = _relaxed(choices, even, budget) or _relaxed(choices, [0], budget)
     least = {number: sum(float(sequence.missed[number]) for sequence in sequences) for number in relaxed}
     best: Solution | None = None
     bound = np.inf
     for number, allocation in relaxed.items():
-        # Any price bounds the optimum; that of the formats is good where the copies are, none where memory is plenty.
+        # Any price bounds the optimum. The price of the formats is good if the copies are; a price of 0 is if memory is plenty.
         dual = max(_bound(choices, number, problem.ranks, price, budget) for price in (allocation.price, 0.0))
         bound = min(bound, least[number] + dual)
     for number in sorted(relaxed, key=lambda number: relaxed[number].value + least[number]):
@@ -60,7 +61,7 @@ def solve_on_ranks(problem: Problem, objective: Objective, budget: int) -> Solut
 
 
 def _sequences(problem: Problem, objective: Objective) -> list[_LayerSequence]:
-    """Long enough for the drift imbalance to reach its goal in every layer."""
+    """Sequences that are long enough for the drift imbalance to reach its goal in every layer."""
 
     def copied(load: np.ndarray, replicas: int | None = None) -> CopySequence:
         return copy_sequence(
@@ -80,17 +81,17 @@ def _sequences(problem: Problem, objective: Objective) -> list[_LayerSequence]:
 
 
 def _relaxed(choices: list[LayerChoices], numbers: list[int], budget: int) -> dict[int, Allocation]:
-    """By number of replicas, the best formats for the busiest experts' copies; the cost of imbalance is left out."""
+    """The best formats for the copies of the busiest experts, by number of replicas, without the cost of imbalance."""
     found = {number: allocate_copies(choices, [number] * len(choices), budget) for number in numbers}
     return {number: allocation for number, allocation in found.items() if allocation is not None}
 
 
 def _bound(choices: list[LayerChoices], number: int, ranks: int, price: float, budget: int) -> float:
-    """Error and cost of drift that no copies of ``number`` replicas in every layer can undercut within ``budget``."""
+    """A lower bound of error and cost of drift within ``budget``, for any copies with ``number`` replicas in every layer."""
     total = -price * budget
     for layer in choices:
         within = layer.priced(price)[: number + 1]
-        # The cost of an expert is concave in its copies: the last possible one, on the last rank, is the cheapest.
+        # The cost of an expert is concave in its copies: the last possible copy, on the last rank, is the cheapest.
         last, before = ((layer.error + price * copies * layer.size).min(axis=1) for copies in (ranks, ranks - 1))
         cheapest = float((last - before).min())
         total += float((within + np.arange(number, -1, -1) * cheapest).min())
@@ -100,7 +101,7 @@ def _bound(choices: list[LayerChoices], number: int, ranks: int, price: float, b
 def _packed(
     problem: Problem, sequences: list[_LayerSequence], allocation: Allocation, objective: Objective, budget: int
 ) -> list[Solution]:
-    """The copies of ``allocation`` on ranks, and with others copied instead in the layers that stay out of balance."""
+    """The copies of ``allocation`` on ranks. In layers that stay out of balance, other experts are copied instead."""
     packed = [
         pack(sequence.layer.demand, chosen.copies, problem.ranks, objective.goal)
         for sequence, chosen in zip(sequences, allocation.layers, strict=True)
@@ -137,7 +138,7 @@ def _with_formats(
 
 
 def _ranks_of_slots(holds: np.ndarray) -> np.ndarray:
-    """int64 ``[S]``, slots in the order of ``slot_experts``: an expert's n-th copy stands on the n-th of its ranks."""
+    """int64 ``[S]``, with slots in the order of ``slot_experts``: an expert's n-th copy is on the n-th of its ranks."""
     of_expert = [np.flatnonzero(held) for held in holds.T]
     experts = slot_experts(holds.sum(axis=0))
     number, _ = copy_numbers(experts)

@@ -1,4 +1,4 @@
-"""What a plan has to say to the person who asked for it, a sentence each."""
+"""The remarks of a plan, one sentence each."""
 
 from collections import Counter, defaultdict
 from statistics import fmean
@@ -19,7 +19,7 @@ def remarks(problem: Problem, layers: list[LayerPlan]) -> list[str]:
 
 
 def _stored(problem: Problem) -> str:
-    """How a quantized checkpoint stores the experts, and what it takes to keep them so."""
+    """How a quantized checkpoint stores the experts, and how many bytes keep them without loss."""
     names = sorted({name for layer in problem.layers for name in layer.calibration.stored_as or ()})
     if not names:
         return ""
@@ -32,7 +32,7 @@ def _stored(problem: Problem) -> str:
 
 
 def _one_block(problem: Problem) -> str:
-    """What it costs that a layer has one block for all formats, where int8 wants the short one of the checkpoint."""
+    """The cost of having one block for all formats in a layer, if int8 needs the short block of the checkpoint."""
     geometries = [layer.calibration.geometry for layer in problem.layers]
     wider = [geometry.model_copy(update={"block": BLOCKS[0]}) for geometry in geometries]
     here, there = (
@@ -43,60 +43,60 @@ def _one_block(problem: Problem) -> str:
         return ""
     block = min(geometry.block for geometry in geometries)
     return (
-        f"A layer has one block for int8 and int4, here {block}: int4 takes {here:g} times the bytes, and {there:g} with "
-        f"calibrate --block {BLOCKS[0]}, but int8 would then round a second time."
+        f"A layer has one block size for int8 and int4, here {block}: int4 takes {here:g} times the bytes, or {there:g} times "
+        f"with calibrate --block {BLOCKS[0]}, but int8 would then round a second time."
     )
 
 
 def _skew(problem: Problem) -> str:
-    """Whether replication can pay on the target, by the loads of the calibration."""
+    """Whether replication can help on the target, by the loads of the calibration."""
     skews = [skew_of(layer.calibration) for layer in problem.layers]
     if all(one.gini == 0 for one in skews):
         return ""  # no text was run
     if problem.cost.busiest == "nothing":
-        can = f"Replication cannot pay on {problem.cost.target} with one rank, which waits for no single expert"
+        can = f"Replication cannot help on {problem.cost.target} with one rank, which does not wait for any expert"
     elif fmean(one.lis for one in skews) < EVEN:
-        can = "Replication cannot pay: the load is even"
+        can = "Replication cannot help: the load is even"
     else:
-        can = f"Replication can pay on {problem.cost.target}, which waits for the busiest {problem.cost.busiest}"
+        can = f"Replication can help on {problem.cost.target}, which waits for the busiest {problem.cost.busiest}"
     return "; ".join(filter(None, (f"{can}: {spread(skews)}", steadiness(skews)))) + "."
 
 
 def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
-    """What the plan brings on its target, or why it brings nothing."""
+    """The gain of the plan on its target, or why there is none."""
     target = problem.cost.target
     replicas = sum(len(layer.slots) - layer.geometry.experts for layer in layers)
     batch, token = (_ratio(layers, name) for name in ("step_time", "token_time"))
-    time = f"predicted time {batch} of the unplanned for a batch, {token} for one token"
+    time = f"the predicted time relative to the unplanned model is {batch} for a batch and {token} for one token"
     if problem.cost.busiest == "nothing":
-        why = f"On {target} with one rank a replica is an alias that saves no time"
+        why = f"On {target} with one rank, a replica is an alias that saves no time"
         if replicas:
-            return f"{why}; this plan stores {replicas} all the same."
+            return f"{why}; this plan stores {replicas} nevertheless."
         if all(slot.format == problem.dtype for layer in layers for slot in layer.slots):
             return (
                 f"{why}, and --memory {problem.memory:g} holds every expert as it is, so this plan changes nothing: give less "
-                "--memory for a smaller engine that reads less, or --target batched or --ranks to balance the load."
+                "--memory for a smaller engine that reads fewer bytes, or --target batched or --ranks to balance the load."
             )
         return f"{why}, so no expert is copied and the memory is spent on bits; {time}."
     before, after = _imbalance(problem, layers)
     removed = excess_removed(before, after)
     what = "The busiest rank's load over the mean" if problem.cost.busiest == "rank" else "LIS"
     if before <= 1.0 or removed <= 0:
-        return f"{what} was {before:.3f} and is {after:.3f}: on {target} this plan balances nothing; {time}."
+        return f"{what} was {before:.3f} and is {after:.3f}: on {target}, this plan does not improve the balance; {time}."
     return f"{what} falls from {before:.3f} to {after:.3f}, {100 * removed:.1f} % of the excess; {time}."
 
 
 def lost_with_lowering(plan: Plan, lowering: str, *, batched: bool) -> str:
-    """What a plan for one rank loses when it is compiled with a ``lowering``, ``batched`` or not, that waits for something else;
-    empty if nothing."""
+    """What a plan for one rank loses if it is compiled with a ``lowering`` that waits for something else than the plan's target.
+    Empty if it loses nothing. ``batched``: whether the lowering is batched."""
     if plan.ranks > 1 or TARGETS[plan.target].batched == batched:
         return ""
     replicas = sum(len(layer.slots) - layer.geometry.experts for layer in plan.layers)
     if batched:
         balance = sum(layer.predicted.strict_lis_after for layer in plan.layers) / len(plan.layers)
         return (
-            f"The plan is for {plan.target}, which waits for no busy expert, so its slots are not balanced: with --lowering "
-            f"batched the busiest has {balance:.2f} times the mean load; plan with --target batched to balance them."
+            f"The plan is for {plan.target}, which does not wait for busy experts, so its slots are not balanced: with "
+            f"--lowering batched, the busiest has {balance:.2f} times the mean load; plan with --target batched to balance them."
         )
     if not replicas:
         return ""
@@ -118,7 +118,7 @@ def _ratio(layers: list[LayerPlan], name: str) -> str:
 
 
 def _padding(problem: Problem, layers: list[LayerPlan]) -> str:
-    """What of a batch's padding the lanes' widths save by themselves, and what the plan does."""
+    """The padding of a batch that the capacity classes save by themselves, and that the plan saves."""
     if problem.cost.busiest != "slot":
         return ""
     one_before, one_after, before, after = (
@@ -126,13 +126,13 @@ def _padding(problem: Problem, layers: list[LayerPlan]) -> str:
         for name in ("strict_lis_before", "strict_lis_after", "padded_work_before", "padded_work_after")
     )
     return (
-        f"A batch computes {before:.2f} rows for every useful one without this plan and {after:.2f} with it, in lanes as wide "
-        f"as the slots' loads ask for; in lanes of one width it would be {one_before:.2f} and {one_after:.2f}."
+        f"A batch computes {before:.2f} rows per useful row without this plan and {after:.2f} with it, in lanes of several "
+        f"widths; with lanes of one width it would be {one_before:.2f} and {one_after:.2f}."
     )
 
 
 def _imbalance(problem: Problem, layers: list[LayerPlan]) -> tuple[float, float]:
-    """Mean over the layers of what the target waits for, before and after."""
+    """The imbalance that the target waits for, before and after, as means over the layers."""
     predictions = [layer.predicted for layer in layers]
     if problem.cost.busiest == "rank":
         pairs = [(_known(p.rank_imbalance_before), _known(p.rank_imbalance_after)) for p in predictions]
@@ -155,7 +155,7 @@ def _format_mix(layers: list[LayerPlan]) -> str:
         mixed += sum(len(held) > 1 for held in formats.values())
     if not mixed:
         return ""
-    return f"Copies of {mixed} experts differ in format, so a token's answer can depend on who shares its batch."
+    return f"Copies of {mixed} experts differ in format, so an answer can depend on the other sequences in its batch."
 
 
 def _ranks(problem: Problem, layers: list[LayerPlan]) -> str:
@@ -176,7 +176,7 @@ def _ranks(problem: Problem, layers: list[LayerPlan]) -> str:
 
 
 def _even(problem: Problem) -> int:
-    """The fewest slots of a layer that fill all ranks alike."""
+    """The fewest slots of a layer that fill all ranks equally."""
     return max(-(-layer.experts // problem.ranks) * problem.ranks for layer in problem.layers)
 
 

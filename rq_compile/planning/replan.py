@@ -1,10 +1,10 @@
-"""New loads for a plan that is in use: the fewest changes that restore balance, and the bytes they move.
+"""New loads for a plan that is in use: the fewest changes that restore balance, and the bytes that they move.
 
-Every slot keeps its place and its rank; what changes is which expert it holds (in the format that the plan gave this expert), and
-where the memory allows it, a slot is added. On one rank the number of changes is the least possible: an expert needs
-``ceil(load / goal)`` copies, each that is missing is one change, and it takes the place of a copy that is no longer needed. On
-several ranks the change that relieves the busiest rank most per byte comes first (a slot gets another expert, or two ranks
-exchange one), until the goal is reached or nothing helps.
+Every slot keeps its place and its rank. A change gives a slot another expert (in the format that the plan gave this expert) or,
+if the memory allows it, adds a slot. On one rank, the number of changes is the least possible: an expert needs
+``ceil(load / goal)`` copies, and each missing copy is one change, which replaces a copy that is no longer needed. On
+several ranks, the change that relieves the busiest rank most per byte comes first (a slot gets another expert, or two ranks
+exchange a slot), until the goal is reached or no change helps.
 """
 
 from typing import Literal
@@ -37,7 +37,7 @@ class Change(Document):
 
 
 class LayerChanges(Document):
-    """``imbalance``: busiest slot or rank over the mean, in the text that is served worst, under the new loads."""
+    """``imbalance``: busiest slot or rank divided by the mean, in the text that is served worst, with the new loads."""
 
     index: int
     imbalance_before: float
@@ -46,7 +46,7 @@ class LayerChanges(Document):
 
 
 class Changes(Document):
-    """What turns a plan into one for new loads. ``slots``: how many the old plan has."""
+    """The changes that adapt a plan to new loads. ``slots``: number of slots of the old plan."""
 
     kind: Literal["changes"] = "changes"
     tolerance: float
@@ -68,8 +68,8 @@ def replan(
     """``plan`` for the loads of ``calibration``, balanced to within ``tolerance`` of the mean as far as its memory allows.
 
     Raises:
-        UserError: the calibration is of another model or was quantized otherwise than the plan's, the plan does not fit its own
-            budget, or the tolerance is negative.
+        UserError: the calibration is of another model or quantization than the plan, the plan does not fit its own budget, or
+            the tolerance is negative.
     """
     if tolerance < 0:
         raise UserError(f"a tolerance of {tolerance:g} cannot be met; give 0 or more", 2)
@@ -81,7 +81,7 @@ def replan(
     taken = sum(layer.geometry.expert_bytes(slot.format) for layer in plan.layers for slot in layer.slots)
     room = problem.budget - taken
     if room < 0:
-        raise over_budget(taken, plan.memory, problem.bytes_before, "the plan", action="plan anew with")
+        raise over_budget(taken, plan.memory, problem.bytes_before, "the plan", action="plan again with")
     layers, changed = [], []
     for layer, old in zip(problem.layers, plan.layers, strict=True):
         slots = _replanned(problem, layer, old, 1 + tolerance, room)
@@ -100,7 +100,7 @@ def _common_options(plan: Plan) -> CommonOptions:
     try:
         return CommonOptions(**{name: plan.options[name] for name in CommonOptions.model_fields if name in plan.options})
     except ValidationError as error:
-        raise UserError(f"the options of the plan are not valid: {violation(error)}; plan anew", 2) from error
+        raise UserError(f"the options of the plan are not valid: {violation(error)}; plan again", 2) from error
 
 
 def _check_same_model(plan: Plan, calibration: Calibration) -> None:
@@ -114,10 +114,10 @@ def _check_same_model(plan: Plan, calibration: Calibration) -> None:
 
 
 def _check_same_quantization(plan: Plan, calibration: Calibration) -> None:
-    """A slot must take the bytes, and have the error, that the plan reckons with.
+    """Check that slots have the bytes and errors that the plan assumes.
 
     Raises:
-        UserError: the layer and what differs are named.
+        UserError: they differ. The message names the layer and the difference.
     """
     for layer, old in zip(calibration.layers, plan.layers, strict=True):
         different = [(name, value) for name, value in layer.geometry if getattr(old.geometry, name) != value]
@@ -126,20 +126,20 @@ def _check_same_quantization(plan: Plan, calibration: Calibration) -> None:
             way_out = f"calibrate with --block {old.geometry.block}" if name == "block" else "calibrate the plan's model"
             raise UserError(
                 f"layer {old.index} of the loads has {name} {value}, but the plan has {getattr(old.geometry, name)}; {way_out}, "
-                "or plan anew from the loads",
+                "or make a new plan from the loads",
                 2,
             )
         known = {calibration.dtype, *layer.error}
         if missing := sorted({slot.format for slot in old.slots} - known):
             raise UserError(
                 f"layer {old.index} of the plan has slots in {missing[0]}, but the loads were measured in "
-                f"{', '.join(sorted(known))}; plan anew from the loads",
+                f"{', '.join(sorted(known))}; make a new plan from the loads",
                 2,
             )
     if calibration.quantizer != plan.quantizer:
         raise UserError(
             f"the loads were measured with --quantizer {calibration.quantizer}, but the plan is for {plan.quantizer}; calibrate "
-            f"with --quantizer {plan.quantizer}, or plan anew from the loads",
+            f"with --quantizer {plan.quantizer}, or make a new plan from the loads",
             2,
         )
 
@@ -153,13 +153,13 @@ def _updated(plan: Plan, layers: list[LayerPlan], changes: Changes, said: list[s
 def _summary(problem: Problem, changes: Changes) -> list[str]:
     moved = f"{changes.count} of {changes.slots} slots change and {changes.bytes_moved / 1e6:.2f} MB move"
     if problem.cost.busiest == "nothing":
-        return [f"Replanned for new loads: on {problem.cost.target} nothing waits for a busy expert, so nothing changes."]
+        return [f"Replanned for new loads: {problem.cost.target} does not wait for busy experts, so nothing changes."]
     missed = sum(layer.imbalance_after > 1 + changes.tolerance + ROUNDING for layer in changes.layers)
     if not missed:
         return [f"Replanned for new loads: {moved}, and every layer is within {100 * changes.tolerance:g} % of balance."]
     return [
         f"Replanned for new loads: {moved}, but {missed} of {len(changes.layers)} layers stay more than "
-        f"{100 * changes.tolerance:g} % out of balance; plan anew."
+        f"{100 * changes.tolerance:g} % out of balance; make a new plan."
     ]
 
 
@@ -172,7 +172,7 @@ def _replanned(problem: Problem, layer: Layer, old: LayerPlan, goal: float, room
 
 
 def _formats(layer: Layer, slots: list[Slot]) -> tuple[list[Slot], np.ndarray]:
-    """A slot to copy for every expert (its last), and the bytes of one, int64 ``[m]``."""
+    """A slot to copy for every expert (its last), and the bytes of each, int64 ``[m]``."""
     model = {slot.expert: slot for slot in slots}
     pattern = [model[expert] for expert in range(layer.experts)]
     return pattern, np.array([layer.geometry.expert_bytes(slot.format) for slot in pattern], np.int64)
@@ -185,7 +185,7 @@ def _on_one_rank(layer: Layer, old: LayerPlan, goal: float, room: int) -> list[S
     copies = np.bincount([slot.expert for slot in slots], minlength=layer.experts)
     while (load / copies).max() > goal + ROUNDING:
         busiest = int((load / copies).argmax())
-        # The slot that is given up is the one whose expert then has the least busy slots, well below the busiest one.
+        # Give up the slot whose expert then has the least busy slots, well below the busiest slot.
         left = np.where(copies > 1, load / np.maximum(1, copies - 1), np.inf)
         left[(size[busiest] - size > room) | (np.arange(layer.experts) == busiest)] = np.inf
         spare = int(left.argmin())

@@ -31,9 +31,9 @@ Policy = Literal["none", "paper", "eplb", "craft", "place", "uniform", "frequenc
 class Slot(Document):
     """A physical expert: a copy of logical expert ``expert`` stored in ``format`` on ``rank``.
 
-    ``load``: the share of the layer's (token, choice) pairs that this slot is expected to get, as on the calibration text; None:
-    not known, all slots count alike. Slots of one format and ``capacity_class`` are lanes of one width in the batched lowering;
-    a format's class 0 is its widest.
+    ``load``: the share of the layer's (token, choice) pairs that this slot is expected to get, as on the calibration text. None
+    means unknown; all slots then count equally. Slots with the same format and ``capacity_class`` are lanes of the same width in
+    the batched lowering; class 0 of a format is the widest.
     """
 
     expert: ExpertNumber
@@ -57,11 +57,11 @@ class BatchPrediction(Document):
 class LayerPrediction(Document):
     """What the planner expects of one layer on the calibration text, without a plan (before) and with it (after).
 
-    LIS is that of the pooled counts, ``worst_text_lis`` that of the calibration text with the highest. ``rank_imbalance`` is
-    max / mean load over ranks, None with one rank. ``padded_work`` is rows computed by the batched lowering, with the
-    capacity classes of the slots, over useful rows. ``step_time`` of a step of many tokens (by default a calibration batch)
-    and ``token_time`` of one token are in seconds of a nominal machine: only ratios mean anything. ``error``: see
-    ``LayerCalibration.error``.
+    ``lis`` is the LIS of the pooled counts, ``worst_text_lis`` that of the calibration text with the highest LIS.
+    ``rank_imbalance`` is max / mean load over ranks, None with one rank. ``padded_work`` is the number of rows that the batched
+    lowering computes, with the capacity classes of the slots, divided by the useful rows. ``step_time`` (for many tokens, by
+    default a calibration batch) and ``token_time`` (for one token) are in seconds of a nominal machine; only their ratios are
+    meaningful. ``error``: see ``LayerCalibration.error``.
     """
 
     lis_before: Imbalance
@@ -85,14 +85,14 @@ class LayerPrediction(Document):
 
 
 class Optimality(Document):
-    """``objective`` is what the policy minimised, ``bound`` what no plan within the budget can undercut."""
+    """``objective``: the value that the policy minimised. ``bound``: a lower bound of it for all plans within the budget."""
 
     objective: NonNegative
     bound: NonNegative
 
     @property
     def gap(self) -> float:
-        """How much of the objective could at most still be saved, as a fraction of it."""
+        """The largest possible further reduction of the objective, as a fraction of it."""
         return 0.0 if self.objective <= self.bound else (self.objective - self.bound) / self.objective
 
 
@@ -146,9 +146,9 @@ class Plan(Versioned):
     memory: float = Field(gt=0, le=MOST_MEMORY)
     ranks: int = Field(default=1, ge=1, le=MOST_RANKS)
     optimality: Optimality | None = Field(default=None, description="None: the policy makes no claim")
-    remarks: list[str] = Field(default=[], description="what the planner has to say, a sentence each")
+    remarks: list[str] = Field(default=[], description="remarks of the planner, one sentence each")
     extra_layers: int = Field(
-        default=0, ge=0, lt=MOST_LAYERS, description="layers of the model that predict further tokens, which are not planned"
+        default=0, ge=0, lt=MOST_LAYERS, description="number of multi-token-prediction layers of the model, which are not planned"
     )
     layers: list[LayerPlan] = Field(min_length=1)
 

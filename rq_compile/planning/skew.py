@@ -11,7 +11,7 @@ import numpy as np
 from rq_compile.calibration.schema import LayerCalibration
 from rq_compile.planning import metrics
 
-# The busiest expert of uniformly random routing is a few per cent above the mean on some thousand tokens an expert.
+# The busiest expert of uniformly random routing is a few per cent above the mean with some thousand tokens per expert.
 EVEN = 1.05
 # Rank correlation of loads below which a plan for one text tells little about another.
 AGREEING = 0.5
@@ -19,9 +19,10 @@ AGREEING = 0.5
 
 @dataclass(frozen=True)
 class Skew:
-    """``lis``: busiest expert over the mean. ``gini``: 0 where all experts are alike, ``1 - 1/m`` where one has all tokens.
+    """``lis``: busiest expert divided by the mean. ``gini``: 0 if all loads are equal, ``1 - 1/m`` if one expert has all tokens.
     ``busiest_tenth``: share of the tokens that the busiest tenth of the experts, rounded up, gets. ``agreement``: Spearman's rank
-    correlation of the experts' loads, mean over pairs of texts (of one text: its halves); None: not known, or all are alike.
+    correlation of the experts' loads, averaged over pairs of texts (the halves of a single text). None: unknown, or all loads are
+    equal.
     """
 
     lis: float
@@ -31,14 +32,14 @@ class Skew:
 
 
 def skew(load: Sequence[float] | np.ndarray, several: Sequence[Sequence[int]] | np.ndarray = ()) -> Skew:
-    """Of ``load [m]``, and of ``several`` loads ``[n, m]`` that may agree."""
+    """The skew of ``load [m]``, and the agreement of ``several`` loads ``[n, m]``."""
     ordered = np.sort(np.asarray(load, np.float64))
     count, total = len(ordered), ordered.sum()
     if total <= 0:
         return Skew(1.0, 0.0, ceil(count / 10) / count)
     return Skew(
         lis=float(metrics.lis(ordered, count)),
-        # Half the mean difference of two experts over the mean, from ordered values (Gini 1912).
+        # Half the mean difference of two experts divided by the mean, from ordered values (Gini 1912).
         gini=float((2 * np.arange(1, count + 1) - count - 1) @ ordered / (count * total)),
         busiest_tenth=float(ordered[-ceil(count / 10) :].sum() / total),
         agreement=agreement(np.asarray(several)),
@@ -46,7 +47,7 @@ def skew(load: Sequence[float] | np.ndarray, several: Sequence[Sequence[int]] | 
 
 
 def skew_of(layer: LayerCalibration) -> Skew:
-    """Of a calibrated layer: between its texts, or between the first and the second half of its only text's batches."""
+    """The skew of a calibrated layer. Agreement is between its texts, or between the first and second half of its only text."""
     several = np.asarray(layer.text_loads)
     if len(several) == 1 and len(layer.batch_loads) > 1:
         batches = np.asarray(layer.batch_loads)
@@ -55,8 +56,9 @@ def skew_of(layer: LayerCalibration) -> Skew:
 
 
 def agreement(several: np.ndarray) -> float | None:
-    """Mean rank correlation of ``several [n, m]`` loads, pair by pair; None without a pair in which both differ by expert."""
-    from scipy.stats import spearmanr  # a plain install shows engines, and has no scipy
+    """Mean rank correlation of pairs of ``several [n, m]`` loads; None if there is no pair in which both vary over the
+    experts."""
+    from scipy.stats import spearmanr  # a plain install can show engines, but has no scipy
 
     told = [
         float(spearmanr(one, other).statistic) for one, other in combinations(several, 2) if np.ptp(one) > 0 and np.ptp(other) > 0
@@ -65,7 +67,7 @@ def agreement(several: np.ndarray) -> float | None:
 
 
 def spread(skews: Sequence[Skew]) -> str:
-    """Means over the layers, as a part of a sentence."""
+    """Means over the layers, as part of a sentence."""
     lis, gini, tenth = (fmean(getattr(one, name) for one in skews) for name in ("lis", "gini", "busiest_tenth"))
     return (
         f"the busiest expert of a layer gets {lis:.2f} times the mean and the busiest tenth {100 * tenth:.0f} % (Gini {gini:.2f})"
@@ -73,7 +75,7 @@ def spread(skews: Sequence[Skew]) -> str:
 
 
 def steadiness(skews: Sequence[Skew]) -> str:
-    """Whether a plan for these loads can serve other text, as a part of a sentence; empty where that is not known."""
+    """Whether a plan for these loads can serve other text, as part of a sentence; empty if this is unknown."""
     known = [one.agreement for one in skews if one.agreement is not None]
     if not known:
         return ""
@@ -81,16 +83,16 @@ def steadiness(skews: Sequence[Skew]) -> str:
     if correlation >= AGREEING:
         return f"texts agree on which experts are busy (rank correlation {correlation:.2f})"
     return (
-        f"texts differ in which experts are busy (rank correlation {correlation:.2f}), so a plan for one serves another less well"
+        f"texts differ in which experts are busy (rank correlation {correlation:.2f}), so a plan for one text suits another less"
     )
 
 
 def outlook(skews: Sequence[Skew]) -> str:
-    """Whether replicas can pay, by target, in one sentence: what a calibration says before there is a plan."""
+    """Whether replicas can help, by target, in one sentence. Shown for a calibration, before there is a plan."""
     told = "; ".join(filter(None, (spread(skews), steadiness(skews))))
     if fmean(one.lis for one in skews) < EVEN:
-        return f"replication cannot pay on any target: the load is even ({told})"
+        return f"replication cannot help on any target: the load is even ({told})"
     return (
-        "replication can pay where the busiest slot or rank sets the time (--target batched or tensorrt-rtx, or several "
-        f"--ranks), and on no other target: {told}"
+        "replication can help only where the busiest slot or rank sets the time (--target batched or tensorrt-rtx, or several "
+        f"--ranks): {told}"
     )

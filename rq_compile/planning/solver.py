@@ -1,4 +1,4 @@
-"""Minimise error and imbalance under a budget: the question of policy ``optimal``, and its answer for one rank."""
+"""Minimise error and imbalance under a budget: the problem of policy ``optimal``, and its solution for one rank."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised; ``policies.optimal`` says what it means. ``goal`` is 1 + tolerance."""
+    """The weights of the objective, which ``policies.optimal`` explains. ``goal`` is 1 + tolerance."""
 
     goal: float
     balance: float
@@ -24,11 +24,11 @@ class Objective:
     mixed_copies: bool
 
     def missed(self, imbalance: np.ndarray | float) -> np.ndarray:
-        """What an imbalance on the calibration texts costs."""
+        """The cost of an imbalance on the calibration texts."""
         return self.balance * np.maximum(0.0, imbalance - self.goal)
 
     def exposed(self, drift_imbalance: np.ndarray | float) -> np.ndarray:
-        """What it costs that text of another kind could be as much out of balance."""
+        """The cost of a possible imbalance on text of another kind."""
         return self.hedge * np.maximum(0.0, drift_imbalance - self.goal)
 
 
@@ -36,7 +36,7 @@ class Objective:
 class LayerSolution:
     """``choice`` with the rank of every slot, int64 ``[S]``.
 
-    ``imbalance``: busiest slot or rank in the text that is served worst, over the mean.
+    ``imbalance``: busiest slot or rank in the text that is served worst, divided by the mean.
     """
 
     choice: LayerChoice
@@ -46,9 +46,9 @@ class LayerSolution:
 
 @dataclass(frozen=True)
 class Solution:
-    """``value`` is the objective of ``layers``, ``bound`` what nothing within the budget can undercut.
+    """``value``: the objective of ``layers``. ``bound``: a lower bound of the objective of all solutions within the budget.
 
-    ``mean_error``: of a layer's output, relative, mean over the layers; ``bytes``: of all slots.
+    ``mean_error``: relative error of a layer's output, as a mean over the layers. ``bytes``: bytes of all slots.
     """
 
     layers: list[LayerSolution]
@@ -65,13 +65,13 @@ def solution_of(problem: Problem, layers: list[LayerSolution], value: float, bou
 
 
 def error_of(layer: Layer, solved: LayerSolution) -> float:
-    """Relative output error of one layer: each expert's, averaged over its copies."""
+    """Relative output error of one layer: the sum over its experts, each averaged over its copies."""
     copies, experts = solved.choice.copies, slot_experts(solved.choice.copies)
     return float((layer.error[experts, solved.choice.format] / copies[experts]).sum())
 
 
 def objective_of(problem: Problem, objective: Objective, layers: list[LayerSolution]) -> float:
-    """``objective`` of any solution, whatever problem it was found for."""
+    """``objective`` of a solution, whichever problem it was found for."""
     total = 0.0
     for layer, solved in zip(problem.layers, layers, strict=True):
         total += error_of(layer, solved)
@@ -82,10 +82,10 @@ def objective_of(problem: Problem, objective: Objective, layers: list[LayerSolut
 
 
 def drift_imbalance(problem: Problem, layer: Layer, objective: Objective, solved: LayerSolution) -> float:
-    """The busiest slot if any one expert gains what drift may bring.
+    """Load of the busiest slot if any one expert gains as much as drift allows.
 
-    On one rank, drift counts once the texts are balanced: before, the drift imbalance is that of the layer just balanced, and as
-    much more as the texts are out of balance beyond that.
+    On one rank, drift only counts once the texts are balanced. Before that, the drift imbalance is that of the layer when it is
+    just balanced, plus the remaining imbalance of the texts.
     """
     load = layer.worst_demand()
     gain = layer.drift_gain(objective.drift)
@@ -97,7 +97,7 @@ def drift_imbalance(problem: Problem, layer: Layer, objective: Objective, solved
 
 
 def solve_on_one_rank(problem: Problem, objective: Objective, budget: int) -> Solution | None:
-    """The least objective within ``budget`` bytes; None if the budget does not hold every expert once."""
+    """The solution with the least objective within ``budget`` bytes; None if the budget does not hold every expert once."""
     replicates = problem.cost.busiest == "slot"
     if not replicates:
         objective = replace(objective, balance=0.0, hedge=0.0)

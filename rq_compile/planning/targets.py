@@ -1,4 +1,4 @@
-"""The targets of a plan: what an engine is for, and what a step costs there. Nothing here needs numpy."""
+"""The targets of a plan and the costs of a step there. This module does not need numpy."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,9 +8,9 @@ Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched"]
 
 @dataclass(frozen=True)
 class Costs:
-    """Nominal rates that turn rows and bytes into one unit; a prediction is only ever shown as a ratio of two times.
+    """Nominal rates that turn rows and bytes into one unit. A prediction is only ever shown as a ratio of two times.
 
-    ``batched``: every slot is a lane as wide as the busiest slot of its format and capacity class; else kernels are ragged.
+    ``batched``: every slot is a lane as wide as the busiest slot of its format and capacity class; otherwise, kernels are ragged.
     """
 
     flops: float

@@ -168,7 +168,9 @@ main(["inspect", {str(model)!r}], standalone_mode=False)
     )
     said, error = python("-c", program).communicate()
     assert said.startswith("model.onnx\n")
-    assert error.startswith("error: inspect needs torch, which a plain install does not include; run pip install '.[compile]' in ")
+    assert error.startswith(
+        "error: inspect needs torch, which a plain install does not include; run pip install '.[compile]' in "
+    )
     assert error.count("\n") == 1
 
 

@@ -43,7 +43,7 @@ def planned(calibration: Calibration, formats: Sequence[str], **options: object)
     try:
         return make_plan(calibration, policy="optimal", **arguments)
     except UserError as error:
-        assert str(error).startswith(("no plan within --memory", "one slot an expert"))  # noqa: PT017 - either may happen
+        assert str(error).startswith(("no plan within --memory", "one slot per expert"))  # noqa: PT017 - either may happen
         return None
 
 

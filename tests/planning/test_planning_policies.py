@@ -67,7 +67,7 @@ def test_paper_counts_the_scales_and_quantizes_as_many_more_as_they_need() -> No
     plan = plan_of([PAPER], "paper")
     assert [slot.format for slot in plan.layers[0].slots] == ["bf16", "bf16", "int8", "int8", "int8"]
     assert plan.bytes_after <= plan.bytes_before
-    assert plan.remarks[-1].startswith("More than the paper's one expert is quantized in place in 1 of 1 layers")
+    assert plan.remarks[-1].startswith("In 1 of 1 layers, more experts are quantized in place than the one of the paper")
 
 
 def test_paper_serves_smaller_budgets_in_the_order_of_the_scores() -> None:
@@ -251,7 +251,7 @@ def test_craft_gives_replicas_to_the_layers_that_gain(ranks: int) -> None:
 def test_craft_stops_where_more_gains_nothing() -> None:
     plan = plan_of([inputs.layer([EVEN], {})], "craft", memory=2.0, target="cuda")
     assert len(plan.layers[0].slots) == 4
-    assert "has no replica that helps" in plan.remarks[-1]
+    assert "allows no replica that helps" in plan.remarks[-1]
 
 
 def test_craft_at_memory_one_places_as_well_as_eplb() -> None:
@@ -274,7 +274,11 @@ def test_craft_takes_fewer_bytes_than_eplb_for_as_good_a_balance() -> None:
 
 def test_a_plan_says_when_it_balances_nothing() -> None:
     even = inputs.layer([[10, 10, 10, 10]], {"int8": [0.0] * 4})
-    assert plan_of([even], "none").remarks[0].startswith("LIS was 1.000 and is 1.000: on batched this plan balances nothing")
+    assert (
+        plan_of([even], "none")
+        .remarks[0]
+        .startswith("LIS was 1.000 and is 1.000: on batched, this plan does not improve the balance")
+    )
     skewed = inputs.layer([[30, 10, 10, 10]], {"int8": [0.0] * 4})
     assert plan_of([skewed], "none").remarks[0].startswith("LIS was 2.000 and is 2.000")
     planned = plan_of([skewed], "optimal")
@@ -282,8 +286,8 @@ def test_a_plan_says_when_it_balances_nothing() -> None:
     predicted = planned.layers[0].predicted
     rows = predicted.padded_work_before, predicted.padded_work_after, predicted.strict_lis_before, predicted.strict_lis_after
     before, after, one_before, one_after = (f"{value:.2f}" for value in rows)
-    assert f"computes {before} rows for every useful one without this plan and {after} with it" in planned.remarks[1]
-    assert f"in lanes of one width it would be {one_before} and {one_after}." in planned.remarks[1]
+    assert f"computes {before} rows per useful row without this plan and {after} with it" in planned.remarks[1]
+    assert f"with lanes of one width it would be {one_before} and {one_after}." in planned.remarks[1]
     assert not any("lanes" in remark for remark in plan_of([skewed], "optimal", ranks=2).remarks)
 
 
@@ -348,7 +352,7 @@ def test_plans_say_which_options_they_used(policy: str) -> None:
         ({"policy": "paper", "format": "fp16"}, "option format of policy paper cannot be 'fp16'"),
         (
             {"formats": "int8,int3"},
-            "option formats names int3, but the experts were measured in bf16, int8, int4; choose of these",
+            "option formats names int3, but the experts were measured in bf16, int8, int4; choose among these",
         ),
     ],
 )

@@ -130,7 +130,7 @@ def test_without_room_the_busiest_is_relieved_as_far_as_copies_go() -> None:
     new, changes = replan(plan, inputs.calibration([inputs.layer([[20, 90, 20, 20]], errors)]))
     assert inputs.copies(new.layers[0]) == [1, 2, 1, 1]
     assert changes.count == 1
-    assert "plan anew" in new.remarks[0]
+    assert "make a new plan" in new.remarks[0]
 
 
 def test_on_one_ragged_device_nothing_changes() -> None:
@@ -138,7 +138,7 @@ def test_on_one_ragged_device_nothing_changes() -> None:
     plan = make_plan(calibration, policy="optimal", memory=1.0, ranks=1, target="cpu")
     new, changes = replan(plan, drifted(calibration, 1))
     assert changes.count == 0
-    assert "on cpu nothing waits for a busy expert" in new.remarks[0]
+    assert "cpu does not wait for busy experts" in new.remarks[0]
 
 
 def test_loads_of_another_model_are_refused() -> None:
@@ -181,7 +181,7 @@ def test_loads_of_other_experts_quantizer_or_formats_are_refused() -> None:
 def test_a_plan_over_its_own_budget_is_refused(target: str) -> None:
     calibration = inputs.skewed(layers=2)
     plan = make_plan(calibration, policy="optimal", memory=1.0, ranks=1, target=target)
-    with pytest.raises(UserError, match=r"takes .* bytes, .* more than --memory 0.9 allows; plan anew with --memory") as e:
+    with pytest.raises(UserError, match=r"takes .* bytes, .* more than --memory 0.9 allows; plan again with --memory") as e:
         replan(plan.model_copy(update={"memory": 0.9}), calibration)
     enough = float(str(e.value).split("with --memory ")[1].split()[0])
     replan(plan.model_copy(update={"memory": enough}), calibration)

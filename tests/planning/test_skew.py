@@ -59,9 +59,9 @@ def test_halves_of_an_only_text_stand_for_two() -> None:
 @pytest.mark.parametrize(
     ("skews", "words"),
     [
-        ([Skew(1.01, 0.01, 0.1, 0.9)], ["cannot pay on any target", "is even"]),
-        ([Skew(3.0, 0.5, 0.4, 0.9), Skew(1.0, 0.1, 0.2)], ["can pay where", "2.00 times", "30 %", "agree on", "0.90"]),
-        ([Skew(3.0, 0.5, 0.4, -0.2)], ["can pay where", "differ in", "-0.20"]),
+        ([Skew(1.01, 0.01, 0.1, 0.9)], ["cannot help on any target", "is even"]),
+        ([Skew(3.0, 0.5, 0.4, 0.9), Skew(1.0, 0.1, 0.2)], ["can help only where", "2.00 times", "30 %", "agree on", "0.90"]),
+        ([Skew(3.0, 0.5, 0.4, -0.2)], ["can help only where", "differ in", "-0.20"]),
     ],
 )
 def test_outlook_is_one_sentence(skews: list[Skew], words: list[str]) -> None:
@@ -74,9 +74,9 @@ def test_outlook_is_one_sentence(skews: list[Skew], words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("target", "ranks", "told"),
     [
-        ("cpu", 1, "Replication cannot pay on cpu with one rank"),
-        ("batched", 1, "Replication can pay on batched, which waits for the busiest slot"),
-        ("cpu", 2, "Replication can pay on cpu, which waits for the busiest rank"),
+        ("cpu", 1, "Replication cannot help on cpu with one rank"),
+        ("batched", 1, "Replication can help on batched, which waits for the busiest slot"),
+        ("cpu", 2, "Replication can help on cpu, which waits for the busiest rank"),
     ],
 )
 def test_a_plan_says_whether_replication_can_pay(target: str, ranks: int, told: str) -> None:
@@ -91,4 +91,4 @@ def test_inspect_shows_it(tmp_path: Path) -> None:
     calibration = inputs.calibration([inputs.layer([[40, 10, 10, 4], [30, 12, 9, 5]], ERRORS)])
     (tmp_path / "c.json").write_text(calibration.model_dump_json())
     shown = run("inspect", tmp_path / "c.json").stdout
-    assert all(word in shown for word in ("Gini", "busiest tenth", "agreement", "outlook", "replication can pay"))
+    assert all(word in shown for word in ("Gini", "busiest tenth", "agreement", "outlook", "replication can help"))

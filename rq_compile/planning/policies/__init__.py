@@ -1,1 +1,2 @@
-"""How to choose slots, a policy a module: each has ``Options`` (a closed set with defaults) and ``decide(problem, options)``."""
+"""How to choose slots, one policy per module. Each has ``Options`` (a closed set with defaults) and ``decide(problem,
+options)``."""

@@ -1,12 +1,13 @@
-"""Policy ``craft``: replicas where they pay, layer by layer, after CRAFT (arXiv 2603.28768).
+"""Policy ``craft``: replicas in the layers where they gain most, based on CRAFT (arXiv 2603.28768).
 
-EPLB gives every layer equally many replicas, though in many layers the later ones bring little. CRAFT estimates for each layer
-what more replicas would gain and spends a memory budget on the largest gains. Experts keep the checkpoint's format, so replicas
-need a ``memory`` above 1.
+EPLB gives every layer the same number of replicas, although in many layers the later ones gain little. CRAFT estimates the gain
+of more replicas for each layer, and spends a memory budget on the largest gains. Experts keep the checkpoint's format, so
+replicas need a ``memory`` above 1.
 
-Ours, where the abstract leaves it open: a layer's copies and ranks are those of EPLB (``eplb.rebalance``), a gain is the fall of
-the imbalance of the worst text (of ranks, or of slots on one rank), and the budget goes step by step to the largest gain for a
-byte, looking ahead over as many further replicas as that takes (the concave hull of a layer's curve).
+These points are not specified by the abstract and are our choice. A layer's copies and ranks are those of EPLB
+(``eplb.rebalance``). A gain is the decrease of the imbalance of the worst text (of ranks, or of slots on one rank). The budget is
+spent step by step on the largest gain per byte, looking ahead over as many further replicas as necessary (the concave hull of a
+layer's curve).
 """
 
 from dataclasses import dataclass
@@ -24,14 +25,14 @@ from rq_compile.planning.schema import Slot
 
 
 class Options(Document):
-    """``most``: replicas of a layer; 0 stands for as many as it has experts."""
+    """``most``: maximum number of replicas of a layer; 0 means the number of its experts."""
 
     most: int = Field(default=0, ge=0, le=MOST_EXPERTS * MOST_RANKS)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer with some number of replicas. ``held``: the expert of every slot; None for the layer that nobody planned."""
+    """A layer with some number of replicas. ``held``: the expert of every slot; None for the unplanned layer."""
 
     held: np.ndarray | None
     replicas: int
@@ -65,13 +66,13 @@ def decide(problem: Problem, options: Options) -> Decision:
     counts = [candidate.replicas for candidate in found]
     if not any(counts):
         return Decision(
-            slots, remarks=[f"CRAFT keeps full precision, and --memory {problem.memory:g} has no replica that helps."]
+            slots, remarks=[f"CRAFT keeps full precision, and --memory {problem.memory:g} allows no replica that helps."]
         )
     return Decision(slots, remarks=[f"CRAFT gives layers {min(counts)} to {max(counts)} replicas, {sum(counts)} in all."])
 
 
 def _curve(layer: Layer, ranks: int, most: int) -> list[Candidate]:
-    """A layer without replicas and with ever more of them, as many on every rank."""
+    """A layer without replicas and with increasing numbers of them, equally many on every rank."""
     most = min(most, layer.experts * (ranks - 1)) if ranks > 1 else most
     load = np.asarray(layer.calibration.load, np.float64)
     curve = [Candidate(None, 0, _imbalance(layer, None, ranks))]
@@ -84,7 +85,7 @@ def _curve(layer: Layer, ranks: int, most: int) -> list[Candidate]:
 
 
 def _imbalance(layer: Layer, held: np.ndarray | None, ranks: int) -> float:
-    """Of the ranks, or on one rank of the slots, in the text that is served worst."""
+    """Imbalance of the ranks (of the slots, if there is one rank) in the text that is served worst."""
     if held is None:
         held = np.arange(layer.experts)
         rank_of = held * ranks // layer.experts

@@ -1,12 +1,12 @@
 """Policy ``eplb``: DeepSeek's expert-parallel load balancer (github.com/deepseek-ai/EPLB), the field's baseline.
 
-Greedy replicate-and-pack in full precision, hierarchical: groups of experts are packed onto nodes, experts are replicated
-within a node, the physical experts of a node are packed onto its ranks. It knows one load per expert (the pooled counts), no
-formats and no budget. Here a budget holds for every policy, so it gets as many slots as ``memory`` holds, rounded down to a
-multiple of the ranks: at memory 1.0 it can only place.
+Greedy hierarchical replication and packing in full precision: groups of experts are packed onto nodes, experts are replicated
+within a node, and the physical experts of a node are packed onto its ranks. EPLB uses one load per expert (the pooled counts),
+and knows neither formats nor a budget. Here, the budget applies to every policy, so EPLB gets as many slots as ``memory`` allows,
+rounded down to a multiple of the ranks. At memory 1.0, it can only place.
 
-It differs from DeepSeek's only where that would put two copies of one expert on one of several ranks: an expert gets at most as
-many copies as its node has ranks, and a node whose packing has such a pair is packed again under that restriction.
+It differs from DeepSeek's code only if that would put two copies of one expert on one of several ranks. An expert gets at most as
+many copies as its node has ranks, and a node whose packing has such a pair is packed again with this restriction.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ from rq_compile.planning.schema import Slot
 
 
 class Options(Document):
-    """``slots`` a layer; 0 stands for as many as the memory holds."""
+    """``slots``: slots per layer; 0 means as many as the memory allows."""
 
     slots: int = Field(default=0, ge=0, le=MOST_EXPERTS * MOST_RANKS)
     groups: int = Field(default=1, ge=1, le=MOST_EXPERTS)
@@ -35,7 +35,7 @@ def decide(problem: Problem, options: Options) -> Decision:
     for layer in problem.layers:
         count = options.slots or _affordable(layer, problem, options)
         if count < layer.experts:
-            # The ranks do not divide the experts and there is no room for copies to fill them up.
+            # The ranks do not divide the experts, and there is no memory for copies to fill them up.
             slots.append(unplanned(layer.experts, problem))
             continue
         _check(layer, count, problem, options)
@@ -49,7 +49,7 @@ def decide(problem: Problem, options: Options) -> Decision:
 
 
 def _no_room(problem: Problem) -> str:
-    """What the next number of slots that fills all ranks alike would take."""
+    """The memory for the next number of slots that fills all ranks equally."""
     more = [(layer.experts // problem.ranks + 1) * problem.ranks for layer in problem.layers]
     enough = max(
         enough_for(count * int(layer.size[0]), layer.bytes_before) for count, layer in zip(more, problem.layers, strict=True)
@@ -62,7 +62,7 @@ def _no_room(problem: Problem) -> str:
 
 
 def _affordable(layer: Layer, problem: Problem, options: Options) -> int:
-    """As many slots as the memory holds, the same on every rank, and no more than one copy of an expert a rank of its node."""
+    """As many slots as the memory allows, equally many per rank, with at most one copy of an expert per rank of its node."""
     slots = allowed(problem.memory, layer.bytes_before) // int(layer.size[0])
     if problem.ranks > 1:
         slots = min(slots, layer.experts * problem.ranks // options.nodes)
@@ -86,18 +86,20 @@ def _check(layer: Layer, slots: int, problem: Problem, options: Options) -> None
                 2,
             )
     if problem.ranks > 1 and slots > layer.experts * problem.ranks // options.nodes:
-        raise UserError(f"{slots} slots put copies of one of {layer.experts} experts on one rank; give --option slots less", 2)
+        raise UserError(
+            f"with {slots} slots, copies of one of {layer.experts} experts would share a rank; give a smaller --option slots", 2
+        )
 
 
 def rebalance(load: np.ndarray, slots: int, groups: int, nodes: int, ranks: int) -> np.ndarray:
     """The logical expert of every slot, int64 ``[slots]``; rank r holds the r-th run of ``slots / ranks`` slots.
 
-    ``load`` float ``[m]``. A group of experts stays on one of ``nodes`` if these divide ``groups``; else there is no hierarchy.
-    For
+    ``load`` is float ``[m]``. A group of experts stays on one of ``nodes`` if these divide ``groups``; otherwise, there is no
+    hierarchy. For
 
         load = [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], 16 slots, 4 groups, 2 nodes, 8 ranks
 
-    the answer is ``[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1]``.
+    the result is ``[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1]``.
     """
     if groups % nodes:
         groups, nodes = 1, 1
@@ -117,7 +119,7 @@ def rebalance(load: np.ndarray, slots: int, groups: int, nodes: int, ranks: int)
 
 
 def _balanced(weight: np.ndarray, packs: int) -> list[list[int]]:
-    """Items, heaviest first, each to the lightest pack that has room; all packs hold equally many."""
+    """Put each item, heaviest first, into the lightest pack that has room. All packs hold the same number of items."""
     room = len(weight) // packs
     if room == 1:
         return [[item] for item in range(packs)]
@@ -131,7 +133,7 @@ def _balanced(weight: np.ndarray, packs: int) -> list[list[int]]:
 
 
 def _replicated(load: np.ndarray, slots: int, most_copies: int) -> np.ndarray:
-    """The expert of each of ``slots`` copies, int64: all once, then again and again the one whose copies are busiest."""
+    """The expert of each of ``slots`` copies, int64: all experts once, then repeatedly the one whose copies are busiest."""
     held = list(range(len(load)))
     copies = np.ones(len(load))
     for _ in range(slots - len(load)):

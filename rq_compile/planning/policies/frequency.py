@@ -1,4 +1,4 @@
-"""Policy ``frequency``: no replicas; the busier an expert, the more bits it keeps. A baseline: load instead of measured error."""
+"""Policy ``frequency``: no replicas; busier experts get more bits. A baseline that uses the load instead of measured errors."""
 
 from rq_compile.files import Document
 from rq_compile.planning.by_priority import Place, all_experts, formats_by_priority
@@ -6,7 +6,7 @@ from rq_compile.planning.problem import Decision, Problem
 
 
 class Options(Document):
-    """None."""
+    """This policy has no options."""
 
 
 def decide(problem: Problem, options: Options) -> Decision:
@@ -15,5 +15,5 @@ def decide(problem: Problem, options: Options) -> Decision:
         layer = problem.layers[position].calibration
         return layer.load[expert] / max(sum(layer.load), 1)
 
-    # sorted() is stable: of equal loads, the first layer's first expert.
+    # sorted() is stable: among equal loads, the first expert of the first layer comes first.
     return Decision(formats_by_priority(problem, sorted(all_experts(problem), key=load, reverse=True)))

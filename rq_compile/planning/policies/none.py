@@ -1,4 +1,4 @@
-"""Policy ``none``: the checkpoint as it is, one slot an expert, ranks in consecutive blocks."""
+"""Policy ``none``: the checkpoint as it is, one slot per expert, ranks in consecutive blocks."""
 
 from rq_compile.files import Document
 from rq_compile.planning.placement import contiguous
@@ -7,7 +7,7 @@ from rq_compile.planning.schema import Slot
 
 
 class Options(Document):
-    """None."""
+    """This policy has no options."""
 
 
 def decide(problem: Problem, options: Options) -> Decision:
@@ -15,6 +15,6 @@ def decide(problem: Problem, options: Options) -> Decision:
 
 
 def unplanned(experts: int, problem: Problem) -> list[Slot]:
-    """The slots of a layer that nobody planned: what every plan is compared with."""
+    """The slots of an unplanned layer, with which every plan is compared."""
     ranks = contiguous(experts, problem.ranks)
     return [Slot(expert=expert, format=problem.dtype, rank=int(rank)) for expert, rank in enumerate(ranks)]

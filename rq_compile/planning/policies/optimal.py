@@ -1,31 +1,31 @@
 """Policy ``optimal``: copies, formats and ranks of all layers together, for the least predicted cost within the budget.
 
-What is minimised, summed over the layers (weights are options, loads are those of the worst calibration text):
+The objective, summed over the layers (weights are options, loads are those of the worst calibration text):
 
     error  +  balance * max(0, imbalance - 1 - tolerance)  +  hedge * max(0, drift imbalance - 1 - tolerance)
 
-*error* is the layer's relative output error, the sum of its experts' measured ones. *imbalance* is what the target waits for: the
-busiest slot (LIS) of a batched lowering, the busiest of several ranks, nothing at all for ragged kernels on one rank, where the
-memory goes to bits alone. With ``balance`` 1, a layer that is a tenth out of balance costs as much as an output that is off by
-a tenth of its energy. So in practice every layer is first balanced to the tolerance, in whatever formats that takes, and then
-the bytes left buy bits where they save most error. *drift imbalance* is the busiest slot if any one expert may gain ``drift``
-mean loads, as happens on text of a kind that nobody calibrated on (``demand.drift_gain``). It counts only once the texts are
-balanced, and little: on four trained models (benchmarks/balance.py) ``hedge`` 0.0002 balances text of another kind as well as
-0.01 does, and 0.01 pays for that with int4 where int8 would fit. On one rank, a layer whose texts are out of balance counts as
-just balanced, plus what is missing to that.
+*error* is the layer's relative output error, the sum of its experts' measured errors. *imbalance* is the load that the target
+waits for: the busiest slot (LIS) of a batched lowering, or the busiest of several ranks. Ragged kernels on one rank do not wait,
+so the memory is spent on bits alone. With ``balance`` 1, a layer that is a tenth out of balance costs as much as an output that
+is off by a tenth of its energy. In practice, every layer is therefore first balanced to the tolerance, in whatever formats that
+takes, and then the remaining bytes buy bits where they reduce the error most. *drift imbalance* is the busiest slot if any one
+expert may gain ``drift`` mean loads, as happens on a kind of text that was not calibrated on (``demand.drift_gain``). It only
+counts once the texts are balanced, and with a small weight: on four trained models (benchmarks/balance.py), ``hedge`` 0.0002
+balances text of another kind as well as 0.01, and 0.01 pays for that with int4 where int8 would fit. On one rank, a layer whose
+texts are out of balance counts as if it were just balanced, plus the remaining imbalance.
 
-So a plan that balances what policy ``paper`` leaves unbalanced stores more experts in int8, and its error is then above that of
-the paper, which leaves most experts as they are; both are far below what a perplexity shows. Where the budget holds replicas in
-the checkpoint's own format, or cold experts make room for them at less error, that is what the objective finds.
+A plan that balances layers that policy ``paper`` leaves unbalanced stores more experts in int8. Its error is then above that of
+``paper``, which leaves most experts as they are; both errors are far too small to be visible in the perplexity. If the budget
+holds replicas in the checkpoint's own format, or cold experts make room for them with less error, the objective finds this.
 
-All copies of an expert share a format, so that an answer does not depend on who shares the batch; ``mixed_copies`` lifts that.
-``max_error`` bounds the mean error of a layer. Where it binds, balance gives way (``max_error``). On a target that waits for
-nothing, the plan with ``max_error`` takes the fewest bytes that keep to it, because they are what a step costs; it then states
-no objective.
+All copies of an expert share a format, so that an answer does not depend on the rest of the batch; ``mixed_copies`` lifts this.
+``max_error`` limits the mean error of a layer. If it cannot be kept otherwise, balance is reduced (``max_error``). On a target
+that does not wait, the plan with ``max_error`` takes the fewest bytes within the limit, because bytes are the cost of a step. It
+then states no objective.
 
-With several ranks every layer gets the same number of slots and every rank its equal share of them, as serving systems need.
-Optimality is proved by the bound that stands in the plan: for one rank it is usually met exactly (``allocation``, ``exact``), for
-several the packing leaves a gap (``rank_solver``).
+With several ranks, every layer gets the same number of slots and every rank an equal share of them, as serving systems require.
+The bound in the plan proves how close the plan is to the optimum. For one rank, the optimum is usually reached (``allocation``,
+``exact``); for several, the packing leaves a gap (``rank_solver``).
 """
 
 from dataclasses import replace
@@ -50,7 +50,8 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class Options(Document):
-    """``formats``: the only ones to use, separated by commas; empty for all that were measured. ``max_error`` 0: no bound."""
+    """``formats``: the only formats to use, separated by commas; empty means all measured ones. ``max_error``: 0 means no
+    limit."""
 
     tolerance: Weight = 0.01
     balance: Weight = 1.0
@@ -64,12 +65,12 @@ class Options(Document):
 def decide(problem: Problem, options: Options) -> Decision:
     """
     Raises:
-        UserError: the budget does not hold every expert once, ``max_error`` cannot be kept, or ``formats`` names one that was
-            not measured.
+        UserError: the budget does not hold every expert once, ``max_error`` cannot be kept, or ``formats`` names a format that
+            was not measured.
     """
     allowed = _allowed_formats(problem, options.formats)
     _check_budget(_with_formats(problem, allowed))
-    # An engine holds one float format, so each that is smaller than the checkpoint's own is an alternative to it.
+    # An engine holds one float format, so each float format that is smaller than the checkpoint's own is an alternative to it.
     floats = [format for format in FLOAT_FORMATS if format in allowed]
     solutions = [
         _solution(_with_formats(problem, [format for format in allowed if format == one or format not in floats]), options)
@@ -90,7 +91,7 @@ def decide(problem: Problem, options: Options) -> Decision:
 
 
 def _slots(problem: Problem, solution: Solution) -> list[list[Slot]]:
-    """Rank after rank; on a rank, first copies come before second ones."""
+    """The slots, rank by rank; within a rank, first copies come before second copies."""
     layers = []
     for layer, solved in zip(problem.layers, solution.layers, strict=True):
         experts, format, ranks = slot_experts(solved.choice.copies), solved.choice.format, solved.ranks
@@ -107,28 +108,28 @@ def _unbalanced(problem: Problem, solution: Solution, options: Options) -> list[
         return []
     way_out = "more --memory or a larger max_error" if options.max_error else "more --memory"
     return [
-        f"In {missed} of {len(problem.layers)} layers some calibration text stays more than {100 * options.tolerance:g} % out of "
-        f"balance; {way_out} would help."
+        f"In {missed} of {len(problem.layers)} layers, some calibration text stays more than {100 * options.tolerance:g} % out "
+        f"of balance; {way_out} would help."
     ]
 
 
 def _allowed_formats(problem: Problem, names: str) -> list[Format]:
     """
     Raises:
-        UserError: a name that a layer has no measured errors for.
+        UserError: a layer has no measured errors for one of the formats.
     """
     measured = [format for format in problem.layers[0].formats if all(format in layer.formats for layer in problem.layers)]
     wanted = [name.strip() for name in names.split(",")] if names else measured
     for name in wanted:
         if name not in measured:
             raise UserError(
-                f"option formats names {name}, but the experts were measured in {', '.join(measured)}; choose of these", 2
+                f"option formats names {name}, but the experts were measured in {', '.join(measured)}; choose among these", 2
             )
     return [format for format in measured if format in wanted]
 
 
 def _with_formats(problem: Problem, allowed: list[Format]) -> Problem:
-    """``problem`` in which every other format is impossible."""
+    """``problem`` with every other format made impossible."""
 
     def restricted(layer: Layer) -> Layer:
         error = layer.error.copy()
@@ -151,11 +152,11 @@ def _check_budget(problem: Problem) -> None:
             raise UserError(f"expert {possible.argmin()} of layer {index} fits no format; allow more with --option formats", 2)
         least += int(layer.size[smallest_formats(layer.error, layer.size[None])].sum())
     if least > problem.budget:
-        raise over_budget(least, problem.memory, problem.bytes_before, "one slot an expert in its smallest format")
+        raise over_budget(least, problem.memory, problem.bytes_before, "one slot per expert in its smallest format")
 
 
 def _solution(problem: Problem, options: Options) -> Solution | None:
-    """The best solution that keeps to ``max_error``; None if there is none."""
+    """The best solution within ``max_error``; None if there is none."""
     objective = Objective(1 + options.tolerance, options.balance, options.drift, options.hedge, options.mixed_copies)
     solve = solve_on_ranks if problem.ranks > 1 else solve_on_one_rank
     if not options.max_error:

@@ -1,17 +1,19 @@
 """Policy ``paper``: Replicate-and-Quantize as published (arXiv 2602.19938, Algorithms 1-3), layer by layer.
 
 The heavy hitter (the expert with the highest load) gets one copy in a half-width format, and the less-important expert (the one
-with the highest mean Wanda score) is quantized to that format in place. What the paper leaves open, and what is done here:
+with the highest mean Wanda score) is quantized to that format in place. The paper leaves these points open:
 
-1. *The same expert is both.* Then the next in the ranking is quantized, since quantizing the heavy hitter's original too would
-   undo the point of keeping it; ``skip_heavy_hitter=false`` takes the paper's words at face value.
-2. *Scales.* An int8 copy with its scales is a little more than half a bf16 expert, so one copy and one quantized expert do not
-   come out even. ``in_place=auto`` quantizes further experts, in the order of the ranking, until the layer fits its budget, and
-   so serves budgets below 1 too; ``in_place=1`` is the letter.
-3. *Half-width* of fp16 and bf16 is int8. Of fp32 it is fp16 in the paper; an engine holds one float format a layer, so it is
-   int8 here too. ``format`` chooses another.
-4. *Ranks* are not in the paper: experts stay in consecutive blocks and the copy goes to the least busy rank without the original.
-5. *The split of tokens* between the copies is the engine's: in turn. Which scores enter Wanda's mean is an option of calibration.
+1. *Both may be the same expert.* Then the next expert in the ranking is quantized, because quantizing the original of the heavy
+   hitter too would defeat the purpose of keeping it. ``skip_heavy_hitter=false`` follows the paper literally.
+2. *Scales.* An int8 copy with its scales takes a little more than half the bytes of a bf16 expert, so one copy and one quantized
+   expert exceed the original bytes. ``in_place=auto`` quantizes further experts, in the order of the ranking, until the layer
+   fits its budget; this also works for budgets below 1. ``in_place=1`` follows the paper literally.
+3. *Half-width* means int8 for fp16 and bf16. For fp32, it is fp16 in the paper; an engine holds one float format per layer, so it
+   is int8 here too. ``format`` selects another.
+4. *Ranks* are not in the paper: experts stay in consecutive blocks, and the copy goes to the least busy rank without the
+   original.
+5. *The split of tokens* between copies is that of the engine: in turn. An option of calibration selects the scores in Wanda's
+   mean.
 """
 
 from typing import Annotated, Literal
@@ -51,14 +53,14 @@ def decide(problem: Problem, options: Options) -> Decision:
     remarks = []
     if options.in_place == "auto" and more:
         remarks.append(
-            f"More than the paper's one expert is quantized in place in {len(more)} of {len(slots)} layers, "
-            f"because the copy's bytes, scales included, would exceed {problem.memory:g} of the layer."
+            f"In {len(more)} of {len(slots)} layers, more experts are quantized in place than the one of the paper, because the "
+            f"copy's bytes, including scales, would exceed {problem.memory:g} of the layer."
         )
     return Decision(slots, remarks=remarks)
 
 
 def _less_important(layer: Layer, memory: float, options: Options) -> list[int]:
-    """The experts to quantize in place.
+    """The experts that are quantized in place.
 
     Raises:
         UserError: the layer's budget cannot be met, or its experts were not measured in the format.

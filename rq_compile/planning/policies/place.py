@@ -1,4 +1,4 @@
-"""Policy ``place``: move experts between ranks; nothing is replicated, nothing quantized, no byte is added."""
+"""Policy ``place``: move experts between ranks, without replicas, quantization or additional bytes."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from rq_compile.planning.schema import Slot
 
 
 class Options(Document):
-    """None."""
+    """This policy has no options."""
 
 
 def decide(problem: Problem, options: Options) -> Decision:

@@ -1,4 +1,4 @@
-"""Policy ``random``: no replicas, formats at random within the budget. What any policy that measures something has to beat."""
+"""Policy ``random``: no replicas, random formats within the budget. A baseline that any policy with measurements should beat."""
 
 import numpy as np
 from pydantic import Field
@@ -9,7 +9,7 @@ from rq_compile.planning.problem import Decision, Problem
 
 
 class Options(Document):
-    """``seed``: another choice."""
+    """``seed``: seed of the random choice."""
 
     seed: int = Field(default=0, ge=0, lt=2**32)
 

@@ -1,4 +1,4 @@
-"""Policy ``uniform``: all experts in one format and no replicas, as most quantized checkpoints are. A baseline."""
+"""Policy ``uniform``: all experts in one format and no replicas, like most quantized checkpoints. A baseline."""
 
 from pydantic import Field
 
@@ -9,7 +9,7 @@ from rq_compile.planning.problem import Decision, Problem
 
 
 class Options(Document):
-    """``format``: empty stands for the largest that the budget holds."""
+    """``format``: the format of all experts; empty means the largest that the budget allows."""
 
     format: str = Field(default="", max_length=16)
 
@@ -31,7 +31,7 @@ def decide(problem: Problem, options: Options) -> Decision:
 
 
 def _largest(problem: Problem) -> str:
-    """Of the formats of every layer, the largest that fits, or the smallest one, which the budget then refuses."""
+    """The largest of the common formats that fits, or the smallest one, which the budget then refuses."""
     common = [format for format in problem.layers[0].formats if all(format in layer.formats for layer in problem.layers)]
 
     def taken(format: str) -> int:

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Names of the API are imported when they are used: importing the package costs nothing and needs nothing."""
+    """Import a name of the API when it is used, so that importing the package is fast and needs no other packages."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from rq_compile import api

@@ -1,7 +1,7 @@
-"""The package for programs, ``import rq_compile as rq``: ``open``, ``calibrate``, ``plan``, ``compile`` and ``load``.
+"""The Python API, ``import rq_compile as rq``: ``open``, ``calibrate``, ``plan``, ``compile`` and ``load``.
 
-Each stage reads and writes the same files as the command of its name, so that a program and the command line can take turns.
-What a stage has to remark goes to the logger ``rq_compile``; nothing is printed. Errors of a user are ``UserError``.
+Each stage reads and writes the same files as the command of the same name, so a program and the command line can take turns.
+Remarks go to the logger ``rq_compile``; nothing is printed. Mistakes of the user raise ``UserError``.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 File = str | PathLike[str]
 # Names to contents, or files: .txt, .jsonl and .parquet (see ``rq_compile.texts``).
 Texts = Mapping[str, str] | File | Sequence[File]
-# Called with what is done and what there is to do.
+# Called with the amount done and the total.
 Progress = Callable[[int, int], None]
 ActivationBits = Literal[8, 32]
-# Of lowerings, and what each may be.
+# Options of lowerings, and their possible values.
 OPTIONS: dict[str, Any] = {"activation_bits": ActivationBits, "dense_format": DenseFormat}
 
 _LOG = logging.getLogger("rq_compile")
 
 
 def open(checkpoint: File) -> Model:
-    """Open a Hugging Face checkpoint folder. Reads its config and the headers of its tensors, no weights.
+    """Open a Hugging Face checkpoint folder. Reads its config and the headers of its tensors, but no weights.
 
     Raises:
         UserError: the folder is not a sparse MoE model of a supported family and storage format, or its files disagree.
@@ -71,11 +71,11 @@ def calibrate(
     progress: Progress | None = None,
     detail: Callable[[str], None] | None = None,
 ) -> Calibration:
-    """Run ``model`` over ``texts`` and write what its experts did as ``output`` (``.json``).
+    """Run ``model`` over ``texts``, measure its experts and write the calibration to ``output`` (``.json``).
 
-    ``progress`` counts tokens; ``detail`` is told which layer is measured. ``memory_limit`` is in bytes, ``wanda_fraction`` is
-    the paper's s. The statistics that GPTQ needs go beside ``output`` as ``.safetensors``. An interrupted run of the same
-    arguments continues behind its last finished layer, unless ``fresh``.
+    ``progress`` counts tokens. ``detail`` gets the layer that is being measured. ``memory_limit`` is in bytes. ``wanda_fraction`` is
+    the paper's s. The statistics that GPTQ needs are written beside ``output`` as ``.safetensors``. An interrupted run with the same
+    arguments continues after its last finished layer, unless ``fresh``.
 
     Raises:
         UserError: ``output`` would replace an input or a file of another kind, there is no text, the text is too short, or one
@@ -116,10 +116,10 @@ def plan(
     progress: Progress | None = None,
     **options: Any,
 ) -> Plan:
-    """Decide how often, in which format and on which rank each expert is stored, and write the plan as ``output`` (``.json``).
+    """Decide how often, in which format and on which rank each expert is stored, and write the plan to ``output`` (``.json``).
 
-    A model may stand in the place of ``calibration``: then loads are taken to be uniform, weights alone tell the errors, and
-    ``progress`` counts experts. ``memory`` is the budget as a part of the bytes of the experts in the checkpoint. ``options`` are
+    Instead of ``calibration``, a model may be given: loads are then assumed to be uniform, errors come from the weights alone, and
+    ``progress`` counts experts. ``memory`` is the budget as a multiple of the bytes of the experts in the checkpoint. ``options`` are
     those of ``--option``: see docs/planning.md.
 
     Raises:
@@ -162,12 +162,12 @@ def compile(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Compile ``model`` after ``plan`` into an engine for ONNX Runtime: ``output`` (``.onnx``) and the files beside it.
+    """Compile ``model`` with ``plan`` into an engine for ONNX Runtime: ``output`` (``.onnx``) and the files beside it.
 
-    ``statistics`` are those of the plan's calibration; by default they are read from where ``plan`` says, beside it.
-    ``lowering``: by default the one for the plan's target. ``activation_bits`` and ``dense_format`` are options of some
-    lowerings. ``link_weights`` leaves weights in the checkpoint that need no other form. ``progress`` counts bytes of weights.
-    The engine does not depend on ``threads``.
+    ``statistics``: those of the plan's calibration, by default read from the file that ``plan`` names. ``lowering``: by default the
+    lowering for the plan's target. ``activation_bits`` and ``dense_format`` are options of some lowerings. ``link_weights``: use
+    weights of the checkpoint in place where the layout allows. ``progress`` counts bytes of weights. The engine does not depend on
+    ``threads``.
 
     Raises:
         UserError: ``output`` would replace another file, the plan is of another model or does not fit the lowering, the lowering
@@ -181,7 +181,7 @@ def compile(
 
     opened, path = _opened(model), Path(output)
     if path.suffix != ".onnx":
-        raise UserError(f"{path} is not named as an engine for ONNX Runtime; end it in .onnx", 2)
+        raise UserError(f"{path} does not have the extension of an engine for ONNX Runtime; end it in .onnx", 2)
     outputs = onnx_outputs(path, opened.path, link_weights=link_weights)
     check_outputs(outputs, [Path(plan)] if _is_file(plan) else [])
     if _is_file(plan):
@@ -205,7 +205,7 @@ def compile(
 
 
 def load(engine: File, threads: int | None = None) -> Engine:
-    """Load the engine at ``engine`` (``.onnx``). Needs the packages of a plain install alone, neither torch nor transformers.
+    """Load the engine at ``engine`` (``.onnx``). Needs only the packages of a plain install, neither torch nor transformers.
 
     Raises:
         UserError: a file of the engine is missing or damaged, or ONNX Runtime cannot run it here.
@@ -214,7 +214,8 @@ def load(engine: File, threads: int | None = None) -> Engine:
 
 
 class Engine(_Engine):
-    """A loaded engine: ``logits``, ``generate`` and ``loads`` of token ids, ``stream`` of text, ``evaluate`` and ``bench``."""
+    """A loaded engine: ``logits``, ``generate`` and ``loads`` take token ids, ``stream`` takes text; ``evaluate`` and
+    ``bench``."""
 
     def stream(self, prompt: str, max_tokens: int = 64, on_token: Callable[[int], None] | None = None) -> Iterator[str]:
         """Continue ``prompt`` greedily and yield the new text piece by piece; a piece never ends inside a character.
@@ -241,10 +242,10 @@ class Engine(_Engine):
     def evaluate(
         self, reference: Model | File, texts: Texts, *, sequence_length: int = 256, progress: Progress | None = None
     ) -> Evaluation:
-        """Perplexity, agreement, KL and LIS on held-out ``texts``, beside ``reference``, the checkpoint in transformers.
+        """Perplexity, agreement, KL and LIS on held-out ``texts``, compared with the checkpoint ``reference`` in transformers.
 
         Raises:
-            UserError: the reference is not what the engine was compiled from, or a text is too short.
+            UserError: the engine was not compiled from the reference, or a text is too short.
         """
         from rq_compile.evaluation.evaluate import evaluate
         from rq_compile.evaluation.windows import cut
@@ -300,7 +301,7 @@ def _opened(model: Model | File) -> Model:
 
 
 def _lowering(name: str, options: dict[str, Any]) -> Lowering:
-    """With those of ``options`` that are not None, all of which it must have."""
+    """The lowering with those of ``options`` that are not None. It must have all of these options."""
     from rq_compile.lowerings import LOWERINGS
 
     if name not in LOWERINGS:
@@ -309,7 +310,7 @@ def _lowering(name: str, options: dict[str, Any]) -> Lowering:
     given = {option: value for option, value in options.items() if value is not None}
     for option, value in given.items():
         if option not in kind.options:
-            raise UserError(f"{option} {value} has no effect with lowering {name}; leave it out, or take lowering native", 2)
+            raise UserError(f"{option} {value} has no effect with lowering {name}; leave it out, or use lowering native", 2)
         if (known := get_args(OPTIONS[option])) and value not in known:
             raise UserError(f"{option} cannot be {value}; choose one of {', '.join(map(str, known))}", 2)
     return kind(**given)

@@ -1,10 +1,10 @@
-"""What a number or a name in a document may be. A document out of these bounds is refused when it is read, with a sentence."""
+"""Bounds of the numbers and names in documents. A document out of these bounds is refused when it is read, with a sentence."""
 
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-# Above, a double (in JSON, in JavaScript, in numpy's means) no longer holds every whole number.
+# Above this, a double (in JSON, in JavaScript, in numpy's means) cannot hold every integer.
 MOST_COUNTED = 2**53
 MOST_EXPERTS = 2**14
 MOST_RANKS = 2**12
@@ -12,11 +12,11 @@ MOST_LAYERS = 10_000
 MOST_MEMORY = 1000.0
 
 Count = Annotated[int, Field(ge=0, le=MOST_COUNTED)]
-Size = Annotated[int, Field(ge=1, le=2**20, description="of an axis of a matrix")]
+Size = Annotated[int, Field(ge=1, le=2**20, description="size of an axis of a matrix")]
 ExpertNumber = Annotated[int, Field(ge=0, lt=MOST_EXPERTS)]
 LayerNumber = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 Share = Annotated[float, Field(ge=0, le=1)]
-# Over the mean, so 1 is perfect; no more than the number of experts.
+# Relative to the mean, so 1 is perfect; at most the number of experts.
 Imbalance = Annotated[float, Field(ge=1, le=MOST_EXPERTS)]
 NonNegative = Annotated[float, Field(ge=0, le=1e15)]
 Positive = Annotated[float, Field(gt=0, le=1e15)]

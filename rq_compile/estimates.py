@@ -1,8 +1,9 @@
-"""What a long command will take, before any weight is read: disk, memory and, roughly, time.
+"""Estimates of a long command before any weight is read: disk space, memory and (roughly) time.
 
-Bytes follow from the config, the headers and the plan, and are those of the files that are then written; the graph's, a small
-part, are counted by layers, slots and products. Time is arithmetic divided by ``RATES``, which are one machine's. Calibrating is
-estimated in ``calibration.run_estimate``, compiling in ``targets.engine_estimate``.
+Bytes follow from the config, the headers and the plan, and equal those of the files that are then written. Only the size of the
+graph, a small part, is estimated from the numbers of layers, slots and products. Time is the number of operations divided by
+``RATES``, which were measured on one machine. ``calibration.run_estimate`` estimates calibration, ``targets.engine_estimate``
+compilation.
 """
 
 import shutil
@@ -20,13 +21,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one core of a 2-core virtual machine (AMD EPYC, AVX-512), by ``benchmarks/estimates.py``. Another machine's may well be
-    three times higher or lower."""
+    """Rates of one core of a 2-core virtual machine (AMD EPYC, AVX-512), from ``benchmarks/estimates.py``. Those of another
+    machine may well be three times higher or lower."""
 
-    flops: float = 60e9  # fp32 products, a second
-    gptq: float = 45e6  # weights rounded, a second
+    flops: float = 60e9  # fp32 products per second
+    gptq: float = 45e6  # weights rounded per second
     nearest: float = 240e6
-    read: float = 1e9  # bytes of weights, a second, checked and converted
+    read: float = 1e9  # bytes of weights checked and converted per second
     start: float = 10.0  # seconds until the libraries are imported
     export: float = 5.0  # seconds to export one layer
 
@@ -35,8 +36,9 @@ RATES = Rates()
 
 
 class Estimate(Document):
-    """``outputs``: bytes of each file that is written. ``temporary_bytes``: what files in the temporary folder take meanwhile.
-    ``memory_bytes``: about the most that is held. ``seconds``: rough, on ``cores`` cores of the machine that ``rates`` tell."""
+    """``outputs``: bytes of each file that is written. ``temporary_bytes``: bytes of files in the temporary folder during the
+    work. ``memory_bytes``: approximate peak. ``seconds``: rough time on ``cores`` cores of the machine that ``rates``
+    describe."""
 
     kind: Literal["estimate"] = "estimate"
     outputs: dict[Name, int]
@@ -53,7 +55,7 @@ class Estimate(Document):
 
 
 def together(first: Estimate, second: Estimate) -> Estimate:
-    """Of two stages, one after the other in one process: what the first leaves is temporary."""
+    """The estimate of two stages that run one after the other in one process. The outputs of the first are temporary."""
     return second.model_copy(
         update={
             "temporary_bytes": max(first.temporary_bytes, second.temporary_bytes),
@@ -67,8 +69,8 @@ def together(first: Estimate, second: Estimate) -> Estimate:
 def check_space(output: Path, needed: int) -> None:
     """
     Raises:
-        UserError: the file system of ``output`` has less than ``needed`` bytes free; what is left of an interrupted
-            compilation counts as free.
+        UserError: the file system of ``output`` has less than ``needed`` bytes free. Files of an interrupted compilation count
+            as free.
     """
     partial = output.with_name(f".{output.name}.data.partial")
     free = shutil.disk_usage(output.parent).free + (partial.stat().st_blocks * 512 if partial.exists() else 0)

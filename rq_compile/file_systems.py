@@ -1,6 +1,6 @@
-"""What files are given where the file system has it: syncing, permissions, locks.
+"""Operations that some file systems do not support: syncing, permissions, locks.
 
-Network file systems and mounted buckets lack some of it. An output is whole without, so a refusal is logged and the work goes on.
+Network file systems and mounted buckets lack some of them. Outputs are complete without them, so a failure is only logged.
 """
 
 import errno
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-PART = ".rq-compile."  # how names of unfinished outputs begin; short, as the output's name may have the greatest length
-# How file systems say that they do not have something; what they answer to damage (EIO) or to a full disk is not here.
+PART = ".rq-compile."  # prefix of unfinished outputs; short, because the output's name may already have the maximum length
+# Errors by which file systems report unsupported operations, as opposed to damage (EIO) or a full disk.
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EINVAL, errno.ENOTTY})
 
 
@@ -24,17 +24,17 @@ def readable(name: object) -> object:
 
 @contextmanager
 def optional(what: str, folder: Path) -> Iterator[None]:
-    """Go on if the file system of ``folder`` does not support what is done within; ``what`` completes "cannot ..."."""
+    """Continue if the file system of ``folder`` does not support the operation in the block. ``what`` completes "cannot ..."."""
     try:
         yield
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        log.warning("the file system of %s cannot %s (%s); going on without", folder, what, error.strerror)
+        log.warning("the file system of %s cannot %s (%s); continuing without", folder, what, error.strerror)
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder, not what is in it, on the disk before going on.
+    """Write a file or folder, without the contents of the folder, to the disk before continuing.
 
     Raises:
         OSError: the disk failed or is full.
@@ -43,7 +43,7 @@ def sync(path: Path) -> None:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except PermissionError:
-            return  # a folder that may be written into, but not listed
+            return  # the folder may be written to, but not listed
         try:
             os.fsync(descriptor)
         finally:
@@ -51,7 +51,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """``sync`` all that is in ``folder``, then the folder."""
+    """``sync`` everything in ``folder``, then the folder."""
     for parent, _, files in os.walk(folder, topdown=False):
         for name in files:
             sync(Path(parent, name))
@@ -59,7 +59,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def permit(path: Path, mode: int) -> None:
-    """``mode`` less the umask, as open() and mkdir() would have it; tempfile's outputs are for their owner alone."""
+    """Set ``mode`` minus the umask, as open() and mkdir() do; tempfile creates files that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     with optional("change permissions", path.parent):
@@ -67,10 +67,10 @@ def permit(path: Path, mode: int) -> None:
 
 
 def publish(part: Path, path: Path) -> None:
-    """Rename a finished file or folder: after a crash of the machine ``path`` is the old one or the whole new one.
+    """Rename a finished file or folder. After a crash of the machine, ``path`` is the old one or the complete new one.
 
     Raises:
-        OSError: the disk is full, failed, or does not let it be renamed.
+        OSError: the disk is full or failed, or the file cannot be renamed.
     """
     folder = part.is_dir()
     permit(part, 0o777 if folder else 0o666)
@@ -85,5 +85,5 @@ def lock(file: int, path: Path) -> None:
     Raises:
         BlockingIOError: another process holds the lock.
     """
-    with optional("lock files, so start no second rq-compile that writes the same output", path.parent):
+    with optional("lock files, so do not start a second rq-compile that writes the same output", path.parent):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

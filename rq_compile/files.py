@@ -1,4 +1,4 @@
-"""Files between stages: read with a clear error, written beside and renamed, so that no output is ever half-written."""
+"""Files between stages: read with clear errors, written under a temporary name and renamed, so that no output is half-written."""
 
 import hashlib
 import os
@@ -17,9 +17,9 @@ from rq_compile.violations import violation
 
 
 class Document(BaseModel):
-    """A file between stages: a closed key set, immutable once read, every number finite.
+    """A file between stages: a closed set of keys, immutable once read, with finite numbers only.
 
-    ``called``: what messages call it; ``command``: what writes it.
+    ``called``: its name in messages. ``command``: the command that writes it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -27,13 +27,13 @@ class Document(BaseModel):
     command: ClassVar[str] = "rq-compile"
 
 
-Name = Annotated[str, BeforeValidator(readable)]  # in a document: of a file or folder, which need not be UTF-8
+Name = Annotated[str, BeforeValidator(readable)]  # the name of a file or folder in a document; the original need not be UTF-8
 D = TypeVar("D", bound=Document)
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in ``path``'s folder; ``publish`` it as ``path`` on success, remove it on any failure.
+    """Yield a temporary path in the folder of ``path``. ``publish`` it as ``path`` on success, and remove it on failure.
 
     Raises:
         UserError: the folder does not exist, cannot be written, or the disk is full.
@@ -57,7 +57,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; ``publish`` it as ``path`` on success, remove it on any failure.
+    """Yield a temporary folder beside ``path``. ``publish`` it as ``path`` on success, and remove it on failure.
 
     Raises:
         UserError: ``path`` exists and is not an empty folder, its parent cannot be written, or the disk is full.
@@ -98,7 +98,7 @@ def read_document(kind: type[D], path: Path) -> D:
     """Read and validate a JSON document.
 
     Raises:
-        UserError: the file is missing, is not JSON, or does not follow the schema (the first violation is named).
+        UserError: the file is missing, is not JSON, or does not follow the schema (the message names the first violation).
     """
     try:
         return kind.model_validate_json(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What is found in a checkpoint folder, and whether it can be compiled."""
+"""Describes a checkpoint folder and whether it can be compiled."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ from rq_compile.targets.vocabulary import vocabulary
 
 
 class LayerFound(Document):
-    """One MoE layer: ``stored`` is how its experts are stored, ``bytes`` what all of them take there."""
+    """One MoE layer. ``stored``: how its experts are stored. ``bytes``: bytes of all its experts as stored."""
 
     index: int
     name: str
@@ -29,11 +29,11 @@ class LayerFound(Document):
 
 
 class CheckpointFound(Document):
-    """``dtypes``: bytes of the tensors by their type in the files; ``formats``: bytes of the weights by storage format.
+    """``dtypes``: bytes of the tensors by their type in the files. ``formats``: bytes of the weights by storage format.
 
-    ``tied``: a weight without a tensor of its own -> the weight that it is tied to. ``unused``: tensors that no weight needs, or
-    that only the index lists. ``why_not``: a sentence, where the checkpoint cannot be compiled. Then there are no layers, and
-    nothing is known of what the model would need.
+    ``tied``: a weight without its own tensor -> the weight that it is tied to. ``unused``: tensors that no weight needs, or
+    that only the index lists. ``why_not``: a sentence, if the checkpoint cannot be compiled. In this case, there are no layers,
+    and the properties of the model are unknown.
     """
 
     kind: Literal["checkpoint"] = "checkpoint"
@@ -63,7 +63,7 @@ class CheckpointFound(Document):
 
 
 def inspected(checkpoint: Checkpoint) -> CheckpointFound:
-    """What ``checkpoint`` holds, as far as it can be told; only headers are read, and the ends of tensors."""
+    """A description of ``checkpoint``, as far as possible. Reads only headers and the ends of tensors."""
     found = CheckpointFound(
         name=checkpoint.name,
         model_type=checkpoint.model_type,
@@ -115,6 +115,6 @@ def inspected(checkpoint: Checkpoint) -> CheckpointFound:
 
 
 def _stored(model: Model, layer: MoeLayer) -> str:
-    """The storage formats of a layer's experts; where none is quantized, the format of most."""
+    """The storage formats of a layer's experts or, if none is quantized, the format of most experts."""
     quantized = {weight.format for weight in model.stored_experts(layer) if not isinstance(weight, Plain)}
     return ", ".join(sorted(quantized)) or model.agreement.formats[layer.index]

@@ -1,6 +1,6 @@
-"""The guard of outputs: asked before any work whether what a command writes can be written, and whether it would cost a file.
+"""The guard of outputs: checks before any work that a command can write its outputs, and that no other file is lost.
 
-An output may be new, or take the place of an earlier output of the same kind. It may not be an input, under whatever name.
+An output may be new, or replace an earlier output of the same kind. It must not be an input, under any name.
 """
 
 import json
@@ -17,16 +17,16 @@ from rq_compile.file_systems import PART, readable
 
 CHECKSUMS = "SHA256SUMS"  # every package has it
 CHOOSE = "choose another output with -o"
-# What rq-compile puts before and after a file's name while it is written: ``.NAME.partial``.
+# What rq-compile adds before and after a file's name while it is written: ``.NAME.partial``.
 LONGEST_PART = len(".partial") + 1
 Recognizes = Callable[[Path], bool]
 
 
 def check_outputs(outputs: Mapping[Path, tuple[str, Recognizes]], inputs: Iterable[Path] = ()) -> None:
-    """``outputs``: path -> what is written there ("plan"), and whether a file is an earlier one.
+    """``outputs``: path -> the kind of the output ("plan"), and a function that recognizes an earlier output of this kind.
 
     Raises:
-        UserError: an output cannot be written, is one of the ``inputs``, or exists and is something else.
+        UserError: an output cannot be written, is one of the ``inputs``, or exists and is of another kind.
     """
     inputs = [path for path in inputs if path.exists()]
     for folder in dict.fromkeys(path.parent for path in outputs):
@@ -46,13 +46,13 @@ def check_outputs(outputs: Mapping[Path, tuple[str, Recognizes]], inputs: Iterab
 
 
 def check_calibration(output: Path, inputs: Iterable[Path], *, statistics: bool) -> None:
-    """The calibration is written as ``output``, its statistics, if it has any, as ``<stem>.safetensors``.
+    """Check the outputs of a calibration: ``output`` and, with ``statistics``, ``<stem>.safetensors``.
 
     Raises:
-        UserError: ``output`` is named as its statistics, or see ``check_outputs``.
+        UserError: ``output`` has the name of its statistics, or see ``check_outputs``.
     """
     if output.suffix == ".safetensors":
-        raise UserError(f"-o {output} names the calibration, whose statistics go into a .safetensors; end it in .json", 2)
+        raise UserError(f"-o {output} ends in .safetensors, which is for the calibration's statistics; end it in .json", 2)
     beside = {output.with_suffix(".safetensors"): STATISTICS} if statistics else {}
     check_outputs({output: document("calibration")} | beside, inputs)
 
@@ -60,12 +60,12 @@ def check_calibration(output: Path, inputs: Iterable[Path], *, statistics: bool)
 def check_folder(folder: Path, output: Path) -> None:
     """
     Raises:
-        UserError: the folder does not exist, or nothing can be written into it.
+        UserError: the folder does not exist, or cannot be written to.
     """
     if not folder.is_dir():
         raise UserError(f"cannot write {output}: there is no folder {folder}; make it or {CHOOSE}", 2)
     try:
-        # Asking for permission bits would miss read-only file systems and would always say yes to root.
+        # Permission bits do not show read-only file systems, and always allow root.
         with tempfile.TemporaryFile(prefix=PART, dir=folder):
             pass
     except OSError as error:
@@ -79,17 +79,19 @@ def check_name(output: Path) -> None:
     """
     if readable(output.name) != output.name:
         raise UserError(f"cannot write {readable(output.name)}: JSON cannot hold a name that is not UTF-8; {CHOOSE}", 2)
-    with suppress(OSError):  # not every file system tells
+    with suppress(OSError):  # some file systems do not state the limit
         longest = os.pathconf(output.parent, "PC_NAME_MAX") - LONGEST_PART
         if (length := len(os.fsencode(output.name))) > longest:
-            raise UserError(f"cannot write {output}: its name has {length} bytes, and {longest} are possible; {CHOOSE}", 2)
+            raise UserError(
+                f"cannot write {output}: its name has {length} bytes, but only {longest} are possible; {CHOOSE}", 2
+            )
 
 
 # Which files are ours
 
 
 def document_kind(path: Path) -> str | None:
-    """``calibration``, ``plan``, ``sweep`` or ``engine``, as the file says itself; None of a file that is none of them.
+    """``calibration``, ``plan``, ``sweep`` or ``engine``, as stated in the file; None for any other file.
 
     Raises:
         OSError: it cannot be read.
@@ -106,7 +108,7 @@ def document_kind(path: Path) -> str | None:
 
 
 def document(kind: str) -> tuple[str, Recognizes]:
-    """A ``calibration``, a ``plan`` or a ``sweep``."""
+    """An output of ``check_outputs`` for a ``calibration``, a ``plan`` or a ``sweep``."""
     return kind, lambda path: document_kind(path) == kind
 
 
@@ -140,7 +142,7 @@ PACKAGE = "package", _is_package
 
 
 def engine_of(manifest: Path) -> str | None:
-    """The name of the engine that a manifest is of; None of another file."""
+    """The name of the engine that a manifest describes; None if the file is not a manifest."""
     if document_kind(manifest) != "engine":
         return None
     target = str(json.loads(manifest.read_bytes()).get("target"))
@@ -148,10 +150,10 @@ def engine_of(manifest: Path) -> str | None:
 
 
 def described(path: Path) -> str:
-    """What a file is that would be lost, to complete "which"."""
+    """A description of a file that would be lost, to complete "which"."""
     kind = document_kind(path)
     if kind == "engine":
-        return f"is that of {engine_of(path)}"
+        return f"is the manifest of {engine_of(path)}"
     if kind:
         return f"is a {kind}"
     return "holds weights of a model" if path.suffix == ".safetensors" else "rq-compile did not write"

@@ -1,6 +1,6 @@
-"""The processes that share one calibration or compilation. This is the only module that knows torch.distributed.
+"""The processes that share one calibration or compilation. This is the only module that uses torch.distributed.
 
-They are started by ``torchrun``, or by anything that sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``. A
+They are started by ``torchrun``, or by any program that sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``. A
 process that was started alone is a world of one: it owns all work and exchanges nothing.
 
 Work is a list of items, each owned by one process. Every process computes the same owners, works on its own items, and sees
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How long a process waits for another that is alive. The longest wait is for the first process while it writes to a slow disk.
+# How long a process waits for another live process. The longest wait is for the first process while it writes to a slow disk.
 PATIENCE = timedelta(hours=2)
 
 
@@ -32,7 +32,7 @@ class ProcessLost(UserError):
 
 
 def rank() -> int:
-    """The number of this process among all. The first, 0, writes the outputs and prints."""
+    """The number of this process. Process 0, the first, writes the outputs and prints."""
     return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
@@ -41,22 +41,22 @@ def world_size() -> int:
 
 
 def on_this_host() -> int:
-    """How many of the processes share this machine's cores and memory."""
+    """The number of processes that share this machine's cores and memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
 def device_of_process(device: str) -> str:
-    """The torch device of this process: of several GPUs of a machine, each process has its own."""
+    """The torch device of this process. If a machine has several GPUs, each process has its own."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and on_this_host() > 1 else device
 
 
 def in_contact() -> bool:
-    """Whether this process has met the others, so that what it fails at now is its own."""
+    """Whether this process is connected to the others, so that its errors are its own."""
     return bool(world.cache_info().currsize) and world_size() > 1
 
 
 class World:
-    """All processes, as one of them sees them."""
+    """All processes, as seen by one of them."""
 
     def __init__(self) -> None:
         self.rank, self.size = rank(), world_size()
@@ -68,11 +68,11 @@ class World:
                 torch.distributed.init_process_group(devices, timeout=PATIENCE)
             except (RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"the {self.size} processes of WORLD_SIZE did not meet: {reason(error)}; start them with torchrun"
+                    f"the {self.size} processes of WORLD_SIZE did not connect: {reason(error)}; start them with torchrun"
                 ) from error
 
     def owners(self, costs: Iterable[float]) -> list[int]:
-        """The rank that owns each item: each next one goes to whoever has the least to do so far."""
+        """The rank that owns each item. Each item goes to the process with the least work so far."""
         work = [0.0] * self.size
         owners = []
         for cost in costs:
@@ -85,17 +85,17 @@ class World:
         return (item for owner, item in zip(owners, items, strict=True) if owner == self.rank)
 
     def all(self, owners: Sequence[int], own: Iterable[T]) -> Iterator[T]:
-        """Every item, in order, on every process, of which each gives its ``own``.
+        """Every item, in order, on every process. Each process contributes its ``own`` items.
 
         Raises:
-            ProcessLost: another process is gone; so do all methods that exchange something.
+            ProcessLost: another process is gone. All methods that exchange data raise this.
         """
         mine = iter(own)
         for owner in owners:
             yield self._from(owner, next(mine) if owner == self.rank else None)
 
     def at_first(self, owners: Sequence[int], own: Iterable[T]) -> Iterator[T]:
-        """Every item, in order, on the first process; the others hand on their ``own`` and see none."""
+        """Every item, in order, on the first process. The others send their ``own`` items and get none."""
         mine = iter(own)
         for owner in owners:
             if owner == self.rank == 0:
@@ -110,11 +110,11 @@ class World:
         return self._from(0, item)
 
     def sum(self, array: np.ndarray, device: str = "cpu") -> np.ndarray:
-        """The sum of all processes' arrays, in place; it goes from one ``device`` to the other."""
+        """The sum of all processes' arrays, in place. ``device``: the device on which they are exchanged."""
         if self.size > 1:
             import torch
 
-            # Pieces, as the array may be mapped from a file that is larger than memory.
+            # In pieces, because the array may be mapped from a file that is larger than memory.
             for part in torch.from_numpy(array).view(-1).split(1 << 24):
                 with _or_lost():
                     there = part.to(device)
@@ -148,10 +148,10 @@ class World:
 
 @cache
 def world() -> World:
-    """Waits for the other processes when it is called first.
+    """All processes. The first call waits for the other processes.
 
     Raises:
-        ProcessLost: they did not come.
+        ProcessLost: they did not connect.
     """
     return World()
 
@@ -160,12 +160,12 @@ def world() -> World:
 def _or_lost() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what torch raises where a connection ends
+    except RuntimeError as error:  # torch raises this when a connection ends
         raise lost() from error
 
 
 def lost() -> ProcessLost:
     return ProcessLost(
-        f"one of the {world_size()} processes ended, so that the others cannot go on; read what it said, and start all again "
-        "with the same command, which goes on from what is finished"
+        f"one of the {world_size()} processes ended, so the others cannot continue; read its error, and start all of them again "
+        "with the same command, which continues from the finished work"
     )

@@ -1,4 +1,4 @@
-"""JSON schemas of the files between the stages: ``python -m rq_compile.schemas docs/schema`` writes them anew."""
+"""JSON schemas of the files between the stages, written by ``python -m rq_compile.schemas docs/schema``."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ DOCUMENTS: dict[str, type[Versioned]] = {
 
 
 def schema(kind: str) -> str:
-    """The JSON schema (draft 2020-12) of what the files of ``kind`` may hold, as the text of a file."""
+    """The JSON schema (draft 2020-12) of files of ``kind``, as the text of a file."""
     made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **DOCUMENTS[kind].model_json_schema()}
     return json.dumps(made, indent=1) + "\n"
 

@@ -1,6 +1,6 @@
-"""Working files that are too large for memory, or that another program reads: in the temporary folder of the system.
+"""Working files that are too large for memory, or that another program reads. They are in the system's temporary folder.
 
-Where the system has none that can be written (a read-only container, say), they go beside the output.
+If the system has no writable temporary folder (for example in a read-only container), they are written beside the output.
 """
 
 import logging
@@ -19,7 +19,7 @@ _output_folder: Path | None = None
 
 @contextmanager
 def beside(output: Path) -> Iterator[None]:
-    """Within this, the folder of ``output`` takes the place of a missing temporary folder."""
+    """Within this context, the folder of ``output`` replaces a missing temporary folder."""
     global _output_folder
     before, _output_folder = _output_folder, output.parent
     try:
@@ -31,7 +31,7 @@ def beside(output: Path) -> Iterator[None]:
 def folder() -> Path:
     """
     Raises:
-        UserError: there is neither a temporary folder nor an output to write beside.
+        UserError: there is neither a temporary folder nor an output whose folder could be used.
     """
     try:
         return Path(tempfile.gettempdir())
@@ -43,7 +43,7 @@ def folder() -> Path:
 
 
 def unnamed_file() -> BinaryIO:
-    """A file that is gone when it is closed, however the process ends.
+    """A file that disappears when it is closed, however the process ends.
 
     Raises:
         OSError: the disk is full.
@@ -53,5 +53,5 @@ def unnamed_file() -> BinaryIO:
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder to be used in a ``with`` statement; errors as ``unnamed_file``."""
+    """A temporary folder for a ``with`` statement. Raises the same errors as ``unnamed_file``."""
     return tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder())

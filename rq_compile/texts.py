@@ -1,4 +1,4 @@
-"""Texts as people have them: plain files, rows of JSON lines or Parquet, and conversations through a model's chat template."""
+"""Reads texts: plain files, rows of JSON lines or Parquet, and conversations, which a model's chat template formats."""
 
 import glob
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from rq_compile.errors import UserError, reason
 
-# Fields of a row that are looked for, in this order, where none is named.
+# Fields of a row that are tried, in this order, if no field is named.
 FIELDS = ("text", "messages")
 BETWEEN = "\n\n"
 Messages = list[dict[str, Any]]
@@ -26,9 +26,9 @@ def read_texts(
 ) -> dict[str, str]:
     """File name -> content, without a byte order mark at its start.
 
-    A path may be a pattern (``*``, ``?``, ``[]``). Of .jsonl and .parquet files, ``field`` of every row is taken (by default
-    ``text``, else ``messages``), or of ``samples`` rows that ``seed`` chooses; where it is a list of messages, ``render`` makes a
-    text of it.
+    A path may be a pattern (``*``, ``?``, ``[]``). From .jsonl and .parquet files, ``field`` of every row is read (by default
+    ``text``, otherwise ``messages``), or of ``samples`` random rows, chosen by ``seed``. If the field is a list of messages,
+    ``render`` turns it into text.
 
     Raises:
         UserError: no file was given, one cannot be read, is not UTF-8 text, is empty or has no such field, or two have the same
@@ -74,7 +74,7 @@ def _plain(path: Path) -> str:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]] | None:
-    """None where the file is plain text."""
+    """The rows of a file; None if the file is plain text."""
     if path.suffix == ".jsonl":
         return _json_lines(path)
     return _parquet(path) if path.suffix == ".parquet" else None
@@ -87,14 +87,16 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise UserError(f"line {number} of --text {path} is not a JSON object; give one object a line", 2)
+                        raise UserError(f"line {number} of --text {path} is not a JSON object; give one object per line", 2)
                     yield row
     except OSError as error:
         raise UserError(f"cannot read --text {path}: {error.strerror}; check the path", 2) from error
     except UnicodeDecodeError as error:
         raise UserError(f"--text {path} is not UTF-8 text; convert it or give another file", 2) from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"line {number} of --text {path} is not JSON; give one object a line, or rename plain text", 2) from error
+        raise UserError(
+            f"line {number} of --text {path} is not JSON; give one object per line, or rename plain text", 2
+        ) from error
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -102,7 +104,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise UserError(f"--text {path} is read by pyarrow, which is not installed; run pip install pyarrow", 2) from error
+        raise UserError(f"--text {path} needs pyarrow, which is not installed; run pip install pyarrow", 2) from error
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
@@ -114,7 +116,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
 def _chosen(
     path: Path, rows: Iterator[dict[str, Any]], field: str | None, samples: int | None, seed: int, render: Render | None
 ) -> Iterator[str]:
-    """The texts of all rows, or of so many samples, in the order of the file."""
+    """The texts of all rows, or of ``samples`` rows, in the order of the file."""
     kept = rows if samples is None else iter(_sampled(rows, samples, seed))
     for row in kept:
         name = field or next((name for name in FIELDS if name in row), None)
@@ -126,7 +128,7 @@ def _chosen(
         if _is_conversation(value):
             if render is None:
                 raise UserError(
-                    f"--text {path} holds conversations, and there is no chat template to write them by; "
+                    f"--text {path} holds conversations, but there is no chat template to format them with; "
                     "give text, or name a field of text with --field",
                     2,
                 )
@@ -138,7 +140,8 @@ def _chosen(
 
 
 def _sampled(rows: Iterator[dict[str, Any]], samples: int, seed: int) -> list[dict[str, Any]]:
-    """Reservoir sampling (Vitter's Algorithm R), which holds no more rows than it keeps; in the order of the file."""
+    """Reservoir sampling (Vitter's Algorithm R), which holds only the rows that it keeps. Returns them in the order of the
+    file."""
     chance = random.Random(seed)
     kept: list[tuple[int, dict[str, Any]]] = []
     for number, row in enumerate(rows):
@@ -154,10 +157,10 @@ def _is_conversation(value: object) -> bool:
 
 
 def chat_template(folder: Path) -> Render:
-    """Writes conversations as the tokenizer of the checkpoint in ``folder`` says.
+    """A function that formats conversations with the tokenizer of the checkpoint in ``folder``.
 
     Raises:
-        UserError: when called: it has no chat template, or one that refuses the conversation.
+        UserError: when the function is called: there is no chat template, or it refuses the conversation.
     """
 
     def render(messages: Messages) -> str:

@@ -1,12 +1,13 @@
-"""Documents that outlive the program that wrote them: every file says which version of its schema it follows.
+"""Documents outlive the program that wrote them, so every file states the version of its schema.
 
-The rule. ``schema_version`` goes up with the first change of a document's JSON schema after a release (a key, a type, a meaning),
-once for all changes of the next release; tighter bounds that every file written so far keeps are not a change. A reader reads its
-own version and all earlier ones: ``upgrades`` holds a function for each step, or none where a version can no longer be read. A
-newer version is refused, as its keys are unknown. ``tests/frozen`` has a file of every version, and the hash of every schema.
+The rule: ``schema_version`` is increased with the first change of a document's JSON schema after a release (a key, a type, a
+meaning), once for all changes of the next release. Tighter bounds that all files written so far satisfy are not a change. A
+reader reads its own version and all earlier ones: ``upgrades`` holds a function for each step, and none if a version can no
+longer be read. A newer version is refused, because its keys are unknown. ``tests/frozen`` has a file of every version, and the
+hash of every schema.
 
-To change a schema: raise ``schema_version``, add the step to ``upgrades``, freeze an example of the new version, and write the
-schemas and their hashes anew (``make schema``).
+To change a schema: increase ``schema_version``, add the step to ``upgrades``, freeze an example of the new version, and rewrite
+the schemas and their hashes (``make schema``, ``make frozen``).
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class Versioned(Document):
     """A document with a ``schema_version: Literal[n] = n``.
 
     ``upgrades[n]`` turns the content of a file of version n into that of version n + 1; it may change the dictionary in place.
-    Documents inside of others (a plan in a manifest) have versions of their own and are upgraded on their own.
+    Documents inside others (a plan in a manifest) have their own versions and are upgraded separately.
     """
 
     upgrades: ClassVar[dict[int, Upgrade]] = {}
@@ -36,7 +37,7 @@ class Versioned(Document):
     @classmethod
     def upgraded(cls, content: Any) -> Any:
         current = cls.current_version()
-        # A document that says nothing is one that is being made, or of before there were versions.
+        # A document without a version is being made, or is older than versions.
         version = content.get("schema_version", current) if isinstance(content, dict) else current
         another = (
             isinstance(content, dict)
@@ -46,7 +47,7 @@ class Versioned(Document):
             return content
         if version > current:
             raise ValueError(
-                f"schema version {version} is of a newer rq-compile, and this one reads versions up to {current}; "
+                f"schema version {version} is that of a newer rq-compile, and this one reads versions up to {current}; "
                 f"update rq-compile, or write it again with this one"
             )
         content = dict(content)

@@ -1,4 +1,4 @@
-"""What is wrong with a document, as one sentence."""
+"""Says in one sentence what is wrong with a document."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ LONGEST = 60  # characters of a value that a sentence shows
 
 
 def violation(error: ValidationError) -> str:
-    """The first one: where, what stands there, and what should."""
+    """The first violation: its place, the value there, and what is expected."""
     first = error.errors(include_url=False)[0]
     return printable(_sentence(first, ".".join(map(str, first["loc"]))))
 
@@ -24,7 +24,7 @@ def _sentence(first: ErrorDetails, where: str) -> str:
     if kind == "missing":
         return f"{where} is missing"
     if kind == "extra_forbidden":
-        return f"{where} is not a key that it may have"
+        return f"{where} is not a key of this document"
     if kind in ("value_error", "assertion_error"):
         told = message.removeprefix("Value error, ")
         return f"{where}: {told}" if where else told

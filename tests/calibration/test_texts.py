@@ -83,8 +83,8 @@ def test_patterns_and_byte_order_marks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"text": "a"}\n{"text": \n', r"line 2 of --text .*a\.jsonl is not JSON; give one object a line"),
-        (b"Call me Ishmael.\n", r"line 1 of .* is not JSON; give one object a line, or rename plain text"),
+        (b'{"text": "a"}\n{"text": \n', r"line 2 of --text .*a\.jsonl is not JSON; give one object per line"),
+        (b"Call me Ishmael.\n", r"line 1 of .* is not JSON; give one object per line, or rename plain text"),
         (b'"text"\n', "line 1 of .* is not a JSON object"),
         (b"[" * 100_000, "line 1 of .* is not JSON"),
         (b'{"body": "a", "id": 1}\n', r"has no field text or messages \(its fields: body, id\); name one with --field"),
@@ -92,7 +92,7 @@ def test_patterns_and_byte_order_marks(tmp_path: Path) -> None:
         (b'{"text": 3}\n', "the field text of a row of .* is not text; name another with --field"),
         (b'{"text": ["a"]}\n', "the field text of a row of .* is not text"),
         (b'{"text": null}\n', "the field text of a row of .* is not text"),
-        (b'{"messages": [{"role": "user", "content": "a"}]}\n', "holds conversations, and there is no chat template"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n', "holds conversations, but there is no chat template"),
         (b'\xff\xfe{\x00"\x00', "is not UTF-8 text"),
         (b"\n\n", "is empty; give a file with text"),
         (b'{"text": " "}\n', "is empty; give a file with text"),
@@ -112,7 +112,7 @@ def test_refuses_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError, match=r"cannot read --text .*none\.parquet"):
         read_texts([tmp_path / "none.parquet"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="is read by pyarrow, which is not installed; run pip install pyarrow"):
+    with pytest.raises(UserError, match="needs pyarrow, which is not installed; run pip install pyarrow"):
         read_texts([tmp_path / "a.parquet"])
 
 

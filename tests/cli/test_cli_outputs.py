@@ -36,10 +36,10 @@ def test_a_manifest_does_not_overwrite_that_of_another_engine(rq_compile: Run, m
     shutil.copy(stages / "model.json", out)
     before = (out / "model.json").read_bytes()
     result = rq_compile(*writing("compile", model, stages, out)[:-1], out / "model.plan", "--no-build", "-q")
-    refused(result, 2, "would overwrite", "model.json, which is that of model.onnx", "-o")
+    refused(result, 2, "would overwrite", "model.json, which is the manifest of model.onnx", "-o")
     assert (out / "model.json").read_bytes() == before
     (out / "model.json").write_bytes(before.replace(b'"target": "cpu"', b'"target": "tensorrt"', 1))
-    refused(rq_compile(*writing("compile", model, stages, out), "-q"), 2, "which is that of model.plan")
+    refused(rq_compile(*writing("compile", model, stages, out), "-q"), 2, "which is the manifest of model.plan")
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def test_a_document_survives_writing_and_reading(tmp_path: Path) -> None:
         ('{"text": 1}', "is not a valid note: text is 1: input should be a valid string"),
         ("{}", "is not a valid note: text is missing"),
         ('{"text": "a", "number": NaN}', "number is NaN: input should be a finite number"),
-        ('{"text": "a", "more": 1}', "is not a valid note: more is not a key that it may have"),
+        ('{"text": "a", "more": 1}', "is not a valid note: more is not a key of this document"),
         ('{"kind": "plan", "text": "a"}', "is a file of kind plan, not a note; give a note"),
         (r'{"kind": "\u001b[2J", "text": "a"}', r"is a file of kind \\x1b\[2J, not a note"),
         (r'{"text": "a", "\u001b]0;x\u0007": 1}', r"\\x1b\]0;x\\x07 is not a key"),

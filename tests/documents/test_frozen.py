@@ -57,7 +57,7 @@ def test_a_newer_version_is_refused(path: Path, tmp_path: Path) -> None:
     newer = kind.current_version() + 1
     spoilt = tmp_path / "newer.json"
     spoilt.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": newer, "key_of_tomorrow": 1}))
-    with pytest.raises(UserError, match=f"schema version {newer} is of a newer rq-compile, .* update rq-compile"):
+    with pytest.raises(UserError, match=f"schema version {newer} is that of a newer rq-compile, .* update rq-compile"):
         read_document(kind, spoilt)
 
 

@@ -82,9 +82,7 @@ def check_name(output: Path) -> None:
     with suppress(OSError):  # some file systems do not state the limit
         longest = os.pathconf(output.parent, "PC_NAME_MAX") - LONGEST_PART
         if (length := len(os.fsencode(output.name))) > longest:
-            raise UserError(
-                f"cannot write {output}: its name has {length} bytes, but only {longest} are possible; {CHOOSE}", 2
-            )
+            raise UserError(f"cannot write {output}: its name has {length} bytes, but only {longest} are possible; {CHOOSE}", 2)
 
 
 # Which files are ours

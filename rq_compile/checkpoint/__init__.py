@@ -1,1 +1,1 @@
-"""Open a safetensors checkpoint; read one tensor or one layer, never the whole."""
+"""Opens a safetensors checkpoint and reads one tensor or one layer at a time, never the whole checkpoint."""

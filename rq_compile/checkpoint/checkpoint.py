@@ -25,20 +25,20 @@ from rq_compile.quantization.source_integers import SourceIntegers
 
 SAMPLE = 4096
 FLOATS: dict[np.dtype, Format] = {np.dtype(np.float32): "fp32", np.dtype(np.float16): "fp16", BF16: "bf16"}
-# Those that repositories keep in git-lfs beside the weights.
+# Files that repositories keep in git-lfs beside the weights.
 SMALL_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``config`` is the parsed ``config.json``, ``stated`` what the checkpoint says about its quantization.
+    """``config`` is the parsed ``config.json``, ``stated`` the checkpoint's statements about its quantization.
 
-    Tensors are named, shaped and read as if the checkpoint had never been quantized: see ``storage``.
+    Names, shapes and values of weights are those of a checkpoint that was never quantized: see ``storage``.
 
-    ``absent`` are tensors that the index lists and no file holds -> the file that it names for them; ``remarks`` are sentences on
-    what is odd about the files.
+    ``absent``: tensors that the index lists but no file holds -> the file that the index names for them. ``remarks``: sentences
+    about anything unusual in the files.
 
-    Every value that is read of a checkpoint goes through ``read``, ``read_row``, ``integers`` or ``mapped``.
+    All values of a checkpoint are read through ``read``, ``read_row``, ``integers`` or ``mapped``.
     """
 
     path: Path
@@ -51,12 +51,12 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
-        """Read the config and the headers of all shards; no weights.
+        """Read the config and the headers of all shards, but no weights.
 
         Raises:
             UserError: no such directory, a link that leads out of it, a folder of another kind (see ``refuse_other_folders``), no
-                config.json, no safetensors, a shard that is damaged (see ``stored_tensors``), or weights that are stored in a
-                format that is not read (see ``weights_of``).
+                config.json, no safetensors files, a damaged shard (see ``stored_tensors``), or weights in an unsupported format
+                (see ``weights_of``).
         """
         path = Path(path)
         if not path.is_dir():
@@ -70,7 +70,7 @@ class Checkpoint:
         config = read_json(path / "config.json")
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or not model_type.isprintable():
-            raise UserError(f"{path / 'config.json'} names no model_type; give a Hugging Face checkpoint directory", 2)
+            raise UserError(f"{path / 'config.json'} does not name a model_type; give a Hugging Face checkpoint directory", 2)
         stated, shards = stated_of(path, config), stored_tensors(path)
         weights = weights_of(shards.tensors, stated)
         remarks = [*shards.remarks, *_left_over(stated, weights)]
@@ -95,7 +95,7 @@ class Checkpoint:
 
     @cached_property
     def bytes_by_dtype(self) -> dict[str, int]:
-        """Bytes of the tensors by safetensors' name of their dtype."""
+        """Bytes of the tensors by dtype, as safetensors names it."""
         total: Counter[str] = Counter()
         for tensor in self._tensors.values():
             total[tensor.dtype] += tensor.bytes
@@ -111,15 +111,15 @@ class Checkpoint:
 
     @property
     def quantization(self) -> str | None:
-        """The method of quantization that the config states."""
+        """The quantization method that the config states."""
         return self.stated.named
 
     def size(self, name: str) -> int:
-        """How many values a tensor has."""
+        """The number of values of a weight."""
         return math.prod(self.shape(name))
 
     def lacks(self, name: str) -> str:
-        """The beginning of a sentence on a tensor that is not there."""
+        """The beginning of a sentence about a missing tensor."""
         if name not in self.absent:
             return f"{self.path} has no tensor {name}"
         file = file_in(self.path, self.absent[name])
@@ -147,12 +147,12 @@ class Checkpoint:
         return self.weight(name).shape
 
     def dtype_of(self, name: str) -> np.dtype:
-        """What ``read`` gives: the stored dtype (bf16 as ``ml_dtypes.bfloat16``); of a quantized weight bf16 where that holds
-        every decoded value, else fp32."""
+        """The dtype that ``read`` returns: the stored dtype (bf16 as ``ml_dtypes.bfloat16``). For a quantized weight, bf16 if
+        that holds every decoded value, otherwise fp32."""
         return self.weight(name).dtype
 
     def source_bytes(self, name: str) -> int:
-        """What reading a weight holds: its bytes as stored and, of a quantized one, as decoded."""
+        """Bytes in memory while a weight is read: its bytes as stored plus, if it is quantized, as decoded."""
         weight = self.weight(name)
         return weight.bytes + (0 if isinstance(weight, Plain) else 4 * math.prod(weight.shape))
 
@@ -160,28 +160,30 @@ class Checkpoint:
         """The weight, decoded, in ``dtype_of`` it.
 
         Raises:
-            UserError: there is no such weight, or a value of it is infinite or no number.
+            UserError: there is no such weight, or one of its values is infinite or NaN.
         """
         return self.weight(name).read()
 
     def read_row(self, name: str, index: int) -> np.ndarray:
-        """Slice ``index`` of the first dimension; reads no more than that."""
+        """Slice ``index`` of the first dimension. Reads only this slice."""
         return self._with_row(name, index).read(index)
 
     def integers(self, name: str, index: int | None = None) -> SourceIntegers | None:
-        """The whole numbers and scales that a quantized weight (or its slice ``index``) consists of; None where it does not."""
+        """The integers and scales of a quantized weight, or of its slice ``index``; None if it does not consist of such."""
         weight = self.weight(name) if index is None else self._with_row(name, index)
         return weight.integers(weight.rows_of(index))
 
     def _with_row(self, name: str, index: int) -> Weight:
         weight = self.weight(name)
         if not weight.shape or not 0 <= index < weight.shape[0]:
-            raise UserError(f"{name} has shape {list(weight.shape)}, so no slice {index}; check the checkpoint's config.json", 2)
+            raise UserError(
+                f"{name} has shape {list(weight.shape)}, which has no slice {index}; check the checkpoint's config.json", 2
+            )
         return weight
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over config.json and every tensor's name, dtype, shape and first and last 4 KiB, by sorted name."""
+        """sha256 over config.json and, sorted by name, every tensor's name, dtype, shape and first and last 4 KiB."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for name in sorted(self._tensors):
             tensor = self._tensors[name]
@@ -191,14 +193,14 @@ class Checkpoint:
 
     @property
     def version(self) -> str:
-        """sha256 over the shards' sizes and times: changes with any change of a shard, and when the checkpoint is copied."""
+        """sha256 over the shards' sizes and times. It changes with any change of a shard, and when the checkpoint is copied."""
         stats = [(file, file.stat()) for file in self.files]
         return hashlib.sha256(repr([(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]).encode()).hexdigest()
 
 
 def _left_over(stated: Stated, weights: dict[str, Weight]) -> list[str]:
-    """A remark on what is said of a quantization, where no weight has one."""
+    """A remark about a stated quantization, if no weight is quantized."""
     if stated.named is None or any(not isinstance(weight, Plain) for weight in weights.values()):
         return []
-    said = f"{stated.file.name} speaks of a quantization ({stated.named})"
-    return [f"{said} that no tensor has: the weights are used as they are stored"]
+    said = f"{stated.file.name} states a quantization ({stated.named})"
+    return [f"{said}, but no tensor is quantized: the weights are used as they are stored"]

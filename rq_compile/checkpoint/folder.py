@@ -1,8 +1,8 @@
-"""The files of a checkpoint's folder: no name and no link in it leads elsewhere.
+"""The files of a checkpoint's folder. No name and no link in the folder may lead out of it.
 
-A folder from a stranger may hold a link to any file of its reader's, whose content would then be read as the model's or, worse,
-copied into an engine that is given away (a tokenizer, a licence). The one link outward that is followed is the hub cache's own:
-``models--org--name/snapshots/<revision>/<file>`` to ``models--org--name/blobs/<hash>``.
+A folder from a stranger may hold a link to any file of the user. Its content would then be read as part of the model or, worse,
+copied into an engine that is given away (as a tokenizer or a licence). The only outward links that are followed are those of the
+hub cache: ``models--org--name/snapshots/<revision>/<file>`` to ``models--org--name/blobs/<hash>``.
 """
 
 import json
@@ -19,7 +19,7 @@ BELOW = ("*/config.json", "snapshots/*/config.json", "*/snapshots/*/config.json"
 def refuse_links_outward(folder: Path) -> None:
     """
     Raises:
-        UserError: an entry of ``folder`` is a link to something outside, or the folder cannot be listed.
+        UserError: an entry of ``folder`` is a link that leads out of it, or the folder cannot be listed.
     """
     try:
         links = [entry for entry in sorted(folder.iterdir()) if entry.is_symlink()]
@@ -31,10 +31,10 @@ def refuse_links_outward(folder: Path) -> None:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The file that ``name``, a relative path that a file of the checkpoint gives, stands for; it may be missing.
+    """The path of ``name``, a relative path from a file of the checkpoint. The file may be missing.
 
     Raises:
-        UserError: it is absolute, has ``..`` in it, or a link on the way leads out of the folder.
+        UserError: ``name`` is absolute or contains ``..``, or a link on the way leads out of the folder.
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable() or "\\" in name:
@@ -47,19 +47,19 @@ def file_in(folder: Path, name: str) -> Path:
 def refuse_pointer(file: Path) -> None:
     """
     Raises:
-        UserError: ``file`` is what git-lfs leaves in place of a large file that was not fetched.
+        UserError: ``file`` is the pointer that git-lfs leaves instead of a large file that was not fetched.
     """
     try:
         with file.open("rb") as opened:
             pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
-        return  # for the reader of the file to say
+        return  # the reader of the file reports this
     if pointer:
         raise UserError(f"{file} is a git-lfs pointer, not the file itself; run git lfs pull in {file.parent}", 2)
 
 
 def checkpoint_below(folder: Path) -> Path | None:
-    """The checkpoint in a folder that is none itself: the snapshot of a hub repository that is checked out, or the only one."""
+    """The checkpoint inside a folder that is not one itself: the current snapshot of a hub repository, or the only checkpoint."""
     main = folder / "refs" / "main"
     if (
         main.is_file()
@@ -74,7 +74,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object that ``file`` holds.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: there is no such file, or it does not hold a JSON object.
     """
     try:
         if file.exists() and not file.is_file():
@@ -90,14 +90,14 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {reason(error)}; correct it, or copy the published one there", 2) from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object; copy the published file there", 2)
+        raise UserError(f"{file} does not hold a JSON object; copy the published file there", 2)
     return content
 
 
 def _belongs(folder: Path, path: Path) -> bool:
     try:
         root, target = folder.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # links in a circle
+    except (OSError, RuntimeError):  # circular links
         return False
     if target.is_relative_to(root):
         return True

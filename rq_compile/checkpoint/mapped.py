@@ -1,4 +1,4 @@
-"""Many weights of a checkpoint at once, for transformers: mapped from their files, quantized ones decoded."""
+"""Many weights of a checkpoint at once, for transformers: mapped from their files, or decoded if they are quantized."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def mapped(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The weights ``names``, in the dtypes that they are read in; what is not quantized is not copied.
+    """The weights ``names``, in the dtypes that they are read in. Weights that are not quantized are not copied.
 
     Raises:
         UserError: a file cannot be read, or a weight is not finite.
@@ -46,7 +46,7 @@ def _tensor(weight: Weight, files: dict[Path, Any]) -> torch.Tensor:
 
 
 def _utf8_name(file: Path, stack: ExitStack) -> str:
-    """A name by which safetensors, which takes none that is not UTF-8, finds ``file`` while ``stack`` is open."""
+    """A UTF-8 name of ``file`` while ``stack`` is open. safetensors does not accept other names."""
     if readable(str(file)) == str(file):
         return str(file)
     return f"/proc/self/fd/{stack.enter_context(file.open('rb')).fileno()}"

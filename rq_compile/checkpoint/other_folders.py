@@ -1,4 +1,4 @@
-"""Folders and files that people take for a checkpoint: what each is, and the way from there to one."""
+"""Folders and files that are mistaken for a checkpoint: says what each is, and how to get a checkpoint from it."""
 
 import json
 import shlex
@@ -15,9 +15,9 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voca
 
 @dataclass(frozen=True)
 class Kind:
-    """``files``: patterns, any of which shows a folder to be of the kind, unless it has one of the ``unless``.
+    """``files``: patterns. A folder with a matching file is of this kind, unless a file matches one of ``unless``.
 
-    ``sentence(folder, file)``: what ``folder`` is, by the ``file`` that was found, and the way out.
+    ``sentence(folder, file)``: says what ``folder`` is, from the ``file`` that was found, and the way out.
     """
 
     files: tuple[str, ...]
@@ -28,7 +28,7 @@ class Kind:
 def refuse_other_folders(folder: Path) -> None:
     """
     Raises:
-        UserError: ``folder`` is empty or of one of ``KINDS``.
+        UserError: ``folder`` is empty or is one of ``KINDS``.
     """
     if not any(folder.iterdir()):
         raise UserError(f"{folder} is an empty folder; give the folder of a Hugging Face checkpoint", 2)
@@ -41,12 +41,12 @@ def refuse_other_folders(folder: Path) -> None:
 def refuse_weights_file(file: Path) -> None:
     """
     Raises:
-        UserError: ``file`` is one of a checkpoint's weights, or all of them in GGUF.
+        UserError: ``file`` holds weights of a checkpoint, or is a GGUF file.
     """
     if file.suffix == ".gguf":
         raise UserError(_gguf(file.parent, file), 2)
     if file.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-        raise UserError(f"{file} holds weights, without the config that they need; give the folder of the checkpoint", 2)
+        raise UserError(f"{file} holds weights without the config that they need; give the folder of the checkpoint", 2)
 
 
 def _gguf(folder: Path, file: Path) -> str:
@@ -56,8 +56,8 @@ def _gguf(folder: Path, file: Path) -> str:
         't.AutoTokenizer.from_pretrained(at, gguf_file=name).save_pretrained("converted")'
     )
     return (
-        f"{folder} has its weights in {file.name}, a GGUF file, which is not read; take the safetensors that it was made of, or "
-        f"convert it with python -c {shlex.quote(code)}"
+        f"{folder} has its weights in {file.name}, a GGUF file, which is not supported; use the safetensors files that it was "
+        f"made from, or convert it with python -c {shlex.quote(code)}"
     )
 
 
@@ -78,44 +78,42 @@ def _adapter(folder: Path, file: Path) -> str:
 def _pipeline(folder: Path, file: Path) -> str:
     kind = read_json(file).get("_class_name")
     named = f" ({kind})" if isinstance(kind, str) and kind.isprintable() else ""
-    return f"{folder} is a pipeline of diffusers{named}, not a language model; give a sparse MoE language model's checkpoint"
+    return f"{folder} is a diffusers pipeline{named}, not a language model; give a sparse MoE language model's checkpoint"
 
 
 def _publishers_own(folder: Path, file: Path) -> str:
     return (
-        f"{folder} has weights in the layout of their publisher's own code ({file.name}), which is not read; take the files that "
-        "the same repository has for transformers (config.json and model*.safetensors)"
+        f"{folder} has weights in the layout of their publisher's own code ({file.name}), which is not supported; use the files "
+        "for transformers in the same repository (config.json and model*.safetensors)"
     )
 
 
 def _tensorrt_llm(folder: Path, file: Path) -> str:
     return (
-        f"{folder} is a checkpoint of TensorRT-LLM ({file.name}), split into ranks and fused for it; give the Hugging Face "
-        "checkpoint that it was made of"
+        f"{folder} is a checkpoint of TensorRT-LLM ({file.name}), which splits and fuses the weights; give the Hugging Face "
+        "checkpoint that it was made from"
     )
 
 
 def _onnx(folder: Path, file: Path) -> str:
     return (
-        f"{folder} is a model that was exported already ({file.name}); give the checkpoint that it was exported from, or "
+        f"{folder} is an exported model ({file.name}); give the checkpoint that it was exported from, or "
         "inspect the .onnx file itself if rq-compile wrote it"
     )
 
 
 def _other_framework(folder: Path, file: Path) -> str:
     return (
-        f"{folder} has its weights in {file.name}, of TensorFlow or JAX, which is not read; take the model's safetensors, which "
-        "are in the same repository or in a later revision of it"
+        f"{folder} has its weights in {file.name}, of TensorFlow or JAX, which is not supported; use the model's safetensors "
+        "files, which are in the same repository or in a later revision of it"
     )
 
 
 def _tokenizer_only(folder: Path, file: Path) -> str:
-    return (
-        f"{folder} holds a tokenizer ({file.name}) and no model; give the folder that has config.json and the weights beside it"
-    )
+    return f"{folder} holds a tokenizer ({file.name}) but no model; give the folder that also has config.json and the weights"
 
 
-# The first that fits.
+# The first kind that matches applies.
 KINDS = (
     Kind(("model_index.json",), _pipeline, unless=("config.json",)),
     Kind(("adapter_config.json",), _adapter, unless=WHOLE),

@@ -1,10 +1,10 @@
 """One ``.safetensors`` file: its header checked as hostile input, and one tensor or slice read at a time.
 
-What is accepted is what the format's definition allows (https://huggingface.co/docs/safetensors): tensors that follow each
-other from the first byte after the header to the last of the file, without holes or overlaps, each as long as its shape and
-dtype say. Whatever a header claims, nothing outside the file is read, and nothing large is allocated before it was checked.
+Only files that follow the definition of the format are accepted (https://huggingface.co/docs/safetensors): tensors follow each
+other from the first byte after the header to the last byte of the file, without holes or overlaps, and the length of each agrees
+with its shape and dtype. Whatever a header claims, nothing outside the file is read, and nothing large is allocated unchecked.
 
-Reads go through the file, not through a memory map, so that what was read leaves the resident memory again with the array.
+Reads use the file, not a memory map, so that the memory is freed together with the array.
 """
 
 import json
@@ -38,13 +38,13 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# The bits of +infinity: what is not below them, the sign left aside, is infinite or no number.
+# The bits of +infinity. Apart from the sign, all values that are not below are infinite or NaN.
 INFINITY: dict[str, int] = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: ``offset`` counts bytes from the start of ``file``; ``dtype`` is safetensors' name for it."""
+    """The place of a tensor. ``offset`` counts bytes from the start of ``file``; ``dtype`` is safetensors' name of the dtype."""
 
     file: Path
     offset: int
@@ -71,7 +71,7 @@ def tensors_of(file: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; check the path and its permissions", 2) from error
     if size < start:
-        raise UserError(f"{file} is truncated: {size} bytes are there, its header alone needs {start}; download it again", 2)
+        raise UserError(f"{file} is truncated: it has {size} bytes, but its header alone needs {start}; download it again", 2)
     if start > 8 + MAX_HEADER_BYTES:
         raise UserError(f"{file} is not a safetensors file: its header has {start - 8} bytes; download it again", 2)
     tensors = {name: _stored_tensor(file, start, name, entry) for name, entry in _entries(file, raw).items()}
@@ -80,7 +80,7 @@ def tensors_of(file: Path) -> dict[str, StoredTensor]:
     for name, tensor in ordered:
         if tensor.offset + tensor.bytes > size:
             end = tensor.offset + tensor.bytes
-            raise UserError(f"{file} is truncated: {size} bytes are there, {name} ends at {end}; download it again", 2)
+            raise UserError(f"{file} is truncated: it has {size} bytes, but {name} ends at {end}; download it again", 2)
         if tensor.offset != position:
             what = (
                 "overlaps the tensor before it" if tensor.offset < position else f"starts {tensor.offset - position} bytes late"
@@ -88,7 +88,7 @@ def tensors_of(file: Path) -> dict[str, StoredTensor]:
             raise _damaged(file, f"{name} {what}")
         position += tensor.bytes
     if position != size:
-        raise _damaged(file, f"its last {size - position} bytes are in no tensor")
+        raise _damaged(file, f"its last {size - position} bytes do not belong to a tensor")
     return dict(ordered)
 
 
@@ -96,7 +96,7 @@ def read_tensor(name: str, tensor: StoredTensor, index: int | None = None) -> np
     """The whole tensor, or its slice ``index`` of the first dimension, in its stored dtype.
 
     Raises:
-        UserError: the file cannot be read or has become shorter, or a value is infinite or no number.
+        UserError: the file cannot be read or has become shorter, or a value is infinite or NaN.
     """
     shape = tensor.shape if index is None else tensor.shape[1:]
     count = math.prod(shape)
@@ -117,7 +117,7 @@ def _read(name: str, tensor: StoredTensor, first: int, count: int) -> np.ndarray
 
 
 def read_rows(name: str, tensor: StoredTensor, rows: slice, count: int) -> np.ndarray:
-    """``[rows, ...]`` of a tensor that is read as ``count`` rows of equal length, in its stored dtype.
+    """``rows`` of a tensor that is divided into ``count`` rows of equal length, ``[rows, ...]`` in its stored dtype.
 
     Raises:
         UserError: see ``read_tensor``.
@@ -129,10 +129,10 @@ def read_rows(name: str, tensor: StoredTensor, rows: slice, count: int) -> np.nd
 
 
 def check_finite(name: str, tensor: StoredTensor, values: np.ndarray) -> None:
-    """``values``: the tensor, or a part of it, contiguous; its bytes will do.
+    """``values``: the tensor or a contiguous part of it, also as bytes.
 
     Raises:
-        UserError: one is infinite or no number.
+        UserError: a value is infinite or NaN.
     """
     require_finite(name, tensor, all_finite(values, tensor.dtype))
 
@@ -153,11 +153,11 @@ def not_finite(name: str, tensor: StoredTensor) -> UserError:
 def all_finite(values: np.ndarray, dtype: str) -> bool:
     """Whether no value of contiguous ``values``, of the safetensors ``dtype``, is infinite or NaN.
 
-    By the bits, at the speed of memory: ``np.isfinite`` of bf16 is ten times slower, and makes an array of its own.
+    Compares the bits, at the speed of memory. ``np.isfinite`` of bf16 is ten times slower and allocates an array.
     """
     if dtype not in INFINITY or not values.size:
         return True
-    # As signed integers negative values are below all others, as unsigned ones above.
+    # As signed integers, negative values are below all others; as unsigned integers, they are above.
     bits, size = INFINITY[dtype], DTYPES[dtype].itemsize
     sign = 1 << (8 * size - 1)
     flat = values.reshape(-1)
@@ -165,7 +165,7 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
 
 
 def read_ends(tensor: StoredTensor, length: int) -> bytes:
-    """The first and the last ``length`` bytes of a tensor (all of it when shorter, twice).
+    """The first and the last ``length`` bytes of a tensor (if it is shorter, the whole tensor twice).
 
     Raises:
         UserError: the file cannot be read.
@@ -189,7 +189,7 @@ def _entries(file: Path, raw: bytes) -> dict[str, Any]:
         raise _damaged(file, f"its header names {error.name} twice") from error
     except (ValueError, RecursionError) as error:
         raise _no_safetensors(file) from error
-    # A name goes into messages: no line breaks, no terminal's control sequences, nothing that cannot be encoded.
+    # Names appear in messages, so line breaks, control sequences and text that cannot be encoded are refused.
     if not isinstance(header, dict) or not all(name.isprintable() for name in header):
         raise _no_safetensors(file)
     metadata = header.pop("__metadata__", {})
@@ -220,22 +220,22 @@ def _stored_tensor(file: Path, start: int, name: str, entry: Any) -> StoredTenso
     if not isinstance(dtype, str) or not dtype.isprintable():
         raise _damaged(file, f"{name} has no dtype")
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS:
-        raise _damaged(file, f"{name} has no shape of whole numbers")
+        raise _damaged(file, f"{name} does not have a shape of whole numbers")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(file, f"{name} has no pair of offsets in order")
+        raise _damaged(file, f"{name} does not have two ordered offsets")
     if dtype not in DTYPES:
         raise UserError(
-            f"{name} in {file} is stored as {dtype}, which is not read; take the checkpoint in 16 bit that it was made of", 2
+            f"{name} in {file} is stored as {dtype}, which is not supported; use the 16-bit checkpoint that it was made from", 2
         )
     length, itemsize = offsets[1] - offsets[0], DTYPES[dtype].itemsize
-    # An empty tensor's other dimensions are bound by no byte of the file, but numpy counts them.
+    # The size of the file does not limit the other dimensions of an empty tensor, but numpy multiplies them.
     if math.prod(shape) * itemsize != length or math.prod(filter(None, shape)) * itemsize >= 2**63:
         raise _damaged(file, f"the shape {shape} of {name}, as {dtype}, does not fit its {length} bytes")
     return StoredTensor(file, start + offsets[0], length, dtype, tuple(shape))
 
 
 def _counts(value: Any) -> bool:
-    # A JSON true is an int to isinstance.
+    # isinstance treats JSON's true as an int.
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's folder, wherever they lie: one file, or shards that an index lists."""
+"""The tensors of a checkpoint's folder, from one file or from shards that an index lists."""
 
 import os
 import shlex
@@ -12,14 +12,14 @@ from rq_compile.errors import UserError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth")
-# What `calibrate` writes has only such tensors.
+# Files that `calibrate` writes have only such tensors.
 STATISTICS = (".input_moment", ".intermediate_moment")
 
 
 @dataclass(frozen=True)
 class Shards:
-    """``tensors`` by name; ``absent``: tensors that the index lists and no file holds -> the file that it names for them;
-    ``remarks``: sentences on what is odd about the files."""
+    """``tensors``: by name. ``absent``: tensors that the index lists but no file holds -> the file that the index names for them.
+    ``remarks``: sentences about anything unusual in the files."""
 
     tensors: dict[str, StoredTensor]
     absent: dict[str, str]
@@ -27,24 +27,24 @@ class Shards:
 
 
 def stored_tensors(folder: Path) -> Shards:
-    """Every tensor, from the headers alone: of ``model.safetensors``, as transformers has it, else of the shards that the index
-    lists, else of every ``.safetensors`` file.
+    """Every tensor, from the headers alone: those of ``model.safetensors`` as in transformers, otherwise of the shards that the
+    index lists, otherwise of every ``.safetensors`` file.
 
     Raises:
-        UserError: there is none, one is damaged (see ``tensors_of``), or a tensor is in two files.
+        UserError: there are no files, one is damaged (see ``tensors_of``), or a tensor is in two files.
     """
     remarks: list[str] = []
     weight_map = _weight_map(folder)
     if weight_map is not None and (folder / SINGLE).exists() and SINGLE not in weight_map.values():
         there = sum(os.path.exists(file_in(folder, file)) for file in set(weight_map.values()))
-        what = f"lists {there} other files, which are left out" if there else "belongs to another saving: its files are gone"
-        remarks.append(f"the weights are those of {SINGLE}; {INDEX} {what}")
+        what = f"lists {there} other files, which are left out" if there else "was not written with it: its files are missing"
+        remarks.append(f"the weights are read from {SINGLE}; {INDEX} {what}")
         weight_map = None
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder, weight_map):
         for name, tensor in tensors_of(shard).items():
             if name in tensors:
-                raise UserError(f"{name} is in {tensors[name].file} and in {shard}; remove the file that is too many", 2)
+                raise UserError(f"{name} is in {tensors[name].file} and in {shard}; remove one of the two files", 2)
             tensors[name] = tensor
     if not tensors:
         raise UserError(f"the .safetensors files of {folder} hold no tensors; give the folder that holds the weights", 2)
@@ -61,30 +61,30 @@ def _some(names: list[str]) -> str:
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name; None where there is no index."""
+    """Tensor name -> file name; None if there is no index."""
     index = folder / INDEX
     if not index.exists():
         return None
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} lists no tensors (weight_map); take the index that belongs to these shards, or remove it", 2)
+        raise UserError(f"{index} lists no tensors (weight_map); use the index that belongs to these shards, or remove it", 2)
     for name, file in weight_map.items():
         if not name.isprintable() or not isinstance(file, str):
-            raise UserError(f"{index} names no file for the tensor {name!r}; take the index that belongs to these shards", 2)
+            raise UserError(f"{index} names no file for the tensor {name!r}; use the index that belongs to these shards", 2)
     return weight_map
 
 
 def _shards(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
     if weight_map is not None:
-        # One that is missing may hold only what no parameter needs.
+        # A missing shard may hold only tensors that no parameter needs.
         named = [file_in(folder, name) for name in sorted(set(weight_map.values()))]
-        shards = [shard for shard in named if os.path.exists(shard)]  # Path.exists raises where a name is too long
+        shards = [shard for shard in named if os.path.exists(shard)]  # Path.exists raises if a name is too long
         if not shards:
             raise UserError(f"{named[0]} is missing, as are all files that {INDEX} lists; copy the shards into {folder}", 2)
         return shards
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
-    # Hidden files are not weights: macOS leaves `._name` beside a file on foreign file systems.
+    # Hidden files are not weights. macOS writes `._name` beside a file on foreign file systems.
     files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(".")]
     shards = [file for file in files if not _is_statistics(file)]
     if not shards:
@@ -98,7 +98,7 @@ def _is_statistics(file: Path) -> bool:
 
 
 def _no_shards(folder: Path) -> UserError:
-    """Pickled weights run code when they are opened: the way out is a command that lets them hold tensors only."""
+    """Opening pickled weights can run code. The way out is a command that only accepts tensors."""
     pattern = next((pattern for pattern in PICKLED if any(folder.glob(pattern))), None)
     if pattern is None:
         return UserError(f"{folder} has no .safetensors files; give a checkpoint in that format", 2)

@@ -12,15 +12,15 @@ from rq_compile.errors import UserError, reason
 
 # Characters of a text that are encoded at a time, and the part of them that two neighbours share.
 PIECE, SHARED = 1 << 16, 1 / 32
-# Two neighbours are joined in the middle of as many tokens that both have.
+# Two neighbours are joined in the middle of this number of tokens that both have.
 AGREEING = 32
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of the checkpoint in ``folder``, as ``AutoTokenizer`` has it: with the tokens that only
-    ``tokenizer_config.json`` adds, and with the special tokens that it puts around a text. Truncation and padding are off.
+    """The tokenizer of the checkpoint in ``folder``, as ``AutoTokenizer`` reads it: with the tokens that only
+    ``tokenizer_config.json`` adds, and with the special tokens around a text. Truncation and padding are off.
 
-    No code of the checkpoint is run. Where ``AutoTokenizer`` would need some, its general class reads the same files.
+    No code of the checkpoint is run. If ``AutoTokenizer`` would need such code, its general class reads the same files.
 
     Raises:
         UserError: there is no ``tokenizer.json``, or it cannot be read.
@@ -32,7 +32,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # tokenizers raises no narrower class
         raise UserError(
-            f"{path} cannot be read: {reason(error)}; put a tokenizer.json in its place that tokenizers saved", 2
+            f"{path} cannot be read: {reason(error)}; put one in its place that the library tokenizers saved", 2
         ) from error
     with utf8_path(folder) as readable:
         tokenizer = _of_transformers(readable, folder)
@@ -44,13 +44,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def _missing(folder: Path) -> str:
     if (folder / "tokenizer.model").is_file() or (folder / "vocab.json").is_file():
         code = f"from transformers import AutoTokenizer as A; A.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        return f'{folder} has no tokenizer.json; make one of its older files: python -c "{code}" (needs sentencepiece)'
+        return f'{folder} has no tokenizer.json; make one from its older files: python -c "{code}" (needs sentencepiece)'
     return f"{folder} has no tokenizer.json; copy the model's tokenizer.json beside its config.json"
 
 
 @contextmanager
 def utf8_path(folder: Path) -> Iterator[Path]:
-    """A path to ``folder`` that libraries take as text: its own, or a link for as long as it is needed."""
+    """A path to ``folder`` that is valid UTF-8: its own, or a link for as long as the path is needed."""
     try:
         str(folder).encode()
     except UnicodeEncodeError:
@@ -63,7 +63,7 @@ def utf8_path(folder: Path) -> Iterator[Path]:
 
 
 def _of_transformers(folder: Path, named: Path) -> Tokenizer:
-    """``named``: the folder's name for the user."""
+    """``named``: the folder's name in messages."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     failure: Exception = TypeError("it is not a fast tokenizer")
@@ -82,9 +82,9 @@ def _of_transformers(folder: Path, named: Path) -> Tokenizer:
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Token ids int64 ``[tokens]`` of ``text``, without special tokens around it.
 
-    A long text is encoded in overlapping pieces, since an encoding takes some 200 bytes a character. Two neighbours are joined
-    where both have the same ``AGREEING`` tokens at the same places, away from the ends of either. Where they have not, the pieces
-    are made longer, in the end as long as the text.
+    A long text is encoded in overlapping pieces, because an encoding takes about 200 bytes per character. Two neighbours are
+    joined where both have the same ``AGREEING`` tokens at the same places, away from their ends. If there is no such place, the
+    pieces are made longer, up to the whole text.
     """
     size = PIECE
     while size < len(text):
@@ -98,11 +98,11 @@ def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def check_known(name: str, ids: np.ndarray, vocabulary: int) -> None:
     """
     Raises:
-        UserError: the text ``name`` has a token that a model of ``vocabulary`` tokens does not know.
+        UserError: the text ``name`` has a token outside a vocabulary of ``vocabulary`` tokens.
     """
     if len(ids) and (highest := int(ids.max())) >= vocabulary:
         raise UserError(
-            f"{name}: the tokenizer gives the token {highest}, but the model knows {vocabulary} tokens (0-{vocabulary - 1}); "
+            f"{name}: the tokenizer gives the token {highest}, but the model has {vocabulary} tokens (0-{vocabulary - 1}); "
             "give text without it, or the model's own tokenizer.json",
             2,
         )
@@ -126,7 +126,7 @@ def _in_pieces(tokenizer: Tokenizer, text: str, size: int) -> np.ndarray | None:
 
 
 def _encoded(tokenizer: Tokenizer, text: str, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, and at which character of ``text`` each begins."""
+    """Ids, and the character of ``text`` at which each begins."""
     encoding = tokenizer.encode(text[start:end], add_special_tokens=False)
     places = np.fromiter((place for place, _ in encoding.offsets), np.int64, len(encoding.ids))
     return np.asarray(encoding.ids, np.int64), places + start
@@ -137,7 +137,7 @@ def _pairs(ids: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _joint(first: np.ndarray, second: np.ndarray) -> tuple[int, int] | None:
-    """Where ``AGREEING`` rows are equal in both: the middle of the first such run, in either."""
+    """The positions, in both, of the middle of the first run of ``AGREEING`` equal rows; None if there is none."""
     for at in range(len(first) - AGREEING + 1):
         run = first[at : at + AGREEING]
         for other in np.flatnonzero((second == run[0]).all(axis=1)):

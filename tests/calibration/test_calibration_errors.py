@@ -48,7 +48,7 @@ def test_two_tokens_are_enough(tiny_checkpoint: Callable[[str], Path]) -> None:
 def test_refuses_a_checkpoint_without_tokenizer(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = copied(tiny_checkpoint("olmoe"), tmp_path / "model")
     (checkpoint.path / "tokenizer.json").write_text("{}")
-    refused(checkpoint, r"tokenizer\.json cannot be read: .*; put a tokenizer")
+    refused(checkpoint, r"tokenizer\.json cannot be read: .*; put one in its place")
     (checkpoint.path / "tokenizer.json").unlink()
     refused(checkpoint, r"has no tokenizer\.json; copy the model's")
 
@@ -58,7 +58,7 @@ def test_refuses_another_model_s_tokenizer(tiny_checkpoint: Callable[[str], Path
     tokenizer = json.loads((checkpoint.path / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["~"] = 198
     (checkpoint.path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(checkpoint, r"gives the token 198, but the model knows 128 tokens \(0-127\)", {"a.txt": "~~"})
+    refused(checkpoint, r"gives the token 198, but the model has 128 tokens \(0-127\)", {"a.txt": "~~"})
 
 
 def test_a_tokenizer_that_truncates_does_not(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -34,20 +34,20 @@ def write(folder: Path, files: Files) -> Path:
     ("files", "words"),
     [
         ({}, ["is an empty folder", "give the folder of a Hugging Face checkpoint"]),
-        ({"model_index.json": {"_class_name": "FluxPipeline"}, "unet/config.json": {}}, ["diffusers (FluxPipeline)"]),
-        ({"model_index.json": {}, "text_encoder/config.json": {"model_type": "clip"}}, ["a pipeline of diffusers"]),
+        ({"model_index.json": {"_class_name": "FluxPipeline"}, "unet/config.json": {}}, ["diffusers pipeline (FluxPipeline)"]),
+        ({"model_index.json": {}, "text_encoder/config.json": {"model_type": "clip"}}, ["a diffusers pipeline"]),
         ({"adapter_config.json": ADAPTER, "adapter_model.safetensors": WEIGHTS}, ["adapter", "some/moe", "merge_and_unload"]),
         ({"adapter_config.json": {}, "adapter_model.bin": b"PK", "config.json": CONFIG}, ["its base model", "merge_and_unload"]),
         ({"model-Q4_K_M.gguf": b"GGUF", "config.json": CONFIG}, ["a GGUF file", "gguf_file=name"]),
-        ({"rank0.safetensors": WEIGHTS, "config.json": {"architecture": "X"}}, ["TensorRT-LLM", "that it was made of"]),
+        ({"rank0.safetensors": WEIGHTS, "config.json": {"architecture": "X"}}, ["TensorRT-LLM", "that it was made from"]),
         ({"params.json": {}, "consolidated.safetensors": WEIGHTS}, ["publisher's own code (params.json)"]),
         ({"params.json": {}, "consolidated.00.pth": b"PK", "tokenizer.model": b"x"}, ["publisher's own code"]),
-        ({"model.onnx": b"x", "config.json": CONFIG}, ["exported already (model.onnx)"]),
-        ({"onnx/model.onnx": b"x", "config.json": CONFIG, "tokenizer.json": {}}, ["exported already (model.onnx)"]),
+        ({"model.onnx": b"x", "config.json": CONFIG}, ["an exported model (model.onnx)"]),
+        ({"onnx/model.onnx": b"x", "config.json": CONFIG, "tokenizer.json": {}}, ["an exported model (model.onnx)"]),
         ({"tf_model.h5": b"x", "config.json": CONFIG}, ["tf_model.h5, of TensorFlow or JAX"]),
         ({"flax_model.msgpack": b"x", "config.json": CONFIG}, ["flax_model.msgpack, of TensorFlow or JAX"]),
-        ({"tokenizer.json": {}, "tokenizer_config.json": {}}, ["holds a tokenizer (tokenizer.json) and no model"]),
-        ({"vocab.json": {}, "README.md": b"x"}, ["holds a tokenizer (vocab.json) and no model"]),
+        ({"tokenizer.json": {}, "tokenizer_config.json": {}}, ["holds a tokenizer (tokenizer.json) but no model"]),
+        ({"vocab.json": {}, "README.md": b"x"}, ["holds a tokenizer (vocab.json) but no model"]),
         ({"config.json": CONFIG}, ["has no .safetensors files"]),
         ({"config.json": CONFIG, "model.pth": b"PK"}, ["in *.pth files, which are pickled and never opened here"]),
         ({"README.md": b"x"}, ["config.json is missing"]),
@@ -118,4 +118,4 @@ def test_a_checkpoint_in_a_format_that_is_not_read(own_model: Path, format: str)
     assert ".mlp.experts." in message
     named = format if "(" not in format else format[format.index("(") :]
     assert named in message
-    assert "that is not read" in message
+    assert "an unsupported format" in message

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.quick
 GOOD = [
     "cannot write /out/plan.json: there is no folder /out; make it or choose another output with -o",
     "no such command or model directory: 'x'; did you mean calibrate?",
-    "m.safetensors is truncated: 8 bytes are there, its header alone needs 90; download it again",
+    "m.safetensors is truncated: it has 8 bytes, but its header alone needs 90; download it again",
     "expert 3 of layer 2 fits no format; allow more with --option formats",
 ]
 BAD = {

@@ -57,7 +57,7 @@ def test_tokens_that_the_model_does_not_know(
     change(own_model, lambda t: t.add_tokens([AddedToken(f"word{number}") for number in range(60)]))
     (tmp_path / "t.txt").write_text("In the beginning word50 " * 9)
     text = ["--text", tmp_path / "t.txt"]
-    known = "the model knows 128 tokens"
+    known = "the model has 128 tokens"
     refused(rq_compile("calibrate", own_model, *text, "-o", tmp_path / "c.json", "-q"), 2, "t.txt", known)
     path = engine_of(own_model)
     assert (

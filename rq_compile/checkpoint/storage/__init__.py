@@ -1,4 +1,4 @@
-"""Storage formats of published checkpoints: one module each, which finds the tensors of a weight and decodes them.
+"""Storage formats of published checkpoints. Each module finds the tensors of a weight in its format and decodes them.
 
-``weights.py`` asks them in turn and shows a checkpoint as if it had never been quantized.
+``weights.py`` tries the formats in turn and presents a checkpoint as if it had never been quantized.
 """

@@ -32,7 +32,9 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
     check_parts(name, codes, (zero, scale), tensors)
     version = stated.text("version")
     if stated.method == "awq" and version not in VERSIONS:
-        raise UserError(f"{name} in {codes.file} is stored in AWQ's layout {version}, but only gemm is read; save it as gemm", 2)
+        raise UserError(
+            f"{name} in {codes.file} is stored in AWQ's layout {version}, but only gemm is supported; save it as gemm", 2
+        )
     if not is_awq(codes, tensors[scale]):
         return None
     columns, rows = codes.shape[0], codes.shape[1] * 8

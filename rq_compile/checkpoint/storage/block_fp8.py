@@ -1,9 +1,9 @@
-"""float8_e4m3 weights with scales: a grid of blocks, one a row, or one in all; and FP4 experts stored the same way.
+"""float8_e4m3 weights with scales: one per block of a grid, one per row, or one for all; also FP4 experts stored in the same way.
 
 ``quant_method`` fp8 (DeepSeek-V3, Qwen3, MiniMax), mxfp8, fbgemm_fp8; compressed-tensors float-quantized; ModelOpt FP8. The
-scales of ``X`` are ``X_scale_inv`` or ``X_scale``, or beside ``N.weight`` ``N.scale`` (DeepSeek-V4) or ``N.qscale_weight``
-(Mistral). A weight is the code times the scale, whatever the scale's name says. uint8 and float8_e8m0 scales are exponents. int8
-or uint8 codes with such scales are pairs of float4_e2m1.
+scales of ``X`` are ``X_scale_inv`` or ``X_scale``; those of ``N.weight`` may also be ``N.scale`` (DeepSeek-V4) or
+``N.qscale_weight`` (Mistral). A weight is the code times the scale, whatever the scale's name suggests. uint8 and float8_e8m0
+scales are exponents. int8 or uint8 codes with such scales are pairs of float4_e2m1.
 """
 
 from rq_compile.checkpoint.safetensors_file import StoredTensor
@@ -33,7 +33,7 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         return None
     if len(found := scales_of(name, tensors)) > 1:
         raise UserError(
-            f"{name} in {codes.file} has two tensors of scales, {found[0]} and {found[1]}; remove the one that is not its own", 2
+            f"{name} in {codes.file} has two tensors of scales, {found[0]} and {found[1]}; remove the one that is wrong", 2
         )
     pairs = codes.dtype != "F8_E4M3"
     if pairs and tensors[scale].dtype not in EXPONENTS:
@@ -68,7 +68,7 @@ def scale_of(name: str, tensors: dict[str, StoredTensor]) -> str | None:
 
 
 def scales_of(name: str, tensors: dict[str, StoredTensor]) -> list[str]:
-    """All tensors that are named as its scales are."""
+    """All tensors that have the name of its scales."""
     stem = name.removesuffix(".weight")
     names = [f"{name}{suffix}" for suffix in SUFFIXES]
     names += [f"{stem}{suffix}" for suffix in NEIGHBOURS] if stem != name else []

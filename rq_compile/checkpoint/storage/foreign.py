@@ -1,15 +1,15 @@
-"""Quantized weights in formats that are not read, told by their tensors, so that none is taken for a weight or for nothing."""
+"""Recognizes quantized weights in unsupported formats by their tensors, so that none is mistaken for a weight or ignored."""
 
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.checkpoint.storage.stated import Stated
 from rq_compile.errors import UserError
 
-OTHERWISE = "take the checkpoint in 16 bit that it was made of, or one in a format that docs/storage-formats.md lists"
+OTHERWISE = "use the 16-bit checkpoint that it was made from, or one in a format that docs/storage-formats.md lists"
 WAY_OUT: dict[str, str] = {
-    "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained(), or take what it was made of",
-    "MLX": "make 16 bit of it with mlx_lm.convert --dequantize, or take the checkpoint that it was made of",
+    "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained(), or use the original checkpoint",
+    "MLX": "convert it to 16 bit with mlx_lm.convert --dequantize, or use the original checkpoint",
 }
-# How the names of a format's tensors end -> the format.
+# Suffix of the names of a format's tensors -> the format.
 MARKS: dict[str, str] = {
     ".trellis": "EXL3",
     ".q_weight": "EXL2",
@@ -31,7 +31,7 @@ CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
 def refuse_foreign(tensors: dict[str, StoredTensor]) -> None:
     """
     Raises:
-        UserError: a tensor is named as those of a format that is not read are.
+        UserError: a tensor has a name of an unsupported format.
     """
     for name, tensor in tensors.items():
         if name.endswith(ENDS):
@@ -42,10 +42,10 @@ def refuse_foreign(tensors: dict[str, StoredTensor]) -> None:
 
 
 def refuse_codes(tensors: dict[str, StoredTensor], stated: Stated) -> None:
-    """For a checkpoint that is said to be quantized and has no weight in a format that is known.
+    """For a checkpoint that states a quantization and has no weight in a known format.
 
     Raises:
-        UserError: a tensor is a matrix of whole numbers.
+        UserError: a tensor is a matrix of integers.
     """
     for name, tensor in tensors.items():
         if stated.named and tensor.dtype in CODES and len(tensor.shape) > 1:
@@ -54,13 +54,11 @@ def refuse_codes(tensors: dict[str, StoredTensor], stated: Stated) -> None:
 
 def not_read(name: str, tensor: StoredTensor, method: str) -> UserError:
     return UserError(
-        f"{name} in {tensor.file} is stored as {tensor.dtype} {list(tensor.shape)} in a format that is not read (quant_method "
+        f"{name} in {tensor.file} is stored as {tensor.dtype} {list(tensor.shape)} in an unsupported format (quant_method "
         f"{method}); {WAY_OUT.get(method, OTHERWISE)}",
         2,
     )
 
 
 def _not_read(name: str, tensor: StoredTensor, format: str) -> UserError:
-    return UserError(
-        f"{name} in {tensor.file} is stored by {format}, a format that is not read; {WAY_OUT.get(format, OTHERWISE)}", 2
-    )
+    return UserError(f"{name} in {tensor.file} is stored by {format}, an unsupported format; {WAY_OUT.get(format, OTHERWISE)}", 2)

@@ -1,9 +1,9 @@
-"""NVFP4 and MXFP4 of linear layers: pairs of float4_e2m1 in uint8, with a scale for 16 or 32 columns.
+"""NVFP4 and MXFP4 of linear layers: pairs of float4_e2m1 in uint8, with one scale per 16 or 32 columns.
 
 compressed-tensors' nvfp4-pack-quantized: ``weight_packed``, ``weight_scale`` float8_e4m3 ``[out, in / 16]``, divided by
 ``weight_global_scale``. mxfp4-pack-quantized: ``weight_scale`` exponents ``[out, in / 32]``. ModelOpt's NVFP4: ``weight``,
-``weight_scale``, multiplied by ``weight_scale_2``; in its W4A16 recipes also ``pre_quant_scale [in]``, which the inputs, or as
-here the weights, are multiplied by.
+``weight_scale``, multiplied by ``weight_scale_2``. Its W4A16 recipes also have ``pre_quant_scale [in]``, by which the inputs, or
+the weights as here, are multiplied.
 """
 
 from functools import partial
@@ -45,7 +45,7 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
         if len(factors) > 1:
             raise UserError(
                 f"{name} in {codes.file} has two global scales, {factors[0][0]} and {factors[1][0]}; "
-                "remove the one that is not its own",
+                "remove the one that is wrong",
                 2,
             )
         if not factors:
@@ -71,7 +71,7 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
 
 
 def column_scale(name: str, tensors: dict[str, StoredTensor], columns: int) -> partial[np.ndarray] | None:
-    """What ModelOpt multiplies the inputs by.
+    """The factors by which ModelOpt multiplies the inputs.
 
     Raises:
         UserError: its shape is not ``[columns]``.

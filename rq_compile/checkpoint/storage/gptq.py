@@ -1,9 +1,8 @@
 """GPTQ, versions 1 and 2.
 
 ``qweight`` int32 ``[in * bits / 32, out]``, ``qzeros`` int32 ``[groups, out * bits / 32]``, ``scales [groups, out]`` and
-``g_idx [in]``. Words hold the first number in their lowest bits. ``checkpoint_format`` gptq (the first version, and what is
-meant where nothing is stated) stores zero points less one, gptq_v2 as they are. AutoRound's auto_gptq packing is the first
-version.
+``g_idx [in]``. Words hold the first number in their lowest bits. ``checkpoint_format`` gptq (version 1, and the default if
+nothing is stated) stores zero points minus one; gptq_v2 stores them as they are. AutoRound's auto_gptq packing is version 1.
 """
 
 from functools import partial
@@ -18,7 +17,7 @@ from rq_compile.checkpoint.storage.stated import Stated
 from rq_compile.errors import UserError
 
 BITS = (4, 8)
-FORMATS = {"": 1, "gptq": 1, "gptq_v2": 0}  # checkpoint_format -> what is taken off a zero point
+FORMATS = {"": 1, "gptq": 1, "gptq_v2": 0}  # checkpoint_format -> what is subtracted from a zero point
 AUTO_ROUND = ("", "auto_round", "auto_round:auto_gptq", "auto_round:gptq", "auto_round:awq", "auto_round:auto_awq")
 
 
@@ -40,7 +39,7 @@ def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quanti
     if variant not in FORMATS or stated.text("packing_format") not in AUTO_ROUND:
         named = variant if variant not in FORMATS else stated.text("packing_format")
         raise UserError(
-            f"{name} in {codes.file} is stored in the layout {named} of GPTQ, of which only gptq and gptq_v2 are read; "
+            f"{name} in {codes.file} is stored in the layout {named} of GPTQ, but only gptq and gptq_v2 are supported; "
             "convert it to one of the two with GPTQModel",
             2,
         )
@@ -91,13 +90,13 @@ def group_scales(name: str, tensor: StoredTensor, rows: int, columns: int, state
     """Scales ``[groups, rows]``.
 
     Raises:
-        UserError: there are not as many groups as config.json states, or columns cannot be divided into them.
+        UserError: the number of groups differs from config.json, or the columns cannot be divided into them.
     """
     check_dtype(name, tensor, FLOATS, format)
     said = stated.number("group_size")
     group = columns if said == -1 else said
     groups = -(-columns // group) if group else tensor.shape[0]
-    # Single modules may have been quantized with settings of their own.
+    # Single modules may have been quantized with their own settings.
     if len(tensor.shape) == 2 and stated.settings.get("dynamic") and tensor.shape[0]:
         groups = tensor.shape[0]
         group = -(-columns // groups)

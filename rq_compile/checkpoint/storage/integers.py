@@ -1,9 +1,9 @@
-"""Whole numbers with scales along a row: compressed-tensors' pack-quantized and int-quantized, and ModelOpt's INT4 AWQ and INT8.
+"""Integers with scales along a row: compressed-tensors' pack-quantized and int-quantized, and ModelOpt's INT4 AWQ and INT8.
 
-pack-quantized: ``weight_packed`` int32 ``[out, ceil(in * bits / 32)]``, ``weight_scale [out, in / group]``, ``weight_shape``, and
-where they are asymmetric ``weight_zero_point``, packed along ``out``; ``weight_g_idx [in]`` where columns were ordered by their
-activations. int-quantized: ``weight`` int8 with ``weight_scale [out, 1]``. ModelOpt: ``weight`` uint8 ``[out / 2, in]``, two rows
-in a byte, with ``weight_scale [out, in / group]`` and ``pre_quant_scale [in]``.
+pack-quantized: ``weight_packed`` int32 ``[out, ceil(in * bits / 32)]``, ``weight_scale [out, in / group]``, ``weight_shape``; if
+asymmetric, also ``weight_zero_point``, packed along ``out``; if columns were ordered by their activations, also
+``weight_g_idx [in]``. int-quantized: ``weight`` int8 with ``weight_scale [out, 1]``. ModelOpt: ``weight`` uint8 ``[out / 2, in]``
+with two rows per byte, ``weight_scale [out, in / group]`` and ``pre_quant_scale [in]``.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ ORDERED = ("group", "dynamic", True)  # actorder of compressed-tensors that stor
 
 
 def claim(name: str, tensors: dict[str, StoredTensor], stated: Stated) -> Quantized | None:
-    """The weight whose whole numbers ``name`` is, or None.
+    """The weight whose integers are in ``name``, or None.
 
     Raises:
         UserError: a part is missing, or its shape or dtype is not that of this format, or not what config.json states.
@@ -59,11 +59,11 @@ def _packed(name: str, stem: str, tensors: dict[str, StoredTensor], stated: Stat
     said = stated.weights(stem)
     bits = next((bits for bits in BITS if codes.shape == (*shape[:-1], ceil(columns * bits / 32))), None)
     if said.get("num_bits") in BITS and bits is not None:
-        # Very narrow matrices have as many words with 4 bits as with 8.
+        # Very narrow matrices have the same number of words with 4 bits as with 8.
         bits = said["num_bits"] if codes.shape[-1] == ceil(columns * said["num_bits"] / 32) else None
     if bits is None or columns < 1:
         raise UserError(
-            f"{name} in {codes.file} has shape {list(codes.shape)}, which packs no weight of {list(shape)} (its weight_shape) "
+            f"{name} in {codes.file} has shape {list(codes.shape)}, which cannot hold a weight of {list(shape)} (weight_shape) "
             f"with {said.get('num_bits', '4 or 8')} bits; save the checkpoint again with the tool that quantized it",
             2,
         )
@@ -136,7 +136,7 @@ def _row_pairs(name: str, stem: str, tensors: dict[str, StoredTensor]) -> Quanti
 
 
 def _grouped(name: str, tensor: StoredTensor, shape: tuple[int, ...], format: str, stated: object) -> Scales:
-    """Scales whose group follows from their number, which has to be the one that is ``stated``."""
+    """Scales whose group size follows from their number and must be the ``stated`` one."""
     count = tensor.shape[-1] if len(tensor.shape) == len(shape) else 1
     said = stated if type(stated) is int and stated > 0 else None
     if count <= 1 and (said is None or said >= shape[-1]):
@@ -157,7 +157,7 @@ def _zeros(name: str, tensor: StoredTensor, scales: Scales, rows: int, bits: int
 
 def order_missing(name: str, codes: StoredTensor, index: str) -> UserError:
     return UserError(
-        f"{name} in {codes.file} has columns in the order of their activations, but {index}, which says in which, is missing; "
+        f"{name} in {codes.file} has its columns in activation order, but {index}, which holds this order, is missing; "
         "save the checkpoint again with the tool that quantized it",
         2,
     )
@@ -166,7 +166,7 @@ def order_missing(name: str, codes: StoredTensor, index: str) -> UserError:
 def column_order(name: str, tensor: StoredTensor, columns: int, scales: Scales) -> partial[np.ndarray | None]:
     """
     Raises:
-        UserError: it does not give a group for each column.
+        UserError: the tensor does not give a group for each column.
     """
     check_dtype(name, tensor, ("I32", "I64"), "an order of the columns")
     if tensor.shape != (columns,):

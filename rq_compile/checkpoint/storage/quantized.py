@@ -1,4 +1,4 @@
-"""A quantized weight: packed codes, scales, and where the format has them zero points and an order of the columns."""
+"""A quantized weight: packed codes, scales and, in some formats, zero points and an order of the columns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from rq_compile.quantization.source_integers import SourceIntegers
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Weight):
-    """``(number - zero) * scale``, times ``column_scale`` where a quantizer has moved scales of the inputs into the weights.
+    """``(number - zero) * scale``, times ``column_scale`` if a quantizer has moved scales of the inputs into the weights.
 
     ``packed``: the part that holds the codes. ``zeros(rows)``: ``[rows, groups]``, or one a row. ``order()``: the group of each
     column, int64 ``[columns]``, or None where groups follow each other. ``column_scale()``: fp32 ``[columns]``.
@@ -30,7 +30,7 @@ class Quantized(Weight):
 
     @property
     def dtype(self) -> np.dtype:
-        """bf16 where a code of few bits is multiplied by a power of two, which loses nothing."""
+        """bf16 if codes with few bits are multiplied by powers of two, which is exact."""
         plain = self.zeros is None and self.column_scale is None
         return BF16 if plain and self.packing.bits <= 8 and self.scales.powers_of_two else np.dtype(np.float32)
 

@@ -18,16 +18,17 @@ OF_CODES = {**dict.fromkeys(EXPONENT_DTYPES, POWERS_OF_TWO), DTYPES["F8_E4M3"]: 
 # Rows and columns of the blocks that are in use.
 SQUARES, RUNS = ((128, 128), (64, 64), (32, 32), (16, 16)), ((1, 128), (1, 64), (1, 32), (1, 16))
 BLOCKS = (*SQUARES, *RUNS)
-# A product of the greatest code of any format and a scale below this is finite.
+# The product of the largest code of any format and a scale below this is finite.
 GREATEST = 2.0**116
 
 
 @dataclass(frozen=True)
 class Scales:
-    """A grid of scales over a stack of matrices: ``height`` rows and ``width`` columns of a matrix share one.
+    """A grid of scales over a stack of matrices: ``height`` rows and ``width`` columns of a matrix share one scale.
 
-    ``tensor``, called ``name``, holds ``grid`` (matrices, rows, columns) of them, the other way around where it is
-    ``transposed``. ``factor``: a tensor of one number, or of one a matrix, that multiplies all (``divides``: divides them).
+    ``tensor``, called ``name``, holds ``grid`` scales (matrices, rows, columns); if ``transposed``, with rows and columns
+    swapped. ``factor``: a tensor with one number, or one number per matrix, that multiplies all scales (or divides them, if
+    ``divides``).
     """
 
     name: str
@@ -48,7 +49,7 @@ class Scales:
         """fp32 ``[rows, ceil(columns / width)]``.
 
         Raises:
-            UserError: a scale is not finite, or so large that the weights are not.
+            UserError: a scale is not finite, or so large that weights would not be finite.
         """
         matrices, high, wide = self.grid
         if self.transposed:
@@ -88,11 +89,11 @@ def grid_of(
     stated: tuple[int, int] | None = None,
     dtypes: tuple[str, ...] = FLOATS,
 ) -> Scales:
-    """The grid that ``tensor``, the scales of a weight of shape ``weight``, is: one scale, one a matrix, one a row, or a grid of
-    blocks. A block's size is read off the grid: the ``stated`` one if it fits, else the first of ``BLOCKS`` that does.
+    """The grid of ``tensor``, the scales of a weight of shape ``weight``: one scale, one per matrix, one per row, or a grid of
+    blocks. The block size follows from the grid: the ``stated`` one if it fits, otherwise the first of ``BLOCKS`` that fits.
 
     Raises:
-        UserError: no block gives a grid of that shape, or the scales' dtype is none of scales.
+        UserError: no block gives a grid of that shape, or the dtype is not one of scales.
     """
     check_dtype(name, tensor, dtypes, format)
     *stack, rows, columns = weight
@@ -125,16 +126,16 @@ def grid_of(
 def in_groups(
     name: str, tensor: StoredTensor, weight: tuple[int, ...], group: int, format: str, dtypes: tuple[str, ...]
 ) -> Scales:
-    """Scales that ``group`` columns of a row share.
+    """Scales that are shared by ``group`` columns of a row.
 
     Raises:
-        UserError: their shape or dtype is another.
+        UserError: their shape or dtype is wrong.
     """
     check_dtype(name, tensor, dtypes, format)
     *stack, rows, columns = weight
     expected = (*weight[:-1], -(-columns // group))
     if tensor.shape != expected:
-        raise wrong_shape(name, tensor, expected, f"{format} with a scale for every {group} of {columns} columns")
+        raise wrong_shape(name, tensor, expected, f"{format} with one scale per {group} of {columns} columns")
     return Scales(name, tensor, (prod(stack), rows, expected[-1]), rows, 1, group)
 
 
@@ -149,7 +150,7 @@ def scaled_by(scales: Scales, name: str, factor: StoredTensor, *, divides: bool)
 def check_dtype(name: str, tensor: StoredTensor, dtypes: tuple[str, ...], format: str) -> None:
     if tensor.dtype not in dtypes:
         raise UserError(
-            f"{name} in {tensor.file} is stored as {tensor.dtype}, where {format} has {' or '.join(dtypes)}; "
+            f"{name} in {tensor.file} is stored as {tensor.dtype}, but {format} has {' or '.join(dtypes)}; "
             "save the checkpoint again with the tool that quantized it",
             2,
         )
@@ -159,12 +160,12 @@ def check_kind(name: str, codes: StoredTensor, stated: bool | None, *, floats: b
     """``stated``: see ``Stated.floats``.
 
     Raises:
-        UserError: ``codes`` are ``floats``, or not, and the other is stated.
+        UserError: the codes are ``floats`` (or not), but the opposite is stated.
     """
     if stated is not None and stated != floats:
         kinds = ("floats", "whole numbers") if stated else ("whole numbers", "floats")
         raise UserError(
-            f"{name} in {codes.file} is said to be quantized to {kinds[0]}, but is stored as {codes.dtype}, as {kinds[1]} are; "
+            f"{name} in {codes.file} is stated to be quantized to {kinds[0]}, but is stored as {codes.dtype}, like {kinds[1]}; "
             "save the checkpoint again with the tool that quantized it",
             2,
         )
@@ -172,7 +173,7 @@ def check_kind(name: str, codes: StoredTensor, stated: bool | None, *, floats: b
 
 def wrong_shape(name: str, tensor: StoredTensor, expected: tuple[int, ...], what: str) -> UserError:
     return UserError(
-        f"{name} in {tensor.file} has shape {list(tensor.shape)} where {list(expected)} is expected of {what}; "
+        f"{name} in {tensor.file} has shape {list(tensor.shape)}, but {list(expected)} is expected of {what}; "
         "save the checkpoint again with the tool that quantized it",
         2,
     )

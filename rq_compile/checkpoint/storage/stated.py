@@ -1,6 +1,6 @@
 """What a checkpoint states about its quantization: in config.json, or in hf_quant_config.json beside it.
 
-How a weight is stored is read off its tensors. What is stated is held against them, and tells apart what looks alike.
+The format of a weight follows from its tensors. The statements are checked against them, and decide where tensors look alike.
 """
 
 import re
@@ -16,8 +16,8 @@ QUANTIZATION = ("quantization_config", "compression_config")
 
 @dataclass(frozen=True)
 class Stated:
-    """``settings``: the JSON object, empty where nothing is stated or something else; ``file`` and ``key``: where it stands, None
-    where nothing is stated."""
+    """``settings``: the JSON object; empty if nothing, or something else, is stated. ``file`` and ``key``: the place of the
+    statement; None if there is none."""
 
     settings: dict[str, Any]
     file: Path
@@ -25,13 +25,13 @@ class Stated:
 
     @property
     def method(self) -> str:
-        """``quant_method``, in lower case; "" where none is stated."""
+        """``quant_method`` in lower case; "" if none is stated."""
         method = self.settings.get("quant_method")
         return method.lower() if isinstance(method, str) and method.isprintable() else ""
 
     @property
     def named(self) -> str | None:
-        """Where it is stated and the method, for a message; None where nothing is."""
+        """The place of the statement and the method, for a message; None if nothing is stated."""
         return None if self.key is None else f"{self.key}: {self.method or 'unknown'}"
 
     def text(self, key: str) -> str:
@@ -43,14 +43,14 @@ class Stated:
         return value if type(value) is int else None
 
     def block(self, module: str) -> tuple[int, int] | None:
-        """Rows and columns of the blocks that weights of ``module`` are said to be scaled by."""
+        """The stated rows and columns of the blocks that share a scale in weights of ``module``."""
         block = self.settings.get("weight_block_size") or self.weights(module).get("block_structure")
         if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
             return block[0], block[1]
         return None
 
     def floats(self, module: str) -> bool | None:
-        """Whether the weights of ``module`` are said to be quantized to floats, or to whole numbers; None: nothing is said."""
+        """Whether the weights of ``module`` are stated to be quantized to floats or to integers; None if nothing is stated."""
         kind = self.weights(module).get("type")
         if kind in ("float", "int"):
             return kind == "float"
@@ -62,8 +62,8 @@ class Stated:
         return True if isinstance(algorithm, str) and ("FP8" in algorithm or "FP4" in algorithm) else None
 
     def weights(self, module: str) -> dict[str, Any]:
-        """How compressed-tensors says that the weights of ``module`` are quantized: the group whose targets name it, by its full
-        name before patterns and patterns before classes; {} where there is none."""
+        """The settings of compressed-tensors for the weights of ``module``: those of the group whose targets name it. Full names
+        come before patterns, and patterns before classes. {} if there is no such group."""
         groups = self.settings.get("config_groups")
         if not isinstance(groups, dict) or any(_matches(module, target) for target in _strings(self.settings.get("ignore"))):
             return {}
@@ -81,9 +81,9 @@ class Stated:
 def stated_of(folder: Path, config: dict[str, Any]) -> Stated:
     """
     Raises:
-        UserError: ModelOpt's file holds no JSON object.
+        UserError: ModelOpt's file does not hold a JSON object.
     """
-    # Multimodal checkpoints hold it at the top, or beside the text model's sizes.
+    # Multimodal checkpoints hold it at the top level, or beside the text model's sizes.
     text = config.get("text_config")
     for level in (config, text if isinstance(text, dict) else {}):
         for key in QUANTIZATION:

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: named weights, each decoded from the tensors that store it."""
+"""The parts of a checkpoint: named weights, each decoded from the tensors that store it."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True, kw_only=True)
 class Weight(ABC):
-    """A weight under the name and in the ``shape`` that it has in a checkpoint which was never quantized.
+    """A weight with the name and ``shape`` that it has in a checkpoint that was never quantized.
 
-    ``format``: the storage format's name. ``parts``: the tensors that store it, by name. ``transposed``: they store the last two
-    dimensions the other way around. Rows are those of the matrix as stored, of all matrices of a stack one after the other.
+    ``format``: the storage format's name. ``parts``: the tensors that store the weight, by name. ``transposed``: whether they
+    store the last two dimensions swapped. Rows are those of the matrix as stored; the matrices of a stack follow each other.
     """
 
     name: str
@@ -29,30 +29,30 @@ class Weight(ABC):
 
     @property
     def bytes(self) -> int:
-        """As stored, scales and zero points included."""
+        """Bytes as stored, including scales and zero points."""
         return sum(part.bytes for part in self.parts.values())
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Rows, of all matrices of a stack together, and columns, as stored."""
+        """Rows and columns as stored, with the rows of all matrices of a stack added up."""
         columns = self.shape[-2] if self.transposed else self.shape[-1] if self.shape else 1
         return prod(self.shape) // columns if columns else 0, columns
 
     @property
     @abstractmethod
     def dtype(self) -> np.dtype:
-        """What ``read`` gives: a dtype that holds every decoded value."""
+        """The dtype that ``read`` returns, which holds every decoded value."""
 
     @abstractmethod
     def decode(self, rows: slice) -> np.ndarray:
-        """fp32 ``[rows, columns]``; reads no other row where the format stores rows one after the other.
+        """fp32 ``[rows, columns]``. If the format stores rows one after another, no other rows are read.
 
         Raises:
             UserError: a tensor cannot be read, or a value or a scale is not finite.
         """
 
     def integers(self, rows: slice) -> SourceIntegers | None:
-        """The whole numbers and scales whose products ``decode`` gives, or None where the weight is not stored so.
+        """The integers and scales whose products ``decode`` returns, or None if the weight is not stored as such.
 
         Raises:
             UserError: see ``decode``.
@@ -61,7 +61,7 @@ class Weight(ABC):
 
     @property
     def integer_group(self) -> int | None:
-        """Columns that share a scale of ``integers``; None where there are none."""
+        """Number of columns that share a scale of ``integers``; None if there are none."""
         return None
 
     def read(self, index: int | None = None) -> np.ndarray:
@@ -72,19 +72,19 @@ class Weight(ABC):
         """
         values = self.decode(self.rows_of(index))
         if self.dtype == BF16:
-            # bf16 is the upper half of fp32; what is decoded to it has nothing in the lower.
+            # bf16 is the upper half of fp32; in weights that decode to it, the lower half is zero.
             values = np.ascontiguousarray(values.view(np.uint16)[..., 1::2]).view(BF16)
         return self.shaped(values, index)
 
     def rows_of(self, index: int | None) -> slice:
-        """The rows that slice ``index`` of the first dimension takes: all of them for None."""
+        """The rows of slice ``index`` of the first dimension; all rows for None."""
         if index is None:
             return slice(0, self.matrix_shape[0])
         count = self.matrix_shape[0] // self.shape[0]
         return slice(index * count, (index + 1) * count)
 
     def shaped(self, rows: np.ndarray, index: int | None) -> np.ndarray:
-        """``rows``, or as many values a row as there are of its scales, as the weight or its slice ``index`` is shaped."""
+        """``rows`` (of weights, or of their scales) in the shape of the weight or of its slice ``index``."""
         shape = self.shape if index is None else self.shape[1:]
         if len(shape) < 2:
             return rows.reshape(shape)
@@ -95,7 +95,7 @@ class Weight(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Weight):
-    """A tensor of floats (or, beside the weights, of whole numbers), as it is."""
+    """A tensor of floats (or an auxiliary tensor of integers), as it is."""
 
     @property
     def stored(self) -> StoredTensor:

@@ -1,7 +1,7 @@
-"""A checkpoint as if it had never been quantized: every weight, from whichever tensors store it.
+"""Presents a checkpoint as if it had never been quantized: every weight, from whichever tensors store it.
 
-Each storage format is asked in turn for every tensor. What a format decides by stands beside the tensor: its neighbours, their
-dtypes and shapes; a ``quantization_config`` that was left over says nothing about tensors that are plain.
+Each storage format is tried in turn for every tensor. A format decides by the tensor's neighbours, their dtypes and shapes. A
+leftover ``quantization_config`` does not affect tensors that are plain.
 """
 
 from collections.abc import Callable
@@ -17,28 +17,28 @@ from rq_compile.errors import UserError
 
 Claim = Callable[[str, dict[str, StoredTensor], Stated], Weight | None]
 CLAIMS: tuple[Claim, ...] = (mxfp4.claim, four_bit_float.claim, integers.claim, awq.claim, gptq.claim, block_fp8.claim)
-# Beside quantized weights, for kernels that quantize activations or the cache; nothing that a weight is worth depends on them.
+# Tensors beside quantized weights, for kernels that quantize activations or the cache. The weights do not depend on them.
 NOT_OF_WEIGHTS = (
     *(".input_scale", ".input_scale_inv", ".input_global_scale", ".input_zero_point", ".input_scale_ub", ".output_scale"),
     *(".activation_scale", ".activation_scale_inv", ".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_output_scale"),
     ".qscale_act",
 )
-# A tensor with one of these names is worth nothing without the weight that it belongs to.
+# A tensor with one of these names is useless without the weight that it belongs to.
 OF_WEIGHTS = (
     *("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_packed"),
     *("weight_g_idx", "weight_shape", "qscale_weight", "qweight", "qzeros", "g_idx", "pre_quant_scale"),
 )
 PLAIN = ("F64", "F32", "F16", "BF16")
 CODES = ("F8_E4M3", "F8_E8M0", "I8", "U8", "I32")
-FAKE = ("dense", "fakequant")  # formats of compressed-tensors whose weights are floats, with the scales beside them
+FAKE = ("dense", "fakequant")  # formats of compressed-tensors whose weights are floats, with scales beside them
 
 
 def weights_of(tensors: dict[str, StoredTensor], stated: Stated) -> dict[str, Weight]:
-    """Every weight by the name it has where nothing is quantized; other tensors under their own.
+    """Every weight by the name that it has in an unquantized checkpoint; other tensors by their own names.
 
     Raises:
-        UserError: parts of a quantized weight are missing or do not fit together, or a weight is stored in a format that is not
-            read; the tensor and the format are named.
+        UserError: parts of a quantized weight are missing or do not fit together, or a weight is stored in an unsupported format.
+            The message names the tensor and the format.
     """
     refuse_foreign(tensors)
     weights: dict[str, Weight] = {}
@@ -75,7 +75,7 @@ def _is_part(name: str) -> bool:
 def _check_plain(name: str, tensor: StoredTensor, tensors: dict[str, StoredTensor], stated: Stated) -> None:
     """
     Raises:
-        UserError: the tensor belongs to a quantized weight, or is one, that no format has claimed.
+        UserError: the tensor is, or belongs to, a quantized weight that no format has claimed.
     """
     stem, _, last = name.rpartition(".")
     is_weight = last in ("weight", "weight_packed", "qweight") or last.endswith("_proj")
@@ -84,7 +84,7 @@ def _check_plain(name: str, tensor: StoredTensor, tensors: dict[str, StoredTenso
         raise _unread(name, tensor, tensors, stated)
     if is_weight and tensor.dtype in PLAIN and f"{name}_scale_inv" in tensors:
         raise UserError(
-            f"{name} in {tensor.file} is {tensor.dtype} and has scales ({name}_scale_inv) beside it, which would change it; "
+            f"{name} in {tensor.file} is {tensor.dtype} but has scales ({name}_scale_inv), which would change it; "
             "remove the scales if it is dequantized",
             2,
         )
@@ -109,10 +109,11 @@ def _unread(name: str, tensor: StoredTensor, tensors: dict[str, StoredTensor], s
 def _check_transforms(stated: Stated, name: str) -> None:
     """
     Raises:
-        UserError: the activations are to be transformed where the weights are multiplied.
+        UserError: the inputs of the weights would have to be transformed.
     """
     transforms: Any = stated.settings.get("transform_config")
     if isinstance(transforms, dict) and transforms.get("config_groups"):
         raise UserError(
-            f"{stated.file} has a transform_config: {name} is stored rotated, and its inputs would have to be; {OTHERWISE}", 2
+            f"{stated.file} has a transform_config: {name} is stored rotated, so its inputs must be, too; {OTHERWISE}",
+            2,
         )

@@ -112,7 +112,7 @@ def test_the_scales_of_blocks_are_missing(spoilt: Callable[..., str]) -> None:
         ("nvfp4-fp8", ".weight_packed", lambda t: t[:, :16], "expected of NVFP4"),
         ("pack-int4", ".weight_packed", lambda t: t[:, :4], "cannot hold a weight of [64, 64]"),
         ("pack-int4", ".weight_scale", lambda t: t[:, :1].repeat(1, 4), "but [64, 2] is expected of INT4"),
-        ("pack-int4", ".weight_shape", lambda t: torch.tensor([64, 32]), "packs no weight of [64, 32]"),
+        ("pack-int4", ".weight_shape", lambda t: torch.tensor([64, 32]), "cannot hold a weight of [64, 32]"),
         ("pack-int4-asymmetric", ".weight_zero_point", lambda t: t[:4], "zero points of 64 rows"),
         ("pack-int4-act-order", ".weight_g_idx", lambda t: t + 2, "names a group that is not one of 2"),
         ("gptq", ".scales", lambda t: t[:1], "of GPTQ with 4 bits and group_size 32"),

@@ -1,1 +1,1 @@
-"""What every target writes and every user of an engine reads: the manifest, and where the op libraries are."""
+"""What every target writes and every user of an engine reads: the manifest, and the paths of the op libraries."""

@@ -1,7 +1,7 @@
-"""While an engine's files appear one after the other, a list of their names lies beside them.
+"""Keeps a list of an engine's files beside them while they appear one after another.
 
-After a stop of the machine between two renames the next compilation knows by it what it may replace, and no command takes new
-weights beside an old manifest for an engine.
+If the machine stops between two renames, the next compilation knows from this list which files it may replace, and no command
+accepts new weights beside an old manifest as an engine.
 """
 
 import json
@@ -13,12 +13,12 @@ from rq_compile.file_systems import sync
 
 
 def list_of(output: Path) -> Path:
-    """Where the names are while the files of ``output`` appear."""
+    """The file with the names while the files of ``output`` appear."""
     return output.with_name(f".{output.name}.files")
 
 
 def left_over(output: Path) -> frozenset[str]:
-    """Names of files that a compilation of ``output`` may have left when it was stopped; none where it was not."""
+    """Names of files that an interrupted compilation of ``output`` may have left; empty if it was not interrupted."""
     try:
         names = json.loads(list_of(output).read_bytes())
     except (OSError, ValueError):
@@ -27,7 +27,7 @@ def left_over(output: Path) -> frozenset[str]:
 
 
 class Appearing:
-    """To be left after all files of ``output`` have their names; ``begin`` comes before the first has."""
+    """A context that ends when all files of ``output`` have their names. Call ``begin`` before the first file gets its name."""
 
     def __init__(self, output: Path) -> None:
         self._list = list_of(output)
@@ -47,6 +47,6 @@ class Appearing:
         sync(self._list.parent)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After a failure some files may have their names, others not.
+        # After a failure, some files may have their names and others not.
         if self._begun and error is None:
             self._list.unlink(missing_ok=True)

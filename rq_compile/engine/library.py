@@ -1,4 +1,4 @@
-"""Where the custom-op libraries of the lowerings `native` and `cuda` are."""
+"""The paths of the custom-op libraries of the lowerings `native` and `cuda`."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,11 +8,11 @@ from rq_compile.errors import UserError
 
 OpLibrary = Literal["librq_moe.so", "librq_moe_cuda.so"]
 OP_SET_VERSION = 1
-# Of the op set: slots are told apart by the place of their format's group here, and the ops have inputs for each in this order.
+# The format groups of the op set. The index of a group is the format code of its slots, and the ops have inputs in this order.
 FORMAT_GROUPS = ("float", "int8", "int4")
 CPU_LIBRARY: OpLibrary = "librq_moe.so"
 CUDA_LIBRARY: OpLibrary = "librq_moe_cuda.so"
-# How a missing one is got.
+# How to get a missing library.
 WAYS_OUT: dict[OpLibrary, str] = {
     CPU_LIBRARY: "run pip install . or use --lowering stock",
     CUDA_LIBRARY: "build it as plugins/cuda/README.md says and put it there",
@@ -20,10 +20,10 @@ WAYS_OUT: dict[OpLibrary, str] = {
 
 
 def library_path(name: OpLibrary = CPU_LIBRARY) -> Path:
-    """The custom-op library of this name in the package; ``librq_moe.so`` is built with it.
+    """The path of the custom-op library ``name`` in the package. ``librq_moe.so`` is built together with the package.
 
     Raises:
-        UserError: it is not there.
+        UserError: the library is missing.
     """
     path = Path(rq_compile.__file__).parent / "lib" / name
     if not path.is_file():

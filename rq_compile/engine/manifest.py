@@ -1,4 +1,4 @@
-"""The engine manifest, written beside the engine as ``<engine stem>.json``: what is needed to load and run it."""
+"""The manifest of an engine, written beside it as ``<engine stem>.json``: everything that is needed to load and run it."""
 
 from typing import Any, ClassVar, Literal, Self
 
@@ -25,11 +25,10 @@ class EngineFile(Document):
 
 
 class CacheTensor(Document):
-    """One tensor of the cache, fp32: graph input ``past``, output ``present``.
+    """One fp32 tensor of the cache: graph input ``past`` and graph output ``present``.
 
     Keys and values (``past_key_values.{i}.key``) are ``[batch, heads, past, dimension]``. Layers without attention keep states
-    of a fixed size: ``[batch, ...]``. In ``shape`` the free dimensions stand by name. A size may be 0: keys without
-    a rotated part.
+    of a fixed size: ``[batch, ...]``. ``shape`` names the free dimensions. A size may be 0, for keys without a rotated part.
     """
 
     past: str
@@ -37,13 +36,13 @@ class CacheTensor(Document):
     shape: list[Count | Literal["batch", "past"]] = Field(min_length=1, max_length=8)
 
     def empty(self, batch: int) -> np.ndarray:
-        """What a text begins with: no keys and values, and states of zeros."""
+        """The initial tensor of a text: no keys and values, or states of zeros."""
         sizes = {"batch": batch, "past": 0}
         return np.zeros([size if isinstance(size, int) else sizes[size] for size in self.shape], np.float32)
 
 
 def _with_cache_shapes(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 knew keys and values alone, by heads and dimension."""
+    """Version 1 had only keys and values, described by heads and dimension."""
     for tensor in content.get("cache") or []:
         if isinstance(tensor, dict) and "heads" in tensor:
             tensor["shape"] = ["batch", tensor.pop("heads"), "past", tensor.pop("dimension", None)]
@@ -51,13 +50,12 @@ def _with_cache_shapes(content: dict[str, Any]) -> dict[str, Any]:
 
 
 class Manifest(Versioned):
-    """``op_library``: the custom-op library's op-set version the engine needs, or None when it runs in any ONNX Runtime;
-    ``op_library_name``: which library, None for engines of before there were two, which need that of the CPU.
+    """``op_library``: the op-set version of the custom-op library that the engine needs; None if it runs in any ONNX Runtime.
+    ``op_library_name``: the name of that library; None in older engines, which need that of the CPU.
 
-    ``slot_offsets[layer name]`` is the graph's int32 ``[slots + 1]`` tensor with the cumulative rows per slot, from
-    which an engine's own load can be read; the lowering cuda has none. ``replaced`` counts what was skipped, padded or
-    replaced, by reason. ``licences`` are the texts that lay beside the checkpoint's weights, ``licence`` is what its model
-    card declares.
+    ``slot_offsets[layer name]`` is the graph's int32 ``[slots + 1]`` tensor with the cumulative rows per slot, from which the
+    load of the engine can be read; the lowering cuda has none. ``replaced`` counts what was skipped, padded or replaced, by
+    reason. ``licences`` are the licence texts from the checkpoint's folder; ``licence`` is what its model card declares.
     """
 
     called: ClassVar[str] = "manifest of an engine"
@@ -71,7 +69,9 @@ class Manifest(Versioned):
     lowering: LoweringName
     graph: EngineFile
     weights: EngineFile
-    linked: list[EngineFile] = Field(default=[], description="shards of the checkpoint that hold weights, too (--link-weights)")
+    linked: list[EngineFile] = Field(
+        default=[], description="shards of the checkpoint that also hold weights of the engine (--link-weights)"
+    )
     tokenizer: EngineFile | None
     licences: list[EngineFile] = Field(default=[])
     licence: str | None = None
@@ -79,9 +79,9 @@ class Manifest(Versioned):
     op_library_name: OpLibrary | None = None
     provider: Provider = Field(default="CPUExecutionProvider", description="ONNX Runtime's execution provider")
     activation_bits: Literal[8, 16, 32] = Field(
-        default=32, description="of what quantized weights meet: 8, or 16 or 32 for floats"
+        default=32, description="bits of the activations of quantized weights: 8, or 16 or 32 for floats"
     )
-    dense_format: DenseFormat = Field(default="fp32", description="of the matrices that are no experts: as stored, int8 or fp32")
+    dense_format: DenseFormat = Field(default="fp32", description="format of non-expert matrices: as stored, int8 or fp32")
     opset: int = Field(ge=1, le=1000)
     encoder_decoder: bool
     vocabulary: int = Field(ge=1, lt=2**31)
@@ -89,14 +89,14 @@ class Manifest(Versioned):
         default=None, description="the token that the tokenizer names as the beginning of a text"
     )
     end_of_text: list[TokenId]
-    context_length: int | None = Field(default=None, ge=1, lt=2**31, description="positions that the model was made for")
+    context_length: int | None = Field(default=None, ge=1, lt=2**31, description="context length of the model, in positions")
     decoder_start: TokenId | None = None
     prefill_chunk: int | None = Field(
-        default=None, ge=1, lt=2**31, description="tokens of a prompt that run at once; none: the whole prompt"
+        default=None, ge=1, lt=2**31, description="tokens of a prompt that run in one step; null: the whole prompt"
     )
     cache: list[CacheTensor]
     recomputed_beyond: Count | None = Field(
-        default=None, description="a cache of at most so many tokens is not continued beyond them: all are computed anew"
+        default=None, description="a cache of up to this many tokens is not continued beyond them: all tokens are computed again"
     )
     slot_offsets: dict[str, str]
     dense_bytes: Count
@@ -114,6 +114,6 @@ class Manifest(Versioned):
 
     @property
     def files(self) -> list[EngineFile]:
-        """All but the manifest itself."""
+        """All files except the manifest itself."""
         files = (self.graph, self.weights, *self.linked, self.tokenizer, *self.licences)
         return [file for file in files if file is not None]

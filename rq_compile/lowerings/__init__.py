@@ -1,6 +1,7 @@
-"""Lowerings: how the op set ``rq.moe`` is realised. Each is one class in one file, which says all that other stages ask about it.
+"""Lowerings: how the MoE layers are written for a runtime. Each is one class in one file, which has everything that other stages
+need to know about it.
 
-Importing them imports no ONNX, numpy or pydantic, so that the command line can read this table for its help.
+Importing them does not import ONNX, numpy or pydantic, so that the command line can read this table for its help.
 """
 
 from typing import Any
@@ -13,9 +14,9 @@ from rq_compile.lowerings.plugins import Plugins
 from rq_compile.lowerings.stock import Stock
 from rq_compile.lowerings.tensorrt_lanes import TensorRTLanes
 
-# Of ONNX Runtime engines, by name.
+# Lowerings of ONNX Runtime engines, by name.
 LOWERINGS: dict[str, type[Lowering]] = {kind.name: kind for kind in (Native, Stock, Batched, Cuda)}
-# Of TensorRT engines, by name.
+# Lowerings of TensorRT engines, by name.
 TENSORRT_LOWERINGS: dict[str, type[Lowering]] = {kind.name: kind for kind in (TensorRTLanes, Plugins)}
 
 
@@ -23,7 +24,7 @@ def lowering_of(given: Lowering | str) -> Lowering:
     """``given``, or the lowering of that name with its default options.
 
     Raises:
-        KeyError: there is none of that name.
+        KeyError: there is no lowering of that name.
     """
     return LOWERINGS[given]() if isinstance(given, str) else given
 
@@ -34,5 +35,5 @@ def with_options(kind: type[Lowering], **options: Any) -> Lowering:
 
 
 def lowering_for(target: str) -> type[Lowering]:
-    """The lowering that a plan for ``target`` gets unless another one is asked for."""
+    """The default lowering of a plan for ``target``."""
     return next((kind for kind in LOWERINGS.values() if target in kind.default_for), Native)

@@ -1,4 +1,4 @@
-"""Lowering ``batched``: slots as the lanes of batched products, in standard ONNX ops; for large batches, and for TensorRT."""
+"""Lowering ``batched``: slots are lanes of batched products, in standard ONNX ops; for large batches and for TensorRT."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rq_compile.rewrite.slot_weights import Source
     from rq_compile.rewrite.weights import ExternalWeight
 
-# ONNX Runtime would cast 16-bit weights to fp32 once at load and keep them so; up to this size it may fold constants.
+# ONNX Runtime would cast 16-bit weights to fp32 when it loads them. Up to this size, it may fold constants.
 FOLDING_LIMIT = {"optimization.constant_folding_max_output_size_in_bytes": "65536"}
 PRODUCT_BYTES = 8_200  # of the graph
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cuda(MoeLayerNode):
-    """Experts compute in 16 bit between two casts, and all else in fp32."""
+    """Experts compute in 16 bits between two casts; everything else computes in fp32."""
 
     name: ClassVar[str] = "cuda"
     summary: ClassVar[str] = "needs the op library of plugins/cuda and is the default for a plan with the target cuda"

@@ -1,4 +1,4 @@
-"""What a lowering says of itself."""
+"""The interface of a lowering."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ PROVIDERS: dict[str, Provider] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAEx
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph without Experts nodes, and the weights that it refers to, unread: ``experts``, a section for each layer, and the
-    non-expert ``matrices`` that were laid out anew. ``replaced`` counts what was replaced, by reason."""
+    """A graph without Experts nodes, and the weights that it refers to, which are not read yet. ``experts``: one section per
+    layer. ``matrices``: the non-expert matrices with a new layout. ``replaced``: counts of what was replaced, by reason."""
 
     model: onnx.ModelProto
     experts: list[Section]
@@ -40,14 +40,14 @@ class Lowered:
 
 
 class Lowering(ABC):
-    """How the MoE layers of a graph are realised.
+    """How the MoE layers of a graph are written for a runtime.
 
-    A kind is a subclass, a frozen dataclass whose fields are its options. ``planned_for`` is the target whose costs are those of
-    its engines; ``default_for`` are the targets whose plans choose it; ``options`` are the fields that the command line offers.
+    Each kind is a subclass, a frozen dataclass whose fields are its options. ``planned_for``: the target whose costs are those of
+    its engines. ``default_for``: the targets whose plans use it by default. ``options``: the fields that the command line offers.
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]  # for the help of --lowering, behind the name
+    summary: ClassVar[str]  # for the help of --lowering, after the name
     planned_for: ClassVar[Target]
     default_for: ClassVar[tuple[Target, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
@@ -55,10 +55,10 @@ class Lowering(ABC):
     lacks_activations: ClassVar[frozenset[str]] = frozenset()
     device: ClassVar[Literal["cpu", "cuda"]] = "cpu"
     library: ClassVar[OpLibrary | None] = None
-    session_options: ClassVar[Mapping[str, str]] = {}  # what ONNX Runtime is to be told
+    session_options: ClassVar[Mapping[str, str]] = {}  # entries for ONNX Runtime's session options
     carries_code: ClassVar[bool] = False  # whether a TensorRT engine holds the code of its MoE layers
     counts_rows: ClassVar[bool] = True  # whether the graph has each layer's tensor slot_offsets
-    # What quantized weights meet, and how non-expert matrices are stored; options of some kinds.
+    # Bits of the activations of quantized weights, and the format of non-expert matrices; options of some kinds.
     activation_bits: int = 32
     dense_format: DenseFormat = "fp32"
 
@@ -69,40 +69,40 @@ class Lowering(ABC):
 
     @classmethod
     def is_batched(cls) -> bool:
-        """Whether a layer waits for its busiest slot, so that a plan pays by balancing slots."""
+        """Whether a layer waits for its busiest slot, so that balanced slots save time."""
         return TARGETS[cls.planned_for].batched
 
     def for_checkpoint(self, dtype: Format) -> Self:
         """This lowering for a checkpoint whose weights are mostly in ``dtype``."""
         return self
 
-    def check_layer(self, layer: LayerPlan) -> None:  # noqa: B027 - most take any layer
-        """Refuse what the kernels cannot take.
+    def check_layer(self, layer: LayerPlan) -> None:  # noqa: B027 - most support any layer
+        """Refuse a layer that the kernels do not support.
 
         Raises:
-            UserError: its sizes are not theirs.
+            UserError: they do not support its sizes.
         """
 
     @abstractmethod
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
-        """Put the plan's slots in place of every Experts node of ``model``, which is not changed.
+        """Replace every Experts node of ``model`` by the plan's slots. ``model`` itself is not changed.
 
-        ``source`` gives experts and ``dense`` non-expert weights; both are read when the weights are written.
+        ``source`` provides experts and ``dense`` non-expert weights. Both are read when the weights are written.
 
         Raises:
             UserError: the layers of the plan and of the model differ.
-            ContractError: a pass is at fault.
+            ContractError: a pass has an error.
         """
 
     @abstractmethod
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
-        """The weights of the layer's slots, as ``lower`` lays them out; none is read."""
+        """The weights of the layer's slots, as ``lower`` lays them out. No weight is read."""
 
     def graph_bytes(self, slots: int, products: int) -> int:
-        """About what ``slots``, and ``products`` of slots that are multiplied together, add to the graph's file."""
+        """Approximate bytes that ``slots`` slots, in ``products`` joint products, add to the graph's file."""
         return 0
 
 
 def unread(layer: str, expert: int) -> Expert:
-    """A ``Source`` for who only wants shapes."""
+    """A ``Source`` for callers that only need shapes."""
     raise AssertionError(f"expert {expert} of {layer} is not to be read")

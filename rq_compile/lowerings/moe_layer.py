@@ -1,4 +1,4 @@
-"""What the lowerings of GPU libraries share: each MoE layer is one node ``rq.moe::MoeLayer`` in 16 bit."""
+"""Common parts of the lowerings of GPU libraries: each MoE layer is one node ``rq.moe::MoeLayer`` in 16 bits."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Half = Literal["fp16", "bf16"]
 
 @dataclass(frozen=True)
 class MoeLayerNode(Lowering):
-    """``half`` is what the node computes in, and what float slots are kept in."""
+    """``half``: the 16-bit type in which the node computes and float slots are stored."""
 
     half: Half = "fp16"
     activation_bits: int = 16
 
     formats: ClassVar[tuple[Format, ...]] = OF_THE_OP_SET
     counts_rows: ClassVar[bool] = False  # slots are inside the node
-    otherwise: ClassVar[str]  # what to do with a layer that the kernels do not take
+    otherwise: ClassVar[str]  # what to do with a layer that the kernels do not support
 
     def check_layer(self, layer: LayerPlan) -> None:
         from rq_compile.lowerings.kernel_sizes import check_kernel_sizes

@@ -1,4 +1,4 @@
-"""Lowering ``native``: the custom ops of ``librq_moe.so`` on the CPU, and ONNX Runtime's fused ops beside them."""
+"""Lowering ``native``: the custom ops of ``librq_moe.so`` on the CPU, together with ONNX Runtime's fused ops."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Native(Lowering):
-    """``activation_bits``: 8 rounds to int8 what is multiplied with quantized weights, 32 keeps it in fp32. ``dense_format``:
-    see ``dense_gemms``."""
+    """``activation_bits``: 8 rounds the inputs of quantized weights to int8, 32 keeps them in fp32. ``dense_format``: see
+    ``dense_gemms``."""
 
     activation_bits: int = 32
     dense_format: DenseFormat = "stored"

@@ -1,4 +1,4 @@
-"""Lowering ``plugins``: each MoE layer is one plugin of ``librq_tensorrt.so``, whose code a TensorRT engine carries."""
+"""Lowering ``plugins``: each MoE layer is one plugin of ``librq_tensorrt.so``, which is embedded in the TensorRT engine."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar

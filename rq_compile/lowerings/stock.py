@@ -1,4 +1,4 @@
-"""Lowering ``stock``: an ``If`` for each slot around ops that any ONNX Runtime has."""
+"""Lowering ``stock``: an ``If`` for each slot, with ops that any ONNX Runtime has."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from rq_compile.rewrite.slot_weights import Source
     from rq_compile.rewrite.weights import ExternalWeight
 
-SLOT_BYTES = 4_500  # of the graph
-BITS = (2, 4, 8)  # that MatMulNBits takes
+SLOT_BYTES = 4_500  # bytes of a slot in the graph
+BITS = (2, 4, 8)  # supported by MatMulNBits
 ROUNDED = 4  # the accuracy_level of MatMulNBits that rounds its inputs to int8
 
 
 @dataclass(frozen=True)
 class Stock(Lowering):
-    """``activation_bits``: 8 lets ``MatMulNBits`` round to int8 what it multiplies, 32 keeps it in fp32."""
+    """``activation_bits``: 8 lets ``MatMulNBits`` round its inputs to int8, 32 keeps them in fp32."""
 
     activation_bits: int = 32
 

@@ -1,4 +1,4 @@
-"""Lowering ``batched`` as TensorRT takes it: shapes known before values, and weights that its builders keep packed."""
+"""Lowering ``batched`` for TensorRT: shapes are known before values, and its builders keep the weights packed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorRTLanes(Batched):
-    """``expected`` is needed here; int8 has one scale for each column."""
+    """``expected`` is required; int8 has one scale per column."""
 
     whole_columns: bool = True
 

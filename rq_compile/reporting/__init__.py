@@ -1,1 +1,1 @@
-"""A compiled engine as one page to look at."""
+"""Describes a compiled engine on one HTML page."""

@@ -1,4 +1,4 @@
-"""Numbers as marks: positions in per cent of a chart's width, so that the page's own layout decides how wide it is."""
+"""Converts numbers to marks. Positions are in per cent of a chart's width, so that the page's layout decides its width."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ MOST_TICKS = 6
 
 @dataclass(frozen=True)
 class Scale:
-    """From ``least`` at 0 % to ``most`` at 100 %, with whole numbers as ticks."""
+    """A scale from ``least`` at 0 % to ``most`` at 100 %, with whole numbers as ticks."""
 
     least: float
     most: float
@@ -23,7 +23,7 @@ class Scale:
 
 
 def balance_scale(values: Iterable[float]) -> Scale:
-    """For LIS: from 1, which is perfect, to a whole number that none of ``values`` exceeds."""
+    """A scale for LIS: from 1, which is perfect, to a whole number that none of ``values`` exceeds."""
     most = max(2, ceil(max(values)))
     step = ceil((most - 1) / MOST_TICKS)
     return Scale(1, most, list(range(1, most + 1, step)))
@@ -31,7 +31,7 @@ def balance_scale(values: Iterable[float]) -> Scale:
 
 @dataclass(frozen=True)
 class Segment:
-    """``count`` slots of ``format`` and their bytes, ``width`` wide from ``start`` on, in per cent."""
+    """``count`` slots of ``format`` and their bytes. The segment begins at ``start`` and is ``width`` wide, in per cent."""
 
     format: str
     count: int
@@ -42,7 +42,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Stored:
-    """One layer's slots by format; ``before`` and the segments' end are bytes on one scale, in per cent."""
+    """One layer's slots by format. ``before`` and the ends of the segments are bytes on a common scale, in per cent."""
 
     layer: int
     slots: int
@@ -78,7 +78,7 @@ def stored_layers(plan: Plan) -> list[Stored]:
 
 @dataclass(frozen=True)
 class SlotSize:
-    """Slots of one format and size, in all layers together."""
+    """Slots with the same format and size, in all layers together."""
 
     format: str
     bytes_each: int
@@ -90,7 +90,7 @@ class SlotSize:
 
 
 def slot_sizes(plan: Plan) -> list[SlotSize]:
-    """Largest first."""
+    """The sizes of a plan's slots, largest first."""
     counts: dict[tuple[int, str], int] = {}
     for layer in plan.layers:
         for format, count in formats_of(layer.slots).items():
@@ -101,7 +101,7 @@ def slot_sizes(plan: Plan) -> list[SlotSize]:
 
 @dataclass(frozen=True)
 class Bar:
-    """``width`` in per cent of the longest of its chart."""
+    """``width`` is in per cent of the longest bar of the chart."""
 
     name: str
     value: float
@@ -110,6 +110,6 @@ class Bar:
 
 
 def bars(*values: tuple[str, float, bool]) -> list[Bar]:
-    """Of (name, value, whether it is the engine's)."""
+    """Bars from (name, value, whether it belongs to the engine)."""
     most = max(value for _, value, _ in values) or 1
     return [Bar(name, value, 100 * value / most, ours) for name, value, ours in values]

@@ -1,20 +1,21 @@
-"""Layers as rows, experts as columns, cells in few tones: one SVG path a tone keeps 64 layers of 256 experts small."""
+"""A grid with layers as rows, experts as columns and few tones. One SVG path per tone keeps 64 layers of 256 experts small."""
 
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# What a page can say of each cell, and how many columns leave room for a number in a cell.
+# The number of cells that can have tooltips, and the number of columns that leave room for a number in a cell.
 MOST_TIPS = 2048
 NUMBERED_COLUMNS = 20
-# Room between cells, as a part of one, while cells are large.
+# The gap between large cells, as a fraction of a cell.
 GAP = 0.05
 LARGE_COLUMNS, LARGE_ROWS = 64, 32
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``width`` columns from ``column`` on, in row ``row``; ``tip`` tells all, ``number`` is short enough for a cell."""
+    """A cell of ``width`` columns, from ``column`` on, in row ``row``. ``tip``: the tooltip. ``number``: a short text in the
+    cell."""
 
     row: int
     column: float
@@ -37,7 +38,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Grid:
-    """``paths``: tone -> SVG path data in a system of ``columns`` by ``rows``; ``tips``: tip -> the path of its cell."""
+    """``paths``: tone -> SVG path data in coordinates of ``columns`` by ``rows``. ``tips``: tooltip -> the path of its cell."""
 
     columns: int
     rows: int
@@ -54,12 +55,12 @@ class Grid:
 
     @property
     def least_width(self) -> int:
-        """In pixels; where there is less room, the grid scrolls in its frame."""
+        """In pixels. If there is less room, the grid scrolls in its frame."""
         return self.columns * (18 if self.labels else 4)
 
 
 def grid(cells: Iterable[Cell], row_names: list[str], columns: int) -> Grid:
-    """``row_names`` have one name a row, of which only as many are kept as can be read."""
+    """``row_names``: one name per row, of which only as many are kept as can be read."""
     known = list(cells)
     rows = len(row_names)
     paths, tips = defaultdict(list), {}
@@ -96,7 +97,7 @@ def short(number: float) -> str:
 
 
 def every(count: int, most: int) -> int:
-    """The smallest power of two that leaves at most ``most`` of ``count``."""
+    """The smallest power of two n for which every n-th of ``count`` items gives at most ``most`` items."""
     step = 1
     while count > most * step:
         step *= 2

@@ -1,4 +1,4 @@
-"""What an engine reached, in one line."""
+"""The results of an engine in one line."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -11,11 +11,11 @@ from rq_compile.planning.schema import LayerPrediction
 
 
 class Headline(Document):
-    """``lis_*``: means over the layers, over all texts of the evaluation (measured), or those of the plan (predicted).
+    """``lis_*``: means over the layers, from all texts of the evaluation (measured) or from the plan (predicted).
 
-    ``expert_bytes_before`` are the experts' in the checkpoint, ``_planned`` those of all slots, ``_after`` the engine's, whose
-    equal copies may share theirs. ``prefill`` and ``decode`` are the engine's tokens per second over the other side's. None: not
-    measured, or no finite number.
+    ``expert_bytes_before``: bytes of the experts in the checkpoint; ``_planned``: of all slots; ``_after``: in the engine, which
+    stores identical copies once. ``prefill`` and ``decode`` are the engine's tokens per second divided by those of the other
+    side. None: not measured, or not finite.
     """
 
     engine: Name
@@ -45,7 +45,7 @@ class Headline(Document):
 
     @property
     def sentence(self) -> str:
-        """For a title, a preview and a log."""
+        """The headline as a sentence for a title, a preview or a log."""
         parts = [f"LIS {self.lis_before:.2f} \N{RIGHTWARDS ARROW} {self.lis_after:.2f} ({self.lis_source})"]
         parts.append(f"{self.memory:.2f} x the experts' memory")
         if self.perplexity_change is not None:

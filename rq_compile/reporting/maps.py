@@ -1,4 +1,4 @@
-"""Where the load goes before and after, and what every slot is stored as."""
+"""Maps of the load before and after planning, and of the format of every slot."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from rq_compile.planning.schema import LayerPlan, Plan, Slot
 from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS, Format
 from rq_compile.reporting.grid import Cell, Grid, grid
 
-# Load over the mean load of the layer's experts: the bounds between tones, of which the first has no load at all.
+# The bounds between tones, as load relative to the mean load of the layer's experts. The first tone means no load at all.
 BOUNDS = (0.0, 0.25, 0.5, 0.8, 1.25, 2.0, 3.0, 5.0)
 UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class Maps:
-    """``before``: a cell an expert; ``after``, ``formats``: its slots, side by side in its place. ``unknown``: layers whose plan
-    knows no load of some slot."""
+    """``before``: one cell per expert. ``after``, ``formats``: the slots of each expert, side by side in its place. ``unknown``:
+    layers in which the load of some slot is not known."""
 
     before: Grid
     after: Grid
@@ -36,12 +36,12 @@ def maps(plan: Plan) -> Maps:
 
 
 def tone(load: float) -> str:
-    """``t0`` without load, ``t4`` at the mean, ``t8`` from five times the mean on."""
+    """The tone of a load: ``t0`` without load, ``t4`` at the mean, ``t8`` from five times the mean on."""
     return f"t{sum(load > bound for bound in BOUNDS)}"
 
 
 def legend() -> list[tuple[str, str]]:
-    """Tones and what they stand for."""
+    """Tones and their meanings."""
     between = [(f"t{number}", f"{low:g}\N{EN DASH}{high:g}") for number, (low, high) in enumerate(pairwise(BOUNDS), start=1)]
     return [("t0", "none"), *between, (f"t{len(BOUNDS)}", f"over {BOUNDS[-1]:g}")]
 
@@ -52,7 +52,7 @@ def formats_legend(plan: Plan) -> list[tuple[str, str]]:
 
 
 def loads(layer: LayerPlan) -> list[float] | None:
-    """Of every slot, over the mean of the layer's experts; None where the plan knows that of some slot not."""
+    """The load of every slot relative to the mean of the layer's experts; None if the load of some slot is not known."""
     known = [slot.load for slot in layer.slots if slot.load is not None]
     return [load * layer.geometry.experts for load in known] if len(known) == len(layer.slots) else None
 
@@ -113,14 +113,14 @@ def stored(row: int, layer: LayerPlan) -> Iterator[Cell]:
 
 
 def layout(layer: LayerPlan) -> Iterator[tuple[int, float, float]]:
-    """Slot, its column and its width: the slots of an expert share its place."""
+    """Slots with their columns and widths. The slots of an expert share its place."""
     for expert, held in places(layer).items():
         for position, number in enumerate(held):
             yield number, expert + position / len(held), 1 / len(held)
 
 
 def shown(load: float) -> str:
-    """In a cell, which stays empty where there is next to nothing to show."""
+    """The text of a cell. A cell with almost no load stays empty."""
     return "" if load < 0.05 else f"{load:.1f}"
 
 

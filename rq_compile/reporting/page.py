@@ -1,4 +1,5 @@
-"""One self-contained HTML page about an engine: style and charts inline, no script, nothing to fetch, always the same bytes."""
+"""A self-contained HTML page about an engine, with inline styles and charts. It has no scripts, loads nothing and is
+reproducible."""
 
 import shlex
 from pathlib import Path
@@ -17,15 +18,15 @@ from rq_compile.reporting.curves import curves
 from rq_compile.reporting.headline import headline
 from rq_compile.reporting.maps import formats_legend, legend, maps
 
-# Of every layer, by its number in the model.
+# The balance of every layer, by its number in the model.
 Balances = list[tuple[int, LayerPrediction | LayerBalance]]
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: Bench | None, sweep: Sweep | None = None) -> str:
-    """The page of the engine called ``engine``; what was not measured, it says, with the command that does it.
+    """The page of the engine called ``engine``. It says what was not measured, and the command that measures it.
 
-    Names are escaped wherever they come from.
+    All names are escaped.
     """
     plan = manifest.plan
     predicted: Balances = [(layer.index, layer.predicted) for layer in plan.layers]
@@ -69,7 +70,7 @@ def environment() -> Environment:
 
 
 def expert_loads(layer: LayerPlan) -> np.ndarray | None:
-    """Share of the layer's tokens that each expert gets, float64 ``[m]``; None where the plan does not know that of some slot."""
+    """Share of the layer's tokens that each expert gets, float64 ``[m]``; None if the load of some slot is not known."""
     shares = [slot.load for slot in layer.slots if slot.load is not None]
     if len(shares) < len(layer.slots):
         return None
@@ -85,23 +86,23 @@ def rate(tokens_per_second: float) -> str:
 
 
 def mean(balances: Balances, name: str) -> float | None:
-    """Over the layers; None where that of some layer is not known."""
+    """The mean over the layers; None if the value of some layer is not known."""
     known = [getattr(balance, name) for _, balance in balances]
     return None if None in known else fmean(known)
 
 
 def figure(value: float | None, spec: str) -> str:
-    """``value`` in the format ``spec``; None is an infinite or undefined number."""
+    """``value`` in the format ``spec``. None stands for an infinite number or NaN."""
     return "not finite" if value is None else format(value, spec)
 
 
 def percent(value: float) -> str:
-    """A position or length of a mark."""
+    """The position or length of a mark, in per cent."""
     return f"{value:.2f}".rstrip("0").rstrip(".") + "%"
 
 
 def speeds(model: str, bench: Bench) -> list[tuple[str, float | None, list[Bar]]]:
-    """Kind, ratio and bars of prefill and decode."""
+    """Name, ratio and bars for prefill and for decode."""
     made = []
     for kind, ratio in (("prefill", bench.ratio_prefill), ("decode", bench.ratio_decode)):
         values = [(bench.engine.name, getattr(bench.engine, kind), True)]
@@ -112,14 +113,14 @@ def speeds(model: str, bench: Bench) -> list[tuple[str, float | None, list[Bar]]
 
 
 def other_side(model: str, name: str) -> str:
-    """What an engine was timed against: ``bench --against`` takes engines and checkpoints."""
+    """Describes the other side of a benchmark: ``bench --against`` takes engines and checkpoints."""
     if name.endswith(".onnx"):
         return f"{name}, another engine"
     return f"the original, {name}, in transformers, fp32" if name == model else f"{name}, in transformers, fp32"
 
 
 def commands(engine: str, model: str) -> dict[str, str]:
-    """What measures the parts that are missing, and makes the page with all of them."""
+    """The commands that measure the missing parts, and that make the page with all parts."""
     quoted, reference = shlex.quote(engine), shlex.quote(model)
     return {
         "evaluate": f"rq-compile evaluate {quoted} --reference {reference} --text FILE --json > evaluation.json",

@@ -1,4 +1,4 @@
-"""Whether an evaluation, a benchmark or a sweep is of the engine that is reported."""
+"""Checks that an evaluation, a benchmark or a sweep belongs to the engine of a report."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def check_evaluation(engine: Path, manifest: Manifest, evaluation: Evaluation, p
 def check_bench(engine: Path, manifest: Manifest, bench: Bench, path: Path) -> None:
     """
     Raises:
-        UserError: the benchmark at ``path`` timed another engine, or one of that name with other weights.
+        UserError: the benchmark at ``path`` timed another engine, or an engine of the same name with other weights.
     """
     other = bench.engine.name if bench.engine.name != engine.name else None
     if bench.weights_sha256 not in (None, manifest.weights.sha256):

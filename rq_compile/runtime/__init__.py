@@ -1,1 +1,1 @@
-"""Load an engine and generate text."""
+"""Loads an engine and generates text."""

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
 
-# The inputs of a graph beside its cache.
+# The inputs of a graph besides its cache.
 FED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "decoder_input_ids"}
-# Where a graph that is given as bytes has its weights.
+# The folder of the weights of a graph that is given as bytes.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Engine:
-    """A compiled engine; make one with :meth:`load`."""
+    """A compiled engine. Create it with :meth:`load`."""
 
     def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
         self.path = path
@@ -42,8 +42,8 @@ class Engine:
         """Load the engine at ``path`` (``.onnx``) to run on ``threads`` threads; default: see ``session_threads``.
 
         Raises:
-            UserError: a file of the engine is missing or has another size than its manifest says, ONNX Runtime has not the
-                execution provider that the engine is for, or refuses the graph.
+            UserError: a file of the engine is missing or has another size than its manifest says, or ONNX Runtime does not have
+                the engine's execution provider or refuses the graph.
         """
         engine = cls(path, read_manifest(path), threads)
         engine._session  # noqa: B018 - a graph that does not load must be reported here, not at the first token
@@ -59,7 +59,7 @@ class Engine:
 
     @property
     def counts_rows(self) -> bool:
-        """Whether ``counted_logits`` and ``loads`` work; one node per MoE layer (lowering ``cuda``) hides its slots."""
+        """Whether ``counted_logits`` and ``loads`` work. Lowerings with one node per MoE layer (``cuda``) hide their slots."""
         return bool(self.manifest.slot_offsets)
 
     @cached_property
@@ -78,7 +78,7 @@ class Engine:
     ) -> np.ndarray:
         """Logits fp32 ``[batch, sequence, vocabulary]`` of int64 ids ``[batch, sequence]``.
 
-        ``attention_mask`` (int64, 1 = token, 0 = padding) defaults to all ones. An encoder-decoder engine gives the
+        ``attention_mask`` (int64, 1 = token, 0 = padding) defaults to all ones. An encoder-decoder engine returns the
         logits of ``decoder_input_ids``.
         """
         feeds = self._feeds(input_ids, attention_mask, decoder_input_ids)
@@ -95,7 +95,7 @@ class Engine:
         if not self.counts_rows:
             raise UserError(
                 f"{self.path} does not count the rows of its slots (lowering {self.manifest.lowering}); "
-                "take the same plan, compiled with --lowering native",
+                "use the same plan compiled with --lowering native",
                 2,
             )
         feeds = self._feeds(input_ids, attention_mask, decoder_input_ids)
@@ -106,11 +106,11 @@ class Engine:
     def loads(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """Rows of each slot for these tokens: layer name -> int64 ``[slots]``. Padding counts as rows: pass none."""
+        """Rows of each slot for these tokens: layer name -> int64 ``[slots]``. Padding counts as rows, so do not pass any."""
         return self.counted_logits(input_ids, attention_mask, decoder_input_ids)[1]
 
     def generate(self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True) -> Iterator[int]:
-        """Yield up to ``max_tokens`` greedy tokens after ``prompt_ids``; the end-of-text token stops, unyielded.
+        """Yield up to ``max_tokens`` greedy tokens after ``prompt_ids``, up to but without an end-of-text token.
 
         Raises:
             UserError: the prompt is empty or holds an id outside the vocabulary.
@@ -149,7 +149,7 @@ class Engine:
 
     @staticmethod
     def _accepted(session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without the inputs that the exported graph does not use (a model without position ids, say)."""
+        """``feeds`` without inputs that the exported graph does not use (for example, of a model without position ids)."""
         names = inputs_of(session)
         return {name: value for name, value in feeds.items() if name in names}
 
@@ -162,20 +162,20 @@ class Engine:
         return self._open(list(self.manifest.slot_offsets.values()))
 
     def _open(self, outputs: Sequence[str] = ()) -> onnxruntime.InferenceSession:
-        """With these outputs beside those that the graph has."""
+        """Open a session with ``outputs`` in addition to those of the graph."""
         import onnxruntime
 
         provider = self.manifest.provider
         if provider not in onnxruntime.get_available_providers():
             raise UserError(
-                f"{self.path} is for {provider}, which ONNX Runtime {onnxruntime.__version__} does not have here; "
+                f"{self.path} needs {provider}, which ONNX Runtime {onnxruntime.__version__} does not have here; "
                 "install onnxruntime-gpu on a machine with a GPU, or compile with --lowering native",
                 2,
             )
         model, folder = loadable_graph(self.path, self.manifest, outputs)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # As bytes: a folder's name need not be UTF-8.
+        # As bytes, because the folder's name need not be UTF-8.
         options.add_session_config_entry(WEIGHTS_FOLDER, os.fsencode(folder))
         for name, value in LOWERINGS[self.manifest.lowering].session_options.items():
             options.add_session_config_entry(name, value)
@@ -191,7 +191,7 @@ class Engine:
                     f"ONNX Runtime {onnxruntime.__version__} cannot load {library}: {reason(error)}; "
                     "build it on this system with pip install --force-reinstall rq-compile, or compile with --lowering stock"
                 ) from error
-        # What a GPU has no kernel for, ONNX Runtime runs on the CPU.
+        # ONNX Runtime runs ops without a GPU kernel on the CPU.
         providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
         try:
             session = onnxruntime.InferenceSession(model, options, providers=providers)
@@ -207,7 +207,7 @@ class Engine:
 
 
 def _unlike(manifest: Manifest, session: onnxruntime.InferenceSession) -> str | None:
-    """An input that nothing would be given to, or a tensor of the cache that does not come out; None: there is none."""
+    """An input that would get no value, or a tensor of the cache that is not an output; None if there is none."""
     unfed = {tensor.name for tensor in session.get_inputs()} - FED - {tensor.past for tensor in manifest.cache}
     lacking = {tensor.present for tensor in manifest.cache} - {output.name for output in session.get_outputs()}
     return min(unfed | lacking, default=None)

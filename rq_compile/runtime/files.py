@@ -13,11 +13,11 @@ def manifest_path(engine: Path) -> Path:
 
 
 def read_manifest(engine: Path) -> Manifest:
-    """Read the manifest beside ``engine`` (an ``.onnx`` file) and check that its files are there, whole.
+    """Read the manifest beside ``engine`` (an ``.onnx`` file) and check that its files are complete.
 
     Raises:
         UserError: the engine, its manifest or one of its files is missing, a file has another size than recorded, or
-            its compilation was stopped while they appeared.
+            the compilation was stopped while the files appeared.
     """
     if engine.suffix != ".onnx":
         raise UserError(f"{engine} is not an engine; name the .onnx file that rq-compile wrote", 2)
@@ -25,11 +25,11 @@ def read_manifest(engine: Path) -> Manifest:
         raise UserError(f"no such engine: {engine}; compile one with rq-compile MODEL -o {engine.name}", 2)
     if not manifest_path(engine).is_file() and engine.is_symlink():
         name = manifest_path(engine).name
-        raise UserError(f"{engine} has no manifest {name} beside it, as it is a link; name {engine.resolve()}", 2)
+        raise UserError(f"{engine} has no manifest {name} beside it, because it is a link; name {engine.resolve()}", 2)
     if not manifest_path(engine).is_file():
         raise UserError(f"{engine} has no manifest {manifest_path(engine).name} beside it; copy it along or compile again", 2)
     if list_of(engine).is_file():
-        raise UserError(f"{engine} was not written to its end, as {list_of(engine)} tells; compile it again", 2)
+        raise UserError(f"{engine} is incomplete, because {list_of(engine)} exists; compile it again", 2)
     manifest = read_document(Manifest, manifest_path(engine))
     for file in manifest.files:
         path = engine.parent / file.name
@@ -48,7 +48,7 @@ def read_cpu_manifest(engine: Path) -> Manifest:
     """
     manifest = read_manifest(engine)
     if manifest.provider != "CPUExecutionProvider":
-        raise UserError(f"{engine} is for {manifest.provider}, and packages are for the CPU; compile with --lowering native", 2)
+        raise UserError(f"{engine} is for {manifest.provider}, but packages are for the CPU; compile with --lowering native", 2)
     return manifest
 
 
@@ -56,7 +56,7 @@ def verify(engine: Path, manifest: Manifest) -> None:
     """Recompute the SHA-256 of every file.
 
     Raises:
-        UserError: a file is not the one the manifest describes.
+        UserError: a file differs from the manifest.
     """
     for file in manifest.files:
         path = engine.parent / file.name

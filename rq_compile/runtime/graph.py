@@ -1,4 +1,4 @@
-"""The graph of an engine as ONNX Runtime takes it, wherever the engine's files lie."""
+"""The graph of an engine in a form that ONNX Runtime can load, wherever the engine's files are."""
 
 import os
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def loadable_graph(engine: Path, manifest: Manifest, outputs: Iterable[str] = ()) -> tuple[str | bytes, Path]:
-    """The path of the graph, or the graph itself where it has to be changed, and the folder from which it names its weights.
+    """The path of the graph, or the graph itself if it must be changed, and the folder to which the paths of its weights refer.
 
-    ``outputs`` are int32 vectors of the graph that are to be outputs, too. ONNX Runtime refuses weights that are links out of
-    the folder, as in a cache of the Hugging Face hub: such weights are named by the files that they link to.
+    ``outputs`` are int32 vectors of the graph that become outputs too. ONNX Runtime refuses weights that are links out of the
+    folder, as in a cache of the Hugging Face hub. Such weights are named by the files that they link to.
 
     Raises:
         UserError: the graph cannot be read, or names weights that it cannot reach.
@@ -26,7 +26,7 @@ def loadable_graph(engine: Path, manifest: Manifest, outputs: Iterable[str] = ()
     weights = [engine.parent / file.name for file in (manifest.weights, *manifest.linked)]
     scattered = any(file.resolve().parent != folder for file in (engine, *weights))
     if not scattered and not outputs:
-        # ONNX Runtime does not take a path that is not UTF-8.
+        # ONNX Runtime does not accept paths that are not UTF-8.
         return (str(engine) if readable(str(engine)) == str(engine) else engine.read_bytes()), folder
 
     import onnx
@@ -47,7 +47,7 @@ def _relocate(model: "onnx.ModelProto", files: dict[str, Path], folder: Path) ->
 
     for tensor in external_tensors(model.graph):
         for entry in tensor.external_data:
-            if entry.key == "location" and entry.value in files:  # no other file is named by an engine of ours
+            if entry.key == "location" and entry.value in files:  # our engines name no other files
                 place = os.path.relpath(files[entry.value], folder)
                 if readable(place) != place:
                     raise UserError(f"{entry.value} is a link to {readable(place)}, which is not UTF-8; copy the file here", 2)

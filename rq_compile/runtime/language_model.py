@@ -1,4 +1,4 @@
-"""What evaluation and benchmarks ask of a model, whether an engine or the transformers reference runs it."""
+"""The interface of a model for evaluation and benchmarks, whether an engine or the transformers reference runs it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -20,11 +20,11 @@ class LanguageModel(Protocol):
         ...
 
     def generate(self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True) -> Iterator[int]:
-        """Greedy tokens one by one; ``stop`` ends at the end-of-text token, which is not yielded."""
+        """Greedy tokens one by one. With ``stop``, they end before the end-of-text token."""
         ...
 
 
 def is_recomputed(beyond: int | None, cached: int, length: int) -> bool:
-    """Whether a sequence that grows to ``length`` tokens, of which ``cached`` are computed, is computed anew: where it first
-    exceeds ``beyond``, as transformers' ``generate`` does (see ``architectures.rope``)."""
+    """Whether a sequence that grows to ``length`` tokens, of which ``cached`` are computed, must be computed again. This is the
+    case where it first exceeds ``beyond``, as in transformers' ``generate`` (see ``architectures.rope``)."""
     return beyond is not None and cached <= beyond < length

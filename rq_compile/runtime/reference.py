@@ -1,4 +1,4 @@
-"""The checkpoint run by transformers, behind the same interface as an engine."""
+"""The checkpoint, run by transformers, with the same interface as an engine."""
 
 from __future__ import annotations
 

@@ -11,19 +11,19 @@ import numpy as np
 if TYPE_CHECKING:
     import onnxruntime
 
-# Of the input ``logits_to_keep``: how many last tokens of each row have logits.
+# Value of the input ``logits_to_keep``: the number of last tokens of each row for which logits are computed.
 LAST, ALL = 1, 0
 
 
 def open_session(engine: Path, manifest: Mapping[str, Any], op_library: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """The engine on ``threads`` threads of the CPU; 0: as many as ONNX Runtime likes. ``op_library``: where it would lie."""
+    """A session of the engine on ``threads`` CPU threads; 0 means ONNX Runtime's default. ``op_library``: the library's path."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # an input with a default would be worth a warning
+    options.log_severity_level = 3  # ONNX Runtime warns of inputs with a default
     options.intra_op_num_threads = threads
     if manifest["lowering"] == "batched":
-        # Else constant folding would keep fp32 copies of the 16-bit weights.
+        # Otherwise, constant folding would keep fp32 copies of the 16-bit weights.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "65536")
     if manifest["op_library"] is not None:
         options.register_custom_ops_library(str(op_library))
@@ -31,12 +31,12 @@ def open_session(engine: Path, manifest: Mapping[str, Any], op_library: Path, th
 
 
 def inputs_of(session: onnxruntime.InferenceSession) -> set[str]:
-    """The names of all inputs, those with a default included."""
+    """The names of all inputs, including those with a default."""
     return {tensor.name for tensor in (*session.get_inputs(), *session.get_overridable_initializers())}
 
 
 def until_end(tokens: Iterator[int], most: int, ends: Collection[int]) -> Iterator[int]:
-    """Up to ``most`` of ``tokens``, without the first one of ``ends`` and what follows."""
+    """Up to ``most`` of ``tokens``, up to but without the first token that is in ``ends``."""
     for _, token in zip(range(most), tokens, strict=False):
         if token in ends:
             return
@@ -44,11 +44,11 @@ def until_end(tokens: Iterator[int], most: int, ends: Collection[int]) -> Iterat
 
 
 def decode(session: onnxruntime.InferenceSession, manifest: Mapping[str, Any], prompt: Sequence[int]) -> Iterator[int]:
-    """Yield the likeliest token after ``prompt``, then the one after that, without end.
+    """Yield the most likely token after ``prompt``, then the next one, without end.
 
-    ``manifest`` is the engine's, as JSON has it. A prompt longer than its ``prefill_chunk`` runs in pieces of that many tokens,
-    so that neither attention scores nor activations grow with the square of its length; logits are computed for the last token
-    alone. Where the sequence first exceeds ``recomputed_beyond``, its cache is dropped and all of it runs anew.
+    ``manifest``: the engine's manifest as parsed JSON. A prompt longer than its ``prefill_chunk`` runs in pieces of that many
+    tokens, so that attention scores and activations do not grow with the square of its length. Logits are computed only for the
+    last token. When the sequence first exceeds ``recomputed_beyond``, its cache is dropped and the whole sequence runs again.
     """
     inputs, cache = inputs_of(session), manifest["cache"]
     outputs = ["logits", *(tensor["present"] for tensor in cache)]

@@ -10,29 +10,29 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# What describes the process and the CPUs; tests put other folders here.
+# The folders that describe the process and the CPUs; tests replace them.
 PROCESS = Path("/proc/self")
 CPUS = Path("/sys/devices/system/cpu")
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may keep busy: those of its affinity, and no more than its CPU quota, rounded up."""
+    """Number of CPUs that this process may use: those of its affinity, but at most its CPU quota, rounded up."""
     return _within_quota(len(affinity()))
 
 
 def default_threads() -> int:
-    """Threads for computing: one for each physical core among the usable CPUs, as ONNX Runtime and torch choose."""
+    """Number of compute threads: one per physical core among the usable CPUs, as ONNX Runtime and torch choose."""
     cores = {_siblings(cpu) for cpu in affinity()}
     return _within_quota(len(cores))
 
 
 def restricted() -> bool:
-    """Whether this process may use less than the CPUs of the machine."""
+    """Whether this process may use fewer CPUs than the machine has."""
     return usable_cpus() < (os.cpu_count() or 1)
 
 
 def session_threads(threads: int | None = None) -> int:
-    """What to give ONNX Runtime as its number of threads; 0 is its own choice.
+    """The number of threads for ONNX Runtime; 0 means its own choice.
 
     Its own choice is one thread for each physical core of the machine, pinned to it, whatever this process may use.
     """
@@ -46,10 +46,10 @@ def affinity() -> set[int]:
 
 
 def cpu_quota() -> float | None:
-    """CPU seconds per second that the control groups allow; None: as many as there are CPUs."""
+    """CPU seconds per second that the control groups allow; None if there is no limit."""
     quotas = []
     for version, group in control_groups("cpu"):
-        with suppress(OSError, ValueError):  # a group without the file has no limit of its own
+        with suppress(OSError, ValueError):  # a group without the file has no limit
             if version == 2:
                 quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
             else:
@@ -70,7 +70,7 @@ def memory_left() -> list[int]:
             limit, used, prefix = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         with suppress(OSError, ValueError):
             bound = int((group / limit).read_text(encoding="utf-8"))
-            # What was read from disk counts as used, but gives way.
+            # Cached files count as used memory, but can be evicted.
             cached = re.findall(
                 rf"^{prefix}(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE
             )
@@ -95,7 +95,7 @@ def control_groups(controller: str) -> Iterator[tuple[int, Path]]:
             version, member = 1, [path for _, controllers, path in memberships if controller in controllers.split(",")]
         else:
             continue
-        # A container may see its own group as the root, or the path that the group has outside.
+        # A container may see its own group as the root, or under the path that the group has outside.
         inside = Path(member[0]) if member else root
         group = place / inside.relative_to(root) if inside.is_relative_to(root) else place
         for folder in (group, *group.parents):
@@ -115,7 +115,7 @@ def _within_quota(cpus: int) -> int:
 
 
 def _siblings(cpu: int) -> str:
-    """The CPUs that share a physical core with this one; itself where the system does not tell."""
+    """The CPUs that share a physical core with ``cpu``; only itself if the system does not say."""
     try:
         return (CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="utf-8").strip()
     except OSError:

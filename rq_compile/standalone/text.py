@@ -11,38 +11,38 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 UNKNOWN_BYTES = "\N{REPLACEMENT CHARACTER}"
-# A character has four bytes at most, and every token but a special one has a byte or more.
+# A character has at most four bytes, and every token except special ones has at least one byte.
 MOST_HELD = 8
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a ``tokenizer.json``. Truncation and padding, which the file may ask for, are off."""
+    """The tokenizer of a ``tokenizer.json``. Truncation and padding are switched off, even if the file enables them."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_buffer(path.read_bytes())  # from_file takes no path that is not UTF-8
+    tokenizer = Tokenizer.from_buffer(path.read_bytes())  # from_file requires UTF-8 paths
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 class TextStream:
-    """Decodes tokens one by one. The pieces of text together are what all tokens decode to.
+    """Decodes tokens one by one. Together, the pieces of text are the decoded text of all tokens.
 
-    The exception are bytes that form no character: a byte-fallback tokenizer decodes a run of them as a whole, so that bytes
-    that arrive later can change what was returned before. Then the later ones are decoded on their own.
+    The only exception are bytes that do not form a character. A byte-fallback tokenizer decodes a run of bytes as a whole, so
+    later bytes could change text that was already returned. In this case, the later bytes are decoded separately.
 
-    A token is decoded together with those of the piece before it, because its text may depend on them (a space at the beginning
-    of a text is dropped by many tokenizers). Nothing before these is decoded again.
+    A token is decoded together with the tokens of the piece before it, because its text may depend on them (many tokenizers drop
+    a space at the beginning of a text). Earlier tokens are not decoded again.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """``before``: tokens whose text stands in front of the stream already, for example those of a prompt."""
+        """``before``: tokens whose text precedes the stream, for example those of a prompt."""
         self._tokenizer = tokenizer
         self._before = list(before)
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes; empty while a character lacks bytes."""
+        """The text that ``token`` completes; empty while a character is incomplete."""
         self._held.append(token)
         text = self._new_text()
         if text.endswith(UNKNOWN_BYTES) and len(self._held) < MOST_HELD:
@@ -54,7 +54,7 @@ class TextStream:
         return text
 
     def end(self) -> str:
-        """The text of the tokens that are held back; an incomplete character becomes U+FFFD."""
+        """The text of the tokens that are still held back. An incomplete character becomes U+FFFD."""
         text = self._new_text()
         self._held.clear()
         return text
@@ -76,5 +76,5 @@ def argument_text(argument: str) -> str:
     """
     if argument.isascii() or not any("\ud800" <= character <= "\udfff" for character in argument):
         return argument
-    # Python keeps the bytes that the locale's encoding lacks as surrogates.
+    # Python represents bytes that the locale's encoding lacks as surrogates.
     return os.fsencode(argument).decode()

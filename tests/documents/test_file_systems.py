@@ -204,7 +204,7 @@ def test_an_engine_whose_weights_alone_are_a_link_runs(stages: Path, out: Path, 
 
 def test_a_link_to_an_engine_names_the_engine(rq_compile: Run, stages: Path, out: Path) -> None:
     (out / "mine.onnx").symlink_to(stages / "model.onnx")
-    refused(rq_compile("inspect", out / "mine.onnx"), 2, "has no manifest", f"as it is a link; name {stages / 'model.onnx'}")
+    refused(rq_compile("inspect", out / "mine.onnx"), 2, "has no manifest", f"because it is a link; name {stages / 'model.onnx'}")
     assert file_systems.readable("a\udcffb") == r"a\xffb"
 
 

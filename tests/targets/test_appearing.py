@@ -54,7 +54,7 @@ def test_new_weights_beside_an_old_manifest_are_no_engine(stages: Path, out: Pat
         shutil.copy(file, out)
     list_of(out / "model.onnx").write_text('["model.onnx", "model.onnx.data", "model.json"]')
     arguments = {"generate": ["--prompt", "a"], "package": ["--for", "edge", "-o", out / "edge"]}.get(command, [])
-    refused(rq_compile(command, out / "model.onnx", *arguments), 2, "was not written to its end", "compile it again")
+    refused(rq_compile(command, out / "model.onnx", *arguments), 2, "is incomplete", "compile it again")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, null]", "\xff", '["other.onnx.data"]'])

@@ -1,1 +1,1 @@
-"""Perplexity, agreement with the reference, LIS as measured in the engine."""
+"""Perplexity, agreement with the reference, and LIS as measured in the engine."""

@@ -1,4 +1,4 @@
-"""LIS per layer from the rows an engine's slots received."""
+"""LIS per layer, from the rows that an engine's slots received."""
 
 import numpy as np
 
@@ -8,16 +8,16 @@ from rq_compile.planning.schema import LayerPlan, Plan
 
 
 def logical_loads(layer: LayerPlan, slot_loads: np.ndarray) -> np.ndarray:
-    """Rows per logical expert ``[experts]`` of rows per slot ``[slots]``."""
+    """Rows per logical expert ``[experts]``, from rows per slot ``[slots]``."""
     experts = [slot.expert for slot in layer.slots]
     return np.bincount(experts, weights=slot_loads, minlength=layer.geometry.experts).astype(np.int64)
 
 
 def balance(plan: Plan, slot_loads: dict[str, np.ndarray]) -> list[LayerBalance]:
-    """LIS of every layer; words and formula in docs/words.md.
+    """LIS of every layer, as defined in docs/words.md.
 
     Raises:
-        ValueError: a layer's slots received no row at all.
+        ValueError: a layer's slots received no rows at all.
     """
     return [_layer_balance(layer, slot_loads[layer.name], plan.ranks) for layer in plan.layers]
 

@@ -1,4 +1,4 @@
-"""Prefill and decode speed of one or two models, alternating in one process so that the machine's moods hit both alike."""
+"""Prefill and decode speed of one or two models, alternating in one process so that disturbances affect both equally."""
 
 from collections.abc import Callable
 from statistics import median
@@ -11,14 +11,14 @@ from rq_compile.evaluation.schema import Bench, Speed
 from rq_compile.runtime.language_model import LanguageModel
 from rq_compile.standalone.limits import default_threads
 
-# Seconds before a model's turn: ONNX Runtime's threads were seen to spin for 55 ms after a run, on the cores of the next.
+# Seconds before a model's turn. ONNX Runtime's threads were observed to spin for 55 ms after a run and slow the next model down.
 REST = 0.2
 
 
 def time_round(model: LanguageModel, prompt: list[int], new_tokens: int) -> tuple[float, float]:
     """Prefill and decode in tokens per second: the time to the first token of ``prompt``, then the time between tokens.
 
-    Waits before, until the threads of whatever ran last are idle.
+    Waits first until the threads of the previous run are idle.
     """
     sleep(REST)
     start = perf_counter()
@@ -43,9 +43,9 @@ def bench(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
-    """Time ``engine`` and ``other`` on the same random prompt (fixed seed), batch 1; one round warms up unrecorded.
+    """Time ``engine`` and ``other`` on the same random prompt (fixed seed) with batch 1. One warm-up round is not recorded.
 
-    ``weights_sha256`` tells which engine it is, beside its name. ``threads``: those that the models run on.
+    ``weights_sha256`` identifies the engine, together with its name. ``threads``: number of threads of the models.
     """
     prompt = np.random.default_rng(0).integers(0, vocabulary, prompt_tokens).tolist()
     models = [engine] if other is None else [engine, other]

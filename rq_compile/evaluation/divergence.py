@@ -1,4 +1,4 @@
-"""How far an engine's next-token distributions are from the reference's, summed over windows as they stream by."""
+"""The difference between the next-token distributions of an engine and the reference, accumulated window by window."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Float64 log-probabilities over the last dimension; those of a row with an infinite or undefined logit are undefined."""
+    """Float64 log-probabilities over the last dimension. Rows with an infinite logit or NaN become NaN."""
     shifted = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
         shifted -= shifted.max(axis=-1, keepdims=True)
@@ -15,7 +15,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _exp(value: float) -> float:
-    """Infinite where a float64 cannot hold it."""
+    """``exp(value)``, or infinity if a float64 cannot hold it."""
     with np.errstate(over="ignore"):
         return float(np.exp(value))
 
@@ -31,7 +31,7 @@ class Divergence:
     kl_sum: float = 0.0
 
     def add(self, reference: np.ndarray, engine: np.ndarray, targets: np.ndarray) -> None:
-        """Count logits ``[positions, vocabulary]`` of both sides against the int64 ``targets [positions]``."""
+        """Add logits ``[positions, vocabulary]`` of both sides for the int64 ``targets [positions]``."""
         log_p, log_q = log_softmax(reference), log_softmax(engine)
         rows = np.arange(len(targets))
         self.predictions += len(targets)

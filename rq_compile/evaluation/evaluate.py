@@ -1,4 +1,4 @@
-"""Compare an engine with the transformers reference on held-out text, window by window; no logits are kept."""
+"""Compare an engine with the transformers reference on held-out text, window by window, without keeping logits."""
 
 import math
 from collections.abc import Callable
@@ -25,13 +25,13 @@ def evaluate(
     reference_name: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity of both sides, top-1 agreement, mean KL and LIS before and after, for each text and over all.
+    """Perplexity of both sides, top-1 agreement, mean KL, and LIS before and after, for each text and over all texts.
 
     An encoder-decoder model reads the first half of a window and predicts the second. An engine that does not count the rows of
     its slots gets no LIS.
 
     Raises:
-        UserError: the reference is not the model the engine was compiled from (its vocabulary differs).
+        UserError: the engine was not compiled from the reference (their vocabularies differ).
     """
     plan = engine.manifest.plan
     total_tokens = sum(text.ids.size for text in texts)
@@ -83,7 +83,7 @@ def _compare(engine: Engine, reference: LanguageModel, batch: np.ndarray, diverg
     theirs = reference.logits(inputs, decoder_input_ids=decoder)
     if ours.shape[-1] != theirs.shape[-1]:
         raise UserError(
-            f"the engine has a vocabulary of {ours.shape[-1]}, the reference of {theirs.shape[-1]}; "
+            f"the engine has a vocabulary of {ours.shape[-1]}, but the reference has one of {theirs.shape[-1]}; "
             "give --reference the checkpoint the engine was compiled from",
             2,
         )

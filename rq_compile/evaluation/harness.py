@@ -1,4 +1,4 @@
-"""An engine as a model of lm-evaluation-harness (``--model rq_compile``), scored as the harness scores transformers' models."""
+"""An engine as a model of lm-evaluation-harness (``--model rq_compile``), scored like transformers' models."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 Scored = tuple[float, bool]
-# Positions whose float64 log-probabilities are held at a time.
+# Number of positions whose float64 log-probabilities are held at a time.
 POSITIONS = 64
-# What a greedy answer does not depend on, and values of others that change nothing.
+# Options that do not affect a greedy answer, and values of other options that change nothing.
 WITHOUT_EFFECT = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"}
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
 
@@ -38,16 +38,17 @@ NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
 class EngineLM(TemplateLM):
     """The model arguments of ``--model_args``:
 
-    ``engine``: the ``.onnx`` file. ``threads``: by default ONNX Runtime's choice. ``batch_size``: sequences that are scored
-    together; "auto" takes as many as keep the logits under 256 MiB. ``max_length``: positions of a sequence; by default those
-    that the model was made for. ``max_gen_toks``: tokens to generate where a task does not say. ``prefix_token_id``: what a
-    text without context follows; by default what the tokenizer begins a text with, else the end of a text. It runs on the CPU.
+    ``engine``: the ``.onnx`` file. ``threads``: by default ONNX Runtime's choice. ``batch_size``: number of sequences that are
+    scored together; "auto" takes as many as keep the logits under 256 MiB. ``max_length``: positions of a sequence; by default
+    the model's context length. ``max_gen_toks``: tokens to generate if a task does not say. ``prefix_token_id``: the token before
+    a text without context; by default the token with which the tokenizer begins a text, otherwise the end-of-text token. The
+    engine runs on the CPU.
 
-    Generation is greedy and one sequence at a time. Of an engine whose copies of an expert have one format, a request's scores do
-    not depend on the others of its batch but for rounding.
+    Generation is greedy, one sequence at a time. If the copies of each expert have one format, the scores of a request do not
+    depend on the other requests in its batch, except for rounding.
 
     Raises:
-        UserError: the engine cannot be loaded, is an encoder-decoder or has no tokenizer, or an argument is not known.
+        UserError: the engine cannot be loaded, is an encoder-decoder or has no tokenizer, or an argument is unknown.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class EngineLM(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         prefix_token_id: int | None = None,
-        device: str | None = None,  # the harness always names one, as well as
-        max_batch_size: int | None = None,  # which means nothing on a CPU
+        device: str | None = None,  # the harness always passes this argument and the next,
+        max_batch_size: int | None = None,  # which have no effect on a CPU
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -79,11 +80,11 @@ class EngineLM(TemplateLM):
     def eot_token_id(self) -> int:
         """
         Raises:
-            UserError: the model has no token that ends a text.
+            UserError: the model has no end-of-text token.
         """
         ends = self._engine.manifest.end_of_text
         if not ends:
-            raise UserError(f"{self._engine.path} knows no token that ends a text; give prefix_token_id=ID in --model_args", 2)
+            raise UserError(f"{self._engine.path} has no end-of-text token; give prefix_token_id=ID in --model_args", 2)
         return ends[0]
 
     @property
@@ -103,7 +104,7 @@ class EngineLM(TemplateLM):
         return self._batch_size or "auto"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; by default with what the tokenizer puts around a text, unless the text itself begins with it."""
+        """Token ids. By default, they include the tokens around a text, unless the text itself begins with these."""
         if add_special_tokens is None:
             prefix = self._text(self.prefix_token_id)
             add_special_tokens = not (prefix and string.startswith(prefix))
@@ -122,8 +123,8 @@ class EngineLM(TemplateLM):
     ) -> list[Scored]:
         """For each (key, context, continuation): the log-likelihood of the continuation in nats, and whether it is greedy.
 
-        A context that is too long loses its beginning. Requests that differ in their last token alone share a run; an empty
-        continuation needs none.
+        A context that is too long loses its beginning. Requests that differ only in their last token share a run; an empty
+        continuation needs no run.
 
         Raises:
             UserError: a continuation does not fit in ``max_length``.
@@ -132,7 +133,7 @@ class EngineLM(TemplateLM):
         for index, (_key, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
-                    f"a text of {len(continuation)} tokens is to be scored, but max_length is {self.max_length}; "
+                    f"the task scores a text of {len(continuation)} tokens, but max_length is {self.max_length}; "
                     "give a longer max_length in --model_args, or another task",
                     2,
                 )
@@ -153,8 +154,8 @@ class EngineLM(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each text in nats; one longer than ``max_length`` is cut into disjoint windows, each after as much
-        of what comes before it as has room."""
+        """Log-likelihood of each text in nats. A text longer than ``max_length`` is cut into disjoint windows. Each window
+        follows as much of the preceding text as fits."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -174,7 +175,7 @@ class EngineLM(TemplateLM):
         """The greedy continuation of each context, up to the first stop string, the end of the text or ``max_gen_toks``.
 
         Raises:
-            UserError: a task asks for sampling, beams or penalties, or for as many tokens as a whole sequence may have.
+            UserError: a task asks for sampling, beams or penalties, or for so many tokens that no prompt fits.
         """
         texts = []
         for request in tqdm(requests, disable=disable_tqdm, desc="Generating"):
@@ -186,7 +187,8 @@ class EngineLM(TemplateLM):
     def _continuation(self, context: str, options: dict[str, Any]) -> str:
         tokens, until = self._greedy_options(options)
         prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - tokens) :]
-        # No stop string spans more tokens than it has bytes; the first ones of a piece may decode otherwise than in their place.
+        # A stop string spans at most as many tokens as it has bytes. The first tokens of a piece may decode differently in
+        # context.
         reach = max((len(stop.encode()) for stop in until), default=0) + 2
         written: list[int] = []
         for token in self._engine.generate(prompt, tokens):
@@ -197,13 +199,13 @@ class EngineLM(TemplateLM):
         return postprocess_generated_text(self.tok_decode(written), until, think_end_token=None)
 
     def _greedy_options(self, options: dict[str, Any]) -> tuple[int, list[str]]:
-        """Tokens to generate at most, and stop strings."""
+        """The maximum number of tokens to generate, and the stop strings."""
         options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
         if options["do_sample"]:
             raise UserError("the task asks for sampling, but engines generate greedily; add --gen_kwargs do_sample=False", 2)
         for name, value in options.items():
             if name not in WITHOUT_EFFECT and NEUTRAL.get(name, ...) != value:
-                raise UserError(f"the task generates with {name}={value}, but engines only greedily; choose another task", 2)
+                raise UserError(f"the task uses {name}={value}, but engines only generate greedily; choose another task", 2)
         tokens = options["max_gen_toks"]
         if tokens >= self.max_length:
             raise UserError(
@@ -219,7 +221,7 @@ class EngineLM(TemplateLM):
         return self.tok_decode([token], skip_special_tokens=False)
 
     def _batches(self, sequences: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Longest first: an engine that runs out of memory does so at once, and neighbours need little padding."""
+        """Batches, longest sequences first: if memory is too small, this fails at once, and neighbours need little padding."""
         sequences.sort(key=len, reverse=True)
         start = 0
         while start < len(sequences):
@@ -228,7 +230,7 @@ class EngineLM(TemplateLM):
             start += size
 
     def _logits(self, sequences: list[tuple[int, ...]]) -> np.ndarray:
-        """Fp32 ``[sequences, longest, vocabulary]``, padded on the right."""
+        """Logits fp32 ``[sequences, longest, vocabulary]``, padded on the right."""
         longest = max(map(len, sequences))
         ids = np.asarray([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], np.int64)
         mask = np.asarray([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences], np.int64)
@@ -236,7 +238,7 @@ class EngineLM(TemplateLM):
 
 
 def _score(logits: np.ndarray, targets: Sequence[int]) -> Scored:
-    """Logits ``[positions, vocabulary]`` of the target tokens."""
+    """The score of target tokens with logits ``[positions, vocabulary]``."""
     total, greedy = 0.0, True
     for start in range(0, len(targets), POSITIONS):
         piece, wanted = logits[start : start + POSITIONS], np.asarray(targets[start : start + POSITIONS])
@@ -248,7 +250,7 @@ def _score(logits: np.ndarray, targets: Sequence[int]) -> Scored:
 def _sequences(batch_size: int | str) -> int | None:
     """
     Raises:
-        UserError: it is neither a number nor "auto", which is None.
+        UserError: it is neither a number nor "auto", for which the result is None.
     """
     if str(batch_size).split(":")[0] == "auto":
         return None

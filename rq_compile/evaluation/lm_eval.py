@@ -1,6 +1,6 @@
-"""lm-evaluation-harness with engines: ``python -m rq_compile.evaluation.lm_eval`` is ``lm-eval`` with ``--model rq_compile``.
+"""lm-evaluation-harness for engines: ``python -m rq_compile.evaluation.lm_eval`` is ``lm-eval`` with ``--model rq_compile``.
 
-It takes the harness's own commands and options: --model rq_compile --model_args engine=model.onnx --tasks arc_easy,wikitext.
+It accepts the harness's own commands and options: --model rq_compile --model_args engine=model.onnx --tasks arc_easy,wikitext.
 """
 
 import sys
@@ -11,7 +11,7 @@ NAME = "rq_compile"
 
 
 def register() -> None:
-    """Let the harness know ``rq_compile``, for programs that call its ``simple_evaluate`` themselves.
+    """Register ``rq_compile`` with the harness, for programs that call its ``simple_evaluate`` themselves.
 
     Raises:
         UserError: the harness is not installed.
@@ -20,7 +20,7 @@ def register() -> None:
         from lm_eval.api.registry import model_registry
     except ImportError as error:
         raise UserError('lm-evaluation-harness is not installed; run pip install "rq-compile[lm-eval]"', 2) from error
-    if NAME not in model_registry:  # once it has loaded the class, the harness refuses its name
+    if NAME not in model_registry:  # the harness refuses the name once it has loaded the class
         model_registry.register(NAME, target="rq_compile.evaluation.harness:EngineLM")
 
 

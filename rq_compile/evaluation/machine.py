@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in a line: a speed means something only beside its machine."""
+"""Describes the machine of a benchmark in one line, because speeds only have a meaning together with their machine."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def describe_machine() -> str:
-    """Processor, CPUs that this process may use and why not all, system, and the runtimes that were compared."""
+    """Processor, CPUs that this process may use and why not all, system, and versions of the runtimes."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "torch"))
     return f"{_processor()}, {_cpus()}, {platform.system()} {platform.machine()}, {packages}"
 

@@ -1,4 +1,4 @@
-"""What an evaluation and a benchmark found, for a program to read."""
+"""The results of an evaluation and of a benchmark, for programs."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -14,7 +14,7 @@ Perplexity = Annotated[float, Field(ge=1e-300)]
 class LayerBalance(Document):
     """LIS of one layer on one text: ``before`` over logical experts, ``after`` over slots as the engine filled them.
 
-    ``rank_imbalance``: busiest over mean rank, ``before`` with the experts in consecutive blocks; None for a plan of one rank.
+    ``rank_imbalance``: busiest rank divided by the mean; ``before`` with the experts in consecutive blocks. None with one rank.
     """
 
     name: str
@@ -30,7 +30,7 @@ class LayerBalance(Document):
 class TextEvaluation(Document):
     """``agreement`` is the fraction of positions with the same top-1 token, ``kl`` the mean KL(reference || engine) in nats.
 
-    A perplexity or KL is None if it is infinite or undefined. ``layers`` is empty if the engine does not count the rows of its
+    A perplexity or KL is None if it is infinite or NaN. ``layers`` is empty if the engine does not count the rows of its
     slots, as with the lowering ``cuda``.
     """
 
@@ -45,7 +45,7 @@ class TextEvaluation(Document):
 
     @property
     def perplexity_change(self) -> float | None:
-        """From the reference to the engine, in per cent; None if one of them is."""
+        """Change from the reference to the engine, in per cent; None if one of the perplexities is None."""
         if self.perplexity_engine is None or self.perplexity_reference is None:
             return None
         return 100 * (self.perplexity_engine / self.perplexity_reference - 1)
@@ -75,7 +75,7 @@ class Evaluation(Versioned):
 
 
 class Speed(Document):
-    """Medians over the rounds, tokens per second."""
+    """Medians over the rounds, in tokens per second."""
 
     name: Name
     prefill: Positive
@@ -83,7 +83,7 @@ class Speed(Document):
 
 
 class Bench(Versioned):
-    """``ratio_*`` is engine / other, None without another side. ``machine``: see ``describe_machine``; ``weights_sha256`` is of
+    """``ratio_*``: engine / other; None if there is no other side. ``machine``: see ``describe_machine``. ``weights_sha256``: of
     the engine's weights file. Both are None in documents of earlier versions.
     """
 

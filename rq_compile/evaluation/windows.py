@@ -1,4 +1,4 @@
-"""Cut text into unpadded windows, so that padding can enter neither a perplexity nor a load."""
+"""Cuts text into windows without padding, so that padding cannot affect perplexities or loads."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ MAX_LOGITS = 2**26
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows of one text: int64 ``[count, length]``; what is left over after the last whole window is dropped."""
+    """Token windows of one text: int64 ``[count, length]``. Tokens after the last complete window are dropped."""
 
     name: str
     ids: np.ndarray
@@ -28,11 +28,11 @@ class Windows:
 
 
 def cut(name: str, text: str, tokenizer: Tokenizer, length: int, vocabulary: int | None = None) -> Windows:
-    """Windows of ``length`` tokens; a shorter text is one window of its own length. ``vocabulary``: how many tokens the model
-    knows.
+    """Windows of ``length`` tokens. A shorter text is one window of its own length. ``vocabulary``: size of the model's
+    vocabulary.
 
     Raises:
-        UserError: the text is empty or has a single token, or one that the model does not know.
+        UserError: the text is empty, has a single token, or has a token outside the vocabulary.
     """
     ids = encode(tokenizer, text)
     if len(ids) < 2:

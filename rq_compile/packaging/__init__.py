@@ -1,1 +1,1 @@
-"""What it takes to deploy an engine: one module a destination, each with a function ``package``."""
+"""Packages for deployment: one module per destination, each with a function ``package``."""

@@ -1,6 +1,6 @@
-"""Files as one folder or one archive. An archive has the same bytes every time: fixed times, owners, modes and order.
+"""Writes files as one folder or one archive. Archives are reproducible: times, owners, modes and order are fixed.
 
-Files are streamed, whatever their sizes; a gzip or zip library of another version may compress to other bytes.
+Files of any size are streamed. Another version of the gzip or zip library may compress to other bytes.
 """
 
 import gzip
@@ -14,15 +14,15 @@ from typing import BinaryIO
 from rq_compile.files import check_new_folder, folder_written_beside, written_beside
 from rq_compile.outputs import PACKAGE, check_outputs
 
-Files = Mapping[str, Path]  # the name in the package -> where its content is
+Files = Mapping[str, Path]  # name in the package -> path of its content
 MODE = 0o644
-LEVEL = 1  # weights hardly get smaller at a higher one, but much slower
+LEVEL = 1  # a higher level is much slower and hardly makes weights smaller
 CHUNK = 1 << 20
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can tell
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can store
 
 
 def check_package(output: Path, inputs: Iterable[Path]) -> None:
-    """Find out before the work whether ``write_files`` can write ``output``.
+    """Check before the work that ``write_files`` can write ``output``.
 
     Raises:
         UserError: see ``check_outputs`` and ``check_new_folder``.
@@ -34,7 +34,7 @@ def check_package(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def write_files(files: Files, output: Path, root: str) -> None:
-    """Write ``files`` into the folder ``output``, or under the folder ``root`` of the archive that its ending names.
+    """Write ``files`` to the folder ``output`` or, if ``output`` is named as an archive, to the folder ``root`` in the archive.
 
     Raises:
         UserError: see ``folder_written_beside`` and ``written_beside``.
@@ -75,5 +75,5 @@ ARCHIVES: dict[str, Callable[[Files, BinaryIO], None]] = {".tar.gz": write_tar, 
 
 
 def archive_writer(output: Path) -> Callable[[Files, BinaryIO], None] | None:
-    """None: ``output`` has the ending of no archive."""
+    """The writer for the kind of archive that ``output`` names; None if it does not name an archive."""
     return next((writer for ending, writer in ARCHIVES.items() if output.name.endswith(ending)), None)

@@ -1,4 +1,4 @@
-"""An engine for a device without a server: one folder or archive that ONNX Runtime alone runs, in Python or C++."""
+"""An engine for a device without a server: one folder or archive that needs only ONNX Runtime, in Python or C++."""
 
 import importlib.metadata
 import platform
@@ -23,7 +23,7 @@ from rq_compile.standalone import decoding, limits, text
 
 TEMPLATES = Path(__file__).parent / "edge_files"
 EXAMPLE = TEMPLATES / "generate.py"
-# Modules of ours that import nothing of ours.
+# Modules of this package that do not import other modules of it.
 SHARED = tuple(Path(module.__file__) for module in (decoding, limits, text) if module.__file__)
 OP_LIBRARY = "librq_moe.so"
 CHECKSUMS = "SHA256SUMS"
@@ -32,16 +32,15 @@ OURS = {OP_LIBRARY, "LICENSE", "README.md", "generate.py", "generate.cc", *(path
 
 
 def package(source: Path, output: Path, library: Path | None = None, architecture: str | None = None) -> Package:
-    """Write the engine, its op library, two examples, a README with the sizes, the licences, a bill of materials and the
-    checksums of all of them.
+    """Write the engine, its op library, two examples, a README with the sizes, the licences, a bill of materials and checksums.
 
-    ``output`` is a folder, or an archive when it ends in one's ending (.tar.gz, .tgz, .zip). ``library`` takes the place of
-    the op library of this machine; ``architecture`` is what the op library must be built for. The same engine and op library
-    give the same bytes.
+    ``output`` is a folder, or an archive if it ends in .tar.gz, .tgz or .zip. ``library`` replaces the op library of this
+    machine. ``architecture`` is the architecture that the op library must be built for. The same engine and op library give the
+    same bytes.
 
     Raises:
-        UserError: ``source`` is not a whole engine or is damaged, is an encoder-decoder, needs no op library although one is
-            given, or see ``op_library`` and ``write_files``.
+        UserError: ``source`` is not a complete engine, is damaged, is an encoder-decoder, or does not need the given op library;
+            or see ``op_library`` and ``write_files``.
     """
     manifest = read_cpu_manifest(source)
     if manifest.encoder_decoder:
@@ -74,9 +73,9 @@ def engine_parts(source: Path, manifest: Manifest) -> dict[str, Path]:
 
 
 def written_parts(engine: str, manifest: Manifest, folder: Path, others: Files, remark: str) -> dict[str, Path]:
-    """What describes the ``others`` and how to run them, made in ``folder``."""
+    """The files that describe the ``others`` and how to run them, written to ``folder``."""
     (folder / "LICENSE").write_text(licence(), encoding="utf-8")
-    # In the keys of today, which the examples read: the engine may be of an earlier release.
+    # Rewritten with the current keys, which the examples read, because the engine may be of an earlier release.
     write_document(manifest, manifest_path(folder / engine))
     write_examples(engine, manifest, folder)
     write_readme(engine, manifest, folder, others, remark)
@@ -112,7 +111,7 @@ def write_readme(engine: str, manifest: Manifest, folder: Path, others: Files, r
 
 
 def write_inventory(engine: str, manifest: Manifest, folder: Path, others: Files) -> None:
-    """The bill of materials, and the checksums as ``sha256sum`` writes and checks them."""
+    """Write the bill of materials, and the checksums in the format of ``sha256sum``."""
     parts = {**others, **{path.name: path for path in folder.iterdir()}}
     digests = {name: sha256(path) for name, path in parts.items()}
     of_model = {
@@ -136,29 +135,27 @@ def command_lines(source: Path, manifest: Manifest, output: Path) -> list[str]:
 
 
 def library_remark(manifest: Manifest, library: Path | None = None) -> str:
-    """What the op library is for; ``library``: by default that of this machine."""
+    """Says for which systems the op library is built. ``library``: by default that of this machine."""
     if manifest.op_library is None:
-        return "the engine needs no op library: it runs wherever ONNX Runtime does"
+        return "the engine does not need an op library: it runs wherever ONNX Runtime does"
     library = library or library_path()
     built_for = machine(library) or platform.machine()
-    kernels = (
-        "chooses its kernels by what the processor has when it loads" if built_for == "x86_64" else "has no vector kernels there"
-    )
+    kernels = "chooses its kernels for the processor when it loads" if built_for == "x86_64" else "has no vector kernels there"
     return f"the op library {OP_LIBRARY} is built for {built_for} and {kernels}; {system_sentence(library)}"
 
 
 def licence_remark(manifest: Manifest) -> str:
     declared = f" ({manifest.licence}, as its model card says)" if manifest.licence else ""
-    texts = " and ".join(file.name for file in manifest.licences) or "no text of it came with the engine"
+    texts = " and ".join(file.name for file in manifest.licences) or "the engine has no text of this licence"
     return f"the weights and the tokenizer stay under the licence of their model{declared}: {texts}"
 
 
 def cache_remarks(manifest: Manifest) -> list[str]:
-    """For destinations that keep the cache themselves."""
+    """Remarks for destinations that keep the cache themselves."""
     if manifest.recomputed_beyond is None:
         return []
     return [
-        f"transformers' generate computes a sequence anew where it first exceeds {manifest.recomputed_beyond} tokens; there the "
+        f"transformers' generate computes a sequence again when it first exceeds {manifest.recomputed_beyond} tokens; here, the "
         "cache is kept, and answers differ from then on: start such a sequence again with all of its tokens"
     ]
 
@@ -168,7 +165,7 @@ def sentence(remark: str) -> str:
 
 
 def licence() -> str:
-    """Ours, from the installed distribution or else the source tree."""
+    """The licence of rq-compile, from the installed distribution or otherwise from the source tree."""
     try:
         installed = importlib.metadata.distribution("rq-compile").read_text("licenses/LICENSE")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""An engine for onnxruntime-genai: a folder whose ``genai_config.json`` lets its own generate loop run the engine."""
+"""An engine for onnxruntime-genai: a folder with a ``genai_config.json`` with which its own generate loop runs the engine."""
 
 import json
 import shlex
@@ -27,28 +27,30 @@ ADD_SPECIAL = 'add_special_tokens="true"'
 def package(source: Path, output: Path, context_length: int | None = None) -> Package:
     """Write the engine with its manifest, its op library, ``genai_config.json`` and the tokenizer's files.
 
-    A sequence, prompt included, has at most ``context_length`` tokens, by default those that the model was made for. The same
+    A sequence, including its prompt, has at most ``context_length`` tokens, by default the model's context length. The same
     engine and op library give the same bytes.
 
     Raises:
-        UserError: ``source`` is not a whole engine or is damaged, does not know its context length and none is given, cannot be
-            run by onnxruntime-genai (see ``check_runnable``), has a manifest called as one of its files, or see
-            ``folder_written_beside``.
+        UserError: ``source`` is not a complete engine, is damaged, does not state its context length although none is given,
+            cannot be run by onnxruntime-genai (see ``check_runnable``), or its manifest has the name of another file of the
+            package; or see ``folder_written_beside``.
     """
     manifest = read_cpu_manifest(source)
     check_runnable(source, manifest)
     if (place := manifest_path(source).name) in (CONFIG, TOKENIZER, TOKENIZER_CONFIG):
-        raise UserError(f"{place} is the manifest of {source} and a file of onnxruntime-genai; compile to another name", 2)
+        raise UserError(
+            f"{place} would be both the manifest of {source} and a file of onnxruntime-genai; compile to another name", 2
+        )
     length = context_length or manifest.context_length
     if length is None:
-        raise UserError(f"{source} does not say how many tokens its model was made for; give --context-length", 2)
+        raise UserError(f"{source} does not state the context length of its model; give --context-length", 2)
     verify(source, manifest)
     settings = tokenizer_settings(source, manifest)
 
     with folder_written_beside(output) as folder:
         for file in manifest.files:
             shutil.copyfile(source.parent / file.name, folder / (TOKENIZER if file == manifest.tokenizer else file.name))
-        if manifest.tokenizer is not None:  # the folder stays an engine of ours, to be verified, timed and evaluated
+        if manifest.tokenizer is not None:  # so that the folder can still be verified, timed and evaluated
             manifest = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"name": TOKENIZER})})
         manifest = manifest.model_copy(update={"graph": with_all_logits(folder / source.name)})
         if manifest.op_library is not None:
@@ -75,8 +77,8 @@ def package(source: Path, output: Path, context_length: int | None = None) -> Pa
 
 
 def with_all_logits(graph: Path) -> EngineFile:
-    """Let the graph compute the logits of all tokens: onnxruntime-genai allocates them so, and looks for those of the
-    last token of each sequence itself, before the padding."""
+    """Let the graph compute the logits of all tokens. onnxruntime-genai allocates memory for all, and itself selects those of the
+    last token of each sequence before the padding."""
     import onnx
 
     from rq_compile.rewrite.logits_to_keep import fixed
@@ -89,14 +91,12 @@ def with_all_logits(graph: Path) -> EngineFile:
 def check_runnable(source: Path, manifest: Manifest) -> None:
     """
     Raises:
-        UserError: the engine is an encoder-decoder, names no token to stop at, or has a cache whose tensors differ in shape.
+        UserError: the engine is an encoder-decoder, has no end-of-text token, or has a cache with tensors of different shapes.
     """
     if manifest.encoder_decoder:
-        raise UserError(f"{source} is an encoder-decoder, which onnxruntime-genai runs for Whisper alone; package a decoder", 2)
+        raise UserError(f"{source} is an encoder-decoder, which onnxruntime-genai only runs for Whisper; package a decoder", 2)
     if not manifest.end_of_text:
-        raise UserError(
-            f"{source} names no end-of-text token, which onnxruntime-genai insists on; set eos_token_id in the model", 2
-        )
+        raise UserError(f"{source} has no end-of-text token, which onnxruntime-genai requires; set eos_token_id in the model", 2)
     states = [tensor.past for tensor in manifest.cache if len(tensor.shape) != 4 or tensor.shape[2] != "past"]
     if states:
         raise UserError(
@@ -113,7 +113,7 @@ def check_runnable(source: Path, manifest: Manifest) -> None:
 
 
 def heads_and_dimension(tensor: CacheTensor) -> tuple[int, int]:
-    """Of keys or values, ``[batch, heads, past, dimension]``."""
+    """Heads and dimension of keys or values, ``[batch, heads, past, dimension]``."""
     _, heads, _, dimension = tensor.shape
     assert isinstance(heads, int)
     assert isinstance(dimension, int)
@@ -121,7 +121,8 @@ def heads_and_dimension(tensor: CacheTensor) -> tuple[int, int]:
 
 
 def config(manifest: Manifest, context_length: int) -> dict[str, Any]:
-    """What ``genai_config.json`` holds. Model type ``decoder`` is onnxruntime-genai's for graphs that it did not build itself."""
+    """The content of ``genai_config.json``. onnxruntime-genai uses model type ``decoder`` for graphs that it did not build
+    itself."""
     keys, values = manifest.cache[::2], manifest.cache[1::2]
     heads, dimension = heads_and_dimension(keys[0])
     options: dict[str, Any] = {"provider_options": []}
@@ -155,7 +156,7 @@ def config(manifest: Manifest, context_length: int) -> dict[str, Any]:
         "pad_token_id": manifest.end_of_text[0],
         "decoder": decoder,
     }
-    # The graph gives a longer cache back; sharing one buffer would need an attention that writes in place.
+    # The graph returns a longer cache. Sharing one buffer would need attention that writes in place.
     return {"model": model, "search": {"max_length": context_length, "do_sample": False, "past_present_share_buffer": False}}
 
 
@@ -167,13 +168,13 @@ def numbered(tensors: list[CacheTensor], side: str) -> str:
 
 
 def tokenizer_settings(source: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """What ``tokenizer_config.json`` holds; None for a tokenizer other than byte-pair encoding, which needs its own class."""
+    """The content of ``tokenizer_config.json``; None for tokenizers other than byte-pair encoding, which need their own class."""
     if manifest.tokenizer is None:
         return None
     path = source.parent / manifest.tokenizer.name
     if json.loads(path.read_bytes())["model"]["type"] != "BPE":
         return None
-    # It does not read what the tokenizer puts around a text, only whether a beginning of text is to be put before it.
+    # onnxruntime-genai does not read the tokens around a text, only whether a beginning-of-text token precedes it.
     start = open_tokenizer(path).encode("").tokens
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -184,7 +185,7 @@ def tokenizer_settings(source: Path, manifest: Manifest) -> dict[str, Any] | Non
 
 def tokenizer_remarks(settings: dict[str, Any] | None) -> list[str]:
     if settings is None:
-        return ["onnxruntime-genai cannot read this engine's tokenizer: give and take token ids"]
+        return ["onnxruntime-genai cannot read this engine's tokenizer: use token ids as input and output"]
     if settings["add_bos_token"]:
         token = settings["bos_token"]
         return [f"Tokenizer.encode puts {token} before a text only after update_options({ADD_SPECIAL}), as in the line to run"]
@@ -192,7 +193,7 @@ def tokenizer_remarks(settings: dict[str, Any] | None) -> list[str]:
 
 
 def example(folder: Path, settings: dict[str, Any] | None) -> str:
-    """A Python program that continues a text, or token ids where the tokenizer cannot be read."""
+    """A Python program that continues a text, or token ids if the tokenizer cannot be read."""
     lines = ["import onnxruntime_genai as og", f"m = og.Model({str(folder)!r})", "p = og.GeneratorParams(m)"]
     lines += ["p.set_search_options(max_length=32)", "g = og.Generator(m, p)"]
     prompt, shown = "[1, 2, 3]", "g.get_sequence(0)"

@@ -1,4 +1,4 @@
-"""The op library of a package: ours for this machine, or one that was built for another instruction set."""
+"""The op library of a package: the one for this machine, or one that was built for another instruction set."""
 
 import mmap
 from pathlib import Path
@@ -11,16 +11,16 @@ from rq_compile.errors import UserError
 
 # The machine field of a 64-bit ELF header, by the names that Linux and its packages use.
 MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}
-# How the symbols of the system's libraries are versioned: glibc, and the two parts of libstdc++.
+# Prefixes of versioned symbols of the system's libraries: glibc, and the two parts of libstdc++.
 VERSIONED = ("GLIBC", "GLIBCXX", "CXXABI")
-ENTRY = b"RegisterCustomOps\0"  # what ONNX Runtime looks for
+ENTRY = b"RegisterCustomOps\0"  # the symbol that ONNX Runtime looks up
 
 
 def op_library(given: Path | None, architecture: str | None) -> Path:
-    """The library to package: ``given``, else the one that was built with this package.
+    """The library to package: ``given``, or otherwise the one that was built with this package.
 
     Raises:
-        UserError: it is missing or no op library, or it is not for the ``architecture`` that was asked for.
+        UserError: it is missing, is not an op library, or is not for ``architecture``.
     """
     path = given or library_path()
     built_for = machine(path)
@@ -31,12 +31,12 @@ def op_library(given: Path | None, architecture: str | None) -> Path:
             2,
         )
     if given is not None and not exports_ops(given):
-        raise UserError(f"{given} is not an op library, as it lacks RegisterCustomOps; give a librq_moe.so", 2)
+        raise UserError(f"{given} is not an op library, because it lacks RegisterCustomOps; give a librq_moe.so", 2)
     return path
 
 
 def machine(library: Path) -> str | None:
-    """The architecture that an ELF library is for; None: it is no 64-bit ELF file, or for a machine without a name here.
+    """The architecture of an ELF library; None if it is not a 64-bit ELF file, or is for a machine that is not listed here.
 
     Raises:
         UserError: the file cannot be read.
@@ -60,8 +60,8 @@ def exports_ops(library: Path) -> bool:
 
 
 def needed_versions(library: Path) -> dict[str, str]:
-    """The least versions of the system's libraries with which an ELF library loads, by its table of needed symbol versions:
-    ``{"GLIBC": "2.14", "GLIBCXX": "3.4.21"}``. Empty for another file, and where no version is asked for.
+    """The oldest versions of the system's libraries with which an ELF library loads, from its table of needed symbol versions:
+    ``{"GLIBC": "2.14", "GLIBCXX": "3.4.21"}``. Empty for other files, and if no version is required.
 
     Raises:
         OSError: the file cannot be read.
@@ -73,7 +73,7 @@ def needed_versions(library: Path) -> dict[str, str]:
             names = [version.name for table in tables for _, versions in table.iter_versions() for version in versions]
     except OSError:
         raise
-    except Exception:  # a file that is not ELF, or damaged: the parser raises what it happens to stumble over
+    except Exception:  # for a file that is not ELF, or is damaged, the parser may raise anything
         return {}
     for name in names:
         prefix, _, number = name.partition("_")
@@ -84,10 +84,10 @@ def needed_versions(library: Path) -> dict[str, str]:
 
 
 def system_sentence(library: Path) -> str:
-    """What ``needed_versions`` means for the system that is to load the library."""
+    """Describes ``needed_versions`` in a sentence."""
     needed = needed_versions(library)
     words = [f"glibc {needed['GLIBC']}"] if "GLIBC" in needed else []
     symbols = [f"{name}_{needed[name]}" for name in ("GLIBCXX", "CXXABI") if name in needed]
     if symbols:
         words.append(f"a libstdc++ with {' and '.join(symbols)}")
-    return f"it loads on systems that have at least {' and '.join(words)}" if words else "it asks for no version of glibc"
+    return f"it loads on systems that have at least {' and '.join(words)}" if words else "it does not require a version of glibc"

@@ -1,4 +1,4 @@
-"""What packaging an engine, or the placements of a plan, for a destination gives."""
+"""The result of packaging an engine, or the placements of a plan, for a destination."""
 
 from typing import Literal
 
@@ -10,8 +10,8 @@ Destination = Literal["triton", "edge", "onnxruntime-genai", "tensorrt-llm", "sg
 
 
 class Package(Document):
-    """``files`` are paths within ``folder``, which may be an archive; ``run`` are the command lines that start it, ``remarks``
-    what was lost or must be known, a sentence each."""
+    """``files``: paths within ``folder``, which may be an archive. ``run``: the command lines that start it. ``remarks``: what
+    was lost or must be known, one sentence each."""
 
     destination: Destination
     folder: Name

@@ -1,7 +1,7 @@
-"""A plan's experts on ranks as serving systems want them: as many slots on every rank as on every other, in every layer.
+"""A plan's experts on ranks in the form that serving systems need: the same number of slots on every rank, in every layer.
 
-Their files say which logical expert a slot holds and nothing else. So copies that share a rank count once, places that are left
-get the copies that relieve the busiest slots, and formats are lost; every loss becomes a remark.
+Their files only state which logical expert a slot holds. Copies that share a rank therefore count once, empty places get copies
+that relieve the busiest slots, and formats are lost. Every loss becomes a remark.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from rq_compile.runtime.files import read_manifest
 class Placement:
     """``experts [layers, ranks, slots of a rank]`` int64: the logical expert of every slot, ascending within a rank.
 
-    ``index [layers]`` are the decoder layers' numbers, dense ones counted; ``experts_of_model`` is m.
+    ``index [layers]``: the numbers of the decoder layers, including dense ones. ``experts_of_model``: m.
     """
 
     model: str
@@ -37,22 +37,22 @@ class Placement:
 
     @property
     def slots(self) -> int:
-        """Slots of a layer, on all ranks."""
+        """Number of slots of a layer, on all ranks."""
         return self.experts.shape[1] * self.experts.shape[2]
 
     @property
     def redundant(self) -> int:
-        """Slots of a layer beyond one for each logical expert."""
+        """Number of slots of a layer in excess of one per logical expert."""
         return self.slots - self.experts_of_model
 
     def by_layer(self) -> list[list[int]]:
-        """Each MoE layer's logical expert by slot; consecutive blocks of slots are a rank's."""
+        """For each MoE layer, the logical expert of each slot. Consecutive blocks of slots belong to a rank."""
         return self.experts.reshape(len(self.index), -1).tolist()
 
 
 def read_placement(path: Path, extra_layers: int = 0, first: int | None = None) -> Placement:
-    """The placement of a ``plan.json``, or of the plan that an engine (``.onnx``) was compiled with, and after it so many
-    ``extra_layers``, which predict further tokens; ``first`` is the number of the first of them, by default the next one.
+    """The placement of a ``plan.json``, or of the plan of an engine (``.onnx``), followed by ``extra_layers``
+    multi-token-prediction layers. ``first`` is the number of the first of them, by default the next one.
 
     Raises:
         UserError: the file cannot be read, or ``placement_of`` refuses its plan.
@@ -63,21 +63,21 @@ def read_placement(path: Path, extra_layers: int = 0, first: int | None = None) 
         return _with_extra_layers(placement, extra_layers, placement.index[-1] + 1 if first is None else first)
     if plan.extra_layers:
         told = (
-            f"the model has {plan.extra_layers} more to predict further tokens (num_nextn_predict_layers), which the plan does "
-            f"not place: where the server runs them, give --extra-layers {plan.extra_layers} for their rows"
+            f"the plan does not place the model's {plan.extra_layers} multi-token-prediction layers (num_nextn_predict_layers): "
+            f"if the server runs them, give --extra-layers {plan.extra_layers} to add their rows"
         )
         return replace(placement, remarks=[*placement.remarks, told])
     return placement
 
 
 def _with_extra_layers(placement: Placement, count: int, first: int) -> Placement:
-    """Their loads are not known: experts stand in consecutive blocks, and places that are left get copies by turns."""
+    """Their loads are unknown, so experts are in consecutive blocks, and empty places get copies in turn."""
     experts, places = placement.experts_of_model, placement.experts.shape[2]
     holds = contiguous(experts, placement.ranks) == np.arange(placement.ranks)[:, None]
     row = np.nonzero(_filled(np.full(experts, 1 / experts), holds, places))[1].reshape(placement.ranks, places)
     told = (
-        f"the rows of {count} further layers from {first} on, which predict further tokens, are not planned: their loads are not "
-        "known, so experts stand in consecutive blocks"
+        f"the rows of {count} multi-token-prediction layers from {first} on are not planned: their loads are not known, so "
+        "experts are in consecutive blocks"
     )
     return replace(
         placement,
@@ -98,7 +98,7 @@ def placement_of(plan: Plan, name: str = "the plan") -> Placement:
     if len(sizes) > 1:
         raise UserError(
             f"layers of {name} have {min(sizes)} to {max(sizes)} experts, but a placement file holds one "
-            "number for all; give a model whose layers have equally many",
+            "number for all; give a model whose layers have the same number",
             2,
         )
     layers = sorted(plan.layers, key=lambda layer: layer.index)
@@ -124,20 +124,20 @@ def _holds(layer: LayerPlan, ranks: int) -> np.ndarray:
 
 
 def _loads(layer: LayerPlan) -> np.ndarray:
-    """Expected share of every logical expert ``[m]``; all alike where the plan does not know them, which ``_losses`` says."""
+    """Expected share of every logical expert ``[m]``. If the plan does not know them, all are equal, and ``_losses`` says so."""
     if not _knows_loads(layer):
         return np.full(layer.geometry.experts, 1 / layer.geometry.experts)
     return np.bincount([slot.expert for slot in layer.slots], [slot.load or 0.0 for slot in layer.slots], layer.geometry.experts)
 
 
 def _knows_loads(layer: LayerPlan) -> bool:
-    """Not without the loads of all slots, nor where a calibration's tokens reached none of them."""
+    """Whether the loads of all slots are known and not all zero."""
     return all(slot.load is not None for slot in layer.slots) and any(slot.load for slot in layer.slots)
 
 
 def _filled(load: np.ndarray, planned: np.ndarray, places: int) -> np.ndarray:
-    """Every rank holds ``places`` experts: while one has room, the expert with the busiest slots that a rank with room lacks gets
-    a copy on the least busy such rank."""
+    """Fill every rank to ``places`` experts. While some rank has room: of the experts that such ranks lack, the one with the
+    busiest slots gets a copy, on the least busy of these ranks."""
     holds = planned.copy()
     while (vacant := holds.sum(axis=1) < places).any():
         lacking = ~holds & vacant[:, None]
@@ -163,25 +163,25 @@ def _losses(layers: list[LayerPlan], planned: list[np.ndarray], filled: list[np.
     remarks = []
     if unknown := [layer.index for layer in layers if not _knows_loads(layer)]:
         named = ", ".join(map(str, unknown))
-        remarks.append(f"the plan knows no loads of layers {named}: balance and added copies take all experts as equally loaded")
+        remarks.append(f"the plan has no loads for layers {named}: balance and added copies assume equally loaded experts")
     lost = Counter(slot.format for layer in layers for slot in layer.slots if slot.format not in FLOAT_FORMATS)
     if lost:
         mix = ", ".join(f"{count} in {format}" for format, count in sorted(lost.items()))
-        remarks.append(f"placement files carry no formats: slots planned {mix} are served in the checkpoint's format")
+        remarks.append(f"placement files have no formats: slots planned as {mix} are served in the checkpoint's format")
     slots = sum(int(holds.sum()) for holds in filled)
     experts = sum(layer.geometry.experts for layer in layers)
     if slots > experts:
         remarks.append(
             f"in that format {slots} slots for {experts} experts take {slots / experts:.2f} times the experts' memory; "
-            "policy eplb plans for it, policy place without copies"
+            "policy eplb plans for this memory, policy place plans without copies"
         )
     together = sum(len(layer.slots) for layer in layers) - sum(int(holds.sum()) for holds in planned)
     if together:
-        remarks.append(f"copies of an expert that shared a rank are one slot now: {together} fewer over all layers")
+        remarks.append(f"copies of an expert that shared a rank are now one slot: {together} fewer slots over all layers")
     added = [int(after.sum() - before.sum()) for before, after in zip(planned, filled, strict=True)]
     if any(added):
         remarks.append(
-            f"copies added so that every rank has {int(filled[0][0].sum())} slots in every layer: "
-            f"{sum(added)} over {sum(map(bool, added))} layers, {max(added)} in one at most"
+            f"copies were added so that every rank has {int(filled[0][0].sum())} slots in every layer: "
+            f"{sum(added)} in {sum(map(bool, added))} layers, at most {max(added)} in one layer"
         )
     return remarks

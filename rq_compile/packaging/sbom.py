@@ -24,10 +24,10 @@ def bill_of_materials(
     digests: Mapping[str, str],
     licences: Mapping[str, str | None],
 ) -> str:
-    """Every one of ``files`` (name -> where it is) with its size and SHA-256 (``digests``), a library also with
-    the least versions of the system's libraries; and ONNX Runtime, which runs them and is not among them.
+    """The bill of materials of ``files`` (name -> path): size and SHA-256 (``digests``) of each, the oldest system libraries for
+    a library, and ONNX Runtime, which runs them but is not among them.
 
-    ``licences``: by file name, an SPDX identifier or else a name; None and what is not in it: none is claimed. The same files
+    ``licences``: an SPDX identifier or a name, by file name. For None, and for other files, no licence is claimed. The same files
     give the same bytes: no time is written, and the serial number follows from the files.
     """
     components = [component(name, files[name], digests[name], licences.get(name)) for name in sorted(files)]

@@ -1,7 +1,7 @@
 """SGLang: the file of ``--init-expert-location``.
 
 ``ExpertLocationMetadata.init_by_mapping`` (``sglang/srt/eplb/expert_location.py``) indexes ``physical_to_logical_map`` by decoder
-layer and newer versions want a row for every one of them, so dense layers get rows too, which nobody reads.
+layer. Newer versions require a row for each of them, so dense layers get rows too, which are not used.
 """
 
 import json
@@ -19,8 +19,8 @@ FILE = "expert_location.json"
 
 
 def package(source: Path, output: Path, layers: int | None = None, extra_layers: int = 0) -> Package:
-    """``layers``: decoder layers of the model, dense ones included; None: up to the last one with experts. ``extra_layers``
-    follow them, see ``read_placement``.
+    """``layers``: number of decoder layers of the model, including dense ones; None means up to the last one with experts.
+    ``extra_layers`` follow them, see ``read_placement``.
 
     Raises:
         UserError: ``layers`` does not reach the last layer with experts; see also ``read_placement`` and
@@ -38,7 +38,7 @@ def package(source: Path, output: Path, layers: int | None = None, extra_layers:
     ranks = str(placement.ranks)
     serve = ["python", "-m", "sglang.launch_server", "--model-path", placement.model, "--tp-size", ranks, "--ep-size", ranks]
     serve += ["--ep-num-redundant-experts", str(placement.redundant), "--init-expert-location", str(output / FILE)]
-    end = [] if layers else [f"rows end with layer {least - 1}, the last with experts; if dense ones follow it, give --layers"]
+    end = [] if layers else [f"rows end with layer {least - 1}, the last with experts; if dense layers follow, give --layers"]
     return Package(
         destination="sglang",
         folder=str(output),

@@ -1,7 +1,7 @@
-"""TensorRT-LLM: a load balancer's file, which starts from the placement and keeps it, and the options that name it.
+"""TensorRT-LLM: a load balancer's file, which starts from the placement and keeps it, and the options that name the file.
 
-The format is ``MoeLoadBalancerConfig`` of ``tensorrt_llm``, as ``examples/wide_ep`` of its repository documents it: layers by
-their number in the model, slots in consecutive blocks of ``num_slots / ep_size`` a rank, 0 layer updates.
+The format is ``MoeLoadBalancerConfig`` of ``tensorrt_llm``, as documented in ``examples/wide_ep`` of its repository: layers by
+their number in the model, slots in consecutive blocks of ``num_slots / ep_size`` per rank, 0 layer updates.
 """
 
 import shlex

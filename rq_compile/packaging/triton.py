@@ -1,4 +1,4 @@
-"""A model repository for Triton Inference Server, in one of the flavours in which it can run the engine."""
+"""A model repository for Triton Inference Server, in one of the flavours that can run the engine."""
 
 import re
 import shlex
@@ -35,24 +35,25 @@ IMAGE = "nvcr.io/nvidia/tritonserver:25.12-py3"
 def package(source: Path, output: Path, flavour: Flavour | None = None, name: str | None = None, **options: Any) -> Package:
     """Write ``<name>/config.pbtxt``, ``<name>/1/`` with the engine, the licence and the checksums of all files.
 
-    ``flavour`` is by default the one that takes ``source``: "tensorrt" a ``.plan``, "python" an ``.onnx``. ``name`` is the
-    model's, by default the engine's. ``options`` are those of the flavour's ``write``. The same engine, op
-    library and options give the same bytes.
+    The default ``flavour`` is "tensorrt" for a ``.plan`` and "python" for an ``.onnx``. ``name`` is the name of the model, by
+    default that of the engine. ``options`` are those of the flavour's ``write``. The same engine, op library and options give
+    the same bytes.
 
     Raises:
-        UserError: ``name`` cannot be a model's, ``source`` is not a whole engine, is damaged or an encoder-decoder, an option is
-            not for this flavour or is refused by it, tritonclient is missing, or see ``folder_written_beside``.
+        UserError: ``name`` cannot be the name of a model; ``source`` is not a complete engine, is damaged or is an
+            encoder-decoder; the flavour does not have or refuses an option; tritonclient is missing; or see
+            ``folder_written_beside``.
     """
     name = name or source.stem
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise UserError(
-            f"{name!r} cannot name a model in Triton; give --name letters and digits, with dots and dashes between", 2
+            f"{name!r} cannot be the name of a model in Triton; give --name letters and digits, with dots and dashes between", 2
         )
     if name in ("LICENSE", CHECKSUMS):
-        raise UserError(f"a file of the package is called {name}, so no model can be; give another --name", 2)
+        raise UserError(f"the package has a file called {name}, so the model needs another name; give another --name", 2)
     flavour = flavour or ("tensorrt" if source.suffix == ".plan" else "python")
     if (flavour == "tensorrt") != (source.suffix == ".plan"):
-        raise UserError(f"--flavour {flavour} does not take {source}; give an engine that ends in {ENDINGS[flavour]}", 2)
+        raise UserError(f"--flavour {flavour} does not support {source}; give an engine that ends in {ENDINGS[flavour]}", 2)
     if superfluous := sorted(options.keys() - OPTIONS[flavour]):
         raise UserError(
             f"--{superfluous[0].replace('_', '-')} has no effect with --flavour {flavour}; leave one of the two out", 2
@@ -66,7 +67,7 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
         (model / "1").mkdir(parents=True)
         for part, path in (engine_parts(source, onnx_engine) if onnx_engine else {}).items():
             shutil.copyfile(path, model / "1" / part)
-        if onnx_engine:  # in the keys of today, which the python backend reads
+        if onnx_engine:  # rewritten with the current keys, which the python backend reads
             write_document(onnx_engine, manifest_path(model / "1" / source.name))
         config, remarks = WRITERS[flavour](source, manifest, model, **options)
         (model / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
@@ -75,7 +76,7 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
         (repository / CHECKSUMS).write_text("".join(f"{sha256(repository / file)}  {file}\n" for file in files), encoding="utf-8")
 
     if flavour != "python":
-        remarks.append("the container of the last command is a proposal: no image of NVIDIA was tried with this package")
+        remarks.append("the container of the last command is a suggestion: no NVIDIA image was tried with this package")
     if onnx_engine:
         remarks = [*remarks, library_remark(onnx_engine), licence_remark(onnx_engine)]
     text = onnx_engine is not None and onnx_engine.tokenizer is not None
@@ -88,7 +89,7 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
 def read_onnx_engine(source: Path) -> Manifest:
     """
     Raises:
-        UserError: it is not a whole engine, is damaged, or is an encoder-decoder.
+        UserError: it is not a complete engine, is damaged, or is an encoder-decoder.
     """
     manifest = read_cpu_manifest(source)
     if manifest.encoder_decoder:

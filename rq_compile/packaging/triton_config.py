@@ -1,4 +1,4 @@
-"""``config.pbtxt`` through Triton's own protobuf messages, so that no field can be misspelt."""
+"""Writes ``config.pbtxt`` with Triton's own protobuf messages, so that no field can be misspelt."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from rq_compile.errors import UserError
 
-# A text, in the words of Triton's data types.
+# Triton's data type of a text.
 TEXT = np.dtype(object)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output: ``dims`` without the batch where the model has one, -1 where it varies."""
+    """An input or output. ``dims``: without the batch if the model has one; -1 for variable dimensions."""
 
     name: str
     dtype: np.dtype
@@ -38,7 +38,7 @@ def messages() -> Any:
 
 
 def model_config(name: str, backend: str, inputs: Iterable[Tensor], outputs: Iterable[Tensor], parameters: dict[str, str]) -> Any:
-    """A ``ModelConfig`` with these tensors and parameters, to be completed by its backend's module."""
+    """A ``ModelConfig`` with these tensors and parameters. The backend's module completes it."""
     config = messages().ModelConfig(name=name, backend=backend)
     for tensor in inputs:
         config.input.add(name=tensor.name, data_type=data_type(tensor.dtype), dims=tensor.dims, optional=tensor.optional)

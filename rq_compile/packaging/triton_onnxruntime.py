@@ -1,6 +1,6 @@
 """Triton's own ONNX Runtime backend: tensors in, tensors out; the client carries the KV cache from step to step.
 
-What the backend makes of a config: ``src/onnxruntime.cc`` of triton-inference-server/onnxruntime_backend.
+``src/onnxruntime.cc`` of triton-inference-server/onnxruntime_backend shows how the backend reads a config.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from rq_compile.packaging.triton_config import Tensor, messages, model_config
 from rq_compile.planning.schema import Plan
 
 MOUNT = "/models"
-# What commands that calibrate take by default.
+# The default batch size and sequence length of calibrations.
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 256
 ONES = "ones"
 
@@ -35,17 +35,17 @@ def write(
     threads: int = 0,
     calibration: Path | None = None,
 ) -> tuple[Any, list[str]]:
-    """Complete ``model`` (the folder with the engine in ``1/``); returns its ``ModelConfig`` and remarks.
+    """Complete ``model`` (the folder with the engine in ``1/``). Returns its ``ModelConfig`` and remarks.
 
-    ``mount`` is where the server will see the repository. ``threads`` are those of an instance, 0: ONNX Runtime's choice.
-    The workload (requests that run together, tokens of a prompt) is that of ``calibration``.
+    ``mount``: the path at which the server will see the repository. ``threads``: threads of an instance; 0 means ONNX Runtime's
+    choice. The workload (requests that run together, tokens of a prompt) is that of ``calibration``.
 
     Raises:
         UserError: ``mount`` is not absolute, or ``calibration`` is not the one that the engine was planned with.
     """
     if not PurePosixPath(mount).is_absolute():
         raise UserError(
-            f"--mount {mount} is not absolute, and the server would look in its working directory; "
+            f"--mount {mount} is not an absolute path, so the server would look in its working directory; "
             "give a path that begins with /",
             2,
         )
@@ -53,7 +53,7 @@ def write(
     inputs, outputs = graph_tensors(engine)
     parameters = {"intra_op_thread_count": str(threads)}
     if instances > 1:
-        # Older backends do not know it, ignore it and hold the weights once an instance.
+        # Older backends ignore this setting and hold the weights once per instance.
         parameters["share_session_between_instances"] = "true"
     config = model_config(model.name, "onnxruntime", inputs, outputs, parameters)
     config.default_model_filename = engine.name
@@ -64,9 +64,9 @@ def write(
     if mixed_copies(manifest.plan):
         remarks.append("copies of an expert differ in format, so an answer depends on its batch: requests are not batched")
     elif batch_size > 1:
-        # No delay: while a batch runs, those that come meanwhile gather.
+        # No delay: requests that arrive while a batch runs form the next batch.
         config.dynamic_batching.SetInParent()
-        remarks.append("requests share a batch only while their shapes are equal: as many new and as many cached tokens")
+        remarks.append("requests share a batch only while their shapes are equal: the same numbers of new and of cached tokens")
     if manifest.op_library is not None:
         name = library_name(library_path())
         shutil.copyfile(library_path(), model / "1" / name)
@@ -81,7 +81,7 @@ def write(
 
 
 def workload(plan: Plan, calibration: Path | None) -> tuple[int, int]:
-    """Sequences that run together, and tokens of one."""
+    """The number of sequences that run together, and the tokens of each."""
     if calibration is None:
         return BATCH_SIZE, SEQUENCE_LENGTH
     document = read_document(Calibration, calibration)
@@ -101,13 +101,13 @@ def graph_tensors(engine: Path) -> tuple[list[Tensor], list[Tensor]]:
         dims = tuple(-1 if dim.dim_param else dim.dim_value for dim in kind.shape.dim)
         return Tensor(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), dims[1:])
 
-    # Inputs with a default are left out: a client of this backend would have to give them a batch.
+    # Inputs with a default are left out, because clients of this backend would have to give them a batch dimension.
     defaults = {initializer.name for initializer in graph.initializer}
     return [tensor(value) for value in graph.input if value.name not in defaults], [tensor(value) for value in graph.output]
 
 
 def library_name(library: Path) -> str:
-    """With a hash of the content: a server that runs keeps the library that it once loaded from a path."""
+    """A name with a hash of the content, because a running server keeps the library that it first loaded from a path."""
     return f"{library.stem}.{sha256(library)[:16]}{library.suffix}"
 
 
@@ -120,7 +120,7 @@ def mixed_copies(plan: Plan) -> bool:
 
 
 def half_precision_bytes(manifest: Manifest) -> int:
-    """Bytes of 16-bit experts that constant folding would unpack: only those of standard ops, in the batched lowering."""
+    """Bytes of 16-bit experts that constant folding would unpack. Only the standard ops of the batched lowering have any."""
     if LOWERINGS[manifest.lowering].session_options != FOLDING_LIMIT:
         return 0
     wide = [(layer, slot) for layer in manifest.plan.layers for slot in layer.slots if slot.format in ("bf16", "fp16")]
@@ -142,6 +142,6 @@ def warm_up(config: Any, model: Path, requests: dict[str, tuple[int, int]]) -> N
                 (folder / entry.input_data_file).write_bytes(np.ones(new + cached, np.int64).tobytes())
                 continue
             entry.zero_data = True
-            # A varying dimension is the new tokens of ids and positions, the cached ones of keys and values.
+            # A variable dimension is the number of new tokens for ids and positions, and of cached tokens for keys and values.
             varying = cached if len(tensor.dims) > 1 else new
             entry.dims.extend(varying if dim == -1 else dim for dim in tensor.dims)

@@ -1,4 +1,4 @@
-"""Triton's python backend: text in, text streamed out, the KV cache inside; it runs from wherever the folder lies."""
+"""Triton's python backend: text in, text streamed out, with the KV cache in the server. The folder can be anywhere."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from rq_compile.packaging.triton_config import TEXT, Tensor, messages, model_con
 
 MODEL = Path(__file__).parent / "triton_files" / "model.py"
 INT64 = np.dtype(np.int64)
-# The names by which the generate extension and other text backends of Triton call them.
+# The names that the generate extension and other text backends of Triton use.
 INPUTS = (
     Tensor("text_input", TEXT, (1,), optional=True),
     Tensor("input_ids", INT64, (-1,), optional=True),
@@ -22,14 +22,14 @@ INPUTS = (
 )
 OUTPUTS = (Tensor("text_output", TEXT, (1,)), Tensor("token_ids", INT64, (-1,)))
 CONCURRENT_REQUESTS = 8
-# Where the engine does not say for how many tokens its model was made.
+# Used if the engine does not state its context length.
 MAX_SEQUENCE_LENGTH = 4096
 
 
 def write(engine: Path, manifest: Manifest, model: Path, threads: int = 0) -> tuple[Any, list[str]]:
-    """Complete ``model`` (the folder with the engine in ``1/``); returns its ``ModelConfig`` and remarks.
+    """Complete ``model`` (the folder with the engine in ``1/``). Returns its ``ModelConfig`` and remarks.
 
-    ``threads``: of one step of one request; 0: ONNX Runtime's choice.
+    ``threads``: threads of one step of one request; 0 means ONNX Runtime's choice.
     """
     for source in (MODEL, EXAMPLE, *SHARED):
         shutil.copyfile(source, model / "1" / source.name)

@@ -1,6 +1,6 @@
-"""Triton's TensorRT backend: tensors in, tensors out, by engines of one model that were each built for a compute capability.
+"""Triton's TensorRT backend: tensors in, tensors out, with engines of one model, each built for one compute capability.
 
-What the backend makes of a config: triton-inference-server/tensorrt_backend, and ``cc_model_filenames`` of model_config.proto.
+triton-inference-server/tensorrt_backend, and ``cc_model_filenames`` of model_config.proto, show how the backend reads a config.
 """
 
 import re
@@ -18,7 +18,7 @@ from rq_compile.packaging.triton_config import Tensor, messages, model_config
 from rq_compile.targets.tensorrt.manifest import Binding, TensorRTManifest
 
 BATCH = "batch"
-# By the backend's source (loader.cc), what lets an engine bring code of its own, be it a runtime or plugins.
+# According to the backend's source (loader.cc), this lets an engine bring its own code, such as a runtime or plugins.
 CODE_ALLOWED = "--backend-config=tensorrt,version-compatible=true"
 
 
@@ -26,7 +26,7 @@ def read_engine(source: Path) -> TensorRTManifest:
     """The manifest beside ``source`` (``.plan``).
 
     Raises:
-        UserError: the engine or its manifest is missing, it is damaged, or it is one of TensorRT-RTX.
+        UserError: the engine or its manifest is missing, or the engine is damaged or was built by TensorRT-RTX.
     """
     document = source.with_suffix(".json")
     for path, what in ((source, "engine"), (document, "manifest")):
@@ -37,21 +37,22 @@ def read_engine(source: Path) -> TensorRTManifest:
     manifest = read_document(TensorRTManifest, document)
     if manifest.target == "tensorrt-rtx":
         raise UserError(
-            f"{source} was built by TensorRT-RTX, and Triton's backend runs TensorRT's; compile with --builder tensorrt", 2
+            f"{source} was built by TensorRT-RTX, but Triton's backend runs TensorRT engines; compile with --builder tensorrt",
+            2,
         )
     known = manifest.files.get("engine")
     if known is not None and sha256(source) != known.sha256:
-        raise UserError(f"{source} is damaged: it is not the one that its manifest describes; copy it again", 2)
+        raise UserError(f"{source} is damaged: it differs from its manifest; copy it again", 2)
     return manifest
 
 
 def write(source: Path, manifest: TensorRTManifest, model: Path, engine_for: tuple[str, ...] = ()) -> tuple[Any, list[str]]:
-    """Put the engines into ``model``'s version folder; returns its ``ModelConfig`` and remarks.
+    """Put the engines into ``model``'s version folder. Returns its ``ModelConfig`` and remarks.
 
-    ``engine_for``: ``8.9=FILE``, for several GPUs; ``source`` is one of them. Without it every GPU is given ``source``.
+    ``engine_for``: entries ``8.9=FILE`` for several GPUs; ``source`` is one of them. Without entries, every GPU gets ``source``.
 
     Raises:
-        UserError: an entry is not of that form, an engine is refused by ``read_engine`` or is not the same model's.
+        UserError: an entry is not of that form, or an engine is refused by ``read_engine`` or is for another model.
     """
     engines = engines_by_capability(source, engine_for)
     for path in engines.values():
@@ -62,7 +63,7 @@ def write(source: Path, manifest: TensorRTManifest, model: Path, engine_for: tup
             manifest.profiles,
             manifest.plan,
         ):
-            raise UserError(f"{path} has another plan, other tensors or profiles than {source}; compile both from the same", 2)
+            raise UserError(f"{path} differs from {source} in its plan, tensors or profiles; compile both from the same plan", 2)
     names = {capability: f"{capability}.plan" for capability in engines}
     for capability, path in engines.items():
         shutil.copyfile(path, model / "1" / names[capability])
@@ -76,10 +77,10 @@ def write(source: Path, manifest: TensorRTManifest, model: Path, engine_for: tup
     ]
     if manifest.carries_code:
         remarks.append(
-            f"the engine carries the code of its MoE layers; the backend runs it only in a server started with {CODE_ALLOWED}"
+            f"the engine contains the code of its MoE layers; the backend runs it only in a server started with {CODE_ALLOWED}"
         )
     if most > 1:
-        remarks.append("requests share a batch only while their shapes are equal: as many new and as many cached tokens")
+        remarks.append("requests share a batch only while their shapes are equal: the same numbers of new and of cached tokens")
     return config(model.name, names, inputs, outputs, most, len(manifest.profiles)), remarks
 
 
@@ -87,7 +88,7 @@ def engines_by_capability(source: Path, engine_for: Iterable[str]) -> dict[str, 
     """Compute capability (``8.9``) -> engine.
 
     Raises:
-        UserError: an entry is not CAPABILITY=FILE, names a capability twice, or none names ``source``.
+        UserError: an entry is not CAPABILITY=FILE, a capability is named twice, or no entry names ``source``.
     """
     engines: dict[str, Path] = {}
     for entry in engine_for:
@@ -105,7 +106,7 @@ def engines_by_capability(source: Path, engine_for: Iterable[str]) -> dict[str, 
 
 
 def tensors(bindings: Iterable[Binding]) -> list[Tensor]:
-    """Without the batch, their first dimension."""
+    """The tensors without their first dimension, the batch."""
     return [
         Tensor(binding.name, np.dtype(binding.dtype), tuple(-1 if isinstance(d, str) else d for d in binding.shape[1:]))
         for binding in bindings
@@ -122,11 +123,11 @@ def config(
 ) -> Any:
     """A ``ModelConfig``; ``engines``: compute capability -> file in the version's folder, empty for one that serves any GPU.
 
-    The one instance group has all ``profiles``, among which the backend chooses by the shapes of a request: Triton gives a
-    request to whichever instance is free, so that one with the decoding profile alone would be given prompts.
+    The one instance group has all ``profiles``, and the backend chooses a profile by the shapes of a request. Triton gives a
+    request to any free instance, so an instance with only the decoding profile would also get prompts.
     """
     config = model_config(name, "tensorrt", inputs, outputs, {})
-    # No default beside these: a GPU without an engine must be refused by name, not given one that it cannot run.
+    # No default engine: a GPU without its own engine must be refused by name, not given an engine that it cannot run.
     config.cc_model_filenames.update(engines)
     if not engines:
         config.default_model_filename = "model.plan"

@@ -1,7 +1,7 @@
 """vLLM: the placement as a list of rows, one for each MoE layer.
 
-vLLM reads no placement file as of today: this is the form of a proposal (vllm-project/vllm #49572), whose rows leave dense layers
-out as vLLM's own maps do. What its balancer takes today is the number of redundant experts.
+vLLM does not read placement files yet. The format is that of a proposal (vllm-project/vllm #49572), whose rows leave out dense
+layers, like vLLM's own maps. Today, its balancer accepts only the number of redundant experts.
 """
 
 import json
@@ -33,7 +33,7 @@ def package(source: Path, output: Path, extra_layers: int = 0) -> Package:
         run=[shlex.join(serve)],
         remarks=[
             *placement.remarks,
-            f"vLLM reads no placement file yet: the command gives its own balancer as many slots, and {FILE} is in the form that "
-            "its proposal #49572 would read",
+            f"vLLM does not read placement files yet: the command gives its balancer the same number of slots, and {FILE} has "
+            "the format of its proposal #49572",
         ],
     )

@@ -1,6 +1,6 @@
 """vLLM-Ascend: the expert map of its static EPLB.
 
-``expert_file_to_tensor`` (``vllm_ascend/eplb/core/eplb_utils.py``) takes the n-th entry of ``layer_list`` for the n-th MoE layer:
+``expert_file_to_tensor`` (``vllm_ascend/eplb/core/eplb_utils.py``) uses the n-th entry of ``layer_list`` for the n-th MoE layer;
 dense layers are not counted.
 """
 

@@ -1,1 +1,1 @@
-"""Formats: how the weights of a slot are stored, what they cost in bytes and in error."""
+"""Formats: how the weights of a slot are stored, and their cost in bytes and in error."""

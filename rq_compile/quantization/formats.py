@@ -1,4 +1,4 @@
-"""The formats a slot may have: one object for each, which all stages ask. Pure arithmetic; nothing here imports numpy."""
+"""The formats of slots: one object each, which all stages use. Pure arithmetic, without numpy."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
 
 Format = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Quantizer = Literal["gptq", "nearest"]
-# Of non-expert matrices in a native engine: 16 bit as stored, rounded to int8, or widened to fp32.
+# Formats of non-expert matrices in a native engine: 16 bits as stored, rounded to int8, or widened to fp32.
 DenseFormat = Literal["stored", "int8", "fp32"]
 SCALE_BYTES = 4
 BLOCK_SIZES = (128, 64, 32, 16)
-# The most weights that share one scale: with fewer, what is stored is nearer to the weights and takes more bytes.
+# The maximum number of weights that share one scale. Fewer reduce the rounding error and take more bytes.
 Block = Literal[128, 64, 32, 16]
 BLOCKS: tuple[Block, ...] = get_args(Block)
 
 
 @dataclass(frozen=True)
 class SlotFormat:
-    """How a slot stores its weights: ``bits`` each, in a graph's tensors of type ``element`` (as numpy, ml_dtypes and ONNX call
-    it). Slots of one ``group`` are read from the same inputs of an op of ``rq.moe``."""
+    """How a slot stores its weights: with ``bits`` bits each, in tensors of type ``element`` (as named by numpy, ml_dtypes and
+    ONNX). Slots of one ``group`` are read from the same inputs of an op of ``rq.moe``."""
 
     name: Format
     bits: int
@@ -40,11 +40,11 @@ class SlotFormat:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The inputs of an op that hold the weights of the group, by the end of their names."""
+        """The inputs of an op that hold the weights of the group, by the suffix of their names."""
         return (f"{self.group}_weights",)
 
     def matrix_bytes(self, rows: int, columns: int, most: Block = 128) -> int:
-        """Bytes of one ``[rows, columns]`` matrix, scales and padding included; ``most``: see ``block_size``."""
+        """Bytes of one ``[rows, columns]`` matrix, including scales and padding. ``most``: see ``block_size``."""
         return rows * columns * self.bits // 8
 
 
@@ -52,8 +52,8 @@ class SlotFormat:
 class BlockFormat(SlotFormat):
     """Block-wise and symmetric: ``block_size`` neighbours of a row share one fp32 scale, and a weight is ``q * scale``.
 
-    Rounding uses the whole numbers q from ``least`` to ``greatest``. GPTQ tries ``fractions`` scales, from the one that just
-    holds a block's largest weight down to ``smallest`` times it: clipping pays where there are few levels.
+    Rounding uses the integers q from ``least`` to ``greatest``. GPTQ tries ``fractions`` scales, from the one that just holds a
+    block's largest weight down to ``smallest`` times that scale, because clipping helps if there are few levels.
     """
 
     least: int
@@ -65,17 +65,17 @@ class BlockFormat(SlotFormat):
 
     @property
     def held(self) -> tuple[int, int]:
-        """The least and the greatest q that a slot can hold, which may be more than rounding uses."""
+        """The least and the greatest q that a slot can hold. The range may be larger than the one that rounding uses."""
         return -self.zero_point, self.zero_point - 1
 
     @property
     def zero_point(self) -> int:
-        """What is added to q before it is packed, as in ONNX Runtime's ``MatMulNBits``."""
+        """The number that is added to q before it is packed, as in ONNX Runtime's ``MatMulNBits``."""
         return 1 << (self.bits - 1)
 
     @property
     def signed_scales(self) -> bool:
-        """Whether the negative side has one value more. A scale then takes the sign that puts the largest weight there."""
+        """Whether the negative side has one more value. The sign of a scale then puts the largest weight on this side."""
         return -self.least > self.greatest
 
     @property
@@ -89,7 +89,7 @@ class BlockFormat(SlotFormat):
 
 INT8 = BlockFormat("int8", 8, "int8", "int8", least=-127, greatest=127, fractions=5, smallest=0.9)
 INT4 = BlockFormat("int4", 4, "int4", "int4", least=-8, greatest=7, fractions=17, smallest=0.6)
-# From the most exact; plans, tables and lanes name formats in this order.
+# The most exact format first. Plans, tables and lanes list formats in this order.
 SLOT_FORMATS: dict[Format, SlotFormat] = {
     format.name: format
     for format in (
@@ -107,14 +107,13 @@ QUANTIZED_FORMATS = tuple(BLOCK_FORMATS)
 
 
 def tensors_of(group: str) -> tuple[str, ...]:
-    """``SlotFormat.tensors`` of the formats of ``group``."""
+    """``SlotFormat.tensors`` for the formats of ``group``."""
     return next(format.tensors for format in SLOT_FORMATS.values() if format.group == group)
 
 
 def block_size(columns: int, most: Block = 128) -> int:
-    """Weights that share one scale in a row of ``columns``: the largest of 128, 64, 32, 16 up to ``most`` that divides it.
-
-    Where none does, 16, and the last block is padded with zeros.
+    """Number of weights that share one scale in a row of ``columns``: the largest of 128, 64, 32, 16 that divides ``columns`` and
+    is at most ``most``. If there is none, the size is 16, and the last block is padded with zeros.
     """
     return next((block for block in BLOCK_SIZES if block <= most and columns % block == 0), BLOCK_SIZES[-1])
 

@@ -1,8 +1,9 @@
-"""Rounding with a look at the inputs: GPTQ (Frantar et al., arXiv 2210.17323, Algorithm 1), in blocks that have one scale each.
+"""Rounding with statistics of the inputs: GPTQ (Frantar et al., arXiv 2210.17323, Algorithm 1), with one scale per block.
 
-Columns are rounded one after the other; what rounding one adds to the output is taken out again by the columns after it, as far
-as the inputs' second moment says they can. A block's scale is chosen when its turn comes, by least squared error under the
-moment's diagonal, among fractions of the scale that just holds the block's largest weight. ``plugins/quantizer`` does the work.
+Columns are rounded one after another. The columns that follow compensate for the rounding error of a column, as far as the second
+moment of the inputs allows. The scale of a block is chosen just before its columns are rounded, by least squared error weighted
+with the moment's diagonal, among fractions of the scale that just holds the block's largest weight. ``plugins/quantizer`` does
+the work.
 """
 
 import ctypes
@@ -19,13 +20,13 @@ from rq_compile.quantization.second_moment import SecondMoment
 def gptq(
     weights: np.ndarray, format: Format, moment: SecondMoment, block: int, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round ``weights [rows, columns]`` fp32 in blocks of ``block`` columns, the last one filled up with zeros.
+    """Round fp32 ``weights [rows, columns]`` in blocks of ``block`` columns. The last block is padded with zeros.
 
-    ``block`` divides the columns of a moment by blocks. Returns whole numbers int8 ``[rows, blocks, block]`` and fp32 scales
-    ``[rows, blocks]``; a row's depend on nothing but the row and the moment, whatever ``threads`` is.
+    ``block`` divides the columns of a moment by blocks. Returns integers, int8 ``[rows, blocks, block]``, and fp32 scales
+    ``[rows, blocks]``. Those of a row depend only on the row and the moment, for any number of ``threads``.
 
     Raises:
-        UserError: a weight is not a finite number, or the package was not built.
+        UserError: a weight is not finite, or the quantizer's library is missing.
     """
     rows, columns = weights.shape
     weights = np.ascontiguousarray(weights, np.float32)
@@ -45,7 +46,7 @@ def gptq(
         raise UserError(NOT_FINITE)
     if status:
         raise MemoryError
-    needed = -(-columns // block)  # a moment may be filled up to more
+    needed = -(-columns // block)  # a moment may be padded to more
     return (q, scales) if needed == blocks else (q[:, :needed], scales[:, :needed])
 
 

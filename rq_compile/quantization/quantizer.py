@@ -1,7 +1,7 @@
-"""Weights in a format: quantized, packed as the engines read them, and what they are worth once stored.
+"""Weights in a format: quantized, packed as the engines read them, and decoded again.
 
-``BlockFormat`` says what q and scales are. Packed, q is offset by the format's zero point. The columns of a row follow each other
-bit by bit, the first in the lowest bits of the first byte, as ONNX Runtime's ``MatMulNBits`` reads them.
+``BlockFormat`` defines q and the scales. When packed, q is offset by the format's zero point. The columns of a row follow each
+other bit by bit, with the first in the lowest bits of the first byte, as ONNX Runtime's ``MatMulNBits`` reads them.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_integers import SourceIntegers
 
-# Weights that are rounded to the nearest at a time: so few that they stay in the caches.
+# Number of weights that are rounded to the nearest at a time, so that they stay in the caches.
 NEAREST_TILE = 1 << 19
 
 
@@ -31,7 +31,7 @@ class Quantized:
 
 
 def carried(integers: SourceIntegers | None, format: Format, most: Block = 128) -> Quantized | None:
-    """What a checkpoint stores as whole numbers, packed as it is; None where it does not, or ``format`` cannot hold it."""
+    """Integers of the checkpoint, packed unchanged. None if there are none, or if ``format`` cannot hold them."""
     held = integers.in_blocks(format, most) if integers else None
     return None if held is None else Quantized(_pack(held[0], format), held[1])
 
@@ -39,13 +39,13 @@ def carried(integers: SourceIntegers | None, format: Format, most: Block = 128) 
 def quantize(
     weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128, *, threads: int = 1
 ) -> Quantized:
-    """Round ``weights [rows, columns]`` of any float dtype to what the quantized ``format`` holds.
+    """Round ``weights [rows, columns]`` of any float dtype to the quantized ``format``.
 
-    To the nearest; or, where the second ``moment`` of the matrix's inputs is given, such that its outputs change least (GPTQ),
-    on so many ``threads``. ``most`` weights share a scale, see ``block_size``.
+    Weights are rounded to the nearest or, if the second ``moment`` of the matrix's inputs is given, such that the outputs change
+    least (GPTQ), on ``threads`` threads. Up to ``most`` weights share a scale, see ``block_size``.
 
     Raises:
-        UserError: a weight is not a finite number.
+        UserError: a weight is not finite.
     """
     packed, scales = zip(
         *((_pack(q, format), scales) for q, scales in _rounded(weights, format, moment, most, threads)), strict=True
@@ -56,10 +56,11 @@ def quantize(
 def stored(
     weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128, *, threads: int = 1
 ) -> np.ndarray:
-    """fp32 ``[rows, columns]``: the values that ``weights`` have once kept in ``format``; for the rest see ``quantize``.
+    """fp32 ``[rows, columns]``: the values of ``weights`` after they are stored in ``format``. For the other arguments, see
+    ``quantize``.
 
     Raises:
-        UserError: a weight that is to be quantized is not a finite number.
+        UserError: a weight that is quantized is not finite.
     """
     kept = SLOT_FORMATS[format]
     if not kept.quantized:
@@ -74,7 +75,7 @@ def stored(
 
 
 def torch_tensor(array: np.ndarray) -> torch.Tensor:
-    """The array as a torch tensor that shares its memory, where the array may be written, or a copy."""
+    """A torch tensor that shares the array's memory if the array is writable; otherwise a copy."""
     array = array if array.flags.writeable else array.copy()
     return (
         torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
@@ -86,7 +87,7 @@ def torch_tensor(array: np.ndarray) -> torch.Tensor:
 def _rounded(
     weights: np.ndarray, format: Format, moment: SecondMoment | None, most: Block, threads: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Whole numbers ``[rows, blocks, block]`` and scales ``[rows, blocks]``, of some rows at a time."""
+    """Integers ``[rows, blocks, block]`` and scales ``[rows, blocks]``, for some rows at a time."""
     if moment is not None:
         yield gptq(torch_tensor(weights).float().numpy(), format, moment, block_size(weights.shape[1], most), threads)
         return
@@ -98,19 +99,19 @@ def _rounded(
 
 
 def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:
-    """int8 ``[rows, blocks * block]``: the q of what ``quantize`` packed, each to be multiplied by its block's scale."""
+    """int8 ``[rows, blocks * block]``: the numbers q that ``quantize`` packed, before multiplication by the scale."""
     kept = BLOCK_FORMATS[format]
     return (unpacked(quantized.packed, kept.bits) - np.uint8(kept.zero_point)).view(np.int8)
 
 
 def dequantize(quantized: Quantized, format: Format, columns: int) -> np.ndarray:
-    """fp32 ``[rows, columns]`` of what ``quantize`` packed."""
+    """fp32 ``[rows, columns]``: the values of the weights that ``quantize`` packed."""
     q = whole_numbers(quantized, format).reshape(*quantized.scales.shape, -1)
     return _columns(q * quantized.scales[..., None], columns)
 
 
 def _blocks(weights: np.ndarray, most: Block) -> np.ndarray:
-    """fp32 ``[rows, blocks, block]``, the last block of a row filled up with zeros."""
+    """fp32 ``[rows, blocks, block]``, with the last block of a row padded with zeros."""
     rows, columns = weights.shape
     block = block_size(columns, most)
     values = weights.astype(np.float32)
@@ -131,7 +132,7 @@ def _pack(q: np.ndarray, format: Format) -> np.ndarray:
 
 
 def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 ``[rows, columns]`` of ``packed [rows, columns * bits / 8]``: what stands in each column's bits."""
+    """uint8 ``[rows, columns]`` from ``packed [rows, columns * bits / 8]``: the number in each column's bits."""
     if bits == 8:
         return packed
     if 8 % bits:

@@ -1,4 +1,4 @@
-"""Rounding to the nearest: the scales of a block of weights, and the whole numbers that its weights become."""
+"""Rounding to the nearest: the scales of a block of weights, and the integers that its weights become."""
 
 import numpy as np
 
@@ -9,12 +9,12 @@ NOT_FINITE = "a weight of an expert is not a finite number but NaN or infinite; 
 
 
 def holding_scales(weights: np.ndarray, format: Format) -> np.ndarray:
-    """fp32 ``[...]`` of ``weights [..., block]``: the largest magnitude falls on the end of the format's range.
+    """Scales, fp32 ``[...]``, of ``weights [..., block]``: the largest magnitude falls on the end of the format's range.
 
     See ``BlockFormat.signed_scales`` for the sign.
 
     Raises:
-        UserError: a weight is not a finite number.
+        UserError: a weight is not finite.
     """
     largest, smallest = weights.max(axis=-1), weights.min(axis=-1)
     kept = BLOCK_FORMATS[format]
@@ -29,7 +29,7 @@ def holding_scales(weights: np.ndarray, format: Format) -> np.ndarray:
 
 def nearest(weights: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
     """Whole numbers q, as floats, of ``weights [..., block]`` with ``scales [...]``: ``q * scale`` is nearest to the weight."""
-    # A block of zeros, or one so small that its scale is subnormal, must not divide by zero.
+    # Do not divide by zero if a block consists of zeros, or is so small that its scale is subnormal.
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(scales != 0, np.float32(1) / scales, np.float32(0))
     inverse[~np.isfinite(inverse)] = 0

@@ -1,4 +1,5 @@
-"""What a quantizer knows of the inputs of a weight matrix: their second moment on the calibration text, a sum that adds up."""
+"""Statistics of the inputs of a weight matrix for a quantizer: their second moment on the calibration text, as an additive
+sum."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +11,16 @@ import torch
 
 from rq_compile.processes import world
 
-# Of the mean diagonal, added to it: directions that few calibration tokens took must not count as free of error.
+# Fraction of the mean diagonal that is added to it, so that directions with few calibration tokens do not count as free of error.
 DAMPING = 0.01
 ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """``values`` fp32: the sum of ``x x^T`` over inputs x, whole ``[columns, columns]``, or only what the columns of one
-    block share, ``[blocks, block, block]`` (the last one filled up with zeros): ``columns / block`` times smaller.
+    """``values`` fp32: the sum of ``x x^T`` over inputs x. Either the whole moment ``[columns, columns]``, or only the parts
+    within blocks of columns, ``[blocks, block, block]`` (the last one padded with zeros), which are ``columns / block`` times
+    smaller.
     """
 
     values: np.ndarray
@@ -30,19 +32,20 @@ class SecondMoment:
         return self.values.ndim == 2
 
     def feedback(self, block: int) -> np.ndarray:
-        """What GPTQ adds of a column's rounding error to the columns after it: fp32 ``[parts, blocks, columns, block]``.
+        """The factors by which GPTQ adds a column's rounding error to the following columns: fp32 ``[parts, blocks, columns,
+        block]``.
 
-        A part is what columns that are rounded with a look at each other make up: all, or those of one block of the moment; it
-        is filled up to whole blocks of ``block`` columns. For each of these, there are the factors of all columns of the part.
+        A part consists of the columns that compensate for each other: all columns, or those of one block of the moment, padded
+        to whole blocks of ``block`` columns. For each of these blocks, there are the factors of all columns of the part.
         """
         return self._prepared(block)[0]
 
     def importance(self, block: int) -> np.ndarray:
-        """fp32 ``[parts * blocks * block]``: the diagonal, damped, in units of its mean; 0 where it is filled up."""
+        """fp32 ``[parts * blocks * block]``: the damped diagonal, in units of its mean; 0 for padding."""
         return self._prepared(block)[1]
 
     def _prepared(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Once for all threads."""
+        """Computed once for all threads."""
         with self._lock:
             if block not in self._by_block:
                 self._by_block[block] = self._prepare(block)
@@ -53,7 +56,7 @@ class SecondMoment:
         columns = moments.shape[-1]
         width = columns + -columns % block
         mean = float(moments.diagonal(axis1=1, axis2=2).mean())
-        # Without any token all inputs weigh alike.
+        # Without any tokens, all inputs have the same weight.
         moments = moments / mean if mean > 0 else moments
         moments[:, range(columns), range(columns)] += DAMPING if mean > 0 else 1.0
         # The factor U of the moment's inverse, U^T U, is the inverse of the factor R of the moment, R R^T, both upper
@@ -70,7 +73,7 @@ class SecondMoment:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """LAPACK rounds differently on another number of threads, and an engine must not depend on it."""
+    """Use one thread: LAPACK rounds differently with other numbers of threads, but an engine must not depend on them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -80,9 +83,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def whole_moment(inputs: np.ndarray) -> SecondMoment:
-    """Of ``inputs [n, columns]`` fp32 (may be mapped from disk), the same on every process of the world, each of which
-    multiplies some of them; zeros without any."""
-    # In float64 the order of a sum, and so the number of processes, changes nothing that fp32 shows.
+    """The moment of fp32 ``inputs [n, columns]`` (which may be mapped from disk); zeros without inputs. The inputs are the same on
+    every process of the world, and each process multiplies some of them."""
+    # In float64, the order of the sum, and thus the number of processes, does not affect the fp32 result.
     total = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
     starts = range(0, len(inputs), ROWS_AT_ONCE)
     for start in world().own(world().owners([1] * len(starts)), starts):
@@ -92,13 +95,13 @@ def whole_moment(inputs: np.ndarray) -> SecondMoment:
 
 
 def block_products(inputs: np.ndarray, block: int) -> np.ndarray:
-    """Sum of ``x x^T`` over ``inputs [n, columns]``, by blocks of columns, the last one filled up: ``[blocks, block, block]``."""
+    """Sum of ``x x^T`` over ``inputs [n, columns]`` within blocks of columns, the last one padded: ``[blocks, block, block]``."""
     filled = torch.nn.functional.pad(torch.from_numpy(inputs), (0, -inputs.shape[1] % block))
-    # torch's threads, as what comes before and after: numpy's would keep the cores busy for a while, waiting for more.
+    # With torch's threads, like the steps before and after. numpy's threads would keep the cores busy while they wait.
     blocks = filled.reshape(len(inputs), -1, block).transpose(0, 1)
     return torch.bmm(blocks.mT, blocks).numpy()
 
 
 def block_moment(inputs: np.ndarray, block: int) -> SecondMoment:
-    """Of ``inputs [n, columns]`` fp32, by blocks of ``block`` columns."""
+    """The moment of fp32 ``inputs [n, columns]`` within blocks of ``block`` columns."""
     return SecondMoment(block_products(inputs, block))

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint stores as whole numbers with scales, carried over into a slot instead of rounded once more."""
+"""Weights that a checkpoint stores as integers with scales, copied into a slot instead of rounded again."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ from rq_compile.quantization.formats import BLOCK_FORMATS, Block, Format, block_
 
 @dataclass(frozen=True)
 class SourceIntegers:
-    """``numbers`` int8 ``[rows, columns]``; ``scales`` fp32 ``[rows, ceil(columns / group)]``, each of ``group`` columns."""
+    """``numbers`` int8 ``[rows, columns]``; ``scales`` fp32 ``[rows, ceil(columns / group)]``, each for ``group`` columns."""
 
     numbers: np.ndarray
     scales: np.ndarray
     group: int
 
     def in_blocks(self, format: Format, most: Block) -> tuple[np.ndarray, np.ndarray] | None:
-        """The numbers, the last block of a row filled up with zeros, and a scale for each block of a slot in ``format``.
+        """The numbers, with the last block of a row padded with zeros, and a scale for each block of a slot in ``format``.
 
-        ``most``: see ``block_size``. None: the slot cannot hold them, as a number is out of its range or a block would need
+        ``most``: see ``block_size``. None if the slot cannot hold them, because a number is out of range or a block would need
         more than one scale.
         """
         columns = self.numbers.shape[1]

@@ -178,7 +178,7 @@ def test_a_reference_with_another_vocabulary_is_refused(stages: Path) -> None:
         def logits(self, ids: np.ndarray, *_: object, **__: object) -> np.ndarray:
             return np.zeros((*ids.shape, 7), np.float32)
 
-    with pytest.raises(UserError, match="vocabulary of 128, the reference of 7"):
+    with pytest.raises(UserError, match="vocabulary of 128, but the reference has one of 7"):
         evaluate(engine, Other(), [Windows("t", np.full((1, 4), 5))], reference_name="r")
 
 

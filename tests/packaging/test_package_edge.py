@@ -373,4 +373,4 @@ def test_the_package_states_the_least_versions_of_the_system_s_libraries(rq_comp
 def test_what_is_no_whole_library_asks_for_nothing(out: Path, content: bytes) -> None:
     (out / "library.so").write_bytes(content)
     assert needed_versions(out / "library.so") == {}
-    assert system_sentence(out / "library.so") == "it asks for no version of glibc"
+    assert system_sentence(out / "library.so") == "it does not require a version of glibc"

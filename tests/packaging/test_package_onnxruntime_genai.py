@@ -177,7 +177,7 @@ LATENT = [
     ("values", "words"),
     [
         ({"encoder_decoder": True}, ["encoder-decoder"]),
-        ({"context_length": None}, ["how many tokens", "--context-length"]),
+        ({"context_length": None}, ["context length", "--context-length"]),
         ({"end_of_text": []}, ["no end-of-text token"]),
         ({"cache": LATENT}, ["1 x 16 and 1 x 64", "--for edge"]),
     ],

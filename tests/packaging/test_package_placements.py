@@ -102,7 +102,7 @@ def test_vllm_leaves_dense_layers_out(rq_compile: Command, plan_file: Path) -> N
     folder, said = package(rq_compile, plan_file, "vllm")
     rows = json.loads((folder / "physical_to_logical_map.json").read_text())
     assert [np.reshape(row, (4, 5)).tolist() for row in rows] == list(placed(plan_file).values())
-    assert any("reads no placement file yet" in remark for remark in said["remarks"])
+    assert any("does not read placement files yet" in remark for remark in said["remarks"])
 
 
 def test_vllm_ascend_counts_moe_layers(rq_compile: Command, plan_file: Path) -> None:
@@ -137,12 +137,12 @@ def test_layers_that_predict_further_tokens(rq_compile: Command, plan_file: Path
     plan = Plan.model_validate_json(plan_file.read_bytes())
     write_document(plan.model_copy(update={"extra_layers": 2}), plan_file)
     folder, said = package(rq_compile, plan_file, server)
-    assert any("give --extra-layers 2 for their rows" in remark for remark in said["remarks"])
+    assert any("give --extra-layers 2 to add their rows" in remark for remark in said["remarks"])
     before = rows_of(server, folder)
     folder.rename(tmp_path / "before")
     folder, said = package(rq_compile, plan_file, server, "--extra-layers", 2)
     assert not any("give --extra-layers" in remark for remark in said["remarks"])
-    assert any("rows of 2 further layers from 7 on" in remark for remark in said["remarks"])
+    assert any("rows of 2 multi-token-prediction layers from 7 on" in remark for remark in said["remarks"])
     after = rows_of(server, folder)
     assert after[:-2] == before
     experts = plan.layers[0].geometry.experts
@@ -188,7 +188,7 @@ def test_places_that_are_left_get_the_copies_that_relieve_most() -> None:
     placement = placement_of(plan.model_copy(update={"layers": [plan.layers[0].model_copy(update={"slots": slots})]}))
     # Rank 1 has room for two: 1 is the busiest it lacks, and then 0 before 3.
     assert placement.experts[0].tolist() == [[0, 1, 3], [0, 1, 2]]
-    assert "2 over 1 layers" in placement.remarks[-1]
+    assert "2 in 1 layers" in placement.remarks[-1]
     assert "6 slots for 4 experts take 1.50 times" in placement.remarks[-2]
 
 
@@ -218,7 +218,7 @@ def test_unknown_loads_are_said_to_be_taken_as_equal() -> None:
     placement = placement_of(
         plan.model_copy(update={"layers": [plan.layers[0], plan.layers[1].model_copy(update={"slots": slots})]})
     )
-    assert any(f"no loads of layers {inputs.INDEX + 1}:" in remark for remark in placement.remarks)
+    assert any(f"no loads for layers {inputs.INDEX + 1}:" in remark for remark in placement.remarks)
     assert not any("no loads" in remark for remark in placement_of(plan).remarks)
 
 

@@ -1,6 +1,6 @@
 """Continue a text with the engine in this folder: python generate.py "Once upon a time".
 
-It needs onnxruntime, and tokenizers to read and write text: with --ids the prompt and the answer are token ids.
+It needs onnxruntime, and also tokenizers to read and write text. With --ids, the prompt and the answer are token ids.
 """
 
 import argparse
@@ -8,11 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-# This file may be a link in a folder of links, as caches keep downloads, or one from elsewhere to this folder.
+# This file may be a link in a folder of links, as in download caches, or a link from elsewhere into this folder.
 FOLDERS = (Path(__file__).absolute().parent, Path(__file__).resolve().parent)
 HERE = next((folder for folder in FOLDERS if any(folder.glob("*.onnx"))), FOLDERS[0])
-sys.path.insert(0, str(HERE))  # the modules beside this one, wherever this is run from
-sys.dont_write_bytecode = True  # nothing is to be written here
+sys.path.insert(0, str(HERE))  # the modules beside this one, from any working directory
+sys.dont_write_bytecode = True  # do not write to this folder
 
 from decoding import decode, open_session, until_end  # noqa: E402
 from limits import session_threads  # noqa: E402
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a text with the engine in this folder.")
     parser.add_argument("prompt", nargs="+", help="the text, or token ids with --ids")
     parser.add_argument("--ids", action="store_true", help="read and write token ids instead of text")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens to generate at most (32)")
+    parser.add_argument("--tokens", type=int, default=32, help="maximum number of tokens to generate (32)")
     arguments = parser.parse_args()
 
     engine = next(HERE.glob("*.onnx"))

@@ -1,6 +1,6 @@
-"""The engine in this folder behind Triton's python backend: text in, text out, token by token where asked.
+"""Serves the engine in this folder with Triton's python backend: text in, text out, token by token if requested.
 
-Each request keeps its KV cache here, on a thread of its own; all share one session, and so the weights.
+Each request has its own thread and its own KV cache; all requests share one session and its weights.
 """
 
 import json
@@ -43,7 +43,7 @@ class TritonPythonModel:
         self.session = open_session(engine, self.manifest, HERE / "librq_moe.so", session_threads(threads))
         file = self.manifest["tokenizer"]
         self.tokenizer = None if file is None else open_tokenizer(HERE / file["name"])
-        # What cannot run must fail the load, not the first request.
+        # An engine that cannot run must fail to load, not fail at the first request.
         next(decode(self.session, self.manifest, [0]))
         self.free = BoundedSemaphore(requests)
         self.workers = ThreadPoolExecutor(requests)
@@ -56,7 +56,7 @@ class TritonPythonModel:
             except ValueError as error:
                 refuse(sender, str(error), backend.TritonError.INVALID_ARG)
                 continue
-            # Requests beyond these wait in Triton's queue, where its limits and metrics see them.
+            # Further requests wait in Triton's queue, where its limits and metrics apply.
             self.free.acquire()
             self.workers.submit(self.answer, asked, sender)
 
@@ -64,7 +64,7 @@ class TritonPythonModel:
         self.workers.shutdown()
 
     def read(self, request: Any) -> Request:
-        """What was asked, or a ValueError with a sentence for the client."""
+        """The parsed request, or a ValueError with a sentence for the client."""
 
         def given(name: str) -> Any:
             tensor = backend.get_input_tensor_by_name(request, name)
@@ -89,7 +89,7 @@ class TritonPythonModel:
             sender.send(flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except ValueError as error:
             refuse(sender, str(error), backend.TritonError.INVALID_ARG)
-        except Exception as error:  # a request that fails must end, and no other with it
+        except Exception as error:  # only the failed request must end
             refuse(sender, f"the engine failed: {error}", backend.TritonError.INTERNAL)
         finally:
             self.free.release()
@@ -116,8 +116,8 @@ class TritonPythonModel:
         return ids
 
     def pieces(self, tokens: Iterator[int]) -> Iterator[tuple[str, list[int]]]:
-        """Each token with the text that it completes: none while a character lacks bytes. What is held at the end comes last,
-        without a token."""
+        """Each token with the text that it completes, which is empty while a character is incomplete. Text that is still held
+        back comes last, without a token."""
         if self.tokenizer is None:
             yield from (("", [token]) for token in tokens)
             return

@@ -83,8 +83,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def whole_moment(inputs: np.ndarray) -> SecondMoment:
-    """The moment of fp32 ``inputs [n, columns]`` (which may be mapped from disk); zeros without inputs. The inputs are the same on
-    every process of the world, and each process multiplies some of them."""
+    """The moment of fp32 ``inputs [n, columns]`` (which may be mapped from disk); zeros without inputs. The inputs are the same
+    on every process of the world, and each process multiplies some of them."""
     # In float64, the order of the sum, and thus the number of processes, does not affect the fp32 result.
     total = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
     starts = range(0, len(inputs), ROWS_AT_ONCE)

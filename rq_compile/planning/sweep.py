@@ -23,15 +23,15 @@ from rq_compile.quantization.formats import FORMATS, Format
 from rq_compile.versions import Versioned
 
 POINTS = 12
-# Beyond, only replicas are left to buy.
+# Above this budget, memory only buys more replicas.
 ROOM_FOR_REPLICAS = 1.25
 
 
 class SweepPoint(Document):
     """The plan for one budget, over all layers.
 
-    ``memory``: the budget, as in a plan. ``error`` and ``lis``: means over the layers. ``step_time`` and ``token_time``: of all
-    layers, over those of the model without a plan; None: not known. ``slots`` by format.
+    ``memory``: the budget, as in a plan. ``error`` and ``lis``: means over the layers. ``step_time`` and ``token_time``: times of
+    all layers, divided by those of the model without a plan; None if unknown. ``slots``: number of slots by format.
     """
 
     memory: float = Field(gt=0, le=MOST_MEMORY)
@@ -68,7 +68,7 @@ class Sweep(Versioned):
         budgets = [point.memory for point in self.points]
         for budget, following in pairwise(budgets):
             if following <= budget:
-                raise ValueError(f"budget {following:g} stands behind {budget:g}; each is larger than the one before")
+                raise ValueError(f"budget {following:g} follows {budget:g}; each must be larger than the one before")
         return self
 
 
@@ -83,10 +83,11 @@ def make_sweep(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> Sweep:
-    """Plan for each of ``budgets``, multiples of the experts' bytes in the checkpoint; other arguments are ``make_plan``'s.
+    """Plan for each of ``budgets``, in multiples of the experts' bytes in the checkpoint. The other arguments are those of
+    ``make_plan``.
 
-    None: ``POINTS`` budgets, evenly spread from the least that holds every expert to 1.25. A budget that the policy cannot meet
-    is left out with a remark. The same arguments give the same sweep.
+    The default is ``POINTS`` budgets, evenly spread from the least that holds every expert to 1.25. A budget that the policy
+    cannot meet is left out with a remark. The same arguments give the same sweep.
 
     Raises:
         UserError: see ``make_plan``; no budget can be met.

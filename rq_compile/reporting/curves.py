@@ -1,4 +1,4 @@
-"""What memory buys, from a sweep: curves over the bytes of the experts, as positions in per cent of a chart."""
+"""Curves of a sweep over the bytes of the experts, with positions in per cent of a chart."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from math import ceil, floor, log10
 from rq_compile.planning.schema import Plan
 from rq_compile.planning.sweep import Sweep, SweepPoint, point_of
 
-# Values below count as this one: on a logarithmic axis 0 has no place.
+# Smaller values are drawn as this one, because a logarithmic axis has no place for 0.
 LEAST = 1e-9
 
 
 @dataclass(frozen=True)
 class Mark:
-    """``x`` from the left and ``y`` from the top; ``here``: it is the plan of the engine that the page is about."""
+    """A point at ``x`` from the left and ``y`` from the top. ``here``: whether it is the plan of the page's engine."""
 
     x: float
     y: float
@@ -23,7 +23,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Curve:
-    """``line``: the points of an SVG polyline, in a system of 100 by 100. Ticks are (position, label)."""
+    """``line``: the points of an SVG polyline, in coordinates of 100 by 100. Ticks are (position, label)."""
 
     title: str
     subtitle: str
@@ -34,13 +34,13 @@ class Curve:
 
 
 def curves(sweep: Sweep, plan: Plan) -> list[Curve]:
-    """Of the error, of LIS and of the times that are known; ``plan`` is marked."""
+    """Curves of the error, of LIS and of the known times, with ``plan`` marked."""
     here = point_of(plan)
     points = sorted([*sweep.points, here], key=lambda point: point.bytes)
     drawn = [
         curve(
             "Error",
-            "of a layer's output, mean, relative",
+            "relative error of a layer's output, mean",
             points,
             here,
             lambda point: max(point.error, LEAST),
@@ -50,7 +50,7 @@ def curves(sweep: Sweep, plan: Plan) -> list[Curve]:
         curve("LIS", "mean of the layers", points, here, lambda point: point.lis, "{:.2f}"),
     ]
     if all(point.step_time and point.token_time for point in points):
-        told = "over the model's without a plan, predicted"
+        told = "predicted, relative to the model without a plan"
         drawn += [
             curve("Time of a step", told, points, here, lambda point: point.step_time or 0, "{:.2f}"),
             curve("Time of a token", told, points, here, lambda point: point.token_time or 0, "{:.2f}"),
@@ -95,7 +95,7 @@ def curve(
 
 
 def _decades(least: float, most: float) -> list[float]:
-    """Whole powers of ten from below ``least`` to above ``most``, no more than five."""
+    """At most five powers of ten, from below ``least`` to above ``most``."""
     low, high = floor(least), max(ceil(most), floor(least) + 1)
     step = ceil((high - low) / 4)
     return [float(low + step * at) for at in range(ceil((high - low) / step) + 1)]

@@ -1,1 +1,1 @@
-"""Build an engine for a target, and say what it needs."""
+"""Builds an engine for a target, and describes what the engine needs."""

@@ -1,4 +1,4 @@
-"""What compiling an ONNX Runtime engine will take, before any weight is read."""
+"""Estimates the cost of compiling an ONNX Runtime engine before any weight is read."""
 
 import math
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from rq_compile.standalone.limits import usable_cpus
 from rq_compile.targets.licences import licence_texts
 from rq_compile.targets.weights_file import ALIGNMENT
 
-LAYER_BYTES = 16_500  # of the graph: a layer's nodes
+LAYER_BYTES = 16_500  # bytes of a layer's nodes in the graph
 MANIFEST = 3_000  # and the plan
-# Measured: what the libraries and the exported graph of a small model hold.
+# Measured: memory of the libraries and of the exported graph of a small model.
 PROGRAM = 600 * 2**20
 
 
@@ -36,8 +36,8 @@ def engine_estimate(
     link_weights: bool = False,
     threads: int | None = None,
 ) -> Estimate:
-    """What ``compile_engine`` takes; without a ``plan`` that of one which uses all of ``memory`` times the experts' bytes
-    (None: see ``make_plan``).
+    """The estimate of ``compile_engine``. Without a ``plan``, the plan is assumed to use all of ``memory`` times the experts'
+    bytes (None: see ``make_plan``).
 
     Raises:
         UserError: see ``moe_layers`` and ``meta_model``.
@@ -56,7 +56,7 @@ def engine_estimate(
         outputs[output.with_suffix(".tokenizer.json").name] = len(model.tokenizer.to_str().encode())
     for file in licence_texts(model.path):
         outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
-    # Pieces in flight take as much as the largest layer; a single dense tensor may be more.
+    # Pieces in flight take as much memory as the largest layer; a single dense tensor may take more.
     threads = threads or usable_cpus()
     return Estimate(
         outputs=outputs,
@@ -64,19 +64,19 @@ def engine_estimate(
         memory_bytes=PROGRAM + max(model.largest_layer_bytes, 2 * max(dense)),
         cores=threads,
         seconds=RATES.start + RATES.export * len(layers) + data / RATES.read + _quantizing_seconds(layers, plan) / threads,
-        remarks=[] if plan else [f"there is no plan yet: the experts are taken to fill --memory {memory:g}"],
+        remarks=[] if plan else [f"there is no plan yet: the experts are assumed to fill --memory {memory:g}"],
     )
 
 
 def _least_bytes(model: Model, layer: MoeLayer) -> int:
-    """Of a layer's experts, each once in the smallest format."""
+    """Bytes of a layer's experts, each once in the smallest format."""
     geometry = layer.geometry.model_copy(update={"block": block_of(model.stored_experts(layer))})
     return geometry.experts * min(map(geometry.expert_bytes, FORMATS))
 
 
 def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) -> list[int]:
-    """Bytes of each weight beside the experts, in the form that ``dense_gemms`` gives it. A tied embedding is there twice: a
-    product wants it in another order than a table."""
+    """Bytes of each non-expert weight, in the layout of ``dense_gemms``. A tied embedding counts twice, because a product needs
+    another layout than a table."""
     empty = model.without_weights
     matrices, tables = (
         {f"{name}.weight" for name, module in empty.named_modules() if isinstance(module, kind)}
@@ -109,7 +109,7 @@ def _graph_bytes(layers: Sequence[MoeLayer], plan: Plan | None, lowering: Loweri
 
 
 def _quantizing_seconds(layers: Sequence[MoeLayer], plan: Plan | None) -> float:
-    """On one core; without a plan, of every expert."""
+    """Seconds of rounding on one core; without a plan, for every expert."""
     if plan is None:
         return sum(layer.geometry.expert_weights * layer.geometry.experts for layer in layers) / RATES.gptq
     rate = RATES.gptq if plan.quantizer == "gptq" else RATES.nearest

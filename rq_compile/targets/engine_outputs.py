@@ -1,4 +1,4 @@
-"""The files of an engine, as the guard of outputs asks for them."""
+"""The files of an engine, for the guard of outputs."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from rq_compile.engine.appearing import left_over
 from rq_compile.outputs import Recognizes, engine_of
 from rq_compile.targets.licences import licence_texts
 
-# After the engine's stem; which of them a TensorRT engine has depends on whether it is built here.
+# Endings after the engine's stem. Which of them a TensorRT engine has depends on whether it is built on this machine.
 OF_TENSORRT = (
     ".context.onnx",
     ".tokenizer.json",
@@ -22,19 +22,19 @@ OF_TENSORRT = (
 
 
 def onnx_outputs(output: Path, model: Path, *, link_weights: bool = False) -> dict[Path, tuple[str, Recognizes]]:
-    """What ``compile_engine`` writes for ``output`` (``.onnx``) of the checkpoint in the folder ``model``."""
+    """The files that ``compile_engine`` writes for ``output`` (``.onnx``) and the checkpoint in the folder ``model``."""
     licences = licence_texts(model) if model.is_dir() else []
     shards = sorted(model.glob("*.safetensors")) if link_weights else []
     return engine_outputs(output, [".onnx.data", ".tokenizer.json", *(f".{path.name}" for path in (*licences, *shards))])
 
 
 def tensorrt_outputs(output: Path) -> dict[Path, tuple[str, Recognizes]]:
-    """What ``compile_tensorrt`` writes for ``output`` (``.plan``)."""
+    """The files that ``compile_tensorrt`` writes for ``output`` (``.plan``)."""
     return engine_outputs(output, OF_TENSORRT)
 
 
 def engine_outputs(output: Path, endings: Iterable[str]) -> dict[Path, tuple[str, Recognizes]]:
-    """``output``, ``<stem>.json`` and the files of other ``endings``.
+    """``output``, ``<stem>.json`` and the files with the other ``endings``.
 
     They may be replaced if ``<stem>.json`` is the manifest of an engine called ``output``, or if an earlier compilation was
     stopped while they appeared.

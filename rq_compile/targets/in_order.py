@@ -1,4 +1,4 @@
-"""Pieces of weights computed on several threads, and handed on in their order."""
+"""Computes pieces of weights on several threads and returns them in their order."""
 
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -14,8 +14,8 @@ Stored = list[np.ndarray]
 def in_order(pieces: Iterable[Piece], threads: int, memory: int) -> Generator[tuple[Piece, Stored]]:
     """Each piece with the bytes of its values, uint8 ``[bytes]`` for each weight.
 
-    Pieces are begun ahead of their turn while those in flight take no more than ``memory`` bytes; one always is. Results do not
-    depend on ``threads``. What a piece raises is raised at its turn.
+    Pieces are started ahead of their turn while those in flight take at most ``memory`` bytes; one piece is always started.
+    Results do not depend on ``threads``. An exception of a piece is raised at its turn.
     """
     pool = ThreadPoolExecutor(threads)
     waiting: deque[tuple[Piece, Future[Stored]]] = deque()

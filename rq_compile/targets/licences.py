@@ -1,4 +1,4 @@
-"""A checkpoint's licence: the texts that lie beside its weights, and the one that its model card declares."""
+"""A checkpoint's licence: the texts in its folder, and the one that its model card declares."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 
 
 def licence_texts(checkpoint: Path) -> list[Path]:
-    """The files in ``checkpoint`` that whoever passes the weights on must pass on with them, by name."""
+    """The files in ``checkpoint`` that must be passed on together with the weights, sorted by name."""
     return sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name.upper().startswith(NAMES))
 
 
 def declared_licence(checkpoint: Path) -> str | None:
-    """``license`` of the front matter of README.md, as written there; its ``license_name`` where that is "other".
+    """``license`` from the front matter of README.md, as written there, or its ``license_name`` if that is "other".
 
-    None where there is no README, no front matter, or no licence in it: what is not declared is not guessed.
+    None if there is no README, no front matter, or no licence in it. Undeclared licences are not guessed.
     """
     card = checkpoint / "README.md"
     if not card.is_file():

@@ -1,8 +1,8 @@
-"""Weights that are used where they lie: in a shard of the checkpoint that is hard-linked beside the engine.
+"""Weights that are used in place: in a shard of the checkpoint that is hard-linked beside the engine.
 
-ONNX Runtime refuses a symbolic link that leaves the engine's folder; a hard link leaves nothing. (``onnx.load`` refuses both.) A
-weight can be linked if its bytes in the checkpoint are those that the graph asks for. Matrices that are multiplied with are laid
-out anew and norms are fp32, so that little more than the embeddings can be: of a 16-bit checkpoint in the native lowering only.
+ONNX Runtime refuses symbolic links that leave the engine's folder, but not hard links. (``onnx.load`` refuses both.) A weight can
+be linked if its bytes in the checkpoint are those that the graph needs. Matrices of products get a new layout and norms are fp32,
+so little more than the embeddings can be linked, and only those of a 16-bit checkpoint in the native lowering.
 """
 
 import os
@@ -20,7 +20,7 @@ from rq_compile.rewrite.weights import ExternalWeight
 
 
 def linkable(weight: ExternalWeight, tensor: StoredTensor, *, transposed: bool) -> bool:
-    """Whether the bytes of ``tensor``, read as it is or ``transposed``, are those of ``weight``."""
+    """Whether ``tensor``, as it is or ``transposed``, has the bytes of ``weight``."""
     return not transposed and DTYPES.get(tensor.dtype) == weight.dtype and tensor.shape == weight.shape
 
 
@@ -28,7 +28,7 @@ def link_names(linked: Mapping[str, StoredTensor], output: Path) -> dict[Path, P
     """Shard -> the link to it beside ``output``, for the shards that hold ``linked`` weights.
 
     Raises:
-        UserError: two of them, in folders of their own, have one name.
+        UserError: two shards in different folders have the same name.
     """
     links = {tensor.file: output.with_suffix(f".{tensor.file.name}") for tensor in linked.values()}
     shards = {link: shard for shard, link in links.items()}
@@ -40,10 +40,10 @@ def link_names(linked: Mapping[str, StoredTensor], output: Path) -> dict[Path, P
 
 @contextmanager
 def hard_linked(source: Path, path: Path) -> Iterator[None]:
-    """Make ``path`` a hard link of ``source`` if what follows succeeds.
+    """Make ``path`` a hard link of ``source`` if the block succeeds.
 
     Raises:
-        UserError: the two are not on one file system, or that has no hard links.
+        UserError: the two are not on the same file system, or it has no hard links.
     """
     # Use a unique name: a second process that is refused the lock then removes only its own link.
     temporary = path.with_name(f"{PART}{uuid4().hex}")
@@ -63,7 +63,7 @@ def hard_linked(source: Path, path: Path) -> Iterator[None]:
 
 
 def has_hard_links(folder: Path) -> bool:
-    """Whether the file system of ``folder`` has hard links; where it has none, this is logged."""
+    """Whether the file system of ``folder`` has hard links; if not, this is logged."""
     with tempfile.NamedTemporaryFile(prefix=PART, dir=folder) as file:
         link = Path(f"{file.name}.link")
         try:
@@ -72,14 +72,15 @@ def has_hard_links(folder: Path) -> bool:
                 link.unlink()
                 return True
         except OSError:
-            return True  # something else is wrong, which linking the weights will tell
+            return True  # another error, which linking the weights will report
     return False
 
 
 def linked_sentence(linked: Iterable[StoredTensor], dense_bytes: int, dtype: Format) -> str:
-    """What was linked of a checkpoint in ``dtype``, or why nothing could be; ``dense_bytes`` are those that are written."""
+    """Says what was linked of a checkpoint in ``dtype``, or why nothing could be. ``dense_bytes``: bytes that are written
+    instead."""
     size = sum(tensor.bytes for tensor in linked)
     if not size:
-        return f"no weight can be linked: none of the engine's is stored like that in the checkpoint ({dtype}); all are written"
+        return f"no weight can be linked: the checkpoint ({dtype}) stores none of them as the engine needs it; all are written"
     total = size + dense_bytes
     return f"linked {size / 1e6:.4g} of {total / 1e6:.4g} MB of dense weights; keep the checkpoint as it is"

@@ -44,10 +44,10 @@ TOOL = f"rq-compile {__version__}"
 
 @dataclass(frozen=True)
 class Writing:
-    """How the weights are written; no byte of the engine depends on it.
+    """How the weights are written. The bytes of the engine do not depend on it.
 
-    ``threads`` compute them, by default one for each core. An interrupted compilation goes on where it was, see
-    ``partial_file``, unless ``fresh``. ``progress(done, total)`` counts their bytes; ``say`` takes a sentence for the user.
+    ``threads``: number of threads that compute the weights, by default one per core. An interrupted compilation is resumed, see
+    ``partial_file``, unless ``fresh``. ``progress(done, total)`` counts bytes of weights. ``say`` takes a sentence for the user.
     """
 
     threads: int | None = None
@@ -67,16 +67,16 @@ def compile_engine(
     link_weights: bool = False,
     writing: Writing = Writing(),
 ) -> Manifest:
-    """Write ``output`` (``.onnx``), ``output.data``, and ``<stem>.tokenizer.json``, ``<stem>.json`` and the licence texts of the
-    checkpoint (``<stem>.LICENSE``) beside them.
+    """Write ``output`` (``.onnx``) and, beside it, ``output.data``, ``<stem>.tokenizer.json``, ``<stem>.json`` and the licence
+    texts of the checkpoint (``<stem>.LICENSE``).
 
-    Weights are streamed: a projection of an expert or a dense tensor at a time on each thread, and never more of them than take
-    the memory of the largest layer. Several processes (see ``processes``) compute them, the first writes, and all return the
-    manifest.
+    Weights are streamed: each thread computes one projection of an expert or one dense tensor at a time, and together they take
+    at most the memory of the largest layer. Several processes (see ``processes``) share the computation, the first one writes,
+    and all return the manifest.
 
-    ``lowering``: an object of ``lowerings``, or the name of one with its default options. ``statistics`` are those of the
-    calibration, by which a plan with the quantizer "gptq" has its weights rounded; ``exported`` is the checkpoint's graph, for
-    who compiles several plans of one. ``link_weights``: see ``links``.
+    ``lowering``: an object of ``lowerings``, or the name of one with its default options. ``statistics``: those of the
+    calibration, with which the weights of plans with the quantizer "gptq" are rounded. ``exported``: the checkpoint's graph; pass
+    it to compile several plans of one checkpoint without exporting again. ``link_weights``: see ``links``.
 
     Raises:
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written.
@@ -93,7 +93,7 @@ def compile_engine(
     job: Job = {
         "tool": TOOL,
         "checkpoint": model.fingerprint,
-        # The fingerprint samples a tensor's ends; a shard that was repaired in its middle must not be taken for the old one.
+        # The fingerprint samples only the ends of tensors. A shard that was repaired in its middle must count as another one.
         "version of the shards": model.version,
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
         "activation statistics": statistics.sha256 if statistics else None,
@@ -106,7 +106,7 @@ def compile_engine(
         compute_weights(content.sections, threads=writing.threads, memory=model.largest_layer_bytes)
         return world().from_first(cast("Manifest", None))
 
-    # Left in reverse order: the manifest, by which an engine is loaded, is the last to appear.
+    # The contexts end in reverse order, so that the manifest, by which an engine is loaded, appears last.
     with ExitStack() as stack:
         appearing = stack.enter_context(Appearing(output))
         document = stack.enter_context(written_beside(output.with_suffix(".json")))
@@ -157,7 +157,8 @@ def compile_engine(
 
 @dataclass(frozen=True)
 class _Content:
-    """The engine before its weights are read: non-expert weights in ``dense``, or ``aliases`` of one of them, or ``linked``."""
+    """The engine before its weights are read. Non-expert weights are in ``dense``, are ``aliases`` of one of these, or
+    ``linked``."""
 
     lowered: Lowered
     dense: list[Section]
@@ -175,7 +176,7 @@ class _Content:
 
 @dataclass
 class _Copies:
-    """What lies beside the engine as the checkpoint has it."""
+    """Files that are copied from the checkpoint to the engine."""
 
     tokenizer: EngineFile | None = None
     licences: list[EngineFile] = field(default_factory=list)
@@ -183,7 +184,7 @@ class _Copies:
 
 
 def _needed(statistics: Statistics | None, plan: Plan) -> Statistics | None:
-    """``statistics`` if the plan's quantizer wants them."""
+    """``statistics`` if the plan's quantizer needs them."""
     if plan.quantizer != "gptq":
         return None
     if statistics is None:
@@ -209,7 +210,7 @@ def _content(
 
 
 def _copies(stack: ExitStack, model: Model, output: Path) -> _Copies:
-    """The tokenizer and the licence texts, which appear when ``stack`` is left."""
+    """The tokenizer and the licence texts, which appear when ``stack`` ends."""
     copies = _Copies()
     if model.has_tokenizer:
         tokenizer = output.with_suffix(".tokenizer.json")

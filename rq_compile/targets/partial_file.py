@@ -1,7 +1,7 @@
-"""A large output that survives an interruption: a partial file beside it, and a journal of what in that file is whole.
+"""A large output that survives an interruption: a partial file beside it, and a journal of its complete sections.
 
-The journal is a text file, one JSON object a line: first what the output is made of, then a line for each section that was
-written. While it is open the partial file is locked, so that two processes do not write it at once.
+The journal is a text file with one JSON object per line: first a description of the inputs, then a line for each section that was
+written. While it is open, the partial file is locked, so that two processes do not write it at the same time.
 """
 
 import json
@@ -19,7 +19,7 @@ from rq_compile.file_systems import lock, publish
 from rq_compile.files import Document
 from rq_compile.processes import ProcessLost
 
-# Large writes leave the file in huge pages of the page cache, in which it is mapped later: the kernels read those faster.
+# Large writes leave the file in huge pages of the page cache, from which it is mapped later. The kernels read these faster.
 WRITTEN_AT_ONCE = 1 << 24
 
 Job = dict[str, str | int | None]
@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 
 class Record(Document):
-    """A section that is whole, from the end of the one before it to ``end``, in bytes of the file."""
+    """A complete section, from the end of the previous one to ``end``, in bytes of the file."""
 
     section: str
     end: int
@@ -35,7 +35,7 @@ class Record(Document):
 
 
 class Journal:
-    """What of ``file`` is whole, on disk and in ``records``."""
+    """The complete sections of ``file``, on disk and in ``records``."""
 
     def __init__(self, path: Path, file: BinaryIO, records: list[Record], say: Say) -> None:
         self.path = path
@@ -44,25 +44,25 @@ class Journal:
         self._say = say
 
     def add(self, record: Record) -> None:
-        """The section that follows the others was written to ``file`` and flushed."""
+        """Record that the next section was written to ``file`` and flushed."""
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(record.model_dump_json() + "\n")
 
     def distrust(self, number: int) -> None:
-        """Section ``number`` and all after it are not as they were written."""
-        self._say(f"{self.records[number].section} of the partial file is not as it was written; going on from there")
+        """Drop section ``number`` and all later ones, because they differ from what was written."""
+        self._say(f"{self.records[number].section} of the partial file differs from what was written; continuing from there")
         del self.records[number:]
         _write_lines(self.path, self.path.read_text(encoding="utf-8").splitlines()[0], self.records)
 
 
 @contextmanager
 def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda text: None) -> Iterator[Journal]:
-    """Yield the journal of ``path``'s partial file: that of an earlier ``job`` that was the same, unless ``fresh``, or a new one.
+    """Yield the journal of the partial file of ``path``: that of an earlier identical ``job``, unless ``fresh``, or a new one.
 
-    On success the partial file is renamed onto ``path``. When interrupted, or when disk or memory is full, or another process is
-    lost, it and the journal stay if a section is whole; on any other failure they are removed. ``say`` takes a sentence for the
-    user.
+    On success, the partial file is renamed to ``path``. After an interruption, a full disk, a lack of memory or the loss of
+    another process, it and the journal stay if a section is complete. On any other failure, they are removed. ``say`` takes a
+    sentence for the user.
 
     Raises:
         UserError: another process writes ``path``, or it cannot be written.
@@ -77,27 +77,27 @@ def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda te
         journal.records += _records(lines, job, path, fresh, say)
         if not journal.records:
             file.truncate(0)
-        # Without a line that was cut off: the next would be added to it.
+        # Drop a line that was cut off, to which the next would be appended.
         _write_lines(lines, json.dumps(job), journal.records)
         yield journal
         file.flush()
-        # Before the renaming, after which the two names are free for another process.
+        # Before the rename, after which another process may use the two names.
         lines.unlink()
         publish(partial, path)
     except BaseException as error:
         if isinstance(error, OSError | MemoryError | ProcessLost | KeyboardInterrupt | SystemExit) and journal.records:
-            say(f"{partial} holds what was done; the same command goes on from there, or starts over with --fresh")
+            say(f"{partial} holds the finished part; the same command continues from there, or starts over with --fresh")
         else:
-            # In this order: without the partial file, which is locked, the journal may be another process's.
+            # In this order: once the locked partial file is gone, the journal may belong to another process.
             lines.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
-        # An error with another file's name is about one that was read.
+        # An error that names another file is about an input.
         if isinstance(error, OSError) and error.filename in (None, str(partial), str(lines)):
             reason = error.strerror or error
             raise UserError(f"cannot write {path}: {reason}; free space or choose another output with -o") from error
         raise
     finally:
-        # What is still buffered after a failure is not to be written, nor to fail again.
+        # Data that is still buffered after a failure must not be written or fail again.
         file.raw.close()
 
 
@@ -109,14 +109,14 @@ def _locked(partial: Path, path: Path) -> BufferedRandom:
         except BlockingIOError:
             file.close()
             raise UserError(f"another rq-compile is writing {path}; wait for it or choose another output with -o", 2) from None
-        # It may have become another's finished output, or be gone, between being opened and locked.
+        # Between opening and locking, the file may have become another process's finished output, or may be gone.
         if partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
             return file
         file.close()
 
 
 def _records(lines: Path, job: Job, path: Path, fresh: bool, say: Say) -> list[Record]:
-    """What the journal tells of a job that was the same; nothing after a line that was cut off."""
+    """The journal's records of an identical job, up to the first line that was cut off."""
     if fresh or not lines.exists():
         return []
     first, *rest = lines.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
@@ -130,7 +130,7 @@ def _records(lines: Path, job: Job, path: Path, fresh: bool, say: Say) -> list[R
         except ValidationError:
             break
     if records:
-        say(f"going on with {path.name} after {records[-1].section}")
+        say(f"continuing {path.name} after {records[-1].section}")
     return records
 
 

@@ -1,4 +1,4 @@
-"""What an ONNX Runtime engine cannot take is refused here, before any export, with layer, value and way out."""
+"""Refuses what an ONNX Runtime engine does not support, before any export, with layer, value and way out."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ LARGEST_MATRIX = 2**31 - 1
 
 
 def check_same_model(plan: Plan, model: Model, path: Path) -> None:
-    """``path`` holds the plan.
+    """Check that ``plan``, read from ``path``, is for ``model``.
 
     Raises:
         UserError: the plan was made for other weights.
@@ -42,7 +42,7 @@ def preflight(model: Model, plan: Plan, lowering: Lowering | str) -> None:
     Raises:
         UserError: the first thing that does not fit, named with its layer and value.
     """
-    # Every lowering executes the slots of a plan made for another; what the plan was made for only decides what it gains.
+    # Every lowering can execute the slots of any plan; the target only decides how much the plan gains.
     *others, last = dict.fromkeys(kind.planned_for for kind in LOWERINGS.values())
     if plan.target not in (*others, last):
         known = f"{', '.join(others)} or {last}"
@@ -51,7 +51,7 @@ def preflight(model: Model, plan: Plan, lowering: Lowering | str) -> None:
 
 
 def check_plan(model: Model, plan: Plan, lowering: Lowering) -> None:
-    """``preflight``, whatever the plan was made for.
+    """``preflight`` for a plan of any target.
 
     Raises:
         UserError: the first thing that does not fit, named with its layer and value.
@@ -99,7 +99,7 @@ def _supported(plan: LayerPlan, lowering: Lowering) -> None:
     geometry = plan.geometry
     if geometry.activation in lowering.lacks_activations:
         raise UserError(
-            f"layer {plan.index} uses activation {geometry.activation}, which {lowering.name} lacks; use another --lowering", 2
+            f"layer {plan.index} has activation {geometry.activation}, which {lowering.name} lacks; use another --lowering", 2
         )
     lowering.check_layer(plan)
     for slot in plan.slots:

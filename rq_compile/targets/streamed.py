@@ -1,4 +1,4 @@
-"""The weights of an engine as they come from the checkpoint: each read when its turn comes, and not kept."""
+"""The weights of an engine, streamed from the checkpoint: each is read at its turn and not kept."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from rq_compile.targets.links import linkable
 
 @dataclass(frozen=True)
 class StreamedExpert:
-    """As ``ExpertWeights``, but every matrix, bias and moment is read anew whenever it is asked for."""
+    """Like ``ExpertWeights``, but every matrix, bias and moment is read again whenever it is accessed."""
 
     model: Model
     layer: MoeLayer
@@ -62,11 +62,11 @@ class StreamedExpert:
 def dense_weights(
     model: Model, graph: onnx.GraphProto, parameters: dict[str, Parameter], *, link: bool = False
 ) -> tuple[list[Section], dict[str, str], dict[str, StoredTensor]]:
-    """The non-expert weights that the graph refers to, in the graph's dtype, a section for each.
+    """The non-expert weights that the graph refers to, in the graph's dtype, with a section for each.
 
-    Those that are one tensor of the checkpoint in one form (tied embeddings) are written once: the second result gives the name
-    of the weight that stands for another. With ``link`` those that can be are not written at all: the third result gives the
-    tensor that each is.
+    Weights that are the same tensor of the checkpoint in the same layout (tied embeddings) are written once. The second result
+    maps each other name to the weight that is written. With ``link``, weights that can be linked are not written at all; the
+    third result maps them to their tensors.
     """
     sections: list[Section] = []
     aliases: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its tokens, as a manifest has it."""
+"""A checkpoint's statements about its tokens, in the form of a manifest."""
 
 from typing import Any
 
@@ -7,20 +7,21 @@ from rq_compile.architectures.model import Model
 from rq_compile.architectures.rope import BY_LENGTH
 from rq_compile.checkpoint.folder import read_json
 
-# Prompt tokens that run at once. More would not make experts busier by much, and attention scores take memory with each.
+# Prompt tokens that run in one step. More would not give experts much larger batches, and attention scores would take more
+# memory.
 PREFILL_CHUNK = 512
 
 
 def vocabulary(model: Model) -> dict[str, Any]:
-    """Fields of ``Manifest``: how many tokens there are, which start and end a text, and how long it may be.
+    """Fields of ``Manifest``: the number of tokens, the tokens that start and end a text, and the context length.
 
     Raises:
-        UserError: a file that says so cannot be read, or gives something other than a whole number.
+        UserError: config.json or generation_config.json cannot be read, or a token id is not an integer.
     """
     return {
         "vocabulary": model.text_config.vocab_size,
         "start_of_text": _start_of_text(model),
-        # Others can never be generated.
+        # Tokens beyond the vocabulary can never be generated.
         "end_of_text": [token for token in model.end_of_text if 0 <= token < model.text_config.vocab_size],
         "decoder_start": model.decoder_start,
         "context_length": context_length(model.checkpoint),
@@ -29,7 +30,7 @@ def vocabulary(model: Model) -> dict[str, Any]:
 
 
 def remarks(model: Model) -> dict[str, int]:
-    """What is missing or odd, as ``Manifest.replaced`` has it."""
+    """What is missing or unusual, in the form of ``Manifest.replaced``."""
     counts = {"no tokenizer.json in the checkpoint": int(not model.has_tokenizer)}
     if model.has_tokenizer:
         beyond = sum(token >= model.text_config.vocab_size for token in model.tokenizer.get_vocab().values())
@@ -38,18 +39,18 @@ def remarks(model: Model) -> dict[str, int]:
 
 
 def _start_of_text(model: Model) -> int | None:
-    """The tokenizer's word on it: config.json may name a token that the tokenizer has for no such purpose (Qwen's do)."""
+    """The token that the tokenizer names. config.json may name one that the tokenizer does not use in this way (Qwen's do)."""
     settings = model.path / "tokenizer_config.json"
     if not settings.exists() or not model.has_tokenizer:
         return None
     token = read_json(settings).get("bos_token")
-    if isinstance(token, dict):  # with how it is to be stripped
+    if isinstance(token, dict):  # together with settings for stripping
         token = token.get("content")
     return model.tokenizer.token_to_id(token) if isinstance(token, str) else None
 
 
 def _rotates_by_length(model: Model) -> bool:
-    """Whether frequencies follow from the length of the text, so that pieces of a prompt would be rotated otherwise than all of
-    it. The parameters may be one set, or one for each kind of layer."""
+    """Whether frequencies depend on the length of the text, so that pieces of a prompt would be rotated differently from the
+    whole prompt. There may be one set of parameters, or one for each kind of layer."""
     parameters = getattr(model.text_config, "rope_parameters", None) or {}
     return any(isinstance(some, dict) and some.get("rope_type") in BY_LENGTH for some in (parameters, *parameters.values()))

@@ -1,6 +1,7 @@
-"""The weights file of an engine: where every weight lies is known before any is read, and it is written from front to back.
+"""The weights file of an engine. The place of every weight is known before any is read, and the file is written from front to
+back.
 
-So what is there after an interruption is the beginning of the file that would have been, and can be continued.
+After an interruption, the file is therefore a prefix of the complete file, and can be continued.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from rq_compile.standalone.limits import usable_cpus
 from rq_compile.targets.in_order import Stored, in_order
 from rq_compile.targets.partial_file import Journal, Record
 
-ALIGNMENT = 4096  # a page, so that a weight can be mapped into memory by itself
+ALIGNMENT = 4096  # a page, so that each weight can be mapped into memory separately
 MEMORY = 1 << 30
 READ_AT_ONCE = 1 << 24
 Progress = Callable[[int, int], None]
@@ -35,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each weight starts, by name, and where each section ends; a section begins where the one before it ends."""
+    """The start of each weight, by name, and the end of each section. A section begins where the previous one ends."""
 
     starts: dict[str, int]
     ends: tuple[int, ...]
@@ -47,7 +48,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """Where each weight starts, by name; the file's length in bytes and its sha256; how many of the bytes were there before."""
+    """The start of each weight, by name; the file's length in bytes and its sha256; the number of bytes that existed before."""
 
     starts: dict[str, int]
     bytes: int
@@ -77,7 +78,7 @@ def write_weights(
 ) -> WeightsFile:
     """Write ``sections`` in order, computed on ``threads`` threads (by default one for each usable CPU) within ``memory`` bytes.
 
-    Sections that ``journal`` knows to be in ``file`` are read, and computed again from the first that is not as it was written.
+    Sections that are in ``file`` according to ``journal`` are verified, and computed again from the first that differs.
     ``progress(done, total)`` is called in bytes, after each write.
 
     Raises:
@@ -91,7 +92,7 @@ def write_weights(
     resumed = writer.position
     file.seek(resumed)
     file.truncate()
-    # Closed, so that after a failure to write no thread goes on computing.
+    # Closed, so that no thread continues to compute after a failed write.
     with closing(_computed(sections[found:], threads, memory)) as computed:
         for section, end in zip(sections[found:], places.ends[found:], strict=True):
             for weight, data in _by_weight(section, islice(computed, len(section.pieces))):
@@ -107,8 +108,8 @@ def write_weights(
 
 
 def compute_weights(sections: Iterable[Section], *, threads: int | None = None, memory: int = MEMORY) -> None:
-    """What the other processes do while the first runs ``write_weights`` with the same arguments: compute the pieces that they
-    own, and hand them on.
+    """The work of the other processes while the first runs ``write_weights`` with the same arguments: compute the pieces that
+    they own, and send them.
 
     Raises:
         ProcessLost: another process is gone.
@@ -128,7 +129,7 @@ def _computed(sections: Sequence[Section], threads: int | None, memory: int) -> 
 
 
 class _Writer:
-    """The end of the file so far, and the hashes of all before it and of the section that is being written."""
+    """The current end of the file, and the hashes of everything before it and of the section that is being written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -150,7 +151,7 @@ class _Writer:
 
 
 def _by_weight(section: Section, computed: Iterator[tuple[Piece, Stored]]) -> Iterator[tuple[ExternalWeight, memoryview]]:
-    """The bytes of the section's weights, one weight after the other; those that come before their turn (scales) are kept."""
+    """The bytes of the section's weights, one weight after another. Bytes that come before their turn (scales) are kept."""
     early: dict[str, list[memoryview]] = {weight.name: [] for weight in section.weights}
     missing = {weight.name: weight.bytes for weight in section.weights}
     turns = list(section.weights)
@@ -167,11 +168,11 @@ def _by_weight(section: Section, computed: Iterator[tuple[Piece, Stored]]) -> It
     for weight in section.weights:
         if missing[weight.name]:
             size = weight.bytes - missing[weight.name]
-            raise ValueError(f"{weight.name} has {size} bytes, but its shape {weight.shape} asks for {weight.bytes}")
+            raise ValueError(f"{weight.name} has {size} bytes, but its shape {weight.shape} needs {weight.bytes}")
 
 
 def _verified(sections: Sequence[Section], places: Layout, writer: _Writer, journal: Journal) -> int:
-    """How many sections at the beginning of the file are as the journal says they were written; ``writer`` is behind them."""
+    """The number of sections at the beginning of the file that agree with the journal. ``writer`` is moved behind them."""
     for number, record in enumerate(journal.records[: len(sections)]):
         if (record.section, record.end) != (sections[number].name, places.ends[number]):
             journal.distrust(number)
@@ -192,9 +193,9 @@ def _verified(sections: Sequence[Section], places: Layout, writer: _Writer, jour
 def locate(
     model: onnx.ModelProto, starts: Mapping[str, int], file_name: str, elsewhere: Mapping[str, tuple[str, int]] | None = None
 ) -> None:
-    """Point every external tensor of ``model`` at its bytes in ``file_name``, in which ``starts`` says where each weight is.
+    """Point every external tensor of ``model`` to its bytes in ``file_name``. ``starts``: the start of each weight in this file.
 
-    Weights that are in another file have its name and their start in ``elsewhere``.
+    ``elsewhere``: the file names and starts of weights that are in other files.
     """
     places = {name: (file_name, start) for name, start in starts.items()} | dict(elsewhere or {})
     for tensor in external_tensors(model.graph):

@@ -96,7 +96,7 @@ def same_engine(stages: Path, out: Path) -> None:
 def test_it_goes_on_after_the_last_whole_layer(rq_compile: Run, model: Path, stages: Path, left: Path, read: set[int]) -> None:
     result = rq_compile(*writing("compile", model, stages, left))
     assert result.exit_code == 0, result.stderr
-    assert "going on with model.onnx.data after model.layers.0.mlp.experts" in result.stderr
+    assert "continuing model.onnx.data after model.layers.0.mlp.experts" in result.stderr
     assert "GB/s" in result.stderr
     assert read == {1}
     same_engine(stages, left)
@@ -113,7 +113,7 @@ def test_a_flipped_bit_is_found(rq_compile: Run, model: Path, stages: Path, left
     content[len(content) // 2] ^= 4
     (left / PARTS[1]).write_bytes(content)
     result = rq_compile(*writing("compile", model, stages, left))
-    assert "of the partial file is not as it was written" in result.stderr
+    assert "of the partial file differs from what was written" in result.stderr
     assert read == {0, 1}
     same_engine(stages, left)
 

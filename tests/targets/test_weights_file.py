@@ -61,7 +61,7 @@ def test_every_weight_is_found_where_it_is_said_to_be(
 def test_a_weight_of_the_wrong_size_is_refused(rows: int) -> None:
     weight = ExternalWeight("a", np.dtype(np.float32), (3, 4))
     wrong = Section("a", (weight,), (Piece((weight,), lambda: (np.zeros((rows, 4), np.float32),), 0),))
-    with pytest.raises(ValueError, match=rf"a has {16 * rows} bytes, but its shape \(3, 4\) asks for 48"):
+    with pytest.raises(ValueError, match=rf"a has {16 * rows} bytes, but its shape \(3, 4\) needs 48"):
         write_weights([wrong], io.BytesIO())
 
 
@@ -192,7 +192,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, whole: bytes, stop: int, error:
     assert sorted(file.name for file in tmp_path.iterdir()) == [".w.journal", ".w.partial"]
     run = Run(path)
     assert run.computed == list(range(stop, 5))
-    assert run.said == [f"going on with w after {stop - 1}"]
+    assert run.said == [f"continuing w after {stop - 1}"]
     assert path.read_bytes() == whole
     assert (run.written.sha256, run.written.bytes) == (hashlib.sha256(whole).hexdigest(), len(whole))
     assert [file.name for file in tmp_path.iterdir()] == ["w"]
@@ -219,7 +219,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, whole: bytes, damaged: int) -> N
     partial.write_bytes(content)
     run = Run(path)
     assert run.computed == list(range(damaged, 5))
-    assert f"{damaged} of the partial file is not as it was written" in run.said[-1]
+    assert f"{damaged} of the partial file differs from what was written" in run.said[-1]
     assert path.read_bytes() == whole
 
 

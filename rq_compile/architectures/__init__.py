@@ -1,1 +1,1 @@
-"""What differs between model families, as small declarations."""
+"""Model families: their differences as small declarations, and models opened through transformers' loader."""

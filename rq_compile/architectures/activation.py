@@ -1,4 +1,4 @@
-"""The activations of experts, in torch. ``rewrite/activations.py`` has them in ONNX, ``plugins/`` in kernels."""
+"""The activations of experts in torch. ``rewrite/activations.py`` has them in ONNX, and ``plugins/`` in kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from rq_compile.architectures.geometry import GATED, Activation, ExpertGeometry
 
 Parameter = Literal["alpha", "limit"]
-# Of gate, up (equal to gate where the activation is not gated), alpha and limit.
+# Functions of gate, up (equal to gate if the activation is not gated), alpha and limit.
 Function = Callable[[torch.Tensor, torch.Tensor, float, float], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ActivationFunction:
-    """``parameters`` are those of ``ExpertGeometry`` that the function depends on."""
+    """``parameters``: the fields of ``ExpertGeometry`` that the function depends on."""
 
     function: Function
     parameters: tuple[Parameter, ...] = ()
@@ -42,6 +42,6 @@ ACTIVATIONS: dict[Activation, ActivationFunction] = {
 
 
 def activate(rows: torch.Tensor, geometry: ExpertGeometry) -> torch.Tensor:
-    """Up-projected ``rows [n, F]`` to the input of the down projection ``[n, intermediate]``: see ``ExpertGeometry``."""
+    """The input of the down projection ``[n, intermediate]``, from up-projected ``rows [n, F]``: see ``ExpertGeometry``."""
     gate, up = rows.chunk(2, dim=-1) if geometry.activation in GATED else (rows, rows)
     return ACTIVATIONS[geometry.activation].function(gate, up, geometry.alpha, geometry.limit)

@@ -1,13 +1,13 @@
-"""One comparison of a checkpoint's config, its tensors and the parameters of the model that the config describes.
+"""Compares a checkpoint's config, its tensors and the parameters of the model that the config describes.
 
-First the sizes, before anything is built from them: config.json is small and may say anything, while the tensors' bytes are
-there; a loop over a billion layers or a table of a billion heads is refused. Then, with the empty model at hand, every weight
-against every tensor. Each kind of difference has one answer:
+Sizes are compared first, before anything is built from them: config.json is small and may state anything, while the bytes of the
+tensors exist. A loop over a billion layers or a table of a billion heads is refused. Then every weight of the empty model is
+compared with every tensor. Each kind of difference has one answer:
 
 | difference | answer |
 |---|---|
-| a weight without a tensor | refused, unless the config ties it to one that has a tensor |
-| a tensor of another shape, or of no floating-point type | refused |
+| a weight without a tensor | refused, unless the config ties it to a weight with a tensor |
+| a tensor of another shape, or not of a floating-point type | refused |
 | a tensor that no weight needs, stored or only listed in the index | a remark |
 | weights that the config ties, but whose tensors differ | a remark; both are used, as transformers does |
 | experts stored in several formats | a remark |
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What a config calls the dimensions of its tensors. Those of the second row may be 0 or null, where a family goes without.
+# The names of tensors' dimensions in a config. Those of the second row may be 0 or null in some families.
 DIMENSIONS = (
     *("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok"),
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"),
@@ -42,7 +42,7 @@ OPTIONAL_DIMENSIONS = (
     *("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "d_kv", "d_ff", "n_group", "topk_group", "first_k_dense_replace"),
 )
 LAYERS = ("num_hidden_layers", "num_decoder_layers")
-# Of what reads images and sound, too.
+# Also for the parts that read images and sound.
 LAYERS_OF_PARTS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "depth")
 FLOATING = (*FLOATS, np.dtype(np.float64))
 SHOWN = 3
@@ -52,12 +52,12 @@ TIE = "tie_word_embeddings"
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the comparison found.
+    """The result of the comparison.
 
     ``tensors``: non-expert weight (parameter or persistent buffer) -> the checkpoint's tensor; tied weights share one.
-    ``tied``: weight without a tensor of its own -> the weight that it is tied to. ``unused``: tensors that no weight needs.
-    ``experts``: the tensors of each MoE layer's experts, by index. ``formats``: how most experts of each MoE layer are stored, by
-    index; ``format``: how most of all are. ``remarks``: a sentence for each difference that is not an error.
+    ``tied``: weight without its own tensor -> the weight that it is tied to. ``unused``: tensors that no weight needs.
+    ``experts``: the tensors of each MoE layer's experts, by index. ``formats``: the format of most experts of each MoE layer, by
+    index; ``format``: that of most experts of all layers. ``remarks``: a sentence for each difference that is not an error.
     """
 
     tensors: dict[str, str]
@@ -70,10 +70,10 @@ class Agreement:
 
 
 def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
-    """Of the language model, where it is a part of a multimodal model, too.
+    """Check the sizes of the language model, also if it is part of a multimodal model.
 
     Raises:
-        UserError: a size that the config states is not a whole number, or larger than any of the tensors can bear out.
+        UserError: a stated size is not an integer, or is larger than the tensors allow.
     """
     language = config.get_text_config()
     for part in (config,) if language is config else (config, language):
@@ -81,7 +81,8 @@ def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
 
 
 def check_layers(checkpoint: Checkpoint, stated: dict[str, Any]) -> None:
-    """Of all parts of a model; before a config is made of what is ``stated``, as some list their layers then.
+    """Check the numbers of layers of all parts of a model, before a config is made from what is ``stated``. Some configs list
+    their layers when they are made.
 
     Raises:
         UserError: there are more layers than tensors.
@@ -113,7 +114,7 @@ def _check_size(checkpoint: Checkpoint, key: str, value: object, least: int, mos
         config = checkpoint.path / "config.json"
         raise UserError(
             f"{config} says {key} {repr(value)[:40]}, which its tensors do not allow ({least} to {most}); "
-            "correct it, or take the config.json published with these weights",
+            "correct it, or use the config.json published with these weights",
             2,
         )
 
@@ -121,7 +122,7 @@ def _check_size(checkpoint: Checkpoint, key: str, value: object, least: int, mos
 def check_names(checkpoint: Checkpoint, family: Family) -> None:
     """
     Raises:
-        UserError: all tensors have names of another module than the family's: one that is wrapped, or one without its head.
+        UserError: the names of all tensors are those of another module: a wrapper, or a model without its head.
     """
     embedding = family.tied_to
     if embedding in checkpoint:
@@ -142,10 +143,10 @@ def check_names(checkpoint: Checkpoint, family: Family) -> None:
 
 
 def compare(checkpoint: Checkpoint, family: Family, layers: tuple[MoeLayer, ...], empty: "PreTrainedModel") -> Agreement:
-    """Hold every weight of ``empty``, the model without weights, against every tensor; only the ends of tied ones are read.
+    """Compare every weight of ``empty``, the model without weights, with every tensor. Only the ends of tied tensors are read.
 
     Raises:
-        UserError: a tensor is missing, or has another shape or type than the model asks for.
+        UserError: a tensor is missing, or has another shape or type than the model needs.
     """
     for layer in layers:
         _check_experts(checkpoint, layer, empty)
@@ -185,8 +186,8 @@ def agreement_of(
     stack: str = "model.layers.",
     layers: int = 0,
 ) -> Agreement:
-    """What there is to say when nothing is missing. ``experts``: the tensors of each MoE layer's experts, by index; ``used``: all
-    tensors with a part in the model; ``stack``: what the names of its ``layers`` layers begin with.
+    """The agreement if nothing is missing. ``experts``: the tensors of each MoE layer's experts, by index. ``used``: all tensors
+    that the model uses. ``stack``: the common prefix of the names of its ``layers`` layers.
 
     Raises:
         UserError: experts are stored in a type that is not a floating-point number.
@@ -200,14 +201,14 @@ def agreement_of(
 
 
 def _check_experts(checkpoint: Checkpoint, layer: MoeLayer, empty: "PreTrainedModel") -> None:
-    """Whether the config asks for the experts that the tensors are."""
+    """Check that the config describes the experts of the tensors."""
     geometry, config = layer.geometry, checkpoint.path / "config.json"
     try:
         module = empty.get_submodule(layer.name)
     except AttributeError:
         raise UserError(
-            f"{layer.name} of {checkpoint.path} has experts, but by its config.json the layer is dense; "
-            "take the config.json published with these weights",
+            f"{layer.name} of {checkpoint.path} has experts, but its config.json says that the layer is dense; "
+            "use the config.json published with these weights",
             2,
         ) from None
     asked = sum(parameter.numel() for parameter in module.parameters())
@@ -215,7 +216,7 @@ def _check_experts(checkpoint: Checkpoint, layer: MoeLayer, empty: "PreTrainedMo
     if asked != there:
         raise UserError(
             f"{layer.name} of {checkpoint.path} has {geometry.experts} experts of {geometry.hidden} x {geometry.intermediate}, "
-            f"{there} weights, where {config} asks for {asked}; take the config.json published with these weights",
+            f"{there} weights, but {config} needs {asked}; use the config.json published with these weights",
             2,
         )
 
@@ -231,7 +232,7 @@ def _check_stray(checkpoint: Checkpoint, family: Family, layer: MoeLayer, unused
 
 
 def _tensor_of(checkpoint: Checkpoint, family: Family, weight: str) -> str | None:
-    """The weight's own tensor, under its published name or as transformers names it."""
+    """The weight's own tensor, under its published name or its name in transformers."""
     return next((name for name in (family.tensor_name(weight), weight) if name in checkpoint), None)
 
 
@@ -243,8 +244,8 @@ def _partner(weight: str, ties: dict[str, str], own: dict[str, str | None]) -> s
 
 
 def missing(checkpoint: Checkpoint, empty: "PreTrainedModel", weight: str, name: str) -> UserError:
-    """What to say where ``weight``, a parameter of ``empty``, has no tensor; ``name`` is what that would be called."""
-    lacks = f"{checkpoint.lacks(name)}, which its config.json asks for"
+    """The error if ``weight``, a parameter of ``empty``, has no tensor. ``name``: the name that the tensor would have."""
+    lacks = f"{checkpoint.lacks(name)}, which its config.json needs"
     if name in checkpoint.absent:
         return UserError(f"{lacks}; copy that file there", 2)
     similar = next((other for other in checkpoint.names if other.endswith(f".{name}")), None)
@@ -252,18 +253,18 @@ def missing(checkpoint: Checkpoint, empty: "PreTrainedModel", weight: str, name:
         return UserError(f"{lacks}, but it has {similar}; save the model without the wrapper that renamed its tensors", 2)
     if weight in (getattr(empty, "_tied_weights_keys", None) or {}) and not getattr(empty.config, TIE, False):
         return UserError(
-            f"{lacks}, as it does not tie it to the embedding ({TIE} is false); "
+            f"{lacks}, because it does not tie it to the embedding ({TIE} is false); "
             "set that to true if the model shares the two, or add the file that holds the tensor",
             2,
         )
-    return UserError(f"{lacks}; add the file that holds it, or take the config.json published with these weights", 2)
+    return UserError(f"{lacks}; add the file that holds it, or use the config.json published with these weights", 2)
 
 
 def _check(checkpoint: Checkpoint, tensor: str, value: "torch.Tensor") -> None:
     if checkpoint.shape(tensor) != tuple(value.shape):
         raise UserError(
-            f"{tensor} of {checkpoint.path} has shape {list(checkpoint.shape(tensor))} where its config.json asks for "
-            f"{list(value.shape)}; take the config.json published with these weights",
+            f"{tensor} of {checkpoint.path} has shape {list(checkpoint.shape(tensor))}, but its config.json needs "
+            f"{list(value.shape)}; use the config.json published with these weights",
             2,
         )
     if value.is_floating_point():
@@ -278,14 +279,14 @@ def check_floating(checkpoint: Checkpoint, tensor: str) -> None:
     dtype = checkpoint.dtype_of(tensor)
     if dtype not in FLOATING:
         raise UserError(
-            f"{tensor} of {checkpoint.path} is stored as {dtype}, but a weight is a floating-point number; "
+            f"{tensor} of {checkpoint.path} is stored as {dtype}, but weights must be floating-point numbers; "
             "convert it to bf16, fp16 or fp32",
             2,
         )
 
 
 def _formats(checkpoint: Checkpoint, names: Iterable[str]) -> Counter[Format]:
-    """How many weights are stored in each format; of quantized ones, the format that they are read in."""
+    """The number of weights in each format. For quantized weights, this is the format in which they are read."""
     count: Counter[Format] = Counter()
     for name in names:
         dtype = checkpoint.dtype_of(name)
@@ -300,7 +301,7 @@ def _most(count: Counter[Format]) -> Format:
 
 
 def _unused_remarks(checkpoint: Checkpoint, stack: str, held: int, unused: tuple[str, ...]) -> list[str]:
-    """Layers beyond the config's are told apart from other tensors: they may be a saving error, or a prediction head."""
+    """Layers that the config does not count have their own remark: they may be an error of saving, or a prediction head."""
     absent = tuple(name for name in checkpoint.absent if name not in unused)
     inside = re.compile(re.escape(stack) + r"(\d+)\.")
     beyond = {int(match[1]) for name in unused if (match := inside.match(name)) and int(match[1]) >= held}
@@ -315,7 +316,7 @@ def _unused_remarks(checkpoint: Checkpoint, stack: str, held: int, unused: tuple
     if others:
         remarks.append(f"{_tensors(others)} left out: the model has no such weight")
     if absent:
-        remarks.append(f"{_tensors(absent)} listed in the index and in no file: the model has no such weight")
+        remarks.append(f"{_tensors(absent)} listed in the index but in no file: the model has no such weight")
     return remarks
 
 
@@ -325,14 +326,14 @@ def _tensors(names: "list[str] | tuple[str, ...]") -> str:
 
 
 def tie_remarks(checkpoint: Checkpoint, ties: dict[str, str], own: Mapping[str, str | None]) -> list[str]:
-    """On tied weights whose own tensors differ; ``ties``: weight -> the weight that the config ties it to."""
+    """Remarks about tied weights whose own tensors differ. ``ties``: weight -> the weight that the config ties it to."""
     remarks = []
     for weight, source in ties.items():
         one, other = own.get(weight), own.get(source)
         if one is None or other is None or one == other:
             continue
         if _ends(checkpoint, one) != _ends(checkpoint, other):
-            remarks.append(f"{one} and {other} differ, though config.json ties them ({TIE}); both are used as they are")
+            remarks.append(f"{one} and {other} differ, although config.json ties them ({TIE}); both are used as they are")
     return remarks
 
 

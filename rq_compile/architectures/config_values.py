@@ -1,4 +1,4 @@
-"""The values of a config.json as the config's class declares them, and without what only training or printing needs."""
+"""The values of a config.json in their declared types, and without settings that only training or printing needs."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,9 @@ from rq_compile.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Settings of training and of what a forward pass returns beside the logits. No logit depends on them in inference, but with some
-# of them on (the load-balancing loss over the router's logits) a model cannot be exported. A router's jitter is not among them:
-# Phi-MoE routes by it in inference, too.
+# Settings of training, and of additional results of a forward pass. In inference, no logit depends on them, but some of them (the
+# load-balancing loss over the router's logits) prevent an export. A router's jitter is not among them, because Phi-MoE also uses
+# it in inference.
 NEUTRAL: dict[str, Any] = {
     "output_router_logits": False,
     "output_attentions": False,
@@ -28,16 +28,16 @@ NEUTRAL: dict[str, Any] = {
 
 
 def neutralized(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with every setting of ``NEUTRAL`` that it states at its neutral value."""
+    """``config`` with each of its settings in ``NEUTRAL`` set to the neutral value."""
     return {key: NEUTRAL.get(key, value) for key, value in config.items()}
 
 
 def in_declared_types(config: dict[str, Any], config_class: "type[PretrainedConfig]") -> dict[str, Any]:
-    """``config`` with each number in the type that ``config_class`` declares: 7 is 7.0 where a float is asked for, 2.0 is 2 where
-    an int is. Other values stay, for the class to judge.
+    """``config`` with each number in the type that ``config_class`` declares: 7 becomes 7.0 for a float, 2.0 becomes 2 for an
+    int. Other values are left to the class.
 
     Raises:
-        UserError: a list stands where one number is declared: layers that differ in it are not supported.
+        UserError: there is a list instead of a number: layers that differ in this value are not supported.
     """
     declared = {field.name: _kinds(field.type) for field in dataclasses.fields(config_class)}
     return {
@@ -47,15 +47,15 @@ def in_declared_types(config: dict[str, Any], config_class: "type[PretrainedConf
 
 
 def _kinds(declared: Any) -> frozenset[str]:
-    """``int | None`` as {"int", "None"}; a base class of another module states its types as text."""
+    """The names of the types in an annotation: {"int", "None"} for ``int | None``. Some classes have annotations as text."""
     return frozenset(part.strip() for part in str(getattr(declared, "__name__", declared)).split("|"))
 
 
 def _declared(key: str, value: Any, kinds: frozenset[str]) -> Any:
     if type(value) is list and "int" in kinds and not any(kind.startswith(("list", "tuple")) for kind in kinds):
         raise UserError(
-            f"config.json says {key} {repr(value)[:40]}, where one number for all layers is expected; "
-            "give a model whose layers agree in it",
+            f"config.json says {key} {repr(value)[:40]}, but one number for all layers is expected; "
+            "give a model whose layers have the same value",
             2,
         )
     if type(value) not in (int, float) or type(value).__name__ in kinds:

@@ -1,6 +1,6 @@
 """A checkpoint's transformers config.
 
-Families whose code is not in transformers are mapped onto a class that computes the same (``remote.py``).
+Families whose code is not in transformers are mapped to a class that computes the same (``remote.py``).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ from rq_compile.errors import UserError, reason
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# How to run a model is not the checkpoint's to say: the name of an attention may be a repository whose kernel is downloaded.
+# A checkpoint must not decide how a model is run: the name of an attention may be a repository whose kernel would be downloaded.
 RUNTIME_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "transformers_weights", *QUANTIZATION)
-# What the published code of the families without transformers code computes.
+# The settings that the published code of the families without transformers code supports.
 REMOTE_ROPE_TYPES = ("default", "linear", "dynamic")
 
 
@@ -26,8 +26,8 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
     """The config with every default filled in.
 
     Raises:
-        UserError: the family is not supported, its config asks for something that is not or is not valid, or a size that it
-            states cannot be that of the checkpoint's tensors.
+        UserError: the family or a setting of its config is not supported, the config is not valid, or a stated size does not fit
+            the checkpoint's tensors.
     """
     known_family(checkpoint)
     stated = {key: value for key, value in checkpoint.config.items() if not key.startswith("_") and key not in RUNTIME_KEYS}
@@ -39,7 +39,7 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
         config = make(stated)
     except UserError:
         raise
-    except Exception as error:  # each of transformers' validators and converters raises what it likes
+    except Exception as error:  # transformers' validators and converters raise many kinds of exceptions
         told = f"no {error}" if isinstance(error, KeyError) else reason(error)
         file = checkpoint.path / "config.json"
         raise UserError(
@@ -53,12 +53,12 @@ def model_config(checkpoint: Checkpoint) -> "PretrainedConfig":
 def _of_transformers(config: dict[str, Any]) -> "PretrainedConfig":
     from transformers import AutoConfig, PretrainedConfig
 
-    # Infinity is not JSON: transformers writes it as an object, and has no public way to read that back.
+    # JSON has no infinity. transformers writes it as an object, and has no public function that reads this object.
     return AutoConfig.for_model(**_declared(PretrainedConfig._decode_special_floats(config)))
 
 
 def _declared(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with its values in their declared types, those of a multimodal model's parts too."""
+    """The config with its values in their declared types, also in the parts of a multimodal model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     parts = {
@@ -132,8 +132,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     rope = stated_rope(config, default_theta=10000.0)
     if rope["rope_type"] not in REMOTE_ROPE_TYPES:
         raise UserError(
-            f"{config['model_type']} with rope_scaling of type {rope['rope_type']} is not supported, nor does its published code "
-            f"know it; use a model with {', '.join(REMOTE_ROPE_TYPES)}",
+            f"{config['model_type']} with rope_scaling of type {rope['rope_type']} is not supported, also not by its published "
+            f"code; use a model with {', '.join(REMOTE_ROPE_TYPES)}",
             2,
         )
     return {**kept, "rope_parameters": rope}

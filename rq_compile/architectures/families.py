@@ -1,4 +1,4 @@
-"""What differs between model families: where the experts stand, how they are stored, what is named otherwise on disk.
+"""Differences between model families: the modules of the experts, how experts are stored, and different names on disk.
 
 Names come in two kinds: the *parameter* name in the transformers model, and the *tensor* name in the checkpoint.
 """
@@ -18,11 +18,11 @@ class Family:
 
     ``experts`` (and ``decoder_experts`` of an encoder-decoder model) name the experts module of a layer. ``renames`` turn a
     parameter name into a tensor name (regular expression, replacement; all are applied in turn). ``up`` and ``down`` are an
-    expert's tensors below the experts module's tensor name, ``{e}`` its number; several ``up`` are stacked by rows.
+    expert's tensors below the experts module's tensor name, with ``{e}`` as its number; several ``up`` are stacked by rows.
     Experts that are stored as one tensor (``gate_up_proj [E, F, hidden]``, ``down_proj [E, hidden, intermediate]``) are
-    found without a declaration. ``top_k`` is for families whose config has no ``num_experts_per_tok``, ``activation`` the
-    config's key of the activation; ``transposed`` says that these are stored ``[E, in, out]`` with gate and up rows
-    interleaved, that biases stand beside them and that the activation is clamped (GPT-OSS).
+    found without a declaration. ``top_k``: for families whose config has no ``num_experts_per_tok``. ``activation``: the
+    config's key of the activation. ``transposed``: the stacked tensors are ``[E, in, out]`` with interleaved gate and up rows,
+    there are biases, and the activation is clamped (GPT-OSS).
     """
 
     model_type: str
@@ -106,7 +106,7 @@ def known_family(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is not an MoE: the model {checkpoint.model_type} has no experts; give a sparse MoE checkpoint", 2
         )
     if checkpoint.model_type not in CONFIG_MAPPING_NAMES:
-        code = " (it needs code of its own, auto_map, which is never run)" if checkpoint.config.get("auto_map") else ""
+        code = " (it needs its own code, auto_map, which is never run)" if checkpoint.config.get("auto_map") else ""
         raise UserError(
             f"{checkpoint.path} has the model_type {checkpoint.model_type}{code}, which is not in the installed transformers; "
             f"use a family of transformers or one of {', '.join(sorted(FAMILIES))}",

@@ -1,4 +1,4 @@
-"""Where generation begins and ends, as transformers' ``model.generate`` has it."""
+"""The tokens at which generation begins and ends, as in transformers' ``model.generate``."""
 
 import math
 from typing import Any
@@ -7,17 +7,17 @@ from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.folder import read_json
 from rq_compile.errors import UserError
 
-# Where a config without ``eos_token_id`` of its own may have that of its decoder.
+# Keys under which a config without ``eos_token_id`` may have that of its decoder.
 NESTED = ("decoder", "generator", "text_config")
 
 
 def end_of_text(checkpoint: Checkpoint) -> list[int]:
-    """The tokens that end a text; empty where none does.
+    """The tokens that end a text; empty if there are none.
 
-    ``generation_config.json`` decides, also where it names none. ``config.json`` does where there is no such file.
+    If ``generation_config.json`` exists, it decides, even if it names no token. Otherwise, ``config.json`` decides.
 
     Raises:
-        UserError: a file cannot be read, or the value is neither a whole number nor a list of them.
+        UserError: a file cannot be read, or the value is neither an integer nor a list of integers.
     """
     said = _generation_config(checkpoint)
     if said is None:
@@ -41,10 +41,10 @@ def decoder_start(checkpoint: Checkpoint) -> int | None:
 
 
 def context_length(checkpoint: Checkpoint) -> int | None:
-    """Positions that the model was made for.
+    """The context length of the model, in positions.
 
     Raises:
-        UserError: it is not a whole number.
+        UserError: it is not an integer.
     """
     nested: Any = next((checkpoint.config[key] for key in NESTED if isinstance(checkpoint.config.get(key), dict)), {})
     value = checkpoint.config.get("max_position_embeddings", nested.get("max_position_embeddings"))

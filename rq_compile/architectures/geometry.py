@@ -1,4 +1,4 @@
-"""The shape of one MoE layer's experts, the same for every family once its weights are in canonical layout."""
+"""The shape of one MoE layer's experts in canonical layout, which is the same for every family."""
 
 from typing import Literal, Self
 
@@ -25,7 +25,8 @@ class ExpertGeometry(Document):
     ``u = clamp(up, -limit, limit)``, ``(u + 1) * g * sigmoid(alpha * g)``; ``limited_swiglu`` (DeepSeek-V4): ``silu(g) * u``
     with the same ``g`` and ``u``; ``relu``, ``gelu`` (erf) and ``relu2`` (``relu`` squared): not gated.
 
-    ``block``: the most weights of a row that share a scale where an expert is quantized; chosen, not read from the checkpoint.
+    ``block``: the maximum number of weights of a row that share a scale in quantized experts. It is chosen, not read from the
+    checkpoint.
     """
 
     experts: int = Field(ge=1, le=MOST_EXPERTS)
@@ -52,11 +53,11 @@ class ExpertGeometry(Document):
 
     @property
     def expert_weights(self) -> int:
-        """Weights of one expert, biases included."""
+        """Number of weights of one expert, including biases."""
         return self.hidden * (self.up_rows + self.intermediate) + (self.up_rows + self.hidden if self.bias else 0)
 
     def expert_bytes(self, format: Format) -> int:
-        """Bytes of one expert in ``format``, scales, padding and fp32 biases included."""
+        """Bytes of one expert in ``format``, including scales, padding and fp32 biases."""
         matrices = ((self.up_rows, self.hidden), (self.hidden, self.intermediate))
         weights = sum(matrix_bytes(format, rows, columns, self.block) for rows, columns in matrices)
         return weights + (4 * (self.up_rows + self.hidden) if self.bias else 0)

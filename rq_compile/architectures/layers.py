@@ -31,8 +31,8 @@ PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """``name`` is the experts module in the transformers model; ``index`` the layer's number, decoder blocks of an
-    encoder-decoder model counted after the encoder's."""
+    """``name``: the experts module in the transformers model. ``index``: the layer's number; in an encoder-decoder model, decoder
+    blocks are counted after those of the encoder."""
 
     name: str
     index: int
@@ -42,8 +42,8 @@ class MoeLayer:
 @dataclass(frozen=True)
 class ExpertWeights:
     """``up [F, hidden]`` and ``down [hidden, intermediate]`` in the checkpoint's dtype; ``up_bias [F]`` and
-    ``down_bias [hidden]`` in fp32, or None. The moments are those of the two matrices' inputs, where a calibration has them; the
-    integers what the checkpoint stores, where it stores whole numbers and scales."""
+    ``down_bias [hidden]`` in fp32, or None. The moments are those of the inputs of the two matrices, if the calibration has them.
+    The integers are those of the checkpoint, if it stores integers with scales."""
 
     up: np.ndarray
     down: np.ndarray
@@ -56,11 +56,11 @@ class ExpertWeights:
 
 
 def moe_layers(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig") -> list[MoeLayer]:
-    """Every MoE layer by index, from the config and the tensors' names and shapes; no weights are read.
+    """Every MoE layer by index, from the config and the tensors' names and shapes. No weights are read.
 
     Raises:
-        UserError: no MoE layer, an activation that is not supported, or experts that are missing, of unequal shapes, or not as
-            many as the config says.
+        UserError: there is no MoE layer, an activation is not supported, experts are missing or have unequal shapes, or their
+            number differs from the config.
     """
     count = _expert_count(config)
     layers = [
@@ -90,7 +90,7 @@ def expert_matrix(checkpoint: Checkpoint, family: Family, layer: MoeLayer, exper
 def expert_integers(
     checkpoint: Checkpoint, family: Family, layer: MoeLayer, expert: int, projection: Projection
 ) -> SourceIntegers | None:
-    """The whole numbers and scales that ``expert_matrix`` is the product of, or None where the checkpoint stores none.
+    """The integers and scales whose product is ``expert_matrix``, or None if the checkpoint does not store such.
 
     Raises:
         UserError: see ``expert_matrix``.
@@ -110,7 +110,7 @@ def expert_integers(
 def expert_tensors(
     checkpoint: Checkpoint, family: Family, layer: MoeLayer, expert: int, projection: Projection
 ) -> list[tuple[str, int | None]]:
-    """The tensors that one of an expert's matrices is made of, and the row of each, or None for all of it."""
+    """The tensors of one of an expert's matrices, with the row of each, or None for the whole tensor."""
     stacked = _stacked(checkpoint, family, layer.name)
     if stacked is not None:
         return [(stacked[PROJECTIONS.index(projection)], expert)]
@@ -119,7 +119,7 @@ def expert_tensors(
 
 
 def _canonical(parts: list[np.ndarray], family: Family, projection: Projection) -> np.ndarray:
-    """The matrix, or its numbers or scales, in the layout of ``ExpertWeights``; only rows are put in another order."""
+    """The matrix, or its numbers or scales, in the layout of ``ExpertWeights``. Only the order of rows changes."""
     if not family.transposed:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
     (matrix,) = parts
@@ -129,7 +129,7 @@ def _canonical(parts: list[np.ndarray], family: Family, projection: Projection) 
 def expert_bias(
     checkpoint: Checkpoint, family: Family, layer: MoeLayer, expert: int, projection: Projection
 ) -> np.ndarray | None:
-    """The bias of one of the two matrices, as ``ExpertWeights`` has it; reads nothing else.
+    """The bias of one of the two matrices, in the layout of ``ExpertWeights``. Reads nothing else.
 
     Raises:
         UserError: see ``expert_matrix``.
@@ -146,9 +146,10 @@ def _deinterleaved(rows: np.ndarray) -> np.ndarray:
 
 
 def _experts_modules(family: Family, config: "PretrainedConfig") -> Iterator[str]:
-    """The experts module each layer of the model would have, were none of them dense.
+    """The name of the experts module of each layer, as if no layer were dense.
 
-    The config's layers, not the checkpoint's: DeepSeek-V3 stores its multi-token-prediction head as one layer more.
+    These are the layers of the config, not of the checkpoint: DeepSeek-V3 stores its multi-token-prediction head as a further
+    layer.
     """
     yield from (family.experts.format(layer=layer) for layer in range(config.num_hidden_layers))
     if family.decoder_experts is not None:
@@ -164,7 +165,7 @@ def _expert_tensor(family: Family, module: str, tensor: str, expert: int) -> str
 
 
 def _stacked(checkpoint: Checkpoint, family: Family, module: str) -> tuple[str, str] | None:
-    """The tensors that hold all experts of a layer in one, or None where experts are stored one by one."""
+    """The tensors that hold all experts of a layer, or None if experts are stored one by one."""
     up, down = f"{module}.gate_up_proj", f"{module}.down_proj"
     for names in ((family.tensor_name(up), family.tensor_name(down)), (up, down)):
         if all(name in checkpoint for name in names):
@@ -173,7 +174,7 @@ def _stacked(checkpoint: Checkpoint, family: Family, module: str) -> tuple[str, 
 
 
 def _geometry(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig", module: str) -> ExpertGeometry:
-    """From the shape of the first expert's ``down``, once every expert's tensors were found to have the shapes that follow."""
+    """The geometry from the shape of the first expert's ``down``, after checking that all experts have the resulting shapes."""
     stacked = _stacked(checkpoint, family, module)
     if stacked is None:
         _check_numbers(checkpoint, family, module, _expert_count(config))
@@ -203,20 +204,20 @@ def _geometry(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig"
             raise UserError(f"{checkpoint.lacks(name)}; add the file that holds it", 2)
         if checkpoint.shape(name) != shape:
             raise UserError(
-                f"{name} of {checkpoint.path} has shape {list(checkpoint.shape(name))} where {list(shape)} is expected of one of "
-                f"{geometry.experts} equal experts; take the config.json published with these weights",
+                f"{name} of {checkpoint.path} has shape {list(checkpoint.shape(name))}, but {list(shape)} is expected of each of "
+                f"{geometry.experts} equal experts; use the config.json published with these weights",
                 2,
             )
     return geometry
 
 
 def _check_numbers(checkpoint: Checkpoint, family: Family, module: str, experts: int) -> None:
-    """Whether every expert that the config counts is there, and no other."""
+    """Check that exactly the experts that the config counts are present."""
     names = [_expert_tensor(family, module, family.down, expert) for expert in range(experts + 1)]
     missing = [name for name in names[:-1] if name not in checkpoint]
     if missing:
         raise UserError(
-            f"{module} has {experts - len(missing)} experts where config.json says {experts}: {checkpoint.lacks(missing[0])}; "
+            f"{module} has {experts - len(missing)} experts, but config.json says {experts}: {checkpoint.lacks(missing[0])}; "
             "add the file that holds it, or correct the config (all layers have the same number of experts)",
             2,
         )
@@ -225,7 +226,7 @@ def _check_numbers(checkpoint: Checkpoint, family: Family, module: str, experts:
 
 
 def layer_tensors(checkpoint: Checkpoint, family: Family, layer: MoeLayer) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the experts of a layer and its shape."""
+    """The tensors of the experts of a layer, with their shapes."""
     return _tensor_shapes(checkpoint, family, layer.name, layer.geometry)
 
 

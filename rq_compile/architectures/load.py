@@ -1,9 +1,10 @@
-"""The transformers model of a checkpoint: with its weights, or on the meta device with none.
+"""The transformers model of a checkpoint: with its weights, or without weights on the meta device.
 
-No code of a checkpoint is ever run, so there is no ``--trust-remote-code``: every supported family's classes are transformers'
-own or in ``remote.py``, and a family that is neither could not be exported by running its code alone. transformers is given the
-config and the tensors that ``Model`` has checked, never the folder: there it would follow an ``adapter_config.json`` to
-another repository, unpickle a distributed checkpoint's ``.metadata``, or take other weights than the rest of rq-compile does.
+No code of a checkpoint is ever run, so there is no ``--trust-remote-code``. The classes of every supported family are in
+transformers or in ``remote.py``; running a checkpoint's code alone would not be enough to export other families. transformers
+gets the config and the tensors that ``Model`` has checked, never the folder. From the folder, it would follow an
+``adapter_config.json`` to another repository, unpickle a distributed checkpoint's ``.metadata``, or use other weights than the
+rest of rq-compile.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,17 +30,17 @@ from rq_compile.errors import UserError, reason
 from rq_compile.processes import on_this_host
 from rq_compile.standalone.limits import default_threads
 
-# One product per expert that has tokens: "grouped_mm" in one call, which wants rows of whole 16 bytes, or "eager" in a loop.
+# One product per expert with tokens: "grouped_mm" in one call, which needs rows of multiples of 16 bytes, or "eager" in a loop.
 # "batched_mm" would gather whole weight matrices per token.
 GROUPED, LOOP = "grouped_mm", "eager"
 ALIGNMENT = 16
 
 
 def load_model(model: Model) -> PreTrainedModel:
-    """The model in fp32 on the CPU, in eval mode, without gradients; experts that tie are chosen as ``ties`` says.
+    """The model in fp32 on the CPU, in eval mode, without gradients. Experts that tie are chosen as described in ``ties``.
 
-    transformers converts the weights of its own families, which takes about 2.5 times their fp32 bytes meanwhile; the others are
-    read tensor by tensor into an empty model.
+    transformers converts the weights of its own families, which temporarily takes about 2.5 times their fp32 bytes. The weights
+    of other families are read tensor by tensor into an empty model.
 
     Raises:
         UserError: a weight is not finite.
@@ -56,7 +57,7 @@ def load_model(model: Model) -> PreTrainedModel:
 
 @contextmanager
 def torch_threads(threads: int | None = None) -> Iterator[None]:
-    """Meanwhile torch computes on ``threads`` threads; by default on no more than this process may use."""
+    """A context in which torch computes on ``threads`` threads, by default on as many as this process may use."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or min(before, max(1, default_threads() // on_this_host())))
     try:
@@ -66,7 +67,7 @@ def torch_threads(threads: int | None = None) -> Iterator[None]:
 
 
 def meta_model(model: Model) -> PreTrainedModel:
-    """The same module as ``load_model`` gives, its parameters on the meta device; a copy of its own for each caller.
+    """The same module as from ``load_model``, with its parameters on the meta device. Each caller gets its own copy.
 
     Buffers that no checkpoint holds (the rotary embeddings' frequencies) are real.
 
@@ -77,10 +78,10 @@ def meta_model(model: Model) -> PreTrainedModel:
 
 
 def built_without_weights(checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedModel:
-    """What ``Model.without_weights`` keeps.
+    """The model that ``Model.without_weights`` keeps.
 
     Raises:
-        UserError: the config describes no model.
+        UserError: the config does not describe a model that can be built.
     """
     try:
         empty = _empty(_model_class(checkpoint.model_type, config), config)
@@ -112,8 +113,8 @@ def _empty(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreT
 def materialize(
     empty: PreTrainedModel, model: Model, name: str = "", device: str = "cpu", without: str | None = None, deep: bool = True
 ) -> None:
-    """Give what the module ``name`` of a meta model holds its values, in fp32 on ``device``: all but the module ``without``, and
-    not what is in modules below it unless ``deep``.
+    """Load the values of the module ``name`` of a meta model, in fp32 on ``device``, except those of the module ``without``.
+    Values of submodules are only loaded if ``deep``.
 
     Raises:
         UserError: a value is not finite.
@@ -129,7 +130,7 @@ def materialize(
 
 
 def _converted(model_class: type[PreTrainedModel], model: Model) -> PreTrainedModel:
-    """The model with the checkpoint's tensors, renamed and stacked by transformers."""
+    """The model with the checkpoint's tensors, which transformers renames and stacks."""
     with quiet_transformers():
         return model_class.from_pretrained(
             None,
@@ -148,7 +149,7 @@ def _choose_experts_implementation(module: PreTrainedModel, layers: Iterable[Moe
 
 
 def _fill(empty: PreTrainedModel, model: Model) -> None:
-    """Give every meta parameter of a gated model without expert biases its values."""
+    """Load the values of every meta parameter of a gated model without expert biases."""
     for layer in model.layers:
         module: Any = empty.get_submodule(layer.name)
         up = torch.empty(module.gate_up_proj.shape)

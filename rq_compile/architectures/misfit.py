@@ -1,7 +1,7 @@
-"""Why the tensors of a checkpoint do not fit the model of its config, where transformers' loader placed them and some did not.
+"""Explains why the tensors of a checkpoint do not fit the model of its config, if transformers' loader could not place some.
 
-The loader names parameters and shapes of whole stacks of experts; a user needs the tensor that is missing, or the number that is
-wrong.
+The loader names parameters and shapes of whole stacks of experts. A user needs the name of the missing tensor, or the wrong
+number.
 """
 
 import re
@@ -17,14 +17,15 @@ from rq_compile.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# An expert's tensor: what stands before its number, the number, and what stands after it.
+# The name of an expert's tensor: the part before its number, the number, and the part after it.
 OF_EXPERT = re.compile(r"(.*experts\.(?:expert_)?)(\d+)(\..+)")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-PUBLISHED = "take the config.json published with these weights"
+PUBLISHED = "use the config.json published with these weights"
 
 
 def misfit_of_experts(checkpoint: Checkpoint, config: "PretrainedConfig") -> UserError | None:
-    """What is wrong with experts that are stored one by one: one is missing, lacks a matrix, or is too many. None: nothing."""
+    """The error in experts that are stored one by one: an expert is missing, lacks a matrix, or is superfluous. None if
+    correct."""
     asked = next((getattr(config, key) for key in EXPERTS_KEYS if isinstance(getattr(config, key, None), int)), None)
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for match in filter(None, map(OF_EXPERT.fullmatch, checkpoint.names)):
@@ -36,9 +37,7 @@ def misfit_of_experts(checkpoint: Checkpoint, config: "PretrainedConfig") -> Use
         for number in range(count):
             lacking = next((matrix for matrix in matrices if matrix not in experts.get(number, ())), None)
             if lacking is not None:
-                counted = (
-                    f"{module.rstrip('.')} has {present} experts where config.json says {count}: " if present < count else ""
-                )
+                counted = f"{module.rstrip('.')} has {present} experts, but config.json says {count}: " if present < count else ""
                 return UserError(
                     f"{counted}{checkpoint.lacks(f'{module}{number}{lacking}')}; add the file that holds it, or {PUBLISHED}", 2
                 )
@@ -49,17 +48,17 @@ def misfit_of_experts(checkpoint: Checkpoint, config: "PretrainedConfig") -> Use
 
 
 def misfit_of_shapes(checkpoint: Checkpoint, traces: Traces) -> UserError:
-    """The first parameter whose tensors make up another shape than the config asks for."""
+    """The error for the first parameter whose tensors have another shape than the config needs."""
     name, (there, asked) = min(traces.mismatched.items())
     tensor = tensor_name(traces, name)
     return UserError(
-        f"{tensor} of {checkpoint.path} has shape {list(there)} where its config.json asks for {list(asked)}; {PUBLISHED}", 2
+        f"{tensor} of {checkpoint.path} has shape {list(there)}, but its config.json needs {list(asked)}; {PUBLISHED}", 2
     )
 
 
 def tensor_name(traces: Traces, parameter: str) -> str:
-    """What the tensor of a parameter would be called in this checkpoint: as the same one of another layer, or as most others of
-    the modules that it is in."""
+    """The name that the tensor of a parameter would have in this checkpoint: like the same tensor of another layer, or like most
+    other tensors of the modules around it."""
     renamed = {name: tensor for name, part in traces.parameters.items() if (tensor := whole_tensor(part))}
     if parameter in renamed:
         return renamed[parameter]

@@ -1,4 +1,4 @@
-"""A checkpoint opened once: all that later stages ask of it."""
+"""A checkpoint, opened once, with everything that later stages need from it."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,8 +41,8 @@ EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_la
 class Model:
     """A checkpoint with its family, its transformers config (every default filled in) and its MoE layers by index.
 
-    Non-expert weights go by their parameter's name in the transformers model, experts by layer and number. Nothing but
-    headers is read on opening; ``read``, ``expert``, ``matrix`` and ``bias`` read what is asked for, each time anew.
+    Non-expert weights are named by their parameter in the transformers model, experts by layer and number. Opening a model only
+    reads headers. ``read``, ``expert``, ``matrix`` and ``bias`` read the requested weights, again with every call.
     """
 
     checkpoint: Checkpoint
@@ -55,7 +55,7 @@ class Model:
 
     @classmethod
     def open(cls, path: Path | str) -> "Model":
-        """Read the config and the headers of all shards, and hold them against each other; no weights are read.
+        """Read the config and the headers of all shards, and compare them. No weights are read.
 
         Raises:
             UserError: see ``Checkpoint.open`` and ``of``.
@@ -114,12 +114,12 @@ class Model:
 
     @property
     def dtype(self) -> Format:
-        """The format that most weights of the experts are stored in; of quantized ones, that they are read in."""
+        """The format of most weights of the experts. For quantized weights, this is the format in which they are read."""
         return self.agreement.format
 
     @property
     def text_config(self) -> "PretrainedConfig":
-        """The config of the language model, of a multimodal model too."""
+        """The config of the language model, also in a multimodal model."""
         return self.config.get_text_config()
 
     @property
@@ -129,7 +129,7 @@ class Model:
 
     @property
     def extra_layers(self) -> int:
-        """Layers that predict further tokens (multi-token prediction), which no engine has."""
+        """Number of multi-token-prediction layers, which engines do not have."""
         stated = (self.stated.get(key) for key in EXTRA_LAYERS)
         return next((count for count in stated if type(count) is int and count > 0), 0)
 
@@ -148,7 +148,7 @@ class Model:
 
     @cached_property
     def end_of_text(self) -> list[int]:
-        """The tokens that end a text; empty where none does.
+        """The tokens that end a text; empty if there are none.
 
         Raises:
             UserError: see ``generation.end_of_text``.
@@ -167,76 +167,76 @@ class Model:
 
     @cached_property
     def parameter_count(self) -> int:
-        """Weights that are stored; those that have no part in the model are not counted."""
+        """Number of stored weights, without those that the model does not use."""
         return sum(self.checkpoint.size(name) for name in self.used)
 
     @cached_property
     def quantized(self) -> bool:
-        """Whether the checkpoint stores experts in a format that has to be decoded."""
+        """Whether the checkpoint stores experts in a format that must be decoded."""
         return any(not isinstance(weight, Plain) for layer in self.layers for weight in self.stored_experts(layer))
 
     @cached_property
     def stored_bytes(self) -> dict[str, int]:
-        """Layer name -> bytes of all its experts as the checkpoint stores them: scales, zero points and biases included."""
+        """Layer name -> bytes of all its experts as stored in the checkpoint, including scales, zero points and biases."""
         return {layer.name: sum(weight.bytes for weight in self.stored_experts(layer)) for layer in self.layers}
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all experts of all layers, as the checkpoint stores them."""
+        """Bytes of all experts of all layers, as stored in the checkpoint."""
         return sum(self.stored_bytes.values())
 
     @property
     def largest_layer_bytes(self) -> int:
-        """Bytes of all experts of the MoE layer that has most, in ``dtype``, or in 16 bit where they are quantized."""
+        """Bytes of all experts of the largest MoE layer, in ``dtype``, or in 16 bits if they are quantized."""
         dtype = "bf16" if self.quantized else self.dtype
         return max(layer.geometry.experts * layer.geometry.expert_bytes(dtype) for layer in self.layers)
 
     def stored_experts(self, layer: MoeLayer) -> list[Weight]:
-        """What the experts of ``layer`` are stored in: a weight for each, or one for all."""
+        """The stored weights of the experts of ``layer``: one for each expert, or one for all."""
         return [self.checkpoint.weight(name) for name in self.agreement.experts[layer.index]]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all non-expert weights: parameters and persistent buffers."""
+        """The names of all non-expert weights: parameters and persistent buffers."""
         return tuple(self.agreement.tensors)
 
     @cached_property
     def used(self) -> list[str]:
-        """The checkpoint's tensors that have a part in the model."""
+        """The checkpoint's tensors that the model uses."""
         unused = set(self.agreement.unused)
         return [name for name in self.checkpoint.names if name not in unused]
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """A sentence on each difference between config and tensors that is not an error, and where nothing ends a text.
+        """A sentence about each difference between config and tensors that is not an error, and one if no token ends a text.
 
         Raises:
             UserError: see ``end_of_text``.
         """
-        endless = () if self.end_of_text else ("no token ends a text (eos_token_id): generation stops at the length asked for",)
+        endless = () if self.end_of_text else ("no token ends a text (eos_token_id): generation stops at the requested length",)
         return (*self.agreement.remarks, *endless)
 
     def tensor(self, name: str) -> str:
-        """What a non-expert weight is made of: the checkpoint's tensor, where it is one as it is. Tied weights have one."""
+        """The checkpoint's tensor of a non-expert weight, if the weight is one unchanged tensor. Tied weights share one."""
         return self.agreement.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a non-expert weight."""
+        """The shape of a non-expert weight."""
         return self._traced.parameter(name).shape if self._traced else self.checkpoint.shape(self.tensor(name))
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Where a non-expert weight lies, and how; None where it is decoded, or computed from several tensors or from a part."""
+        """The stored tensor of a non-expert weight; None if the weight is decoded, or computed from several tensors or a part."""
         weight = self.checkpoint.weight(self.tensor(name)) if self.tensor(name) in self.checkpoint else None
         return weight.stored if isinstance(weight, Plain) else None
 
     def source_bytes(self, name: str) -> int:
-        """Of what is read for a non-expert weight, and decoded."""
+        """Bytes that are read, and decoded, for a non-expert weight."""
         if self._traced:
             return self._traced.source_bytes(self._traced.parameter(name))
         return self.checkpoint.source_bytes(self.tensor(name))
 
     def dtype_of(self, name: str) -> np.dtype:
-        """What ``read`` gives for a non-expert weight, see ``Checkpoint.dtype_of``."""
+        """The dtype that ``read`` returns for a non-expert weight, see ``Checkpoint.dtype_of``."""
         if self._traced:
             return self._traced.dtype_of(self._traced.parameter(name))
         return self.checkpoint.dtype_of(self.tensor(name))
@@ -252,28 +252,28 @@ class Model:
         return self.checkpoint.read(self.tensor(name))
 
     def matrix(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray:
-        """One of the two matrices of a logical expert, as ``ExpertWeights`` has it; reads nothing else."""
+        """One of the two matrices of a logical expert, in the layout of ``ExpertWeights``. Reads nothing else."""
         if self._traced:
             return self._traced.matrix(layer, expert, projection)
         assert self.family is not None
         return expert_matrix(self.checkpoint, self.family, layer, expert, projection)
 
     def integers(self, layer: MoeLayer, expert: int, projection: Projection) -> SourceIntegers | None:
-        """The whole numbers and scales of such a matrix, where the checkpoint stores it so; reads nothing else."""
+        """The integers and scales of such a matrix, if the checkpoint stores it in this form. Reads nothing else."""
         if self._traced:
             return self._traced.integers(layer, expert, projection)
         assert self.family is not None
         return expert_integers(self.checkpoint, self.family, layer, expert, projection)
 
     def bias(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray | None:
-        """The bias of such a matrix, or None; reads nothing else."""
+        """The bias of such a matrix, or None. Reads nothing else."""
         if self._traced:
             return self._traced.bias(layer, expert, projection)
         assert self.family is not None
         return expert_bias(self.checkpoint, self.family, layer, expert, projection)
 
     def expert(self, layer: MoeLayer, expert: int) -> ExpertWeights:
-        """The weights of one logical expert; reads no other's."""
+        """The weights of one logical expert. Reads no other expert."""
         up, down = self.matrix(layer, expert, "up"), self.matrix(layer, expert, "down")
         return ExpertWeights(
             up,

@@ -1,7 +1,7 @@
-"""What an experts module of transformers computes, found by running it on small random weights.
+"""Finds out what an experts module of transformers computes, by running it on small random weights.
 
-The class's own forward is the authority: a flag or an activation's name may be new, or may not say all (a norm after each
-expert, a scale). What none of our activations reproduces is refused, so that no family is compiled to something else.
+Only the class's own forward is reliable: a flag or the name of an activation may be new, or may not describe everything (a norm
+after each expert, a scale). Modules that none of our activations reproduces are refused, so that no family is compiled wrongly.
 """
 
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ from rq_compile.errors import UserError, reason
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, CHOICES = 3, 8, 6, 48, 2
 TOLERANCE = 1e-4
-# GPT-OSS's, which its config may leave out.
+# The values of GPT-OSS, which its config may leave out.
 DEFAULT_ALPHA, DEFAULT_LIMIT = 1.702, 7.0
 
 
 def experts_geometry(module: Any, name: str, *, experts: int, top_k: int, hidden: int, intermediate: int) -> ExpertGeometry:
-    """The geometry of the experts module ``name``, its activation the one that reproduces the module's forward.
+    """The geometry of the experts module ``name``, with the activation that reproduces the module's forward.
 
     Raises:
-        UserError: none does.
+        UserError: no activation reproduces it.
     """
     small = _miniature(module)
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ def experts_geometry(module: Any, name: str, *, experts: int, top_k: int, hidden
     if found is None:
         norm = " (it has a norm after each expert)" if getattr(module, "has_post_expert_norm", False) else ""
         raise UserError(
-            f"{kind} computes something else than experts with {', '.join(ACTIVATIONS)}{norm}; "
+            f"{kind} does not compute experts with {', '.join(ACTIVATIONS)}{norm}; "
             "it is not supported, use a family of docs/families.md"
         )
     sizes = {"experts": experts, "top_k": top_k, "hidden": hidden, "intermediate": intermediate}
@@ -67,7 +67,7 @@ def _miniature(module: Any) -> Any:
         if module.has_bias:
             setattr(small, f"{name}_bias", nn.Parameter(torch.randn(EXPERTS, outputs, generator=generator), False))
     for name, parameter in list(small.named_parameters()):
-        if parameter.is_meta:  # of a norm, say
+        if parameter.is_meta:  # for example, of a norm
             owner, _, attribute = name.rpartition(".")
             setattr(small.get_submodule(owner), attribute, nn.Parameter(torch.ones(HIDDEN), False))
     for attribute, value in (("num_experts", EXPERTS), ("hidden_size", HIDDEN), ("hidden_dim", HIDDEN)):
@@ -99,7 +99,7 @@ def _candidates(module: Any) -> Iterator[ExpertGeometry]:
 
 
 def _computed(small: Any, geometry: ExpertGeometry, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """What experts of ``geometry`` with the module's weights give: ``ExpertGeometry``'s own definition, token by token."""
+    """The output of experts with ``geometry`` and the module's weights, token by token, as defined in ``ExpertGeometry``."""
     up_name = "gate_up_proj" if small.has_gate else "up_proj"
     outputs = torch.zeros_like(x)
     for expert in range(EXPERTS):

@@ -1,4 +1,4 @@
-"""transformers without its progress bars and warnings: what is odd about a checkpoint is said by ``Model.remarks``."""
+"""transformers without its progress bars and warnings. ``Model.remarks`` has the remarks about a checkpoint."""
 
 import warnings
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers shows no progress bar, logs errors alone, and neither it nor torch tells what it will rename."""
+    """A context in which transformers shows no progress bars and logs only errors, and neither it nor torch warns of renamed
+    features."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

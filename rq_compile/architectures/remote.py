@@ -4,7 +4,7 @@
   over the chosen logits equals Mixtral's renormalised softmax, and the gates are multiplied by ``score_scale_factor``.
 - ``deepseek`` (DeepSeek-MoE, arXiv 2401.06066): Qwen2-MoE without QKV biases, whose shared experts are not gated.
 
-Both are inference only: the routers' training noise and balance losses have no part here.
+Both are for inference only, without the routers' training noise and balance losses.
 """
 
 import torch
@@ -20,9 +20,9 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 
 
 class LlamaMoeRouter(MixtralTopKRouter):
-    """``x [T, hidden]`` to ``(logits [T, m], gates [T, k], expert ids [T, k])``.
+    """Maps ``x [T, hidden]`` to ``(logits [T, m], gates [T, k], expert ids [T, k])``.
 
-    A subclass of Mixtral's router, so that what finds routers by their class finds this one.
+    It is a subclass of Mixtral's router, so that code that finds routers by their class finds it.
     """
 
     def __init__(self, config: MixtralConfig) -> None:
@@ -44,7 +44,8 @@ class LlamaMoeRouter(MixtralTopKRouter):
 
 
 class ComposedModel(PreTrainedModel):
-    """transformers looks in a class's own source file for what it can switch; the modules used here stand in others."""
+    """transformers searches a class's own source file for features that it can switch. The modules used here are in other
+    files."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -65,7 +66,7 @@ class LlamaMoeForCausalLM(ComposedModel, MixtralForCausalLM):
 
 
 class DeepseekMoeBlock(nn.Module):
-    """Routed experts plus shared experts that see every token: ``x [batch, sequence, hidden]`` to the same shape."""
+    """Routed experts plus shared experts that process every token: maps ``x [batch, sequence, hidden]`` to the same shape."""
 
     def __init__(self, config: Qwen2MoeConfig) -> None:
         super().__init__()

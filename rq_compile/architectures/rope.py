@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE) as a config states them, in either spelling; kinds that are not supported are refused."""
+"""Rotary position embeddings (RoPE) in a config, in both spellings. Unsupported kinds are refused."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from rq_compile.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# The numbers that each kind needs.
+# The numbers that each kind requires.
 NUMBERS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -16,30 +16,30 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-# transformers takes these from config.head_dim even where a family leaves that to be derived.
+# transformers computes these kinds from config.head_dim, even in families that derive it from other values.
 OF_HEAD_DIM = ("dynamic", "longrope", "yarn")
 BY_LENGTH = ("dynamic", "longrope")
 
 
 def stated_rope(config: dict[str, Any], default_theta: float | None = None) -> dict[str, Any]:
-    """``rope_parameters`` of a ``config.json``, which may call them ``rope_scaling`` and their ``rope_type`` just ``type``."""
+    """``rope_parameters`` of a ``config.json``, which may also be called ``rope_scaling``, with ``type`` for ``rope_type``."""
     stated = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = stated.pop("type", None)
     return {"rope_type": kind or "default", "rope_theta": config.get("rope_theta") or default_theta, **stated}
 
 
 def with_head_dim(config: dict[str, Any], default: int | None) -> dict[str, Any]:
-    """The config with ``head_dim`` where its rotary embeddings need it; ``default`` is the family's."""
+    """The config with ``head_dim`` if its rotary embeddings need it. ``default``: the value of the family."""
     if default is None and config.get("head_dim") is None and stated_rope(config)["rope_type"] in OF_HEAD_DIM:
         return {**config, "head_dim": config["hidden_size"] // config["num_attention_heads"]}
     return config
 
 
 def check_rope(config: dict[str, Any], place: str) -> None:
-    """``config`` is a ``config.json``, ``place`` its name in the message.
+    """Check the rotary embeddings of ``config``, a ``config.json``. ``place``: its name in messages.
 
     Raises:
-        UserError: a kind of rotary embedding that transformers does not have, or that cannot be exported, or that lacks a value.
+        UserError: a kind does not exist in transformers, cannot be exported, or lacks a value.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -57,7 +57,7 @@ def check_rope(config: dict[str, Any], place: str) -> None:
         if kind not in known:
             raise UserError(f"{asks}, which is not supported; use a model with one of {', '.join(known)}", 2)
         if by_layer and kind in BY_LENGTH:
-            raise UserError(f"{asks} in some layers alone, which is not supported; use it in all layers or in none", 2)
+            raise UserError(f"{asks} in some layers only, which is not supported; use it in all layers or in none", 2)
         if rope["rope_theta"] is not None and not _number(rope["rope_theta"]):
             raise UserError(f"{asks} with rope_theta {rope['rope_theta']!r:.40}; correct it to a number of at least 0", 2)
         for key in NUMBERS.get(kind, ()):
@@ -78,6 +78,7 @@ def _positive(value: Any) -> bool:
 
 
 def recomputed_beyond(config: "PretrainedConfig") -> int | None:
-    """The length that a KV cache is not continued over: transformers' ``generate`` computes a sequence anew where it first
-    exceeds it, as Phi-3.5-MoE scales its rotary embedding otherwise from there on. None for models that keep their cache."""
+    """The length beyond which a KV cache is not continued. When a sequence first exceeds it, transformers' ``generate`` computes
+    the sequence again, because Phi-3.5-MoE scales its rotary embedding differently from there on. None for models that keep their
+    cache."""
     return getattr(config, "original_max_position_embeddings", None) if config.model_type == "phimoe" else None

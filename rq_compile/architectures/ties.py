@@ -1,7 +1,7 @@
-"""Experts that tie: of equal scores the one of the expert with the lower number is chosen, everywhere.
+"""Experts that tie: among equal scores, the expert with the lower number is always chosen.
 
-ONNX promises this of ``TopK``; torch does not promise it of ``torch.topk``. Where two rows of a router are equal, so are their
-logits, but torch's matrix product and sigmoid may round the last numbers of a row otherwise than the rest.
+ONNX guarantees this for ``TopK``; torch does not guarantee it for ``torch.topk``. If two rows of a router are equal, their logits
+should be too, but torch's matrix product and sigmoid may round the last numbers of a row differently from the others.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,8 @@ ROUTERS = ("gate", "router")
 
 
 def break_ties_by_number(module: PreTrainedModel, layers: Iterable[MoeLayer]) -> None:
-    """Make the body of ``module`` choose experts by that rule. Not for a model that is exported: the graph's ``TopK`` has it."""
+    """Make the body of ``module`` choose experts by this rule. Exported models do not need this, because ONNX's ``TopK`` follows
+    it."""
     body = text_body(module)
     forward, mode = body.forward, _LowestNumber({layer.geometry.experts for layer in layers})
 
@@ -33,7 +34,7 @@ def break_ties_by_number(module: PreTrainedModel, layers: Iterable[MoeLayer]) ->
 
 
 def remarks_on_ties(model: Model) -> list[str]:
-    """A sentence if the router of a layer has equal rows, so that its experts tie for every token; none otherwise.
+    """A sentence if the router of a layer has equal rows, so that its experts tie for every token; otherwise empty.
 
     Raises:
         UserError: a router's weights cannot be read, or are not finite.
@@ -42,12 +43,12 @@ def remarks_on_ties(model: Model) -> list[str]:
     if not tied:
         return []
     index, experts = next(iter(tied.items()))
-    where = f"{len(tied)} of {len(model.layers)} layers (in layer {index} those of experts {_listed(experts)})"
-    return [f"routers have equal rows in {where}: of experts that tie, those with the lowest numbers are chosen"]
+    where = f"{len(tied)} of {len(model.layers)} layers (in layer {index}, those of experts {_listed(experts)})"
+    return [f"routers have equal rows in {where}: among experts that tie, those with the lowest numbers are chosen"]
 
 
 class _LowestNumber(TorchFunctionMode):
-    """Within it ``topk`` is stable, and equal rows of a weight with one row an expert give equal logits and equal sigmoids."""
+    """A mode in which ``topk`` is stable, and equal rows of a weight with one row per expert give equal logits and sigmoids."""
 
     def __init__(self, experts: set[int]) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ def _stable_topk(x: torch.Tensor, k: int, dim: int = -1, largest: bool = True, s
 
 
 def _first_of_equal(rows: torch.Tensor) -> torch.Tensor | None:
-    """For each row ``[m, ...]`` the number of the first that equals it; None if no two are equal."""
+    """For each row ``[m, ...]``, the number of the first row that equals it; None if no two rows are equal."""
     distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
     if len(distinct) == len(rows):
         return None
@@ -89,7 +90,7 @@ def _first_of_equal(rows: torch.Tensor) -> torch.Tensor | None:
 
 
 def _equal_experts(model: Model, layer: MoeLayer) -> list[int]:
-    """The first group of experts whose rows are equal in all tensors of the layer's router that have a row for each."""
+    """The first group of experts whose rows are equal in all tensors of the layer's router that have one row per expert."""
     tensors = [model.read(name).astype(np.float32) for name in _router_weights(model, layer)]
     if not tensors:
         return []
@@ -100,7 +101,7 @@ def _equal_experts(model: Model, layer: MoeLayer) -> list[int]:
 
 
 def _router_weights(model: Model, layer: MoeLayer) -> list[str]:
-    """Those with a row for each expert, of the last product alone where a router has several (LLaMA-MoE)."""
+    """The router's weights with a row per expert. If a router has several products (LLaMA-MoE), only those of the last."""
     block = f"{layer.name.rpartition('.')[0]}."
     inside = [name for name in model.names if name.startswith(block) and name.removeprefix(block).split(".")[0] in ROUTERS]
     rows = {name: model.shape(name) for name in inside if model.shape(name)[:1] == (layer.geometry.experts,)}

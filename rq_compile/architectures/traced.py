@@ -1,4 +1,5 @@
-"""A checkpoint's weights as transformers' own loader would place them: no table of families, no weight read."""
+"""A checkpoint's weights as transformers' own loader would place them, without a table of families and without reading
+weights."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from rq_compile.quantization.source_integers import SourceIntegers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Operations of a loader that only put matrices and their rows together, apart or in another order.
+# Operations of a loader that only join, split or reorder matrices and their rows.
 REARRANGING = frozenset(
     {*CASTS, "stack", "cat", "concat", "concatenate", "chunk", "split", "unbind", "getitem", "select", "gate_first"}
     | {"transpose", "swapaxes", "swapdims", "permute"}
@@ -53,15 +54,15 @@ class TracedWeights:
     def of(cls, checkpoint: Checkpoint, config: "PretrainedConfig") -> "TracedWeights":
         """
         Raises:
-            UserError: the config describes no language model of transformers that can be built, a parameter has no tensor, or
-                no layer has experts that are supported.
+            UserError: the config does not describe a language model of transformers that can be built, a parameter has no tensor,
+                or no layer has supported experts.
         """
         model_class = model_class_of(config, checkpoint)
         tensors = {name: (checkpoint.shape(name), _torch_dtype(checkpoint.dtype_of(name))) for name in checkpoint.names}
         try:
             with quiet_transformers():
                 traces = trace(model_class, config, tensors)
-        except Exception as error:  # a config may be wrong in any way, and a loader may need what was not foreseen
+        except Exception as error:  # a config may be wrong in any way, and a loader may need something unexpected
             raise misfit_of_experts(checkpoint, config.get_text_config()) or UserError(
                 f"transformers cannot load {checkpoint.path} as a {model_class.__name__}: {_reason(error)}; "
                 "check its config.json against its tensors",
@@ -76,7 +77,7 @@ class TracedWeights:
         return self.traces.model
 
     def agreement(self) -> Agreement:
-        """How config, tensors and parameters differ, where that is not an error.
+        """The differences between config, tensors and parameters that are not errors.
 
         Raises:
             UserError: experts are stored in a type that is not a floating-point number.
@@ -103,7 +104,7 @@ class TracedWeights:
     def parameter(self, name: str) -> Expression:
         """
         Raises:
-            UserError: no tensor of the checkpoint makes up such a parameter.
+            UserError: the checkpoint has no tensor for this parameter.
         """
         try:
             return self.traces.parameters[name]
@@ -111,7 +112,7 @@ class TracedWeights:
             raise UserError(f"{self.checkpoint.path} has no tensor for the parameter {name}; check its config.json", 2) from None
 
     def tensor(self, name: str) -> str | None:
-        """The tensor that a parameter is, as it is; None where it is computed."""
+        """The tensor of a parameter that is one unchanged tensor; None if the parameter is computed."""
         expression = self.parameter(name)
         return expression.name if isinstance(expression, Source) and expression.row is None else None
 
@@ -119,17 +120,17 @@ class TracedWeights:
         """The value in its stored dtype (bf16 as ``ml_dtypes.bfloat16``).
 
         Raises:
-            UserError: a value is infinite or not a number.
+            UserError: a value is infinite or NaN.
         """
         return _numpy(expression.compute(self._read))
 
     def dtype_of(self, expression: Expression) -> np.dtype:
-        """What ``read`` gives."""
+        """The dtype that ``read`` returns."""
         dtypes = {self.checkpoint.dtype_of(source.name) for source in expression.sources()}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def source_bytes(self, expression: Expression) -> int:
-        """Of the tensors (or slices of them) that it is computed from, and of what is decoded."""
+        """Bytes of the tensors, or their slices, from which it is computed, and of the decoded values."""
         sizes = 0
         for source in expression.sources():
             size = self.checkpoint.source_bytes(source.name)
@@ -142,7 +143,7 @@ class TracedWeights:
         return np.ascontiguousarray(self.read(found.up if projection == "up" else found.down))
 
     def integers(self, layer: MoeLayer, expert: int, projection: Projection) -> SourceIntegers | None:
-        """The whole numbers and scales that ``matrix`` is the product of; None where it is not, as far as can be told."""
+        """The integers and scales whose product is ``matrix``; None if there are none, as far as is known."""
         found = self._expert(layer, expert)
         expression = found.up if projection == "up" else found.down
         if not expression.operations() <= REARRANGING:
@@ -187,7 +188,7 @@ class TracedWeights:
 
 
 def model_class_of(config: "PretrainedConfig", checkpoint: Checkpoint) -> "type[PreTrainedModel]":
-    """transformers' class of a language model (the one with all parts, where it is multimodal).
+    """transformers' class of a language model (for a multimodal model, the class with all parts).
 
     Raises:
         UserError: there is none.
@@ -205,27 +206,28 @@ def model_class_of(config: "PretrainedConfig", checkpoint: Checkpoint) -> "type[
 
 
 def set_experts_implementation(model: Any, implementation: str) -> None:
-    """For all experts modules; ``PreTrainedModel.set_experts_implementation`` misses those below a part with its own config."""
+    """Set the implementation of all experts modules. ``PreTrainedModel.set_experts_implementation`` misses those in parts with
+    their own config."""
     for _, module in experts_modules(model):
         module.config._experts_implementation = implementation
 
 
 def text_body(model: Any) -> Any:
-    """The part of a model that reads token ids, without the head: of a multimodal model its language model alone."""
+    """The part of a model that reads token ids, without the head. For a multimodal model, this is only its language model."""
     return model.base_model if model.config.is_encoder_decoder else model.get_decoder()
 
 
 def _check_placed(traces: Traces, checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
-    """Whether every parameter is made up of tensors, of its shape and of floating-point numbers.
+    """Check that every parameter consists of tensors with its shape and floating-point numbers.
 
     Raises:
-        UserError: one is not.
+        UserError: a parameter does not.
     """
     if traces.mismatched:
         raise misfit_of_experts(checkpoint, config.get_text_config()) or misfit_of_shapes(checkpoint, traces)
     if traces.missing:
         ties = getattr(traces.model, "all_tied_weights_keys", {})
-        # Where a weight and what it is tied to are both missing, the checkpoint lacks the second.
+        # If a weight and the weight that it is tied to are both missing, the checkpoint lacks the second.
         weight = min((name for name in traces.missing if ties.get(name) not in traces.missing), default=min(traces.missing))
         raise missing(checkpoint, traces.model, weight, tensor_name(traces, weight))
     weights = traces.model.state_dict()
@@ -243,7 +245,7 @@ def _reason(error: Exception) -> str:
 def _moe_layers(traces: Traces, checkpoint: Checkpoint) -> Iterator[MoeLayer]:
     try:
         chosen = _top_k(traces.model)
-    except Exception as error:  # as above: numbers of a router that do not go together, say
+    except Exception as error:  # as above: for example, inconsistent numbers of a router
         raise UserError(
             f"transformers cannot run a {type(traces.model).__name__} as {checkpoint.path / 'config.json'} describes it: "
             f"{_reason(error)}; correct it",
@@ -252,7 +254,7 @@ def _moe_layers(traces: Traces, checkpoint: Checkpoint) -> Iterator[MoeLayer]:
     found = [(name, module) for name, module in experts_modules(traces.model) if name in chosen]
     if not found:
         raise UserError(
-            f"{checkpoint.path} is not an MoE that is supported: no layer of a {type(traces.model).__name__} has experts that "
+            f"{checkpoint.path} is not a supported MoE: no layer of a {type(traces.model).__name__} has experts that "
             "transformers' experts interface runs; give a sparse MoE checkpoint",
             2,
         )
@@ -277,7 +279,7 @@ def _up(module: Any) -> str:
 
 
 def _top_k(model: Any) -> dict[str, int]:
-    """Choices per token of every experts module that text reaches, as its router hands them over in a run on the meta device."""
+    """Choices per token of every experts module that text reaches, as passed by its router in a run on the meta device."""
     found: dict[str, int] = {}
     ALL_EXPERTS_FUNCTIONS.register(WATCHED, lambda module, hidden_states, *_: torch.empty_like(hidden_states))
 

@@ -71,7 +71,7 @@ def opened(folder: Path, *remarks: str) -> Model:
     ],
 )
 def test_a_missing_weight_is_named(copy: Callable[..., Path], family: str, tensor: str) -> None:
-    refused(copy(family, lambda tensors: tensors.pop(tensor)), f"has no tensor {tensor}, which its config.json asks for")
+    refused(copy(family, lambda tensors: tensors.pop(tensor)), f"has no tensor {tensor}, which its config.json needs")
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v2", "llama_moe"])
@@ -132,7 +132,7 @@ def test_a_layer_with_fewer_experts(copy: Callable[..., Path]) -> None:
         for name in [name for name in tensors if ".layers.1." in name and (".experts.6." in name or ".experts.7." in name)]:
             del tensors[name]
 
-    refused(copy("qwen3_moe", fewer), "model.layers.1.mlp.experts has 6 experts where config.json says 8", "experts.6.")
+    refused(copy("qwen3_moe", fewer), "model.layers.1.mlp.experts has 6 experts, but config.json says 8", "experts.6.")
 
 
 @pytest.mark.parametrize("expert", [0, 3, 7])
@@ -146,7 +146,7 @@ def test_an_expert_without_a_matrix(copy: Callable[..., Path], expert: int, matr
     ("family", "key"), [("olmoe", "num_experts"), ("mixtral", "num_local_experts"), ("olmoe", "num_experts_per_tok")]
 )
 def test_a_number_for_each_layer(copy: Callable[..., Path], family: str, key: str) -> None:
-    refused(copy(family, **{key: [4, 2]}), f"says {key} [4, 2], where one number for all layers is expected")
+    refused(copy(family, **{key: [4, 2]}), f"says {key} [4, 2], but one number for all layers is expected")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,9 @@ def test_an_expert_too_many(copy: Callable[..., Path], family: str, tensor: str)
 
 
 def test_layers_that_the_config_calls_dense(copy: Callable[..., Path]) -> None:
-    refused(copy("qwen2_moe", mlp_only_layers=[0, 1]), "model.layers.1.mlp.experts", "by its config.json the layer is dense")
+    refused(
+        copy("qwen2_moe", mlp_only_layers=[0, 1]), "model.layers.1.mlp.experts", "its config.json says that the layer is dense"
+    )
     refused(copy("qwen2_moe", mlp_only_layers=[]), "has no tensor model.layers.0.mlp")
 
 

@@ -140,7 +140,7 @@ def test_static_scaling_is_that_of_transformers(family: str, rope: dict[str, Any
         (
             "gpt_oss",
             {"full_attention": {"type": "dynamic", "factor": 2.0}},
-            ["rope_type dynamic (rope_scaling) in some layers alone"],
+            ["rope_type dynamic (rope_scaling) in some layers only"],
         ),
         ("mixtral", 5, ["rope_scaling 5, which is not an object"]),
     ],

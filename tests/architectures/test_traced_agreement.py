@@ -72,7 +72,7 @@ def test_a_head_is_only_the_embedding_where_the_config_ties_it(copy: Copy) -> No
     refused(copy("glm4_moe", lambda tensors: tensors.pop("lm_head.weight")), "tie_word_embeddings is false")
     tied = copy("glm4_moe", lambda tensors: tensors.pop("lm_head.weight"), tie_word_embeddings=True)
     assert Model.open(tied).agreement.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert any("differ, though config.json ties them" in said for said in remarks(copy("glm4_moe", tie_word_embeddings=True)))
+    assert any("differ, although config.json ties them" in said for said in remarks(copy("glm4_moe", tie_word_embeddings=True)))
 
 
 @pytest.mark.parametrize("experts", [7, 9])
@@ -90,14 +90,14 @@ def test_a_layer_with_fewer_experts(copy: Copy) -> None:
         for name in [name for name in tensors if ".layers.2." in name and (".experts.6." in name or ".experts.7." in name)]:
             del tensors[name]
 
-    refused(copy("glm4_moe", fewer), "model.layers.2.mlp.experts has 6 experts where config.json says 8", "experts.6.")
+    refused(copy("glm4_moe", fewer), "model.layers.2.mlp.experts has 6 experts, but config.json says 8", "experts.6.")
 
 
 @pytest.mark.parametrize(
     ("model_type", "tensor"), [("glm4_moe", "model.layers.1.input_layernorm.weight"), ("nemotron_h", "backbone.norm_f.weight")]
 )
 def test_a_weight_of_another_shape_or_type(copy: Copy, model_type: str, tensor: str) -> None:
-    refused(copy(model_type, lambda tensors: tensors.update({tensor: torch.ones(7)})), f"{tensor} of", "has shape [7] where")
+    refused(copy(model_type, lambda tensors: tensors.update({tensor: torch.ones(7)})), f"{tensor} of", "has shape [7], but")
     for dtype in (torch.int64, torch.bool):
         changed = copy(model_type, lambda tensors, dtype=dtype: tensors.update({tensor: tensors[tensor].to(dtype)}))
         refused(changed, f"{tensor} of", "is stored as")

@@ -191,22 +191,22 @@ def reconfigured(model: Path, target: Path, **changes: object) -> Model:
     [
         ({"num_experts": 10**9}, "says num_experts 1000000000"),
         ({"num_experts": -8}, "says num_experts -8"),
-        ({"num_experts": 16}, r"has 8 experts where config\.json says 16: .* has no tensor model\.layers\.0\.mlp\.experts\.8"),
+        ({"num_experts": 16}, r"has 8 experts, but config\.json says 16: .* has no tensor model\.layers\.0\.mlp\.experts\.8"),
         ({"num_experts": 4}, r"has model\.layers\.0\.mlp\.experts\.4\.down_proj\.weight, but .* 4 experts"),
-        ({"num_experts": [8, 6]}, r"says num_experts \[8, 6\], where one number for all layers is expected"),
+        ({"num_experts": [8, 6]}, r"says num_experts \[8, 6\], but one number for all layers is expected"),
         ({"num_experts_per_tok": 9}, "chooses 9 of 8 experts"),
         ({"num_experts_per_tok": 0}, "says num_experts_per_tok 0"),
         ({"num_hidden_layers": 10**12}, "says num_hidden_layers 1000000000000"),
         ({"num_hidden_layers": 0}, "says num_hidden_layers 0"),
-        ({"num_hidden_layers": 3}, r"has no tensor model\.layers\.2\..*, which its config\.json asks for"),
+        ({"num_hidden_layers": 3}, r"has no tensor model\.layers\.2\..*, which its config\.json needs"),
         ({"hidden_size": -32}, "says hidden_size -32"),
         ({"hidden_size": 2**40}, "says hidden_size"),
         ({"hidden_size": 64}, "has 8 experts of 32 x 48, 36864 weights, where .* asks for 73728"),
         ({"intermediate_size": 64}, "has 8 experts of 32 x 48, 36864 weights, where .* asks for 49152"),
-        ({"num_key_value_heads": 4}, r"has shape \[16, 32\] where its config\.json asks for \[32, 32\]"),
+        ({"num_key_value_heads": 4}, r"has shape \[16, 32\], but its config\.json needs \[32, 32\]"),
         ({"hidden_size": "32"}, "hidden_size"),
         ({"hidden_size": None}, "hidden_size"),
-        ({"vocab_size": 64}, r"has shape \[128, 32\] where its config.json asks for \[64, 32\]"),
+        ({"vocab_size": 64}, r"has shape \[128, 32\], but its config.json needs \[64, 32\]"),
         ({"num_attention_heads": 0}, "says num_attention_heads 0"),
         ({"num_attention_heads": 5}, "config.json"),
         ({"hidden_act": "import os"}, "import os"),
@@ -231,7 +231,7 @@ def test_experts_of_unequal_shapes_are_refused_before_any_is_read(model: Path, t
     tensors[name] = tensors[name].T.contiguous()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match=rf"{name} of .* has shape \[32, 48\] where \[48, 32\] is expected of one of 8 equal experts"
+        UserError, match=rf"{name} of .* has shape \[32, 48\], but \[48, 32\] is expected of each of 8 equal experts"
     ):
         Model.open(directory)
 

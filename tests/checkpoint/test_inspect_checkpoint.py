@@ -73,7 +73,7 @@ def test_what_is_tied_ignored_and_remarked(rq_compile: Run, model: Path, tmp_pat
         (lambda tensors: tensors.pop("model.norm.weight"), {}, "has no tensor model.norm.weight"),
         (lambda tensors: None, {"model_type": "some_moe"}, "the model_type some_moe"),
         (lambda tensors: None, {"hidden_act": "mish"}, "hidden_act=mish"),
-        (lambda tensors: None, {"num_experts": 9}, "has 8 experts where config.json says 9"),
+        (lambda tensors: None, {"num_experts": 9}, "has 8 experts, but config.json says 9"),
         (lambda tensors: None, {"eos_token_id": "end"}, "eos_token_id"),
     ],
 )

@@ -169,7 +169,7 @@ def test_unknown_methods(tmp_path: Path, method: str, parts: Tensors, words: str
 
 def test_a_weight_that_was_dequantized_while_its_scales_were_left(spoilt: Callable[..., str]) -> None:
     message = spoilt("fp8", changed(f"{EXPERT}.weight", lambda t: t.to(torch.bfloat16)))
-    assert "BF16 and has scales" in message
+    assert "BF16 but has scales" in message
 
 
 @pytest.mark.parametrize("config", ['{"model_type": "olmoe"}', None])

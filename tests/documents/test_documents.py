@@ -139,7 +139,7 @@ def test_plans(spoil: Spoil, words: str, tmp_path: Path) -> None:
         ("engine", lambda d: d.update(activation_bits=7), "activation_bits is 7"),
         ("engine", lambda d: d["slot_offsets"].popitem(), "slot_offsets and the layers of the plan differ in model.layers"),
         ("engine", lambda d: d["slot_offsets"].update(x="y"), "slot_offsets and the layers of the plan differ in x"),
-        ("engine", lambda d: d["plan"].update(schema_version=99), "plan: schema version 99 is of a newer rq-compile"),
+        ("engine", lambda d: d["plan"].update(schema_version=99), "plan: schema version 99 is that of a newer rq-compile"),
         ("engine", lambda d: d["plan"]["layers"][0].update(index=1), "stands twice"),
         ("tensorrt-engine", lambda d: d.update(compute_capabilities=[0]), "compute_capabilities.0 is 0"),
         ("tensorrt-engine", lambda d: d["profiles"][0]["batch"].update(most=2**40), "profiles.0.batch.most is 1099511627776"),

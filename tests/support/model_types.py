@@ -122,8 +122,8 @@ SUPPORTED = (
 )
 # Refused with a sentence that has these words.
 REFUSED = {
-    "inkling2_text": "computes something else",
-    "inkling2_loop_text": "computes something else",
+    "inkling2_text": "does not compute experts",
+    "inkling2_loop_text": "does not compute experts",
     "jamba": "loop over the batch or the sequence",
     "deepseek_v4": "loop over the batch or the sequence",
 }

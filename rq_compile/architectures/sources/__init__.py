@@ -1,1 +1,1 @@
-"""Which checkpoint tensors make up each parameter and each expert of a model, for every family that transformers loads."""
+"""The checkpoint tensors of each parameter and each expert of a model, for every family that transformers loads."""

@@ -1,4 +1,4 @@
-"""The experts of a traced model: which modules hold them, and each expert's matrices as expressions in canonical layout."""
+"""The experts of a traced model: their modules, and each expert's matrices as expressions in canonical layout."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import nn
 from rq_compile.architectures.sources.expression import Expression, step
 from rq_compile.architectures.sources.tracing import Traces
 
-# What transformers' decorator ``use_experts_implementation`` leaves on a module.
+# The attribute that transformers' decorator ``use_experts_implementation`` sets on a module.
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
@@ -51,5 +51,5 @@ def expert_sources(traces: Traces, name: str, expert: int) -> ExpertSources:
 
 
 def _gate_first(rows: torch.Tensor) -> torch.Tensor:
-    """Rows that take turns between gate and up (GPT-OSS), the gate's first."""
+    """Interleaved rows of gate and up (GPT-OSS), reordered with the gate's rows first."""
     return torch.cat([rows[0::2], rows[1::2]])

@@ -1,8 +1,8 @@
 """Parameters as expressions over checkpoint tensors.
 
-``Source`` is a checkpoint tensor, ``Step`` an operation of transformers' loader on other expressions. ``select`` gives one
-slice of the first dimension. It pushes the slice down through the operations to the tensors that it needs, so that one expert
-of a stacked parameter is read from its own tensors, or from its own row of a tensor that holds all experts.
+``Source`` is a checkpoint tensor, ``Step`` an operation of transformers' loader on other expressions. ``select`` returns one
+slice of the first dimension. It pushes the slice down through the operations to the tensors that it needs. One expert of a
+stacked parameter is therefore read from its own tensors, or from its own row of a tensor that holds all experts.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 Read = Callable[[str, int | None], torch.Tensor]
 Rule = Callable[["Step", int], "Expression | None"]
 
-# Operations that change the dtype, the device or the memory layout, and no value.
+# Operations that change the dtype, the device or the memory layout, but no values.
 CASTS = frozenset({"to", "contiguous", "detach", "clone", "requires_grad_", "float", "bfloat16", "half", "type", "cpu"})
 
 
@@ -27,11 +27,11 @@ class Expression:
     shape: tuple[int, ...]
 
     def sources(self) -> list["Source"]:
-        """The checkpoint tensors that it is computed from, each once, in the order of reading."""
+        """The checkpoint tensors from which it is computed, each once, in the order of reading."""
         raise NotImplementedError
 
     def operations(self) -> set[str]:
-        """The names of what is done with them."""
+        """The names of the operations on them."""
         raise NotImplementedError
 
     def compute(self, read: Read) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Source(Expression):
 
 @dataclass(frozen=True, eq=False)
 class Step(Expression):
-    """Output ``output`` of ``function(*args, **kwargs)``, or its only one; expressions stand among the arguments."""
+    """Output ``output`` of ``function(*args, **kwargs)``, or its only output. The arguments may contain expressions."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -105,21 +105,21 @@ class Step(Expression):
         return (rule and rule(self, index)) or step(torch.select, self, 0, index)
 
     def argument(self, position: int, *names: str, default: Any = None) -> Any:
-        """A positional argument that may have been given by one of ``names``."""
+        """A positional argument that may have been passed by one of ``names``."""
         if len(self.args) > position:
             return self.args[position]
         return next((self.kwargs[name] for name in names if name in self.kwargs), default)
 
 
 def whole_tensor(expression: Expression) -> str | None:
-    """The tensor that an expression is all of (``tensor[...]``), but for casts; None where it is something else."""
+    """The tensor, if the expression is a whole tensor (``tensor[...]``), except for casts; otherwise None."""
     while isinstance(expression, Step) and (expression.is_cast or expression.args[1:] == (...,)):
         expression = expression.args[0]
     return expression.name if isinstance(expression, Source) and expression.row is None else None
 
 
 def step(function: Callable[..., Any], *args: Any, output: int | None = None) -> Step:
-    """``function(*args)`` as an expression; its shape is found on the meta device."""
+    """``function(*args)`` as an expression. Its shape is computed on the meta device."""
     shapes = tree_map(lambda leaf: torch.empty(leaf.shape, device="meta") if isinstance(leaf, Expression) else leaf, args)
     result = function(*shapes)
     return Step(tuple((result if output is None else result[output]).shape), function, args, output=output)

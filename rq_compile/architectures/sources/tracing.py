@@ -1,8 +1,8 @@
-"""transformers' own loader, run over tensors that remember how they came about.
+"""Runs transformers' own loader over tensors that record how they were made.
 
-``from_pretrained(None, config=..., state_dict=...)`` is a public entry. The state dict holds *traced* tensors: on the meta
-device, with the stored shapes. What the loader leaves in the model's parameters are expressions over checkpoint tensors:
-renamed, stacked, concatenated, split or transposed, as this version of transformers does it. No weight is read.
+``from_pretrained(None, config=..., state_dict=...)`` is a public entry point. The state dict holds *traced* tensors: on the meta
+device, with the stored shapes. After loading, the model's parameters are expressions over checkpoint tensors: renamed, stacked,
+concatenated, split or transposed, as in this version of transformers. No weight is read.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from rq_compile.architectures.sources.expression import Expression, Source, Step
 
 @dataclass(frozen=True)
 class Traces:
-    """A model on the meta device whose parameters are known as expressions.
+    """A model on the meta device whose parameters are expressions.
 
-    ``parameters`` has every parameter and buffer that checkpoint tensors make up, by its name in ``model``. ``missing`` are the
-    model's parameters and persistent buffers that no tensor makes up, also where the loader would fill them with new values;
-    ``mismatched`` those whose tensors make up another shape -> that shape, and the model's; ``unexpected`` the tensors that no
-    parameter takes. Buffers that no checkpoint holds (rotary frequencies) are real.
+    ``parameters``: every parameter and buffer that is made from checkpoint tensors, by its name in ``model``. ``missing``: the
+    model's parameters and persistent buffers without tensors, including those that the loader would fill with new values.
+    ``mismatched``: those whose tensors have another shape -> that shape, and the model's. ``unexpected``: the tensors that no
+    parameter uses. Buffers that no checkpoint holds (rotary frequencies) are real.
     """
 
     model: PreTrainedModel
@@ -69,7 +69,7 @@ def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class Traced(torch.Tensor):
-    """A tensor on the meta device that knows its expression."""
+    """A tensor on the meta device together with its expression."""
 
     expression: Expression
 

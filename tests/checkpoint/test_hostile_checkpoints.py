@@ -201,8 +201,8 @@ def reconfigured(model: Path, target: Path, **changes: object) -> Model:
         ({"num_hidden_layers": 3}, r"has no tensor model\.layers\.2\..*, which its config\.json needs"),
         ({"hidden_size": -32}, "says hidden_size -32"),
         ({"hidden_size": 2**40}, "says hidden_size"),
-        ({"hidden_size": 64}, "has 8 experts of 32 x 48, 36864 weights, where .* asks for 73728"),
-        ({"intermediate_size": 64}, "has 8 experts of 32 x 48, 36864 weights, where .* asks for 49152"),
+        ({"hidden_size": 64}, "has 8 experts of 32 x 48, 36864 weights, but .* asks for 73728"),
+        ({"intermediate_size": 64}, "has 8 experts of 32 x 48, 36864 weights, but .* asks for 49152"),
         ({"num_key_value_heads": 4}, r"has shape \[16, 32\], but its config\.json needs \[32, 32\]"),
         ({"hidden_size": "32"}, "hidden_size"),
         ({"hidden_size": None}, "hidden_size"),
@@ -252,7 +252,7 @@ def test_nothing_but_the_checked_tensors_is_loaded(model: Path, tmp_path: Path) 
 
 
 def test_a_family_that_needs_code_of_its_own_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"new_moe \(it needs code of its own, auto_map, which is never run\)"):
+    with pytest.raises(UserError, match=r"new_moe \(it needs its own code, auto_map, which is never run\)"):
         reconfigured(model, tmp_path / "model", model_type="new_moe", auto_map={"AutoModelForCausalLM": "m.Model"})
 
 

@@ -256,7 +256,7 @@ def test_what_does_not_change_a_greedy_answer_is_taken(engine: Path) -> None:
 
 
 def test_a_text_longer_than_a_sequence_is_refused(engine: Path) -> None:
-    with pytest.raises(UserError, match="257 tokens is to be scored, but max_length is 256"):
+    with pytest.raises(UserError, match="257 tokens, but max_length is 256"):
         EngineLM(engine, threads=1).loglikelihood(requests("loglikelihood", ("", "x" * 257)))
 
 

@@ -123,7 +123,7 @@ def test_its_rows_are_not_counted(wide: Path) -> None:
 @pytest.mark.parametrize("destination", ["edge", "triton", "onnxruntime-genai"])
 def test_packages_are_for_the_cpu(wide: Path, out: Path, rq_compile: Run, destination: str) -> None:
     result = rq_compile("package", wide / "engine.onnx", "--for", destination, "-o", out / "package", "-q")
-    refused(result, 2, "engine.onnx is for CUDAExecutionProvider, and packages are for the CPU")
+    refused(result, 2, "engine.onnx is for CUDAExecutionProvider, but packages are for the CPU")
     assert names(out) == []
 
 
@@ -143,7 +143,7 @@ def test_sizes_that_the_kernels_do_not_take_are_refused_before_any_export(
     (out / "plan.json").write_text(json.dumps(plan))
     for more in ([], ["--dry-run"]):
         result = rq_compile(model, "--plan", out / "plan.json", "-o", out / "x.onnx", "-q", *more)
-        refused(result, 2, "layer 0 has hidden 32 and so int", "where the GPU kernels want multiples of 64", "--lowering native")
+        refused(result, 2, "layer 0 has hidden 32 and so int", "but the GPU kernels need multiples of 64", "--lowering native")
     assert names(out) == ["plan.json"]
 
 

@@ -235,7 +235,7 @@ def test_sizes_that_no_kernel_takes_are_named(rq_compile: Callable, model: Path,
     settings = target.Settings("tensorrt", (), build=False, plugins=library)
     target.check_layer(first.model_copy(update={"slots": plain}), settings)
     odd = first.geometry.model_copy(update={"intermediate": 40})
-    with pytest.raises(target.UserError, match="layer 0 has intermediate 40, where the GPU kernels want multiples of 16"):
+    with pytest.raises(target.UserError, match="layer 0 has intermediate 40, but the GPU kernels need multiples of 16"):
         target.check_layer(first.model_copy(update={"slots": plain, "geometry": odd}), settings)
 
 

@@ -247,7 +247,7 @@ def test_refuses_a_checkpoint_that_lacks_a_tensor(tiny_checkpoint: Callable[[str
     tensors = load_file(file)
     del tensors["model.norm.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"has no tensor model\.norm\.weight, which its config\.json asks for"):
+    with pytest.raises(UserError, match=r"has no tensor model\.norm\.weight, which its config\.json needs"):
         load_model(Model.open(tmp_path / "model"))
 
 

@@ -111,7 +111,7 @@ def test_without_cuda_it_is_refused_in_a_sentence(wide: Path, rq_compile: Run) -
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("ONNX Runtime has CUDA here")
     result = rq_compile("generate", wide / "engine.onnx", "--prompt", "ab", "-q")
-    refused(result, 2, "engine.onnx is for CUDAExecutionProvider, which ONNX Runtime", "install onnxruntime-gpu")
+    refused(result, 2, "engine.onnx needs CUDAExecutionProvider, which ONNX Runtime", "install onnxruntime-gpu")
 
 
 def test_its_rows_are_not_counted(wide: Path) -> None:

@@ -1,9 +1,9 @@
-"""MoeLayer in ONNX Runtime's CUDA provider against float64, on the GPU of this machine; needs no network.
+"""Compare MoeLayer in ONNX Runtime's CUDA provider with float64, on the GPU of this machine. Needs no network.
 
     python plugins/cuda/check_in_onnxruntime.py build/cuda/librq_moe_cuda.so
 
-Needs onnxruntime-gpu, onnx and torch (for the CPU). Each number is the largest error over what rounding allows; up to 1 is right.
-Exit status 1 if any is wrong.
+Needs onnxruntime-gpu, onnx and torch (for the CPU). Each number is the largest error divided by the allowed rounding; up to 1 is
+correct. The exit status is 1 if any number is larger.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent))
 from node_model import feeds_of, model_of, session_of
 from rq_kernels import reference
 
-# Of the largest result.
+# Allowed error relative to the largest result.
 ALLOWED = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 REPLICAS = [[0, 1, 2], [3, -1, -1], [4, -1, -1]]
 
@@ -60,7 +60,7 @@ CASES = [
 
 
 def arrays_of(layer: Any, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> list[np.ndarray]:
-    """The node's inputs in their order; packed bytes are declared int8."""
+    """The node's inputs, in order. Packed bytes are declared int8."""
     tensors = [x, ids, gates, layer.replicas, layer.formats]
     for part in (layer.up, layer.down):
         groups = (part.float_weights, part.int8_packed, part.int8_scales, part.int4_packed, part.int4_scales, part.bias)
@@ -100,9 +100,9 @@ def error(case: Case, seed: int, library: str, provider: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path)
-    parser.add_argument("--provider", default="CUDAExecutionProvider", help="of ONNX Runtime; tests give another")
+    parser.add_argument("--provider", default="CUDAExecutionProvider", help="provider of ONNX Runtime; tests use another")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="default: another one each time")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="default: a different one each time")
     args = parser.parse_args(arguments)
     if args.provider not in onnxruntime.get_available_providers():
         parser.error(f"ONNX Runtime {onnxruntime.__version__} has no {args.provider} here; install onnxruntime-gpu")

@@ -1,4 +1,4 @@
-"""A model of one MoeLayer node (plugins/tensorrt/README.md has its inputs) to load in ONNX Runtime."""
+"""A model with one MoeLayer node (plugins/tensorrt/README.md lists its inputs) for ONNX Runtime."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ OF_TOKENS = 3  # x, ids and gates
 def model_of(
     arrays: Sequence[np.ndarray], *, shapes: bool = True, through_fp32: bool = False, **attributes: Any
 ) -> onnx.ModelProto:
-    """``arrays``: the node's inputs in order. Those of no tokens become constants or, without ``shapes``, inputs of which the
-    graph knows the rank alone. ``through_fp32``: x is fed and the output given in fp32, between casts."""
+    """``arrays``: the node's inputs, in order. Those that do not depend on tokens become constants or, without ``shapes``, inputs
+    of which the graph only states the rank. ``through_fp32``: x and the output are fp32, with casts around the node."""
     inputs, constants = [], []
     names = [f"input{place}" for place in range(len(arrays))]
     for place, (name, array) in enumerate(zip(names, arrays, strict=True)):
@@ -28,7 +28,7 @@ def model_of(
     half = helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
     node = helper.make_node("MoeLayer", names, ["made"], domain="rq.moe")
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-    # The shape of the output is what the op's own inference says.
+    # The shape of the output comes from the op's own shape inference.
     nodes, output = [node, helper.make_node("Identity", ["made"], ["out"])], half
     if through_fp32:
         node.input[0], output = "x", TensorProto.FLOAT
@@ -43,7 +43,7 @@ def model_of(
 
 
 def session_of(model: onnx.ModelProto, library: str, provider: str = "CPUExecutionProvider") -> onnxruntime.InferenceSession:
-    """``library``: the one to register."""
+    """A session of ``model``. ``library``: the op library to register."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1

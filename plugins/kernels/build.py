@@ -1,9 +1,9 @@
-"""Compile the kernels ahead of time: PTX and cubin for each SM, and kernels.json, which says how each is launched.
+"""Compile the kernels ahead of time: PTX and cubin for each SM, and kernels.json, which describes how each is launched.
 
-    python plugins/kernels/build.py -o build/kernels                    all of them; minutes
+    python plugins/kernels/build.py -o build/kernels                    all of them; takes minutes
     python plugins/kernels/build.py -o build/kernels --sm 90 --only "up_gated_*_int4_*" "dispatch_*"
 
-Needs Triton and no GPU. The same sources and Triton give the same bytes.
+Needs Triton but no GPU. The same sources and the same Triton give the same bytes.
 """
 
 import argparse
@@ -22,21 +22,21 @@ from typing import Any
 SMS = (80, 89, 90, 100, 120)
 # Shared memory that one program may use, in bytes: the CUDA programming guide's table of compute capabilities.
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-SPILLED = 64  # bytes that a thread may spill; more, and the tile is too large
-# PTX 8.7 is the oldest that knows SM 120, and came with CUDA 12.8. A cubin loads in every driver of its ptxas's major version:
-# here the ptxas that Triton 3.9 uses below SM 90, of CUDA 12.9, makes all of them.
+SPILLED = 64  # bytes that a thread may spill; if it spills more, the tile is too large
+# PTX 8.7 is the oldest version that supports SM 120, and came with CUDA 12.8. A cubin loads in every driver of its ptxas's major
+# version. The ptxas that Triton 3.9 uses below SM 90, of CUDA 12.9, builds all cubins here.
 PTX = 87
 PTX_DRIVER = "570.26"
 CUBIN_DRIVER = {"12": "525.60.13", "13": "580.65.06"}
-SM_100_DRIVER = "570.26"  # the first that knows SM 100 and 120 at all
+SM_100_DRIVER = "570.26"  # the first driver that supports SM 100 and 120
 
 
 def compile_variant(name: str, sm: int, output: Path) -> dict[str, Any]:
-    """Write ``sm{sm}/{name}.cubin`` and ``.ptx``; the build's entry in kernels.json.
+    """Write ``sm{sm}/{name}.cubin`` and ``.ptx``. Returns the build's entry in kernels.json.
 
     Raises:
-        RuntimeError: the kernel needs what an ahead-of-time launch cannot give, more shared memory than the SM has, or too many
-            registers.
+        RuntimeError: the kernel needs something that an ahead-of-time launch cannot provide, more shared memory than the SM has,
+            or too many registers.
     """
     import triton
     from rq_kernels.variants import ALIGNED, variants
@@ -65,7 +65,7 @@ def compile_variant(name: str, sm: int, output: Path) -> dict[str, Any]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
         files[kind] = {"file": str(file.relative_to(output)), "sha256": hashlib.sha256(data).hexdigest()}
-    # An architecture's own instructions (sm_90a and so on) bind PTX to it; without them every later GPU can translate it.
+    # Architecture-specific instructions (sm_90a and so on) bind PTX to that architecture; other PTX runs on every later GPU.
     portable = re.search(r"^\.target sm_\d+$", built.asm["ptx"], re.MULTILINE) is not None
     used = _resources(output / files["cubin"]["file"])
     if used["spilled"] > SPILLED:
@@ -74,7 +74,7 @@ def compile_variant(name: str, sm: int, output: Path) -> dict[str, Any]:
 
 
 def _resources(cubin: Path) -> dict[str, int]:
-    """Registers of a thread, and its stack in bytes: these kernels have no arrays, so all of it is spilled registers."""
+    """Registers of a thread, and its stack in bytes. These kernels have no arrays, so the stack holds only spilled registers."""
     from triton import knobs
 
     report = subprocess.check_output([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin], text=True)
@@ -98,7 +98,7 @@ def describe(variant: Any, builds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _prepare(cache: str) -> None:
-    """In every process, before Triton is imported: nothing old, no paths of this machine, one ptxas for all SMs."""
+    """Prepare every process before Triton is imported: an empty cache, no paths of this machine, one ptxas for all SMs."""
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DISABLE_LINE_INFO": "1"}
@@ -124,7 +124,7 @@ def main() -> None:
         chosen = [v for v in variants() if not args.only or any(fnmatchcase(v.name, pattern) for pattern in args.only)]
         if not chosen:
             parser.error(f"no kernel is called {' or '.join(args.only)}; the names are in rq_kernels/variants.py")
-        # Slow ones first, so that no process is left alone with one at the end.
+        # Slow kernels first, so that no process is left alone with one at the end.
         jobs = sorted(((v.name, sm) for v in chosen for sm in args.sm), key=lambda job: ("prefill" not in job[0], job))
         with ProcessPoolExecutor(args.jobs, initializer=_prepare, initargs=(cache,)) as pool:
             started = {job: pool.submit(compile_variant, *job, args.output) for job in jobs}

@@ -1,10 +1,10 @@
-"""All kernels against float64, on the GPU of this machine; needs torch and Triton, and no network.
+"""Compare all kernels with float64, on the GPU of this machine. Needs torch and Triton, but no network.
 
     python plugins/kernels/check_on_gpu.py
-    python plugins/kernels/check_on_gpu.py --quick                          the cases of CI only
+    python plugins/kernels/check_on_gpu.py --quick                          only the cases of CI
 
-Each number is the largest error over what rounding the result allows; up to 1 is right. Exit status 1 if any is wrong. With
-TRITON_INTERPRET=1 and --device cpu the same runs in Triton's interpreter.
+Each number is the largest error divided by the allowed rounding of the result; up to 1 is correct. The exit status is 1 if any
+number is larger. With TRITON_INTERPRET=1 and --device cpu, the same runs in Triton's interpreter.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="leave the large layers out")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="default: another one each time")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="default: a different one each time")
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; on a CPU set TRITON_INTERPRET=1 and give --device cpu --quick")

@@ -1,8 +1,8 @@
-"""Turn built kernels into two sources that embed them: kernels.S, the images, and table.cc, how each is launched.
+"""Turn built kernels into two sources that embed them: kernels.S with the images, and table.cc, which says how each is launched.
 
     python plugins/launcher/embed.py build/kernels -o build/tensorrt/embedded
 
-The build of a library on top of the launcher calls it; the same kernels give the same bytes.
+The build of a library with the launcher calls this script. The same kernels give the same bytes.
 """
 
 import argparse
@@ -12,13 +12,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-# The types that the launcher's Arguments have under the names of kernels.json.
+# The types in the launcher's Arguments for the type names of kernels.json.
 CPP_TYPES = {"i32": "int32_t", "fp32": "float"}
 RULE = re.compile(r"ceil\((\w+) / (\d+)\)|(\w+)")
 
 
 def images(kernel: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """The builds to embed with their kind: every cubin, and the latest PTX that other architectures can translate."""
+    """The builds to embed, with their kinds: every cubin, and the latest PTX that other architectures can translate."""
     builds = sorted(kernel["builds"], key=lambda build: build["sm"])
     portable = [build for build in builds if build["portable_ptx"]]
     return [(build, "cubin") for build in builds] + [(build, "ptx") for build in portable[-1:]]
@@ -26,7 +26,7 @@ def images(kernel: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 
 def checked(folder: Path, file: dict[str, str]) -> Path:
     """Raises:
-    SystemExit: the file is not the one that kernels.json describes.
+    SystemExit: the file differs from kernels.json.
     """
     path = folder / file["file"]
     if hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
@@ -40,14 +40,15 @@ def grid_rule(rule: str) -> str:
 
 
 def runs_on(build: dict[str, Any], kind: str) -> str:
-    """An architecture's own instructions bind the cubin to it, like the PTX (CUDA programming guide, feature sets)."""
+    """The GPUs that a build runs on. Architecture-specific instructions bind cubins, like PTX, to their architecture (CUDA
+    programming guide, feature sets)."""
     if kind == "ptx":
         return "kLater"
     return "kLaterMinor" if build["portable_ptx"] else "kItself"
 
 
 def table_entry(kernel: dict[str, Any], symbols: list[str]) -> str:
-    """One ``Kernel``. A name that ``Arguments`` lacks, or has as another type, does not compile."""
+    """One ``Kernel``. A name that ``Arguments`` does not have, or has with another type, does not compile."""
     names = [parameter["name"] for parameter in kernel["parameters"]] + kernel["hidden_parameters"]
     builds = [
         f'{{{build["sm"]}, RunsOn::{runs_on(build, kind)}, "{build["entry"]}", {build["shared"]}, {symbol}}}'

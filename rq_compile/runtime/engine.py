@@ -207,7 +207,17 @@ class Engine:
 
 
 def _unlike(manifest: Manifest, session: onnxruntime.InferenceSession) -> str | None:
-    """An input that would get no value, or a tensor of the cache that is not an output; None if there is none."""
-    unfed = {tensor.name for tensor in session.get_inputs()} - FED - {tensor.past for tensor in manifest.cache}
+    """An input that would get no value, or a tensor of the cache that is not an output or has another shape; None if there is
+    none."""
+    shapes = {tensor.name: tensor.shape for tensor in session.get_inputs()}
+    unfed = shapes.keys() - FED - {tensor.past for tensor in manifest.cache}
     lacking = {tensor.present for tensor in manifest.cache} - {output.name for output in session.get_outputs()}
-    return min(unfed | lacking, default=None)
+    misshapen = {tensor.past for tensor in manifest.cache if not _fits(tensor.shape, shapes.get(tensor.past, tensor.shape))}
+    return min(unfed | lacking | misshapen, default=None)
+
+
+def _fits(shape: Sequence[int | str], of_graph: Sequence[int | str | None]) -> bool:
+    """Whether ``shape`` has the rank and the fixed sizes of the graph's."""
+    if len(shape) != len(of_graph):
+        return False
+    return all(size == fixed for size, fixed in zip(shape, of_graph, strict=True) if isinstance(fixed, int))

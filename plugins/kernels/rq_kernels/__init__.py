@@ -1,1 +1,1 @@
-"""The op set rq.moe as kernels in the Triton language; docs/kernels.md is their contract."""
+"""The op set rq.moe as kernels in the Triton language. docs/kernels.md is their contract."""

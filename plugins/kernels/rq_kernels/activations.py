@@ -1,4 +1,4 @@
-"""The activations of an expert. Which one is an argument, not a variant: it costs a branch in the epilogue and saves kernels."""
+"""The activations of an expert. The activation is an argument, not a variant: a branch in the epilogue saves kernels."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ def _gelu_tanh(x):
 
 @triton.jit
 def gated(gate, linear, activation, alpha, limit):
-    """fp32, elementwise; ``alpha`` is that of clamped_swiglu, ``limit`` also that of limited_swiglu. NaN stays NaN."""
+    """fp32, elementwise. ``alpha`` applies to clamped_swiglu, ``limit`` also to limited_swiglu. NaN stays NaN."""
     if activation == CLAMPED_SWIGLU:
         gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
         linear = tl.minimum(linear, limit, propagate_nan=tl.PropagateNan.ALL)

@@ -1,4 +1,4 @@
-"""What every kernel must compute, stage by stage against float64: the cases that CI interprets and that a GPU runs."""
+"""The cases that CI interprets and that a GPU runs: every kernel, stage by stage, compared with float64."""
 
 import zlib
 from dataclasses import dataclass, replace
@@ -10,7 +10,8 @@ from rq_kernels.reference import Example
 
 SHARED_EXPERTS = ((0, 1, 2), (3, -1, -1), (4, -1, -1))  # three slots of the first expert
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# Of the largest result: sums in fp32, in an order of the kernel's own, which tensor cores truncate; exp and erf of the hardware.
+# Allowed errors relative to the largest result: fp32 sums in the kernel's order, which tensor cores truncate; exp and erf of the
+# hardware.
 ARITHMETIC = {"cpu": 5e-6, "cuda": 3e-5}
 
 
@@ -34,7 +35,7 @@ class Case:
     dtype: torch.dtype = torch.float16
     size: str = "decode"
     routing: str = "uniform"
-    limit: float = 0.8  # low enough that clamped_swiglu meets it
+    limit: float = 0.8  # low enough to have an effect in clamped_swiglu
 
 
 ONE_EACH = ((0,), (1,), (2,), (3,))
@@ -90,10 +91,11 @@ LARGE = [
 
 
 def worst(case: Case, seed: int, device: str = "cpu") -> dict[str, float]:
-    """Of each stage the largest error over what is allowed: up to 1 is right. Dispatch, and a second run on a GPU: 0 or infinite.
+    """For each stage, the largest error divided by the allowed error: up to 1 is correct. For Dispatch, and for a second run on a
+    GPU, the value is 0 or infinite.
 
-    What is allowed is the rounding of the result to ``case.dtype`` and ``ARITHMETIC``, so a weight or a sum that was rounded once
-    too often shows. Each stage is given what the kernel before it computed.
+    The allowed error is the rounding of the result to ``case.dtype`` plus ``ARITHMETIC``, so that a superfluous rounding of a
+    weight or a sum is detected. The input of each stage is the output of the kernel before it.
     """
     random = torch.Generator().manual_seed(seed ^ zlib.crc32(case.name.encode()))
     held = reference.example(
@@ -142,14 +144,14 @@ def _stages(
     weighted = torch.zeros(len(slots), case.hidden, dtype=torch.float64)
     weighted[here] = outputs.cpu().double()[here]
     errors["combine"] = _error(answer, weighted.reshape(*ids.shape, case.hidden).sum(1))
-    if x.is_cuda:  # the interpreter has no order of its own
+    if x.is_cuda:  # the interpreter has a fixed order
         again = launch.moe_layer(x, ids, gates, layer, case.size)
         errors["again"] = 0.0 if torch.equal(again.view(torch.int16), answer.view(torch.int16)) else float("inf")
     return errors
 
 
 def covers(routed: launch.Routed, offsets: torch.Tensor, rows: int) -> bool:
-    """The row tiles are those of each slot in turn, and fit the buffer that the worst batch needs."""
+    """Whether the row tiles are those of each slot in turn, and fit into the buffer for the worst batch."""
     expected = [
         [slot, begin, min(begin + rows, int(offsets[slot + 1]))]
         for slot in range(len(offsets) - 1)

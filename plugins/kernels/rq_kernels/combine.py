@@ -1,4 +1,4 @@
-"""Combine: a token's answer is the sum of its choices' weighted outputs, always in the order of the choices."""
+"""Combine: the result of a token is the sum of the weighted outputs of its choices, always in the order of the choices."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 def combine(y, ids, out, top_k, hidden, experts, COLUMNS: tl.constexpr):
     """``out [T, hidden]`` from ``y [T * top_k, hidden]`` of ``expert_down``, summed in fp32.
 
-    A choice whose id is outside 0..E-1 adds nothing: nobody wrote its row. Grid: tokens, strips of ``COLUMNS``.
+    A choice whose id is outside 0..E-1 adds nothing, because its row was not written. Grid: tokens, strips of ``COLUMNS``.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,13 +1,13 @@
-"""Dispatch: groups the (token, choice) pairs by slot, a counting sort without atomics.
+"""Dispatch: groups the (token, choice) pairs by slot, with a counting sort without atomics.
 
-The j-th arrival of expert e, in the flat order of ``ids``, goes to the slot ``replicas[e][j mod r]`` of its r slots, as the CPU's
-op has it. Inside a slot pairs stay in order, so one number places a pair: its arrival j is row ``j div r`` of its slot.
+The j-th arrival of expert e, in the flat order of ``ids``, goes to the slot ``replicas[e][j mod r]`` of its r slots, as in the
+CPU's op. Inside a slot, pairs stay in order, so one number places a pair: its arrival j is row ``j div r`` of its slot.
 
-    count     one program a chunk of pairs: how many of them each expert has
+    count     one program per chunk of pairs: the number of pairs of each expert
     scan      one program: the arrivals before each chunk, the rows of each slot, the row tiles of the products
-    scatter   one program a chunk: the pairs to their places
+    scatter   one program per chunk: moves the pairs to their places
 
-``dispatch_small`` does all three in one program: for a few hundred pairs two launches cost more than the work.
+``dispatch_small`` does all three in one program, because for a few hundred pairs two more launches cost more than the work.
 """
 
 import triton
@@ -33,7 +33,7 @@ def _count(chunk, ids, counts, pairs, experts):
 
 @triton.jit
 def _copies(replicas, expert, mask, width):
-    """How many slots each of ``expert`` has: the entries of its row of ``replicas`` that are not -1."""
+    """The number of slots of each ``expert``: the entries in its row of ``replicas`` that are not -1."""
     copies = tl.zeros_like(expert)
     for copy in range(width):
         copies += (tl.load(replicas + expert * width + copy, mask=mask, other=-1) >= 0).to(tl.int32)
@@ -101,15 +101,16 @@ def _scatter(chunk, ids, counts, replicas, offsets, rows, pairs, experts, width,
 
 @triton.jit
 def dispatch_count(ids, counts, pairs, experts):
-    """``counts`` i32 [chunks, E] from ``ids`` i64 [pairs]; an id outside 0..E-1 belongs to nobody. Grid: chunks."""
+    """``counts`` i32 [chunks, E] from ``ids`` i64 [pairs]. Ids outside 0..E-1 are not counted. Grid: chunks."""
     _count(tl.program_id(0), ids, counts, pairs, experts)
 
 
 @triton.jit
 def dispatch_scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, rows_per_tile):
-    """``counts`` become the arrivals before each chunk; ``offsets`` i32 [S+1]; ``tiles`` i32 [:, 3]: slot, first row, end.
+    """``counts`` become the arrivals before each chunk. ``offsets`` i32 [S+1]; ``tiles`` i32 [:, 3]: slot, first row, end.
 
-    ``replicas`` i32 [E, width], padded with -1; ``tile_count`` i32 [1]. A tile: up to ``rows_per_tile`` rows of a slot. Grid: 1.
+    ``replicas`` i32 [E, width], padded with -1; ``tile_count`` i32 [1]. A tile has up to ``rows_per_tile`` rows of a slot. Grid:
+    1.
     """
     _scan(counts, replicas, offsets, tiles, tile_count, chunks, experts, width, slots, rows_per_tile)
 
@@ -122,7 +123,7 @@ def dispatch_scatter(ids, counts, replicas, offsets, rows, pairs, experts, width
 
 @triton.jit
 def dispatch_small(ids, counts, replicas, offsets, tiles, tile_count, rows, pairs, experts, width, slots, rows_per_tile):
-    """Count, scan and scatter, one after the other. Grid: 1."""
+    """Count, scan and scatter, one after another. Grid: 1."""
     chunks = (pairs + CHUNK - 1) // CHUNK
     for chunk in range(chunks):
         _count(chunk, ids, counts, pairs, experts)

@@ -1,10 +1,11 @@
-"""ExpertGemm: all slots of a layer in one launch, whatever the format of each.
+"""ExpertGemm: all slots of a layer in one launch, with any format for each slot.
 
-A program takes one row tile (rows of one slot, from Dispatch) and a strip of outputs. It computes ``W @ x^T``: the weights are
-the left operand, which tensor cores take from registers, where they are unpacked; a decode step's few rows are the short side.
+A program takes one row tile (rows of one slot, from Dispatch) and a strip of outputs. It computes ``W @ x^T``. The weights are
+the left operand, which tensor cores read from registers, where the weights are unpacked. The few rows of a decode step are the
+short side.
 
-Quantized weights meet x as whole numbers, exact in fp16 and bf16, and each step's sum, not each weight, is multiplied by its
-scale: so a weight is never rounded a second time, and the scales cost one multiply-add an output and step.
+Quantized weights are multiplied by x as integers, which are exact in fp16 and bf16. The scale is applied to each step's sum, not
+to each weight. Weights are therefore never rounded a second time, and the scales cost one multiply-add per output and step.
 """
 
 import triton
@@ -17,7 +18,7 @@ FLOAT, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _whole_numbers(packed, ZERO: tl.constexpr, dtype: tl.constexpr):
-    """``packed - ZERO`` in ``dtype``, through the mantissa of a float: conversions of integers are slow instructions."""
+    """``packed - ZERO`` in ``dtype``, through the mantissa of a float, because conversions of integers are slow."""
     if dtype == tl.float16:
         return (packed.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + ZERO)
     else:
@@ -26,7 +27,7 @@ def _whole_numbers(packed, ZERO: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _weights(packed, n, mask, start, stride, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
-    """Whole numbers ``[OUTPUTS, COLUMNS]`` of the rows ``n`` from column ``start`` on; a row has ``stride`` bytes."""
+    """Integers ``[OUTPUTS, COLUMNS]`` of the rows ``n``, from column ``start`` on. A row has ``stride`` bytes."""
     if FORMAT == INT8:
         byte = start + tl.arange(0, COLUMNS)
         q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=128)
@@ -63,7 +64,7 @@ def _quantized_products(
 ):  # fmt: skip
     dtype: tl.constexpr = x.dtype.element_ty
     blocks = (columns + block - 1) // block
-    # Steps divide a block, so one scale is that of a step; and rows begin where they can be read 16 bytes at a time.
+    # Steps divide a block, so a step has one scale. Rows begin at addresses that can be read 16 bytes at a time.
     stride = tl.multiple_of(blocks * block if FORMAT == INT8 else blocks * block // 2, STEP if FORMAT == INT8 else STEP // 2)
     all_outputs = outputs * (2 if GATED else 1)
     packed += matrix * all_outputs * stride
@@ -97,7 +98,7 @@ def _products(
     matrix = tl.load(weights + slot).to(tl.int64)
     first = tl.zeros([n.shape[0], present.shape[0]], tl.float32)
     second = first
-    # Nested, because the outer conditions are decided when the kernel is compiled.
+    # Nested, because the outer conditions are evaluated when the kernel is compiled.
     if FORMATS & 1:  # noqa: SIM102
         if format == FLOAT:
             first, second = _float_products(x, present, float_weights, matrix, n, mask, outputs, columns, GATED, COLUMNS)

@@ -1,6 +1,6 @@
-"""The kernels on torch tensors, compiled by Triton when first used: for tests, checks and benchmarks.
+"""Runs the kernels on torch tensors, compiled by Triton on first use, for tests, checks and benchmarks.
 
-An engine has no torch and no Triton: its launcher does the same with the built kernels, by ``kernels.json``.
+An engine has neither torch nor Triton. Its launcher does the same with the built kernels and ``kernels.json``.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from rq_kernels.tiles import Tile
 class Projection:
     """One projection of a layer's slots: packed weights by format group, None where no slot has the format; see docs/kernels.md.
 
-    ``index`` i32 [S]: the place of each slot's matrix inside its group. ``bias`` f32 [S, N].
+    ``index`` i32 [S]: the index of each slot's matrix in its group. ``bias`` f32 [S, N].
     ``block`` columns share a scale.
     """
 
@@ -31,7 +31,7 @@ class Projection:
     block: int = 128
 
     def operands(self) -> list[torch.Tensor]:
-        """In the kernels' order; in place of what is missing something that is never read."""
+        """The operands in the kernels' order. Missing ones are replaced by tensors that are never read."""
         missing = {kind: self.index.new_empty(0, dtype=kind) for kind in (torch.float16, torch.uint8, torch.float32)}
         return [
             missing[torch.float16] if self.float_weights is None else self.float_weights,
@@ -63,14 +63,15 @@ class Layer:
 
     @property
     def format_bits(self) -> int:
-        """``FORMATS`` of the kernels. Known when an engine is built; here it is asked of the weights, not of the device."""
+        """``FORMATS`` of the kernels. An engine knows it when it is built; here it follows from the weights, without the
+        device."""
         groups = self.up.float_weights, self.up.int8_packed, self.up.int4_packed
         return sum(1 << code for code, group in enumerate(groups) if group is not None)
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What Dispatch gives: ``rows`` i32 [pairs], ``offsets`` i32 [S+1], ``tiles`` i32 [most, 3], ``tile_count`` i32 [1]."""
+    """The result of Dispatch: ``rows`` i32 [pairs], ``offsets`` i32 [S+1], ``tiles`` i32 [most, 3], ``tile_count`` i32 [1]."""
 
     rows: torch.Tensor
     offsets: torch.Tensor
@@ -79,7 +80,7 @@ class Routed:
 
 
 def route(ids: torch.Tensor, replicas: torch.Tensor, slots: int, rows_per_tile: int, small: int = tiles.SMALL) -> Routed:
-    """Dispatch of ``ids`` i64 [T, k]; up to ``small`` pairs in one launch, more in three."""
+    """Dispatch ``ids`` i64 [T, k]: up to ``small`` pairs in one launch, more pairs in three."""
     pairs, (experts, width) = ids.numel(), replicas.shape
 
     def ints(*shape: int) -> torch.Tensor:
@@ -101,7 +102,7 @@ def route(ids: torch.Tensor, replicas: torch.Tensor, slots: int, rows_per_tile: 
 
 
 def up(x: torch.Tensor, routed: Routed, layer: Layer, tile: Tile) -> torch.Tensor:
-    """Activations ``[pairs, intermediate]`` by slot, of ``x [T, hidden]``."""
+    """Activations ``[pairs, intermediate]`` by slot, from ``x [T, hidden]``."""
     pairs = len(routed.rows)
     y = x.new_empty(pairs, layer.intermediate)
     gated = layer.activation in activations.GATED
@@ -116,7 +117,7 @@ def up(x: torch.Tensor, routed: Routed, layer: Layer, tile: Tile) -> torch.Tenso
 
 
 def down(x: torch.Tensor, routed: Routed, gates: torch.Tensor, layer: Layer, tile: Tile) -> torch.Tensor:
-    """Gate-weighted outputs ``[pairs, hidden]`` by pair, of ``x [pairs, intermediate]`` by slot and ``gates`` f32 [T, k]."""
+    """Gate-weighted outputs ``[pairs, hidden]`` by pair, from ``x [pairs, intermediate]`` by slot and ``gates`` f32 [T, k]."""
     y = x.new_empty(len(x), layer.hidden)
     if len(x):
         expert_gemm.expert_down[_grid(routed, layer.hidden, tile)](
@@ -139,7 +140,7 @@ def combine(y: torch.Tensor, ids: torch.Tensor, experts: int) -> torch.Tensor:
 
 
 def moe_layer(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, layer: Layer, size: str) -> torch.Tensor:
-    """The layer's answer ``[T, hidden]``, with the tiles named ``size``."""
+    """The output of the layer ``[T, hidden]``, with the tiles named ``size``."""
     routed = route(ids, layer.replicas, layer.slots, tiles.UP[size].rows)
     middle = up(x, routed, layer, tiles.UP[size])
     return combine(down(middle, routed, gates, layer, tiles.DOWN[size]), ids, len(layer.replicas))

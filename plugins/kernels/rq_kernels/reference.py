@@ -1,4 +1,4 @@
-"""Random layers with the weights they stand for, and what the kernels must give, in float64. Plain torch, on the CPU."""
+"""Random layers with their decoded weights, and the expected results of the kernels, in float64. Plain torch, on the CPU."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from rq_kernels.launch import Layer, Projection
 
 @dataclass(frozen=True)
 class Example:
-    """A layer on some device; in float64 on the CPU the weights ``up [S, F, hidden]`` and ``down [S, hidden, intermediate]``."""
+    """A layer on some device, and its weights ``up [S, F, hidden]`` and ``down [S, hidden, intermediate]`` in float64 on the
+    CPU."""
 
     layer: Layer
     up: torch.Tensor
@@ -31,7 +32,7 @@ def example(
     dtype: torch.dtype = torch.float16,
     device: str = "cpu",
 ) -> Example:
-    """Slots in ``formats``, each with weights of its own; left out, ``replicas`` gives every slot an expert of its own."""
+    """Slots in ``formats``, each with its own weights. By default, ``replicas`` gives every slot its own expert."""
     F = intermediate * (2 if activation in GATED else 1)
     up, exact_up = projection(random, formats, F, hidden, block, bias, dtype, device)
     down, exact_down = projection(random, formats, hidden, intermediate, block, bias, dtype, device)
@@ -43,7 +44,7 @@ def example(
 def projection(
     random: torch.Generator, formats: list[int], N: int, K: int, block: int, bias: bool, dtype: torch.dtype, device: str
 ) -> tuple[Projection, torch.Tensor]:
-    """Random weights of each slot as they are packed, in an order of their own inside each group; and float64 ``[S, N, K]``."""
+    """Random packed weights of each slot, in a random order inside each group, and the same weights in float64 ``[S, N, K]``."""
     blocks, slots = -(-K // block), len(formats)
     groups: dict[int, list[tuple[torch.Tensor, ...]]] = {0: [], 1: [], 2: []}
     index, exact = [0] * slots, [torch.empty(0)] * slots
@@ -75,7 +76,7 @@ def projection(
 
 
 def routed_slots(ids: torch.Tensor, replicas: torch.Tensor) -> torch.Tensor:
-    """The slot of every pair, i64 [pairs], -1 for an id outside the table: one by one, in order."""
+    """The slot of every pair, i64 [pairs], computed one by one in order; -1 for an id outside the table."""
     arrivals: dict[int, int] = {}
     slots = []
     table = [[slot for slot in row if slot >= 0] for row in replicas.tolist()]
@@ -90,7 +91,7 @@ def routed_slots(ids: torch.Tensor, replicas: torch.Tensor) -> torch.Tensor:
 
 
 def grouped(slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``rows`` and ``offsets`` i32 as Dispatch gives them, of the slot of every pair."""
+    """``rows`` and ``offsets`` i32 as from Dispatch, for the slot of every pair."""
     rows = torch.cat([(slots == slot).nonzero()[:, 0] for slot in range(count)])
     counted = torch.stack([(slots == slot).sum() for slot in range(count)])
     return rows.int(), torch.cat([torch.zeros(1, dtype=torch.int64), counted.cumsum(0)]).int()
@@ -120,7 +121,7 @@ def up(x: torch.Tensor, slots: torch.Tensor, held: Example) -> torch.Tensor:
 
 
 def down(middle: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, held: Example) -> torch.Tensor:
-    """float64 ``[pairs, hidden]`` of ``middle [pairs, intermediate]``, both by pair; weighted by ``gates``."""
+    """float64 ``[pairs, hidden]`` from ``middle [pairs, intermediate]``, both by pair, weighted by ``gates``."""
     return _products(middle.double(), slots, held.down, held.layer.down) * gates.double().reshape(-1, 1)
 
 

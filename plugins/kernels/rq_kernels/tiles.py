@@ -1,34 +1,34 @@
-"""Tiles of the products, and which ones a batch is given. Nothing here needs Triton.
+"""Tiles of the products, and the choice of tiles for a batch. This module does not need Triton.
 
-A row tile of a slot reads the slot's weights once and multiplies them with all rows of the tile, the missing ones included. So
-small tiles read the weights of busy slots again and again, and large tiles compute rows that nobody asked for. With ``rows[s]``
-of slot s, tiles of M rows take, in units of the time that one row's products take on the tensor cores,
+A row tile of a slot reads the slot's weights once and multiplies them by all rows of the tile, including unused ones. Small tiles
+therefore read the weights of busy slots repeatedly, and large tiles compute unused rows. If slot s has ``rows[s]`` rows, tiles of
+M rows take, in units of the time for the products of one row on the tensor cores,
 
     sum over s with rows of  READ + ceil(rows[s] / M) * max(M, REREAD)
 
-READ is the time to bring a strip of weights from memory, which happens once however many tiles use it (the tiles of a slot are
-neighbours in the grid), REREAD the time to bring it from the second-level cache, behind which the tensor cores wait. It does not
-matter for the choice that READ depends on the format: every M pays it alike.
+READ is the time to read a strip of weights from memory. This happens once for any number of tiles, because the tiles of a slot
+are neighbours in the grid. REREAD is the time to read it from the second-level cache, for which the tensor cores wait. READ
+depends on the format, but this does not affect the choice, because it is the same for every M.
 
-The rule needs expected rows only, no batch: it is applied when an engine is built, per optimization profile, and the choice is an
-attribute of the layer. Any choice gives the right answer.
+The rule needs only the expected rows, not a batch. It is applied when an engine is built, for each optimization profile, and the
+choice is an attribute of the layer. Any choice gives the right result.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 CHUNK = 128  # pairs of a program of dispatch_count and dispatch_scatter
-SMALL = 1024  # up to so many pairs dispatch_small is used
+SMALL = 1024  # dispatch_small is used for up to this many pairs
 COMBINE_COLUMNS = 512
-# An SM of an H100 multiplies and adds 2048 pairs of fp16 a cycle and reads at best some 40 bytes a cycle from the second-level
-# cache: a weight of two bytes takes as long as the products of 100 rows. One of a byte or less is read faster, but unpacking it
-# takes four instructions of 128 a cycle. Published figures; the choice is yet to be measured.
+# An SM of an H100 does 2048 fp16 multiply-adds per cycle and reads at most about 40 bytes per cycle from the second-level cache.
+# A weight of two bytes therefore takes as long as the products of 100 rows. A weight of a byte or less is read faster, but
+# unpacking takes four instructions at 128 per cycle. These are published figures; the choice has yet to be measured.
 REREAD = 100
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program of the products computes: ``rows`` by ``outputs``, float weights ``columns`` at a time."""
+    """The part that one program of the products computes: ``rows`` by ``outputs``, with ``columns`` float weights at a time."""
 
     rows: int
     outputs: int
@@ -37,7 +37,7 @@ class Tile:
     stages: int
 
 
-# The name says what it is for; ``up`` holds two sums for each output where the activation is gated.
+# The name says what the tiles are for. With a gated activation, ``up`` holds two sums for each output.
 UP = {
     "decode": Tile(rows=16, outputs=64, columns=128, warps=4, stages=3),
     "batch": Tile(rows=64, outputs=64, columns=64, warps=4, stages=3),
@@ -56,12 +56,13 @@ def tile_count(rows: Sequence[float], rows_per_tile: int) -> int:
 
 
 def cost(rows: Sequence[float], rows_per_tile: int) -> float:
-    """The time of the products, but for what every tile size pays alike; in products of a row with one strip of weights."""
+    """The time of the products without the part that is equal for all tile sizes, in products of a row by one strip of
+    weights."""
     return tile_count(rows, rows_per_tile) * max(rows_per_tile, REREAD)
 
 
 def choose(rows: Sequence[float]) -> str:
-    """The name of the tiles for slots with ``rows[s]`` expected rows each; of equally good ones the smallest."""
+    """The name of the best tiles for slots with ``rows[s]`` expected rows each; the smallest among equally good ones."""
     return min(UP, key=lambda name: (cost(rows, UP[name].rows), UP[name].rows))
 
 
@@ -71,7 +72,8 @@ def expected_rows(shares: Sequence[float], pairs: int) -> list[float]:
 
 
 def most_tiles(pairs: int, slots: int, rows_per_tile: int) -> int:
-    """Row tiles of the worst batch: as many slots as possible hold one row too many. The grid of the products, and ``tiles``."""
+    """Number of row tiles of the worst batch, in which as many slots as possible hold one row too many. It is the size of the
+    products' grid and of ``tiles``."""
     touched = min(pairs, slots)
     return (pairs - touched) // rows_per_tile + touched
 

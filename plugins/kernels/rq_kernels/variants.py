@@ -1,4 +1,4 @@
-"""Every kernel that is built: for which dtype, formats and tiles, with which parameters, and how it is launched."""
+"""Every kernel that is built: its dtype, formats, tiles and parameters, and how it is launched."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from rq_kernels import combine, dispatch, expert_gemm
 from rq_kernels.tiles import CHUNK, COMBINE_COLUMNS, DOWN, UP, Tile
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16"}
-# The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan, the others are leaner.
+# The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan; the others need fewer
+# resources.
 FORMATS = {"float": 1, "int8": 2, "int4": 4, "mixed": 7}
 
-# Sizes that are multiples of 16, so that rows of x and of weights can be read 16 bytes at a time. Pointers are, too.
+# Sizes and pointers that are multiples of 16, so that rows of x and of weights can be read 16 bytes at a time.
 ALIGNED = ("columns", "outputs", "hidden")
 FLOATS = ("alpha", "limit")
 DATA = ("x", "y", "out", "float_weights")  # pointers to the dtype of the variant
@@ -25,9 +26,10 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """``kernel`` is a function of Triton's, ``parameters`` its arguments and their types in order, ``grid`` a rule in them.
+    """``kernel``: a Triton function. ``parameters``: its arguments and their types, in order. ``grid``: formulas of the
+    arguments.
 
-    In a rule ``ceil(a / b)`` rounds up and ``row_tiles`` is ``tiles.most_tiles(pairs, slots, rows of a tile)``.
+    In a formula, ``ceil(a / b)`` rounds up, and ``row_tiles`` is ``tiles.most_tiles(pairs, slots, rows of a tile)``.
     """
 
     name: str
@@ -54,7 +56,7 @@ def variants(
         for format in formats:
             for size in sizes:
                 yield from _products(f"{dtype}_{format}_{size}", size, dtype, format, 128)
-                # Tiles that step over 128 columns cannot have scales of 64.
+                # Tiles with steps of 128 columns cannot have scales for 64.
                 if format != "float" and UP[size].columns > 64:
                     yield from _products(f"{dtype}_{format}_{size}_block64", size, dtype, format, 64)
 

@@ -1,1 +1,1 @@
-"""Run the model over text: loads, importance, activation statistics."""
+"""Runs the model over text and measures loads, importance and activation statistics."""

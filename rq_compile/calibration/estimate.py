@@ -1,4 +1,4 @@
-"""From a layer's measured sums to relative errors; experts that too few tokens reached get an estimate."""
+"""Computes relative errors from a layer's measured sums. Experts that too few tokens reached get an estimate."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -16,7 +16,7 @@ PRIOR_PAIRS = 2
 
 
 class Sums(Protocol):
-    """What ``LayerMeasurement`` and ``LayerSums`` have: numbers of each expert, ``[m]``."""
+    """The common fields of ``LayerMeasurement`` and ``LayerSums``: numbers for each expert, ``[m]``."""
 
     @property
     def pairs(self) -> Sequence[int] | np.ndarray: ...
@@ -31,12 +31,12 @@ class Sums(Protocol):
 
 
 def relative_errors(sums: Sums, load: np.ndarray) -> tuple[dict[Format, np.ndarray], np.ndarray]:
-    """``error[format]`` float64 ``[m]`` as ``LayerCalibration`` has it, and which experts' errors are estimated, bool ``[m]``.
+    """``error[format]`` float64 ``[m]`` as in ``LayerCalibration``, and which experts' errors are estimated, bool ``[m]``.
 
-    ``sums`` are those of all tokens, ``load`` int64 ``[m]`` their (token, choice) pairs. An expert that was measured on
-    fewer than ``MIN_PAIRS`` is estimated: from its own pairs, and from ``PRIOR_PAIRS`` more that suffer, for each unit of its
-    weight error, what a pair of the layer's other experts does for each unit of theirs. Its load counts as 1 where no token
-    came, so that an estimate is 0 only where the format holds the weights exactly.
+    ``sums``: those of all tokens. ``load`` int64 ``[m]``: their (token, choice) pairs. An expert that was measured on fewer than
+    ``MIN_PAIRS`` pairs is estimated from its own pairs and from ``PRIOR_PAIRS`` assumed ones. The error of an assumed pair,
+    relative to the expert's weight error, is that of the pairs of the layer's other experts. If no token came, the load counts as
+    1, so that an estimate is 0 only if the format holds the weights exactly.
     """
     pairs, energy = np.asarray(sums.pairs), np.asarray(sums.energy)
     estimated = pairs < MIN_PAIRS
@@ -45,13 +45,13 @@ def relative_errors(sums: Sums, load: np.ndarray) -> tuple[dict[Format, np.ndarr
     errors = {}
     for format, found in sums.error.items():
         measured, changes = np.asarray(found), np.asarray(sums.weight_error[format])
-        # A format that cannot hold an expert's weights says nothing of the others.
+        # An expert whose weights the format cannot hold says nothing about the others.
         held = np.isfinite(changes)
         weight_error = np.where(held, changes, 0)
         units = (weight_error * load)[known].sum()
         suffered = measured[known & held].sum() / units if units > 0 else 0
         if suffered == 0:
-            # None of the others changes in this format: an output changes about as much as the weights, relatively.
+            # None of the others changes in this format: assume that the output changes, relatively, about as much as the weights.
             suffered = energy[known].sum() / load[known].sum()
         estimate = own * np.where(held, measured, 0) + (1 - own) * suffered * weight_error * np.maximum(load, 1)
         errors[format] = np.where(held, np.where(estimated, estimate, measured) / sums.output_square, np.inf)

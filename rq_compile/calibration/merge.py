@@ -1,8 +1,9 @@
-"""One calibration out of several of the same model, on different texts: what they counted and measured adds up.
+"""Makes one calibration from several calibrations of a model on different texts, by adding up their counts and measurements.
 
-Counts are exact, sums and moments those of all texts together to fp32 rounding, in whatever order calibrations are merged. Errors
-were measured on weights that each calibration rounded by its own moments. Two numbers of an expert are not sums: its weight
-error, which becomes the mean over tokens, and its Wanda score, of which the squares add up, as its inputs' squared norms do.
+Counts are exact. Sums and moments are those of all texts together, to fp32 rounding, whatever the order of the calibrations.
+Errors were measured on weights that each calibration rounded by its own moments. Two numbers of an expert are not sums: its
+weight error, which becomes the mean over tokens, and its Wanda score, whose squares are added, like the squared norms of its
+inputs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from rq_compile.calibration.statistics import Statistics
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import Format
 
-# What has to be the same, and what messages call it.
+# Fields that must be equal, and their names in messages.
 SAME = {
     "fingerprint": "the model",
     "tokenizer": "the tokenizer",
@@ -32,7 +33,7 @@ SAME = {
 
 
 def merge(calibrations: dict[Path, Calibration]) -> Calibration:
-    """The calibration of the texts of all, by the files that hold them; its ``statistics`` are yet to be written.
+    """The calibration of all texts. ``calibrations`` are given by the files that hold them. ``statistics`` is not set yet.
 
     Raises:
         UserError: they are of different models, tokenizers, quantizers, blocks or the like, have no sums, or ran the same text.
@@ -40,7 +41,7 @@ def merge(calibrations: dict[Path, Calibration]) -> Calibration:
     (first_path, first), *others = calibrations.items()
     for path, calibration in calibrations.items():
         if any(layer.sums is None for layer in calibration.layers):
-            raise UserError(f"{path} {_why_no_sums(calibration)}, and so has no sums to add; calibrate again on texts", 2)
+            raise UserError(f"{path} {_why_no_sums(calibration)}, so it has no sums to add; calibrate again on texts", 2)
     for path, other in others:
         _check_alike(first, first_path, other, path)
     texts = [text for calibration in calibrations.values() for text in calibration.texts]
@@ -49,7 +50,7 @@ def merge(calibrations: dict[Path, Calibration]) -> Calibration:
             raise UserError(f"two of the calibrations ran {text.name}, which would count twice; leave one of them out", 2)
         if any(text.name == other.name for other in texts[:number]):
             raise UserError(
-                f"two texts are named {text.name}; rename one and calibrate on it again, as results are listed by name", 2
+                f"two texts are named {text.name}; rename one and calibrate on it again, because results are listed by name", 2
             )
     several = list(calibrations.values())
     return first.model_copy(
@@ -66,7 +67,7 @@ def merge(calibrations: dict[Path, Calibration]) -> Calibration:
 
 
 def merge_statistics(layers: Sequence[LayerCalibration], several: Sequence[Statistics]) -> dict[str, np.ndarray]:
-    """The tensors of ``statistics.py``, mapped from temporary files; one layer of one calibration is held at a time.
+    """The tensors of ``statistics.py``, mapped from temporary files. One layer of one calibration is in memory at a time.
 
     Raises:
         UserError: see ``Statistics``; or the disk is full.
@@ -87,7 +88,7 @@ def _sum(moments: Iterable[np.ndarray]) -> np.ndarray:
 
 def _why_no_sums(calibration: Calibration) -> str:
     if calibration.data_free:
-        return "ran no text"
+        return "was made without text"
     return "was written before schema version 2" if calibration.measured_tokens else "has loads that a server recorded"
 
 
@@ -97,13 +98,13 @@ def _check_alike(first: Calibration, first_path: Path, other: Calibration, path:
             values = "" if name in ("fingerprint", "tokenizer") else f" ({getattr(first, name)} and {getattr(other, name)})"
             raise UserError(f"{called} of {first_path} and {path} is not the same{values}; calibrate one of them again", 2)
     if [layer.name for layer in first.layers] != [layer.name for layer in other.layers]:
-        raise UserError(f"{first_path} and {path} have other layers; calibrate one of them again", 2)
+        raise UserError(f"{first_path} and {path} have different layers; calibrate one of them again", 2)
     for one, two in zip(first.layers, other.layers, strict=True):
         if one.geometry.block != two.geometry.block:
             blocks = f"{one.geometry.block} and {two.geometry.block}"
             raise UserError(f"--block of {first_path} and {path} is not the same ({blocks}); calibrate one of them again", 2)
         if one.error.keys() != two.error.keys():
-            raise UserError(f"{first_path} and {path} measured other formats; calibrate one of them again", 2)
+            raise UserError(f"{first_path} and {path} measured different formats; calibrate one of them again", 2)
 
 
 def _layer(layers: Sequence[LayerCalibration]) -> LayerCalibration:

@@ -1,8 +1,8 @@
-"""Loads that a serving system recorded, in place of a calibration's own: a cluster's real traffic plans the next engine.
+"""Replaces the loads of a calibration by loads that a serving system recorded, so that real traffic can be planned for.
 
-SGLang's expert distribution recorder dumps ``{"logical_count": [steps, layers, m] or [layers, m]}`` (``.pt``; ``.json`` where it
-was converted), with a row for every decoder layer. TensorRT-LLM's ``EXPERT_STATISTIC_PATH`` is a folder of
-``rank<n>.safetensors``, whose tensors ``"<iteration>_<layer>"`` count the rank's own tokens, int ``[m]``; layers by their number
+SGLang's expert distribution recorder dumps ``{"logical_count": [steps, layers, m] or [layers, m]}`` (``.pt``, or ``.json`` after
+a conversion), with a row for every decoder layer. TensorRT-LLM's ``EXPERT_STATISTIC_PATH`` is a folder of
+``rank<n>.safetensors``, whose tensors ``"<iteration>_<layer>"`` count the rank's own tokens, int ``[m]``. Layers are numbered as
 in the model.
 """
 
@@ -28,19 +28,18 @@ Recorded = dict[int, np.ndarray]
 
 
 def with_recorded_loads(calibration: Calibration, paths: list[Path]) -> Calibration:
-    """``calibration`` with the loads of ``paths``, each a text of its own and every recorded step a batch.
+    """``calibration`` with the loads of ``paths``. Each path counts as a separate text, and each recorded step as a batch.
 
-    What was measured of an expert stays, but its ``error``, a sum over its tokens, grows or shrinks as its share of the layer's
-    tokens did. The Wanda score and the activation statistics stay as they were measured, batch size and sequence length as they
-    were chosen.
+    An expert's ``error``, a sum over its tokens, is scaled with its share of the layer's tokens. The other measurements (the
+    Wanda score and the activation statistics) stay unchanged, and so do the batch size and the sequence length.
 
     Raises:
-        UserError: two of ``paths`` have the same name, or a file cannot be read, is of no known form, or does not have the
+        UserError: two of ``paths`` have the same name, or a file cannot be read, has an unknown format, or does not have the
             model's layers and experts.
     """
     for path in paths:
         if [other.name for other in paths].count(path.name) > 1:
-            raise UserError(f"two --from-loads are named {path.name}; rename one, as results are listed by name", 2)
+            raise UserError(f"two --from-loads are named {path.name}; rename one, because results are listed by name", 2)
     recorded = {path: read_loads(path) for path in paths}
     for path, loads in recorded.items():
         _check_layers(loads, {layer.index for layer in calibration.layers}, path)
@@ -60,7 +59,7 @@ def with_recorded_loads(calibration: Calibration, paths: list[Path]) -> Calibrat
 def read_loads(path: Path) -> Recorded:
     """
     Raises:
-        UserError: ``path`` cannot be read or is of no known form.
+        UserError: ``path`` cannot be read or has an unknown format.
     """
     try:
         if path.is_dir():
@@ -71,7 +70,7 @@ def read_loads(path: Path) -> Recorded:
             content = torch.load(path, map_location="cpu", weights_only=True)
         return _sglang(content, path)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it holds no recorded loads"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it does not hold recorded loads"
         raise UserError(
             f"cannot read {path}: {reason}; give a dump of SGLang's recorder (.pt, .json) or TensorRT-LLM's statistics folder",
             2,
@@ -110,20 +109,20 @@ def _counts(values: object, path: Path) -> np.ndarray:
     """int64.
 
     Raises:
-        UserError: a count is negative or no whole number.
+        UserError: a count is negative or not an integer.
     """
     table = np.asarray(values)
     if table.dtype == object or (table.dtype.kind in "iuf" and (table > MOST_COUNTED).any()):
         raise UserError(f"{path} counts more than 2^53 tokens of an expert, or something else; record the loads again", 2)
     if table.dtype.kind not in "iuf" or not (table >= 0).all() or not (table == np.floor(table)).all() or np.isinf(table).any():
-        raise UserError(f"{path} counts tokens by a number that is negative or not whole; record the loads again", 2)
+        raise UserError(f"{path} has a count that is negative or not a whole number; record the loads again", 2)
     return table.astype(np.int64)
 
 
 def _check_layers(recorded: Recorded, expected: set[int], path: Path) -> None:
     """
     Raises:
-        UserError: a layer with experts is missing, or another one counts tokens, so that they are of another model.
+        UserError: a layer with experts is missing, or another layer counts tokens, so the loads are of another model.
     """
     if missing := expected - recorded.keys():
         known = f"layers {min(recorded)}-{max(recorded)}" if recorded else "no layers"
@@ -133,7 +132,7 @@ def _check_layers(recorded: Recorded, expected: set[int], path: Path) -> None:
 
 
 def _of_layer(recorded: Recorded, layer: LayerCalibration, path: Path) -> np.ndarray:
-    """Steps in which the layer saw a token, int64 ``[steps, m]``."""
+    """Counts of the steps in which the layer got tokens, int64 ``[steps, m]``."""
     steps, experts = recorded[layer.index], layer.geometry.experts
     if steps.shape[1] != experts:
         raise UserError(f"{path} counts {steps.shape[1]} experts, but MODEL has {experts}; give loads recorded of MODEL", 2)
@@ -151,7 +150,7 @@ def _with_loads(layer: LayerCalibration, texts: list[np.ndarray]) -> LayerCalibr
         )
     load = np.sum([steps.sum(axis=0) for steps in texts], axis=0)
     before = np.asarray(layer.load)
-    # As where an error is estimated: an expert without a token counts as having one.
+    # As in the estimation of errors, an expert without tokens counts as having one.
     growth = (np.maximum(load, 1) / load.sum()) / (np.maximum(before, 1) / max(1, before.sum()))
     return layer.model_copy(
         update={
@@ -166,7 +165,7 @@ def _with_loads(layer: LayerCalibration, texts: list[np.ndarray]) -> LayerCalibr
 
 
 def _digest(path: Path) -> str:
-    """Of a file's content, or of the names and contents of a folder's files."""
+    """The hash of a file's content, or of the names and contents of a folder's files."""
     if not path.is_dir():
         return sha256(path)
     listing = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(path.iterdir()) if file.is_file())

@@ -1,4 +1,4 @@
-"""Run the model over batches; count what every layer's router chose and keep the inputs of its experts on disk."""
+"""Runs the model over batches, counts the choices of every layer's router, and keeps the inputs of its experts on disk."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ from rq_compile.errors import UserError
 
 @dataclass(frozen=True)
 class SeenBatch:
-    """What a layer saw of one batch of text number ``text``: ``load`` int64 ``[m]`` counts the choices of its ``tokens`` real
-    tokens, ``dropped`` of which the model did not compute. Of the T measured tokens: ``hidden [T, hidden]`` fp32, ``ids [T, k]``
-    int64 and ``gates [T, k]`` fp32."""
+    """The data of one batch of text number ``text`` in one layer. ``load`` int64 ``[m]`` counts the choices of its ``tokens``
+    real tokens, of which ``dropped`` choices were not computed by the model. For the T measured tokens: ``hidden [T, hidden]``
+    fp32, ``ids [T, k]`` int64 and ``gates [T, k]`` fp32."""
 
     text: int
     tokens: int
@@ -34,18 +34,17 @@ class SeenBatch:
 
 
 class LayerRecording:
-    """What one MoE layer saw.
+    """The recorded data of one MoE layer.
 
-    ``text_loads [texts, m]`` and ``batch_loads``, an ``[m]`` for each batch, both int64, count the choices of every real token;
-    ``dropped`` of them the model did not compute. Of the measured tokens also the inputs, expert ids and gates are
-    kept. Every batch is begun, received and ended; ``texts`` are the names of the texts that
-    batches number.
+    ``text_loads [texts, m]`` and ``batch_loads``, an ``[m]`` for each batch, both int64, count the choices of every real token.
+    ``dropped`` of these choices were not computed by the model. The inputs, expert ids and gates of the measured tokens are kept.
+    Every batch is begun, received and ended. ``texts``: the names of the texts, to which batches refer by number.
     """
 
     def __init__(self, layer: MoeLayer, texts: list[str]) -> None:
         self.layer = layer
         self.texts = texts
-        self._hidden = spill.unnamed_file()  # open as long as the recording lives
+        self._hidden = spill.unnamed_file()  # open as long as the recording exists
         self.batches: list[SeenBatch] = []  # without their inputs
 
     @property
@@ -82,14 +81,14 @@ class LayerRecording:
         """Count one call of the layer's experts on the batch that has begun.
 
         Raises:
-            UserError: it has not the batch's tokens, or an input or gate is not finite.
+            UserError: it does not have the batch's tokens, or an input or gate is not finite.
         """
         real, measured = self._rows.real.ravel(), self._rows.measured.ravel()
         hidden, ids, gates = (tensor.cpu().numpy() for tensor in (routing.hidden, routing.ids, routing.gates))
         if len(ids) != len(real):
             raise UserError(
-                f"{self.layer.name} was given {len(ids)} tokens of a batch of {len(real)}, so that padding cannot be told from "
-                "text; use a transformers version that this rq-compile asks for"
+                f"{self.layer.name} was given {len(ids)} tokens of a batch of {len(real)}, so that padding cannot be recognised; "
+                "use a transformers version that this rq-compile supports"
             )
         if not (np.isfinite(hidden[real]).all() and np.isfinite(gates[real]).all()):
             name = self.texts[self._text]
@@ -106,7 +105,7 @@ class LayerRecording:
         )
 
     def end(self) -> None:
-        """Keep what was received.
+        """Keep the received data.
 
         Raises:
             UserError: the batch's counts do not sum to its tokens * top_k, or the disk is full.
@@ -115,13 +114,13 @@ class LayerRecording:
         tokens, top_k = int(self._rows.real.sum()), self.layer.geometry.top_k
         if self._received is None or routed != tokens * top_k:
             raise UserError(
-                f"{self.layer.name} routed {routed} (token, choice) pairs of a batch of {self.texts[self._text]} where "
+                f"{self.layer.name} routed {routed} (token, choice) pairs of a batch of {self.texts[self._text]}, but "
                 f"{tokens} tokens x top-k {top_k} = {tokens * top_k} were expected; check the experts in the model's config.json"
             )
         self.add(self._received)
 
     def add(self, seen: SeenBatch) -> None:
-        """The next batch.
+        """Add the next batch.
 
         Raises:
             UserError: the disk is full.
@@ -153,8 +152,8 @@ class LayerRecording:
         return hidden, ids, np.concatenate([seen.gates for seen in self.batches])
 
 
-# A layer's recording, what reads one of its experts, and where what the experts give together is to be added, if anywhere: see
-# ``measure_layer``.
+# A layer's recording, a function that reads one of its experts, and the array to which the experts' outputs are added, if any:
+# see ``measure_layer``.
 Recorded = tuple[LayerRecording, Callable[[int], ExpertWeights], np.ndarray | None]
 
 
@@ -167,8 +166,8 @@ def record_whole_model(
     device: str = "cpu",
     progress: Callable[[float], None],
 ) -> Iterator[Recorded]:
-    """Run the model, held whole in fp32, and yield layer after layer, to be measured. ``progress`` is told which part of
-    the tokens was run.
+    """Run the whole model in fp32, and yield one layer after another to be measured. ``progress`` gets the fraction of the tokens
+    that has been run.
 
     Raises:
         UserError: see ``record``.
@@ -187,8 +186,8 @@ def record(
     progress: Callable[[int], None],
     device: str = "cpu",
 ) -> list[LayerRecording]:
-    """One recording a layer; ``texts`` are the names of the texts that the batches number. The model is loaded in fp32 onto
-    ``device`` and let go of again. ``progress`` is told how many tokens are done.
+    """One recording per layer. ``texts``: the names of the texts, to which batches refer by number. The model is loaded in fp32
+    to ``device`` and released afterwards. ``progress`` gets the number of tokens that are done.
 
     Raises:
         UserError: see ``load_model`` and ``LayerRecording``.
@@ -203,7 +202,7 @@ def record(
         for recording in recordings:
             recording.begin(batch)
         with torch.inference_mode():
-            # Without the head, whose logits nobody reads, where the model has a body of its own.
+            # Without the head, whose logits are not used, if the model has a separate body.
             text_body(module)(**model_arguments(batch, device))
         for recording in recordings:
             recording.end()
@@ -213,7 +212,7 @@ def record(
 
 
 def model_arguments(batch: Batch, device: str) -> dict[str, torch.Tensor | bool]:
-    """What the model's forward is given."""
+    """The arguments of the model's forward."""
     arguments: dict[str, torch.Tensor | bool] = {"use_cache": False}
     prefixes = ("",) if batch.encoder is None else ("", "decoder_")
     for prefix, rows in zip(prefixes, batch.sides, strict=True):

@@ -1,4 +1,4 @@
-"""Watch a model route: what goes into the experts of a layer, whatever its family."""
+"""Observes the routing of a model: the inputs of a layer's experts, for every family."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from rq_compile.calibration.switch import is_switch, switch_routing
 
 @dataclass(frozen=True)
 class Routing:
-    """One call of a layer's experts on T tokens, padding included, batch rows one after the other.
+    """One call of a layer's experts on T tokens, including padding, with one batch row after another.
 
-    ``hidden [T, hidden]`` fp32; ``ids [T, k]`` int64, the experts that the router chose; ``gates [T, k]`` fp32, what their
-    outputs are multiplied by; ``dropped [T, k]`` bool, the choices that the model does not compute (their gate is 0), or None.
+    ``hidden [T, hidden]`` fp32. ``ids [T, k]`` int64: the experts that the router chose. ``gates [T, k]`` fp32: the factors of
+    their outputs. ``dropped [T, k]`` bool: the choices that the model does not compute (their gate is 0), or None.
     """
 
     hidden: torch.Tensor
@@ -27,7 +27,7 @@ class Routing:
 
 
 def watch(model: nn.Module, layer: MoeLayer, receive: Callable[[Routing], None]) -> RemovableHandle:
-    """Hand every call of ``layer``'s experts in ``model`` to ``receive``, before it is computed, until the handle is removed."""
+    """Pass every call of ``layer``'s experts in ``model`` to ``receive`` before it is computed, until the handle is removed."""
     experts = model.get_submodule(layer.name)
 
     def before_experts(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -37,6 +37,6 @@ def watch(model: nn.Module, layer: MoeLayer, receive: Callable[[Routing], None])
         receive(Routing(*switch_routing(*inputs, *outputs)))
 
     if is_switch(experts):
-        # The experts are told only what was not dropped; the router's logits tell the choice of every token.
+        # The experts get only the choices that were not dropped; the router's logits show the choice of every token.
         return model.get_submodule(layer.name.replace(".experts", ".router")).register_forward_hook(after_router)
     return experts.register_forward_pre_hook(before_experts)

@@ -1,4 +1,4 @@
-"""``calibration.json``: what a run of the model over text showed, per MoE layer and expert."""
+"""``calibration.json``: the measurements of a run of the model over text, by MoE layer and expert."""
 
 import math
 import os
@@ -26,7 +26,7 @@ def _null(value: float) -> float | None:
     return None if math.isinf(value) else value
 
 
-# JSON has no infinity: strict readers refuse a file with one.
+# JSON has no infinity, and strict readers refuse a file that contains one.
 RelativeError = Annotated[
     float,
     Field(ge=0, allow_inf_nan=True),
@@ -36,7 +36,7 @@ RelativeError = Annotated[
 
 
 class CalibrationText(Document):
-    """One text file that was run: its name, content hash and tokens (padding not counted)."""
+    """One text file that was run: its name, content hash and tokens (without padding)."""
 
     name: Name
     sha256: Sha256
@@ -44,21 +44,23 @@ class CalibrationText(Document):
 
 
 class StatisticsFile(Document):
-    """The safetensors file with a calibration's activation statistics (``statistics.py``); ``name`` is its path from the folder
-    of the document."""
+    """The safetensors file with a calibration's activation statistics (``statistics.py``). ``name`` is its path, relative to the
+    folder of the document."""
 
     name: FilePath
     sha256: Sha256
 
     def named_from(self, folder: Path, document: Path) -> "StatisticsFile":
-        """The same file, named so far from ``folder``, as it is named in ``document``.
+        """The same file, with its path relative to ``document`` instead of ``folder``.
 
         Raises:
             UserError: a folder between the two has a name that is not UTF-8, which JSON cannot hold.
         """
         path = Path(os.path.relpath(folder / self.name, document.parent)).as_posix()
         if readable(path) != path:
-            raise UserError(f"{document} cannot name the statistics {readable(path)}, as JSON is UTF-8; write it beside them", 2)
+            raise UserError(
+                f"{document} cannot name the statistics {readable(path)}, because JSON is UTF-8; write it beside them", 2
+            )
         return self.model_copy(update={"name": path})
 
 
@@ -66,12 +68,12 @@ Sum = Annotated[float, Field(ge=0)]
 
 
 class LayerSums(Document):
-    """What the errors of a layer are made of, so that calibrations of different texts add up (``merge.py``).
+    """The sums from which the errors of a layer are computed, so that calibrations of different texts add up (``merge.py``).
 
-    Of each expert: the (token, choice) ``pairs`` that were measured; summed over all of its pairs, ``energy``, the squared norms
-    of gate times output, and ``error[format]``, those of gate times what storing it in ``format`` changes of the output; and
-    ``weight_error[format]``, the relative squared change of its weights. ``output_square``: the squared norm of what the layer's
-    experts give together, summed over its tokens.
+    For each expert: ``pairs``, the number of (token, choice) pairs that were measured; ``energy``, the squared norm of gate times
+    output, summed over all its pairs; ``error[format]``, the same for gate times the change of the output in ``format``; and
+    ``weight_error[format]``, the relative squared change of its weights. ``output_square``: the squared norm of the summed output
+    of the layer's experts, summed over its tokens.
     """
 
     pairs: list[Count]
@@ -82,23 +84,23 @@ class LayerSums(Document):
 
 
 class LayerCalibration(Document):
-    """What one MoE layer did.
+    """The measurements of one MoE layer.
 
-    ``name`` is the experts module's name in the transformers model (``model.layers.0.mlp.experts``), ``index`` its
-    decoder layer. ``load[e]`` counts the (token, choice) pairs routed to expert e, padding masked; the sum is tokens *
-    top_k. ``text_loads[t]`` are the same counts for each calibration text alone and ``batch_loads[b]`` for each batch.
-    ``dropped`` of the pairs came beyond an expert's capacity (Switch): they are part of the load, with a gate of 0, but the
-    model does not compute them. ``wanda[e]`` is the paper's importance score, 0 where no token came.
+    ``name``: the experts module's name in the transformers model (``model.layers.0.mlp.experts``). ``index``: its decoder layer.
+    ``load[e]`` counts the (token, choice) pairs routed to expert e, with padding masked; the sum is tokens * top_k.
+    ``text_loads[t]`` are the same counts for each calibration text, and ``batch_loads[b]`` for each batch. ``dropped`` pairs
+    exceeded an expert's capacity (Switch): they are part of the load, with a gate of 0, but the model does not compute them.
+    ``wanda[e]`` is the paper's importance score; 0 if no token came.
 
-    ``error[format][e]`` is the gate-weighted squared output error of expert e when stored in ``format``, summed over its
-    calibration tokens and divided by the squared norm of what the layer's routed experts give together, summed over all
-    tokens: the errors of a plan's experts add up to the layer's relative error (the squares of one token's experts do,
-    as their errors point in unrelated directions). 0 where the format holds the weights exactly, infinite (in the file: null)
-    where it cannot hold one. ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated
-    instead. All follow from ``sums``, which are missing where the loads are not those that errors were measured on.
+    ``error[format][e]`` is the gate-weighted squared output error of expert e when it is stored in ``format``, summed over its
+    calibration tokens, and divided by the squared norm of the summed output of the layer's routed experts, summed over all
+    tokens. The errors of a plan's experts add up to the layer's relative error, because the errors of one token's experts point
+    in unrelated directions. An error is 0 if the format holds the weights exactly, and infinite (null in the file) if it cannot
+    hold a weight. ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated instead. All
+    errors follow from ``sums``, which are missing if the errors were not measured on these loads.
 
-    Of a checkpoint whose experts are quantized, ``stored_as`` names the storage formats of the layer's experts, and
-    ``stored_bytes`` is what they take in the checkpoint, scales and zero points included.
+    If the experts of the checkpoint are quantized, ``stored_as`` names the storage formats of the layer's experts, and
+    ``stored_bytes`` is their size in the checkpoint, including scales and zero points.
     """
 
     name: str
@@ -129,7 +131,7 @@ class LayerCalibration(Document):
             counted |= {f"sums at {format}": [values] for format, values in self.sums.error.items()}
             counted |= {f"weight_error at {format}": [values] for format, values in self.sums.weight_error.items()}
             if not self.error.keys() == self.sums.error.keys() == self.sums.weight_error.keys():
-                raise ValueError(f"layer {self.index} has errors and sums of other formats")
+                raise ValueError(f"layer {self.index} has errors and sums of different formats")
         for name, rows in (counted | {f"error at {format}": [values] for format, values in self.error.items()}).items():
             if wrong := [len(row) for row in rows if len(row) != experts]:
                 raise ValueError(f"layer {self.index} has {experts} experts, but {wrong[0]} values of {name}")
@@ -142,20 +144,22 @@ class LayerCalibration(Document):
 
     @property
     def tokens(self) -> int:
-        """Tokens that this layer routed: the encoder's or the decoder's alone in an encoder-decoder model."""
+        """Number of tokens that this layer routed. In an encoder-decoder model, these are those of the encoder or of the
+        decoder."""
         return sum(self.load) // self.geometry.top_k
 
 
 class Calibration(Versioned):
-    """``tokens`` were counted, on ``measured_tokens`` of them, evenly spread, errors, scores and statistics were measured and
-    then scaled up: all, unless the recorded inputs had taken too much disk; none where loads that a server recorded took the
-    place of those that were measured. ``padding_tokens`` are in no count at all.
-    ``dtype``: the format that stores every expert without loss: the checkpoint's own, or the smallest that holds what a quantized
-    checkpoint stores. ``wanda_fraction`` is the paper's s: the part of an expert's weights, lowest scores first, that ``wanda``
-    is the mean of.
+    """``tokens``: number of counted tokens. ``measured_tokens``: number of evenly spread tokens on which errors, scores and
+    statistics were measured, and then scaled up. These are all tokens, unless the recorded inputs would take too much disk space,
+    and none if the loads were recorded by a server. ``padding_tokens`` are not part of any count.
 
-    ``quantizer`` rounded the weights whose errors were measured, and is to round those of an engine: ``gptq`` by the activation
-    ``statistics`` beside this file, ``nearest`` without any.
+    ``dtype``: the format that stores every expert without loss: the checkpoint's own, or the smallest one for a quantized
+    checkpoint. ``wanda_fraction``: the paper's s; ``wanda`` is the mean over this fraction of an expert's weights, lowest scores
+    first.
+
+    ``quantizer``: the method that rounded the weights whose errors were measured, and that rounds the weights of engines.
+    ``gptq`` uses the activation ``statistics`` beside this file, ``nearest`` needs none.
     """
 
     called: ClassVar[str] = "calibration"
@@ -168,7 +172,7 @@ class Calibration(Versioned):
     model: Name
     model_type: str
     fingerprint: Sha256
-    tokenizer: Sha256 | None = Field(default=None, description="of the tokenizer.json")
+    tokenizer: Sha256 | None = Field(default=None, description="hash of the tokenizer.json")
     dtype: Format
     texts: list[CalibrationText] = Field(min_length=1)
     tokens: Count
@@ -177,11 +181,11 @@ class Calibration(Versioned):
     batch_size: int = Field(ge=1, le=2**20)
     sequence_length: int = Field(ge=1, le=2**24)
     wanda_fraction: float = Field(gt=0, le=1)
-    data_free: bool = Field(default=False, description="no text was run: loads are uniform, errors those of the weights")
+    data_free: bool = Field(default=False, description="no text was run: loads are uniform, errors come from the weights")
     quantizer: Quantizer
     statistics: StatisticsFile | None
     extra_layers: int = Field(
-        default=0, ge=0, lt=MOST_LAYERS, description="layers that predict further tokens, which are not calibrated"
+        default=0, ge=0, lt=MOST_LAYERS, description="number of multi-token-prediction layers, which are not calibrated"
     )
     layers: list[LayerCalibration] = Field(min_length=1)
 
@@ -204,9 +208,9 @@ def check_each_once(layers: list[tuple[str, int]]) -> None:
     """``layers``: names and numbers.
 
     Raises:
-        ValueError: one stands twice.
+        ValueError: a layer appears twice.
     """
     names, numbers = (Counter(part) for part in zip(*layers, strict=True))
     for name, index in layers:
         if names[name] > 1 or numbers[index] > 1:
-            raise ValueError(f"layer {index} ({name}) stands twice")
+            raise ValueError(f"layer {index} ({name}) appears twice")

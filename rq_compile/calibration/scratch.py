@@ -13,10 +13,10 @@ from rq_compile.file_systems import optional
 
 
 def scratch(shape: tuple[int, ...], in_memory: bool, dtype: type[np.floating] = np.float32) -> np.ndarray:
-    """Zeros: in memory, or mapped from an unnamed file that is gone with the array, however the process ends.
+    """An array of zeros: in memory, or mapped from an unnamed file that disappears with the array, however the process ends.
 
     Raises:
-        UserError: the disk has no room for it.
+        UserError: the disk is too small.
     """
     size = np.dtype(dtype).itemsize * math.prod(shape)
     if in_memory or not size:
@@ -26,7 +26,7 @@ def scratch(shape: tuple[int, ...], in_memory: bool, dtype: type[np.floating] = 
             file.truncate(size)
             if sys.platform == "linux":
                 with optional("reserve room in files", spill.folder()):
-                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a bus error of a later write
+                    os.posix_fallocate(file.fileno(), 0, size)  # reports a full disk here, not as a bus error of a later write
             return np.memmap(file, dtype, "r+", shape=shape)
     except OSError as error:
         raise UserError(
@@ -36,7 +36,7 @@ def scratch(shape: tuple[int, ...], in_memory: bool, dtype: type[np.floating] = 
 
 
 def release(array: np.ndarray) -> None:
-    """Leave what of a mapped array is resident to the system, which keeps it as long as there is room."""
+    """Let the system evict the resident pages of a mapped array when it needs the memory."""
     if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
         array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 

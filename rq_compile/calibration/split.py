@@ -1,7 +1,7 @@
-"""How several processes share a calibration: each runs some batches, and measures some experts on the tokens of all.
+"""How several processes share a calibration: each runs some batches, and measures some experts on the tokens of all batches.
 
-A batch is owned by one process, which alone holds its hidden states. What a layer saw is exchanged, batch by batch, so that every
-process measures its experts on the same tokens, in the same order, as a single process would.
+Each batch is owned by one process, and only this process holds its hidden states. The recordings of a layer are exchanged batch
+by batch, so that every process measures its experts on the same tokens, and in the same order, as a single process would.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ class Split:
         return list(world().own(self.owners, batches))
 
     def all_of(self, own: LayerRecording) -> LayerRecording:
-        """The recording of all batches, on every process, of one of its ``own``."""
+        """The recording of all batches, on every process, from the recording of its ``own`` batches."""
         if world().size == 1:
             return own
         everything = LayerRecording(own.layer, own.texts)
@@ -41,7 +41,8 @@ class Split:
 
     @contextmanager
     def all_outputs(self, everything: LayerRecording, own: np.ndarray | None, *, in_memory: bool) -> Iterator[np.ndarray | None]:
-        """Where the experts' outputs for all tokens go, float64; those of ``own`` batches are then put there."""
+        """An array for the experts' outputs for all tokens, float64. At the end, the rows of its own batches are copied to
+        ``own``."""
         if world().size == 1 or own is None:
             yield own
             return
@@ -57,14 +58,15 @@ class Split:
         release(own)
 
     def all_states(self, own: Any) -> Any:
-        """What a single process would have kept (see ``record_layer_by_layer``), on the first process; None on the others."""
+        """On the first process, the states that a single process would keep (see ``record_layer_by_layer``); None on the
+        others."""
         if world().size == 1 or own is None:
             return own
         every = [{name: list(world().at_first(self.owners, values)) for name, values in stack.items()} for stack in own]
         return every if world().rank == 0 else None
 
     def own_states(self, every: Any) -> Any:
-        """Of what ``all_states`` gave to the first process, the part of this process."""
+        """The part of this process from the result of ``all_states`` on the first process."""
         if world().size == 1:
             return every
         stacks = world().from_first([list(stack) for stack in every] if every is not None else None)

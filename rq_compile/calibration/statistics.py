@@ -1,10 +1,10 @@
 """The activation statistics of a calibration, read one layer or expert at a time while an engine's weights are quantized.
 
-Tensors by name, fp32: ``{layer name}.input_moment [hidden, hidden]``, the sum of ``x x^T`` over all tokens of the layer, and
-``{layer name}.intermediate_moment [m, blocks, block, block]``, that of each expert's inputs of the down projection, by blocks
-of up to 128 columns. One moment serves all up projections of a layer, and a down projection's is kept by blocks only: whole
-moments of every expert would be as large as the experts. (Calibrations of schema version 1 have means; to a quantizer, which
-looks at proportions alone, they are the same.)
+The fp32 tensors are ``{layer name}.input_moment [hidden, hidden]``, the sum of ``x x^T`` over all tokens of the layer, and
+``{layer name}.intermediate_moment [m, blocks, block, block]``, the same for the inputs of each expert's down projection, within
+blocks of up to 128 columns. One moment serves all up projections of a layer. Moments of down projections are kept only within
+blocks, because whole moments of every expert would be as large as the experts. (Calibrations of schema version 1 have means. For
+a quantizer, which only uses proportions, there is no difference.)
 """
 
 import hashlib
@@ -27,21 +27,21 @@ from rq_compile.quantization.second_moment import SecondMoment
 
 
 class Tensors(Protocol):
-    """What is asked of a safetensors file."""
+    """The interface of a safetensors file."""
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
-        """Raises KeyError or IndexError where there is no such tensor, or slice of it."""
+        """Raises KeyError or IndexError if there is no such tensor or slice."""
         ...
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """``tensors``: a file, of which nothing is read before it is asked for; ``name`` is for messages, ``sha256`` the file's."""
+    """``tensors``: a file, from which tensors are read when needed; ``name`` is for messages, ``sha256`` the file's."""
 
     tensors: Tensors
     name: str
     sha256: str
-    # Kept while the experts of two neighbouring layers come by: the factor of their moment is the expensive part.
+    # Kept for the experts of two neighbouring layers, because the factor of their moment is expensive.
     _inputs: dict[str, SecondMoment] = field(default_factory=dict, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -50,7 +50,7 @@ class Statistics:
         """The file that a document in ``folder`` names.
 
         Raises:
-            UserError: it is missing, or not the one that was written with the document.
+            UserError: it is missing, or is not the one that was written with the document.
         """
         path = folder / file.name
         if not path.is_file():
@@ -61,7 +61,7 @@ class Statistics:
 
     @classmethod
     def of(cls, tensors: dict[str, np.ndarray]) -> "Statistics | None":
-        """Statistics that no file holds; None where there are none."""
+        """Statistics that are not in a file; None if there are none."""
         if not tensors:
             return None
         digest = hashlib.sha256()
@@ -71,7 +71,7 @@ class Statistics:
         return cls(_InMemory(tensors), "the calibration", digest.hexdigest())
 
     def input_moment(self, layer: str) -> SecondMoment:
-        """Of the inputs of the up projections of ``layer``. May be called from several threads.
+        """The moment of the inputs of the up projections of ``layer``. May be called from several threads.
 
         Raises:
             UserError: the file is not the statistics of this model's calibration.
@@ -84,7 +84,7 @@ class Statistics:
             return self._inputs[layer]
 
     def intermediate_moment(self, layer: str, expert: int) -> SecondMoment:
-        """Of the inputs of the down projection of one expert.
+        """The moment of the inputs of the down projection of one expert.
 
         Raises:
             UserError: the file is not the statistics of this model's calibration.
@@ -92,7 +92,7 @@ class Statistics:
         return SecondMoment(self._read(layer, "intermediate_moment", expert))
 
     def intermediate_moments(self, layer: str) -> np.ndarray:
-        """fp32 ``[m, blocks, block, block]``: of all experts of the layer.
+        """The moments of all experts of the layer, fp32 ``[m, blocks, block, block]``.
 
         Raises:
             UserError: the file is not the statistics of this model's calibration.
@@ -108,7 +108,7 @@ class Statistics:
 
 
 class _OnDisk:
-    """Read through the file, not through a memory map, so that what was read leaves the resident memory again."""
+    """Reads from the file, not from a memory map, so that the memory is freed again."""
 
     def __init__(self, path: Path) -> None:
         self._stored = stored_tensors(path)
@@ -134,7 +134,7 @@ def tensors_of(layer: str, input_moment: SecondMoment, intermediate_moments: np.
 
 
 def write_statistics(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """The file that ``Statistics`` reads, written tensor after tensor: they may be larger than memory."""
+    """Write the file that ``Statistics`` reads, one tensor after another, because they may be larger than memory."""
     header: dict[str, dict[str, object]] = {}
     end = 0
     for name, tensor in tensors.items():
@@ -150,8 +150,8 @@ def write_statistics(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def write_with_statistics(calibration: Calibration, tensors: dict[str, np.ndarray], output: Path) -> Calibration:
-    """Write the statistics, if there are any, beside ``output``, and the calibration that names them, which is returned. Of
-    several processes, the first writes.
+    """Write the statistics, if there are any, beside ``output``, and the calibration that names them. Returns this calibration.
+    With several processes, only the first writes.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.

@@ -1,4 +1,4 @@
-"""What a calibration says of how the checkpoint stores its experts, and how slots may hold what it stores."""
+"""How the checkpoint stores its experts, for a calibration, and how slots can hold them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ def stored_layer(model: Model, layer: MoeLayer) -> dict[str, Any]:
 
 
 def block_of(experts: Sequence[Weight]) -> Block:
-    """The most weights that share a scale in slots that hold what ``experts`` are stored as; 128 where none can."""
+    """The maximum number of weights per scale in slots that hold the stored ``experts`` exactly; 128 if no slots can."""
     groups = {weight.integer_group for weight in experts if not isinstance(weight, Plain)}
     if not groups or None in groups:
         return BLOCKS[0]
@@ -37,7 +37,7 @@ def block_of(experts: Sequence[Weight]) -> Block:
 
 
 def lossless_format(model: Model, layers: Sequence[LayerCalibration]) -> Format:
-    """The smallest format that stores every expert of a quantized checkpoint as it is; of another checkpoint its own."""
+    """The smallest format that stores every expert of a quantized checkpoint exactly; for other checkpoints, their own format."""
     if not model.quantized:
         return model.dtype
     lossless = [format for format in FORMATS if all(not any(layer.error.get(format, [1.0])) for layer in layers)]

@@ -1,11 +1,11 @@
-"""Run a model that is larger than memory: layer after layer, all batches through each, one pass over the checkpoint.
+"""Runs a model that is larger than memory: one layer after another, with all batches, in one pass over the checkpoint.
 
-The model stands on the meta device, and for every module that is visited its own forward runs once a batch. Behind that module
-the forward ends; modules before it were visited earlier and hand on what they returned then. So masks, rotary embeddings and
-an encoder's output reach a layer as its family has it, and nothing here knows one family from another.
+The model is on the meta device. For every module that is visited, the model's own forward runs once per batch, up to this module,
+where it ends. Modules before it were visited earlier and return their earlier results. Masks, rotary embeddings and an encoder's
+output therefore reach a layer as in the model itself, so this works for every family without special cases.
 
-A layer with experts is visited twice. First up to its experts, to record what the router chose. Then each expert is read, once,
-and measured on its tokens. The second visit computes the layer with what the experts gave in place of them.
+A layer with experts is visited twice. The first visit ends at its experts and records the choices of the router. Then each expert
+is read once and measured on its tokens. The second visit computes the layer, with the recorded outputs in place of the experts.
 """
 
 import re
@@ -43,15 +43,15 @@ def record_layer_by_layer(
     after: str | None = None,
     finished: Callable[[Any], None] = lambda states: None,
 ) -> Iterator[Recorded]:
-    """Run the model and yield layer after layer, each to be measured before the next, and where its experts' outputs go.
-    ``progress`` is told the part done.
+    """Run the model and yield one layer after another, with the array for its experts' outputs. Each layer must be measured
+    before the next one. ``progress`` gets the fraction that is done.
 
-    ``finished`` is given, once a layer that was yielded is done, the states with which the next one begins. An earlier run's
-    states ``begin`` the layer behind the one with experts ``after``.
+    ``finished`` is called when a yielded layer is done, with the states with which the next one begins. ``begin``: the states of
+    an earlier run for the layer after the one with experts ``after``.
 
-    Held at a time, in fp32: what one layer has beside its experts, one expert, and, unless they are mapped from temporary
-    files (``in_memory`` is False), the embeddings, the hidden states and the experts' outputs of all tokens; the experts' inputs
-    always are.
+    In memory at a time, in fp32: the non-expert weights of one layer and one expert. If ``in_memory``, also the embeddings, the
+    hidden states and the experts' outputs of all tokens, which are otherwise mapped from temporary files. The experts' inputs are
+    always mapped.
 
     Raises:
         UserError: see ``materialize``, ``scratch`` and ``LayerRecording``.
@@ -92,7 +92,7 @@ def record_layer_by_layer(
 
 
 class _End(Exception):
-    """Of a forward whose further results nobody needs."""
+    """Ends a forward whose further results are not needed."""
 
 
 class _States:
@@ -124,9 +124,9 @@ class _States:
         return self._read[1]
 
     def all(self) -> list[torch.Tensor]:
-        """Those of every batch, not copied."""
+        """The states of every batch, without copies."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an array mapped to be read may not be written
+            warnings.simplefilter("ignore")  # the array is mapped read-only
             return [
                 torch.from_numpy(kept[self._starts[batch] : self._starts[batch + 1]]).reshape(shape)
                 for batch, (kept, shape) in sorted(self._kept.items())
@@ -134,10 +134,10 @@ class _States:
 
 
 class _Stack:
-    """A stack of layers, what its embedding gave for each batch, and what the layer of it that was visited last returned: the
-    hidden states and, of a layer of Switch, the position biases, which the first layer computes for all.
+    """A stack of layers, the output of its embedding for each batch, and the results of its last visited layer: the hidden states
+    and, in Switch, the position biases, which the first layer computes for all.
 
-    ``outputs [real tokens, hidden]``, float64, is for the experts of the layer that is visited. ``sides`` are the stack's rows by
+    ``outputs [real tokens, hidden]``, float64: the outputs of the experts of the visited layer. ``sides``: the stack's rows by
     batch.
     """
 
@@ -167,18 +167,18 @@ class _Stack:
         return hidden if beside is None else (hidden, *beside)
 
     def states(self) -> dict[str, Any]:
-        """All that ``returned`` needs, to be kept."""
+        """Everything that ``returned`` needs, for keeping."""
         return {"hidden": self._states.all(), "beside": list(self._beside)}
 
     def restore(self, states: dict[str, Any]) -> None:
-        """What ``states`` gave in an earlier run."""
+        """Restore the result of ``states`` of an earlier run."""
         for batch, hidden in enumerate(states["hidden"]):
             self._states.keep(batch, hidden)
         self._beside = states["beside"]
 
     def given(self, batch: int) -> torch.Tensor:
-        """What the experts gave for each token ``[tokens, hidden]``, padding included, whose rows are zeros: no other token sees
-        them."""
+        """The experts' outputs for each token, ``[tokens, hidden]``, including padding. The rows of padding are zeros, because no
+        other token depends on them."""
         real = torch.from_numpy(self.sides[batch].real.ravel())
         outputs = torch.zeros(len(real), self.outputs.shape[1])
         start = sum(int(rows.real.sum()) for rows in self.sides[:batch])
@@ -188,7 +188,7 @@ class _Stack:
 
 
 class _Run:
-    """The model's own forward over one batch after the other, as far as a module."""
+    """Runs the model's own forward over one batch after another, up to a module."""
 
     def __init__(self, model: Model, batches: list[Batch], device: str) -> None:
         self.visits = 0
@@ -196,10 +196,11 @@ class _Run:
         self._model, self._batches, self._device = model, batches, device
         self._module = meta_model(model)
         break_ties_by_number(self._module, model.layers)
-        self.batch = 0  # the number of the one that runs
+        self.batch = 0  # the number of the batch that is running
 
     def stacks(self, hidden: int, in_memory: bool) -> list[_Stack]:
-        """In the order in which they run; what stands beside their layers and embeddings (norms) has its weights."""
+        """The stacks in the order in which they run. Their other modules besides layers and embeddings (norms) have their
+        weights."""
         stacks = []
         for number, name in enumerate(self._stack_names()):
             sides = [batch.sides[number] for batch in self._batches]
@@ -213,14 +214,14 @@ class _Run:
         return stacks
 
     def _stack_names(self) -> list[str]:
-        """``model.layers``, say; of an encoder-decoder the encoder's first."""
+        """For example, ``model.layers``. In an encoder-decoder, that of the encoder comes first."""
         family = self._model.family
         if family is not None:
             return [pattern.partition(".{layer}")[0] for pattern in (family.experts, family.decoder_experts) if pattern]
         return list(dict.fromkeys(re.sub(r"\.\d+\..*", "", layer.name) for layer in self._model.layers))
 
     def _embedding(self, stack: str) -> str:
-        """What turns tokens into the hidden states that the stack begins with."""
+        """The module that turns tokens into the first hidden states of the stack."""
         if self._module.config.is_encoder_decoder:
             return f"{stack.rpartition('.')[0]}.embed_tokens"
         embedding = self._module.get_input_embeddings()
@@ -228,7 +229,7 @@ class _Run:
 
     @contextmanager
     def materialized(self, name: str, without: str | None = None) -> Iterator[None]:
-        """The module's weights are there, and no longer afterwards."""
+        """A context in which the weights of the module are loaded."""
         materialize(self._module, self._model, name, self._device, without)
         try:
             yield
@@ -237,7 +238,7 @@ class _Run:
 
     @contextmanager
     def instead(self, name: str, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-        """The module computes ``forward``; yields what it did before."""
+        """A context in which the module computes ``forward``. Yields its original forward."""
         module: Any = self._module.get_submodule(name)
         before = module.forward
         module.forward = forward
@@ -247,7 +248,7 @@ class _Run:
             module.forward = before
 
     def visit(self, stack: _Stack, name: str) -> None:
-        """Run all batches as far as the module; from then on it returns what the last visited of its stack did."""
+        """Run all batches up to the module. From then on, it returns the results of the last visited module of its stack."""
 
         embeds = name == stack.embedding
         keep = stack.embedded.keep if embeds else stack.keep
@@ -262,13 +263,13 @@ class _Run:
         self.hand_on(stack, name)
 
     def hand_on(self, stack: _Stack, name: str) -> None:
-        """From now on the module returns what the last visited of its stack did."""
+        """Let the module return the results of the last visited module of its stack from now on."""
         returned = stack.embedded.of if name == stack.embedding else stack.returned
         module: Any = self._module.get_submodule(name)
         module.forward = lambda *args, **kwargs: returned(self.batch)
 
     def record(self, recording: LayerRecording) -> None:
-        """Run all batches as far as the layer's experts."""
+        """Run all batches up to the layer's experts."""
 
         def end(*args: Any, **kwargs: Any) -> NoReturn:
             raise _End
@@ -286,13 +287,13 @@ class _Run:
         self.batch = number
         with torch.inference_mode(), suppress(_End):
             text_body(self._module)(**model_arguments(self._batches[number], self._device))
-            raise UserError(f"{name} was bypassed by the model; use a transformers version that this rq-compile asks for")
+            raise UserError(f"{name} was bypassed by the model; use a transformers version that this rq-compile supports")
         self.visits += 1
         self.on_visit()
 
 
 def _equal(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    """Whether the tensors (or None) in them are."""
+    """Whether the tensors (or None) in both are equal."""
     return all(
         one is other or (one is not None and other is not None and one.shape == other.shape and torch.equal(one, other))
         for one, other in zip(some, others, strict=True)

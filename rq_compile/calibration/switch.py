@@ -1,4 +1,4 @@
-"""Switch Transformers routes outside transformers' experts interface, and drops tokens beyond an expert's capacity."""
+"""Routing of Switch Transformers, which does not use transformers' experts interface and drops tokens beyond a capacity."""
 
 import torch
 from torch import nn
@@ -12,11 +12,11 @@ def is_switch(experts: nn.Module) -> bool:
 def switch_routing(
     hidden: torch.Tensor, dispatch: torch.Tensor, gates: torch.Tensor, logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the router's input and outputs to the fields of ``Routing``, with k = 1.
+    """The fields of ``Routing`` from the router's input and outputs, with k = 1.
 
-    ``hidden [batch, sequence, hidden]``; ``dispatch [batch, sequence, m]`` is one-hot, all zeros where a token came after
-    ``expert_capacity`` others of its sequence had chosen its expert; ``gates [batch, sequence, 1]``; ``logits [batch,
-    sequence, m]``. A dropped token keeps its choice, with a gate of 0: an engine computes it and adds nothing.
+    ``hidden [batch, sequence, hidden]``; ``gates [batch, sequence, 1]``; ``logits [batch, sequence, m]``. ``dispatch [batch,
+    sequence, m]`` is one-hot, or all zeros if ``expert_capacity`` earlier tokens of the sequence had already chosen the expert. A
+    dropped token keeps its choice, with a gate of 0: an engine computes it and adds nothing.
     """
     ids = torch.softmax(logits, dim=-1).argmax(dim=-1).reshape(-1, 1)
     dropped = dispatch.sum(dim=-1).reshape(-1, 1) == 0

@@ -1,8 +1,8 @@
-"""A calibration that survives an interruption: what each finished layer showed, kept in a folder until all are.
+"""A calibration that survives an interruption: the results of each finished layer are kept in a folder until all are finished.
 
-The folder holds, of every finished layer, its part of calibration.json and of the statistics, and, after the last of them, the
-hidden states with which the next layer begins. ``journal.jsonl`` says first what is calibrated, then, a line a layer, which files
-belong to it and their hashes; a layer without a line is none. A run that goes on verifies every file.
+For every finished layer, the folder holds its part of calibration.json and of the statistics. It also holds the hidden states
+with which the next layer begins. The first line of ``journal.jsonl`` describes the calibration. Each further line lists the files
+of one layer with their hashes; a layer without a line does not count. A run that continues verifies every file.
 """
 
 import json
@@ -31,8 +31,7 @@ Say = Callable[[str], None]
 
 
 class Finished(Document):
-    """A line of the journal: a layer, the sha256 of its files by name, and that of the states, which are there while it is the
-    last."""
+    """A line of the journal: a layer, the sha256 of its files by name, and that of the states, which only the last layer has."""
 
     layer: str
     files: dict[str, str]
@@ -40,7 +39,7 @@ class Finished(Document):
 
 
 class InProcess:
-    """Finished layers that are kept no longer than the process; without ``moments``, nobody will ask for the statistics."""
+    """Finished layers that are kept in the process only. Without ``moments``, the statistics are not needed."""
 
     def __init__(self, moments: bool = True) -> None:
         self.layers: list[LayerCalibration] = []
@@ -48,7 +47,7 @@ class InProcess:
         self._statistics: dict[str, np.ndarray] = {}
 
     def take_up(self, job: Job) -> None:
-        """Nothing is left of an earlier run."""
+        """Does nothing, because nothing is left of an earlier run."""
 
     def add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
         self.layers.append(layer)
@@ -63,7 +62,7 @@ class InProcess:
 
 
 class Unfinished:
-    """The finished ``layers`` in ``folder``, which ``take_up`` makes."""
+    """The finished ``layers`` in ``folder``, which ``take_up`` creates."""
 
     def __init__(self, folder: Path, fresh: bool, say: Say) -> None:
         self.folder, self.layers = folder, list[LayerCalibration]()
@@ -73,7 +72,7 @@ class Unfinished:
         self._lock: int | None = None
 
     def take_up(self, job: Job) -> None:
-        """What is there of the same job, if all of it is as it was written.
+        """Load the finished layers of the same job, if all files are unchanged.
 
         Raises:
             UserError: another process calibrates for the same output, or the folder cannot be written.
@@ -93,12 +92,12 @@ class Unfinished:
                 LayerCalibration.model_validate_json((self.folder / f"{number}.json").read_bytes())
                 for number in range(len(self._records))
             ]
-            self._say(f"going on behind {self._records[-1].layer}, of which all was measured")
+            self._say(f"continuing after {self._records[-1].layer}, which is finished")
         else:
             for path in self.folder.iterdir():
                 if path.name != "lock":
                     path.unlink()
-        # Without a line that was cut off: the next would be added to it.
+        # Drop a line that was cut off, to which the next would be appended.
         lines = (json.dumps(job), *(record.model_dump_json() for record in self._records))
         self._journal.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -113,7 +112,7 @@ class Unfinished:
             except ValidationError:
                 break  # cut off
         if records and not self._intact(records):
-            self._say(f"what {self.folder} holds is not as it was written; starting over")
+            self._say(f"the files in {self.folder} differ from what was written; starting over")
             return []
         return records
 
@@ -132,7 +131,7 @@ class Unfinished:
         return self._lock is not None
 
     def add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
-        """``states``: whatever of tensors, tuples, lists and dictionaries the next layer begins with.
+        """Add a finished layer. ``states``: tensors, tuples, lists and dictionaries with which the next layer begins.
 
         Raises:
             UserError: the disk is full.
@@ -141,7 +140,7 @@ class Unfinished:
             self._add(layer, statistics, states)
         except OSError as error:
             raise UserError(
-                f"cannot keep what was measured of {layer.name} in {self.folder}: {error.strerror or error}; "
+                f"cannot keep the measurements of {layer.name} in {self.folder}: {error.strerror or error}; "
                 "free space there or choose another output with -o"
             ) from error
 
@@ -164,13 +163,13 @@ class Unfinished:
         self._records.append(record)
 
     def states(self) -> Any:
-        """What the last finished layer was added with, mapped from the disk; None without any."""
+        """The states of the last finished layer, mapped from the disk; None if there is no finished layer."""
         if not self.layers:
             return None
         return torch.load(self.folder / f"states.{len(self.layers) - 1}.pt", mmap=True, weights_only=True)
 
     def statistics(self) -> dict[str, np.ndarray]:
-        """Of all finished layers, mapped from the disk."""
+        """The statistics of all finished layers, mapped from the disk."""
         found: dict[str, np.ndarray] = {}
         for number in range(len(self.layers)):
             path = self.folder / f"{number}.safetensors"
@@ -184,9 +183,9 @@ class Unfinished:
 
 @contextmanager
 def unfinished(output: Path, *, fresh: bool = False, say: Say = lambda text: None) -> Iterator[Unfinished | InProcess]:
-    """What an earlier run for ``output`` left, unless ``fresh``. The folder is gone after success; after a failure or an
-    interruption it stays if a layer is finished. ``say`` takes a sentence for the user. Of several processes only the first keeps
-    anything.
+    """The finished layers of an earlier run for ``output``, unless ``fresh``. After success, the folder is removed; after a
+    failure or an interruption, it stays if a layer is finished. ``say`` takes a sentence for the user. With several processes,
+    only the first keeps anything.
     """
     if rank() > 0:
         yield InProcess(moments=False)
@@ -196,7 +195,7 @@ def unfinished(output: Path, *, fresh: bool = False, say: Say = lambda text: Non
         yield found
     except BaseException:
         if found.begun and found.layers:
-            say(f"{found.folder} holds what was done; the same command goes on from there, or starts over with --fresh")
+            say(f"{found.folder} holds the finished part; the same command continues from there, or starts over with --fresh")
         elif found.begun:
             shutil.rmtree(found.folder, ignore_errors=True)
         raise

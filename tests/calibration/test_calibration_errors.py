@@ -118,7 +118,7 @@ def test_refuses_a_layer_that_was_bypassed(tiny_checkpoint: Callable[[str], Path
     [
         (np.full((4, 2), 6), "routed 0 .* 3 tokens x top-k 2 = 6 were expected"),
         (np.full((4, 1), 5), "routed 3 .* 3 tokens x top-k 2 = 6 were expected"),
-        (np.full((5, 2), 5), "was given 5 tokens of a batch of 4, so that padding cannot be told from text"),
+        (np.full((5, 2), 5), "was given 5 tokens of a batch of 4, so that padding cannot be recognised"),
     ],
 )
 def test_refuses_routing_that_does_not_sum_up(ids: np.ndarray, match: str) -> None:

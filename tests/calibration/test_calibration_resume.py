@@ -105,16 +105,16 @@ def test_goes_on_behind_the_last_finished_layer(
         said: list[str] = []
         with pytest.raises(KeyboardInterrupt):
             calibrated(model, output, interrupt_at(layer), said)
-        assert any("goes on from there, or starts over with --fresh" in text for text in said) == (layer > 0)
+        assert any("continues from there, or starts over with --fresh" in text for text in said) == (layer > 0)
         said.clear()
         assert_same(calibrated(model, output, said=said), expected)
         assert f"measured {layers - layer}" in said
-        assert any(text.startswith("going on behind") for text in said) == (layer > 0)
+        assert any(text.startswith("continuing after") for text in said) == (layer > 0)
         assert not list(tmp_path.glob(".c.json*"))
     for again in range(layers - 1):
         with pytest.raises(KeyboardInterrupt):
             calibrated(model, output, interrupt_at(1), said := [])
-        assert again == 0 or any(text.startswith("going on behind") for text in said)
+        assert again == 0 or any(text.startswith("continuing after") for text in said)
     assert_same(calibrated(model, output), expected)
 
 
@@ -135,8 +135,8 @@ def test_what_was_changed_meanwhile_is_not_taken_up(
 
     for name in ("0.json", "1.safetensors", "states.1.pt"):
         spoiled = partial / name
-        assert_same(again(lambda spoiled=spoiled: flip(spoiled), "not as it was written; starting over"), expected)
-        assert_same(again(spoiled.unlink, "not as it was written; starting over"), expected)
+        assert_same(again(lambda spoiled=spoiled: flip(spoiled), "differ from what was written; starting over"), expected)
+        assert_same(again(spoiled.unlink, "differ from what was written; starting over"), expected)
     journal = partial / "journal.jsonl"
     # A line that was cut off is a layer that was not finished; what it had is written anew.
     assert_same(again(lambda: journal.write_text(journal.read_text()[:-20]), "starting over"), expected)
@@ -164,7 +164,7 @@ def test_a_full_disk_costs_the_layer_alone(
         save(*arguments)
 
     monkeypatch.setattr(keeping.torch, "save", full)
-    with pytest.raises(UserError, match=r"cannot keep what was measured of model\.layers\.2.*: No space left on device; free"):
+    with pytest.raises(UserError, match=r"cannot keep the measurements of model\.layers\.2.*: No space left on device; free"):
         calibrated(model, output)
     said: list[str] = []
     assert_same(calibrated(model, output, said=said), expected)
@@ -217,12 +217,12 @@ def test_on_the_command_line(deep: Callable[[str], Path], tmp_path: Path, death:
     assert run("whole.json", -1)[0] == 0
     status, error = run("c.json", 3)
     assert status == {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143}[death], error
-    assert (".c.json.partial holds what was done" in error) == (death != "SIGKILL")
+    assert (".c.json.partial holds the finished part" in error) == (death != "SIGKILL")
     assert (folder / ".c.json.partial").is_dir()
     status, error = run("c.json", -1)
     assert status == 0, error
     assert error.count("measuring") == 2
-    assert "going on behind model.layers.1.mlp.experts, of which all was measured" in error
+    assert "continuing after model.layers.1.mlp.experts, which is finished" in error
     assert names(folder) == ["c.json", "c.safetensors", "whole.json", "whole.safetensors"]
     assert (folder / "c.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes()
     assert (folder / "c.json").read_text() == (folder / "whole.json").read_text().replace("whole.safe", "c.safe")

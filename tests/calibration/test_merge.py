@@ -113,7 +113,7 @@ def other_block(layer: LayerCalibration) -> LayerCalibration:
         (lambda c: changed(c, batch_size=2), r"--batch-size of .* \(4 and 2\)"),
         (lambda c: changed(c, sequence_length=8), r"--sequence-length of .* \(12 and 8\)"),
         (lambda c: changed_layer(c, other_block), r"--block of .* \(128 and 32\)"),
-        (lambda c: changed(c, layers=c.layers[1:]), "have other layers"),
+        (lambda c: changed(c, layers=c.layers[1:]), "have different layers"),
         (
             lambda c: changed_layer(c, lambda layer: layer.model_copy(update={"sums": None})),
             r"b\.json was written before schema ver",

@@ -131,7 +131,7 @@ def test_a_lost_process_ends_all_and_the_run_goes_on_later(model: Path, alone: P
     # With another number of processes.
     ((status, _, error),) = ended(start(1, *command))
     assert status == 0, error
-    assert "going on behind model.layers.1.mlp.experts" in error
+    assert "continuing after model.layers.1.mlp.experts" in error
     same(alone / "calibration.json", alone / f"resumed{dying}.json")
 
 

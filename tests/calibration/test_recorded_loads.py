@@ -156,22 +156,22 @@ def test_refusals(rq_compile: Command, model: Path, stages: Path, out: Path, tmp
     refused(run(good, *calibration, "--sequence-length", 64), 2, "--sequence-length has no effect")
     refused(run(good, *calibration, of=tiny_checkpoint("mixtral")), 2, "give a calibration of this MODEL")
     refused(run(tmp_path / "no.pt", *calibration), 2, "no.pt", "No such file")
-    refused(run(tmp_path, *calibration), 2, "no recorded loads")
+    refused(run(tmp_path, *calibration), 2, "does not hold recorded loads")
     (tmp_path / "torn.pt").write_bytes(good.read_bytes()[:100])
-    refused(run(tmp_path / "torn.pt", *calibration), 2, "torn.pt", "no recorded loads")
+    refused(run(tmp_path / "torn.pt", *calibration), 2, "torn.pt", "does not hold recorded loads")
     torch.save({"logical_count": Path("harm")}, tmp_path / "object.pt")
-    refused(run(tmp_path / "object.pt", *calibration), 2, "no recorded loads")
+    refused(run(tmp_path / "object.pt", *calibration), 2, "does not hold recorded loads")
     refused(run(good, *calibration, "--from-loads", good), 2, "two --from-loads are named", good.name)
     torch.save({"logical_count": torch.ones(1, layers, experts, dtype=torch.bfloat16)}, tmp_path / "bf16.pt")
-    refused(run(tmp_path / "bf16.pt", *calibration), 2, "no recorded loads")
+    refused(run(tmp_path / "bf16.pt", *calibration), 2, "does not hold recorded loads")
     for name, table, word in (
         ("deeper", np.ones((1, layers + 1, experts)), f"counts tokens in layer {layers}, where MODEL has no experts"),
         ("experts", np.ones((1, layers, experts + 1)), f"counts {experts + 1} experts"),
         ("layers", np.ones((1, layers - 1, experts)), f"experts in layer {layers - 1}"),
         ("idle", np.zeros((1, layers, experts)), "counts no token"),
         ("negative", -np.ones((1, layers, experts)), "negative"),
-        ("halves", np.ones((1, layers, experts)) / 2, "not whole"),
-        ("nan", np.full((1, layers, experts), np.nan), "not whole"),
+        ("halves", np.ones((1, layers, experts)) / 2, "not a whole number"),
+        ("nan", np.full((1, layers, experts), np.nan), "not a whole number"),
     ):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps({"logical_count": table.tolist()}))

@@ -73,9 +73,9 @@ def calibrate(
 ) -> Calibration:
     """Run ``model`` over ``texts``, measure its experts and write the calibration to ``output`` (``.json``).
 
-    ``progress`` counts tokens. ``detail`` gets the layer that is being measured. ``memory_limit`` is in bytes. ``wanda_fraction`` is
-    the paper's s. The statistics that GPTQ needs are written beside ``output`` as ``.safetensors``. An interrupted run with the same
-    arguments continues after its last finished layer, unless ``fresh``.
+    ``progress`` counts tokens. ``detail`` gets the layer that is being measured. ``memory_limit`` is in bytes. ``wanda_fraction``
+    is the paper's s. The statistics that GPTQ needs are written beside ``output`` as ``.safetensors``. An interrupted run with
+    the same arguments continues after its last finished layer, unless ``fresh``.
 
     Raises:
         UserError: ``output`` would replace an input or a file of another kind, there is no text, the text is too short, or one
@@ -118,9 +118,9 @@ def plan(
 ) -> Plan:
     """Decide how often, in which format and on which rank each expert is stored, and write the plan to ``output`` (``.json``).
 
-    Instead of ``calibration``, a model may be given: loads are then assumed to be uniform, errors come from the weights alone, and
-    ``progress`` counts experts. ``memory`` is the budget as a multiple of the bytes of the experts in the checkpoint. ``options`` are
-    those of ``--option``: see docs/planning.md.
+    Instead of ``calibration``, a model may be given: loads are then assumed to be uniform, errors come from the weights alone,
+    and ``progress`` counts experts. ``memory`` is the budget as a multiple of the bytes of the experts in the checkpoint.
+    ``options`` are those of ``--option``: see docs/planning.md.
 
     Raises:
         UserError: ``output`` would replace an input or a file of another kind, the calibration cannot be read, an argument is
@@ -164,10 +164,10 @@ def compile(
 ) -> Manifest:
     """Compile ``model`` with ``plan`` into an engine for ONNX Runtime: ``output`` (``.onnx``) and the files beside it.
 
-    ``statistics``: those of the plan's calibration, by default read from the file that ``plan`` names. ``lowering``: by default the
-    lowering for the plan's target. ``activation_bits`` and ``dense_format`` are options of some lowerings. ``link_weights``: use
-    weights of the checkpoint in place where the layout allows. ``progress`` counts bytes of weights. The engine does not depend on
-    ``threads``.
+    ``statistics``: those of the plan's calibration, by default read from the file that ``plan`` names. ``lowering``: by default
+    the lowering for the plan's target. ``activation_bits`` and ``dense_format`` are options of some lowerings. ``link_weights``:
+    use weights of the checkpoint in place where the layout allows. ``progress`` counts bytes of weights. The engine does not
+    depend on ``threads``.
 
     Raises:
         UserError: ``output`` would replace another file, the plan is of another model or does not fit the lowering, the lowering

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A context in which transformers shows no progress bars and logs only errors, and neither it nor torch warns of renamed
-    features."""
+    """A context in which transformers shows no progress bars and logs only errors, and in which FutureWarnings are ignored."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

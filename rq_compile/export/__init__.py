@@ -1,1 +1,1 @@
-"""From a model to an ONNX graph with one Experts node per MoE layer."""
+"""Exports a model to an ONNX graph with one Experts node per MoE layer."""

@@ -1,7 +1,7 @@
-"""The op ``rq.moe::Experts`` on torch's side: traced in place of a layer's experts, exported as one ONNX node per MoE layer.
+"""The op ``rq.moe::Experts`` in torch: traced in place of a layer's experts, and exported as one ONNX node per MoE layer.
 
-A node takes ``x [T, hidden]``, expert ids int64 ``[T, k]`` and gates ``[T, k]``; its attribute ``layer`` names the experts
-module, by which the rewrite finds the layer's plan and weights. It has no weights of its own.
+A node takes ``x [T, hidden]``, expert ids int64 ``[T, k]`` and gates ``[T, k]``. Its attribute ``layer`` names the experts
+module, by which the rewrite finds the layer's plan and weights. The node has no weights.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ DOMAIN = "rq.moe"
 
 @torch.library.custom_op("rq_moe::experts", mutates_args=())
 def experts(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, layer: str) -> torch.Tensor:
-    raise NotImplementedError("rq_moe::experts stands for a layer in a traced graph; it computes nothing")
+    raise NotImplementedError("rq_moe::experts stands for a layer in a traced graph; it does not compute anything")
 
 
 @experts.register_fake
@@ -33,7 +33,7 @@ def _(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, layer: str) -> to
 
 
 def route_to_experts_nodes(model: PreTrainedModel, layers: Iterable[MoeLayer]) -> None:
-    """Make ``model``, of a family that uses transformers' experts interface, call the op in place of its experts."""
+    """Make ``model`` call the op in place of its experts. Its family must use transformers' experts interface."""
     for layer in layers:
         module: Any = model.get_submodule(layer.name)
         module.rq_layer = layer.name
@@ -52,14 +52,14 @@ def _translation(x: onnxscript.FLOAT, ids: onnxscript.INT64, gates: onnxscript.F
 
 
 def _register() -> None:
-    """Once a process, on import: with torch's ONNX exporter, with onnx and with transformers."""
+    """Register the op with torch's ONNX exporter, with onnx and with transformers; once per process, on import."""
     tensor = OpSchema.FormalParameter
     onnx.defs.register_schema(
         OpSchema(
             "Experts",
             DOMAIN,
             1,
-            doc="The routed experts of one MoE layer; exists between export and rewrite only.",
+            doc="The routed experts of one MoE layer; exists only between export and rewrite.",
             inputs=[tensor("x", "T"), tensor("ids", "tensor(int64)"), tensor("gates", "T")],
             outputs=[tensor("y", "T")],
             type_constraints=[("T", ["tensor(float)"], "fp32")],

@@ -1,7 +1,7 @@
-"""The exported graph's weights taken out of it, and its constants folded around them.
+"""Takes the weights out of the exported graph and folds the constants around them.
 
-No weight is read here: what would need one (a transposed copy of a projection) becomes a parameter of its own, to be read
-in that form when the weights file is written.
+No weight is read here. A tensor that would need one (a transposed copy of a projection) becomes a separate parameter, which is
+read in that form when the weights file is written.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from rq_compile.rewrite.weights import LOCATION
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter or buffer of the transformers model, by name, as an initializer holds it: as it is, or transposed."""
+    """A parameter or buffer of the transformers model, by name, in the form of an initializer: unchanged or transposed."""
 
     name: str
     transposed: bool = False
 
     def read(self, model: Model) -> np.ndarray:
-        """In the checkpoint's dtype.
+        """The values in the checkpoint's dtype.
 
         Raises:
             UserError: the checkpoint has no such tensor.
@@ -35,7 +35,8 @@ class Parameter:
 
 
 def without_weights(graph: onnx_ir.Graph, model: nn.Module) -> dict[str, Parameter]:
-    """Make every initializer that stands for a meta tensor of ``model`` external data; initializer name -> parameter."""
+    """Turn every initializer that stands for a meta tensor of ``model`` into external data. Returns initializer name ->
+    parameter."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     parameters = {}
     for name, value in graph.initializers.items():

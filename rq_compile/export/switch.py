@@ -1,4 +1,4 @@
-"""Switch Transformers, whose experts lie outside transformers' experts interface: its sparse block, rewritten to export."""
+"""Switch Transformers, which does not use transformers' experts interface: its sparse block, rewritten for export."""
 
 from collections.abc import Iterable
 from types import MethodType
@@ -21,9 +21,9 @@ def route_switch_to_experts_nodes(model: PreTrainedModel, layers: Iterable[MoeLa
 
 
 def _sparse_block(block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """``[batch, sequence, hidden]`` to the same shape, as ``SwitchTransformersSparseMLP`` computes it.
+    """Maps ``[batch, sequence, hidden]`` to the same shape, like ``SwitchTransformersSparseMLP``.
 
-    A token beyond its expert's capacity (counted per sequence) is dropped there; here its gate is 0, which gives the same sum.
+    There, a token beyond its expert's capacity (counted per sequence) is dropped. Here, its gate is 0, which gives the same sum.
     """
     router = block.router
     logits = router.classifier(hidden_states.to(router.dtype))

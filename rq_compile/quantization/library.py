@@ -14,12 +14,12 @@ LIBRARY = Path(rq_compile.__file__).parent / "lib" / "librq_quantizer.so"
 def quantizer_library() -> ctypes.CDLL:
     """
     Raises:
-        UserError: the package was not built, or for another machine, or from older sources.
+        UserError: the library was not built, or was built for another machine or from older sources.
     """
     try:
         library = ctypes.CDLL(str(LIBRARY))
         if not hasattr(library, "rq_decode"):
             raise OSError
     except OSError as error:
-        raise UserError(f"the quantizer {LIBRARY} is missing, too old or not of this machine; run pip install .", 2) from error
+        raise UserError(f"the quantizer {LIBRARY} is missing, too old or not for this machine; run pip install .", 2) from error
     return library

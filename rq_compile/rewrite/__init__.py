@@ -1,1 +1,2 @@
-"""onnx-graphsurgeon passes: Experts to Dispatch, ExpertGemm and Combine, and the lowerings. Knows no torch."""
+"""onnx-graphsurgeon passes: they replace Experts by Dispatch, ExpertGemm and Combine, and by the ops of other lowerings. This
+package does not use torch."""

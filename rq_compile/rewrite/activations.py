@@ -1,4 +1,4 @@
-"""The activations of an expert in standard ops; what each computes is said in ``ExpertGeometry``."""
+"""The activations of an expert in standard ops. ``ExpertGeometry`` defines them."""
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -8,7 +8,7 @@ from rq_compile.rewrite.ops import Ops
 
 
 def activated(op: Ops, up: gs.Tensor, geometry: ExpertGeometry) -> gs.Tensor:
-    """fp32 ``[..., intermediate]`` from the up projection's fp32 ``[..., up_rows]``."""
+    """fp32 ``[..., intermediate]``, from the up projection's fp32 ``[..., up_rows]``."""
     kind = geometry.activation
     if kind == "relu":
         return op("Relu", up)

@@ -1,4 +1,4 @@
-"""Weights in 16 bit, which may be too narrow for them."""
+"""Weights in 16 bits, whose range may be too small."""
 
 import ml_dtypes
 import numpy as np
@@ -9,10 +9,10 @@ HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def in_half(values: np.ndarray, half: np.dtype, name: str) -> np.ndarray:
-    """``values`` in ``half``, float16 or bfloat16; ``name`` is the weight's.
+    """``values`` in ``half``, float16 or bfloat16. ``name``: the name of the weight.
 
     Raises:
-        UserError: ``half`` cannot hold one of them.
+        UserError: ``half`` cannot hold one of the values.
     """
     with np.errstate(over="ignore"):
         made = values.astype(half, copy=False)

@@ -1,4 +1,4 @@
-"""The weights of the slots that are lanes of one batched product, as standard ops take them."""
+"""The weights of the slots that are lanes of one batched product, in the layout of standard ops."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from rq_compile.rewrite.weights import ExternalWeight, Piece
 
 @dataclass(frozen=True)
 class LaneWeights:
-    """One projection of n slots, a matrix ``[columns, rows]`` each, as ``x @ W`` wants it.
+    """One projection of n slots, each a matrix ``[columns, rows]`` for ``x @ W``.
 
-    ``values [n, columns, rows]`` in the slots' format. Quantized, ``block`` neighbours of a column share a scale of ``scales``
-    fp32 ``[n, blocks, rows]``, and columns are padded to whole blocks. ``bias`` fp32 ``[n, 1, rows]``. ``pieces`` fill them.
+    ``values [n, columns, rows]`` are in the slots' format. If quantized, ``block`` neighbours of a column share a scale of
+    ``scales`` fp32 ``[n, blocks, rows]``, and columns are padded to whole blocks. ``bias`` fp32 ``[n, 1, rows]``. ``pieces``
+    compute the values.
     """
 
     values: ExternalWeight
@@ -35,10 +36,10 @@ class LaneWeights:
 def lane_weights(
     plan: LayerPlan, slots: Sequence[Slot], name: str, projection: str, source: Source, *, whole_columns: bool = False
 ) -> LaneWeights:
-    """Describe the weights of ``projection`` ("up" or "down") of ``slots``, all of one format, without reading any.
+    """Describe the weights of ``projection`` ("up" or "down") of ``slots``, all in one format, without reading any.
 
     ``whole_columns``: int8 has one scale for a whole column and is rounded to the nearest, whatever the plan's quantizer is.
-    TensorRT multiplies with such weights as they are; block-wise ones it would first write out in 16 bit.
+    TensorRT multiplies by such weights without unpacking them; it would first expand block-wise ones to 16 bits.
     """
     geometry, format = plan.geometry, slots[0].format
     rows, columns = (geometry.up_rows, geometry.hidden) if projection == "up" else (geometry.hidden, geometry.intermediate)

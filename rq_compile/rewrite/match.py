@@ -1,4 +1,4 @@
-"""Find in a graph what torch's exporter makes of a formula: patterns of ops, matched from their result to their operands."""
+"""Finds the ops that torch's exporter writes for a formula: patterns of ops, matched from the result to the operands."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,29 +8,29 @@ import onnx_graphsurgeon as gs
 
 from rq_compile.rewrite.weights import external_proto
 
-# The name of a tensor, or an op, with attributes it must have if a dict comes next, and the patterns of its first inputs.
+# The name of a tensor; or an op, optionally a dict of required attributes, and the patterns of its first inputs.
 Pattern = str | tuple[Any, ...]
 COMMUTATIVE = ("Add", "Mul")
 TO_THE_END = np.iinfo(np.int64).max
 
 
 def match(tensor: gs.Tensor, pattern: Pattern) -> dict[str, gs.Tensor] | None:
-    """The tensors that ``pattern`` names, if ``tensor`` is computed so; a name that comes twice is one tensor.
+    """The tensors that ``pattern`` names, if ``tensor`` is computed in this way. A name that appears twice stands for one tensor.
 
-    Operands of a sum or a product may stand in either order, and a Slice that keeps everything is seen through.
+    Operands of a sum or a product may be in either order, and a Slice that keeps everything is ignored.
     """
     return next(_matches(tensor, pattern, {}), None)
 
 
 def numbers(tensor: gs.Tensor) -> list[float]:
-    """What a small constant holds, as a flat list; empty if ``tensor`` is computed, or a weight."""
+    """The values of a small constant, as a flat list; empty if ``tensor`` is computed, or is a weight."""
     if not isinstance(tensor, gs.Constant) or external_proto(tensor) is not None:
         return []
     return tensor.values.reshape(-1).tolist()
 
 
 def concatenated(tensor: gs.Tensor) -> list[int | None]:
-    """The parts of a shape that is put together of single numbers: the constant ones, and None for what is computed."""
+    """The parts of a shape that is concatenated from single numbers: constants, and None for computed numbers."""
     parts = [numbers(part) for node in tensor.inputs if node.op == "Concat" for part in node.inputs]
     return [int(part[0]) if len(part) == 1 else None for part in parts]
 

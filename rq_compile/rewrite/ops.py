@@ -1,4 +1,4 @@
-"""A short way to write standard ONNX nodes into a graph-surgeon graph."""
+"""Adds standard ONNX nodes to a graph-surgeon graph in a short notation."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""Weights in the layout of the native lowering: panels of 16 rows, as plugins/onnxruntime/README.md draws them.
+"""Weights in the layout of the native lowering: panels of 16 rows, as drawn in plugins/onnxruntime/README.md.
 
-A panel holds 16 neighbouring rows of a matrix, or of each half of one whose rows are a gate and an up projection: panel 0 is the
-gate's rows 0-15, panel 1 the up projection's, panel 2 the gate's rows 16-31, and so on. Each half is filled up with zeros to a
-multiple of 16 rows.
+A panel holds 16 neighbouring rows of a matrix. If the rows are a gate and an up projection, panels of the two halves alternate:
+panel 0 holds the gate's rows 0-15, panel 1 those of the up projection, panel 2 the gate's rows 16-31, and so on. Each half is
+padded with zeros to a multiple of 16 rows.
 """
 
 import numpy as np
@@ -14,12 +14,12 @@ ROWS = 16
 
 
 def panel_count(rows: int, halves: int) -> int:
-    """Panels of a matrix of ``rows`` rows that are ``halves`` projections (2: gate and up, else 1)."""
+    """Number of panels of a matrix with ``rows`` rows, which are ``halves`` projections (2 for gate and up, otherwise 1)."""
     return halves * -(-(rows // halves) // ROWS)
 
 
 def float_panels(weights: np.ndarray, halves: int) -> np.ndarray:
-    """``[panels, columns, 16]`` from ``weights [rows, columns]``, dtype kept."""
+    """``[panels, columns, 16]`` from ``weights [rows, columns]``, with the same dtype."""
     return np.ascontiguousarray(_panels(weights, halves).transpose(0, 2, 1))
 
 
@@ -40,12 +40,12 @@ def packed_panels(quantized: Quantized, format: Format, halves: int) -> np.ndarr
 
 
 def scale_panels(quantized: Quantized, halves: int) -> np.ndarray:
-    """fp32 ``[panels, blocks, 16]``."""
+    """The scales by panel, fp32 ``[panels, blocks, 16]``."""
     return float_panels(quantized.scales, halves)
 
 
 def _panels(rows: np.ndarray, halves: int) -> np.ndarray:
-    """``[panels, 16, columns]``."""
+    """The rows by panel, ``[panels, 16, columns]``."""
     count, columns = len(rows) // halves, rows.shape[1]
     filled = np.pad(rows.reshape(halves, count, columns), ((0, 0), (0, -count % ROWS), (0, 0)))
     return filled.reshape(halves, -1, ROWS, columns).swapaxes(0, 1).reshape(-1, ROWS, columns)

@@ -1,4 +1,4 @@
-"""Pass: a root-mean-square norm, seven ops of torch's exporter, becomes ONNX Runtime's SimplifiedLayerNormalization.
+"""Pass: replaces root-mean-square norms, seven ops of torch's exporter, by ONNX Runtime's SimplifiedLayerNormalization.
 
 Requires: nothing. Ensures: ``weight * (x * rsqrt(mean(x ** 2) + epsilon))`` over the last axis is one node.
 """

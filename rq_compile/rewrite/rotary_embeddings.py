@@ -1,10 +1,10 @@
-"""Pass: rotary position embeddings become ONNX Runtime's RotaryEmbedding, which turns heads where the projection left them.
+"""Pass: replaces rotary position embeddings by ONNX Runtime's RotaryEmbedding, which rotates heads in the projection's layout.
 
 The exporter writes ``x * cos + rotate_half(x) * sin`` in nine ops, on x as [batch, heads, sequence, dimension]. The op takes
-[batch, sequence, heads * dimension], so it stands before that transpose. It reads cos and sin from a table by position: here the
-table has one row for each token of the batch, and the position is the token's number, so any positions are exact.
+[batch, sequence, heads * dimension], so it comes before that transpose. It reads cos and sin from a table by position. Here, the
+table has one row for each token of the batch, and the position is the token's number, so all positions are exact.
 
-Requires: nothing. Ensures: heads that are turned whole, one half against the other, are turned by one node.
+Requires: nothing. Ensures: heads that are rotated as a whole, with one half against the other, are rotated by one node.
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ def rotary_embeddings(graph: gs.Graph) -> PassReport:
 
 
 def merged_heads(op: Ops, by_token: gs.Tensor) -> gs.Tensor:
-    """``[batch, sequence, heads * dimension]`` of ``[batch, sequence, heads, dimension]``."""
+    """``[batch, sequence, heads * dimension]``, from ``[batch, sequence, heads, dimension]``."""
     split = match(by_token, ("Reshape", "merged", "shape"))
     if split and len(split["merged"].shape or []) == 3:
         return split["merged"]

@@ -1,4 +1,4 @@
-"""Weights that live outside the graph: described now, computed piece by piece while the weights file is written."""
+"""Weights that are stored outside the graph: described first, and computed piece by piece while the weights file is written."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +29,10 @@ class ExternalWeight:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next values of each of ``weights``, which are computed together: ``values()`` gives an array for each, in C order.
+    """The next values of each of ``weights``, which are computed together. ``values()`` returns an array for each, in C order.
 
-    A piece of an int4 weight holds an even number of values, as two share a byte. Pieces are independent of each other and may
-    be computed at the same time; ``memory`` is about what one takes meanwhile, in bytes.
+    A piece of an int4 weight holds an even number of values, because two share a byte. Pieces are independent of each other and
+    may be computed at the same time. ``memory``: approximate bytes that are needed to compute the piece.
     """
 
     weights: tuple[ExternalWeight, ...]
@@ -42,9 +42,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Section:
-    """Weights that stand side by side in the weights file: those of one layer's experts, or a single dense one.
+    """Adjacent weights in the weights file: those of one layer's experts, or a single dense weight.
 
-    The values of the ``pieces`` of a weight, one after the other, are the weight.
+    The concatenated values of the ``pieces`` of a weight are the weight.
     """
 
     name: str
@@ -63,7 +63,7 @@ def stored_bytes(dtype: np.dtype, shape: Sequence[int]) -> int:
 
 
 def stored(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """uint8 ``[bytes]``: ``values`` as they stand in the weights file, in C order; of two int4, the first in the low bits."""
+    """uint8 ``[bytes]``: ``values`` as in the weights file, in C order. Of two int4 values, the first is in the low bits."""
     if dtype != INT4:
         return np.ascontiguousarray(values, dtype).reshape(-1).view(np.uint8)
     nibbles = np.ascontiguousarray(values, np.int8).reshape(-1).view(np.uint8) & 15
@@ -71,12 +71,12 @@ def stored(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def constant(weight: ExternalWeight) -> gs.Constant:
-    """A graph constant without data that stands for all of ``weight``."""
+    """A graph constant without data that stands for the whole ``weight``."""
     return _reference(weight.name, weight.name, onnx.helper.np_dtype_to_tensor_dtype(weight.dtype), weight.shape, 0)
 
 
 def slice_of(whole: gs.Constant, index: int, shape: Sequence[int] | None = None) -> gs.Constant:
-    """A constant for ``whole[index]``, seen as ``shape``: the same bytes of the weights file, nothing is copied."""
+    """A constant for ``whole[index]`` with ``shape``. It refers to the same bytes of the weights file; nothing is copied."""
     proto = whole._values.tensor
     inner = tuple(proto.dims[1:])
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type))
@@ -93,7 +93,7 @@ def _reference(name: str, weight: str, data_type: int, shape: Sequence[int], off
 
 
 def external_proto(tensor: gs.Tensor) -> onnx.TensorProto | None:
-    """What stands for ``tensor`` in the graph if its data is external."""
+    """The proto of ``tensor`` in the graph if its data is external; otherwise None."""
     lazy = isinstance(tensor, gs.Constant) and isinstance(tensor._values, LazyValues)
     return tensor._values.tensor if lazy and tensor._values.tensor.data_location == onnx.TensorProto.EXTERNAL else None
 

@@ -1,4 +1,4 @@
-"""Codes of a matrix to numbers, whatever their packing, at the speed of memory: ``rq_decode`` of ``plugins/quantizer``."""
+"""Decodes the codes of a matrix, in any packing, at the speed of memory, with ``rq_decode`` of ``plugins/quantizer``."""
 
 import ctypes
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from rq_compile.checkpoint.safetensors_file import StoredTensor, read_rows
 from rq_compile.checkpoint.storage.packings import Packing
 from rq_compile.quantization.library import quantizer_library
 
-NOT_FINITE, OUT_OF_RANGE, OUTSIDE = 1, 2, 3  # what ``rq_decode`` returns, besides 0
+NOT_FINITE, OUT_OF_RANGE, OUTSIDE = 1, 2, 3  # return values of ``rq_decode`` besides 0
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Some rows of a matrix of codes: ``words`` as the tensor has them, ``rows`` rows from ``first`` on, ``columns`` in each."""
+    """Some rows of a matrix of codes: ``words`` as in the tensor, ``rows`` rows from ``first`` on, with ``columns`` columns."""
 
     packing: Packing
     words: np.ndarray
@@ -25,8 +25,8 @@ class Codes:
 
 @dataclass(frozen=True)
 class Groups:
-    """``scales`` and ``zeros`` fp32 ``[rows, groups]``. A group has ``width`` columns that follow each other, or those that
-    ``order``, int64 ``[columns]``, gives it."""
+    """``scales`` and ``zeros`` fp32 ``[rows, groups]``. A group has ``width`` consecutive columns, or the columns that ``order``,
+    int64 ``[columns]``, assigns to it."""
 
     width: int
     scales: np.ndarray
@@ -35,7 +35,7 @@ class Groups:
 
 
 def read_codes(packing: Packing, name: str, tensor: StoredTensor, rows: slice, shape: tuple[int, int]) -> Codes:
-    """``rows`` of the matrix of ``shape`` that ``tensor``, called ``name``, stores; reads no others where it can.
+    """``rows`` of the matrix of shape ``shape`` that ``tensor``, called ``name``, stores. If possible, no other rows are read.
 
     Raises:
         UserError: the file cannot be read.
@@ -50,20 +50,19 @@ def read_codes(packing: Packing, name: str, tensor: StoredTensor, rows: slice, s
 
 
 def scaled(codes: Codes, groups: Groups) -> np.ndarray | None:
-    """fp32 ``[rows, columns]``: ``(number - zero) * scale``; None where a code is NaN."""
+    """fp32 ``[rows, columns]``: ``(number - zero) * scale``; None if a code is NaN."""
     values = np.empty((codes.rows, codes.columns), np.float32)
     return None if _decode(codes, groups, values) == NOT_FINITE else values
 
 
 def differences(codes: Codes, groups: Groups | None = None) -> np.ndarray | None:
-    """int8 ``[rows, columns]`` of codes of whole numbers: ``number - zero``; None where one does not fit. ``groups`` that are in
-    an order of their own are not read."""
+    """int8 ``[rows, columns]`` of integer codes: ``number - zero``; None if a difference does not fit."""
     numbers = np.empty((codes.rows, codes.columns), np.int8)
     return None if _decode(codes, groups, numbers) == OUT_OF_RANGE else numbers
 
 
 def read_differences(packing: Packing, name: str, tensor: StoredTensor, shape: tuple[int, int], rows: slice) -> np.ndarray:
-    """int8 ``[rows, columns]``: ``rows`` of the whole numbers of ``shape`` that ``tensor`` stores.
+    """int8 ``[rows, columns]``: ``rows`` of the integers of shape ``shape`` that ``tensor`` stores.
 
     Raises:
         UserError: the file cannot be read.
@@ -74,7 +73,7 @@ def read_differences(packing: Packing, name: str, tensor: StoredTensor, shape: t
 
 
 def _decode(codes: Codes, groups: Groups | None, result: np.ndarray) -> int:
-    """Fill ``result [rows, columns]``, fp32 or int8. 0, ``NOT_FINITE`` or ``OUT_OF_RANGE``."""
+    """Fill ``result [rows, columns]``, fp32 or int8. Returns 0, ``NOT_FINITE`` or ``OUT_OF_RANGE``."""
     packing, words = codes.packing, np.ascontiguousarray(codes.words)
     shifts = packing.shifts
     across = words.view(np.uint8).shape[1] // packing.word

@@ -17,8 +17,8 @@ from rq_compile.quantization.source_integers import SourceIntegers
 class Quantized(Weight):
     """``(number - zero) * scale``, times ``column_scale`` if a quantizer has moved scales of the inputs into the weights.
 
-    ``packed``: the part that holds the codes. ``zeros(rows)``: ``[rows, groups]``, or one a row. ``order()``: the group of each
-    column, int64 ``[columns]``, or None where groups follow each other. ``column_scale()``: fp32 ``[columns]``.
+    ``packed``: the part that holds the codes. ``zeros(rows)``: ``[rows, groups]``, or one per row. ``order()``: the group of
+    each column, int64 ``[columns]``, or None if groups are consecutive. ``column_scale()``: fp32 ``[columns]``.
     """
 
     packed: str

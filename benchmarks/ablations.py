@@ -1,17 +1,17 @@
-"""What a plan's balance depends on, one thing at a time: loads of one model on held-out text under plans made otherwise.
+"""What a plan's balance depends on: one model's loads on held-out text, under plans that differ in one thing at a time.
 
-1. *calibration size*: plans from the first 1 %, 10 % and 100 % of the calibration text, held against held-out text.
-2. *shift*: plans from one kind of text, held against each kind.
-3. *batch size and padding*: LIS of batches of lines of unequal length, padding masked and counted. The paper reports that LIS
-   grows with the batch; masked, it falls.
+1. *calibration size*: plans from the first 1 %, 10 % and 100 % of the calibration text, evaluated on held-out text.
+2. *shift*: plans from one kind of text, evaluated on each kind.
+3. *batch size and padding*: LIS of batches of lines of unequal length, with padding masked and with padding counted. The paper
+   reports that LIS grows with the batch; with padding masked, it falls.
 4. *replicas in full precision or not*: plans that may quantize, and plans that may not.
-5. *does load tell importance?* Rank correlation of an expert's load with its measured error in int4, per layer.
-6. *tolerance, mixed copies, block*: what these options of planning and calibrating bring and cost, in compiled engines.
+5. *does load predict importance?* The rank correlation, per layer, of an expert's load with its measured error in int4.
+6. *tolerance, mixed copies, block*: the benefits and costs of these options of planning and calibration, in compiled engines.
 
     python benchmarks/ablations.py olmoe
 
-LIS is the mean over the layers, plans are for target `batched` at memory 1.0 unless a row says otherwise. Rows go to
-benchmarks/results/ablations.json.
+LIS is the mean over the layers. Plans are for target `batched` at memory 1.0, unless a row says otherwise. The rows are written
+to benchmarks/results/ablations.json.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def planned(calibration: Calibration, memory: float = 1.0, **options: object) ->
 
 
 def held_against(plan: Plan, heldout: Calibration, kinds: tuple[str, ...] = KINDS) -> Row:
-    """LIS of the held-out loads, before and after ``plan``."""
+    """LIS of the held-out loads, without and with ``plan``."""
     before, after = [], []
     for layer, loads in zip(plan.layers, heldout.layers, strict=True):
         for place, name in enumerate(heldout.texts):
@@ -104,7 +104,7 @@ def shift(checkpoint: Model, heldout: Calibration) -> Iterator[Row]:
 
 
 def batches_and_padding(checkpoint: Model) -> Iterator[Row]:
-    """Lines of the held-out dictionary, shortest and longest together, as they come."""
+    """Batches of lines of the held-out dictionary in their order, so that short and long lines share a batch."""
     tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
     lines = [line for line in text("dictionary", "heldout").splitlines() if len(line) > 20][:1024]
     ids = [tokenizer.encode(line).ids[:128] for line in lines]

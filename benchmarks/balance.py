@@ -1,14 +1,14 @@
-"""The result: balance, memory and accuracy of every policy, on text that was not calibrated on, as compiled engines show it.
+"""The main result: balance, memory and accuracy of every policy, measured in compiled engines on text not used for calibration.
 
-Each model of samples/ is calibrated on three kinds of text, planned by each policy, compiled, and run by ONNX Runtime beside
-transformers on held-out text of the same kinds ("same kind") and of a fourth ("other kind"). LIS is that of the rows that the
-engine's slots received, the mean over the layers; bytes count every slot of the plan, scales included.
+Each model of samples/ is calibrated on three kinds of text, planned with each policy, compiled, and run in ONNX Runtime. It is
+compared with transformers on held-out text of the same kinds ("same kind") and of a fourth ("other kind"). LIS is computed from
+the rows that the engine's slots received, and is the mean over the layers; bytes count every slot of the plan, scales included.
 
     python benchmarks/balance.py                     # all models, about half an hour on 2 cores
     python benchmarks/balance.py olmoe --tokens 4096
 
-Rows go to benchmarks/results/balance.json. The paper (arXiv 2602.19938), over the 30 rows of its table: LIS before / after has
-the mean 1.219 (1.041 to 1.414), which is 34 % of the excess on average.
+The rows are written to benchmarks/results/balance.json. In the paper (arXiv 2602.19938), the mean of LIS before / after over the
+30 rows of its table is 1.219 (1.041 to 1.414), which is 34 % of the excess on average.
 """
 
 import argparse
@@ -43,8 +43,8 @@ MODELS = ("olmoe", "qwen2-moe", "top1", "deepseek-v2")
 SAME_KIND = ("scripture", "hacker", "dictionary")
 OTHER_KIND = ("satire",)
 LENGTH = 256
-# Policy or a variant of it (see ``planned``), memory, ranks. EPLB copies in full precision: it needs memory for that, and its row
-# says how much.
+# Policy or a variant of it (see ``planned``), memory, ranks. EPLB makes copies in full precision and needs memory for them; its
+# row says how much.
 PLANS = (
     ("none", 1.0, 1),
     ("paper", 1.0, 1),
@@ -69,7 +69,7 @@ PLANS = (
 
 
 class Remembered:
-    """A reference whose logits are computed once for each batch, however many engines are held against it."""
+    """A reference whose logits are computed once for each batch, however many engines are compared with it."""
 
     def __init__(self, reference: Reference) -> None:
         self.reference, self.seen = reference, dict[bytes, np.ndarray]()
@@ -139,10 +139,10 @@ def rows_of_model(name: str, tokens: int, note: Console) -> Iterator[dict[str, o
 
 
 def planned(calibration: Calibration, policy: str, memory: float, ranks: int) -> Plan:
-    """For lanes on one device, or for ``ranks`` devices: the two cases in which somebody waits for the busiest.
+    """A plan for lanes on one device, or for ``ranks`` devices: the two cases in which the busiest determines the time.
 
-    "as the paper": ``optimal`` in no more bytes than the paper's plan takes, and at most a quarter of its predicted error.
-    "eased": ``optimal`` that puts up with an imbalance of a tenth.
+    "as the paper": ``optimal`` in no more bytes than the paper's plan takes, and with at most a quarter of its predicted error.
+    "eased": ``optimal`` that tolerates an imbalance of a tenth.
     """
     target, options = "batched" if ranks == 1 else "cpu", {}
     if policy == "as the paper":

@@ -1,12 +1,14 @@
-"""What a plan buys the batched lowering: padded rows and time of a layer, planned and not, on loads that the plan has not seen.
+"""What a plan gains with the batched lowering: padded rows and time of a layer, with and without a plan, on loads not used for
+it.
 
-The loads are a real model's: plans are made from ``--calibration``, rows come from the batches of ``--heldout``, another
-calibration of the same model on other text. The layer that is timed has the model's experts and slots, and matrices of
-``--hidden`` and ``--intermediate``. All variants of a layer and format run in turn on the same batches, so that whatever else
-the machine does meets all of them; ``ms`` is a median, ``time_ratio`` the median ratio of two runs of one round.
+The loads are a real model's: plans are made from ``--calibration``; rows come from the batches of ``--heldout``, a second
+calibration of the same model on different text. The timed layer has the model's experts and slots, and matrices of ``--hidden``
+and ``--intermediate``. All variants of a layer and format run in turn on the same batches, so that other load on the machine
+affects all of them equally; ``ms`` is a median, and ``time_ratio`` the median ratio of two runs of one round.
 
-``goal`` is what ``time_ratio`` should not exceed: padded rows with the plan over those without it, in as many classes, over 0.8.
-Format "plan" is the plan as it is, its formats mixed, within the memory that the model had; the others store all slots alike.
+``goal`` is what ``time_ratio`` should not exceed: the padded rows with the plan divided by those without it, in as many classes,
+divided by 0.8. Format "plan" is the plan unchanged, with mixed formats, within the memory that the model had; the other formats
+are used for all slots.
 
     rq-compile calibrate samples/olmoe --text samples/text/dictionary.calibration.txt --text ... -o calibration.json
     rq-compile calibrate samples/olmoe --text samples/text/dictionary.heldout.txt --text ... -o heldout.json
@@ -43,7 +45,7 @@ CLASSES = (1, 2, 3, 4, 6)
 
 
 class Variant(NamedTuple):
-    """Slots of one layer, and how its lanes may be cut."""
+    """Slots of one layer, and how its lanes may be divided."""
 
     policy: str
     classes: int
@@ -54,7 +56,7 @@ class Variant(NamedTuple):
         return [slot.expert for slot in self.slots]
 
     def padded_rows(self, loads: np.ndarray) -> np.ndarray:
-        """Of batches with ``loads [B, m]``: the rows that all products compute, ``[B]``."""
+        """The rows ``[B]`` that all products compute for batches with ``loads [B, m]``."""
         return metrics.padded_work(metrics.slot_loads(loads, self.experts), lane_groups(self.slots)) * loads.sum(axis=1)
 
 
@@ -72,7 +74,7 @@ def variants(plans: dict[str, LayerPlan], calibration: LayerCalibration, format:
 
 
 def batch(load: np.ndarray, geometry: ExpertGeometry, seed: int) -> dict[str, np.ndarray]:
-    """Random tokens that choose each expert as often as ``load [m]`` says, never one twice."""
+    """Random tokens that choose each expert as often as ``load [m]`` says. No token chooses an expert twice."""
     random = np.random.default_rng(seed)
     tokens = int(load.sum()) // geometry.top_k
     chosen = np.repeat(np.arange(len(load)), load).reshape(geometry.top_k, tokens).T
@@ -82,7 +84,8 @@ def batch(load: np.ndarray, geometry: ExpertGeometry, seed: int) -> dict[str, np
 
 
 def timed(built: list[onnxruntime.InferenceSession], batches: list[dict], rounds: int) -> np.ndarray:
-    """Milliseconds ``[sessions, runs]``; in one round of runs all sessions get the same batch, and their answers are compared."""
+    """Milliseconds ``[sessions, runs]``. In one round of runs, all sessions get the same batch, and their results are
+    compared."""
     times: list[list[float]] = [[] for _ in built]
     for inputs in batches:
         first = None
@@ -156,17 +159,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, required=True)
-    parser.add_argument("--policy", default="optimal", help="what is compared with policy none")
+    parser.add_argument("--policy", default="optimal", help="policy to compare with policy none")
     parser.add_argument("--memory", type=float, default=1.0)
-    parser.add_argument("--layers", nargs="+", type=int, help="decoder layers; default: all")
+    parser.add_argument("--layers", nargs="+", type=int, help="decoder layers to time; default: all")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=512)
-    parser.add_argument("--batches-a-step", type=int, default=1, help="held-out batches that make one step")
-    parser.add_argument("--steps", type=int, default=2, help="steps that are timed, spread over the held-out text")
+    parser.add_argument("--batches-a-step", type=int, default=1, help="held-out batches per step")
+    parser.add_argument("--steps", type=int, default=2, help="steps to time, spread over the held-out text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("-o", "--output", type=Path, help="where the rows go, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="file for the rows, JSON")
     args = parser.parse_args()
     calibration, heldout = (read_document(Calibration, path) for path in (args.calibration, args.heldout))
     plans = {

@@ -1,15 +1,15 @@
-"""What does a calibration take beside the model's own forward pass? One layer in the shape of published models, random weights.
+"""What does a calibration cost beyond the model's own forward pass? One layer in the shape of published models, random weights.
 
     python benchmarks/calibration.py --shape OLMoE-1B-7B --tokens 4096 --way layers --folder /scratch
 
-"forward" is transformers' own, in fp32 with `grouped_mm`, over the batches that the calibration runs; "read" reads every tensor
-of the checkpoint once, as it is stored. "calibrate" is all of `rq_compile.calibration.calibrate`, with GPTQ, as a whole in memory
-("whole") or layer by layer ("layers"). "expert" is what measuring took in CPU seconds for an expert of 6.3 million weights, GPTQ
-for int8 and int4 included, less the products of its own tokens with its weights as they are, which every forward pass has.
-"ratio" is the calibration over its goal, three forward passes and one read, in seconds. The profile lists the functions that took
-most of the main thread's time, from a run of its own.
+"forward" is transformers' forward pass, in fp32 with `grouped_mm`, over the batches that the calibration runs; "read" reads every
+tensor of the checkpoint once, as stored. "calibrate" is all of `rq_compile.calibration.calibrate`, with GPTQ, either with the
+whole model in memory ("whole") or layer by layer ("layers"). "expert" is the CPU seconds of the measurements for an expert of 6.3
+million weights, including GPTQ for int8 and int4, without the products of the expert's tokens with its original weights, which
+every forward pass computes. "ratio" is the seconds of the calibration divided by those of its goal, three forward passes and one
+read. The profile lists the functions that took most of the main thread's time, in a separate run.
 
-A row goes to benchmarks/results/calibration.json, in place of one of the same shape, tokens, way and experts.
+A row is written to benchmarks/results/calibration.json, and replaces a row of the same shape, tokens, way and experts.
 """
 
 import argparse
@@ -79,7 +79,7 @@ SHAPES: dict[str, PretrainedConfig] = {
 
 
 class Clock:
-    """CPU seconds of all threads, and seconds, of what ran between ``with`` and its end; several times add up."""
+    """CPU seconds of all threads, and elapsed seconds, inside of the ``with`` blocks; several blocks add up."""
 
     def __init__(self) -> None:
         self.cpu = self.wall = 0.0
@@ -97,7 +97,7 @@ class Clock:
 
 
 def checkpoint(shape: str, experts: int | None, folder: Path) -> Path:
-    """Made where it is not there yet; with fewer ``experts``, a token chooses proportionally fewer."""
+    """The checkpoint, which is made if it does not exist. With fewer ``experts``, a token chooses proportionally fewer."""
     path = folder / f"{shape}-{experts or 'all'}"
     if not path.exists():
         config = SHAPES[shape]
@@ -112,14 +112,14 @@ def checkpoint(shape: str, experts: int | None, folder: Path) -> Path:
 
 
 def text(model: Model, tokens: int) -> dict[str, str]:
-    """The sample texts, cut to about so many tokens."""
+    """The sample texts, cut to about ``tokens`` tokens."""
     whole = "\n".join(file.read_text() for file in sorted((ROOT / "samples" / "text").glob("*.txt")))
     count = len(tokenize(model, {"all": whole})[0])
     return {"text": whole[: int(len(whole) * tokens / count)]}
 
 
 def timed_in(module: Any, name: str, clock: Clock) -> Callable[[], None]:
-    """Have ``clock`` run while the module's function does; returns what undoes it."""
+    """Have ``clock`` run while the module's function runs. Returns a function that undoes this."""
     function = getattr(module, name)
 
     def timed(*arguments: Any, **options: Any) -> Any:
@@ -187,7 +187,7 @@ def row(
 
 
 def profile(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds by function, of those that took most."""
+    """Seconds of the functions that took the most time."""
     profiler = cProfile.Profile()
     profiler.runcall(run)
     rows = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
@@ -216,9 +216,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--way", choices=("whole", "layers"), default="layers")
     parser.add_argument("--quantizer", choices=("gptq", "nearest"), default="gptq")
-    parser.add_argument("--experts", type=int, help="fewer than the model has")
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are made, and kept")
-    parser.add_argument("--profile", action="store_true", help="calibrate once more, to see where the time goes")
+    parser.add_argument("--experts", type=int, help="number of experts, if fewer than the model has")
+    parser.add_argument("--folder", type=Path, required=True, help="folder where checkpoints are made and kept")
+    parser.add_argument("--profile", action="store_true", help="calibrate once more with a profiler")
     parser.add_argument("--only-make", action="store_true", help="make the checkpoint and measure nothing")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)

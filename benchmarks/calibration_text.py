@@ -1,14 +1,14 @@
-"""How much text is enough? Calibrations of the sample models on more and more of it, judged on text that none of them saw.
+"""How much text is enough? Calibrations of the sample models on growing amounts of text, evaluated on text none of them used.
 
     python benchmarks/calibration_text.py [--model olmoe]
 
-"tokens/expert": (token, choice) pairs of an expert, on average. "int4", "int8": squared error of the outputs of the up
-projections, rounded by GPTQ with the calibration's moments, on held-out text, over that of rounding to the nearest. "error": how
-far an expert's measured int4 error for each of its tokens is from what the largest calibration says, as a factor (the median
-of the experts that 16 tokens or more reached; 95 % are within the second number). "unmeasured": experts with fewer, of which the
-error is estimated. "load": the same factor of an expert's share of the tokens.
+"tokens/expert": (token, choice) pairs per expert, on average. "int4", "int8": the squared error, on held-out text, of the outputs
+of up projections that GPTQ rounded with the calibration's moments, divided by that of rounding to the nearest. "error": the
+factor between an expert's measured int4 error per token and that of the largest calibration (the median of the experts that
+received 16 tokens or more; 95 % are within the second number). "unmeasured": experts with fewer tokens, whose error is estimated.
+"load": the same factor for an expert's share of the tokens.
 
-Rows go to benchmarks/results/calibration_text.json.
+The rows are written to benchmarks/results/calibration_text.json.
 """
 
 import argparse
@@ -34,8 +34,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "calibration_text.json"
 TEXT = ROOT / "samples" / "text"
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
 GIVEN = {"batch_size": 8, "sequence_length": 128}
-EVERY = 4  # experts are judged: a quarter
-CERTAIN = 256  # tokens of an expert, in the largest calibration, that make its own numbers a reference
+EVERY = 4  # every fourth expert is evaluated
+CERTAIN = 256  # with this many tokens in the largest calibration, an expert's numbers count as a reference
 
 
 def texts(kind: str, share: float) -> dict[str, str]:
@@ -65,13 +65,13 @@ def rounding(model: Model, statistics: Statistics, moments: list[np.ndarray]) ->
 
 
 def factors(found: np.ndarray, known: np.ndarray) -> list[float]:
-    """Median and 95th percentile of how far numbers are from the known ones."""
+    """Median and 95th percentile of the factors between ``found`` and ``known``."""
     off = np.exp(np.abs(np.log(found / known)))
     return [round(float(np.quantile(off, part)), 3) for part in (0.5, 0.95)]
 
 
 def per_expert(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
-    """Of all experts: tokens, and the int4 error for each."""
+    """For all experts: the number of tokens, and the int4 error per token."""
     loads = np.concatenate([np.asarray(layer.load) for layer in calibration.layers])
     errors = np.concatenate([np.asarray(layer.sums.error["int4"]) for layer in calibration.layers if layer.sums])
     return loads, errors / np.maximum(loads, 1)

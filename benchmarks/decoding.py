@@ -1,11 +1,11 @@
-"""How fast are quantized weights decoded, in bytes as stored a second?
+"""How fast are quantized weights decoded, in stored bytes per second?
 
-Matrices of one expert, 2048 x 1024, from files that the system has in memory (/dev/shm where there is one): what is read,
-unpacked and scaled to fp32, matrix after matrix, on one thread and on two. bf16 beside it is only read.
+Matrices of one expert, 2048 x 1024, in files that the system holds in memory (/dev/shm if there is one), are read, unpacked and
+scaled to fp32, matrix after matrix, on one thread and on two. For comparison, bf16 is only read.
 
     python benchmarks/decoding.py
 
-Rows go to benchmarks/results/decoding.json.
+The rows are written to benchmarks/results/decoding.json.
 """
 
 import argparse

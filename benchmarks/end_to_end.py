@@ -1,16 +1,16 @@
 """Whole models on the CPU: tokens per second of our engines, of the lowering ``stock`` and of transformers; and the time by op.
 
 Two models: the sample (samples/olmoe, trained), and three layers of OLMoE-1B-7B's widths with half its experts (1.6 GB, random
-weights). Every engine is compiled by one plan, at memory 0.6. transformers runs in fp32, with its default ``grouped_mm`` and with
-``eager``. All variants of a model take turns in one process, so that the machine's moods meet all alike, and rest before, so that
-the threads of the last one sleep. A round is the prefill of a random prompt and then greedy decoding, batch 1. Speeds are
-medians, ``ratio`` is over transformers' default.
+weights). All engines of a model are compiled with one plan, at memory 0.6. transformers runs in fp32, with its default
+``grouped_mm`` and with ``eager``. All variants of a model take turns in one process, so that changes of the machine's speed
+affect all alike. Before each run there is a pause, so that the threads of the previous variant sleep. A round is the prefill of a
+random prompt, then greedy decoding, at batch 1. Speeds are medians; ``ratio`` is relative to transformers' default.
 
     python benchmarks/end_to_end.py --scale small
     python benchmarks/end_to_end.py -o benchmarks/results/end_to_end.json
 
-The rows of the time by op are ONNX Runtime's profile of our engines, in the groups ``GROUPS``; an op of none is ``rest``.
-Decoding is profiled at the first token after the prompt.
+The times by op come from ONNX Runtime's profile of our engines, summed by the groups in ``GROUPS``; ops in no group count as
+``rest``. Decoding is profiled at the first token after the prompt.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Settings:
 
 
 class TransformersModel(Reference):
-    """A model that others share, run with its own ``experts_implementation``."""
+    """A model shared by several variants, each run with its own ``experts_implementation``."""
 
     def __init__(self, model: Any, experts_implementation: str, threads: int) -> None:
         super().__init__(model, threads)
@@ -107,7 +107,7 @@ def measured(name: str, folder: Path, scratch: Path, settings: Settings) -> Iter
 
 
 def compiled(checkpoint: Opened, scratch: Path) -> dict[str, Path]:
-    """An engine of each variant by one plan, which is made here."""
+    """An engine of each variant, all compiled with one plan, which is made here."""
     text, calibration, document = (scratch / name for name in ("text.txt", "calibration.json", "plan.json"))
     text.write_text(TEXT.read_text()[:CHARACTERS])
     for arguments in (
@@ -195,12 +195,14 @@ def _by_run(rows: list[Row]) -> dict[tuple[str, str], list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=("full", "small"), default="full", help="small: a trial, 0.2 GB of random weights")
+    parser.add_argument(
+        "--scale", choices=("full", "small"), default="full", help="small: a quick trial with 0.2 GB of random weights"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there are 10 GB of room")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="a folder with 10 GB of free space")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     settings = Settings(arguments.prompt_tokens, arguments.new_tokens, arguments.rounds, arguments.threads)

@@ -1,8 +1,8 @@
-"""The rates of ``rq_compile/estimates.py`` on this machine, per core, beside those that it assumes.
+"""The rates of ``rq_compile/estimates.py`` on this machine, per core, compared with those that it assumes.
 
     python benchmarks/estimates.py [-o benchmarks/results/estimates.json]
 
-CPU time on one thread, so that a busy machine shows as little as can be.
+CPU time on one thread is measured, so that other load on the machine has as little effect as possible.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def rates() -> dict[str, float]:
     weights = rng.standard_normal((1024, 2048), dtype=np.float32)
     inputs = rng.standard_normal((4096, 2048), dtype=np.float32)
     moment = SecondMoment(inputs.T @ inputs / len(inputs))
-    quantize(weights, "int4", moment)  # the factor of the moment is made once
+    quantize(weights, "int4", moment)  # the moment is factored only once
     tokens, matrix = torch.randn(512, 2048), torch.randn(2048, 2048)
     checkpoint = Model.open(ROOT / "samples" / "olmoe")
     stored = sum(tensor.bytes for tensor in checkpoint.checkpoint.weights())

@@ -1,12 +1,12 @@
-"""What does storing experts in a format cost? Those that plans may use, beside some that were left out: fp8, 3 and 2 bits.
+"""What does storing experts in a format cost? The formats that plans may use, and some that were not adopted: fp8, 3 and 2 bits.
 
-Of every up projection W, stored as W', on the calibration's second moment M of its inputs: tr((W' - W) M (W' - W)^T) over
-tr(W M W^T), which is the squared error of its outputs relative to them; each layer's experts together, then the mean over layers.
-``bits`` of a weight include its share of a scale of 32 bits.
+For every up projection W, stored as W', and the calibration's second moment M of its inputs: tr((W' - W) M (W' - W)^T) divided by
+tr(W M W^T), which is the squared error of the outputs relative to the outputs. The experts of a layer are taken together, then
+the mean over the layers. ``bits`` of a weight include its share of a scale of 32 bits.
 
     python benchmarks/formats.py
 
-Rows go to benchmarks/results/formats.json.
+The rows are written to benchmarks/results/formats.json.
 """
 
 import argparse
@@ -37,7 +37,7 @@ FEW_BITS = (3, 2)
 
 
 def candidates(weights: np.ndarray, moment: SecondMoment, block: Block) -> Iterator[tuple[str, str, int, np.ndarray]]:
-    """Format, how it is rounded, bits of a weight without its scale, and the values that ``weights`` then have."""
+    """Format, rounding method, bits per weight without its scale, and the resulting values of ``weights``."""
     for format in ("int8", "int4"):
         yield format, "gptq", SLOT_FORMATS[format].bits, stored(weights, format, moment, block)
         yield format, "nearest", SLOT_FORMATS[format].bits, stored(weights, format, None, block)
@@ -47,7 +47,7 @@ def candidates(weights: np.ndarray, moment: SecondMoment, block: Block) -> Itera
     fp8 = scales / np.float32(ml_dtypes.finfo(FP8).max)
     yield "fp8_e4m3", "nearest", 8, ((blocks / fp8).astype(FP8).astype(np.float32) * fp8).reshape(weights.shape)
     for bits in FEW_BITS:
-        # As int4: the scale's sign puts the largest weight where there is one value more.
+        # As in int4: the scale's sign puts the largest weight on the side that has one value more.
         least = -(2 ** (bits - 1))
         coarse = scales / np.float32(least)
         q = np.clip(np.rint(blocks / coarse), least, -least - 1)
@@ -56,7 +56,7 @@ def candidates(weights: np.ndarray, moment: SecondMoment, block: Block) -> Itera
 
 def rows(name: str) -> Iterator[dict[str, object]]:
     checkpoint = Model.open(ROOT / "samples" / name)
-    # The statistics are the same, whatever the quantizer and the block that errors are measured for.
+    # The statistics do not depend on the quantizer and the block that errors are measured for.
     texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
     statistics = Statistics.of(
         calibrate(checkpoint, texts, batch_size=8, sequence_length=LENGTH, progress=lambda done, total: None)[1]

@@ -1,9 +1,9 @@
 """A checkpoint of random weights in the shapes of a published model, written tensor by tensor into shards of a given size.
 
-Stored in bf16; or with the matrices of attention and experts in FP8, a scale for 128 x 128 (as DeepSeek-V3 is), or those of the
-experts in MXFP4 (compressed-tensors' mxfp4-pack-quantized).
+It is stored in bf16; or with the matrices of attention and experts in FP8, with a scale for 128 x 128 (like DeepSeek-V3); or with
+those of the experts in MXFP4 (compressed-tensors' mxfp4-pack-quantized).
 
-Its router chooses as random weights do: nothing that is measured with it says anything about accuracy or balance.
+Its router has random weights: measurements with this checkpoint say nothing about accuracy or balance.
 """
 
 import math
@@ -99,7 +99,7 @@ class Model:
 
     @property
     def tensors(self) -> Tensors:
-        """What is stored: tensor name -> dtype and shape, in the order of the file."""
+        """The stored tensors: name -> dtype and shape, in the order of the file."""
         stored: Tensors = {}
         for name, shape in self.shapes.items():
             if self.storage == "fp8" and ("_proj.weight" in name or ".experts." in name):
@@ -119,7 +119,7 @@ class Model:
 
     @property
     def layer_bytes(self) -> int:
-        """Of the experts of one layer, in bf16."""
+        """Bytes of the experts of one layer, in bf16."""
         return 6 * self.experts * self.hidden * self.intermediate
 
 
@@ -135,7 +135,7 @@ SMALL_FP8, SMALL_MXFP4 = (replace(SMALL, layers=8, storage=storage) for storage 
 
 
 def generate(model: Model, folder: Path, shard_bytes: int = SHARD, seed: int = 0) -> Path:
-    """Write the checkpoint into ``folder``, which is made, and return it."""
+    """Create ``folder``, write the checkpoint into it, and return it."""
 
     def fill(file: BinaryIO, tensors: Tensors, number: int) -> None:
         random = np.random.default_rng([seed, number])
@@ -147,7 +147,7 @@ def generate(model: Model, folder: Path, shard_bytes: int = SHARD, seed: int = 0
 
 
 def _values(name: str, dtype: str, shape: tuple[int, ...], random: np.random.Generator) -> Iterator[np.ndarray]:
-    """Bytes; what a projection gives has about the size of what it was given."""
+    """Bytes of a tensor. The values are such that a projection's outputs have about the magnitude of its inputs."""
     count = math.prod(shape)
     for start in range(0, count, AT_ONCE):
         size = min(AT_ONCE, count - start)

@@ -1,7 +1,7 @@
 """What the GPU benchmark compares with: torch's grouped_mm, and a fused MoE kernel in Triton of the usual kind.
 
-The latter multiplies ``x @ W^T`` with weights of one format for all experts, scaled while they are unpacked, and leaves the
-activation and the sum to torch. Its pairs are grouped by our own Dispatch, which costs it less than torch's sort would.
+The latter multiplies ``x @ W^T`` with weights in one format for all experts, which are scaled while they are unpacked. torch
+computes the activation and the sum. Its pairs are grouped by our Dispatch, which is faster than torch's sort would be.
 """
 
 import sys
@@ -77,14 +77,14 @@ class Uniform:
     intermediate: int
 
 
-# Rows, outputs and columns of a tile, warps: what vLLM falls back to for few and for many tokens, and two larger ones.
+# Rows, outputs and columns of a tile, and warps: vLLM's fallback for few and for many tokens, and two larger tiles.
 TILES = ((16, 32, 64, 4), (64, 64, 32, 4), (64, 128, 64, 4), (128, 128, 64, 8))
 
 
 def triton_layer(
     x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, held: Uniform, tile: tuple[int, int, int, int]
 ) -> torch.Tensor:
-    """``[T, H]`` by ``fused_moe``, twice."""
+    """``[T, H]``, with two calls of ``fused_moe``."""
     pairs, hidden, experts = ids.numel(), x.shape[1], len(held.up)
     routed = launch.route(ids, torch.arange(experts, dtype=torch.int32, device=ids.device)[:, None], experts, tile[0])
 
@@ -105,7 +105,7 @@ def triton_layer(
 def grouped_mm_layer(
     x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """``[T, H]`` by torch's grouped_mm, of SwiGLU experts ``up [E, 2I, H]``, ``down [E, H, I]`` in bf16."""
+    """``[T, H]``, with torch's grouped_mm, for SwiGLU experts ``up [E, 2I, H]``, ``down [E, H, I]`` in bf16."""
     flat = ids.reshape(-1)
     order = flat.argsort(stable=True)
     counts = torch.zeros(len(up), dtype=torch.int64, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))

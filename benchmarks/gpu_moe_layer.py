@@ -2,8 +2,8 @@
 
 All variants of a cell (shape, format, tokens, routing) run in turn, each as a CUDA graph, with the caches overwritten in between;
 times are medians. Every variant is first checked against ours. ``roofline`` is the time that the touched weights need at the
-bandwidth, or the multiply-adds at the rate of a large matrix product, both measured in the same run, over the time taken. The
-baseline is given its best tile. Not run yet: no GPU was at hand.
+memory bandwidth, or that the multiply-adds need at the rate of a large matrix product, divided by the time taken; bandwidth and
+rate are measured in the same run. The baseline uses its best tile. Not run yet: no GPU was available.
 
     python benchmarks/gpu_moe_layer.py --quick
     python benchmarks/gpu_moe_layer.py -o benchmarks/results/gpu_moe_layer.json
@@ -52,7 +52,7 @@ SHAPES = (
     Shape("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
     Shape("Mixtral", 4096, 14336, 8, 2),
 )
-BYTES = {0: 2.0, 1: 1 + 4 / 128, 2: 0.5 + 4 / 128}  # of a weight, its share of the scale included
+BYTES = {0: 2.0, 1: 1 + 4 / 128, 2: 0.5 + 4 / 128}  # per weight, including its share of the scale
 
 
 def formats_of(shape: Shape, format: str) -> list[int]:
@@ -63,7 +63,7 @@ def formats_of(shape: Shape, format: str) -> list[int]:
 
 
 def routing(shape: Shape, tokens: int, kind: str, seed: int) -> torch.Tensor:
-    """i64 [T, k], drawn without replacement, all experts alike or, skewed, the e-th with weight 1 / (e + 1)."""
+    """i64 [T, k], drawn without replacement: all experts with equal weight or, if skewed, the e-th with weight 1 / (e + 1)."""
     random = torch.Generator().manual_seed(seed)
     weight = -torch.arange(1, shape.experts + 1).log() if kind == "skewed" else torch.zeros(shape.experts)
     gumbel = -torch.empty(tokens, shape.experts).exponential_(generator=random).log()
@@ -105,7 +105,7 @@ def layer(shape: Shape, formats: list[int], device: str) -> "Layer":
 
 
 def uniform(held: "Layer", code: int) -> "Uniform":
-    """The same weights, all of one format, for the baseline."""
+    """The same weights, all in one format, for the baseline."""
     from gpu_moe_baseline import Uniform
 
     packed, scales = (("float_weights", None), ("int8_packed", "int8_scales"), ("int4_packed", "int4_scales"))[code]
@@ -120,7 +120,7 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def variants(held: "Layer", format: str, size: str) -> dict[str, Run]:
-    """What is compared, ours first; a plan of mixed formats only we can run."""
+    """The variants to compare, ours first. Only ours can run a plan with mixed formats."""
     import gpu_moe_baseline as baseline
     from rq_kernels import launch
 
@@ -136,7 +136,7 @@ def variants(held: "Layer", format: str, size: str) -> dict[str, Run]:
 
 
 def best_tile(times: dict[str, float]) -> dict[str, float]:
-    """Of the baseline only the tile that was fastest."""
+    """``times`` with only the fastest tile of the baseline."""
     fused = {name: t for name, t in times.items() if name.startswith("fused MoE")}
     worse = set(fused) - {min(fused, key=fused.__getitem__)} if fused else set()
     return {name: t for name, t in times.items() if name not in worse}
@@ -145,7 +145,7 @@ def best_tile(times: dict[str, float]) -> dict[str, float]:
 def check(built: dict[str, Run], inputs: tuple[torch.Tensor, ...]) -> None:
     """
     Raises:
-        AssertionError: a variant computes something else.
+        AssertionError: a variant's result differs.
     """
     expected = built[OURS](*inputs).float()
     for name, run in built.items():
@@ -154,7 +154,7 @@ def check(built: dict[str, Run], inputs: tuple[torch.Tensor, ...]) -> None:
 
 
 def timed(built: dict[str, Run], inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
-    """Median seconds of each variant as a CUDA graph; all run in turn, the caches overwritten in between."""
+    """Median seconds of each variant as a CUDA graph. All run in turn, with the caches overwritten in between."""
     graphs = {}
     for name, run in built.items():
         run(*inputs)
@@ -172,7 +172,7 @@ def timed(built: dict[str, Run], inputs: tuple[torch.Tensor, ...]) -> dict[str, 
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes/s that a reduction reads, and multiply-adds/s of a large bf16 product."""
+    """Bytes/s read by a reduction, and multiply-adds/s of a large bf16 product."""
     data = torch.ones(1 << 30, dtype=torch.int32, device="cuda")
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     bandwidth = 4 * len(data) / median(_seconds(data.amax) for _ in range(10))
@@ -222,7 +222,7 @@ def cell(shape: Shape, held: "Layer", format: str, tokens: int, kind: str, limit
 
 
 def report(rows: list[dict]) -> None:
-    """One line: ours, and each other variant's time over ours."""
+    """Print one line: our time, and each other variant's time divided by ours."""
     ours, *others = rows
     head = f"{ours['shape']:19} {ours['format']:5} T={ours['tokens']:<5} {ours['routing']:8} {ours['tiles']:8}"
     speeds = (
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
-    parser.add_argument("-o", "--output", type=Path, help="where the rows go, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="file for the rows, JSON")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU here; run this on a machine with one")

@@ -1,20 +1,22 @@
-"""Does a model that does not fit into memory go all the way: calibrated, planned and compiled under a memory limit, then run?
+"""Can a model that does not fit into memory be calibrated, planned and compiled under a memory limit, and then run?
 
-Checkpoints of random weights in the shapes of published models (generated_checkpoint.py): OLMoE-1B-7B whole (13.8 GB), with twice
-its layers in FP8 (13.8 GB) and with the experts in MXFP4 (7.6 GB), and
-Mixtral-8x7B with 1 and with 3 of its 32 layers, from which the time of all is extrapolated: two points give what a layer takes
-and what is once. Every stage is the command of rq-compile in a process of its own. The limit is on what a process allocates
-(RLIMIT_DATA: an allocation beyond it fails): 4 GiB, and 8 GiB for Mixtral, a layer of which has 2.6 GiB. The peak of the resident
-memory, mapped files included, stands beside it. Running has no limit: ONNX Runtime maps the weights such that they count as
-allocated (privately and writable), although they stay pages of the file.
+The checkpoints have random weights in the shapes of published models (generated_checkpoint.py): OLMoE-1B-7B in full (13.8 GB),
+with twice its layers in FP8 (13.8 GB), and with the experts in MXFP4 (7.6 GB); and Mixtral-8x7B with 1 and with 3 of its 32
+layers, from which the time for all layers is extrapolated: the two points give the time per layer and the constant time. Every
+stage is a command of rq-compile in a separate process. The limit applies to the memory that a process allocates (RLIMIT_DATA: an
+allocation beyond it fails): 4 GiB, and 8 GiB for Mixtral, whose layers have 2.6 GiB each. The peak of the resident memory, which
+includes mapped files, is listed too. Running has no limit: ONNX Runtime maps the weights privately and writable, so that they
+count as allocated, although they stay pages of the file.
 
-Beside compile stand its two ceilings on the same bytes: the disk alone (the checkpoint read, not from the cache, and as much as
-the engine has written) and the quantizer alone (one layer's experts, held in memory, quantized and laid out on as many threads).
-GB/s always counts bytes of the checkpoint. "compile: weights" is compile without the start of Python and the export.
+For compile, two upper bounds on the same bytes are listed: the disk alone (reading the checkpoint, not from the cache, and
+writing as many bytes as the engine has) and the quantizer alone (one layer's experts, held in memory, quantized and laid out on
+as many threads). GB/s always counts bytes of the checkpoint. "compile: weights" is compile without the start of Python and the
+export.
 
     python benchmarks/large_model.py --folder /scratch
 
-Rows go to benchmarks/results/large_model.json. 30 GB of disk are needed at most, and with --scale small, a trial, 1 GB.
+The rows are written to benchmarks/results/large_model.json. At most 30 GB of disk are needed; with --scale small, a quick trial,
+1 GB.
 """
 
 import argparse
@@ -125,7 +127,7 @@ def row(name: str, stage: str, seconds: float, size: int, peak: int | None = Non
 
 
 def stages(name: str, model: Model, limit: int, settings: Settings) -> Iterator[Row]:
-    """The model generated, calibrated, planned, compiled and run; nothing of it is left."""
+    """Generate, calibrate, plan, compile and run the model. All files are removed afterwards."""
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
         files = ("model", "text.txt", "calibration.json", "plan.json", "engine.onnx")
         checkpoint, text, calibration, plan, engine = (Path(folder) / name for name in files)
@@ -153,7 +155,7 @@ def stages(name: str, model: Model, limit: int, settings: Settings) -> Iterator[
 
 
 def extrapolated(name: str, model: Model, limit: int, settings: Settings) -> Iterator[Row]:
-    """Rows of few layers, and what follows from them for all of the model's."""
+    """Rows for a few layers, and rows extrapolated from them for all layers of the model."""
     few = {
         layers: list(told(stages(f"{name}, {layers} of {model.layers} layers", model.of(layers), limit, settings)))
         for layers in FEW_LAYERS
@@ -185,7 +187,7 @@ def disk_alone(checkpoint: Path, weights: Path) -> float:
 
 
 def quantizer_alone(folder: Path, plan_path: Path, model: Model) -> float:
-    """Seconds for all layers, from those that the first takes without reading and writing."""
+    """Seconds for all layers, extrapolated from those of the first layer, without reading and writing."""
     checkpoint, plan = Opened.open(folder), read_document(Plan, plan_path)
     layer = checkpoint.layers[0]
     two = [checkpoint.expert(layer, expert) for expert in range(2)]
@@ -214,7 +216,7 @@ def _forget(folder: Path) -> None:
 
 
 def told(rows: Iterable[Row]) -> Iterator[Row]:
-    """``rows``, each on stderr as soon as it is there."""
+    """``rows``; each is also printed on stderr as soon as it is available."""
     for one in rows:
         print(f"{one['model']}: {one['stage']}, {one['seconds']} s", file=sys.stderr, flush=True)
         yield one
@@ -234,8 +236,8 @@ def show(found: list[Row], console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="full")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
-    parser.add_argument("--characters", type=int, default=4000, help="of text to calibrate with")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="a folder with enough free space")
+    parser.add_argument("--characters", type=int, default=4000, help="characters of text to calibrate with")
     parser.add_argument("--quantizer", choices=("gptq", "nearest"), default="nearest", help="gptq takes hours")
     parser.add_argument("--memory", type=float, default=0.6, help="the plan's memory budget")
     parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/large_model.json at full scale, else none")

@@ -1,8 +1,8 @@
 """One MoE layer in llama.cpp, from the library that llama_cpp/build.py makes.
 
-llama.cpp keeps whole numbers in blocks of 32 with an fp16 scale each: 8.5 bits a weight (Q8_0) and 4.5 (Q4_0). Ours take 8.25
-and 4.25 in blocks of 128. It is given the whole numbers of ours, so that both compute the same layer, up to the rounding of the
-scales. Q4_0 it lays out anew for its kernels, where it has some for the instructions of this machine, as it does in a model.
+llama.cpp keeps integers in blocks of 32 with an fp16 scale each: 8.5 bits per weight (Q8_0) and 4.5 (Q4_0). Our formats take 8.25
+and 4.25 in blocks of 128. llama.cpp is given our integers, so that both compute the same layer, up to the rounding of the scales.
+As in a model, it rearranges Q4_0 for its kernels if it has kernels for the instructions of this machine.
 """
 
 import ctypes
@@ -15,12 +15,12 @@ import numpy as np
 from rq_compile.quantization.formats import Format
 from rq_compile.quantization.quantizer import Quantized, whole_numbers
 
-NAMES: dict[str, str] = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # of the formats that llama.cpp has too
+NAMES: dict[str, str] = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # of the formats that llama.cpp also has
 BLOCK = 32
 
 
 def library(folder: Path) -> ctypes.CDLL | None:
-    """What ``llama_cpp/build.py --folder`` built there, or None."""
+    """The library that ``llama_cpp/build.py --folder`` built in ``folder``, or None."""
     path = folder / "build" / "libllama_cpp_layer.so"
     if not path.is_file():
         return None
@@ -55,7 +55,7 @@ class LlamaCppLayer:
     ) -> None:
         """
         Raises:
-            MemoryError: ggml found none for the weights.
+            MemoryError: ggml cannot allocate the weights.
         """
         self._library = library
         self._layer = library.layer_new(NAMES[format].lower().encode(), hidden, intermediate, experts, top_k, threads)
@@ -69,7 +69,7 @@ class LlamaCppLayer:
         self._library.layer_set(self._layer, name.encode(), matrix.ctypes.data)
 
     def run(self, x: np.ndarray, ids: np.ndarray, gates: np.ndarray) -> np.ndarray:
-        """fp32 ``[T, H]`` of fp32 ``x [T, H]``, whole numbers ``ids [T, k]`` and fp32 ``gates [T, k]``."""
+        """fp32 ``[T, H]`` from fp32 ``x [T, H]``, integers ``ids [T, k]`` and fp32 ``gates [T, k]``."""
         y = np.empty_like(x)
         ids = ids.astype(np.int32)
         floats = [array.ctypes.data_as(POINTER(c_float)) for array in (x, gates, y)]

@@ -19,7 +19,7 @@ class Machine:
 
     @staticmethod
     def of(several: Sequence["Machine"], choose: Callable[[Iterable[float]], float]) -> "Machine":
-        """Every ceiling chosen (max, median) from those of ``several`` measurements."""
+        """Each ceiling is chosen (max, median) from those of ``several`` measurements."""
         peaks = {kind: choose(one.peaks[kind] for one in several) for kind in KINDS}
         return Machine(choose(one.bandwidth for one in several), peaks)
 
@@ -29,7 +29,7 @@ class Machine:
 
 
 class Probe:
-    """Measures; needs a C++ compiler (``c++``)."""
+    """Measures the ceilings; needs a C++ compiler (``c++``)."""
 
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,7 @@ class Probe:
         self._library.read_bandwidth.restype = self._library.peak.restype = ctypes.c_double
 
     def machine(self, threads: int) -> Machine:
-        """One measurement, of some 10 ms."""
+        """One measurement, which takes about 10 ms."""
         peaks = {kind: self._library.peak(i, threads) for i, kind in enumerate(KINDS)}
         return Machine(self._library.read_bandwidth(threads), peaks)
 

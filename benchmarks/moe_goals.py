@@ -1,22 +1,22 @@
-"""What the rows of moe_layer.py say of its goals: each as a range over cells."""
+"""How far the rows of moe_layer.py reach its goals, each as a range over cells."""
 
 from itertools import groupby, product
 from math import inf
 
 Row = dict
 OURS = "rq.moe"
-OTHER_PRODUCT = "llama.cpp"  # what is no part of a stock runtime begins so
+OTHER_PRODUCT = "llama.cpp"  # prefix of the variants that are not part of a stock runtime
 CELL = ("shape", "format", "threads", "tokens", "routing")
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """A sentence for each goal that some row belongs to.
+    """A sentence for each goal that has rows.
 
-    - One token: the fraction of the read bandwidth, over the bytes that must be touched.
-    - 16 and 256 tokens at 8 and at 4 bits: the time of the best stock variant over ours, and llama.cpp's over ours.
+    - One token: the fraction of the read bandwidth, for the bytes that must be read.
+    - 16 and 256 tokens at 8 and at 4 bits: the time of the best stock variant divided by ours, and llama.cpp's divided by ours.
     - 1024 tokens: the fraction of the peak.
-    - Skewed routing: our time over that of even routing, which touches the same experts. Not where their formats are mixed, since
-      there skewed routing also moves work from one format to another.
+    - Skewed routing: our time divided by that of even routing to the same experts. Mixed formats are excluded, since there skewed
+      routing also moves work from one format to another.
     """
     cells = [list(cell) for _, cell in groupby(rows, lambda row: [row[key] for key in CELL])]
     uniform = [cell for cell in cells if cell[0]["routing"] == "uniform"]

@@ -1,18 +1,19 @@
 """One MoE layer on the CPU: our kernels against ONNX Runtime's MoE, QMoE and MatMulNBits, torch's grouped_mm and llama.cpp.
 
-All variants of a cell (shape, format, threads, tokens), with each routing, run in turn, and between them a probe measures what
-the machine can do, so that whatever else it does meets all of them; times and ceilings are medians. Every variant is first
-checked against ours. Its threads are asleep when a run begins; with few tokens an untimed run on other experts goes before, and
-one on each batch before all of them.
-``roofline`` is the time that the touched weights at that read bandwidth, or the multiply-adds at that peak, need at least, over
-the time taken; the bytes are those of our formats, also where a variant's are some more (llama.cpp's: see llama_cpp_layer.py).
+All variants of a cell (shape, format, threads, tokens), with each routing, run in turn. Between them a probe measures the
+ceilings of the machine, so that other load affects all of them equally; times and ceilings are medians. Every variant is first
+checked against ours. A variant's threads are asleep when a run begins. With few tokens, each run follows an untimed run on
+different experts, and before all runs there is an untimed run on each batch.
+``roofline`` is the least time that the touched weights need at that read bandwidth, or the multiply-adds at that peak, divided by
+the time taken. The bytes are those of our formats, even if a variant's formats take slightly more (llama.cpp's: see
+llama_cpp_layer.py).
 
-Without --full: uniform routing with one thread everywhere and with two but in fp32; the other routings at 16 and 256 tokens,
-skewed for int4 and mixed, even for int4; Mixtral's shape up to 64 tokens, at 8 and at 4 bits; no layer of more than 1.7 GB,
-since every variant holds it once, which takes 8 GB; and neither our kernels with fp32 activations nor MatMulNBits that
-multiplies in fp32, which is nowhere the best stock variant. The rows are written after each cell, and an interrupt ends with
-the summary of those that are there. Rows of other processors and of cells that are not measured stay in the file, so that it
-can be measured in pieces: --shapes, --formats, --tokens, --threads.
+Without --full, the following is measured: uniform routing with one thread in all formats, and with two in all but fp32; the other
+routings at 16 and 256 tokens, skewed for int4 and mixed, even for int4; Mixtral's shape up to 64 tokens, at 8 and at 4 bits; no
+layer of more than 1.7 GB, since every variant holds it once, which takes 8 GB; and neither our kernels with fp32 activations nor
+MatMulNBits that multiplies in fp32, which is never the best stock variant. The rows are written after each cell; an interrupt
+ends with the summary of the rows so far. Rows of other processors and of cells not measured stay in the file, so that it can be
+measured in parts: --shapes, --formats, --tokens, --threads.
 
     python benchmarks/llama_cpp/build.py
     python benchmarks/moe_layer.py --quick
@@ -51,14 +52,14 @@ SHAPES = [
 TOKENS = (1, 4, 16, 64, 256, 1024)
 FORMATS = ("fp32", "int8", "int4", "mixed")
 ROUTINGS = ("uniform", "skewed", "even")
-FEW = 16  # tokens: with so few a run is short
-BATCHES = 16  # with few tokens, runs in a row must not find their experts in a cache
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 4, 5, 60  # of a cell; fewer seconds by an option
+FEW = 16  # up to this many tokens, a run is short
+BATCHES = 16  # with few tokens, successive runs must not find their experts in a cache
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 4, 5, 60  # per cell; an option sets other seconds
 REST = 0.015  # seconds that torch's threads, the last of a round, need to stop spinning
 
 
 class Cell(NamedTuple):
-    """What is measured in one turn of all variants."""
+    """What all variants measure in one turn."""
 
     shape: Shape
     format: str
@@ -80,9 +81,11 @@ class Cell(NamedTuple):
 
 
 def batch(shape: Shape, tokens: int, routing: str, seed: int) -> Batch:
-    """Experts are drawn without replacement, all alike or, skewed, the e-th with weight 1 / (e + 1).
+    """A batch of random tokens. Experts are drawn without replacement: all with equal weight or, if skewed, the e-th with weight
+    1 / (e + 1).
 
-    Or all the experts that the skewed batch of this seed touches are chosen in turn: equal bytes and work, evenly.
+    With even routing, the experts that the skewed batch of this seed touches are chosen in turn: the same bytes and work, evenly
+    distributed.
     """
     random = np.random.default_rng(seed)
     weight = np.zeros(shape.experts) if routing == "uniform" else np.log(1 / np.arange(1, shape.experts + 1))
@@ -92,7 +95,7 @@ def batch(shape: Shape, tokens: int, routing: str, seed: int) -> Batch:
         ids = np.resize(random.permutation(np.unique(ids)), ids.shape)
     gates = random.uniform(0.5, 1, ids.shape).astype(np.float32)
     gates /= gates.sum(1, keepdims=True)
-    # Their softmax, over the top k and normalized, is the gates.
+    # Their softmax over the top k, normalized, gives the gates.
     logits = np.full((tokens, shape.experts), -30, np.float32)
     np.put_along_axis(logits, ids, np.log(gates), axis=1)
     return Batch(random.standard_normal((tokens, shape.hidden), np.float32), ids, gates, logits)
@@ -120,7 +123,7 @@ def variants(builder: Builder, format: str, threads: int, llama_cpp: ctypes.CDLL
 def check(built: dict[str, Run], inputs: Batch) -> None:
     """
     Raises:
-        AssertionError: a variant computes something else.
+        AssertionError: a variant's result differs.
     """
     expected = built[OURS](inputs)
     for name, run in built.items():
@@ -131,10 +134,11 @@ def check(built: dict[str, Run], inputs: Batch) -> None:
 def timed(
     built: dict[str, Run], routed: list[list[Batch]], probe: Probe, threads: int, seconds: float
 ) -> tuple[list[dict[str, float]], Machine]:
-    """Median seconds of each variant, for each of the ``routed`` batches, and the machine meanwhile: all run in turn."""
+    """Median seconds of each variant for each of the ``routed`` batches, and the machine's ceilings meanwhile. All run in
+    turn."""
     times: list[dict[str, list[float]]] = [{name: [] for name in built} for _ in routed]
     machines = []
-    if len(routed[0][0].x) <= FEW:  # a long run forgets in time that its weights had to be mapped or read
+    if len(routed[0][0].x) <= FEW:  # in a long run, the time to map or read the weights does not matter
         for inputs, run in itertools.product(itertools.chain(*routed), built.values()):
             run(inputs)
     start = time.perf_counter()
@@ -156,7 +160,7 @@ def timed(
 
 
 def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[str, float]]:
-    """Of a median batch: bytes of the weights that it touches, and multiply-adds by the peak they fall under."""
+    """For a median batch: bytes of the weights that it touches, and multiply-adds, by the peak that limits them."""
     formats = formats_of(shape, format)
     touched, macs = [], []
     kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "int8": "int8", "int4": "int4"}
@@ -173,7 +177,7 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
 def measured(
     cells: list[Cell], probe: Probe, llama_cpp: ctypes.CDLL | None, full: bool, seconds: float
 ) -> Iterator[tuple[list[Row], Machine]]:
-    """The rows of one cell after the other, ours first, and the machine meanwhile."""
+    """The rows of one cell after the other, ours first, and the machine's ceilings meanwhile."""
     for shape, same_shape in itertools.groupby(cells, lambda cell: cell.shape):
         with tempfile.TemporaryDirectory() as folder:
             builder = Builder(shape, Path(folder))
@@ -181,11 +185,12 @@ def measured(
                 built = variants(builder, format, threads, llama_cpp, full)
                 for _, routed in itertools.groupby(same, lambda cell: cell.tokens):
                     yield from rows_of(list(routed), built, probe, seconds)
-                built.clear()  # before the next are built beside them
+                built.clear()  # before the next are built
 
 
 def rows_of(cells: list[Cell], built: dict[str, Run], probe: Probe, seconds: float) -> Iterator[tuple[list[Row], Machine]]:
-    """The rows of each of the cells, which differ in routing alone and are measured in turn, and the machine meanwhile."""
+    """The rows of each of the cells, which differ only in routing and are measured in turn, and the machine's ceilings
+    meanwhile."""
     count = BATCHES if cells[0].tokens <= FEW else 2
     routed = [[batch(cell.shape, cell.tokens, cell.routing, seed) for seed in range(count)] for cell in cells]
     for batches in routed:
@@ -213,7 +218,7 @@ def rows_of(cells: list[Cell], built: dict[str, Run], probe: Probe, seconds: flo
 
 
 def report(cell: list[Row]) -> None:
-    """One line: ours, and each other variant's time over ours."""
+    """Print one line: our time, and each other variant's time divided by ours."""
     ours, *others = cell
     head = f"{ours['shape']:19} {ours['format']:5} T={ours['tokens']:<5} {ours['threads']} threads {ours['routing']:8}"
     speeds = (
@@ -233,10 +238,10 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
-    help = "where llama_cpp/build.py was told to build, default: %(default)s"
+    help = "the folder that llama_cpp/build.py built in, default: %(default)s"
     parser.add_argument("--llama-cpp", type=Path, default=Path(__file__).parents[1] / "build" / "llama_cpp", help=help)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a cell, default: %(default)s")
-    parser.add_argument("-o", "--output", type=Path, help="where the rows go, as JSON")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="seconds per cell, default: %(default)s")
+    parser.add_argument("-o", "--output", type=Path, help="file for the rows, JSON")
     args = parser.parse_args()
     if args.quick:
         args.shapes, args.tokens, args.routings = names[:1], (1, 16, 256), ("uniform",)
@@ -247,7 +252,7 @@ def main() -> None:
         sys.exit("none of these cells is measured without --full")
     llama_cpp = llama_cpp_layer.library(args.llama_cpp)
     if not llama_cpp:
-        print(f"llama.cpp is left out, since {args.llama_cpp} has none; benchmarks/llama_cpp/build.py builds it")
+        print(f"llama.cpp is skipped, since it is not in {args.llama_cpp}; benchmarks/llama_cpp/build.py builds it")
     found: list[Row] = []
     machines: dict[int, list[Machine]] = {threads: [] for threads in args.threads}
     start = time.perf_counter()
@@ -260,7 +265,7 @@ def main() -> None:
                 write(args.output, found, machines)
     except KeyboardInterrupt:
         print("interrupted")
-    print(f"{len(found)} rows, of {len(cells)} cells to be measured, after {(time.perf_counter() - start) / 60:.1f} minutes")
+    print(f"{len(found)} rows of {len(cells)} cells after {(time.perf_counter() - start) / 60:.1f} minutes")
     for threads, several in machines.items():
         if several:
             print(f"{threads} threads at best: {Machine.of(several, max)}")
@@ -268,9 +273,9 @@ def main() -> None:
 
 
 def write(output: Path, rows: list[Row], machines: dict[int, list[Machine]]) -> None:
-    """Puts ``rows``, with the processor and the versions they were measured with, in place of those of the same cells.
+    """Write ``rows``, with the processor and the versions they were measured with, in place of the rows of the same cells.
 
-    ``machines``: of each processor the best ceilings so far, and how busy the machine is besides.
+    ``machines``: by number of threads, the measurements of the machine's ceilings.
     """
     before = json.loads(output.read_text()) if output.is_file() else {"machines": {}, "rows": []}
     here = processor()

@@ -58,17 +58,17 @@ class Shape:
 
 
 def formats_of(shape: Shape, format: str) -> list[Format]:
-    """The format of each expert; "mixed": one in eight fp16, two int8, five int4."""
+    """The format of each expert; "mixed": of eight experts, one is fp16, two int8, five int4."""
     if format != "mixed":
         return [format] * shape.experts  # type: ignore[list-item]
     return [("fp16", "int8", "int8", "int4", "int4", "int4", "int4", "int4")[e % 8] for e in range(shape.experts)]
 
 
 class Experts:
-    """Random experts, views of two matrices: each is a row further than the one before it.
+    """Random experts as views of two matrices; each view starts one row after the previous one.
 
-    So no two have the same bytes, which ONNX Runtime would keep once (it shares equal prepacked weights), and all together take
-    little more memory than one.
+    So no two experts have the same bytes (ONNX Runtime shares equal prepacked weights), and all together take little more memory
+    than one.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -85,7 +85,7 @@ class Experts:
         ]
 
     def quantized(self, weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128) -> Quantized:
-        """As ``quantize`` does: rows are independent, so each of the two matrices is quantized once."""
+        """Like ``quantize``. Rows are independent, so each of the two matrices is quantized only once."""
         number = next(i for i, base in enumerate(self._bases) if weights.base is base)
         base = self._bases[number]
         key = (number, format, most)
@@ -97,7 +97,7 @@ class Experts:
 
 
 class Builder:
-    """Builds sessions of one shape, their files in ``folder``."""
+    """Builds sessions of one shape, with their files in ``folder``."""
 
     def __init__(self, shape: Shape, folder: Path) -> None:
         self.shape, self.folder = shape, folder
@@ -129,7 +129,7 @@ class Builder:
         return lambda batch: session.run(None, {"x": batch.x, "logits": batch.logits})[0]
 
     def llama_cpp(self, library: ctypes.CDLL, format: str, threads: int) -> Run:
-        """llama.cpp's operators, on the whole numbers that ours have."""
+        """llama.cpp's operators, on the same integers as ours."""
         shape, half = self.shape, self.shape.intermediate
         layer = LlamaCppLayer(library, format, shape.hidden, shape.intermediate, shape.experts, shape.top_k, threads)
 
@@ -225,7 +225,7 @@ def _experts_node(shape: Shape) -> onnx.ModelProto:
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Otherwise its threads spin for some 50 ms after a run, on the cores of the variant that is timed next.
+    # Otherwise its threads spin for about 50 ms after a run, on the cores of the variant that is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.register_custom_ops_library(str(library_path()))
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -20,7 +20,7 @@ CONTAINERS = ("If", "Loop")
 
 @dataclass(frozen=True)
 class OpTime:
-    """The nodes of one op in one run: their number, and their microseconds, which are ``share`` of those of all nodes."""
+    """The nodes of one op in one run: their number, their microseconds, and their ``share`` of the time of all nodes."""
 
     op: str
     nodes: float
@@ -31,7 +31,7 @@ class OpTime:
 def op_times(engine: Path, tokens: int, past: int, runs: int, threads: int) -> list[OpTime]:
     """The slowest op first, by medians of ``runs`` on ``tokens`` random tokens of one sequence after ``past`` others.
 
-    One run warms up before. Of a node that contains others (``If``), those others count.
+    One warm-up run comes first. For a node that contains others (``If``), the contained nodes are counted.
     """
     manifest = read_manifest(engine)
     options = onnxruntime.SessionOptions()

@@ -5,9 +5,9 @@
 
 "seconds" is the wall time of the whole command in every round, from the start of `torchrun` (or of the single process) to its
 end; "start" is that of the same command with `--dry-run`, which opens the checkpoint and computes nothing. `calibrate` runs layer
-by layer with GPTQ, in one process too. `compile` rounds every expert to int4 with GPTQ; "weights_s" is what its weights took,
-without the export of the graph, which every process does. `--only-make` makes what is measured: the checkpoint, the text and the
-plan. A row goes to benchmarks/results/processes.json, in place of one of the same kind.
+by layer with GPTQ, also in one process. `compile` rounds every expert to int4 with GPTQ; "weights_s" is the time for its weights,
+without the export of the graph, which every process does. `--only-make` makes the input of the measurement: the checkpoint, the
+text and the plan. A row is written to benchmarks/results/processes.json, and replaces a row of the same kind.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from rq_compile.architectures.model import Model
 
 RESULTS = ROOT / "benchmarks" / "results" / "processes.json"
 LENGTH = ("--sequence-length", "512", "--batch-size", "2")
-# In one process too: layer by layer, as several run.
+# A single process also runs layer by layer, as several processes do.
 LAYER_BY_LAYER = """
 import sys
 from rq_compile.calibration import calibrate as module
@@ -43,7 +43,7 @@ def command(processes: int, *arguments: str) -> list[str]:
 
 
 def seconds(processes: int, *arguments: str) -> tuple[float, str]:
-    """What the command took, and what it said."""
+    """The seconds that the command took, and its output."""
     began = perf_counter()
     found = subprocess.run(
         command(processes, *arguments), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -59,10 +59,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, default="OLMoE-1B-7B")
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--experts", type=int, help="fewer than the model has")
+    parser.add_argument("--experts", type=int, help="number of experts, if fewer than the model has")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are made, and kept")
-    parser.add_argument("--only-make", action="store_true", help="make what is measured and measure nothing")
+    parser.add_argument("--folder", type=Path, required=True, help="folder where checkpoints are made and kept")
+    parser.add_argument("--only-make", action="store_true", help="make the input of the measurement, and measure nothing")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint(given.shape, given.experts, given.folder)

@@ -11,7 +11,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def processor() -> str:
-    """Its name with family and model: in a virtual machine the name alone may be that of several generations."""
+    """The processor's name with family and model: in a virtual machine, several generations may have the same name."""
     text = CPU_INFO.read_text() if CPU_INFO.is_file() else ""
     found = [re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")]
     name, family, model = (match[1].strip() if match else "" for match in found)
@@ -34,7 +34,7 @@ def _commit() -> str:
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):  # no git, or the sources without their history
+    except (OSError, subprocess.CalledProcessError):  # no git, or sources without their history
         return "unknown"
 
 

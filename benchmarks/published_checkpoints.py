@@ -1,7 +1,7 @@
-"""Checkpoints with the config, the tensor names, the shapes and the dtypes of published ones, and no weights.
+"""Checkpoints with the config, the tensor names, the shapes and the dtypes of published ones, but without weights.
 
-The shards are sparse files: whole to everything that reads headers, with zeros where the weights would be, a few MB on the disk.
-Names and shapes were written down from these public descriptions (as of November 2026):
+The shards are sparse files of a few MB on the disk: complete for everything that reads headers, with zeros instead of the
+weights. Names and shapes come from these public descriptions (as of November 2026):
 
 - gpt-oss-20b: the published config.json (a copy: github.com/EchoCog/gpt-oss-20b, where quant_method was changed), the names of
   the tensors from transformers' ``convert_moe_packed_tensors`` and ``GptOssForCausalLM``.
@@ -25,7 +25,7 @@ Store = Callable[[str, int, int], Tensors]
 
 
 def write(name: str, folder: Path) -> Path:
-    """Write the checkpoint ``name`` of ``PUBLISHED`` into ``folder``, which is made, and return it."""
+    """Create ``folder``, write the checkpoint ``name`` of ``PUBLISHED`` into it, and return it."""
     return write_checkpoint(folder, *PUBLISHED[name](), leave_out)
 
 
@@ -35,7 +35,7 @@ def bf16(module: str, rows: int, columns: int) -> Tensors:
 
 
 def fp8_blocks(module: str, rows: int, columns: int) -> Tensors:
-    """A scale for 128 x 128."""
+    """One scale for 128 x 128."""
     scales = -(-rows // 128), -(-columns // 128)
     return {f"{module}.weight": ("F8_E4M3", (rows, columns)), f"{module}.weight_scale_inv": ("F32", scales)}
 
@@ -56,7 +56,7 @@ def fp8_tensor(module: str, rows: int, columns: int) -> Tensors:
 
 
 def nvfp4(module: str, rows: int, columns: int) -> Tensors:
-    """ModelOpt's NVFP4: a scale for 16 columns, one for all of them, and one for the inputs."""
+    """ModelOpt's NVFP4: one scale for 16 columns, one for the whole weight, and one for the inputs."""
     return {
         f"{module}.weight": ("U8", (rows, columns // 2)),
         f"{module}.weight_scale": ("F8_E4M3", (rows, columns // 16)),
@@ -213,7 +213,7 @@ def _qwen(
     quantization: dict[str, Any], attention: Store, routed: Store | None, head: Store, shared: Store, predicting: Store | None
 ) -> tuple[dict[str, Any], Tensors]:
     """``routed``, ``predicting``: how each expert of the model and of the prediction layer is stored; None: all in one tensor.
-    The prediction layer's other parts are stored as its experts are."""
+    The prediction layer's other parts are stored like its experts."""
     config = {
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],
         "model_type": "qwen3_5_moe",
@@ -252,7 +252,7 @@ def _qwen(
 
 
 def _qwen_attention(at: str, store: Store) -> Tensors:
-    """Each query has a gate beside it."""
+    """Each query head also has a gate."""
     tensors = store(f"{at}.q_proj", 2 * 16 * 256, QWEN_HIDDEN) | store(f"{at}.k_proj", 2 * 256, QWEN_HIDDEN)
     tensors |= store(f"{at}.v_proj", 2 * 256, QWEN_HIDDEN) | store(f"{at}.o_proj", QWEN_HIDDEN, 16 * 256)
     return tensors | vector(f"{at}.q_norm.weight", 256) | vector(f"{at}.k_norm.weight", 256)

@@ -1,15 +1,15 @@
-"""Do the checkpoints that people download open, and what would calibrating and compiling them take?
+"""Can published checkpoints be opened, and what would it take to calibrate and compile them?
 
-Each is generated with the config, the tensor names, shapes and dtypes of the published one, and without weights
-(published_checkpoints.py). On it run `inspect`, `calibrate --dry-run`, `plan` and the compiler's `--dry-run`, each in a process
-of its own. The calibration that is planned is made up: loads as skewed as they were measured for Qwen3.6-35B (Gini 0.65), and
-errors of the formats as they are for weights that are stored so. What the plan decides for an expert means nothing; its bytes are
-real. Times and memory of calibrating and compiling are rq-compile's own estimates for the machine that `rq_compile/estimates.py`
+Each is generated with the config, the tensor names, shapes and dtypes of the published one, but without weights
+(published_checkpoints.py). `inspect`, `calibrate --dry-run`, `plan` and the compiler's `--dry-run` run on it, each in a separate
+process. The calibration that the plan uses is made up: its loads are as skewed as those measured for Qwen3.6-35B (Gini 0.65), and
+the errors of the formats are those of weights stored in that way. The plan's choices for an expert mean nothing; its bytes are
+real. Times and memory of calibrating and compiling are rq-compile's estimates for the machine that `rq_compile/estimates.py`
 describes. The CPU times of inspecting and planning are measured.
 
     python benchmarks/published_models.py
 
-Rows go to benchmarks/results/published_models.json. 100 MB of disk are needed.
+The rows are written to benchmarks/results/published_models.json. 100 MB of disk are needed.
 """
 
 import argparse
@@ -40,14 +40,14 @@ TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
 TOKENS = 100_000
 SPREAD = 1.32  # of the logarithm of a load: log-normal loads then have a Gini coefficient of 0.65
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
-# Squared change of weights, relatively, by how they are stored. 0: held as they are.
+# Relative squared change of weights, by how they are stored. 0: kept unchanged.
 ERRORS = {
     "plain": (0.0, 0.0, 0.0, 4.2e-5, 1.1e-2),
     "FP8": (0.0, 1e-7, 2.8e-6, 4.4e-5, 7.6e-3),
     "MXFP4": (0.0, 0.0, 0.0, 0.0, 1e-2),
     "NVFP4": (0.0, 0.0, 2.8e-6, 0.0, 9e-3),
 }
-# What a plan is asked for; the first is the default.
+# Options of the plans; the first is the default.
 PLANS: dict[str, tuple[str, ...]] = {
     "gpt-oss-20b": (),
     "Qwen3.6-35B-A3B": ("--memory", "0.3"),
@@ -59,7 +59,7 @@ MEMORY = "16G"
 
 
 def made_up(model: Model) -> Calibration:
-    """A calibration of ``TOKENS`` tokens that nobody ran."""
+    """An invented calibration of ``TOKENS`` tokens."""
     random = np.random.default_rng(0)
     layers = []
     for layer in layers_to_measure(model, None):
@@ -108,7 +108,7 @@ def _bits(format: str) -> tuple[int, bool]:
 
 
 def command(*arguments: object) -> tuple[dict[str, Any], float, int]:
-    """What ``rq-compile`` prints as JSON, its CPU seconds and its peak of resident memory in bytes."""
+    """The JSON that ``rq-compile`` prints, its CPU seconds and its peak resident memory in bytes."""
     program = [sys.executable, "-P", "-m", "rq_compile.cli.main", *map(str, arguments), "--json"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
         process = subprocess.Popen(program, stdout=out, stderr=error)
@@ -157,7 +157,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 def show(rows: list[Row], console: Console) -> None:
     made = table(
-        "published models: what was measured, then what is estimated",
+        "published models: measured, then estimated",
         *("model", "tensors", "GB", "inspect, CPU s", "calibrate, h", "GB", "plan", "engine, GB", "compile, min", "GB"),
     )
     for one in rows:
@@ -168,7 +168,7 @@ def show(rows: list[Row], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="the models with this in their name")
+    parser.add_argument("--only", help="only the models with this in their name")
     parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/published_models.json without --only")
     arguments = parser.parse_args()
     names = [name for name in PUBLISHED if (arguments.only or "") in name]

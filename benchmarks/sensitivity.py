@@ -1,16 +1,18 @@
-"""Does the error that a plan predicts tell what it does to the model? Random plans, measured, beside the Wanda-style score.
+"""Does the predicted error of a plan predict its effect on the model? Random plans, measured, compared with the Wanda-style
+score.
 
-Every plan stores a random share of each layer's experts in int4 and the others as they are. In the first experiment that is half
-of them, so all plans take the same bytes and only the choice of experts differs; in the second it is drawn between a tenth and
-all for each plan, so that changes of perplexity come out of the noise. Predicted by *measured error*: the sum of the experts'
-errors in the calibration. By the *Wanda-style score* of the paper, which quantizes the experts with the highest: the sum of what
-each is below its layer's highest. By *load*: the sum of the loads. By the *number* of experts. Observed, on held-out text: KL
-divergence to the original and change of perplexity. Spearman's rank correlation; where plans differ in the number of experts,
-also that of what a line through the number leaves of both.
+Every plan stores a random share of each layer's experts in int4 and leaves the others unchanged. In the first experiment the
+share is a half, so that all plans take the same bytes and only the choice of experts differs. In the second, it is drawn between
+a tenth and all for each plan, so that changes of perplexity exceed the noise. The predictors are: *measured error*, the sum of
+the experts' errors in the calibration; the *Wanda-style score* of the paper, which quantizes the experts with the highest score:
+the sum of the differences between the highest score of the layer and each expert's; *load*, the sum of the loads; and the
+*number* of experts. Observed, on held-out text: KL divergence to the original and change of perplexity. Reported is Spearman's
+rank correlation; if plans differ in the number of experts, also the correlation of the residuals of both after a linear fit to
+the number.
 
     python benchmarks/sensitivity.py olmoe
 
-Rows (a plan each) go to benchmarks/results/sensitivity.json.
+The rows, one for each plan, are written to benchmarks/results/sensitivity.json.
 """
 
 import argparse
@@ -46,7 +48,8 @@ PREDICTORS = ("measured_error", "wanda", "load", "number")
 
 
 class Experiment(NamedTuple):
-    """``plans`` store between ``least`` and ``most`` of the experts in int4 and are run on so many held-out ``tokens``."""
+    """Number of ``plans``, which store between ``least`` and ``most`` of the experts in int4 and run on ``tokens`` held-out
+    tokens."""
 
     least: float
     most: float
@@ -58,7 +61,7 @@ EXPERIMENTS = {"half of the experts": Experiment(0.5, 0.5, 40, 4608), "a tenth t
 
 
 def random_plan(calibration: Calibration, share: float, random: np.random.Generator) -> tuple[Plan, dict[str, float]]:
-    """The plan, and what each predictor says of it: the larger, the worse."""
+    """The plan, and the value of each predictor for it: the larger, the worse."""
     plan = make_plan(calibration, policy="none", memory=1.0, ranks=1, target="cpu")
     layers, predicted = [], dict.fromkeys(PREDICTORS, 0.0)
     for layer_plan, layer in zip(plan.layers, calibration.layers, strict=True):
@@ -118,7 +121,7 @@ def correlation(first: np.ndarray, second: np.ndarray) -> str:
 
 
 def beyond(number: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """What the best line through ``number`` does not tell of ``values``."""
+    """The residuals of ``values`` after a linear fit to ``number``."""
     return values - np.polynomial.Polynomial.fit(number, values, 1)(number)
 
 

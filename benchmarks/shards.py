@@ -1,4 +1,4 @@
-"""A checkpoint's files around its weights: config, tokenizer, index and shards, whose values the caller gives or leaves out."""
+"""A checkpoint's files: config, tokenizer, index and shards. The caller writes the weights' values or leaves them out."""
 
 import json
 import math
@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-TOKENIZER = Path(__file__).parents[1] / "samples" / "olmoe" / "tokenizer.json"  # a stand-in: theirs have other vocabularies
+TOKENIZER = (
+    Path(__file__).parents[1] / "samples" / "olmoe" / "tokenizer.json"
+)  # a stand-in: the published ones have different vocabularies
 BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
 SHARD = 5 * 10**9
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
-# Given a file behind its header, the tensors that it holds and the number of the shard, writes their values.
+# Writes the values of a shard: given the file, positioned after the header, its tensors and the number of the shard.
 Fill = Callable[[BinaryIO, Tensors, int], object]
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: Tensors, fill: Fill, shard_bytes: int = SHARD) -> Path:
-    """Write a checkpoint with ``config`` and ``tensors`` (name to dtype and shape) into ``folder``, which is made."""
+    """Create ``folder`` and write a checkpoint with ``config`` and ``tensors`` (name to dtype and shape) into it."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     shutil.copy(TOKENIZER, folder)
@@ -34,7 +36,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: Tensors, fil
 
 
 def leave_out(file: BinaryIO, tensors: Tensors, number: int) -> None:
-    """Zeros that take no room on the disk."""
+    """Write zeros that take no space on the disk."""
     file.truncate(file.tell() + sum(map(bytes_of, tensors.values())))
 
 

@@ -1,8 +1,8 @@
-"""What TensorRT-RTX makes of a model, on a machine without a GPU, and what the network's 16 bit cost, in ONNX Runtime.
+"""What TensorRT-RTX builds from a model, on a machine without a GPU, and the error of the network's 16 bits, in ONNX Runtime.
 
-For each set of profiles: seconds to build, bytes of the engine, of the weights in it and of the scratch memory that it asks for.
-Two lowerings are compared with transformers on ``--text``, both by one plan: the CPU's engine in fp32 (lowering batched), and the
-network that the builder gets (fp16, int8 with a scale for each column).
+For each set of profiles: seconds to build, and bytes of the engine, of its weights and of the scratch memory that it needs. Two
+lowerings are compared with transformers on ``--text``, both with the same plan: the CPU's engine in fp32 (lowering batched), and
+the network that the builder receives (fp16, int8 with a scale for each column).
 
     rq-compile calibrate samples/olmoe --text samples/text/hacker.calibration.txt -o calibration.json
     rq-compile plan calibration.json --target tensorrt-rtx --memory 0.6 -o plan.json
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=2048, help="of the text, in sequences of 256")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the text, in sequences of 256")
     parser.add_argument("--sm", type=int, default=89)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
@@ -89,7 +89,7 @@ def built_row(what: str, engine: TensorRTManifest) -> dict[str, object]:
 def network(path: Path) -> Logits:
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
-        if tensor.name == FIRST_ROW:  # the logits of all tokens, not of the last alone
+        if tensor.name == FIRST_ROW:  # so that the logits are those of all tokens, not only of the last
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.array([0]), FIRST_ROW))
     every = path.with_name(f"every-{path.name}")
     onnx.save(model, every)

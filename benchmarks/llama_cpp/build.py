@@ -1,6 +1,6 @@
-"""Fetches llama.cpp, as the package index has it in the sources of llama-cpp-python, and builds its ggml and our layer on it.
+"""Fetches llama.cpp, from the sources of llama-cpp-python in the package index, and builds its ggml and our layer on it.
 
-Some 80 MB and a few minutes; needs pip, CMake and a C++ compiler. ``moe_layer.py`` then times it beside the others.
+About 80 MB and a few minutes; needs pip, CMake and a C++ compiler. ``moe_layer.py`` then times it with the others.
 
     python benchmarks/llama_cpp/build.py
 """
@@ -13,11 +13,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / "build" / "llama_cpp"
-RELEASE = "0.3.36"  # of llama-cpp-python; its vendor/llama.cpp is what is built
+RELEASE = "0.3.36"  # of llama-cpp-python, whose vendor/llama.cpp is built
 
 
 def fetch(folder: Path) -> Path:
-    """The sources of llama.cpp: of all that the package holds, ggml and the licence."""
+    """The sources of llama.cpp; of the package's files, only ggml and the licence are kept."""
     name = f"llama_cpp_python-{RELEASE}"
     archive = folder / f"{name}.tar.gz"
     if not archive.is_file():
@@ -38,12 +38,12 @@ def build(sources: Path, folder: Path, jobs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything goes, default: %(default)s")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder for all files, default: %(default)s")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     build(fetch(args.folder), args.folder / "build", args.jobs)
-    print(f"built; python benchmarks/moe_layer.py --llama-cpp {args.folder} times it")
+    print(f"built; time it with python benchmarks/moe_layer.py --llama-cpp {args.folder}")
 
 
 if __name__ == "__main__":

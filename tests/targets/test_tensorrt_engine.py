@@ -245,7 +245,7 @@ def test_every_format_is_built_with_further_passes(tmp_path: Path) -> None:
 def test_bf16_needs_a_gpu_that_has_it(model: Path) -> None:
     settings = target.Settings("rtx", (), [75, 89], precision="bf16", build=False)
     with pytest.raises(
-        UserError, match=r"the network is bf16, which --sm 75 lacks; .* --precision fp16, whose numbers end at 65504"
+        UserError, match=r"the network is bf16, which --sm 75 lacks; .* --precision fp16, whose largest number is 65504"
     ):
         target.check_settings(settings, Model.open(model))
     target.check_settings(replace(settings, capabilities=[89]), Model.open(model))

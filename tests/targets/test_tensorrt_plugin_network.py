@@ -202,7 +202,10 @@ def test_without_plugins_it_is_said_and_with_stock_it_is_not(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--plugins", "{library}", "--builder", "rtx", "--sm", "89"], ["--builder rtx takes no plugins", "--builder tensorrt"]),
+        (
+            ["--plugins", "{library}", "--builder", "rtx", "--sm", "89"],
+            ["--builder rtx does not support plugins", "--builder tensorrt"],
+        ),
         (["--plugins", "{library}", "--stock"], ["--stock and --plugins exclude each other"]),
         (["--plugins", "nowhere.so"], ["cannot read the plugin library nowhere.so", "plugins/tensorrt/README.md"]),
         (["--plugins", "{text}"], ["is not a library of the plugin MoeLayer"]),
@@ -244,7 +247,7 @@ def test_an_encoder_decoder_is_refused_at_once(
 ) -> None:
     switch = tiny_checkpoint("switch_transformers")
     result = rq_compile(switch, "--text", stages / "text.txt", "-o", out / "m.plan", "--no-build")
-    refused(result, 2, "is an encoder-decoder, which has no TensorRT target", ".onnx")
+    refused(result, 2, "is an encoder-decoder, which the TensorRT targets do not support", ".onnx")
 
 
 class Recorded:

@@ -1,13 +1,13 @@
-"""Build a TensorRT or TensorRT-RTX engine. Needs Python and one of the two packages, and nothing of rq-compile.
+"""Build a TensorRT or TensorRT-RTX engine. Needs only Python and one of the two packages; rq-compile need not be installed.
 
-rq-compile runs this file in a process of its own. It also writes a copy beside a network, for the machine that has the GPU:
+rq-compile runs this file in a separate process. It also writes a copy beside a network, for the machine that has the GPU:
 
     python engine.build.py engine.build.json
 
-The settings (JSON) name the network (ONNX, with its weights beside it), the engine to write, the builder ("tensorrt" or "rtx"),
-the library of the network's plugins if it has any, the compute capabilities, and for each profile the least, best and greatest
-shape of every input. What was built is told beside the engine, in ``<engine>.report.json``. Both packages have the same API;
-what differs between them is in ``BUILDERS``.
+The settings (JSON) give the network (ONNX, with its weights beside it), the engine to write, the builder ("tensorrt" or "rtx"),
+the library of the network's plugins if it has any, the compute capabilities, and, for each profile, the smallest, best and
+largest shape of every input. ``<engine>.report.json``, beside the engine, describes what was built. Both packages have the same
+API; ``BUILDERS`` lists the differences between them.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Builder:
-    """``ahead``: it builds without a GPU, for compute capabilities that are asked for, and without plugins; else for the GPU at
-    hand, with timings."""
+    """``ahead``: it builds without a GPU, for the compute capabilities requested, and without plugins. Otherwise it builds for
+    the GPU of this machine, and times kernels on it."""
 
     module: str
     install: str
@@ -40,7 +40,7 @@ BUILDERS = {
 
 
 class BuildError(Exception):
-    """A sentence for the user."""
+    """Its text is a sentence for the user."""
 
 
 def load(name: str) -> Any:
@@ -67,16 +67,16 @@ def load(name: str) -> Any:
 
 
 def capabilities(module: Any) -> list[int]:
-    """The compute capabilities that a builder builds for, 89 standing for 8.9; none where it only builds for the GPU at hand."""
+    """The compute capabilities that a builder builds for, 89 meaning 8.9; empty if it only builds for this machine's GPU."""
     names = [name for name in dir(getattr(module, "ComputeCapability", None)) if re.fullmatch(r"SM\d+", name)]
     return sorted(int(name.removeprefix("SM")) for name in names)
 
 
 def build(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Build the engine that ``settings`` describe; files are named from ``folder``. Returns the report.
+    """Build the engine that ``settings`` describe; paths are relative to ``folder``. Returns the report.
 
     Raises:
-        BuildError: the builder is missing, or refuses the network, its plugins, a profile or a compute capability.
+        BuildError: the builder is not installed, or rejects the network, its plugins, a profile or a compute capability.
     """
     name = settings["builder"]
     trt = load(name)
@@ -93,7 +93,7 @@ def build(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     parsed = time.monotonic()
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # Rounded to 10 bits, as TF32 does, the router would choose other experts.
+    # TF32 rounds to 10 bits, and the router would then choose different experts.
     config.clear_flag(trt.BuilderFlag.TF32)
     if plugins:
         config.plugins_to_serialize = plugins
@@ -121,12 +121,12 @@ def build(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _load_plugins(trt: Any, name: str, builder: Any, logger: Any, folder: Path, library: str | None) -> list[str]:
-    """The parser knows a plugin once its library is loaded, which the engine is to carry."""
+    """Load the plugin library, so that the parser knows its plugins, and have the engine include it."""
     if library is None:
         return []
     if BUILDERS[name].ahead:
-        raise BuildError(f"the network has plugins, which {trt.__name__} does not take; compile it with --stock")
-    # A name without a folder would be looked for where the system keeps its libraries.
+        raise BuildError(f"the network has plugins, which {trt.__name__} does not support; compile it with --stock")
+    # A name without a folder would be searched for in the system's library folders.
     path = str((folder / library).resolve())
     if builder.get_plugin_registry().load_library(path) is None:
         raise BuildError(f"{trt.__name__} {trt.__version__} cannot load the plugins of {library}: {logger.reason()}")
@@ -152,7 +152,7 @@ def _set_capabilities(trt: Any, name: str, config: Any, wanted: list[int]) -> No
         raise BuildError(f"--builder {name} builds for the GPU of this machine; leave --sm out, or choose --builder rtx")
     missing = [number for number in wanted if number not in capabilities(trt)]
     if missing:
-        raise BuildError(f"{trt.__name__} does not build for --sm {missing[0]}; choose of {_listed(capabilities(trt))}")
+        raise BuildError(f"{trt.__name__} does not build for --sm {missing[0]}; choose from {_listed(capabilities(trt))}")
     config.num_compute_capabilities = len(wanted)
     for place, number in enumerate(wanted):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{number}"), place)
@@ -168,7 +168,7 @@ def _kind(network: Any, number: int) -> str:
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
-        """Keeps errors, and what the builder says of the engine that it made: the engine itself only answers on a GPU."""
+        """Keeps errors, and what the builder says about the engine it made: the engine itself can only be queried on a GPU."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -198,8 +198,8 @@ def _logger(trt: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build a TensorRT engine.")
     parser.add_argument("settings", type=Path, help="the .build.json file that rq-compile wrote")
-    parser.add_argument("--builder", choices=BUILDERS, help="instead of the one that the settings name")
-    parser.add_argument("--sm", help="compute capabilities, with --builder rtx: 80,89,120")
+    parser.add_argument("--builder", choices=BUILDERS, help="builder to use instead of the one in the settings")
+    parser.add_argument("--sm", help="compute capabilities for --builder rtx, for example 80,89,120")
     arguments = parser.parse_args()
     settings = json.loads(arguments.settings.read_text(encoding="utf-8"))
     if arguments.builder and arguments.builder != settings["builder"]:

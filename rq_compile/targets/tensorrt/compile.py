@@ -1,4 +1,4 @@
-"""A TensorRT engine, or all that its builder needs: network, engine, context model and manifest, which appear together."""
+"""Compiles a TensorRT engine, or all that its builder needs. Network, engine, context model and manifest appear together."""
 
 import json
 import shutil
@@ -36,16 +36,16 @@ from rq_compile.targets.weights_file import Progress
 
 BuilderName = Literal["tensorrt", "rtx"]
 TARGETS: dict[BuilderName, TensorRTTarget] = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
-# TensorRT's parser turns no wider TopK into a layer.
+# TensorRT's parser cannot convert a wider TopK into a layer.
 MOST_EXPERTS = 3840
 WITHOUT_INT4 = WITHOUT_BF16 = 75
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to build: ``capabilities`` are compute capabilities, 89 for 8.9; without ``build`` everything is done but that.
+    """How to build. ``capabilities`` are compute capabilities, 89 for 8.9; without ``build``, everything but the build is done.
 
-    ``plugins``: the library with which MoE layers are built; None: they are standard ops.
+    ``plugins``: the library that MoE layers are built with; None: they are standard ops.
     """
 
     builder: BuilderName
@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def lowering(self) -> Lowering:
-        """How MoE layers are realised: by the plugins, or in standard ops with lanes as wide as the profiles ask for."""
+        """How MoE layers are implemented: with the plugins, or in standard ops with lanes as wide as the profiles need."""
         if self.plugins is not None:
             return Plugins(half=self.precision)
         return TensorRTLanes(expected=expected_capacity(self.profiles))
@@ -76,13 +76,13 @@ def compile_tensorrt(
 ) -> TensorRTManifest:
     """Write ``output`` (``.plan``); beside it ``<stem>.context.onnx`` for ONNX Runtime, the tokenizer and the manifest.
 
-    Without ``settings.build`` no engine is written, but what it is built from: ``<stem>.network.onnx`` and its ``.data``, and
-    ``<stem>.build.py``, ``<stem>.build.json`` and ``<stem>.build.sh``, which build it on the machine that has the GPU. With
-    ``settings.plugins`` their library is copied to ``<stem>.plugins.so``; an engine is told to carry it, too.
+    Without ``settings.build``, what the engine is built from is written instead of the engine: ``<stem>.network.onnx`` and its
+    ``.data``, and ``<stem>.build.py``, ``<stem>.build.json`` and ``<stem>.build.sh``, which build it on the machine that has the
+    GPU. With ``settings.plugins``, the plugin library is copied to ``<stem>.plugins.so``; a built engine includes it, too.
     ``statistics``, ``exported``, ``threads`` and ``progress``: see ``compile_engine``.
 
     Raises:
-        UserError: the plan or the settings do not fit, the builder is missing or failed. Nothing is left.
+        UserError: the plan or the settings do not fit, or the builder is missing or failed. No files are left behind.
     """
     check_outputs(tensorrt_outputs(output))
     check_settings(settings, model, plan)
@@ -125,7 +125,7 @@ def compile_tensorrt(
             plan=plan,
         )
         write_document(manifest, folder / f"{stem}.json")
-        # All of them are there. The manifest comes last, so that what it describes is never missing beside it.
+        # All files exist now. The manifest comes last, so that the files it describes always exist beside it.
         names = [*(file.name for file in files.values()), f"{stem}.json"]
         with Appearing(output) as appearing:
             appearing.begin(names)
@@ -135,16 +135,18 @@ def compile_tensorrt(
 
 
 def check_settings(settings: Settings, model: Model, plan: Plan | None = None) -> None:
-    """Refuse before the long work what a builder would refuse after it; of the layers once there is a plan.
+    """Reject, before the long work, what a builder would reject after it. The layers are checked if a plan is given.
 
     Raises:
-        UserError: the builder or the plugin library is not there, or the model, a compute capability or a layer is not for it.
+        UserError: the builder or the plugin library is missing, or does not support the model, a compute capability or a layer.
     """
     if model.config.is_encoder_decoder:
-        raise UserError(f"{model.name} is an encoder-decoder, which has no TensorRT target; end the output in .onnx", 2)
+        raise UserError(
+            f"{model.name} is an encoder-decoder, which the TensorRT targets do not support; give an output that ends in .onnx", 2
+        )
     if settings.plugins is not None:
         if settings.builder == "rtx":
-            raise UserError("--builder rtx takes no plugins; leave --plugins out, or choose --builder tensorrt", 2)
+            raise UserError("--builder rtx does not support plugins; leave --plugins out, or choose --builder tensorrt", 2)
         plugins.check_library(settings.plugins)
     if settings.build:
         try:
@@ -152,15 +154,15 @@ def check_settings(settings: Settings, model: Model, plan: Plan | None = None) -
         except build_engine.BuildError as error:
             raise UserError(f"{error}; or write what the builder needs, with --no-build", 2) from error
         if settings.builder == "rtx" and (missing := [number for number in settings.capabilities if number not in known]):
-            raise UserError(f"TensorRT-RTX does not build for --sm {missing[0]}; choose of {', '.join(map(str, known))}", 2)
+            raise UserError(f"TensorRT-RTX does not build for --sm {missing[0]}; choose from {', '.join(map(str, known))}", 2)
     if settings.builder == "rtx" and not settings.capabilities:
-        raise UserError("--builder rtx builds ahead of time; say for which GPUs, as in --sm 80,89,120", 2)
+        raise UserError("--builder rtx builds ahead of time; name the GPUs to build for, for example --sm 80,89,120", 2)
     if settings.builder == "tensorrt" and settings.capabilities:
-        raise UserError("--builder tensorrt builds for the GPU of the machine that it runs on; leave --sm out", 2)
+        raise UserError("--builder tensorrt builds for the GPU of the machine it runs on; leave --sm out", 2)
     if settings.precision == "bf16" and WITHOUT_BF16 in settings.capabilities:
         raise UserError(
-            f"the network is bf16, which --sm {WITHOUT_BF16} lacks; leave it out, or take --precision fp16, whose numbers end at "
-            f"{FP16_MOST}",
+            f"the network is bf16, which --sm {WITHOUT_BF16} lacks; leave it out, or choose --precision fp16, whose largest "
+            f"number is {FP16_MOST}",
             2,
         )
     for layer in plan.layers if plan else ():
@@ -170,13 +172,13 @@ def check_settings(settings: Settings, model: Model, plan: Plan | None = None) -
 def check_layer(layer: LayerPlan, settings: Settings) -> None:
     """
     Raises:
-        UserError: the layer is not for the builder, its GPU or the plugins.
+        UserError: the builder, its GPU or the plugins do not support the layer.
     """
     settings.lowering.check_layer(layer)
     if layer.geometry.experts > MOST_EXPERTS:
         raise UserError(
-            f"layer {layer.index} has {layer.geometry.experts} experts, above TensorRT's {MOST_EXPERTS} for a TopK; "
-            "compile it for ONNX Runtime, with an output in .onnx",
+            f"layer {layer.index} has {layer.geometry.experts} experts, more than the {MOST_EXPERTS} of TensorRT's TopK; "
+            "compile it for ONNX Runtime, with an output that ends in .onnx",
             2,
         )
     kept = [slot.format for slot in layer.slots if SLOT_FORMATS[slot.format].element == "int4"]
@@ -206,12 +208,13 @@ def _write_build_files(folder: Path, stem: str, settings: Settings, network: Net
 
 
 def _build(folder: Path, stem: str) -> Built:
-    """In a process of its own: a builder that crashes takes nothing with it, and its memory is free again after."""
+    """Build in a separate process: if the builder crashes, this process does not, and the builder's memory is freed
+    afterwards."""
     command = [sys.executable, str(folder / f"{stem}.build.py"), str(folder / f"{stem}.build.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-        raise UserError(said[-1] if said else f"the builder ended with status {done.returncode}; look into it with --no-build")
+        raise UserError(said[-1] if said else f"the builder ended with status {done.returncode}; use --no-build to look into it")
     report = folder / f"{stem}.plan.report.json"
     return Built.model_validate_json(report.read_bytes())
 
@@ -223,7 +226,7 @@ def _write_context(folder: Path, stem: str, settings: Settings, network: Network
 
 
 def _kept(folder: Path, stem: str, built: bool) -> dict[str, EngineFile]:
-    """The files to keep, by what they are: an engine alone, or what it is built from."""
+    """The files to keep, by their role: an engine alone, or what it is built from."""
     files = {"context model": f"{stem}.context.onnx", "tokenizer": f"{stem}.tokenizer.json", "plugins": f"{stem}.plugins.so"}
     if built:
         files |= {"engine": f"{stem}.plan", "timing cache": f"{stem}.timing"}

@@ -1,7 +1,7 @@
 """An ONNX model that makes an execution provider of ONNX Runtime load an engine: one node, ``com.microsoft::EPContext``.
 
 The attributes are those that ONNX Runtime's TensorRT and NvTensorRTRTX providers write when they save a context themselves: with
-``embed_mode`` 0 ``ep_cache_context`` is the engine's file, in the model's own folder.
+``embed_mode`` 0, ``ep_cache_context`` is the name of the engine's file in the model's folder.
 """
 
 import onnx
@@ -21,7 +21,7 @@ def ep_context(
 ) -> onnx.ModelProto:
     """A model with the inputs and outputs of ``network`` that loads the file ``engine`` beside it.
 
-    ``capabilities``: of the GPUs that it was built for; ``sdk``: the builder's version, or empty.
+    ``capabilities``: those of the GPUs that it was built for; ``sdk``: the builder's version, or empty.
     """
     graph = network.graph
     node = helper.make_node(
@@ -34,7 +34,7 @@ def ep_context(
         embed_mode=0,
         ep_cache_context=engine,
         ep_sdk_version=sdk or None,
-        # The providers compare it with their GPU's, and know no list.
+        # The providers compare it with their GPU's capability, and cannot read a list.
         hardware_architecture=str(capabilities[0]) if len(capabilities) == 1 else None,
         partition_name="engine",
         source=PROVIDERS[target],

@@ -1,4 +1,4 @@
-"""The manifest of a TensorRT engine, ``<engine stem>.json`` beside it: an engine answers no question without a GPU, this does."""
+"""The manifest of a TensorRT engine, ``<engine stem>.json`` beside it. Unlike the engine, it can be read without a GPU."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -26,7 +26,7 @@ class Binding(Document):
 
 
 class Built(Document):
-    """What the builder said: the layers of the network that it read and of the engine that it made, by kind; for each profile the
+    """What the builder reported: the layers of the network it read and of the engine it made, by kind; and, for each profile, the
     bytes of scratch memory."""
 
     builder: str
@@ -41,7 +41,7 @@ class Built(Document):
 
 
 class TensorRTManifest(Versioned):
-    """``built`` is None where only what a builder needs was written. ``files``: those beside this one, by what they are."""
+    """``built`` is None if only the builder's input was written. ``files``: the files beside this one, by their role."""
 
     called: ClassVar[str] = "manifest of a TensorRT engine"
     command: ClassVar[str] = "rq-compile compile"
@@ -70,12 +70,12 @@ class TensorRTManifest(Versioned):
 
     @property
     def carries_code(self) -> bool:
-        """Whether the engine holds the code of plugins, which a server has to be told to run."""
+        """Whether the engine contains the code of plugins. A server runs it only if it is told to."""
         return TENSORRT_LOWERINGS[self.lowering].carries_code
 
 
 def bindings(values: "list[onnx.ValueInfoProto]") -> list[Binding]:
-    """Inputs or outputs of a graph."""
+    """The bindings of a graph's inputs or outputs."""
     return [
         Binding(
             name=value.name,

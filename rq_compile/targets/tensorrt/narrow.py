@@ -1,4 +1,4 @@
-"""Weights and constants in 16 bit."""
+"""Weights and constants in 16 bits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,31 +12,31 @@ from rq_compile.rewrite.weights import ExternalWeight, Piece, Section
 
 @dataclass(frozen=True)
 class Version:
-    """An external weight as ``name`` in ``dtype``; ``is_scale``: it scales quantized weights."""
+    """An external weight, stored as ``name`` in ``dtype``; ``is_scale``: it is a scale of quantized weights."""
 
     name: str
     dtype: np.dtype
     is_scale: bool = False
 
 
-# By the weight's name; one that is not there stays as it is.
+# By the weight's name; a weight without an entry stays unchanged.
 Versions = Mapping[str, Sequence[Version]]
 
 
 def narrowed(values: np.ndarray, half: np.dtype) -> np.ndarray:
     """A constant in ``half``.
 
-    What stands for minus infinity in a mask becomes half of the lowest number: adding to it overflows nowhere, and a row that is
-    all masked has a softmax.
+    A number that stands for minus infinity in a mask becomes half of the lowest number of ``half``: additions to it never
+    overflow, and the softmax of a fully masked row is defined.
     """
     values, limit = values.astype(np.float32), np.float32(ml_dtypes.finfo(half).max)
     return np.where(np.abs(values) > limit, np.sign(values) * limit / 2, values).astype(half)
 
 
 def in_versions(section: Section, versions: Versions) -> Section:
-    """``section`` with its weights in the versions that are asked for, still to be computed.
+    """``section`` with its weights in the versions requested, which are computed when they are written.
 
-    Its pieces raise a UserError for a weight that 16 bit cannot hold, and never give zero for a scale, which TensorRT refuses.
+    Its pieces raise a UserError for a weight that 16 bits cannot hold. A scale never becomes zero, which TensorRT would reject.
     """
     made = {weight.name: tuple(_versions(weight, versions)) for weight in section.weights}
     weights = tuple(weight for group in made.values() for weight, _ in group)
@@ -65,6 +65,6 @@ def _piece(piece: Piece, made: Mapping[str, Sequence[_Made]]) -> Piece:
 def _converted(values: np.ndarray, version: Version) -> np.ndarray:
     made = in_half(values.astype(np.float32, copy=False), version.dtype, version.name)
     if version.is_scale:
-        # Of a block of zeros, where any scale gives the same, or too small to be told from zero.
+        # The scale of a block of zeros, for which any scale gives the same result, or a scale that is too small for 16 bits.
         made[made == 0] = ml_dtypes.finfo(version.dtype).smallest_subnormal
     return made

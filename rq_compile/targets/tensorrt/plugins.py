@@ -1,4 +1,4 @@
-"""The plugin library of ``plugins/tensorrt``, without loading it: which file is one."""
+"""Checks whether a file is the plugin library of ``plugins/tensorrt``, without loading it."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ README = "plugins/tensorrt/README.md"
 
 
 def check_library(path: Path) -> None:
-    """It is not loaded: it may be for another machine than this one.
+    """The library is not loaded, since it may be for a different machine.
 
     Raises:
-        UserError: there is no such file, or it is no library of these plugins.
+        UserError: there is no such file, or it is not a library of these plugins.
     """
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Optimization profiles: the shapes that an engine takes, with those that its kernels are chosen for."""
+"""Optimization profiles: the shapes that an engine accepts, and those that its kernels are chosen for."""
 
 import math
 from typing import Self
@@ -10,13 +10,13 @@ from rq_compile.errors import UserError
 from rq_compile.files import Document
 
 Shapes = dict[str, tuple[list[int], list[int], list[int]]]
-GROWTH = 4  # a default profile takes this many times the batch and the sequence that it is made for
-# Attention scores of a layer that a default profile asks for at most: 4 GiB in 16 bit.
+GROWTH = 4  # a default profile accepts up to this many times the batch and the sequence it is made for
+# The most attention scores of a layer in a default profile: 4 GiB in 16 bits.
 MOST_SCORES = 2**31
 
 
 class Range(Document):
-    """From ``least`` to ``most``, best at ``best``."""
+    """From ``least`` to ``most``; kernels are chosen for ``best``."""
 
     least: int = Field(ge=0, lt=2**31)
     best: int = Field(ge=0, lt=2**31)
@@ -33,7 +33,7 @@ class Range(Document):
         """``8`` or ``1:8:32``.
 
         Raises:
-            ValueError: it is neither, or not in order.
+            ValueError: it has neither form, or is not in order.
         """
         numbers = [int(number) for number in text.split(":")]
         if len(numbers) not in (1, 3):
@@ -46,7 +46,7 @@ class Range(Document):
 
 
 class Profile(Document):
-    """Sequences of a batch, new tokens of a sequence, and tokens of it that are in the cache already."""
+    """Sequences per batch, new tokens per sequence, and tokens per sequence that are already in the cache."""
 
     batch: Range
     sequence: Range
@@ -57,7 +57,7 @@ class Profile(Document):
         return self.batch.most * self.sequence.most
 
     def most_scores(self, heads: int) -> int:
-        """Attention scores of one layer at the largest sizes, which scratch memory grows with."""
+        """Attention scores of one layer at the largest sizes. Scratch memory grows with them."""
         return self.most_tokens * heads * (self.past.most + self.sequence.most)
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Profile(Document):
         """``batch=1:8:32,sequence=1,past=1:256:2047``.
 
         Raises:
-            UserError: it is not of that form.
+            UserError: it does not have that form.
         """
         try:
             parts = [part.split("=") for part in text.split(",")]
@@ -77,15 +77,15 @@ class Profile(Document):
                 raise ValueError("an axis is given twice")
             profile = cls(**{axis: Range.parse(value) for axis, value in pairs.items()})
             if not (profile.batch.least and profile.sequence.least):
-                raise ValueError("batch and sequence begin at 1")
+                raise ValueError("batch and sequence must be at least 1")
         except ValueError as error:
             raise UserError(
-                f"--profile {text} is not a profile; write for example batch=1:8:32,sequence=1:256:1024,past=0:0:1024", 2
+                f"--profile {text} is not a profile; write, for example, batch=1:8:32,sequence=1:256:1024,past=0:0:1024", 2
             ) from error
         return profile
 
     def shapes(self, model: onnx.ModelProto) -> Shapes:
-        """The least, best and greatest shape of every input of ``model``, whose free axes have the names of ``export_graph``."""
+        """The smallest, best and largest shape of every input of ``model``, whose free axes are named as in ``export_graph``."""
         axes = {"batch": self.batch, "sequence": self.sequence, "past": self.past}
         shapes: Shapes = {}
         for value in model.graph.input:
@@ -96,11 +96,11 @@ class Profile(Document):
 
 
 def default_profiles(batch: int, sequence: int, context: int | None, heads: int = 1) -> list[Profile]:
-    """One for prompts and one for decoding, for the workload that the model was calibrated with: ``batch`` texts of ``sequence``
-    tokens, in a context of up to ``context`` tokens.
+    """One profile for prompts and one for decoding, for the workload that the model was calibrated with: ``batch`` texts of
+    ``sequence`` tokens, in a context of up to ``context`` tokens.
 
-    Neither has more than ``MOST_SCORES`` attention scores of ``heads`` heads: first prompts lose what they may have in the cache,
-    then batches and at last sequences their largest sizes.
+    Neither has more than ``MOST_SCORES`` attention scores for ``heads`` heads. To stay below that, the largest cache of prompts
+    is reduced first, then the largest batch, and the largest sequence last.
     """
     longest = max(context or GROWTH * sequence, 2)
     sequence, room = min(sequence, longest - 1), max(1, MOST_SCORES // heads)

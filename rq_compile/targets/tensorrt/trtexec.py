@@ -1,4 +1,4 @@
-"""The command line of ``trtexec``, which comes with TensorRT, that builds an engine as ``build_engine`` does."""
+"""A command line of TensorRT's ``trtexec`` that builds an engine as ``build_engine`` does."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from rq_compile.targets.tensorrt.profiles import Shapes
 
 
 def trtexec(network: str, engine: str, timing_cache: str, profiles: Sequence[Shapes], plugins: str | None = None) -> str:
-    """A shell script of one command; the files are named from its own folder. ``plugins``: the library that the engine needs."""
+    """A shell script with one command; paths are relative to its folder. ``plugins``: the library that the engine needs."""
     arguments = [
         f"--onnx={network}",
         f"--saveEngine={engine}",
@@ -16,7 +16,7 @@ def trtexec(network: str, engine: str, timing_cache: str, profiles: Sequence[Sha
         f"--timingCacheFile={timing_cache}",
     ]
     if plugins is not None:
-        # A name without a slash would be looked for where the system keeps its libraries.
+        # A name without a slash would be searched for in the system's library folders.
         arguments += [f"--dynamicPlugins=./{plugins}", f"--setPluginsToSerialize=./{plugins}"]
     for number, shapes in enumerate(profiles):
         arguments.append(f"--profile={number}")

@@ -1,7 +1,7 @@
 """From the sample checkpoint to a running engine, through the command line alone; ``make demo`` runs it.
 
-Every command is printed before it runs and can be typed by hand (``source .venv/bin/activate`` first). What they write is
-in ``demo/``. The summary at the end is drawn from the JSON that ``evaluate`` and ``bench`` printed.
+Every command is printed before it runs and can be typed by hand (``source .venv/bin/activate`` first). The commands write to
+``demo/``. The summary at the end comes from the JSON that ``evaluate`` and ``bench`` print.
 """
 
 import json
@@ -19,14 +19,14 @@ OUT = Path("demo")
 MODEL = Path("samples/olmoe")
 TEXTS = Path("samples/text")
 CALIBRATION_KINDS = ("scripture", "hacker", "dictionary")
-HELD_OUT_KINDS = (*CALIBRATION_KINDS, "satire")  # the last is of a kind that the calibration has not seen
+HELD_OUT_KINDS = (*CALIBRATION_KINDS, "satire")  # the calibration has not seen the last kind
 PROMPT = "And the LORD said unto"
 
 seconds: dict[str, float] = {}
 
 
 def rq_compile(*arguments: str | Path, into: Path | None = None) -> str:
-    """Run ``rq-compile`` and return what it printed; show that, or with ``into`` redirect it there instead."""
+    """Run ``rq-compile`` and return its output. The output is shown, or redirected to ``into`` if that is given."""
     command = ["rq-compile", *map(str, arguments)]
     print(f"\n$ {shlex.join(command)}" + (f" > {into}" if into else ""), flush=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -50,7 +50,7 @@ def texts(kinds: tuple[str, ...], part: str) -> list[str | Path]:
 
 
 def balance(evaluation: dict[str, Any], word: str, field: str) -> None:
-    """Print a row a layer and a column a text, before -> after."""
+    """Print one row per layer and one column per text, before -> after."""
     print(f"\n{word:<12}" + "".join(f"{text['name'].split('.')[0]:<17}" for text in evaluation["texts"]).rstrip())
     for position, layer in enumerate(evaluation["texts"][0]["layers"]):
         found = [text["layers"][position] for text in evaluation["texts"]]

@@ -3,14 +3,14 @@
     apt-get install bible-kjv bible-kjv-text dict-jargon dict-gcide dict-devil
     python samples/prepare_text.py --training-text DIR
 
-Four kinds, so that the router's skew differs from one to the next:
+There are four kinds of text, so that the router's skew differs between them:
 
-* ``scripture``: the King James Bible (1611), one document a chapter;
-* ``hacker``: the Jargon File 4.4.7, one document an entry;
+* ``scripture``: the King James Bible (1611), one document per chapter;
+* ``hacker``: the Jargon File 4.4.7, one document per entry;
 * ``dictionary``: the entries of Webster's Dictionary of 1913, without the later additions of GCIDE;
-* ``satire``: The Devil's Dictionary (1911). Never trained on: the text of another kind.
+* ``satire``: The Devil's Dictionary (1911). It is never used for training, and serves as text of a different kind.
 
-Of the first three, every 40th document is held out and every 40th is calibration text; both stay out of training.
+Of the first three, every 40th document is held-out text and every 40th is calibration text; neither is used for training.
 """
 
 import gzip
@@ -27,7 +27,7 @@ DICTIONARIES = Path("/usr/share/dictd")
 VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"
 SPLIT_EVERY = 40
-DICTIONARY_SHARE = 6  # one Webster entry in six, or the dictionary would drown the other kinds
+DICTIONARY_SHARE = 6  # every sixth entry of Webster's is used; all of them would far outweigh the other kinds
 
 
 def scripture() -> Iterator[str]:
@@ -52,7 +52,7 @@ def dictionary_text(name: str) -> str:
 
 
 def dictionary_entries(name: str) -> Iterator[str]:
-    """The entries of one dictd database: a headword at the margin, its text indented or behind it."""
+    """The entries of one dictd database: a headword at the margin, followed by its text on the same line or indented."""
     for entry in re.split(r"\n(?=\S)", dictionary_text(name)):
         if not entry.startswith("00-database"):
             yield entry.strip()

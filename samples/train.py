@@ -5,10 +5,10 @@
 
 Writes ``samples/<name>/``: the checkpoint (bf16 safetensors, config, tokenizer) and ``loss.csv``, the held-out loss curve.
 The learning rate is constant after a short warm-up and falls linearly to zero over the last quarter of the steps. ``--resume``
-trains the checkpoint that is there for as many steps more and goes on with its curve, until that has flattened.
+trains the existing checkpoint for as many additional steps and continues its curve, until the curve has flattened.
 
-``olmoe`` and ``qwen2-moe`` are the samples of the demo. ``top1`` (8 experts, one a token, as in Switch-base-8) and
-``deepseek-v2`` (64 small experts, six a token, beside two shared ones) widen the benchmarks.
+``olmoe`` and ``qwen2-moe`` are the samples of the demo. ``top1`` (8 experts, one per token, as in Switch-base-8) and
+``deepseek-v2`` (64 small experts, six per token, and two shared ones) are further models for the benchmarks.
 """
 
 import copy
@@ -62,7 +62,7 @@ def olmoe(vocabulary: int) -> PreTrainedModel:
 
 
 def qwen2_moe(vocabulary: int) -> PreTrainedModel:
-    """A dense first layer, then layers of 12 normalised top-3 experts beside one shared expert."""
+    """A dense first layer, then layers with 12 experts (top 3, normalised) and one shared expert."""
     return Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
             vocab_size=vocabulary,
@@ -89,7 +89,7 @@ def qwen2_moe(vocabulary: int) -> PreTrainedModel:
 
 
 def top1(vocabulary: int) -> PreTrainedModel:
-    """Few wide experts, the best one alone, its gate not normalised; no loss balances them."""
+    """Few wide experts, top 1, with a gate that is not normalised; no loss balances the experts."""
     return OlmoeForCausalLM(
         OlmoeConfig(
             vocab_size=vocabulary,
@@ -194,7 +194,7 @@ def resumed(output: Path) -> PreTrainedModel:
 @click.option("--training-text", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--steps", type=int, help="Optimizer steps of 4096 tokens.")
 @click.option("--output", type=click.Path(path_type=Path), help="Default: samples/NAME.")
-@click.option("--resume", is_flag=True, help="Train the checkpoint in --output further.")
+@click.option("--resume", is_flag=True, help="Continue to train the checkpoint in --output.")
 @click.option("--learning-rate", type=float, default=2e-3, show_default=True)
 def main(name: str, training_text: Path, steps: int | None, output: Path | None, resume: bool, learning_rate: float) -> None:
     """Train the sample model NAME."""

@@ -1,5 +1,5 @@
-// The few entries of the CUDA driver that a launch needs, found in libcuda.so.1 when first asked for: a library that links
-// none of it loads where there is no GPU.
+// The few functions of the CUDA driver that a launch needs. They are looked up in libcuda.so.1 when first used, so that the library,
+// which does not link to the driver, can be loaded on a machine without a GPU.
 #pragma once
 
 #include <cuda.h>
@@ -20,7 +20,7 @@ struct Driver {
 // Throws std::runtime_error if there is no driver, or one older than CUDA 12.
 const Driver& driver();
 
-// Throws std::runtime_error with the driver's words unless `result` is a success. `what` was being done.
+// Throws std::runtime_error with the driver's message unless `result` is a success. `what`: the operation that `result` is of.
 void check(CUresult result, const char* what);
 
 }  // namespace rq

@@ -82,7 +82,8 @@ void launch(const Loaded& loaded, const Arguments& arguments, CUstream stream) {
     if ((grid[i] = programs(kernel.grid[i], arguments)) == 0) return;
   void* parameters[kMostParameters];
   size_t count = 0;
-  char* base = const_cast<char*>(reinterpret_cast<const char*>(&arguments));  // the driver only reads, but says so nowhere
+  char* base =
+      const_cast<char*>(reinterpret_cast<const char*>(&arguments));  // the driver only reads it, but takes no const pointer
   for (uint16_t offset : kernel.parameters) parameters[count++] = base + offset;
   const unsigned threads = kThreadsOfWarp * kernel.warps;
   check(driver().cuLaunchKernel(loaded.function, grid[0], grid[1], grid[2], threads, 1, 1, loaded.shared, stream, parameters,

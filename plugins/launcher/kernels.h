@@ -1,4 +1,4 @@
-// The built kernels, embedded, and their launch by kernels.json; embed.py writes the table.
+// The built kernels, embedded, and their launch as described in kernels.json; embed.py writes the table.
 #pragma once
 
 #include <cuda.h>
@@ -10,11 +10,11 @@
 
 namespace rq {
 
-// Everything that a kernel may ask for, by its name in kernels.json, and in the last lines what its grid may be made of.
+// All parameters that a kernel may have, by their names in kernels.json; the last lines are the values that its grid may depend on.
 struct Arguments {
   CUdeviceptr ids, counts, replicas, offsets, tiles, tile_count, rows, gates, x, y, out;
   CUdeviceptr formats, weights, float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias;
-  CUdeviceptr global_scratch, profile_scratch;  // null: no kernel here has any
+  CUdeviceptr global_scratch, profile_scratch;  // null: no kernel here uses them
   int32_t pairs, chunks, experts, width, slots, rows_per_tile;
   int32_t top_k, columns, outputs, biased, block, activation, hidden;
   float alpha, limit;
@@ -22,10 +22,10 @@ struct Arguments {
   int32_t one = 1;
 };
 
-// On which GPUs an image runs, beside those of its own SM.
+// The GPUs that an image runs on, in addition to those of its own SM.
 enum class RunsOn {
-  kItself,      // a cubin that uses what its architecture alone has
-  kLaterMinor,  // a cubin: later ones of the same major number
+  kItself,      // a cubin that uses features that only its architecture has
+  kLaterMinor,  // a cubin: later SMs of the same major number
   kLater        // PTX, which the driver translates
 };
 
@@ -46,13 +46,13 @@ struct GridRule {
 struct Kernel {
   const char* name;
   unsigned warps;
-  int step;  // columns of quantized weights at a time, which divide a block; 0 if it has none
+  int step;  // columns of quantized weights per step, a divisor of the block; 0 without quantized weights
   GridRule grid[3];
   std::vector<uint16_t> parameters;  // offsets in Arguments
   std::vector<Build> builds;         // cubins by ascending SM, then at most one PTX
 };
 
-// What tiles.py knows, at the time the kernels were built.
+// The values of tiles.py at the time the kernels were built.
 struct TileSize {
   const char* name;
   int rows;
@@ -61,7 +61,7 @@ struct TileSize {
 // embed.py defines these four.
 extern const std::vector<Kernel> kernels;
 extern const std::vector<TileSize> tile_sizes;  // ascending rows
-extern const int reread;                        // rows whose products take as long as reading their weights once more
+extern const int reread;                        // rows whose products take as long as reading their weights again
 extern const int small;                         // the most pairs of dispatch_small
 
 // Null if this library was built without that kernel.
@@ -78,10 +78,10 @@ struct Loaded {
   CUfunction function;
 };
 
-// Loads a kernel into the current context, once a context. Throws std::runtime_error. Not while a stream is captured.
+// Loads a kernel into the current context, once per context. Throws std::runtime_error. Must not be called during stream capture.
 Loaded load(const Kernel& kernel);
 
-// No allocation, no synchronisation. A grid without programs is not launched. Throws std::runtime_error.
+// Neither allocates nor synchronises. A grid without programs is not launched. Throws std::runtime_error.
 void launch(const Loaded& loaded, const Arguments& arguments, CUstream stream);
 
 }  // namespace rq

@@ -7,7 +7,7 @@ class Attributes {
  public:
   explicit Attributes(const Info& info) : api_(info.api()), info_(info.raw()) {}
 
-  // Each leaves `value` as it is where the node leaves the attribute out.
+  // Each leaves `value` unchanged if the node does not have the attribute.
   void read(const char* name, float& value) const {
     if (!succeeded(api_.KernelInfoGetAttribute_float(info_, name, &value))) refuse_other_type(name, "float");
   }
@@ -45,7 +45,7 @@ class Attributes {
     if (status) api_.ReleaseStatus(status);
     return status == nullptr;
   }
-  // A getter of one type fails on an attribute of another as if it was left out; those of lists then find an empty one.
+  // A getter fails on an attribute of a different type as if the attribute were missing; those for lists then find an empty list.
   void refuse_other_type(const char* name, const char* words) const {
     int64_t integer;
     float real;
@@ -53,7 +53,7 @@ class Attributes {
     if (succeeded(api_.KernelInfoGetAttribute_int64(info_, name, &integer)) ||
         succeeded(api_.KernelInfoGetAttribute_float(info_, name, &real)) || succeeded(text(name, nullptr, &size)) ||
         succeeded(integers(name, nullptr, &size)) || succeeded(floats(name, nullptr, &size)))
-      refuse_field(name, std::string("is no ") + words);
+      refuse_field(name, std::string("is not a ") + words);
   }
 
   const Api& api_;

@@ -1,4 +1,4 @@
-// A node's attributes as the launcher's fields.
+// Converts a node's attributes into the launcher's fields.
 #pragma once
 
 #include "node.h"
@@ -6,8 +6,8 @@
 
 namespace rq {
 
-// Throws std::invalid_argument: an attribute has another type, or no such value. One that is unknown is not seen: ONNX Runtime
-// gives attributes by name only.
+// Throws std::invalid_argument if an attribute has a wrong type or value. Unknown attributes are not detected, since ONNX Runtime
+// gives attributes only by name.
 Fields read_fields(const Info& info);
 
 }  // namespace rq

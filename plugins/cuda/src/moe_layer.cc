@@ -27,7 +27,7 @@ void leave_tokens_open(std::vector<TensorDescription>& inputs) {
     if (!inputs[i].dims.empty()) inputs[i].dims[0] = -1;
 }
 
-// What the graph says of the inputs; a shape that it leaves out has no dimensions.
+// The graph's description of the inputs; a shape that the graph does not give has no dimensions.
 std::vector<TensorDescription> graph_inputs(const Info& info) {
   const Api& api = info.api();
   size_t count = 0;
@@ -84,7 +84,7 @@ void* stream_of(const Context& context) {
 
 const OrtApi* shape_inference_table = nullptr;
 
-// The output has the shape of x, where that is known.
+// The output has the shape of x, if that is known.
 OrtStatus* infer_shape(const OrtCustomOp*, OrtShapeInferContext* context) {
   const Api api(shape_inference_table);
   return guarded(api, "MoeLayer", [&] {
@@ -107,7 +107,7 @@ struct MoeLayerOf : MoeLayer {
   using MoeLayer::MoeLayer;
 };
 
-// What follows the first five inputs is up to the formats: one variadic input of any types, which MoeLayer looks at itself.
+// The inputs after the first five depend on the formats: one variadic input of any types, which MoeLayer checks itself.
 template <int kTypeOfX>
 const OrtCustomOp* moe_layer_op() {
   static const OrtCustomOp op = [] {

@@ -12,12 +12,12 @@ namespace rq {
 
 class MoeLayer {
  public:
-  // Throws if the node's attributes, inputs or, where the graph knows them, shapes are not those of a layer that this library
-  // has kernels for.
+  // Throws if this library has no kernels for a layer with the node's attributes, inputs and shapes, as far as the graph knows
+  // the shapes.
   explicit MoeLayer(const Info& info);
 
-  // Queues the layer's launches on the node's stream; may be called by several threads at once. The first call of a shape
-  // loads the kernels.
+  // Queues the layer's launches on the node's stream. Several threads may call it at once. The first call with a shape loads the
+  // kernels.
   void compute(const Context& context);
 
  private:
@@ -34,10 +34,10 @@ class MoeLayer {
   std::shared_ptr<const Prepared> prepared_;
 };
 
-// For both types of x, under one name.
+// One op for both types of x, with one name.
 std::vector<const OrtCustomOp*> moe_layer_ops();
 
-// ONNX Runtime asks for shapes without saying by which table to answer.
+// ONNX Runtime requests shapes without passing its API table.
 void set_shape_inference_api(const OrtApi* table);
 
 }  // namespace rq

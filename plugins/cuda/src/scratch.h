@@ -5,8 +5,8 @@
 
 namespace rq {
 
-// `bytes` of the memory that `memory` describes, to be used on the node's stream: nothing waits for the host. Given back at the
-// end, where the launches may still be queued: the arena hands it on in the order of that stream.
+// `bytes` of the memory that `memory` describes, to be used on the node's stream without waiting for the host. It is returned by
+// the destructor, although the launches may still be queued: the arena reuses it in the order of that stream.
 class Scratch {
  public:
   // Throws rq::Error if there is no such memory. `stream`: null if ONNX Runtime has none.

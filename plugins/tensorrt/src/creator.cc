@@ -1,4 +1,4 @@
-// What TensorRT asks the library for: its creators.
+// The functions with which TensorRT gets the library's creators.
 #include <NvInferRuntime.h>
 
 #include "fields.h"

@@ -1,4 +1,4 @@
-// The plugin's fields: what the graph's node has as attributes, and what an engine keeps.
+// The plugin's fields: the attributes of the graph's node, which an engine stores too.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -12,13 +12,13 @@ namespace rq {
 
 constexpr int kFieldCount = 5;
 
-// Names and types, without data: what TensorRT asks a creator for.
+// Names and types, without data, as TensorRT requests them from a creator.
 std::array<nvinfer1::PluginField, kFieldCount> field_names();
 
-// Throws std::invalid_argument: a field that is unknown, given twice, of a wrong type or length, or has no such value.
+// Throws std::invalid_argument if a field is unknown, is given twice, or has a wrong type, length or value.
 Fields parse_fields(const nvinfer1::PluginFieldCollection* collection);
 
-// The fields that parse_fields makes the same of; they point into `fields`.
+// The fields from which parse_fields makes an equal result; they point into `fields`.
 std::vector<nvinfer1::PluginField> as_plugin_fields(const Fields& fields);
 
 }  // namespace rq

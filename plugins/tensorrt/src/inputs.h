@@ -1,4 +1,4 @@
-// TensorRT's descriptions of tensors in the launcher's words.
+// Converts TensorRT's descriptions of tensors into the launcher's.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -13,7 +13,7 @@ TensorType tensor_type(nvinfer1::DataType type);
 
 std::vector<TensorDescription> described(const nvinfer1::PluginTensorDesc* inputs, int32_t count);
 
-// Of the inputs that a batch is made of. Throws std::invalid_argument if they differ.
+// The number of tokens of a batch's inputs. Throws std::invalid_argument if they differ.
 int64_t token_count(const nvinfer1::PluginTensorDesc* inputs);
 
 }  // namespace rq

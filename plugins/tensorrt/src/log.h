@@ -1,4 +1,4 @@
-// Nothing is thrown through TensorRT's interfaces: what goes wrong is logged, and a value says that it did.
+// No exception passes through TensorRT's interfaces: errors are logged, and the return value indicates the failure.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -10,10 +10,10 @@ namespace rq {
 
 void set_logger_finder(nvinfer1::ILoggerFinder* finder);
 
-// To TensorRT's logger, or stderr where there is none.
+// Logs to TensorRT's logger, or to stderr if there is none.
 void log_error(const std::string& message) noexcept;
 
-// What `body` returns, or `failed` if it throws.
+// Returns what `body` returns, or `failed` if it throws.
 template <typename Result, typename Body>
 Result guarded(Result failed, Body body) noexcept {
   try {

@@ -92,10 +92,9 @@ int32_t MoeLayer::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t
 
 size_t MoeLayer::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t input_count, DynamicPluginTensorDesc const*,
                                   int32_t) const noexcept {
-  // No builder has so much: one that asks in spite of a failed configurePlugin cannot take a failure for "none is needed".
-  return guarded(std::numeric_limits<size_t>::max() / 4, [&] {
-    return most_workspace_bytes(describe_layer(fields_, described(inputs, input_count)), inputs);
-  });
+  // No builder has so much memory. If it asks although configurePlugin failed, it cannot mistake the failure for "none is needed".
+  return guarded(std::numeric_limits<size_t>::max() / 4,
+                 [&] { return most_workspace_bytes(describe_layer(fields_, described(inputs, input_count)), inputs); });
 }
 
 int32_t MoeLayer::onShapeChange(PluginTensorDesc const* inputs, int32_t input_count, PluginTensorDesc const*,
@@ -116,7 +115,8 @@ int32_t MoeLayer::enqueue(PluginTensorDesc const* input_descriptions, PluginTens
                           void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
   return guarded(-1, [&] {
     if (!kernels_) throw std::runtime_error("no kernels are loaded; onShapeChange comes first, and must succeed");
-    if (!workspace) throw std::runtime_error("there is no workspace; the engine was built without what getWorkspaceSize asks for");
+    if (!workspace)
+      throw std::runtime_error("there is no workspace; the engine was built without what getWorkspaceSize asks for");
     kernels_->run(token_count(input_descriptions), device_buffers(inputs_, inputs, outputs[0], workspace), stream);
     return 0;
   });

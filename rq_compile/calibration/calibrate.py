@@ -30,8 +30,8 @@ from rq_compile.files import sha256
 from rq_compile.processes import device_of_process, world
 from rq_compile.quantization.formats import Block, Quantizer
 
-# What the recorded inputs of all layers may take on disk where the model runs as a whole. Beyond, an even sample of the tokens is
-# measured (all are counted).
+# Disk space for the recorded inputs of all layers if the model runs as a whole. If more would be needed, an evenly spaced sample
+# of the tokens is measured (all tokens are counted).
 MAX_RECORDED_BYTES = 4 * 2**30
 
 
@@ -61,7 +61,7 @@ def work_of(
     memory_limit: int | None = None,
     device: str = "cpu",
 ) -> Work:
-    """What ``calibrate`` with these arguments runs, and how.
+    """The work of ``calibrate`` with these arguments, and how it will run.
 
     Raises:
         UserError: there is no text or one of too few tokens, the tokenizer is missing or not the model's, the sequences are
@@ -76,7 +76,7 @@ def work_of(
     all_measured = list(cut(measured_tokens=total))
     rows = sum(side.real.size for batch in all_measured for side in batch.sides)
     way = choose_way(model, layers, rows=rows, limit=memory_limit, device=device)
-    # Layer by layer, the inputs of one layer are recorded at a time.
+    # Layer by layer, only the inputs of one layer are recorded at a time.
     room = MAX_RECORDED_BYTES // (4 * sum(layer.geometry.hidden for layer in layers)) if way.whole else total
     measured = min(total, room)
     return Work(layers, tokens, measured, all_measured if measured == total else list(cut(measured_tokens=measured)), rows, way)
@@ -218,7 +218,7 @@ class _Report:
         self._began = monotonic()
 
     def begin(self, done: Sequence[LayerCalibration]) -> None:
-        """Behind these layers of an earlier run."""
+        """Continue after these layers of an earlier run."""
         self._number, self._measured = len(done), sum(layer.geometry.experts for layer in done)
         self._known, self._began = self._measured, monotonic()
 
@@ -227,7 +227,7 @@ class _Report:
         self._tell()
 
     def layer(self, read_expert: Callable[[int], ExpertWeights]) -> Callable[[int], ExpertWeights]:
-        """The next layer's experts come by, in order."""
+        """Start the next layer. Returns ``read_expert``, wrapped to report progress; experts must be read in order."""
         self._number += 1
         before = self._measured
 
@@ -256,7 +256,7 @@ def _measure(
     wanda_fraction: float,
     device: str,
 ) -> LayerMeasurement:
-    """The recording's layer, its sums scaled up to all tokens where only a sample of them was recorded."""
+    """The layer's calibration; its sums are scaled up to all tokens if only a sample was recorded."""
     layer = recording.layer
     hidden, ids, gates = recording.measured()
     measurement = measure_layer(
@@ -269,8 +269,8 @@ def _measure(
     )
     if not 0 < measurement.output_square < np.inf:
         raise UserError(
-            f"the squared norm of what {layer.name} gives on the calibration text is {measurement.output_square:g}, so that no "
-            "error can be told in proportion to it; check the checkpoint's weights"
+            f"the squared norm of the output of {layer.name} on the calibration text is {measurement.output_square:g}, so errors "
+            "cannot be measured relative to it; check the checkpoint's weights"
         )
     return measurement.scaled(recording.load, recording.tokens / len(ids))
 
@@ -294,5 +294,5 @@ def _layer_calibration(model: Model, recording: LayerRecording, measurement: Lay
 
 
 def legible(values: np.ndarray) -> list[float]:
-    """Six significant digits: more are noise in a sum of fp32 values, and a person reads this file."""
+    """Round to six significant digits: further digits of a sum of fp32 values are noise, and people read this file."""
     return [float(f"{value:.6g}") for value in values]

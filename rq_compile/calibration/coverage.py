@@ -1,14 +1,14 @@
-"""Whether a calibration ran enough text for every expert."""
+"""Checks whether a calibration ran enough text for every expert."""
 
 from rq_compile.calibration.schema import Calibration
 
-# With fewer, an expert's error and its share of the tokens are rough (docs/calibration.md has the measurement).
+# With fewer tokens, an expert's error and its share of the tokens are imprecise (measured in docs/calibration.md).
 ENOUGH = 256
 NAMED = 3
 
 
 def few_tokens(calibration: Calibration) -> str | None:
-    """A sentence on the experts that fewer than ``ENOUGH`` tokens reached, or None."""
+    """A sentence about the experts that received fewer than ``ENOUGH`` tokens, or None."""
     few = [(load, layer.index, expert) for layer in calibration.layers for expert, load in enumerate(layer.load) if load < ENOUGH]
     if not few:
         return None

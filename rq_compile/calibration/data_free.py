@@ -1,8 +1,8 @@
-"""A calibration without any text: what weights alone tell of a format's errors, at loads that are all alike.
+"""A calibration without text: a format's errors estimated from the weights alone, with equal loads for all experts.
 
-An expert's output changes relatively about as much as its weights do, and each expert is taken to give as much of its layer's
-output as any other: ``error[format][e]`` is the relative squared change of its weights over the number of experts. Weights are
-rounded to the nearest, as there are no inputs for GPTQ to look at; ``wanda`` scores weights by their magnitude.
+The relative change of an expert's output is about that of its weights, and each expert is assumed to contribute the same share of
+its layer's output: ``error[format][e]`` is the relative squared change of its weights divided by the number of experts. Weights
+are rounded to the nearest, since there are no inputs for GPTQ; ``wanda`` scores weights by their magnitude.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ def data_free(
     block: Block | None = None,
     wanda_fraction: float = WANDA_FRACTION,
 ) -> Calibration:
-    """Read every expert once and measure what each format changes of it. One token is counted for every expert, which goes to
-    ``top_k`` of them. ``progress(done, total)`` counts experts; for the rest see ``calibrate``.
+    """Read every expert once and measure how much each format changes it. The loads are those of one token per expert, each sent
+    to ``top_k`` experts. ``progress(done, total)`` counts experts; for the other arguments see ``calibrate``.
 
     Raises:
         UserError: a weight is not a finite number.
@@ -72,7 +72,7 @@ def data_free(
 
 
 def _experts(model: Model, layer: MoeLayer, wanda_fraction: float) -> Iterator[tuple[list[float], float]]:
-    """Of each expert, in order: its weights' relative squared change in every format, and their score."""
+    """For each expert, in order: the relative squared change of its weights in every format, and its score."""
     threads = default_threads()
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, layer.geometry.experts, threads):

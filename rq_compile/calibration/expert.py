@@ -1,4 +1,4 @@
-"""One expert computed in fp32, as the checkpoint has it or as a format stores it."""
+"""One expert computed in fp32, with its weights as in the checkpoint or as stored in a format."""
 
 import math
 from dataclasses import replace
@@ -14,14 +14,14 @@ from rq_compile.quantization.formats import Block, Format
 from rq_compile.quantization.quantizer import carried, dequantize, stored
 from rq_compile.quantization.second_moment import block_products
 
-# Up-projected values held at a time: 16 MiB in fp32.
+# Outputs of the up projection held at a time: 16 MiB in fp32.
 CHUNK = 2**22
 
 
 def in_format(weights: ExpertWeights, format: Format, most: Block = 128, *, threads: int = 1) -> ExpertWeights:
-    """The expert with the fp32 values that its matrices have once stored in ``format``: as the checkpoint stores them where the
-    format holds that, else rounded as its moments, where it has any, tell best. Biases stay as they are. ``most``, ``threads``:
-    see ``quantize``."""
+    """The expert with the fp32 values that its matrices have after they were stored in ``format``: exactly as the checkpoint
+    stores them if the format can hold that, else rounded, with its moments if it has any. Biases stay unchanged. ``most``,
+    ``threads``: see ``quantize``."""
 
     def matrix(projection: Projection) -> np.ndarray:
         weights_of: np.ndarray = getattr(weights, projection)

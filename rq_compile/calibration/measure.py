@@ -1,7 +1,7 @@
 """Measure the experts of one layer on its recorded inputs: output error per format, Wanda score, activation statistics.
 
-Nothing here knows where inputs and weights come from, so that a model larger than memory can be measured layer by layer with
-the same function.
+This module is independent of the source of inputs and weights, so that a model larger than memory can be measured layer by layer
+with the same function.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,11 +24,11 @@ from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 # An expert's error is measured on at most this many of its pairs. On samples/olmoe that is within 2 % (median; 95 %: 6 %) of the
 # error on all of them; 512 are within 1 % (3 %).
 MAX_PAIRS = 256
-# Tokens of an expert that are run at a time.
+# Number of an expert's tokens that run at a time.
 ROWS_AT_ONCE = 1024
 # What rounding an expert takes, in tokens that it could have run instead: for a fair share of a layer's experts.
 ROUNDING_COST = 1500
-# The square of fp32's rounding: what changes weights by less changes outputs by less than computing them in fp32 does.
+# The square of fp32's rounding: smaller changes of the weights change the outputs by less than computing them in fp32 does.
 ROUNDING = 2.0**-48
 
 
@@ -53,8 +53,8 @@ class ExpertMeasurement:
 class LayerMeasurement:
     """The measurements of a layer's m experts, stacked: ``[m]`` float64 (``pairs`` int64); the moments ``[m, ...]`` fp32.
 
-    ``input_moment``: of the up projections' inputs, over all tokens of the layer. ``output_square``: squared norm of what the
-    routed experts give together for a token, summed over the tokens.
+    ``input_moment``: of the up projections' inputs, over all tokens of the layer. ``output_square``: squared norm of the summed
+    outputs of the routed experts for a token, summed over the tokens.
     """
 
     pairs: np.ndarray
@@ -80,7 +80,7 @@ class LayerMeasurement:
         )
 
     def scaled(self, pairs: np.ndarray, tokens: float) -> "LayerMeasurement":
-        """The sums expected over all tokens, when those measured were a sample of them.
+        """The sums expected over all tokens, if those measured were a sample of them.
 
         ``pairs`` int64 ``[m]`` over all tokens; ``tokens`` is their number over that of the measured ones.
         """
@@ -97,7 +97,7 @@ class LayerMeasurement:
 
     @property
     def sums(self) -> LayerSums:
-        """As a document has them: with the digits that sums of fp32 values have."""
+        """The sums for a document, rounded to the digits that are significant in sums of fp32 values."""
 
         def digits(values: np.ndarray) -> list[float]:
             return [float(f"{value:.9g}") for value in values]
@@ -157,7 +157,7 @@ def measure_layer(
 
 
 def _ahead(weights_of: Callable[[int], ExpertWeights], experts: Iterable[int]) -> Iterator[ExpertWeights]:
-    """The weights of ``experts``, read one ahead."""
+    """The weights of ``experts``; the next expert is read ahead."""
     with ThreadPoolExecutor(1) as reader:
         coming = None
         for expert in experts:
@@ -170,7 +170,7 @@ def _ahead(weights_of: Callable[[int], ExpertWeights], experts: Iterable[int]) -
 
 @dataclass(frozen=True)
 class _Measure:
-    """Measures one expert after the other, with the arguments of ``measure_layer``."""
+    """Measures the experts of a layer, with the arguments of ``measure_layer``."""
 
     geometry: ExpertGeometry
     hidden: np.ndarray
@@ -228,14 +228,14 @@ class _Measure:
 
 
 class _OnSample:
-    """Some pairs of an expert: inputs and outputs, by chunks, and how much each counts; ``energy`` is that of all pairs."""
+    """A sample of an expert's pairs: inputs and outputs, by chunks, and the weight of each; ``energy`` is that of all pairs."""
 
     def __init__(self, x: list[torch.Tensor], y: list[torch.Tensor], shares: np.ndarray, energy: float, device: str) -> None:
         self._x, self._y = (torch.cat(chunks).to(device) if chunks else None for chunks in (x, y))
         self._shares, self._energy = shares, energy
 
     def error(self, changed: ExpertWeights, weight_error: float, geometry: ExpertGeometry) -> float:
-        """``ExpertMeasurement.error`` of an expert with the weights ``changed``, by its relative error on the sample."""
+        """``ExpertMeasurement.error`` of an expert with the weights ``changed``, from its relative error on the sample."""
         if not self._energy or np.isinf(weight_error):
             return weight_error if np.isinf(weight_error) else 0.0
         if weight_error < ROUNDING:
@@ -248,9 +248,10 @@ class _OnSample:
 
 
 def _sample(gate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of at most ``MAX_PAIRS`` pairs, ascending, and what an error's square of each counts, both ``[n]``.
+    """Indices of at most ``MAX_PAIRS`` pairs, ascending, and the weight of the squared error of each, both ``[n]``.
 
-    All, by their squared gates; or those in which ``MAX_PAIRS`` even shares of the squared gates' sum have their middle.
+    Either all pairs, with their squared gates; or, when the sum of the squared gates is divided into ``MAX_PAIRS`` equal parts,
+    the pairs at the middle of each part.
     """
     weights = gate.astype(np.float64) ** 2
     if len(gate) <= MAX_PAIRS:

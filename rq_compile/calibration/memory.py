@@ -1,4 +1,5 @@
-"""Whether a model fits into memory: what calibrating it takes, from the checkpoint's headers, and what there is."""
+"""Whether a model fits into memory: the memory that its calibration takes, from the checkpoint's headers, and what is
+available."""
 
 import math
 import mmap
@@ -19,19 +20,19 @@ from rq_compile.processes import on_this_host, world_size
 from rq_compile.standalone.limits import memory_left
 
 GIB = 2**30
-# What the model's modules without weights, activations and the like add to what the process holds when this is asked: with
-# samples/olmoe 130 MiB were measured.
+# Memory for the model's modules without weights, activations and so on, in addition to what the process already holds: 130 MiB
+# were measured with samples/olmoe.
 PROGRAM = 144 * 2**20
-# Measured: while transformers stacks the experts that a checkpoint has one by one, the weights are held in fp32 twice, beside the
-# mapped files.
+# Measured: while transformers stacks experts that the checkpoint stores one by one, the weights are held in fp32 twice, in
+# addition to the mapped files.
 LOADING = 2.5
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the model is run: ``whole``, all its weights held in fp32, or layer by layer; then with the hidden states
-    ``states_in_memory`` or on disk. ``reason`` is a sentence for the user, ``memory`` about the bytes that this takes beside what
-    the process holds already."""
+    """How the model is run: ``whole``, with all weights held in fp32, or layer by layer, with the hidden states
+    ``states_in_memory`` or on disk. ``reason`` is a sentence for the user; ``memory`` is the approximate number of bytes needed
+    in addition to what the process already holds."""
 
     whole: bool
     states_in_memory: bool
@@ -51,12 +52,12 @@ def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: in
     room = available_memory() if limit is None else limit - used_memory()
     weights = 4 * model.parameter_count
     measuring = PROGRAM + _measuring(layers, rows)
-    # Two of hidden states in fp32 and one of outputs in float64; of several processes, each has the outputs of all.
+    # Two arrays of hidden states in fp32 and one of outputs in float64; each of several processes has the outputs of all.
     states = (16 if world_size() == 1 else 24) * rows * max(moe.geometry.hidden for moe in layers)
     whole = int(LOADING * weights) + measuring + states // 2
     if whole <= room and world_size() == 1 and (device_room is None or weights + GIB <= device_room):
         return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory", whole)
-    # A tensor is held as stored and in fp32 while it is read.
+    # While a tensor is read, it is held both as stored and in fp32.
     layer = 6 * largest_dense_part(model) + measuring
     if limit is not None and layer > room:
         raise UserError(
@@ -75,8 +76,8 @@ def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: in
 
 
 def _measuring(layers: Sequence[MoeLayer], rows: int) -> int:
-    """About what ``measure_layer`` takes at its peak: experts as they are and rounded, the input moment and its factors, and some
-    of the tokens."""
+    """Approximate peak memory of ``measure_layer``: experts as stored and rounded, the input moment and its factors, and some of
+    the tokens."""
     return max(
         28 * geometry.hidden * (geometry.up_rows + geometry.intermediate)
         + 60 * geometry.hidden**2
@@ -86,7 +87,7 @@ def _measuring(layers: Sequence[MoeLayer], rows: int) -> int:
 
 
 def largest_dense_part(model: Model) -> int:
-    """Weights beside the experts of the layer, or of the tensor outside of all layers, that has most."""
+    """The largest number of weights, other than routed experts, in a layer, or in a tensor outside of the layers."""
     parts: Counter[str] = Counter()
     for name in model.names:
         number = re.search(r"\.\d+\.", name)
@@ -95,8 +96,8 @@ def largest_dense_part(model: Model) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take without swapping, as the machine, its control groups and its own limit say; a fair
-    share of them where several processes of a world are on one machine."""
+    """Bytes that this process can still allocate without swapping, according to the machine, its control groups and the process's
+    own limit; an equal share of them if several processes of a world run on one machine."""
     machine = Path("/proc/meminfo")
     if not machine.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -125,7 +126,7 @@ def device_memory(device: str) -> int:
 
 
 def used_memory() -> int:
-    """Resident bytes of this process (at its peak, where the system does not tell)."""
+    """Resident bytes of this process (at its peak, if the system does not report the current number)."""
     statistics = Path("/proc/self/statm")
     if statistics.exists():
         return int(statistics.read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE

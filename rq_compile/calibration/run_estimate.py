@@ -1,4 +1,4 @@
-"""What calibrating a checkpoint will take, before any weight is read."""
+"""Estimates the resources that calibrating a checkpoint needs, before any weight is read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from rq_compile.estimates import RATES, Estimate
 from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, Quantizer, block_size
 from rq_compile.standalone.limits import usable_cpus
 
-# Bytes of a number on a line of its own in an indented JSON file, and what a layer has beside its numbers.
+# Bytes of a number on a line of its own in an indented JSON file, and bytes of a layer other than its numbers.
 JSON_NUMBER, JSON_SUM, JSON_LAYER = 14, 22, 1000
 
 
@@ -27,7 +27,7 @@ def calibration_estimate(
     memory_limit: int | None = None,
     device: str = "cpu",
 ) -> Estimate:
-    """What ``calibrate`` with these arguments takes; the texts are tokenized.
+    """The resources that ``calibrate`` with these arguments needs; the texts are tokenized.
 
     Raises:
         UserError: see ``work_of``.
@@ -39,7 +39,7 @@ def calibration_estimate(
     if statistics:
         outputs[output.with_suffix(".safetensors").name] = statistics
     hidden = [layer.geometry.hidden for layer in layers]
-    # Layer by layer every token's inputs are kept, of one layer and of that before it.
+    # Layer by layer, the inputs of all tokens are kept for one layer and for the layer before it.
     recorded = 4 * (work.measured * sum(hidden) if way.whole else 2 * work.total * max(hidden))
     states = 0 if way.states_in_memory else 12 * work.rows * max(hidden)
     return Estimate(
@@ -59,13 +59,14 @@ def _statistics_bytes(layer: MoeLayer) -> int:
 
 
 def _layer_json(layer: MoeLayer, texts: int, batch_count: int) -> int:
-    """Bytes that a calibration holds of one layer: loads, scores and errors of each expert, and the sums behind them."""
+    """Bytes of one layer in a calibration: loads, scores and errors of each expert, and the sums behind them."""
     numbers, sums = 2 + texts + batch_count + len(FORMATS), 2 + 2 * len(FORMATS)
     return JSON_LAYER + layer.geometry.experts * (JSON_NUMBER * numbers + JSON_SUM * sums)
 
 
 def _calibration_seconds(model: Model, layers: Sequence[MoeLayer], rows: int, measured: int, quantizer: Quantizer) -> float:
-    """Every token through the model; every expert rounded; what was routed to it through it, as it is and rounded."""
+    """Seconds to run every token through the model, to round every expert, and to run each expert's tokens through it, both as
+    stored and rounded."""
     stored = model.parameter_count
     held = sum(layer.geometry.expert_weights * layer.geometry.experts for layer in layers)
     active = stored - held + sum(layer.geometry.expert_weights * layer.geometry.top_k for layer in layers)

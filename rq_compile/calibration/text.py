@@ -11,12 +11,12 @@ from rq_compile.errors import UserError
 
 MIN_TOKENS = 2
 
-Sequence = tuple[np.ndarray, np.ndarray]  # token ids and which are measured, both [tokens]
+Sequence = tuple[np.ndarray, np.ndarray]  # token ids, and which of them are measured, both [tokens]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What one side of a model reads of a batch, all ``[batch, length]``.
+    """The part of a batch that one side of a model reads, all ``[batch, length]``.
 
     ``ids`` int64; ``real`` is False on padding; ``measured`` (a subset of ``real``) marks the tokens whose expert inputs are
     kept for the measurements.
@@ -29,7 +29,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of text number ``text`` alone. ``encoder`` is None for a decoder-only model."""
+    """Sequences of only one text, number ``text``. ``encoder`` is None for a decoder-only model."""
 
     text: int
     decoder: Rows
@@ -111,7 +111,7 @@ def _halves(ids: np.ndarray, measured: np.ndarray, decoder_start: int) -> tuple[
 
 
 def _padded(sequences: list[Sequence]) -> Rows:
-    # A sequence of one token leaves nothing for the decoder, which still has to be given a row.
+    # A sequence of one token leaves no token for the decoder, which still needs a row.
     length = max(1, *(len(ids) for ids, _ in sequences))
     rows = Rows(*(np.zeros((len(sequences), length), dtype) for dtype in (np.int64, np.bool_, np.bool_)))
     for row, (ids, measured) in enumerate(sequences):

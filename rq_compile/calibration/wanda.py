@@ -1,4 +1,5 @@
-"""The paper's importance score of an expert (arXiv 2602.19938), made of Wanda's scores of its weights (arXiv 2306.11695)."""
+"""The paper's importance score of an expert (arXiv 2602.19938), computed from Wanda's scores of its weights (arXiv
+2306.11695)."""
 
 from math import ceil
 
@@ -7,7 +8,7 @@ import torch
 
 from rq_compile.quantization.quantizer import torch_tensor
 
-# Wanda's usual sparsity: the score is then the mean over the weights that pruning the expert to one half would remove.
+# Wanda's usual sparsity. The score is then the mean over the weights that would be removed by pruning half of the expert.
 WANDA_FRACTION = 0.5
 SAMPLE = 100_000
 

@@ -1,4 +1,4 @@
-"""A calibration from texts to files: kept layer by layer while it runs, its statistics written beside it."""
+"""A calibration from texts to files: saved layer by layer while it runs, with its statistics in a file beside it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +16,9 @@ from rq_compile.calibration.unfinished import unfinished
 def calibrated_into(
     output: Path, model: Model, texts: dict[str, str], *, fresh: bool, remark: Callable[[str], None], **measuring: Any
 ) -> Calibration:
-    """Calibrate ``model`` on ``texts`` (name to content), write it as ``output`` and return what was written.
+    """Calibrate ``model`` on ``texts`` (name to content), write the calibration to ``output`` and return it.
 
-    ``measuring``: the other arguments of ``calibrate``. An interrupted run of the same arguments continues behind its last
+    ``measuring``: the other arguments of ``calibrate``. An interrupted run with the same arguments continues after its last
     finished layer, unless ``fresh``.
 
     Raises:

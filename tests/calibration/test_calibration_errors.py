@@ -96,7 +96,10 @@ def test_refuses_a_layer_that_gives_nothing(tiny_checkpoint: Callable[[str], Pat
     shutil.copytree(tiny_checkpoint("granitemoe"), tmp_path / "model")
     name = "model.layers.1.block_sparse_moe.output_linear.weight"
     checkpoint = with_tensor(tiny_checkpoint("granitemoe"), tmp_path / "zero", name, np.zeros_like)
-    refused(checkpoint, r"the squared norm of what model\.layers\.1\.block_sparse_moe\.experts gives .* is 0, so that no error")
+    refused(
+        checkpoint,
+        r"the squared norm of the output of model\.layers\.1\.block_sparse_moe\.experts on .* is 0, so errors cannot be measured",
+    )
 
 
 def test_refuses_a_layer_that_was_bypassed(tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

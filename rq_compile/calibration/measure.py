@@ -24,7 +24,7 @@ from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 # An expert's error is measured on at most this many of its pairs. On samples/olmoe that is within 2 % (median; 95 %: 6 %) of the
 # error on all of them; 512 are within 1 % (3 %).
 MAX_PAIRS = 256
-# Number of an expert's tokens that run at a time.
+# Tokens of an expert that are run at a time.
 ROWS_AT_ONCE = 1024
 # What rounding an expert takes, in tokens that it could have run instead: for a fair share of a layer's experts.
 ROUNDING_COST = 1500

@@ -23,8 +23,8 @@ GIB = 2**30
 # Memory for the model's modules without weights, activations and so on, in addition to what the process already holds: 130 MiB
 # were measured with samples/olmoe.
 PROGRAM = 144 * 2**20
-# Measured: while transformers stacks experts that the checkpoint stores one by one, the weights are held in fp32 twice, in
-# addition to the mapped files.
+# Measured: while transformers stacks the experts that a checkpoint has one by one, the weights are held in fp32 twice, beside the
+# mapped files.
 LOADING = 2.5
 
 

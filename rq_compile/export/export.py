@@ -1,7 +1,7 @@
-"""A checkpoint's model as an ONNX graph with one Experts node per MoE layer and no weights in it.
+"""Exports a checkpoint's model as an ONNX graph with one Experts node per MoE layer and no weights in it.
 
 The model is traced on the meta device by transformers' ONNX exporter. One graph serves prefill and decode: batch, sequence and
-past are free, and the KV cache goes in and out as plain tensors.
+past are free dimensions, and the KV cache consists of plain input and output tensors.
 """
 
 import logging
@@ -32,7 +32,7 @@ from rq_compile.export.logits_to_keep import indices_to_trace, take_a_number
 from rq_compile.export.rope import free_the_length
 from rq_compile.export.switch import route_switch_to_experts_nodes
 
-# Sizes to trace with: all different, and none is 0 or 1, which torch.export would take for constants.
+# Sizes to trace with: all different, and none is 0 or 1, which torch.export would treat as constants.
 BATCH, SEQUENCE, PAST, KEPT = 2, 3, 5, 4
 OPSET = 21
 PAST_NAME, PRESENT_NAME = "past_key_values", "present"
@@ -48,7 +48,7 @@ FREE_AXES: dict[str, dict[int, str]] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """``parameters`` are the initializers of ``model`` whose data is left out, by name."""
+    """``parameters``: the initializers of ``model`` that have no data, by name."""
 
     model: onnx.ModelProto
     parameters: dict[str, Parameter]
@@ -134,10 +134,10 @@ def _check_free_dimensions(graph: onnx_ir.Graph, model: Model) -> None:
 
 
 def _cache_tensors(graph: onnx_ir.Graph) -> list[CacheTensor]:
-    """Of a graph whose inputs and outputs have their names.
+    """The cache's tensors in a graph whose inputs and outputs have been named.
 
     Raises:
-        UserError: a tensor of the cache goes in and does not come out.
+        UserError: the graph does not return or does not read a tensor of the cache.
     """
     outputs = {value.name for value in graph.outputs}
     tensors = []
@@ -156,12 +156,13 @@ def _cache_tensors(graph: onnx_ir.Graph) -> list[CacheTensor]:
 
 
 def _keep_logits(graph: onnx_ir.Graph) -> None:
-    """Without the encoder's states and the caches of two kinds of attention that no engine takes back in."""
+    """Keep only the logits. The other outputs, the encoder's states and the caches of two kinds of attention, are never
+    inputs."""
     graph.outputs[:] = [value for value in graph.outputs if value.name == "logits"]
 
 
 def _name_inputs_and_outputs(graph: onnx_ir.Graph) -> None:
-    """Give the cache's tensors and the free dimensions the names that ``export_graph`` promises."""
+    """Give the cache's tensors and the free dimensions the names documented in ``export_graph``."""
     for value in (*graph.inputs, *graph.outputs):
         match = re.search(r"layers\.(\d+)\.([\w.]+)$", value.name or "")
         if match:
@@ -191,8 +192,8 @@ def _dimension(dimension: Any, names: dict[str, str]) -> int | str:
 
 @contextmanager
 def _quiet_exporters() -> Iterator[None]:
-    """torch's exporter prints its steps unless it is told not to, for which transformers' has no argument. What both log and
-    warn of (their own deprecated calls, ops of packages that are not installed) does not concern the user."""
+    """Silence both exporters. torch's prints its steps unless it is told not to, which transformers' cannot pass on. Their log
+    messages and warnings (about their own deprecated calls, or ops of packages not installed) do not concern the user."""
     export = torch.onnx.export
     levels = {log: log.level for log in (exporter_dynamo.logger, exporter_onnx.logger, logging.getLogger("torch"))}
     with quiet_transformers():

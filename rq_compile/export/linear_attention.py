@@ -34,7 +34,7 @@ def linear_attention(
     scale: float,
     rule: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError("rq_moe::linear_attention stands for a layer in a traced graph; it computes nothing")
+    raise NotImplementedError("rq_moe::linear_attention represents a layer in a traced graph; it cannot be run")
 
 
 @linear_attention.register_fake
@@ -172,7 +172,7 @@ def _translation(
 
 
 def _register() -> None:
-    """Once a process, on import: with torch's ONNX exporter and with onnx, which checks the traced graph."""
+    """Register the op with torch's ONNX exporter and with onnx, which checks the traced graph; once per process, on import."""
     tensor, attribute = OpSchema.FormalParameter, OpSchema.Attribute
     optional = OpSchema.FormalParameterOption.Optional
     onnx.defs.register_schema(

@@ -1,7 +1,7 @@
 """Rotary embeddings that depend on the length of the sequence, written so that it stays free in the traced graph.
 
-transformers chooses their frequencies with Python's ``if``, or keeps them in a buffer from one call to the next. Here they are
-computed from the positions of each call alone, which is what transformers does in a model that has run no longer sequence.
+transformers chooses their frequencies with Python's ``if``, or keeps them in a buffer between calls. Here they are computed only
+from the positions of each call, which gives the same result as transformers in a model that has not run a longer sequence before.
 """
 
 from types import MethodType, SimpleNamespace
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
-Rotary = Any  # of every family a module of its own, alike in its attributes
+Rotary = Any  # every family has its own module; their attributes are the same
 
 
 def free_the_length(model: PreTrainedModel) -> None:
@@ -52,7 +52,7 @@ def _dynamic(self: Rotary, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
 
 
 def _phimoe(self: Rotary, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Phi-3.5-MoE scales by the length; transformers turns by the frequencies of short sequences at every length."""
+    """Phi-3.5-MoE: the scale depends on the length; transformers uses the frequencies of short sequences at every length."""
     rope = self.config.rope_parameters
     long = _length(position_ids) > rope["original_max_position_embeddings"]
     scaling = long * (rope["long_mscale"] - rope["short_mscale"]) + rope["short_mscale"]
@@ -62,11 +62,11 @@ def _phimoe(self: Rotary, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[
 
 
 def _length(position_ids: torch.Tensor) -> torch.Tensor:
-    """Tokens of the longest sequence so far, a scalar."""
+    """Number of tokens of the longest sequence so far, a scalar."""
     return position_ids.max() + 1
 
 
 def _embedding(module: Rotary, x: torch.Tensor, position_ids: torch.Tensor, frequencies: torch.Tensor) -> Any:
-    """What the module's own forward, without transformers' update of its buffers, computes with other frequencies."""
+    """The result of the module's forward with ``frequencies``, without transformers' update of its buffers."""
     undecorated = type(module).forward.__wrapped__
     return undecorated(SimpleNamespace(inv_freq=frequencies, attention_scaling=module.attention_scaling), x, position_ids)

@@ -1,17 +1,18 @@
-"""Pass: attention in single ops becomes ONNX Runtime's MultiHeadAttention, on keys and values as the cache holds them.
+"""Pass: attention in separate ops becomes ONNX Runtime's MultiHeadAttention, on keys and values as the cache holds them.
 
-torch's ``scaled_dot_product_attention`` is exported as some twenty ops, which copy and transpose the keys of all tokens so far
-for each new one. The fused op reads both where the cache's Concat left them, as [batch, heads, tokens, dimension].
+torch's ``scaled_dot_product_attention`` is exported as about twenty ops, which copy and transpose the keys of all previous tokens
+for each new token. The fused op reads keys and values from the output of the cache's Concat, as [batch, heads, tokens,
+dimension].
 
-1. As many heads of keys as of queries: the op as it is.
-2. g heads of queries for each head of keys (grouped-query attention): the exporter repeats keys and values g times, and the op
-   knows no groups either. Here the g queries of a head stand one below the other, as if the sequence were g times as long, with
-   the mask repeated (a small tensor, the same for every layer); keys and values are not copied.
+1. Equal numbers of key heads and query heads: the op is used directly.
+2. g query heads for each key head (grouped-query attention): the exporter repeats keys and values g times, and the op does not
+   support groups. Here the g queries of a head are placed one after the other, as if the sequence were g times as long, and the
+   mask is repeated (a small tensor, the same for every layer); keys and values are not copied.
 
-Latent attention, whose values are narrower than its keys, stays as it is: the op has one width for both. A query that may attend
-to nothing (a padding token) gets 0, as in torch. A graph with the op needs ONNX Runtime 1.23, and says so.
+Latent attention, whose values are narrower than its keys, is left unchanged: the op has one width for both. A query that may not
+attend to any token (a padding token) gets 0, as in torch. A graph with the op needs ONNX Runtime 1.23, and states this.
 
-Requires: nothing. Ensures: what torch computes by ``scaled_dot_product_attention`` with a mask is one op, but for that exception.
+Requires: nothing. Ensures: ``scaled_dot_product_attention`` with a mask is one op, except for latent attention.
 """
 
 import numpy as np
@@ -24,8 +25,8 @@ from rq_compile.rewrite.report import Match, NearMatch, PassReport
 from rq_compile.rewrite.rotary_embeddings import HEADS, SWAP_HEADS, merged_heads
 
 NAME = "attention"
-# With several sequences ONNX Runtime 1.20 reads a mask that all heads share wrongly, without an error. Of the file format's
-# versions this is the first that it refuses, as do 1.21 and 1.22; 1.23 is the first that accepts it.
+# With several sequences, ONNX Runtime 1.20 reads a mask that all heads share incorrectly, without an error. This is the first
+# version of the file format that 1.20, 1.21 and 1.22 reject; 1.23 is the first release that accepts it.
 FILE_FORMAT = 11
 KEYS = ("Reshape", ("Transpose", {"perm": [0, 2, 1]}, ("Reshape", "keys", "matrices")), "transposed")
 SCORES = ("Add", ("MatMul", ("Mul", "query", "query_scale"), ("Mul", KEYS, "key_scale")), "mask")
@@ -67,12 +68,12 @@ def _attention(result: gs.Tensor) -> Match | NearMatch | None:
 
 
 def _fused(op: Ops, heads: int, found: dict[str, gs.Tensor], masks: dict[tuple[int, int], gs.Tensor]) -> gs.Tensor:
-    """``[batch, sequence, heads * dimension]``. ``masks`` are those that were repeated before, by mask and number."""
+    """``[batch, sequence, heads * dimension]``. ``masks``: the masks repeated so far, by mask and number of repeats."""
     keys, values, groups = _held(found)
     key_heads, dimension = heads // groups, found["query"].shape[3]
     by_head, mask = match(found["query"], HEADS), found["mask"]
     query = merged_heads(op, by_head["by_token"] if by_head else op("Transpose", found["query"], perm=SWAP_HEADS))
-    # Not as the op's own scale: ONNX Runtime has a fast product of one row with the keys, but only without a factor.
+    # Not as the op's scale: ONNX Runtime has a fast product of one row with the keys, but only without a scale.
     query = op("Mul", query, np.float32(numbers(found["query_scale"])[0] * numbers(found["key_scale"])[0]))
     if groups > 1:
         if (id(mask), groups) not in masks:
@@ -89,7 +90,7 @@ def _fused(op: Ops, heads: int, found: dict[str, gs.Tensor], masks: dict[tuple[i
 
 
 def _held(found: dict[str, gs.Tensor]) -> tuple[gs.Tensor, gs.Tensor, int]:
-    """Keys and values ``[batch, key heads, tokens, dimension]``, and for how many heads of queries each is."""
+    """Keys and values ``[batch, key heads, tokens, dimension]``, and the number of query heads per key head."""
     keys, values = match(found["keys"], REPEATED), match(found["values"], REPEATED)
     if keys and values and numbers(keys["axis"]) == numbers(values["axis"]) == [2]:
         shapes = [concatenated(repeated["repeats"])[1:3] for repeated in (keys, values)]

@@ -1,20 +1,20 @@
 """Pass: the two ExpertGemm of a layer become batched matrix products whose lanes are slots, in standard ONNX ops only.
 
 Slots of one format and capacity class share a product (``planning.capacity.lane_groups``): rows are gathered into
-``[slots, capacity, hidden]``, a batched MatMul takes them through block-wise DequantizeLinear weights and the activation, and
-they are gathered back. Lanes that have no row compute a copy of another and are dropped.
+``[slots, capacity, hidden]``, multiplied in a batched MatMul by weights from a block-wise DequantizeLinear, passed through the
+activation, and gathered back. Places in a lane without a row compute a copy of another row, which is dropped.
 
-1. Capacity of the batch: a product is as wide as its busiest slot has rows. It stands in an ``If``: without rows it runs nothing,
-   and its dequantized weights live no longer than the branch. (Outside one, ONNX Runtime dequantizes the weights of every layer
-   first and keeps them all.)
-2. Expected capacity, for targets that must know shapes before values: computed from the number of rows and the calibrated loads.
-   The first pass stands in the main graph, where TensorRT keeps quantized weights packed; a ``Loop`` over the same weights
-   makes the passes that a busier slot needs, mostly none, so no row is lost.
+1. Capacity of the batch: a product is as wide as the number of rows of its busiest slot. It is inside of an ``If``: without rows
+   nothing is run, and the dequantized weights exist only during the branch. (Outside of an ``If``, ONNX Runtime dequantizes the
+   weights of all layers first and keeps them.)
+2. Expected capacity, for targets that must know shapes before values: it is computed from the number of rows and the calibrated
+   loads. The first pass is in the main graph, where TensorRT keeps quantized weights packed; a ``Loop`` over the same weights
+   runs the further passes that a busier slot needs (usually none), so no row is lost.
 
 Requires: opset 21; ``slot_offsets`` and ``rows`` (int64) of each layer, and its ExpertGemm ``{layer}.up`` and ``{layer}.down``.
-With expected capacity also a row at least, as no lane can be filled without one.
-Ensures: no ExpertGemm is left. While all copies of an expert have one format, no bit of a row depends on the other rows: so it
-was found with ONNX Runtime 1.32 on the CPU, whose MatMul adds up every row alike unless it has one row only.
+With expected capacity, also at least one row, since a lane cannot be filled without one.
+Ensures: no ExpertGemm is left. If all copies of an expert have the same format, no bit of a row depends on the other rows. This
+was measured with ONNX Runtime 1.32 on the CPU, whose MatMul sums every row in the same way unless there is only one row.
 """
 
 import math
@@ -37,15 +37,16 @@ from rq_compile.rewrite.weights import Section, constant
 
 NAME = "batched_experts"
 OPSET = 21  # the first with block-wise DequantizeLinear
-SHARES = 1 << 16  # expected shares are whole multiples of its inverse
+SHARES = 1 << 16  # expected shares are integer multiples of its inverse
 
 
 @dataclass(frozen=True)
 class ExpectedCapacity:
-    """Lanes with ``headroom`` times the rows that their busiest slot expects, ``least`` at least, but no more than it can get.
+    """Lanes with ``headroom`` times the expected rows of their busiest slot; at least ``least``, but no more than it can receive.
 
-    So a step of up to ``least`` tokens, such as decoding, needs one pass whatever its tokens choose; tensor cores take 16 rows at
-    once anyway. A graph that never gets more than ``least`` tokens, said with ``most``, has no loop for further passes.
+    So a step of up to ``least`` tokens, such as decoding, needs one pass, whichever experts its tokens choose; tensor cores
+    process 16 rows at a time anyway. A graph that never gets more than ``least`` tokens, according to ``most``, has no loop for
+    further passes.
     """
 
     headroom: float = 1.25
@@ -55,7 +56,7 @@ class ExpectedCapacity:
 
 @dataclass(frozen=True)
 class _Product:
-    """The slots that are its lanes, int64 ``[n]``, and their weights."""
+    """A product: the slots that are its lanes, int64 ``[n]``, and their weights."""
 
     slots: np.ndarray
     up: LaneWeights
@@ -64,10 +65,10 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the lanes are filled from, P rows by slot.
+    """The P rows, ordered by slot, that the lanes are filled from.
 
-    ``token`` int64 ``[P + 1]``: the row of ``x`` that each comes from, and one more for lanes that have none, whose number P is
-    ``none`` int64 ``[1]``. Slot s has the rows from ``first[s]`` to before ``last[s]``, int64 ``[S]``.
+    ``token`` int64 ``[P + 1]``: the row of ``x`` that each row comes from, and one more entry for places without a row, whose
+    number P is ``none`` int64 ``[1]``. Slot s has the rows from ``first[s]`` up to but not including ``last[s]``, int64 ``[S]``.
     """
 
     x: gs.Tensor
@@ -89,9 +90,10 @@ def batched_experts(
     *,
     whole_columns: bool = False,
 ) -> list[Section]:
-    """Rewrite in place and return the weights the graph now refers to, a section for each layer: each slot has its own.
+    """Rewrite in place and return the weights that the graph now refers to, a section for each layer. Each slot has its own
+    weights.
 
-    ``expected``: see above, case 2; None is case 1. ``whole_columns``: see ``lane_weights``.
+    ``expected``: case 2 above; None: case 1. ``whole_columns``: see ``lane_weights``.
     """
     requires(NAME, graph.opset >= OPSET, f"opset {OPSET} or later")
     nodes = {node.name: node for node in graph.nodes if node.op == "ExpertGemm"}
@@ -191,7 +193,7 @@ def _with_expected_capacity(
 
 
 def _capacity(op: Ops, plan: LayerPlan, product: _Product, batch: _Rows, expected: ExpectedCapacity) -> gs.Tensor:
-    """int64 ``[1]``: rows of each lane of ``product``, in whole numbers, as shapes are computed."""
+    """int64 ``[1]``: rows of each lane of ``product``, computed in integers, as shapes are."""
     copies = Counter(slot.expert for slot in plan.slots)
     fewest = min(copies[plan.slots[slot].expert] for slot in product.slots)
     share = min(1.0, float(expected_loads(plan.slots)[product.slots].max()) * expected.headroom)
@@ -212,7 +214,7 @@ def _one_pass(
     batch: _Rows,
     before: gs.Tensor,
 ) -> gs.Tensor:
-    """fp32 ``[P + 1, hidden]``: ``before`` with the rows that stand at ``places``, int64 ``[capacity]`` of each product."""
+    """fp32 ``[P + 1, hidden]``: ``before`` with the rows at ``places``, int64 ``[capacity]`` of each product, filled in."""
     rows_of_lanes, outputs = [], []
     for product, held, place in zip(products, matrices, places, strict=True):
         first, last = op("Gather", batch.first, product.slots), op("Gather", batch.last, product.slots)
@@ -223,7 +225,7 @@ def _one_pass(
 
 
 def _rows_of_lanes(op: Ops, first: gs.Tensor, last: gs.Tensor, place: gs.Tensor, batch: _Rows) -> gs.Tensor:
-    """int64 ``[n, capacity]``: the row by slot that each place of each lane holds, P where the slot has none left."""
+    """int64 ``[n, capacity]``: the number of the row at each place of each lane; P if the slot has no more rows."""
     row = op("Add", op("Unsqueeze", first, [1]), op("Unsqueeze", place, [0]))
     return op("Where", op("Less", row, op("Unsqueeze", last, [1])), row, batch.none)
 
@@ -241,7 +243,7 @@ def _matrix(op: Ops, weights: LaneWeights) -> gs.Tensor:
 
 
 def _experts(op: Ops, plan: LayerPlan, product: _Product, matrices: _Matrices, row: gs.Tensor, batch: _Rows) -> gs.Tensor:
-    """fp32 ``[n * capacity, hidden]``: what the slots make of their rows, lane by lane."""
+    """fp32 ``[n * capacity, hidden]``: the slots' outputs for their rows, lane by lane."""
     geometry, (up, down) = plan.geometry, matrices
     lanes = op("Gather", batch.x, op("Gather", batch.token, row))
     middle = _multiplied(op, lanes, up, product.up, geometry.hidden)
@@ -250,7 +252,7 @@ def _experts(op: Ops, plan: LayerPlan, product: _Product, matrices: _Matrices, r
 
 
 def _multiplied(op: Ops, lanes: gs.Tensor, matrix: gs.Tensor, weights: LaneWeights, columns: int) -> gs.Tensor:
-    """fp32 ``[n, capacity, rows]`` of ``lanes [n, capacity, columns]``."""
+    """fp32 ``[n, capacity, rows]``: the product of ``lanes [n, capacity, columns]`` with ``matrix``."""
     padded = weights.values.shape[1]
     if padded > columns:
         lanes = op("Pad", lanes, [0, 0, 0, 0, 0, padded - columns])

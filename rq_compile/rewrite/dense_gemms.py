@@ -1,11 +1,11 @@
-"""Pass: products with the dense weights become DenseGemm, which reads a matrix as it is stored, in 16 bit or int8.
+"""Pass: products with the dense weights become DenseGemm, which reads a matrix as it is stored, in 16 bits or int8.
 
-What is not an expert (attention, shared experts, the head) is most of what one token reads. ONNX Runtime multiplies on the CPU
-in fp32 only, so that a bf16 matrix would take twice its bytes; DenseGemm widens 16-bit weights in registers, which loses nothing,
-and reads int8 in panels as ExpertGemm does.
+Most of the weights that one token reads are not experts but attention, shared experts and the head. On the CPU, ONNX Runtime
+multiplies only in fp32, so that a bf16 matrix would take twice its bytes; DenseGemm widens 16-bit weights in registers without
+loss, and reads int8 in panels as ExpertGemm does.
 
-Requires: the Experts nodes, by which routers are known: their matrices stay as they are, since rounding them changes routing.
-Ensures: every other product by a weight matrix of 16 rows or more is a DenseGemm, unless the matrix is kept in fp32.
+Requires: the Experts nodes, which identify the routers: the routers' matrices stay unchanged, since rounding them changes
+routing. Ensures: every other product with a weight matrix of 16 rows or more is a DenseGemm, unless the matrix is kept in fp32.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 64 * ROWS
 
 
 class Matrix:
-    """A weight matrix ``[rows, columns]``, a row for each output, that ``node`` multiplies with."""
+    """A weight matrix ``[rows, columns]``, with a row for each output, that ``node`` multiplies by."""
 
     def __init__(self, node: gs.Node, weight: gs.Constant, shape: tuple[int, int], by_row: bool) -> None:
         self.node = node
@@ -42,7 +42,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """The model's initializers by name: the dtype they are stored in, and their values in it, oriented as in the graph."""
+    """The model's initializers by name: the dtype that they are stored in, and their values in it, oriented as in the graph."""
 
     dtype_of: Callable[[str], np.dtype]
     read: Callable[[str], np.ndarray]
@@ -75,7 +75,7 @@ def dense_gemms(
 
 
 def _routers(experts: gs.Node) -> Iterator[gs.Node]:
-    """The products that the choice of experts and its gates come from."""
+    """The products from which the choice of experts and the gates are computed."""
     _, ids, gates = experts.inputs
     pending, seen = [ids, gates], set()
     while pending:

@@ -58,10 +58,10 @@ def experts_to_slots(
     panels: bool = True,
     activation_bits: int = 32,
 ) -> list[Section]:
-    """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
+    """Rewrite ``graph`` in place and return the weights that it now refers to, a section for each layer, unread.
 
-    Without a ``source`` the products have no weights, for a pass that replaces them. ``panels``: see ``slot_weights``.
-    ``activation_bits`` is ExpertGemm's: 8 rounds what is multiplied with quantized weights to int8, 32 keeps it in fp32.
+    Without a ``source``, the products have no weights, for a pass that replaces them. ``panels``: see ``slot_weights``.
+    ``activation_bits`` is ExpertGemm's: 8 rounds the values multiplied with quantized weights to int8, 32 keeps them in fp32.
 
     Raises:
         UserError: a layer of the model is missing from the plan, or the other way round (the layer is named).

@@ -1,10 +1,11 @@
-"""Pass: int4 weights that a product in a loop shares with the main graph are kept from being fused into that product.
+"""Pass: int4 weights that a product in a loop shares with the main graph are prevented from being fused into that product.
 
-TensorRT-RTX 1.7 compiles a product with int4 weights in the main graph alone: where a loop has another with the same weights,
-with the gather and the activation of an expert around it, its code generator gives up. Behind two transposes the loop writes its
-weights out in 16 bit; multiplying them by the loop's own condition, which is 1 wherever it runs, keeps that inside of the loop.
+TensorRT-RTX 1.7 can compile a product with int4 weights only in the main graph: if a loop has a second product with the same
+weights, with the gather and the activation of an expert around it, the code generator fails. With two transposes, the loop writes
+its weights out in 16 bits; multiplying them by the loop's condition, which is 1 whenever the body runs, keeps this inside of the
+loop.
 
-Requires: nothing. Ensures: no MatMul in a loop reads a DequantizeLinear of int4; no number changes.
+Requires: nothing. Ensures: no MatMul in a loop reads a DequantizeLinear of int4; no numbers change.
 """
 
 import onnx

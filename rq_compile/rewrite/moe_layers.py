@@ -1,7 +1,7 @@
 """Pass: every Experts node becomes one MoeLayer node, the op of the GPU libraries, with the weights of the plan's slots.
 
-The node's inputs, their types and its attributes are those that plugins/tensorrt/README.md lists; its ``plugin_`` attributes are
-how TensorRT's ONNX parser finds a plugin. It computes in 16 bit, between two casts, whatever the graph around it computes in.
+The node's inputs, their types and its attributes are listed in plugins/tensorrt/README.md; TensorRT's ONNX parser finds a plugin
+by the ``plugin_`` attributes. The node computes in 16 bits, between two casts, whatever type the rest of the graph computes in.
 
 Requires: one ``rq.moe::Experts`` node for each layer of the plan, known by its attribute ``layer``.
 Ensures: no Experts node is left, and a ``rq.moe::MoeLayer`` named ``{layer}.moe`` stands for each layer.
@@ -28,9 +28,9 @@ PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 
 
 def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half: np.dtype) -> list[Section]:
-    """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
+    """Rewrite ``graph`` in place and return the weights that it now refers to, a section for each layer, unread.
 
-    ``half``: float16 or bfloat16, of what goes in and comes out and of float weights, whichever float the plan names.
+    ``half``: float16 or bfloat16, the type of inputs, outputs and float weights, whichever float format the plan names.
 
     Raises:
         UserError: a layer of the model is missing from the plan, or the other way round (the layer is named). A piece of the
@@ -71,7 +71,7 @@ def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[
 
 
 def _shares(plan: LayerPlan) -> dict[str, list[float]]:
-    """The attribute ``shares``, left out where a slot's load is not known."""
+    """The attribute ``shares``, or no attribute if the load of a slot is not known."""
     loads = [slot.load for slot in plan.slots]
     return {} if None in loads else {"shares": [float(load) for load in loads if load is not None]}
 

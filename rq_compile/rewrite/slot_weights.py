@@ -16,14 +16,14 @@ from rq_compile.quantization.source_integers import SourceIntegers
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
 from rq_compile.rewrite.weights import ExternalWeight, Piece
 
-# Gives an expert by layer name and number; what is asked of it is used once and not kept.
+# Returns an expert by layer name and number; its values are used once and not kept.
 Source = Callable[[str, int], "Expert"]
-# A weight while it is read, quantized and packed: at most as fp32 in two forms.
+# Bytes of a weight while it is read, quantized and packed: at most two copies in fp32.
 BYTES_OF_A_WEIGHT = 8
 
 
 class Expert(Protocol):
-    """What ``ExpertWeights`` has, in memory or read from the checkpoint when it is asked for."""
+    """The attributes of ``ExpertWeights``, held in memory or read from the checkpoint when accessed."""
 
     @property
     def up(self) -> np.ndarray: ...
@@ -44,7 +44,7 @@ class Expert(Protocol):
 
 
 def quantized(expert: Expert, projection: str, format: Format, most: Block) -> Quantized:
-    """A matrix of ``expert`` in ``format``: as the checkpoint stores it where the format holds that, else rounded."""
+    """A matrix of ``expert`` in ``format``: exactly as the checkpoint stores it if the format can hold that, else rounded."""
     held = carried(getattr(expert, f"{projection}_integers"), format, most)
     return held or quantize(getattr(expert, projection), format, getattr(expert, f"{projection}_moment"), most)
 
@@ -69,8 +69,8 @@ class SlotWeights:
 def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bool) -> SlotWeights:
     """Describe the weights of ``projection`` ("up" or "down") without reading any.
 
-    Slots that hold one expert in one format refer to the same weights. ``panels``: lay them out as the native lowering reads
-    them (see ``panels``), else row by row as ``MatMulNBits`` does.
+    Slots that hold the same expert in the same format refer to the same weights. ``panels``: lay them out as the native lowering
+    reads them (see ``panels``), else row by row as for ``MatMulNBits``.
     """
     geometry = plan.geometry
     rows, columns = (geometry.up_rows, geometry.hidden) if projection == "up" else (geometry.hidden, geometry.intermediate)

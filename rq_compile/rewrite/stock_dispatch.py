@@ -1,7 +1,7 @@
 """Pass: Dispatch in standard ops.
 
 Requires: Dispatch nodes whose replica table is a constant.
-Ensures: none is left; ``rows`` (here int64, as standard ops index) and ``offsets`` hold the same numbers.
+Ensures: no Dispatch is left; ``rows`` (here int64, the index type of standard ops) and ``offsets`` hold the same numbers.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ def stock_dispatch(graph: gs.Graph) -> None:
 
 
 def _expand(op: Ops, ids: gs.Tensor, table: np.ndarray, rows: gs.Tensor, offsets: gs.Tensor) -> None:
-    """A counting sort: TensorRT's TopK ends at 3840 elements, and ONNX has no other sort."""
+    """A counting sort, since TensorRT's TopK is limited to 3840 elements and ONNX has no other sort."""
     experts, width = table.shape
     expert = op("Reshape", ids, [-1])
     column = op("Unsqueeze", expert, [1])
@@ -42,7 +42,7 @@ def _expand(op: Ops, ids: gs.Tensor, table: np.ndarray, rows: gs.Tensor, offsets
     if width == 1:
         slot, place = op("Gather", table[:, 0], expert), earlier
     else:
-        # The j-th pair of an expert with c slots goes to its slot j mod c, as the latter's row j div c.
+        # The j-th pair of an expert with c slots goes to the expert's slot j mod c, and becomes row j div c of that slot.
         copies = op("Gather", (table >= 0).sum(1), expert)
         slot = op("Gather", table.reshape(-1), op("Add", op("Mul", expert, width), op("Mod", earlier, copies)))
         place = op("Div", earlier, copies)
@@ -51,7 +51,8 @@ def _expand(op: Ops, ids: gs.Tensor, table: np.ndarray, rows: gs.Tensor, offsets
 
 
 def _rows_of_each_slot(op: Ops, count: gs.Tensor, table: np.ndarray) -> gs.Tensor:
-    """int64 ``[S]`` from the running count of each expert's pairs, int32 ``[P, E]``, whose last row is missing without pairs."""
+    """int64 ``[S]`` from the running count of each expert's pairs, int32 ``[P, E]``, which has no last row if there are no
+    pairs."""
     load = op("ReduceSum", op("Slice", count, [-1], [np.iinfo(np.int64).max], [0]), [0], keepdims=0)
     expert, number = np.nonzero(table >= 0)
     by_slot = np.argsort(table[expert, number])

@@ -1,7 +1,7 @@
 """Pass: the two ExpertGemm of a layer become one ``If`` per slot around stock matrix products, and a Concat.
 
 Requires: ``slot_offsets`` and ``rows`` (int64) of each layer, and its two ExpertGemm named ``{layer}.up`` and ``{layer}.down``.
-Ensures: no ExpertGemm is left; an empty slot runs nothing and reads no weights.
+Ensures: no ExpertGemm is left; nothing is run and no weights are read for an empty slot.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def _expand(graph: gs.Graph, plan: LayerPlan, up: gs.Node, down: gs.Node, accura
 
 
 class _Operands:
-    """The weights of one slot and projection: slices of the layer's, and of its bias."""
+    """The weights of one slot and projection: slices of the layer's weights and bias."""
 
     def __init__(self, inputs: list[gs.Tensor], attrs: dict, slot: int, format: Format) -> None:
         group, formats = group_of(format), attrs["formats"]

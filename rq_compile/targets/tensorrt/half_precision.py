@@ -1,14 +1,14 @@
-"""Pass: the graph in 16 bit with every type written out, as a strongly typed network wants it.
+"""Pass: the graph in 16 bits with all types explicit, as a strongly typed network requires.
 
-fp32 remain: (1) the router, from its product to the gates; (2) the reductions of norms and what they are joined with, rotary
-angles and other functions that 16 bit would spoil; (3) the sum over a token's experts; (4) what leaves the graph, save the cache.
-Products and the experts' lanes are 16 bit; a MoeLayer keeps the types that it has. Any other node computes in fp32 if all its
-operands are fp32, so that the scale and the rotation behind a norm still do, else in 16 bit.
+The following stay in fp32: (1) the router, from its product to the gates; (2) the reductions of norms and the values combined
+with them, rotary angles and other functions that would lose too much in 16 bits; (3) the sum over a token's experts; (4) the
+graph's outputs, except the cache. Products and the experts' lanes are in 16 bits; a MoeLayer keeps its types. Any other node
+computes in fp32 if all its operands are fp32, so that the scale and the rotation after a norm still do, else in 16 bits.
 
-Requires: nodes sorted by dependence, names unique over all subgraphs; every float fp32, save weights that are cast to it and
-what MoeLayer nodes have, behind casts, in the same 16 bit.
-Ensures: the graph is well typed; its floating inputs and its ``present`` outputs are 16 bit; a weight is held in the type that it
-is computed with in.
+Requires: nodes sorted by dependence, names unique over all subgraphs; all floats are fp32, except weights that are cast to fp32,
+and the inputs and outputs of MoeLayer nodes, which are in the same 16-bit type between casts.
+Ensures: the graph is well typed; its floating inputs and its ``present`` outputs are in 16 bits; a weight is stored in the type
+that it is used in.
 """
 
 from collections import defaultdict

@@ -1,4 +1,5 @@
-"""The network that a builder gets: a checkpoint's graph by a plan, in ops that TensorRT's parser takes and keeps packed."""
+"""The network for a builder: a checkpoint's graph rewritten by a plan, in ops that TensorRT's parser supports and keeps
+packed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,25 +30,25 @@ FP16_MOST = 65504
 
 
 def default_precision(model: Model) -> Precision:
-    """bf16 unless all weights are stored in fp16 or fp32: what was trained in bf16 may compute values beyond fp16's range."""
+    """bf16, unless all weights are stored in fp16 or fp32: a model trained in bf16 may compute values beyond fp16's range."""
     stored = {model.checkpoint.dtype_of(name) for name in model.used}
     return "fp16" if stored <= {np.dtype(np.float16), np.dtype(np.float32)} else "bf16"
 
 
 def remark_on_precision(model: Model, precision: Precision) -> str | None:
-    """A sentence on what fp16 cannot hold, where the checkpoint's own format can."""
+    """A sentence about values that fp16 cannot hold but the checkpoint's format can, or None."""
     if precision == "bf16" or model.dtype == "fp16":
         return None
     stored = "bf16" if default_precision(model) == "bf16" else "fp32"
     return (
-        f"the checkpoint is stored in {stored} and the network computes in fp16: where a hidden state passes {FP16_MOST}, "
+        f"the checkpoint is stored in {stored} and the network computes in fp16: if a hidden state exceeds {FP16_MOST}, "
         "answers are undefined; --precision bf16 has the range"
     )
 
 
 @dataclass(frozen=True)
 class Network:
-    """``model`` as it was written, without its weights; ``replaced`` counts what was replaced, by reason."""
+    """``model`` as written, without its weights; ``replaced`` counts the replacements, by reason."""
 
     model: onnx.ModelProto
     weights: WeightsFile
@@ -66,14 +67,14 @@ def write_network(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Network:
-    """Write ``path`` (ONNX) and its weights ``path.data``. In ONNX Runtime it gives the answers that the engine is to give.
+    """Write ``path`` (ONNX) and its weights ``path.data``. In ONNX Runtime, the network computes the engine's intended results.
 
-    Logits are those of the last token of each sequence. ``lowering`` is one of ``TENSORRT_LOWERINGS``; the node of ``Plugins``
-    is one that ONNX Runtime does not have on the CPU.
-    ``statistics``: those of the calibration, by which int4 slots are rounded. Weights are streamed, as in ``compile_engine``.
+    Logits are those of the last token of each sequence. ``lowering`` is one of ``TENSORRT_LOWERINGS``; ONNX Runtime does not have
+    the node of ``Plugins`` on the CPU.
+    ``statistics``: those of the calibration, used to round int4 slots. Weights are streamed, as in ``compile_engine``.
 
     Raises:
-        UserError: the plan does not fit, or a weight is beyond what ``precision`` can hold.
+        UserError: the plan does not fit, or ``precision`` cannot hold a weight.
     """
     layers = {layer.name: layer for layer in model.layers}
     source = lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics)  # noqa: E731
@@ -93,7 +94,7 @@ def write_network(
 
 
 def expected_capacity(profiles: Sequence[Profile]) -> ExpectedCapacity:
-    """Decoding, a profile of one token a sequence, never needs more than one pass."""
+    """The capacity of the lanes. Decoding, a profile of one token per sequence, never needs more than one pass."""
     decoding = [profile.most_tokens for profile in profiles if profile.sequence.most == 1]
     return ExpectedCapacity(least=max([TENSOR_CORE_ROWS, *decoding]), most=max(profile.most_tokens for profile in profiles))
 
@@ -101,7 +102,7 @@ def expected_capacity(profiles: Sequence[Profile]) -> ExpectedCapacity:
 def _merged(
     versions: Mapping[str, Sequence[Version]], aliases: Mapping[str, str]
 ) -> tuple[dict[str, list[Version]], dict[str, str]]:
-    """Versions of the weights that are written, and the name of that version for each of a weight that stands for another."""
+    """The versions of weights to write, and, for each weight that equals another, the name of the version that is written."""
     merged = {name: list(found) for name, found in versions.items() if name not in aliases}
     same: dict[str, str] = {}
     for alias, name in aliases.items():

@@ -34,7 +34,7 @@ def linear_attention(
     scale: float,
     rule: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError("rq_moe::linear_attention represents a layer in a traced graph; it cannot be run")
+    raise NotImplementedError("rq_moe::linear_attention stands for a layer in a traced graph; it computes nothing")
 
 
 @linear_attention.register_fake

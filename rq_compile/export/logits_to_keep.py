@@ -1,7 +1,7 @@
 """The graph input ``logits_to_keep``, exported: see ``rewrite/logits_to_keep.py``.
 
-transformers accepts a number, which tracing would turn into a constant, or a tensor of positions, whose rows the graph gathers.
-The model is traced with positions, and then the graph is changed to take a number.
+transformers takes a number, which tracing would make a constant, or a tensor of positions, whose rows the graph gathers. It is
+traced with positions, and then made to take a number.
 """
 
 import inspect

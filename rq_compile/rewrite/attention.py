@@ -9,8 +9,8 @@ dimension].
    support groups. Here the g queries of a head are placed one after the other, as if the sequence were g times as long, and the
    mask is repeated (a small tensor, the same for every layer); keys and values are not copied.
 
-Latent attention, whose values are narrower than its keys, is left unchanged: the op has one width for both. A query that may not
-attend to any token (a padding token) gets 0, as in torch. A graph with the op needs ONNX Runtime 1.23, and states this.
+Latent attention, whose values are narrower than its keys, stays as it is: the op has one width for both. A query that may attend
+to nothing (a padding token) gets 0, as in torch. A graph with the op needs ONNX Runtime 1.23, and says so.
 
 Requires: nothing. Ensures: ``scaled_dot_product_attention`` with a mask is one op, except for latent attention.
 """

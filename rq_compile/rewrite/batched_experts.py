@@ -90,8 +90,7 @@ def batched_experts(
     *,
     whole_columns: bool = False,
 ) -> list[Section]:
-    """Rewrite in place and return the weights that the graph now refers to, a section for each layer. Each slot has its own
-    weights.
+    """Rewrite in place and return the weights the graph now refers to, a section for each layer: each slot has its own.
 
     ``expected``: case 2 above; None: case 1. ``whole_columns``: see ``lane_weights``.
     """

@@ -4,8 +4,8 @@ Most of the weights that one token reads are not experts but attention, shared e
 multiplies only in fp32, so that a bf16 matrix would take twice its bytes; DenseGemm widens 16-bit weights in registers without
 loss, and reads int8 in panels as ExpertGemm does.
 
-Requires: the Experts nodes, which identify the routers: the routers' matrices stay unchanged, since rounding them changes
-routing. Ensures: every other product with a weight matrix of 16 rows or more is a DenseGemm, unless the matrix is kept in fp32.
+Requires: the Experts nodes, by which routers are known: their matrices stay as they are, since rounding them changes routing.
+Ensures: every other product by a weight matrix of 16 rows or more is a DenseGemm, unless the matrix is kept in fp32.
 """
 
 from collections.abc import Callable, Iterator

@@ -58,7 +58,7 @@ def experts_to_slots(
     panels: bool = True,
     activation_bits: int = 32,
 ) -> list[Section]:
-    """Rewrite ``graph`` in place and return the weights that it now refers to, a section for each layer, unread.
+    """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
 
     Without a ``source``, the products have no weights, for a pass that replaces them. ``panels``: see ``slot_weights``.
     ``activation_bits`` is ExpertGemm's: 8 rounds the values multiplied with quantized weights to int8, 32 keeps them in fp32.

@@ -28,7 +28,7 @@ PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 
 
 def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half: np.dtype) -> list[Section]:
-    """Rewrite ``graph`` in place and return the weights that it now refers to, a section for each layer, unread.
+    """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
 
     ``half``: float16 or bfloat16, the type of inputs, outputs and float weights, whichever float format the plan names.
 

@@ -163,7 +163,7 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
     """For a median batch: bytes of the weights that it touches, and multiply-adds, by the peak that limits them."""
     formats = formats_of(shape, format)
     touched, macs = [], []
-    kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "int8": "int8", "int4": "int4"}
+    kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "bf16": "fp32", "int8": "int8", "int4": "int4"}
     for _, ids, _, _ in batches:
         load = np.bincount(ids.reshape(-1), minlength=shape.experts)
         touched.append(sum(shape.geometry.expert_bytes(f) for f, n in zip(formats, load, strict=True) if n))

@@ -136,7 +136,6 @@ struct ExpertGemm {
                     first_tile.data(), groups_at_once, out};
     auto work = [&](size_t index) { tile(call, static_cast<int64_t>(index)); };
     context.parallel(static_cast<size_t>(first_tile.data()[slots]), work);
-    weights.look_at_pages(bound);
   }
 
   // The tiles of each slot; returns how many times 16 outputs one of them has.
@@ -162,8 +161,9 @@ struct ExpertGemm {
     const Matrix matrix = weights.of(call.bound, slot);
     const float* bias = call.bias ? call.bias + slot * outputs * parts : nullptr;
     alignas(64) float products[kSideBySide * kTileRows * kPanel];
-    for (int64_t panel = first * parts; panel < last * parts; panel += kSideBySide) {
-      const int64_t panels = std::min(kSideBySide, last * parts - panel);
+    const int64_t at_once = kTileRows / rows * kSideBySide;  // panels: the fewer rows, the longer a kernel reads on
+    for (int64_t panel = first * parts; panel < last * parts; panel += at_once) {
+      const int64_t panels = std::min(at_once, last * parts - panel);
       if (quantizes && weights.quantized(slot)) {
         kernels.multiply_quantized(call.quantized + begin, rows, call.layout, matrix, panel, panels, products);
       } else {

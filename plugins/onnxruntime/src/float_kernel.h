@@ -49,7 +49,7 @@ void unpack(const uint8_t* group, int64_t count, float* out) {
 struct Chunk {
   int64_t begin, count;
   const uint8_t* weights;
-  size_t stride;
+  int64_t stride;
   const float* scales;
   int64_t scales_stride;
   float unit;
@@ -57,7 +57,7 @@ struct Chunk {
 
 // Adds column j and those after it of a group, whose x is at x[i] + c. Not inlined, it would keep its sums in memory.
 template <Storage storage, int j, int R, int P>
-__attribute__((always_inline)) inline void add_columns(const float* const* x, int64_t c, const uint8_t* group, size_t stride,
+__attribute__((always_inline)) inline void add_columns(const float* const* x, int64_t c, const uint8_t* group, int64_t stride,
                                                        Floats (&total)[R][P][kVectors]) {
   for (int p = 0; p < P; ++p) {
     Floats w[kVectors];
@@ -70,18 +70,14 @@ __attribute__((always_inline)) inline void add_columns(const float* const* x, in
   if constexpr (j + 1 < columns_of(storage)) add_columns<storage, j + 1>(x, c, group, stride, total);
 }
 
-// Whether nothing is prefetched for weights in huge pages, with which the processor's own prefetcher keeps up: for so few
-// multiply-adds a line of 64 bytes.
-constexpr bool reads_unaided(Storage storage, int rows) {
-  return kReadsHugePagesInOrder && !is_quantized(storage) && rows * (storage == Storage::fp32 ? 1 : 2) <= 4;
-}
+// Multiply-adds for each row and panel in which 64 bytes of it meet x.
+constexpr int instructions_of_floats(Storage storage) { return static_cast<int>(64 * columns_of(storage) / bytes_of(storage)); }
 
-// Adds R rows times P panels to out[panel][row][16], of which there are `rows` rows.
-template <Storage storage, int R, int P, bool unaided>
-void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t rows, float* out) {
+// Adds R rows times P panels to out[row][16] of each panel, which are `out_stride` apart.
+template <Storage storage, int R, int P>
+void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t out_stride, float* out) {
   const uint8_t* group = chunk.weights;
-  const size_t stride = chunk.stride;
-  const int64_t end = chunk.begin + chunk.count;
+  const int64_t stride = chunk.stride, end = chunk.begin + chunk.count;
   Floats total[R][P][kVectors];
   for (int i = 0; i < R; ++i) {
     for (int p = 0; p < P; ++p) {
@@ -89,15 +85,13 @@ void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t rows, flo
     }
   }
   for (int64_t c = chunk.begin; c < end; c += columns_of(storage), group += bytes_of(storage)) {
-    if constexpr (!unaided) {
-      for (int p = 0; p < P; ++p) prefetch<P>(group + p * stride, prefetch_distance(P));
-    }
+    for (int p = 0; p < P; ++p) prefetch<P, R * instructions_of_floats(storage)>(group + p * stride);
     add_columns<storage, 0>(x, c, group, stride, total);
   }
   for (int p = 0; p < P; ++p) {
     for (int i = 0; i < R; ++i) {
       for (int v = 0; v < kVectors; ++v) {
-        float* sum = out + (p * rows + i) * kPanel + v * kLanes;
+        float* sum = out + p * out_stride + i * kPanel + v * kLanes;
         const Floats unit = set(chunk.unit);
         const Floats scale = chunk.scales ? multiply(load(chunk.scales + p * chunk.scales_stride + v * kLanes), unit) : unit;
         store(sum, multiply_add(total[i][p][v], scale, load(sum)));
@@ -107,50 +101,53 @@ void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t rows, flo
 }
 
 // The first `count` rows, R at once.
-template <Storage storage, int R, int P, bool unaided>
-void multiply_rows(const float* const* x, int64_t count, const Chunk& chunk, int64_t rows, float* out) {
-  for (; count >= R; count -= R, x += R, out += R * kPanel) multiply_chunk<storage, R, P, unaided>(x, chunk, rows, out);
+template <Storage storage, int R, int P>
+void multiply_rows(const float* const* x, int64_t count, const Chunk& chunk, int64_t out_stride, float* out) {
+  for (; count >= R; count -= R, x += R, out += R * kPanel) multiply_chunk<storage, R, P>(x, chunk, out_stride, out);
   if constexpr (R > 1) {
-    if (count > 0) multiply_rows<storage, R - 1, P, unaided>(x, count, chunk, rows, out);
+    if (count > 0) multiply_rows<storage, R - 1, P>(x, count, chunk, out_stride, out);
   }
 }
 
-// All rows, R at once, times P panels from `first` on.
-template <Storage storage, int R, int P, bool unaided>
-void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, float* out) {
-  const uint8_t* data = weights.data + static_cast<size_t>(first) * weights.panel_bytes;
-  Chunk chunk{0, 0, data, weights.panel_bytes, nullptr, weights.blocks * kPanel, unit_of(storage)};
+// All rows, R at once, times P panels: the one called `first` and those `apart` further.
+template <Storage storage, int R, int P>
+void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t apart, float* out) {
+  const int64_t panel_bytes = static_cast<int64_t>(weights.panel_bytes), out_stride = apart * rows * kPanel;
+  const uint8_t* data = weights.data + first * panel_bytes;
+  Chunk chunk{0, 0, data, apart * panel_bytes, nullptr, apart * weights.blocks * kPanel, unit_of(storage)};
   alignas(64) float unpacked[P][kChunk * kPanel];
-  memset(out, 0, static_cast<size_t>(P * rows * kPanel) * sizeof(float));
+  for (int p = 0; p < P; ++p) memset(out + p * out_stride, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
   for (; chunk.begin < weights.columns; chunk.begin += chunk.count) {
     const int64_t left = weights.columns - chunk.begin;
     chunk.count = left < kChunk ? left : kChunk;
     if constexpr (is_quantized(storage)) {  // a chunk has one scale for each row
       const int64_t block_left = weights.block - chunk.begin % weights.block;
       if (block_left < chunk.count) chunk.count = block_left;
-      chunk.scales = weights.scales + first * chunk.scales_stride + chunk.begin / weights.block * kPanel;
+      chunk.scales = weights.scales + (first * weights.blocks + chunk.begin / weights.block) * kPanel;
     }
     chunk.weights = data + chunk.begin / columns_of(storage) * bytes_of(storage);
     // What x lacks of the last group must not be read.
     if (storage != Storage::fp32 && (rows > direct_rows(storage) || chunk.count % columns_of(storage) != 0)) {
-      for (int p = 0; p < P; ++p) unpack<storage>(chunk.weights + p * weights.panel_bytes, chunk.count, unpacked[p]);
+      for (int p = 0; p < P; ++p) unpack<storage>(chunk.weights + p * chunk.stride, chunk.count, unpacked[p]);
       Chunk floats = chunk;
       floats.weights = reinterpret_cast<const uint8_t*>(unpacked);
       floats.stride = sizeof unpacked[0];
-      multiply_rows<Storage::fp32, R, P, unaided>(x, rows, floats, rows, out);
+      multiply_rows<Storage::fp32, R, P>(x, rows, floats, out_stride, out);
     } else {
-      multiply_rows<storage, R, P, unaided>(x, rows, chunk, rows, out);
+      multiply_rows<storage, R, P>(x, rows, chunk, out_stride, out);
     }
   }
 }
 
-// `count` panels, P side by side.
-template <Storage storage, int R, int P, bool unaided>
-void multiply_panels_by(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {
-  for (; count >= P; count -= P, first += P, out += P * rows * kPanel) {
-    multiply_chunks<storage, R, P, unaided>(x, rows, weights, first, out);
+// `count` panels in P stretches of as many, side by side, each read from its first panel to its last; the rest alone.
+template <Storage storage, int R, int P>
+void multiply_stretches(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {
+  const int64_t stretch = count / P, size = rows * kPanel;
+  for (int64_t i = 0; i < stretch; ++i) multiply_chunks<storage, R, P>(x, rows, weights, first + i, stretch, out + i * size);
+  if constexpr (P > 1) {
+    const int64_t done = P * stretch;
+    multiply_stretches<storage, R, 1>(x, rows, weights, first + done, count - done, out + done * size);
   }
-  if constexpr (P > 1) multiply_panels_by<storage, R, 1, unaided>(x, rows, weights, first, count, out);
 }
 
 // As many rows at once as registers hold, and side by side the panels that these leave room for.
@@ -159,11 +156,7 @@ void multiply_panels(const float* const* x, int64_t rows, const Matrix& weights,
   if constexpr (R < kFloatRows) {
     if (rows > R) return multiply_panels<storage, R + 1>(x, rows, weights, first, count, out);
   }
-  constexpr int P = panels_of(storage, R);
-  if constexpr (reads_unaided(storage, R)) {
-    if (weights.huge_pages) return multiply_panels_by<storage, R, P, true>(x, rows, weights, first, count, out);
-  }
-  multiply_panels_by<storage, R, P, false>(x, rows, weights, first, count, out);
+  multiply_stretches<storage, R, panels_of(storage, R)>(x, rows, weights, first, count, out);
 }
 
 void multiply_floats(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {

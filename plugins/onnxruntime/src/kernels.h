@@ -22,7 +22,6 @@ struct Matrix {
   size_t panel_bytes;
   const float* scales;
   int64_t columns, block, blocks;
-  bool huge_pages = false;  // what `data` lies in: where the processor's own prefetcher goes on
 };
 
 // A row of x rounded to int8 (x = q * scale), block after block, each a header and `block` numbers q.
@@ -40,7 +39,7 @@ QuantizedLayout quantized_layout(int64_t block, int64_t blocks);
 // who shares its batch. With quantized x it is even the same on every instruction set.
 struct Kernels {
   const char* name;
-  // out[(p * rows + i) * kPanel + j] = dot(x[i], row j of panel first + p) for i < rows and p < panels, up to kSideBySide.
+  // out[(p * rows + i) * kPanel + j] = dot(x[i], row j of panel first + p) for i < rows and p < panels.
   void (*multiply_floats)(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t panels, float* out);
   // The same for rows of x as `quantize` left them.
   void (*multiply_quantized)(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,

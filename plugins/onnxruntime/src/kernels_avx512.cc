@@ -5,8 +5,8 @@ namespace {
 
 constexpr int32_t kInt8Offset = 0;
 constexpr int kQuantizedRows = 4;
-constexpr int quantized_panels(int rows) { return rows <= 2 ? 4 : 1; }
-constexpr bool kReadsHugePagesInOrder = false;
+constexpr int kDotInstructions = 6;  // of dot_int8
+constexpr int quantized_panels(int rows, int) { return rows <= 2 ? 4 : 1; }
 
 constexpr int kPartialColumns = 32;
 struct Partial {

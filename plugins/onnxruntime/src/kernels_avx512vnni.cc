@@ -5,8 +5,8 @@ namespace {
 
 constexpr int32_t kInt8Offset = 128;
 constexpr int kQuantizedRows = 8;
-constexpr int quantized_panels(int rows) { return rows <= 4 ? 4 : 2; }
-constexpr bool kReadsHugePagesInOrder = true;
+constexpr int kDotInstructions = 1;
+constexpr int quantized_panels(int, int instructions) { return instructions == 1 ? 1 : 2; }
 
 using Partial = Ints;
 constexpr int kPartialColumns = 1024;  // of any block

@@ -1,10 +1,9 @@
 // The kernels, written once over the vector operations that the including file defines for its instruction set: Floats and
 // Ints of kLanes numbers, kVectors of them to a panel; a word of Ints holds four bytes, two 16-bit numbers or one of 32 bits.
 // It also says what its registers and caches like: how many rows are multiplied at once (kFloatRows, kQuantizedRows), how many
-// panels such a block of rows reads side by side (float_panels, quantized_panels; at most kSideBySide), how far ahead these are
-// prefetched (prefetch_distance, prefetch), whether few rows leave weights in huge pages to the processor's own prefetcher and read
-// quantized panels one after the other (kReadsHugePagesInOrder, prefetch_in_order), and of how many columns a Partial holds the
-// products (kPartialColumns).
+// panels such a block of rows reads side by side (float_panels, quantized_panels; at most kSideBySide), what is prefetched for 64
+// bytes of one of so many panels that meet x in so many instructions (prefetch, kDotInstructions), and of how many columns a
+// Partial holds the products (kPartialColumns).
 #include "kernels.h"
 
 namespace rq {

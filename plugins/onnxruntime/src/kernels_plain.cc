@@ -9,13 +9,10 @@ typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 4, kVectors = 4;
 constexpr int kFloatRows = 2, kQuantizedRows = 2;
 constexpr int float_panels(int rows, bool) { return rows == 1 ? 2 : 1; }
-constexpr int quantized_panels(int) { return 1; }
-constexpr bool kReadsHugePagesInOrder = true;  // so that plain code has all of the logic
-constexpr int64_t prefetch_distance(int) { return 4096; }
-template <int>
-inline void prefetch(const uint8_t* p, int64_t distance) { __builtin_prefetch(p + distance); }
-template <int>
-inline void prefetch_in_order(const uint8_t*) {}
+constexpr int kDotInstructions = 1;  // does not matter: see prefetch
+constexpr int quantized_panels(int, int) { return 1; }
+template <int, int>
+inline void prefetch(const uint8_t* line) { __builtin_prefetch(line + 4096); }
 constexpr int32_t kInt8Offset = 128;
 inline Floats load(const float* p) {
   Floats v;

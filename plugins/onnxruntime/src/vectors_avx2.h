@@ -10,14 +10,11 @@ using Ints = __m256i;
 constexpr int64_t kLanes = 8, kVectors = 2;
 constexpr int kFloatRows = 6, kQuantizedRows = 2;  // rows of x at once: what the registers hold
 constexpr int float_panels(int rows, bool converted) { return rows == 1 ? 4 : rows <= (converted ? 2 : 3) ? 2 : 1; }
-constexpr int quantized_panels(int rows) { return rows == 1 ? 4 : 1; }
-constexpr bool kReadsHugePagesInOrder = false;
+constexpr int kDotInstructions = 1;  // does not matter: see prefetch
+constexpr int quantized_panels(int rows, int) { return rows == 1 ? 4 : 1; }
 // In a single panel the processor's own prefetcher stops at every page; in several it keeps up and must not be overtaken.
-constexpr int64_t prefetch_distance(int panels) { return panels == 1 ? 4096 : 512; }
-template <int>
-inline void prefetch(const uint8_t* p, int64_t distance) { __builtin_prefetch(p + distance); }
-template <int>
-inline void prefetch_in_order(const uint8_t*) {}
+template <int panels, int>
+inline void prefetch(const uint8_t* line) { __builtin_prefetch(line + (panels == 1 ? 4096 : 512)); }
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }

@@ -70,10 +70,10 @@ SlotWeights::Bound SlotWeights::bind(const Context& context, size_t first, int64
     }
     bound.slot_bytes[f] = static_cast<size_t>(panels) * bound.groups[f].panel_bytes;
   }
-  for (int f = 0; f < 3; ++f) {
-    Pages unbound = kUnbound;
-    if (!pages_[f].compare_exchange_strong(unbound, members_[f] ? kUnread : kSmall)) continue;
-    prefer_huge_pages(bound.groups[f].data, bound.slot_bytes[f] * static_cast<size_t>(members_[f]));
+  if (!seen_.exchange(true)) {
+    for (int f = 0; f < 3; ++f) {
+      prefer_huge_pages(bound.groups[f].data, bound.slot_bytes[f] * static_cast<size_t>(members_[f]));
+    }
   }
   return bound;
 }
@@ -83,16 +83,7 @@ Matrix SlotWeights::of(const Bound& bound, int64_t slot) const {
   Matrix matrix = bound.groups[format];
   matrix.data += static_cast<size_t>(place) * bound.slot_bytes[format];
   if (matrix.scales) matrix.scales += place * bound.panels * matrix.blocks * kPanel;
-  matrix.huge_pages = pages_[format] == kHuge;
   return matrix;
-}
-
-void SlotWeights::look_at_pages(const Bound& bound) const {
-  for (int f = 0; f < 3; ++f) {
-    if (pages_[f] != kUnread) continue;
-    const MappedBytes mapped = mapped_bytes(bound.groups[f].data, bound.slot_bytes[f] * static_cast<size_t>(members_[f]));
-    if (mapped.all > 0) pages_[f] = 2 * mapped.huge > mapped.all ? kHuge : kSmall;
-  }
 }
 
 }  // namespace rq

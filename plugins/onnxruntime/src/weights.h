@@ -27,16 +27,13 @@ class SlotWeights {
   Bound bind(const Context& context, size_t first, int64_t panels, int64_t columns) const;
 
   Matrix of(const Bound& bound, int64_t slot) const;
-  // After a call: what kind of pages most weights lie in that have been read, once for each group.
-  void look_at_pages(const Bound& bound) const;
   bool quantized(int64_t slot) const { return formats_[slot] != 0; }
   bool int4(int64_t slot) const { return formats_[slot] == 2; }
 
  private:
   std::vector<int64_t> formats_, places_;
   int64_t members_[3] = {};  // places of each group
-  enum Pages { kUnbound, kUnread, kSmall, kHuge };
-  mutable std::atomic<Pages> pages_[3] = {};  // of each group
+  mutable std::atomic<bool> seen_{false};  // weights are marked for huge pages before they are read
 };
 
 }  // namespace rq

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, built once a session, and the files of all stages of one of them."""
+"""Tiny checkpoints, built once per session, and the files of all stages for one of them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,17 +18,17 @@ from rq_compile.targets import onnxruntime as target
 
 pytest_plugins = ["messages"]  # records what users are told
 
-# On a busy machine an example that waits for its turn is not a slow one.
+# On a busy machine, an example may wait for the processor without being slow itself.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
-# Models this small only lose time to threads: much of it, on a busy machine.
+# Threads only slow down models this small, and much so on a busy machine.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _threads_of_torch() -> Iterator[None]:
-    """A test that sets them would change the last bits of what later tests calibrate."""
+    """A test that sets the number of threads would change the last bits of later tests' calibrations."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -63,7 +63,7 @@ def rq_compile() -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def export_once() -> Iterator[Callable[[Model], Exported]]:
-    """While this is in use a checkpoint is exported once, which takes seconds, however often it is compiled."""
+    """While this is in use, a checkpoint is exported only once, which takes seconds, even if it is compiled several times."""
     known: dict[Path, Exported] = {}
 
     def export(checkpoint: Model) -> Exported:
@@ -82,7 +82,7 @@ def stages(
     tmp_path_factory: pytest.TempPathFactory,
     export_once: Callable[[Model], Exported],
 ) -> Path:
-    """What the commands write on the tiny OLMoE's way: text.txt, calibration.json, plan.json (replicas, formats) and
+    """The files that the commands write for the tiny OLMoE: text.txt, calibration.json, plan.json (replicas, formats) and
     model.onnx with its files; do not write to it."""
     folder, model = tmp_path_factory.mktemp("stages"), tiny_checkpoint("olmoe")
     (folder / "text.txt").write_text((SAMPLE_TEXTS / "hacker.heldout.txt").read_text()[:3000])

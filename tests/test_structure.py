@@ -1,4 +1,4 @@
-"""The house: which package may import which, and tables that the documentation and the code share."""
+"""The structure: which package may import which, and tables that the documentation and the code share."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rq_compile"
-# From the bottom. A package imports from lower floors only, and never from another one of its floor.
+# From the bottom. A package imports only from lower floors, and never from another package on its own floor.
 FLOORS = (
     ("bounds", "errors"),
     ("processes",),
@@ -106,7 +106,7 @@ def test_lowerings_by_name_and_by_target() -> None:
 
 
 def test_the_documentation_has_the_table_of_targets() -> None:
-    """Target, what builds an engine for it, and by which lowering."""
+    """The target, the part that builds an engine for it, and the lowering."""
     assert tuple(TARGETS) == get_args(Target)
     served = {target: [] for target in TARGETS}
     for kind in LOWERINGS.values():

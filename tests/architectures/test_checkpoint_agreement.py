@@ -1,5 +1,5 @@
-"""A config, tensors and the model's parameters that differ: each kind of difference has one answer, and what opens has the logits
-that transformers computes of the same folder."""
+"""Differences between a config, tensors and the model's parameters: each kind has one result, and a model that opens has the
+logits that transformers computes from the same folder."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def copy(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[...
 
 
 def opened(folder: Path, *remarks: str) -> Model:
-    """The model, once it was seen to compute what transformers does and to say all of ``remarks`` and nothing else."""
+    """Check that the model computes what transformers does and gives exactly ``remarks``, and return it."""
     model = Model.open(folder)
     assert len(model.remarks) == len(remarks), model.remarks
     for remark, words in zip(model.remarks, remarks, strict=True):
@@ -288,7 +288,8 @@ def test_a_weight_of_whole_numbers(copy: Callable[..., Path], dtype: torch.dtype
 
 @pytest.mark.parametrize("changed", ["experts.0.", "experts.", "experts.3.up_proj"])
 def test_experts_in_several_formats(tmp_path: Path, rq_compile: Callable[..., Any], changed: str) -> None:
-    """Rounding some fp32 experts to the others' bf16 costs what calibrating measures, in every policy, and is said."""
+    """The error of rounding some fp32 experts to the others' bf16 is measured by the calibration, counts in every policy, and is
+    reported."""
     config = {**tiny.REMOTE_CONFIGS["deepseek"], "num_hidden_layers": 5}
     tiny.build("deepseek", tmp_path / "model", dtype=torch.bfloat16)
     folder = tmp_path / "model"
@@ -390,7 +391,7 @@ def test_settings_of_training_are_neutral(copy: Callable[..., Path], family: str
 def test_experts_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int, intermediate: int, dtype: torch.dtype
 ) -> None:
-    """torch's grouped product wants rows of whole 16 bytes."""
+    """torch's grouped product needs rows of a multiple of 16 bytes."""
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     monkeypatch.setitem(tiny.CONFIGS, "mixtral", lambda: MixtralConfig(**{**tiny.COMMON, **sizes}, num_local_experts=4))

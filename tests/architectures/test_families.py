@@ -28,7 +28,7 @@ def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], 
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Model) -> Iterator[Exported]:
-    """The family's graph, exported once: exporting is what takes the time."""
+    """The family's graph, exported only once, since exporting takes most of the time."""
     graph = export_graph(checkpoint)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, "export_graph", lambda _: graph)
@@ -45,7 +45,7 @@ def decoder_tokens(model: Reference | Engine, batch: int) -> dict[str, np.ndarra
 
 
 def quantized_in_place(checkpoint: Model) -> Reference:
-    """transformers, its experts' weights replaced by what the plan's formats hold of them."""
+    """The transformers model, with the experts' weights rounded to the plan's formats."""
     model = load_model(checkpoint)
     for layer in checkpoint.layers:
         module = model.get_submodule(layer.name)

@@ -1,4 +1,4 @@
-"""Rotary embeddings that are scaled, and those that depend on the length: against transformers on the same folder."""
+"""Rotary embeddings that are scaled, and those that depend on the length, compared with transformers on the same folder."""
 
 import json
 from itertools import islice
@@ -42,7 +42,7 @@ def build(family: str, folder: Path, rope: dict[str, Any], key: str = "rope_scal
 
 
 def fresh(model: Model) -> PreTrainedModel:
-    """By transformers alone, which has run no sequence yet."""
+    """Computed by a new transformers model, which has not run any sequence yet."""
     return AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32).eval()
 
 
@@ -85,7 +85,7 @@ def test_an_engine_is_transformers_at_every_length(
 
 @pytest.mark.parametrize("family", ["deepseek", "llama_moe"])
 def test_families_of_remote_code_scale_linearly(family: str, tmp_path: Path) -> None:
-    """All frequencies are a quarter of those without scaling; in either spelling."""
+    """All frequencies are a quarter of those without scaling, in both spellings of the setting."""
     linear = {"factor": 4}
     spellings = [
         build(family, tmp_path / key / name, {name: "linear", **linear}, key=key)

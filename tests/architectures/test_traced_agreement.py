@@ -1,4 +1,4 @@
-"""Config and tensors that differ, in families that transformers' loader places: the same answers as in declared families."""
+"""Config and tensors that differ, in families that transformers' loader places: the results are those of declared families."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def remarks(folder: Path) -> list[str]:
     ],
 )
 def test_a_missing_weight_is_named(copy: Copy, model_type: str, tensor: str) -> None:
-    """Also one that the loader would fill with new values, and one matrix of one expert."""
+    """This includes a tensor that the loader would fill with new values, and a single matrix of one expert."""
     refused(copy(model_type, lambda tensors: tensors.pop(tensor)), f"has no tensor {tensor}")
 
 
@@ -143,7 +143,7 @@ HUGE = 10**9
     ids=lambda keys: f"{next(iter(keys))}={next(iter(keys.values()))}"[:40],
 )
 def test_a_number_or_a_name_that_cannot_be(copy: Copy, model_type: str, keys: dict[str, Any]) -> None:
-    """Of the language model, where it is a part of a multimodal one, too; no work grows with the number."""
+    """This also holds for the language model in a multimodal one. The work does not grow with the number."""
     if model_type == "gemma4" and "top_k_experts" not in keys and "num_experts_per_tok" in keys:
         pytest.skip("Gemma calls it top_k_experts")
     refused(copy(model_type, **keys), "config.json")
@@ -158,7 +158,7 @@ def test_layers_of_what_reads_images(built: Callable[[str], Path], tmp_path: Pat
 
 
 def test_quantized_weights_that_are_missing(built: Callable[[str], Path], tmp_path: Path) -> None:
-    """In a storage format, too: the names are those of the weights as they are decoded."""
+    """This also holds for storage formats: the names are those of the decoded weights."""
     plain = Path(shutil.copytree(built("glm4_moe"), tmp_path / "plain"))
     made = tiny_storage.store(plain, tmp_path / "stored", tiny_storage.FORMATS["fp8"])
     for shard in made.glob("*.safetensors"):
@@ -170,6 +170,6 @@ def test_quantized_weights_that_are_missing(built: Callable[[str], Path], tmp_pa
 
 
 def test_transformers_is_quiet(copy: Copy, capfd: pytest.CaptureFixture[str]) -> None:
-    """What it warns of in a config is ours to say, or not odd."""
+    """Its warnings about a config are either given by us or not about anything unusual."""
     Model.open(copy("glm4_moe", eos_token_id=-1))
     assert capfd.readouterr().err == ""

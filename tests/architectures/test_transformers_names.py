@@ -1,7 +1,7 @@
 """transformers' internals that rq-compile uses are where it expects them.
 
-transformers promises nothing of them, and pyproject.toml allows many versions of it. Whoever installs one without such a name is
-to read here which, and who uses it.
+transformers does not guarantee them, and pyproject.toml allows many versions of it. If a version lacks such a name, these tests
+show which name is missing, and which file uses it.
 """
 
 import ast
@@ -30,7 +30,7 @@ ATTRIBUTES = {
 
 
 def imported() -> Iterator[tuple[str, str, str]]:
-    """Module, name and the file that imports it, of all that rq-compile imports from inside transformers."""
+    """Module, name and importing file of everything that rq-compile imports from inside transformers."""
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
@@ -68,7 +68,7 @@ def test_the_loader_takes_a_state_dict_without_a_folder() -> None:
 
 @pytest.mark.quick
 def test_experts_modules_have_the_flags_that_are_read() -> None:
-    """What transformers' decorator of experts leaves on a module."""
+    """The attributes that transformers' decorator of experts adds to a module."""
     from rq_compile.architectures.sources.experts import FLAGS
 
     module = importlib.import_module(f"{MODELS}.qwen3_moe.modeling_qwen3_moe")

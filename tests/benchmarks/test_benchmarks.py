@@ -18,7 +18,7 @@ from machine import KINDS, Machine
 
 ROOT = Path(__file__).parents[2]
 
-# The source tree has no libraries: it must not come before the installed package.
+# The source tree has no libraries, so it must not come before the installed package.
 HELP = """
 import runpy, sys
 root, *scripts = sys.argv[1:]
@@ -36,7 +36,7 @@ for script in scripts:
 def scripts() -> list[str]:
     paths = sorted((ROOT / "benchmarks").glob("*.py"))
     with_main = [path for path in paths if "__main__" in path.read_text() and "argparse" in path.read_text()]
-    # The GPU's alone need Triton.
+    # Only the GPU's benchmarks need Triton.
     return [str(path) for path in with_main if "triton" not in _imported(path)]
 
 

@@ -1,4 +1,4 @@
-"""The halves of benchmarks/gpu_moe_layer.py that need no GPU."""
+"""The parts of benchmarks/gpu_moe_layer.py that do not need a GPU."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What benchmarks/moe_layer.py says of its rows, and how it hands our weights to llama.cpp."""
+"""How benchmarks/moe_layer.py summarizes its rows, and how it passes our weights to llama.cpp."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from rq_compile.rewrite import slot_weights
 
 
 def cell(tokens: int, format: str = "int4", routing: str = "uniform", threads: int = 1, **ms: float) -> list[dict]:
-    """Rows of variants that take ``ms``, ours 1, of which the roofline is 0.8."""
+    """Rows of variants that take ``ms``; ours takes 1 and has the roofline 0.8."""
     names = {"ours": "rq.moe", "fp32_activations": "rq.moe fp32 activations", "llama": "llama.cpp Q4_0"}
     head = {"shape": "OLMoE", "tokens": tokens, "format": format, "threads": threads, "routing": routing}
     times = {"ours": 1.0, **ms}

@@ -1,4 +1,4 @@
-"""What a calibration refuses, and in which words."""
+"""What a calibration rejects, and the error messages."""
 
 import errno
 import json

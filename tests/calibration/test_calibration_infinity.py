@@ -1,4 +1,4 @@
-"""An error is infinite where a format cannot hold a weight: null in the file, as JSON has no infinity."""
+"""An error is infinite if a format cannot hold a weight. It is null in the file, as JSON has no infinity."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A calibration that is interrupted goes on behind its last finished layer, with the result of one that was not."""
+"""An interrupted calibration continues after its last finished layer, with the same result as an uninterrupted one."""
 
 import errno
 import os
@@ -97,7 +97,7 @@ def assert_same(found: Calibrated, expected: Calibrated) -> None:
 def test_goes_on_behind_the_last_finished_layer(
     deep: Callable[[str], Path], calibrated: Callable[..., Calibrated], tmp_path: Path, family: str
 ) -> None:
-    """Whatever the layer: behind a dense one, at the border of encoder and decoder, in the last one; and twice."""
+    """At any layer: after a dense one, between encoder and decoder, and in the last one; and interrupted twice."""
     model, output = deep(family), tmp_path / "c.json"
     expected = calibrated(model, output)
     layers = len(expected[0].layers)
@@ -138,7 +138,7 @@ def test_what_was_changed_meanwhile_is_not_taken_up(
         assert_same(again(lambda spoiled=spoiled: flip(spoiled), "differ from what was written; starting over"), expected)
         assert_same(again(spoiled.unlink, "differ from what was written; starting over"), expected)
     journal = partial / "journal.jsonl"
-    # A line that was cut off is a layer that was not finished; what it had is written anew.
+    # A truncated line is a layer that was not finished; it is written again.
     assert_same(again(lambda: journal.write_text(journal.read_text()[:-20]), "starting over"), expected)
     other = again(lambda: None, "is of another calibration (other texts, options, model or version); starting over", batch_size=3)
     assert other[0].batch_size == 3

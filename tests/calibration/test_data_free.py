@@ -1,4 +1,4 @@
-"""What a calibration says that ran no text, and one that ran too little."""
+"""The remarks of a calibration without text, and of one with too little text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_errors_are_those_of_the_weights(tiny_checkpoint: Tiny, family: str) -> 
 
 
 def test_its_plan_says_so(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    """In the plan, and wherever its remarks are shown."""
+    """The remark is in the plan, and wherever the plan's remarks are shown."""
     assert run("calibrate", tiny_checkpoint("olmoe"), "--data-free", "-o", tmp_path / "c.json").exit_code == 0
     assert read_document(Calibration, tmp_path / "c.json").data_free
     assert "without text: loads are assumed to be uniform" in run("inspect", tmp_path / "c.json").stdout

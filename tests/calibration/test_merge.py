@@ -56,7 +56,7 @@ def assert_adds_up(found: Calibrated, expected: Calibrated, errors: float, score
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
 def test_two_texts_add_up_to_both(tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """Rounded to the nearest, errors are sums; with GPTQ each part was rounded by its own moments."""
+    """With rounding to the nearest, errors are sums; with GPTQ, each part was rounded with its own moments."""
     monkeypatch.setattr(measure, "MAX_PAIRS", 10_000)
     model = tiny_checkpoint(family)
     for quantizer, errors in (("nearest", 2e-3), ("gptq", 0.6)):
@@ -85,7 +85,7 @@ def test_the_order_does_not_matter(tiny_checkpoint: Tiny) -> None:
 
 
 def test_an_expert_that_no_part_reached_enough_is_measured_by_all(tiny_checkpoint: Tiny) -> None:
-    """Each part estimates some experts that all parts together measure."""
+    """Each part estimates some experts that are measured by all parts together."""
     parts = [calibrated(tiny_checkpoint("olmoe"), name) for name in TEXTS]
     estimated = [{(i, e) for i, layer in enumerate(part.layers) for e in layer.estimated} for part, _ in (*parts, merged(*parts))]
     assert estimated[3] < estimated[0]
@@ -136,7 +136,7 @@ def test_refuses_what_does_not_add_up(tiny_checkpoint: Tiny, change: Callable[[C
 
 
 def test_on_the_command_line(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    """A plan of what was merged compiles with the statistics that were."""
+    """A plan from the merged calibration compiles with the merged statistics."""
     model = tiny_checkpoint("olmoe")
     parts = []
     for name in ("one", "two"):

@@ -39,7 +39,7 @@ TEXT = "In the beginning was the word, and the word was with the reader; nothing
 
 
 def start(size: int, *arguments: object, **variables: str) -> list[subprocess.Popen[str]]:
-    """The processes of one command, as Slurm and torchrun start them: none knows more of the others than these variables."""
+    """The processes of one command, as Slurm and torchrun start them: they know about each other only from these variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -94,7 +94,7 @@ def compiling(model: Path, folder: Path, name: str) -> list[object]:
 
 
 def same(one: Path, other: Path) -> None:
-    """Counts exactly, what was measured to fp32 rounding."""
+    """Counts are equal exactly, measurements up to fp32 rounding."""
     first, second = (json.loads(path.read_text()) for path in (one, other))
     for layer, found in zip(first["layers"], second["layers"], strict=True):
         for name in ("load", "text_loads", "batch_loads", "dropped", "estimated"):
@@ -109,7 +109,7 @@ def same(one: Path, other: Path) -> None:
 
 
 def test_three_processes_calibrate_as_one(model: Path, alone: Path) -> None:
-    """Of unlike shares: batches and experts do not divide by three."""
+    """Unequal shares: the numbers of batches and experts are not divisible by three."""
     first, *others = ended(start(3, *calibrating(model, alone, "three.json")))
     assert first[0] == 0, first
     assert "3 processes share its batches and experts" in first[2]
@@ -128,7 +128,7 @@ def test_a_lost_process_ends_all_and_the_run_goes_on_later(model: Path, alone: P
     assert error.count("error: ") == 1
     assert "one of the 2 processes ended" in error
     assert not (alone / f"resumed{dying}.json").exists()
-    # With another number of processes.
+    # With a different number of processes.
     ((status, _, error),) = ended(start(1, *command))
     assert status == 0, error
     assert "continuing after model.layers.1.mlp.experts" in error
@@ -162,7 +162,7 @@ def test_an_engine_for_tensorrt_is_compiled_by_one(model: Path, alone: Path) -> 
 
 
 def test_torchrun_starts_them_and_ends_them(model: Path, alone: Path) -> None:
-    """Its agent kills who is left as soon as one process fails."""
+    """As soon as one process fails, its agent kills the others."""
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(PACKAGED_IN), "OMP_NUM_THREADS": "1", "DIE_AT": "1", "DYING": "1"}
     program = alone / "program.py"

@@ -1,4 +1,4 @@
-"""A model run layer by layer: the same calibration as of the whole model, in less memory."""
+"""A model that is run layer by layer: the same calibration as for the whole model, in less memory."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ MIB = 2**20
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calibrated]:
-    """``run(checkpoint, whole, in_memory)`` calibrates that way, whatever memory there is."""
+    """``run(checkpoint, whole, in_memory)`` calibrates in that way, however much memory is available."""
 
     def run(checkpoint: Model, whole: bool, in_memory: bool = True, **given: Any) -> Calibrated:
         monkeypatch.setattr(calibrate_module, "choose_way", lambda *_, **__: Way(whole, in_memory, "as asked for"))
@@ -48,7 +48,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calibrated]:
 def test_gives_what_the_whole_model_gives(
     tiny_checkpoint: Callable[[str], Path], run: Callable[..., Calibrated], family: str
 ) -> None:
-    """One batch of each text is shorter than the others; the last layer's inputs have come through all before it."""
+    """One batch of each text is shorter than the others; the last layer's inputs have passed through all previous layers."""
     checkpoint = Model.open(tiny_checkpoint(family))
     same(run(checkpoint, True), run(checkpoint, False))
 
@@ -68,7 +68,7 @@ def test_hidden_states_on_disk_change_nothing(
         run(checkpoint, False, where, progress=lambda done, total: seen.extend(tmp_path.iterdir())) for where in (True, False)
     )
     assert in_memory[0].model_dump_json() == on_disk[0].model_dump_json()
-    assert seen == []  # the files have no names, so that nothing is left of them even after a kill
+    assert seen == []  # the files have no names, so they disappear even if the process is killed
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])
@@ -86,7 +86,7 @@ def test_four_layers_and_experts_with_many_tokens(
     whole, streamed = (run(checkpoint, way, texts={"long": letters(900, 3)}, batch_size=batch_size) for way in (True, False))
     assert (len(whole[0].layers), whole[0].measured_tokens) == (4, 900)
     same(whole, streamed)
-    # Where the whole model would have to keep too many inputs, it measures a sample of the tokens; layer by layer takes all.
+    # If the whole model would have to keep too many inputs, a sample of the tokens is measured; layer by layer, all are.
     monkeypatch.setattr(calibrate_module, "MAX_RECORDED_BYTES", 100 * 4 * 32 * 4)
     whole, again = (run(checkpoint, way, texts={"long": letters(900, 3)}, batch_size=batch_size) for way in (True, False))
     assert whole[0].measured_tokens == 100

@@ -1,4 +1,4 @@
-"""Texts as people have them: rows of JSON lines and Parquet, conversations, patterns, samples."""
+"""Texts in the forms that users have: rows of JSON lines and Parquet, conversations, patterns, samples."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ WRITERS = {".jsonl": json_lines, ".parquet": parquet}
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """What a checkpoint has of a chat template."""
+    """The chat template of a checkpoint."""
     folder = tmp_path / "model"
     folder.mkdir()
     template = "{{ bos_token }}{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
@@ -131,7 +131,7 @@ def test_chat_templates(model: Path) -> None:
 
 
 def test_on_the_command_line(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """Of rows, the same text makes the same calibration; options that choose rows are refused for plain text."""
+    """The same text gives the same calibration if it comes from rows; options that choose rows are rejected for plain text."""
     text = TEXTS["first.txt"]
     json_lines(tmp_path / "a.jsonl", [{"body": text}])
     parquet(tmp_path / "a.parquet", [{"body": text}, {"body": letters(50, 9)}])

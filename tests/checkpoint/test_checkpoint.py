@@ -1,4 +1,4 @@
-"""Opening and reading checkpoints, and what is said about broken ones."""
+"""Opening and reading checkpoints, and the messages about broken ones."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Checkpoints as an attacker or a broken download would have them: each is refused in one sentence, nothing outside is read."""
+"""Checkpoints from an attacker or a broken download: each is rejected with one sentence, and no file outside is read."""
 
 import json
 import pickle
@@ -42,7 +42,7 @@ FIRST = "model-00001-of-00002.safetensors"
 
 
 def reindexed(directory: Path, change: Callable[[dict[str, Any]], object]) -> str:
-    """What is said once ``change`` was made to the index's weight_map."""
+    """The message after ``change`` was applied to the index's weight_map."""
     index = json.loads((directory / INDEX).read_text())
     change(index["weight_map"])
     (directory / INDEX).write_text(json.dumps(index))
@@ -102,7 +102,7 @@ def test_a_link_out_of_the_folder_is_refused(sharded: Path, name: str) -> None:
 
 
 def test_a_folder_on_the_way_to_a_shard_may_not_lead_out(sharded: Path) -> None:
-    """Links below the folder are looked at where the index names them."""
+    """Links below the folder are checked if the index names them."""
     outside = sharded.parent / "outside"
     outside.mkdir()
     shutil.copy(sharded / FIRST, outside / "x.safetensors")
@@ -237,7 +237,7 @@ def test_experts_of_unequal_shapes_are_refused_before_any_is_read(model: Path, t
 
 
 def test_nothing_but_the_checked_tensors_is_loaded(model: Path, tmp_path: Path) -> None:
-    """What transformers would take in their place: an adapter's base model, a distributed checkpoint, a kernel, remote code."""
+    """Things that transformers would load instead: an adapter's base model, a distributed checkpoint, a kernel, remote code."""
     expected = load_model(Model.open(model)).state_dict()
     hostile = {"auto_map": {"AutoModelForCausalLM": "trap.Model"}, "transformers_weights": "other.safetensors"}
     checkpoint = reconfigured(model, tmp_path / "model", **hostile, _attn_implementation="some/kernel", attn_implementation="a/b")
@@ -295,7 +295,7 @@ def test_a_number_beside_the_weights_is_no_hindrance(model: Path, tmp_path: Path
 
 
 class Trap:
-    """Opened by pickle, it leaves a file."""
+    """If it is opened with pickle, it leaves a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -305,7 +305,7 @@ class Trap:
 
 
 def pickled(directory: Path, names: list[str]) -> Path:
-    """The checkpoint with its tensors dealt out to pickled files."""
+    """The checkpoint with its tensors distributed over pickled files."""
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     for number, name in enumerate(names):

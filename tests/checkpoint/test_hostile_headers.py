@@ -1,4 +1,4 @@
-"""Headers of .safetensors files as an attacker or a broken download would have them: opened whole, or refused in one sentence."""
+"""Headers of .safetensors files from an attacker or a broken download: opened completely, or rejected with one sentence."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
-    """Opening it would wait for ever."""
+    """Opening it would block forever."""
     os.mkfifo(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="is not a file"):
         tensors_of(tmp_path / "x.safetensors")
@@ -115,7 +115,7 @@ def opened_or_refused(file: Path) -> None:
     size = file.stat().st_size
     for name, tensor in tensors.items():
         assert 8 <= tensor.offset <= tensor.offset + tensor.bytes <= size
-        with suppress(UserError):  # random bits are seldom finite
+        with suppress(UserError):  # random bits are rarely all finite
             assert read_tensor(name, tensor).nbytes == tensor.bytes
 
 

@@ -1,4 +1,4 @@
-"""``rq-compile inspect MODEL``: what is in a checkpoint folder, and why it cannot be compiled where it cannot."""
+"""``rq-compile inspect MODEL``: the contents of a checkpoint folder, and the reason if it cannot be compiled."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every storage format of published checkpoints, against the libraries that write it."""
+"""Every storage format of published checkpoints, compared with the libraries that write it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Quantized checkpoints that are not whole, or in a format that is not read: a sentence that names tensor and format."""
+"""Quantized checkpoints that are incomplete, or in a format that is not supported: a sentence that names tensor and format."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def spoilt(built: Callable[[str], Path], tmp_path: Path) -> Callable[..., str]:
-    """``spoilt(name, change, **settings)`` is what opening says of a checkpoint whose tensors, or settings, were changed."""
+    """``spoilt(name, change, **settings)`` is the message when opening a checkpoint whose tensors or settings were changed."""
 
     def spoil(name: str, change: Callable[[Tensors], object] = lambda tensors: None, **settings: object) -> str:
         source = built(name)
@@ -181,7 +181,7 @@ def test_gguf_alone(tmp_path: Path, config: str | None) -> None:
         Checkpoint.open(tmp_path)
 
 
-# What the tiny checkpoints are too small for.
+# Cases that the tiny checkpoints are too small for.
 
 
 def opened(tensors: Tensors, folder: Path, **settings: object) -> Weight:
@@ -197,7 +197,7 @@ def opened(tensors: Tensors, folder: Path, **settings: object) -> Weight:
     [
         ((200, 300), (2, 3), (128, 128)),  # ragged on both sides
         ((576, 7168), (5, 56), (128, 128)),  # DeepSeek-V3's kv_a_proj
-        ((256, 384), (256, 12), (1, 32)),  # experts of another block than the config's
+        ((256, 384), (256, 12), (1, 32)),  # experts with a block that differs from the config's
         ((192, 96), (2, 1), (128, 128)),
         ((96, 130), (96, 1), (1, 130)),
         ((70, 40), (1, 1), (70, 40)),
@@ -219,7 +219,7 @@ def test_blocks_are_read_off_the_grid(
 
 
 def test_all_codes_of_the_small_floats(tmp_path: Path) -> None:
-    """As ``ml_dtypes`` has them; the exponents 0 and 254 are the ends of those that are numbers."""
+    """As in ``ml_dtypes``; 0 and 254 are the smallest and largest exponents that are numbers."""
     codes = torch.arange(256, dtype=torch.uint8)
     finite = codes[(codes & 127) != 127].repeat(2)[:256].reshape(2, 128)
     scales = torch.full((2, 1), 1.0)

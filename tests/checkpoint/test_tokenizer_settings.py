@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, odd ones among them, in every command that reads text, as in transformers."""
+"""A checkpoint's tokenizer, including unusual ones, in every command that reads text, as in transformers."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def beginning(folder: Path) -> None:
 
 
 def added_in_the_config(folder: Path) -> None:
-    """A token that only tokenizer_config.json has: of several letters, to be found before them."""
+    """A token that is only in tokenizer_config.json: it has several letters, and must be matched before they are."""
     token = {"content": "beginning", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     configure(folder, added_tokens_decoder={"99": token | {"special": False}})
 

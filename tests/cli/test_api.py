@@ -1,4 +1,5 @@
-"""The Python API: the same files as the commands write, the examples of its page, and an install without the compiler."""
+"""The Python API: it writes the same files as the commands; the examples of its page run; and it can be installed without the
+compiler."""
 
 import json
 import logging
@@ -174,7 +175,7 @@ main(["inspect", {str(model)!r}], standalone_mode=False)
     assert error.count("\n") == 1
 
 
-# What of a process others rely on, as a program may have set it up. Of torch only what is imported already.
+# State of a process that other code relies on and may have set up. Of torch, only what is already imported.
 STATE = """
 import logging, os, signal, sys, warnings
 
@@ -225,7 +226,7 @@ print(unlike(before), {{"torch", "onnx", "onnxruntime"}} & set(sys.modules))
 
 
 def test_no_stage_changes_the_process(model: Path, stages: Path, out: Path) -> None:
-    """Or writes to its streams, even where the process shows the warnings that libraries log."""
+    """And no stage writes to its streams, even if the process shows the warnings that libraries log."""
     program = f"""{STATE}
 import torch, transformers, onnxscript
 from transformers.exporters import exporter_onnx

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, wrong arguments, and what is printed."""
+"""The command line as a user sees it: help, wrong arguments, and output."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def test_planning_options_are_checked_before_the_long_work(
 def test_mixed_copies_reach_the_planner(
     rq_compile: Run, model: Path, stages: Path, out: Path, given: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of ``plan``, and of compiling in one go."""
+    """The options of ``plan``, and of compiling in one command."""
     seen: list[bool] = []
 
     def planned(*_: object, **options: object) -> None:
@@ -177,13 +177,13 @@ def test_the_block_goes_from_the_calibration_to_the_engine(
     assert {layer["geometry"]["block"] for layer in manifest["plan"]["layers"]} == {32}
     old = json.loads((stages / "plan.json").read_text())
     for layer in old["layers"]:
-        del layer["geometry"]["block"]  # as it was before there was a choice
+        del layer["geometry"]["block"]  # as before the block could be chosen
     (out / "old.json").write_text(json.dumps(old))
     shown = json.loads(rq_compile("inspect", out / "old.json", "--json").stdout)
     assert {layer["geometry"]["block"] for layer in shown["layers"]} == {128}
 
 
-# What is printed
+# Output
 
 
 @pytest.mark.parametrize("command", ["calibrate", "plan", "compile"])
@@ -247,7 +247,7 @@ def refuse_constant(name: str) -> None:
 def test_what_is_not_finite_is_null_in_json(
     rq_compile: Run, model: Path, stages: Path, out: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
 ) -> None:
-    """In a result at any depth; and a report takes such an evaluation."""
+    """This holds at any depth of a result; and a report accepts such an evaluation."""
     counted = Engine.counted_logits
 
     def broken(*arguments: Any, **named: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:

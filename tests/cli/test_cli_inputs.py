@@ -1,4 +1,4 @@
-"""The command line and files that are not what they should be."""
+"""The command line with input files that are damaged or of the wrong kind."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.quick
 
 @pytest.fixture
 def own_model(model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny OLMoE, to be spoilt."""
+    """A copy of the tiny OLMoE, to be damaged."""
     return Path(shutil.copytree(model, tmp_path / "model"))
 
 

@@ -1,4 +1,4 @@
-"""Weights that stay in the checkpoint's shards, hard-linked beside the engine."""
+"""Weights that stay in the checkpoint's shards, which are hard-linked beside the engine."""
 
 import errno
 import os
@@ -82,7 +82,7 @@ def test_what_the_engine_has_in_fp32_cannot_be_linked_in_bf16(rq_compile: Run, b
 def test_an_exported_graph_compiles_again(
     rq_compile: Run, bf16: list[object], out: Path, export_once: Callable[[Model], Exported]
 ) -> None:
-    """Whatever was compiled from it before: native keeps 16-bit tables, and stock adds a domain."""
+    """The result does not depend on previous compilations of the graph: native keeps 16-bit tables, and stock adds a domain."""
     exported = export_once(Model.open(bf16[0]))
     before = exported.model.SerializeToString(deterministic=True)
     for lowering in ("native", "stock", "batched"):

@@ -1,4 +1,4 @@
-"""``calibrate --memory-limit`` and ``--device``: what is taken, said and refused."""
+"""``calibrate --memory-limit`` and ``--device``: the memory used, the remarks and the errors."""
 
 from collections.abc import Callable
 from pathlib import Path

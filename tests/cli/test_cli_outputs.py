@@ -1,4 +1,4 @@
-"""What commands leave behind: all of an output or nothing of it, the same bytes every time."""
+"""Outputs of commands: complete or absent, and the same bytes every time."""
 
 import pickle
 import shutil
@@ -46,7 +46,7 @@ def test_a_manifest_does_not_overwrite_that_of_another_engine(rq_compile: Run, m
 def file_size_limited(size: int) -> Iterator[None]:
     """No file may grow beyond ``size`` bytes: writing fails as on a full disk, with another errno.
 
-    Around the command alone: pytest's own output may be a file, too.
+    Only during the command, since pytest's own output may be a file, too.
     """
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -88,9 +88,9 @@ def test_an_interrupted_compilation_leaves_nothing(
     sent: signal.Signals,
     status: int,
 ) -> None:
-    """It is interrupted when half of the weights are written."""
+    """The command is interrupted when half of the weights are written."""
     (tmp_path / "exported").write_bytes(pickle.dumps(export_once(Model.open(model))))
-    # Who runs the tests in the background may have given them an ignored SIGINT, which Python would then leave ignored.
+    # If the tests run in the background, SIGINT may be ignored, and Python would then leave it ignored.
     program = f"""
 import pickle, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,7 +119,7 @@ def test_another_process_writes_the_same_bytes(model: Path, stages: Path, out: P
     calibrate = ("calibrate", model, "--text", stages / "text.txt", "--sequence-length", 64, "-o", out / "calibration.json")
     plan = ("plan", out / "calibration.json", "--target", "batched", "--memory", 0.6, "-o", out / "plan.json")
     commands = [[*map(str, arguments)] for arguments in (calibrate, plan, writing("compile", model, stages, out))]
-    # As many threads as conftest gives this process: sums in another order differ in their last bits.
+    # As many threads as conftest sets for this process: sums in a different order differ in their last bits.
     program = f"""
 import torch
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A compilation that was killed goes on where it was, and writes what it would have written."""
+"""A compilation that was killed continues where it stopped, and writes the same files as without the interruption."""
 
 import pickle
 import shutil
@@ -50,7 +50,8 @@ class Killed(NamedTuple):
 def killed(
     exported: Path, tiny_checkpoint: Callable[[str], Path], stages: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Killed:
-    """What is left by kill -9 in the middle of the second layer, and what another was told meanwhile; do not write to it."""
+    """The files left by kill -9 in the middle of the second layer, and the message to a second process meanwhile. Do not write to
+    it."""
     folder, model = tmp_path_factory.mktemp("killed"), tiny_checkpoint("olmoe")
     arguments = [str(argument) for argument in writing("compile", model, stages, folder)]
     process = python("-c", PROGRAM, str(exported), *arguments)
@@ -74,7 +75,7 @@ def left(killed: Killed, out: Path) -> Path:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """The layers of which experts were read."""
+    """The layers whose experts were read."""
     found: set[int] = set()
 
     original = Model.matrix
@@ -121,7 +122,7 @@ def test_a_flipped_bit_is_found(rq_compile: Run, model: Path, stages: Path, left
 def test_a_shard_that_was_written_again_starts_over(
     rq_compile: Run, model: Path, stages: Path, left: Path, read: set[int], tmp_path: Path
 ) -> None:
-    """A weight in the middle of a tensor, where no fingerprint looks, may be another."""
+    """A weight in the middle of a tensor, which the fingerprint does not cover, may have changed."""
     again = shutil.copytree(model, tmp_path / model.name, copy_function=shutil.copy2)
     shard = again / "model.safetensors"
     assert Model.open(again).version == Model.open(model).version

@@ -1,4 +1,4 @@
-"""Sizes as they stand on the command line."""
+"""Sizes as given on the command line."""
 
 from contextlib import suppress
 

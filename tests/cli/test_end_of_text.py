@@ -19,7 +19,7 @@ from rq_compile.runtime.reference import Reference
 Command = Callable[..., Result]
 
 ENDS: dict[str, tuple[Any, Any]] = {
-    # in config.json, in generation_config.json; "absent" is no key, None of the second no file
+    # in config.json, in generation_config.json; "absent": the key is missing; None for the second: the file is missing
     "both": (1, {"eos_token_id": 1}),
     "different": (1, {"eos_token_id": 7}),
     "a list": (1, {"eos_token_id": [9, 7]}),
@@ -73,7 +73,7 @@ def test_an_end_that_is_no_number_is_refused(value: Any, own_model: Path, stages
 def test_all_stop_at_the_same_token(
     own_model: Path, engine_of: Callable[[Path], Path], rq_compile: Command, tmp_path: Path
 ) -> None:
-    """The second token that the engine would give is made an end of text."""
+    """The second token that the engine would generate is made an end-of-text token."""
     free = list(Reference.load(Model.open(own_model)).generate([9, 30, 41], 9, stop=False))
     (own_model / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, free[4]]}))
     wanted = free[: free.index(free[4])]

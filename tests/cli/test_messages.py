@@ -1,4 +1,4 @@
-"""Messages to the user: those in the source, and those that this session's tests provoked."""
+"""Messages to the user: those in the source, and those raised by the tests of this session."""
 
 from pathlib import Path
 
@@ -62,13 +62,13 @@ def test_the_first_sentence_of_other_libraries_is_quoted(error: Exception, said:
 
 
 def test_no_message_quotes_an_exception_whole() -> None:
-    """Other libraries write several sentences and lines, which no message may have."""
+    """Other libraries write several sentences and lines, which our messages may not contain."""
     assert list(messages.whole_quotes()) == []
 
 
 @pytest.mark.last
 def test_messages_that_tests_provoked(rq_compile: Run, stages: Path, model: Path, out: Path) -> None:
-    """Of this session, and some of its own, so that there is something to check when this runs alone."""
+    """The messages of this session, and some raised here, so that there is something to check if this test runs alone."""
     for arguments in (
         ["plan", out / "none.json", "-o", out / "plan.json"],
         ["plan", stages / "plan.json", "-o", out / "plan.json"],

@@ -1,4 +1,4 @@
-"""Logits of the last tokens alone, and prompts that run in pieces."""
+"""Logits of only the last tokens, and prompts that run in pieces."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Texts and prompts that are none, or that the locale or the model does not know; and a Triton stream of odd bytes."""
+"""Texts and prompts that are empty, or that the locale or the model cannot represent; and a Triton stream of unusual bytes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Documents out of their bounds: each is refused with a sentence that names the place and the value."""
+"""Documents with values out of bounds: each is rejected with a sentence that names the place and the value."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Spoil = Callable[[dict[str, Any]], object]
 
 
 def spoilt(kind: str, spoil: Spoil, folder: Path) -> str:
-    """The sentence that refuses the changed example."""
+    """The error message for the changed example."""
     example = {"calibration": PLANS / "calibration.json", "plan": PLANS / "optimal.cuda.2.json"}
     document = json.loads(example.get(kind, FROZEN / f"{kind}.v{DOCUMENTS[kind].current_version()}.json").read_text())
     spoil(document)

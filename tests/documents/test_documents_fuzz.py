@@ -1,4 +1,4 @@
-"""Any change to a document is either accepted, and works in every command that reads it, or refused with one sentence."""
+"""Every changed document is either accepted, and works in every command that reads it, or rejected with one sentence."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ EXAMPLES = int(os.environ.get("RQ_FUZZ", "40"))
 FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 Run = Callable[..., Result]
 
-# What a value may become: within and beyond every bound, of every type.
+# New values: within and beyond every bound, of every type.
 NUMBERS = [0, 1, -1, 2, 3, 5, 127, 128, 2**14, 2**20, 2**31, 2**53, 2**53 + 1, 2**63, 2**70, -64, 10**400]
 OTHERS = [
     None,
@@ -60,7 +60,7 @@ def changed(draw: st.DrawFn, document: dict[str, Any]) -> str:
     """The text of ``document`` with one to three changes."""
     made = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
-        # Equally often at every depth and name: most values are numbers in long lists.
+        # Each depth and name is chosen equally often, since most values are numbers in long lists.
         kinds: dict[tuple, list[tuple]] = {}
         for path in places(made):
             kinds.setdefault(tuple(key if isinstance(key, str) else 0 for key in path), []).append(path)
@@ -90,7 +90,8 @@ def changed(draw: st.DrawFn, document: dict[str, Any]) -> str:
 
 
 def well_told(result: Result) -> bool:
-    """Whether it worked; if not, that one printable sentence says what is wrong, by a message that was written for it."""
+    """Whether it worked. If not, check that the error is one printable sentence, from a message that was written for this
+    error."""
     if result.exit_code == 0:
         return True
     assert result.exit_code in (1, 2), result.exception
@@ -110,7 +111,7 @@ def short_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the rounds of a benchmark whose figures nobody reads."""
+    """Skip the pauses between the rounds of a benchmark, since its figures are not used."""
     monkeypatch.setattr(bench, "REST", 0)
 
 

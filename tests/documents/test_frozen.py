@@ -1,4 +1,5 @@
-"""Files of every version of every schema are read, schemas change with their version alone, plans do not change unseen."""
+"""Files of every version of every schema can be read, schemas change only with their version, and plans do not change
+unnoticed."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An engine's manifest says what is true of its files."""
+"""An engine's manifest describes its files correctly."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_its_cache_is_the_graphs(manifest: Manifest, graph: onnx.GraphProto) -> 
 
 
 def test_its_bytes_are_those_of_the_weights_file(manifest: Manifest, graph: onnx.GraphProto) -> None:
-    """Beside the weights, the file holds nothing but the gaps that align them, and the graph no weight at all."""
+    """Apart from the weights, the file has only gaps for alignment, and the graph contains no weights."""
     written = manifest.expert_bytes + manifest.dense_bytes
     assert written <= manifest.weights.bytes < written + ALIGNMENT * len(graph.initializer)
     assert manifest.expert_bytes <= manifest.plan.memory * manifest.plan.bytes_before
@@ -62,7 +62,7 @@ def test_its_bytes_are_those_of_the_weights_file(manifest: Manifest, graph: onnx
 
 
 def test_its_experts_take_the_bytes_that_were_planned_less_the_aliases(manifest: Manifest) -> None:
-    """The native lowering stores copies of one expert in one format once."""
+    """The native lowering stores copies of an expert in the same format only once."""
     stored = 0
     for layer in manifest.plan.layers:
         geometry = layer.geometry

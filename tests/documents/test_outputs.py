@@ -1,4 +1,4 @@
-"""The guard of outputs: nothing that a command reads, and nothing that is not ours, is written over."""
+"""The guard of outputs: files that a command reads, and files that are not ours, are never overwritten."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The JSON schemas in docs/schema: what the code says, and what real files follow."""
+"""The JSON schemas in docs/schema: they match the code, and real files match them."""
 
 import copy
 import json

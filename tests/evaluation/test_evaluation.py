@@ -1,4 +1,4 @@
-"""Perplexity, agreement, divergence and balance, against direct computations in float64 by torch."""
+"""Perplexity, agreement, divergence and balance, compared with direct computations in float64 with torch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_a_layer_without_rows_is_an_error(plan: Plan) -> None:
         balance(made, {made.layers[0].name: np.zeros(8, np.int64)})
 
 
-# The whole
+# The complete evaluation
 
 
 def test_evaluation_is_a_direct_computation(stages: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
@@ -183,7 +183,7 @@ def test_a_reference_with_another_vocabulary_is_refused(stages: Path) -> None:
 
 
 def test_an_engine_that_hides_its_slots_has_everything_but_lis(stages: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
-    """As one of the lowering cuda does, which cannot run here."""
+    """Behaves like an engine of the lowering cuda, which cannot run here."""
     checkpoint = Model.open(tiny_checkpoint("olmoe"))
     counting = Engine.load(stages / "model.onnx", threads=1)
     hiding = Engine(counting.path, counting.manifest.model_copy(update={"slot_offsets": {}}), 1)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its licence goes with its engine."""
+"""A checkpoint's licence information is copied to its engine."""
 
 import json
 import shutil

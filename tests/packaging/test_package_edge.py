@@ -1,4 +1,4 @@
-"""The folder for a device: whole, the same every time, and run by ONNX Runtime alone."""
+"""The folder for a device is complete, is the same every time, and needs only ONNX Runtime."""
 
 import json
 import os
@@ -27,13 +27,14 @@ from rq_compile.runtime.engine import Engine
 
 Command = Callable[..., Result]
 PROMPT = [5, 9, 17, 3]
-# Where an unpacked ONNX Runtime release (include/, lib/) is, for the C++ example; unlike the headers, a wheel has the library.
+# The folder of an unpacked ONNX Runtime release (include/, lib/) for the C++ example; a wheel has the library, but not the
+# headers.
 ONNXRUNTIME = os.environ.get("ONNXRUNTIME")
 
 
 @pytest.fixture(scope="module", params=["batched", "native"])
 def engine(request: pytest.FixtureRequest) -> Path:
-    """One engine that needs no op library, one that does."""
+    """Two engines: one that needs no op library, and one that does."""
     return request.getfixturevalue(request.param)
 
 
@@ -101,7 +102,7 @@ def test_python_example_generates_the_engines_tokens_without_rq_compile(engine: 
 
 
 def test_an_engine_of_an_earlier_release(engine: Path, rq_compile: Command, tmp_path: Path) -> None:
-    """Version 1 of the manifest knew caches by heads and dimension; the package has the keys that its script reads."""
+    """Version 1 of the manifest described caches by heads and dimension; the package has the keys that its script reads."""
     old = tmp_path / "old"
     old.mkdir()
     for file in engine.parent.glob("small.*"):
@@ -315,7 +316,7 @@ def test_this_machines_op_library_is_for_this_machine(rq_compile: Command, nativ
 def test_an_op_library_that_nothing_needs_is_refused(rq_compile: Command, batched: Path, tmp_path: Path) -> None:
     arguments = ("package", batched, "--for", "edge", "-o", tmp_path / "edge")
     refused(rq_compile(*arguments, "--library", elf(tmp_path / "cross.so", 183)), 2, "--library")
-    # But every machine runs it.
+    # But it runs on every machine.
     assert rq_compile(*arguments, "--architecture", "aarch64", "-q").exit_code == 0
 
 
@@ -328,7 +329,7 @@ def test_a_changed_bit_is_refused(rq_compile: Command, stages: Path, tmp_path: P
     changed[len(changed) // 2] ^= 1
     weights.write_bytes(changed)
     refused(rq_compile("inspect", folder / "model.onnx", "--verify"), 1, weights.name, "damaged")
-    # Nor is it packaged again.
+    # It is not packaged again either.
     refused(rq_compile("package", folder / "model.onnx", "--for", "edge", "-o", tmp_path / "again"), 1, weights.name, "damaged")
     assert not (tmp_path / "again").exists()
 
@@ -347,7 +348,7 @@ def test_a_file_that_is_missing_is_refused(rq_compile: Command, stages: Path, tm
     refused(rq_compile("package", tmp_path / "model.onnx", "--for", "edge", "-o", tmp_path / "edge"), 2, "no manifest")
 
 
-# What the op library asks of the system
+# System requirements of the op library
 
 
 def test_the_package_states_the_least_versions_of_the_system_s_libraries(rq_compile: Command, stages: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""onnxruntime-genai's own generate loop over an engine of ours."""
+"""onnxruntime-genai's generate loop with our engine."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ SAMPLE = Path(__file__).parents[2] / "samples" / "olmoe"
 def engine(
     request: pytest.FixtureRequest, rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_path_factory
 ) -> Path:
-    """One engine that needs no op library, one that does."""
+    """Two engines: one that needs no op library, and one that does."""
     if request.param == "batched":
         return stages / "model.onnx"
     path = tmp_path_factory.mktemp("native") / "small.onnx"
@@ -50,7 +50,7 @@ def packaged(rq_compile: Command, engine: Path, tmp_path: Path) -> Path:
 
 
 def generate(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """``count`` greedy tokens after each of ``prompts``, which are of one length."""
+    """``count`` greedy tokens after each of ``prompts``, which have the same length."""
     model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=len(prompts[0]) + count, batch_size=len(prompts))
@@ -150,7 +150,7 @@ def test_the_command_line_that_is_shown_runs(rq_compile: Command, stages: Path, 
 
 @pytest.fixture
 def rewritten(stages: Path, tmp_path: Path) -> Callable[..., Path]:
-    """The engine of ``stages`` with another tokenizer, or other values in its manifest."""
+    """The engine of ``stages`` with a different tokenizer, or different values in its manifest."""
 
     def rewrite(tokenizer: Path | None = None, **values: Any) -> Path:
         folder = tmp_path / "rewritten"

@@ -1,4 +1,4 @@
-"""Placements handed to serving systems, read back as those systems' own readers index them."""
+"""Placements for serving systems, read back with the indexing of those systems' own readers."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ def plan_of(policy: str = "eplb", memory: float = 1.25, ranks: int = 4, **sizes:
 
 
 def with_slots(plan: Plan, *slots: list[tuple[int, int]]) -> Plan:
-    """The plan with layers of these (expert, rank), all of one load."""
+    """The plan with layers of these (expert, rank), all with the same load."""
     layers = [
         layer.model_copy(update={"slots": [Slot(expert=e, rank=r, format="bf16", load=1 / len(held)) for e, r in held]})
         for layer, held in zip(plan.layers, slots, strict=True)
@@ -46,7 +46,7 @@ def plan_file(tmp_path: Path) -> Path:
 
 
 def placed(plan_file: Path) -> dict[int, list[list[int]]]:
-    """Decoder layer -> rank -> its experts, from the plan alone."""
+    """Decoder layer -> rank -> its experts, computed only from the plan."""
     plan = Plan.model_validate_json(plan_file.read_bytes())
     return {
         layer.index: [sorted(slot.expert for slot in layer.slots if slot.rank == rank) for rank in range(plan.ranks)]

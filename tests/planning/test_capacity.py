@@ -1,4 +1,4 @@
-"""Capacity classes against every way to cut, and the lanes that slots of a plan form."""
+"""Capacity classes compared with every possible division, and the lanes that a plan's slots form."""
 
 from itertools import combinations
 
@@ -20,7 +20,7 @@ shares = st.tuples(st.integers(1, 3), st.integers(1, 7)).flatmap(
 
 
 def lanes(shares: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over texts of the rows that lanes of these classes compute, said plainly."""
+    """Mean over texts of the rows that lanes of these classes compute, in a direct implementation."""
     return float(sum((labels == label).sum() * shares[:, labels == label].max(axis=1).mean() for label in set(labels)))
 
 

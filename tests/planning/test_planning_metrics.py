@@ -1,4 +1,4 @@
-"""The definitions of balance, against counting by hand and token by token."""
+"""The definitions of balance, compared with counting by hand and token by token."""
 
 import numpy as np
 import planning_inputs as inputs
@@ -37,11 +37,11 @@ def test_slot_loads_are_what_dispatch_gives(tokens: list[int], extra: list[int],
 def test_lis_by_hand() -> None:
     loads = np.array([60, 20, 10, 10])
     assert metrics.lis(loads, 4) == pytest.approx(60 / 25)
-    # Two copies of expert 0: five slots, the busiest has 30; the share stays that of the four experts.
+    # Two copies of expert 0: five slots, and the busiest has 30 rows; the share is still computed for four experts.
     slots = metrics.slot_loads(loads, [0, 1, 2, 3, 0])
     assert metrics.lis(slots, 4) == pytest.approx(30 / 25)
     assert metrics.strict_lis(slots) == pytest.approx(30 / 20)
-    # Everything twice earns nothing beyond 1.
+    # Two copies of every expert give no more than 1.
     assert metrics.lis(metrics.slot_loads(np.array([20, 20, 20, 20]), [0, 1, 2, 3] * 2), 4) == 1
 
 

@@ -1,4 +1,4 @@
-"""Policy ``optimal``: its plans are feasible, proved, and no worse than doing nothing or than the paper."""
+"""Policy ``optimal``: its plans are feasible, proved optimal, and no worse than no change or than the paper's plans."""
 
 import itertools
 import time
@@ -117,7 +117,8 @@ def rivals(calibration: Calibration, arguments: dict) -> Iterator[Plan]:
 
 
 def fills_ranks(plan: Plan, like: Plan) -> bool:
-    """With as many slots on every rank in every layer; where that is impossible, without a replica, as ``like`` then is."""
+    """With equal numbers of slots on all ranks in every layer; if that is impossible, without replicas, and then ``like`` has
+    none."""
     held = [np.bincount([slot.rank for slot in layer.slots], minlength=plan.ranks) for layer in plan.layers]
     alike = len({tuple(counts) for counts in held}) == 1 and np.ptp(held[0]) == 0
     return alike if evenly_planned(like) else all(len(layer.slots) == layer.geometry.experts for layer in plan.layers)
@@ -134,7 +135,7 @@ def lis_of(copies: list[int], load: list[int]) -> float:
 
 
 def objective(plan: Plan, calibration: Calibration, tolerance: float = 0.01, hedge: float = 0.0, waits: bool = True) -> float:
-    """The objective of docs/planning.md, of any plan, from its slots."""
+    """The objective of docs/planning.md for any plan, computed from its slots."""
     total, goal = 0.0, 1 + tolerance
     for layer, counted in zip(plan.layers, calibration.layers, strict=True):
         copies = np.array(inputs.copies(layer))
@@ -152,7 +153,7 @@ def objective(plan: Plan, calibration: Calibration, tolerance: float = 0.01, hed
 
 
 def drift_imbalance(load: np.ndarray, copies: np.ndarray, layer: LayerPlan, goal: float) -> float:
-    """With the default ``drift``; a layer above ``goal`` counts as just balanced, and as much more as it is out of balance."""
+    """With the default ``drift``. A layer above ``goal`` counts as one that just meets it, plus the excess."""
     geometry = layer.geometry
     gain = np.maximum(0, np.minimum(np.minimum(1.0, 4 * load), geometry.experts / geometry.top_k - load))
     out_of_balance = 0.0
@@ -283,7 +284,7 @@ def test_packing_parts_copies_and_fills_ranks_evenly(loads: list[list[int]], cop
     assert 1 - 1e-9 <= imbalance(share, anew) <= imbalance(share, holds) + 1e-9
 
 
-# What it is for
+# Purpose
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -318,7 +319,7 @@ def test_beats_the_paper(memory: float, seed: int) -> None:
     for ours, theirs in zip(plan.layers, paper.layers, strict=True):
         assert ours.predicted.lis_after <= theirs.predicted.lis_after
         assert ours.predicted.worst_text_lis_after <= theirs.predicted.worst_text_lis_after
-    # Asked for no more balance than the paper's, it also has less error than the paper's.
+    # With the same balance as the paper's plan, its error is also smaller.
     least_balance = max(layer.predicted.worst_text_lis_after for layer in paper.layers)
     alike = optimal(calibration, memory=memory, hedge=0, tolerance=least_balance - 1)
     assert sum(layer.predicted.error for layer in alike.layers) <= sum(layer.predicted.error for layer in paper.layers)
@@ -350,7 +351,7 @@ def test_on_one_ragged_device_memory_goes_to_bits() -> None:
 
 
 def test_the_worst_text_counts_not_the_pooled_one() -> None:
-    # Pooled, all are alike. The plan must hold each text's own favourite.
+    # On the pooled counts, all are equal. The plan must take each text's busiest expert into account.
     layer = inputs.layer([[100, 20, 20, 20], [20, 100, 100, 100]], {"int8": [1e-6] * 4, "int4": [1e-4] * 4})
     plan = optimal(inputs.calibration([layer]), memory=1.0)
     assert plan.layers[0].predicted.lis_before == pytest.approx(1.0)

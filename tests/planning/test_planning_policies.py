@@ -1,4 +1,4 @@
-"""The policies to compare with, and what holds for the plans of all of them."""
+"""The baseline policies, and properties of the plans of all policies."""
 
 import numpy as np
 import planning_inputs as inputs
@@ -46,10 +46,10 @@ PAPER = inputs.layer([[10, 70, 10, 10]], {"int8": [0.01, 0.02, 0.03, 0.04]}, wan
 
 def test_paper_to_the_letter() -> None:
     plan = plan_of([PAPER], "paper", memory=1.1, in_place=1)
-    # The heavy hitter is 1, which also has the highest score; so 3, the next, is quantized in place.
+    # Expert 1 is the busiest and also has the highest score, so the next one, expert 3, is quantized in place.
     assert held(plan.layers[0]) == [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "int8"), (1, "int8")]
     assert plan.layers[0].predicted.lis_after == pytest.approx(35 / 25)
-    # Half of the heavy hitter's tokens, and all of expert 3's, meet int8.
+    # Half of expert 1's tokens, and all of expert 3's, are computed in int8.
     assert plan.layers[0].predicted.error == pytest.approx(0.02 / 2 + 0.04)
     assert any("differ in format" in remark for remark in plan.remarks)
 
@@ -137,7 +137,7 @@ def test_uneven_ranks_are_told_the_slots_that_fill_them() -> None:
 
 
 def test_eplb_never_stands_two_copies_on_one_rank() -> None:
-    # Nearly everything is on one expert, which the published algorithm would copy more often than there are ranks.
+    # Nearly all load is on one expert, of which the published algorithm would make more copies than there are ranks.
     layer = inputs.layer([[1000, 1, 1, 1, 1, 1, 1, 1]], {"int8": [0.0] * 8})
     plan = plan_of([layer], "eplb", memory=2.0, ranks=4, target="cuda")
     pairs = [(slot.expert, slot.rank) for slot in plan.layers[0].slots]
@@ -165,7 +165,7 @@ def test_place_only_moves() -> None:
 
 
 def test_place_serves_the_worst_text() -> None:
-    # On the pooled counts all four are alike; in each text two are busy, and they must part.
+    # On the pooled counts, all four are equal; in each text, two are busy, and they must be on different ranks.
     layer = inputs.layer([[10, 10, 0, 0], [0, 0, 10, 10]], {"int8": [0.0] * 4})
     plan = plan_of([layer], "place", ranks=2, target="cuda", smoothing=0)
     rank = {slot.expert: slot.rank for slot in plan.layers[0].slots}

@@ -1,4 +1,4 @@
-"""Replanning: nothing moves without need, what moves is the least there is, and the result is a plan like any other."""
+"""Replanning: nothing moves without need, as little as possible moves, and the result is a normal plan."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def check(old: Plan, new: Plan, changes: Changes, memory: float) -> None:
                 assert changed[place].bytes == inputs.slot_bytes(after.geometry, slot.format)
             else:
                 assert (slot.expert, slot.format, slot.rank) == key(before, place)
-        # The formats of experts stay.
+        # The formats of experts do not change.
         assert {(s.expert, s.format) for s in after.slots} == {(s.expert, s.format) for s in before.slots}
         if new.ranks > 1:
             pairs = [(slot.expert, slot.rank) for slot in after.slots]
@@ -82,7 +82,7 @@ def test_a_drift_is_balanced_by_a_few_changes(ranks: int, seed: int) -> None:
     assert 0 < changes.count < changes.slots / 3
     assert changes.bytes_moved == sum(change.bytes for layer in changes.layers for change in layer.changes)
     assert "every layer is within 5 % of balance" in new.remarks[0]
-    # Planning anew moves more.
+    # Planning from scratch moves more.
     anew = make_plan(loads, policy="optimal", memory=1.0, ranks=ranks, target="batched")
     moved = sum(
         len(
@@ -112,7 +112,7 @@ def test_any_drift_is_answered_within_the_memory(
     check(plan, new, changes, memory)
     load = demand(new_loads.layers[0], 1.0)[0]
     if ranks == 1 and changes.layers[0].imbalance_after <= 1 + tolerance:
-        # An expert that lacks copies for the goal must get them, and nothing else changes.
+        # An expert that needs more copies for the goal gets them, and nothing else changes.
         missing = np.ceil(load / (1 + tolerance) - 1e-8) - inputs.copies(plan.layers[0])
         assert changes.count == np.maximum(0, missing).sum()
 

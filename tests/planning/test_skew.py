@@ -1,4 +1,4 @@
-"""How skewed loads are, and what is said of it, against definitions and by hand."""
+"""The skew of loads and the remarks about it, compared with definitions and computations by hand."""
 
 from collections.abc import Sequence
 from dataclasses import replace

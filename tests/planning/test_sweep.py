@@ -1,4 +1,4 @@
-"""Plans for many budgets side by side."""
+"""Plans for several budgets."""
 
 import json
 from collections.abc import Callable

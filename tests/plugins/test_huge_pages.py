@@ -1,4 +1,4 @@
-"""Weights that a session maps from a file are marked for huge pages before they are read; what they lie in changes no result."""
+"""Weights that a session maps from a file are marked for huge pages before they are read; the pages do not change results."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ packed.external_data.add(key="location", value="weights")
 scales = onnx.numpy_helper.from_array(np.ones((1, panels, columns // 128, 16), np.float32), "int8_scales")
 inputs = ["x", "", "int8_packed", "int8_scales"]
 node = helper.make_node("DenseGemm", inputs, ["y"], domain="rq.moe", formats=[1], activation_bits=8)
-node.attribute.append(helper.make_attribute("outputs", 16 * panels))  # make_node's own argument has the same name
+node.attribute.append(helper.make_attribute("outputs", 16 * panels))  # make_node has an argument of the same name
 values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
 graph = helper.make_graph([node], "test", values[:1], values[1:], [packed, scales])
 imports = [helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", 1)]
@@ -33,7 +33,7 @@ options.register_custom_ops_library(str(library_path()))
 session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
 x = random.standard_normal((3, columns), np.float32)
 all_rows = session.run(None, {"x": x})[0]
-for rows in (1, 2, 3):  # by now it is known what pages the weights are in, on which the order of reading depends
+for rows in (1, 2, 3):  # now the pages of the weights are known, and the order of reading depends on them
     assert session.run(None, {"x": x[:rows]})[0].tobytes() == all_rows[:rows].tobytes()
 mapping, marked = "", False
 for line in Path("/proc/self/smaps").read_text().splitlines():

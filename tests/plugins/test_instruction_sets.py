@@ -1,4 +1,4 @@
-"""Kernels for instruction sets that this processor need not have, emulated: do they agree with the plain ones?"""
+"""Kernels for instruction sets that this processor may lack, run in an emulator, agree with the plain ones."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an op says when it fails: an exception of a tile, and a set of kernels that the processor does not have."""
+"""Errors of an op: an exception in a tile, and a set of kernels that the processor does not support."""
 
 import subprocess
 from pathlib import Path
@@ -44,7 +44,7 @@ op_nodes.expert_gemm(x, np.zeros(1, np.int32), np.array([0, 1], np.int32), weigh
 
 
 def instruction_sets() -> list[str]:
-    """Those that this processor has, as the README of the library lists them."""
+    """The sets of kernels that this processor supports, named as in the README of the library."""
     path = Path("/proc/cpuinfo")
     flags = set(path.read_text().split()) if path.is_file() else set()
     needs = {

@@ -1,4 +1,4 @@
-"""Does an answer depend on who shares its batch? It does not, unless copies of an expert may differ in format.
+"""A result does not depend on the other sequences in its batch, unless copies of an expert may differ in format.
 
 An engine of a tiny model whose experts all have two copies, in int8 and int4: a sequence alone and among 31 others takes other
 copies. Every product but the router's and attention's is a kernel of this project, which sums in one order however many rows

@@ -1,4 +1,4 @@
-"""What is not an expert, as stored or in int8: the op against float64, engines against transformers."""
+"""The weights outside of the experts, as stored or in int8: the op compared with float64, engines compared with transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +93,7 @@ def logits(path: Path) -> np.ndarray:
 
 
 def matrices(path: Path, ending: str) -> set[str]:
-    """Parameters of the transformers model that the graph holds in an initializer of this ending."""
+    """Parameters of the transformers model that are in the graph's initializers with this suffix."""
     names = [tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer]
     return {name.removesuffix(ending).removesuffix(".transposed") for name in names if name.endswith(ending)}
 

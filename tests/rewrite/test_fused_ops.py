@@ -1,6 +1,7 @@
-"""Norms, rotations and attention as ONNX Runtime's fused ops: where they stand, and what they give, against float64.
+"""Norms, rotations and attention as ONNX Runtime's fused ops: their places in the graph, and their results, compared with
+float64.
 
-That whole models give the same logits as before is seen in test_families.py and test_runtime.py.
+test_families.py and test_runtime.py check that the logits of whole models do not change.
 """
 
 from collections import Counter

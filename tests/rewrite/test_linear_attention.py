@@ -15,7 +15,7 @@ from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
 from rq_compile.export.linear_attention import gated_delta_rule, mamba2_scan
 
 BATCH, HEADS, KEY, VALUE = 2, 4, 8, 6
-# Prefill in two pieces, then one token: the state goes from one to the next.
+# Prefill in two pieces, then one token: the state is passed from one to the next.
 PIECES = (2500, 1499, 1)
 Inputs = dict[str, torch.Tensor]
 
@@ -49,7 +49,7 @@ def engine(function: Callable[..., Any], inputs: Inputs, growing: dict[str, int]
 
 
 def in_pieces(session: onnxruntime.InferenceSession, inputs: Inputs, growing: dict[str, int], state: str) -> np.ndarray:
-    """What the session gives of the whole sequence, piece by piece; the state is its last output."""
+    """The session's results for the whole sequence, run in pieces; the state is its last output."""
     outputs, start, held = [], 0, inputs[state].numpy()
     for size in PIECES:
         piece = {name: value.narrow(growing[name], start, size) if name in growing else value for name, value in inputs.items()}

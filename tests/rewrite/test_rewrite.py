@@ -1,4 +1,4 @@
-"""The rewrite of one MoE layer, in every lowering, against a float64 reference."""
+"""The rewrite of one MoE layer, in every lowering, compared with a float64 reference."""
 
 from pathlib import Path
 from typing import get_args

@@ -1,4 +1,4 @@
-"""The batched lowering: lanes of any class and capacity give every row its answer, and packed weights stay packed."""
+"""The batched lowering: lanes of any class and capacity give every row its result, and packed weights stay packed."""
 
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def test_standard_ops_with_one_product_for_each_format_and_class(expected: Expec
     products = 2 * len(set(zip((f for _, f in MIXED), CLASSES, strict=True)))
     ops = [node.op_type for node in nodes]
     assert ops.count("DequantizeLinear") == 6
-    # The first pass, and the loop of the others.
+    # The first pass, and the loop for the other passes.
     assert ops.count("MatMul") == (2 * products if expected else products)
 
 

@@ -1,4 +1,4 @@
-"""How many CPUs, threads and bytes control groups and affinity leave to a process, on trees as Linux has them."""
+"""The CPUs, threads and bytes that control groups and affinity leave to a process, with directory trees as on Linux."""
 
 import os
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_a_quota_of_version_1(machine: Machine, quota: str, cpus: int) -> None:
 
 
 def test_a_container_whose_group_is_its_root(machine: Machine) -> None:
-    """The process knows the path that the group has outside; inside, the mount begins with it."""
+    """The process knows the group's path outside of the container; inside, the mount begins with it."""
     machine.of(VERSION_1.format(inside="/docker/1f", root=machine.groups, name="cpu"), "4:cpu:/docker/1f\n")
     machine.group("cpu", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
     assert limits.usable_cpus() == 3
@@ -77,7 +77,7 @@ def test_a_container_whose_group_is_its_root(machine: Machine) -> None:
 
 
 def test_memory_of_both_versions(machine: Machine) -> None:
-    """As a scheduler has them: the job is limited, the step in it is not."""
+    """As set up by a scheduler: the job is limited, but the step in it is not."""
     machine.of(VERSION_2.format(root=machine.groups), "0::/job/step/task\n")
     for place, limit, used in (("job", "5000", 1200), ("job/step", "max", 1200), ("job/step/task", "9000", 1000)):
         machine.group(

@@ -1,6 +1,6 @@
-"""An engine in ONNX Runtime: cache, padding, counted rows, and what it says when something is missing.
+"""An engine in ONNX Runtime: cache, padding, counted rows, and the messages when something is missing.
 
-Every family's logits are compared with transformers in test_families.py; here is what holds whatever the weights are.
+Every family's logits are compared with transformers in test_families.py; the tests here do not depend on the weights.
 """
 
 import json
@@ -32,7 +32,7 @@ def engine(stages: Path) -> Engine:
 
 @pytest.fixture
 def copied(stages: Path, tmp_path: Path) -> Path:
-    """The engine's files in a folder of their own, to be spoilt."""
+    """A copy of the engine's files in a separate folder, to be damaged."""
     for file in stages.glob("model.*"):
         shutil.copy(file, tmp_path)
     return tmp_path / "model.onnx"
@@ -48,7 +48,7 @@ def test_generating_with_the_cache_is_recomputing_everything(engine: Engine) -> 
 
 @pytest.mark.parametrize("pieces", [(12,), (5, 7), (1, 1, 1, 9), (11, 1)])
 def test_text_in_pieces_through_the_cache_gives_the_same_logits(engine: Engine, pieces: tuple[int, ...]) -> None:
-    """As any other runtime would do it, from what the manifest and the graph say."""
+    """As any other runtime would do it, from the manifest and the graph."""
     ids, past_length = tokens(3, 12), 0
     cache = engine.manifest.cache
     past = {tensor.past: tensor.empty(3) for tensor in cache}
@@ -119,7 +119,7 @@ def test_counted_rows_are_every_choice_of_every_token(engine: Engine, shape: tup
 def test_counted_rows_are_those_that_transformers_routes(
     engine: Engine, stages: Path, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
-    """On the first layer, whose inputs no plan has changed."""
+    """On the first layer, whose inputs do not depend on the plan."""
     ids = tokens(2, 40)
     model = Reference.load(Model.open(tiny_checkpoint("olmoe"))).model
     chosen: list[np.ndarray] = []
@@ -186,7 +186,7 @@ def test_a_graph_that_does_not_load_is_one_sentence(copied: Path) -> None:
 
 
 def test_an_engine_moves_with_its_files(copied: Path, engine: Engine) -> None:
-    """Nothing in them names the folder where they were written."""
+    """They do not contain the name of the folder that they were written to."""
     ids = tokens(1, 6)
     np.testing.assert_array_equal(Engine.load(copied, threads=1).logits(ids), engine.logits(ids))
     np.testing.assert_array_equal(Engine.load(copied, threads=1).counted_logits(ids)[0], engine.logits(ids))

@@ -1,4 +1,5 @@
-"""Text in pieces is text at once, and a stream of tokens is what they decode to together."""
+"""Encoding text in pieces gives the same tokens as at once, and a stream of tokens gives the text that they decode to
+together."""
 
 import itertools
 import os
@@ -93,7 +94,7 @@ def test_bytes_that_are_no_character_do_not_end_a_stream() -> None:
     ):
         tokens = numbers(tokenizer, *bytes_, "▁the")
         assert "".join(streamed(tokenizer, tokens)) == wanted
-        # It goes on as if nothing had been.
+        # It continues as if nothing had happened.
         more = numbers(tokenizer, "▁a", "<0xC3>", "<0xA4>", "<0x0A>")
         assert "".join(streamed(tokenizer, [*tokens, *more])) == f"{wanted} aä\n"
 
@@ -126,7 +127,7 @@ def test_text_before_a_stream_gives_it_its_space() -> None:
 
 
 def test_a_stream_of_random_tokens_is_bounded_and_whole_characters_stay() -> None:
-    # Without the bytes of letters: after them, byte fallback makes U+FFFD of what was sent as a letter already.
+    # Without the bytes of letters: after them, byte fallback turns a letter that was already sent into U+FFFD.
     for (kind, first), seed in itertools.product((("byte level", 3), ("byte fallback", 3 + 128)), range(20)):
         tokenizer = text_tokenizers.KINDS[kind]()
         size, random = tokenizer.get_vocab_size(), np.random.default_rng(seed)
@@ -138,7 +139,7 @@ def test_a_stream_of_random_tokens_is_bounded_and_whole_characters_stay() -> Non
             longest = max(longest, len(stream._held) + len(stream._before))
         text += stream.end()
         assert longest <= 2 * MOST_HELD
-        # Bytes that form no character may be counted otherwise; all else is there, in order.
+        # Bytes that are not a character may be counted differently; everything else is there, in order.
         known = [c for c in tokenizer.decode(tokens) if c.isascii() and c.isalpha()]
         assert [c for c in text if c.isascii() and c.isalpha()] == known
 

@@ -1,4 +1,4 @@
-"""Chromium without a window, spoken to in its own protocol through a pipe: no driver, no port."""
+"""Chromium without a window, controlled through its own protocol over a pipe: no driver and no port are needed."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-extensi
 
 
 class Page:
-    """One tab. ``events`` are all that it reported, as (method, parameters)."""
+    """One tab. ``events``: all events that it reported, as (method, parameters)."""
 
     def __init__(self, send: int, receive: Any) -> None:
         self.send, self.receive = send, receive
@@ -46,7 +46,7 @@ class Page:
         return json.loads(content)
 
     def open(self, path: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Load the file, on a screen of this size in CSS pixels, and wait until all of it is there."""
+        """Load the file, on a screen of this size in CSS pixels, and wait until it is complete."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
@@ -66,13 +66,13 @@ class Page:
 
     @property
     def requests(self) -> list[str]:
-        """What was fetched, beside what stands in the page itself."""
+        """The resources that were fetched, in addition to those in the page itself."""
         asked = [event["request"]["url"] for method, event in self.events if method == "Network.requestWillBeSent"]
         return [url for url in asked if not url.startswith("data:")]
 
     @property
     def complaints(self) -> list[dict]:
-        """Errors and everything else that went to the console."""
+        """Errors and all other output on the console."""
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [event for method, event in self.events if method in kinds]
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of which something was changed, and how a checkpoint is refused."""
+"""Tiny checkpoints with changes, and a check that a checkpoint is rejected."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def changed(
 
 
 def refused(folder: Path, *words: str) -> str:
-    """Opening ``folder`` is refused with one sentence, which has all ``words`` and is returned."""
+    """Check that opening ``folder`` fails with one sentence that contains all ``words``, and return the sentence."""
     with pytest.raises(UserError) as caught:
         Model.open(folder)
     message = one_sentence(caught.value)

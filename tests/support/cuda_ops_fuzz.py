@@ -1,8 +1,8 @@
-"""Nodes MoeLayer at random: an answer or an error of the session, never a crash. test_cuda_ops.py runs this file.
+"""Random MoeLayer nodes give a result or an error of the session, never a crash. test_cuda_ops.py runs this file.
 
-    python cuda_ops_fuzz.py SEED COUNT      with RQ_HOST, RQ_LIBRARY (best one that checks itself) and RQ_STAND_IN
+    python cuda_ops_fuzz.py SEED COUNT      with RQ_HOST, RQ_LIBRARY (preferably built with sanitizers) and RQ_STAND_IN
 
-Prints how many nodes were taken and how many batches were run.
+Prints the numbers of accepted nodes and of batches that were run.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""What stands in tests/frozen: ``python tests/support/frozen_files.py`` writes anew what follows from the code."""
+"""The contents of tests/frozen: ``python tests/support/frozen_files.py`` rewrites the files that follow from the code."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ ON_RANKS: tuple[Target, ...] = ("cuda", "batched")
 
 
 def schema_hash(kind: str) -> str:
-    """Of what a schema says to a program: descriptions and titles left out."""
+    """The hash of the part of a schema that matters to programs, without descriptions and titles."""
     text = json.dumps(_without_words(DOCUMENTS[kind].model_json_schema()), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -52,7 +52,7 @@ def plan_path(policy: str, target: str, ranks: int) -> Path:
 
 
 def made(policy: str, target: str, ranks: int) -> Plan:
-    """By whatever version of rq-compile: plans change with the planner alone."""
+    """The version of rq-compile is removed: plans change only with the planner."""
     calibration = read_document(Calibration, PLANS / "calibration.json")
     plan = make_plan(calibration, policy=policy, memory=MEMORY.get(policy, 1.0), ranks=ranks, target=target)
     return plan.model_copy(update={"tool": "rq-compile"})

@@ -1,4 +1,4 @@
-"""What a refusal of a checkpoint must be, and .safetensors files of any header."""
+"""A check of the error for a rejected checkpoint, and .safetensors files with any header."""
 
 import json
 from pathlib import Path

@@ -7,7 +7,7 @@ VOID = {"meta", "link", "img", "br"}
 
 
 class Read(HTMLParser):
-    """Tags, attributes and text of a page; every tag that needs it is closed, in order."""
+    """Tags, attributes and text of a page. All tags that must be closed are closed, in order."""
 
     def __init__(self, content: str) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Make the ``tritonserver`` of an installed nvidia-pytriton start by itself: run by the Python of that environment.
+"""Makes the ``tritonserver`` of an installed nvidia-pytriton start on its own. Run this with the Python of that environment.
 
-The wheel has the server, its python backend, and the backend's stub for each Python, away from the backend. The stub wants the
+The wheel has the server, its python backend, and, in a different folder, the backend's stub for each Python. The stub needs the
 shared library of its Python, and finds the environment through the first ``python3`` of the path.
 """
 
@@ -23,7 +23,7 @@ def main() -> None:
         sys.exit(f"nvidia-pytriton has no stub for Python {sysconfig.get_python_version()}, only for {known}; use one of these")
     shutil.copy(stub, server / "backends" / "python")
     library = Path(sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME"))
-    if library.suffix != ".a":  # else the system's must do
+    if library.suffix != ".a":  # otherwise the system's is used
         shutil.copy(library, packages / "nvidia_pytriton.libs")
     launcher = programs / "tritonserver"
     launcher.write_text(LAUNCHER.format(programs=programs, server=server))

@@ -1,4 +1,4 @@
-"""One layer of every format in 16 bits, as the network for TensorRT has it."""
+"""One layer with every format, in 16 bits, as in the network for TensorRT."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ EXPERTS = random_experts(GEOMETRY)
 
 
 def layer_in_half(folder: Path, half: str = "fp16") -> onnx.ModelProto:
-    """One layer of every format, so narrow that it needs further passes, and its weights."""
+    """One layer with every format, whose lanes are so narrow that it needs further passes, and its weights."""
     lanes = TensorRTLanes(ExpectedCapacity(headroom=0.3, least=2))
     lowered = lanes.lower(one_layer(32, 2), plan_of(GEOMETRY, MIXED), lambda _, e: EXPERTS[e])
     model, versions = half_precision(lowered.model, HALVES[half], layers=[LAYER])

@@ -1,4 +1,4 @@
-"""What a message to the user must be: one sentence that names a thing, a value and an action.
+"""The rules for a message to the user: one sentence that names a thing, a value and an action.
 
 As a plugin of pytest it records every ``UserError`` that the package raises while tests run.
 """
@@ -16,24 +16,24 @@ from rq_compile.errors import UserError
 
 PACKAGE = Path(package.__file__).parent
 VALUE = "'x'"
-# With these a way out begins; what stands before a comma may say for whom it is ("for .plan use ...").
+# A way out begins with one of these words; the part before a comma may name the case that it is for ("for .plan use ...").
 ACTIONS = re.compile(
     r"\b(add|allow|build|calibrate|check|choose|compile|convert|copy|correct|dequantize|download|end|free|git|give|inspect|install|"
     r"keep|leave|look|make|move|name|package|plan|put|quantize|raise|re-run|record|remove|rename|repair|run|save|say|see|set|shorten|split|"
     r"start|take|update|use|wait|write)\b"
 )
-# An incomplete or damaged copy: then, and only then, another copy helps.
+# An incomplete or damaged copy: only in this case, another copy helps.
 BAD_COPY = re.compile(r"truncated|damaged|incomplete|is not a safetensors file|cannot be read")
 
-# Exceptions of this package, whose texts are its own.
+# Exceptions of this package, whose texts follow these rules.
 OWN = {"UserError", "BuildError", "ContractError"}
 
-# Where it was raised -> what it said, of this session.
+# Place where it was raised -> its text, for all messages of this session.
 said: dict[str, str] = {}
 
 
 def faults(message: str) -> list[str]:
-    """What is wrong with ``message``, which a user was told; empty if nothing is."""
+    """The faults of ``message``, as shown to a user; empty if there are none."""
     problem, _, way_out = message.partition("; ")
     found = {
         "more than one line": "\n" in message,
@@ -48,13 +48,13 @@ def faults(message: str) -> list[str]:
 
 
 def template_faults(text: str) -> list[str]:
-    """``faults`` of a message in the source; its values are put in, or stand there (a number, an option, a file)."""
+    """``faults`` of a message in the source, whose values are inserted or written out (a number, an option, a file)."""
     valued = re.search(rf"{VALUE}|\d|['\"]|--\w|\w\.\w|NaN", text)
     return faults(text) + ([] if valued else ["names no value"])
 
 
 def templates() -> Iterator[tuple[str, str]]:
-    """Every message in the source: where it stands, and its text with ``VALUE`` for what is put in."""
+    """Every message in the source: its place, and its text with ``VALUE`` for inserted values."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "UserError" and node.args:
@@ -64,7 +64,8 @@ def templates() -> Iterator[tuple[str, str]]:
 
 
 def whole_quotes() -> Iterator[str]:
-    """Where a message holds a caught exception as it is, rather than ``errors.reason`` of it; our own may be held."""
+    """Places where a message contains a caught exception directly, rather than its ``errors.reason``; our own exceptions are
+    allowed."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for handler in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(handler, ast.ExceptHandler) and handler.name and not OWN & _names(handler.type):
@@ -80,14 +81,14 @@ def _names(types: ast.expr | None) -> set[str]:
 
 
 def template(message: ast.expr) -> str | None:
-    """None of a message that is made elsewhere."""
+    """The text, or None if the message is made elsewhere."""
     if isinstance(message, ast.Constant):
         return str(message.value)
     if not isinstance(message, ast.JoinedStr):
         return None
     pieces = [piece.value if isinstance(piece, ast.Constant) else VALUE for piece in message.values]
     text = "".join(map(str, pieces))
-    # A way out whose beginning is put in is checked where tests provoke it.
+    # If the beginning of a way out is inserted, it is checked when tests raise the message.
     return None if f"; {VALUE}" in text else text
 
 
@@ -104,5 +105,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The test of what was said comes last."""
+    """Run the test of the recorded messages last."""
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)

@@ -1,4 +1,4 @@
-"""Calibrations for the planner's tests, made up from numbers, and an independent reading of plans."""
+"""Calibrations for the planner's tests, made from given numbers, and independent computations on plans."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -70,7 +70,8 @@ def skewed(
     hidden: int = 64,
     intermediate: int = 32,
 ) -> Calibration:
-    """Loads and errors as trained models show them: lognormal loads, int8 near exact, int4 a few thousandths in a whole layer."""
+    """Loads and errors like those of trained models: lognormal loads, int8 nearly exact, int4 a few thousandths in a whole
+    layer."""
     random = np.random.default_rng(seed)
     made = []
     for place in range(layers):
@@ -96,7 +97,7 @@ def skewed(
 
 
 def plan_bytes(plan: Plan) -> int:
-    """Bytes of all slots, from the definition of the formats alone."""
+    """Bytes of all slots, computed only from the definition of the formats."""
     return sum(slot_bytes(layer.geometry, slot.format) for layer in plan.layers for slot in layer.slots)
 
 

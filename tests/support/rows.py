@@ -1,4 +1,4 @@
-"""Networks for TensorRT give the logits of the last token; tests want those of all."""
+"""Networks for TensorRT return the logits of the last token; tests need those of all tokens."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that published models have, small, trained on a few texts."""
+"""Small tokenizers of the kinds used by published models, trained on a few texts."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -6,7 +6,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. In the beginning there was 
 
 
 def byte_level(vocabulary: int = 300, texts: tuple[str, ...] = (TEXT,)) -> Tokenizer:
-    """As GPT-2: bytes as letters."""
+    """Like GPT-2: bytes as letters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -20,7 +20,7 @@ def byte_level(vocabulary: int = 300, texts: tuple[str, ...] = (TEXT,)) -> Token
 
 
 def byte_fallback() -> Tokenizer:
-    """As Llama 2: a space is ``▁``, and a character without a token of its own is its bytes, ``<0x0A>``."""
+    """Like Llama 2: a space is ``▁``, and a character without a token is encoded as its bytes, ``<0x0A>``."""
     special = ["<unk>", "<s>", "</s>"]
     letters = ["▁", *map(chr, range(ord("!"), ord("~") + 1))]
     words = ["▁t", "he", "▁the", "▁a"]
@@ -37,7 +37,7 @@ def byte_fallback() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """As T5 and XLNet: the likeliest cut of words that begin with ``▁``."""
+    """Like T5 and XLNet: the most likely segmentation of words that begin with ``▁``."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -48,7 +48,7 @@ def unigram() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """As BERT: the longest piece first."""
+    """Like BERT: the longest piece first."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

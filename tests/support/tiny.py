@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported family, in the layout that the published checkpoints have."""
+"""Tiny random checkpoints of every supported family, in the layout of the published checkpoints."""
 
 import json
 from collections.abc import Callable
@@ -138,7 +138,7 @@ FAMILIES = (*CONFIGS, *REMOTE_CONFIGS)
 def build(family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
     """Write a tiny checkpoint of ``family`` with a tokenizer into ``directory`` and return it.
 
-    ``changes`` replace settings of the config of a family that transformers has."""
+    ``changes`` replace settings of the config, for a family that transformers supports."""
     directory.mkdir(parents=True, exist_ok=True)
     if family in REMOTE_CONFIGS:
         _build_remote(family, directory, seed, dtype)
@@ -176,7 +176,7 @@ def _values(name: str, shape: torch.Size | tuple[int, ...], generator: torch.Gen
     if "norm" in name and name.endswith("weight"):
         return 1 + 0.2 * values
     if name.endswith(("router.weight", "gate.weight", "classifier.weight", "layer.weight")) or "gate_network" in name:
-        # Decisive routing: the tests compare implementations, which may differ where two experts are a rounding apart.
+        # Decisive routing: the tests compare implementations, which may differ if two experts' scores differ only by rounding.
         return values * 0.8
     if len(shape) < 2:
         return values * 0.1
@@ -193,7 +193,7 @@ def _build_remote(family: str, directory: Path, seed: int, dtype: torch.dtype) -
 
 
 def remote_shapes(family: str) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes as the published checkpoints of the two families without transformers code have them."""
+    """Tensor names and shapes as in the published checkpoints of the two families without transformers code."""
     config = REMOTE_CONFIGS[family]
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     kv = hidden // heads * kv_heads

@@ -1,6 +1,6 @@
 """Tiny checkpoints in the storage formats of published ones, written by the quantizers of the libraries that publish them.
 
-Where a library that runs on the CPU has none (ModelOpt's, GPTQ's and AWQ's packings), the layout is written here, number by
+If no library that runs on the CPU has a quantizer (ModelOpt's, GPTQ's and AWQ's packings), the layout is written here, number by
 number, from its description; nothing of rq-compile is used. Each comes with the same checkpoint dequantized, by the library's own
 dequantization or from the numbers before they were packed.
 """
@@ -24,7 +24,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 Stored = dict[str, Tensor]
-# What a module's weight becomes: its tensors by the name below the module, and what they are worth in fp32.
+# The stored form of a module's weight: its tensors by the name below the module, and their values in fp32.
 Store = Callable[[Tensor], tuple[Stored, Tensor]]
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -34,7 +34,7 @@ EXPERTS, ATTENTION = r"\.experts\.", r"\.self_attn\.[qkvo]_proj\.|\.self_attn\.k
 
 @dataclass(frozen=True)
 class Format:
-    """Which modules are stored how, first match first; what config.json says; and the model that it is shown on."""
+    """How modules are stored (the first match applies), the settings in config.json, and the model used for the format."""
 
     modules: tuple[tuple[str, Store], ...]
     settings: dict[str, Any]
@@ -50,7 +50,7 @@ def build(name: str, folder: Path) -> Path:
 
 
 def store(plain: Path, made: Path, format: Format) -> Path:
-    """Write the checkpoint ``plain`` into ``made`` in a format, and what that is worth into ``plain``; returns ``made``."""
+    """Write the checkpoint ``plain`` into ``made`` in a format, and the dequantized values into ``plain``; returns ``made``."""
     weights = load_file(plain / "model.safetensors")
     stored: Stored = {}
     for name_, tensor in list(weights.items()):
@@ -74,7 +74,7 @@ def store(plain: Path, made: Path, format: Format) -> Path:
 
 
 def _save(tensors: Stored, folder: Path) -> None:
-    """In two shards: scales and zero points in another than the weights."""
+    """In two shards: scales and zero points are in a different shard than the weights."""
     second = {name for name in tensors if re.search(r"scale|zero|_scales$|g_idx", name)}
     shards = ({n: t for n, t in tensors.items() if n not in second}, {n: t for n, t in tensors.items() if n in second})
     weight_map = {}

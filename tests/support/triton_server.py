@@ -1,4 +1,4 @@
-"""What the tests of the Triton package share: engines, configs, and a ``tritonserver`` that runs."""
+"""Shared by the tests of the Triton package: engines, configs, and a running ``tritonserver``."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 Command = Callable[..., Result]
-# That of nvidia-pytriton, in an environment with the packages that a packaged model.py needs.
+# The server of nvidia-pytriton, in an environment with the packages that a packaged model.py needs.
 SERVER = Path(os.environ.get("TRITONSERVER", Path(__file__).parents[2] / ".venv-triton" / "bin" / "tritonserver"))
 needs_server = pytest.mark.skipif(
     not SERVER.is_file(), reason=f"no {SERVER}: run make .venv-triton/bin/tritonserver or set TRITONSERVER"
@@ -31,7 +31,7 @@ def succeed(result: Result) -> Result:
 
 
 def compile_native(rq_compile: Command, stages: Path, checkpoint: Path, folder: Path) -> Path:
-    """An engine that needs the op library, of the checkpoint that ``stages`` calibrated."""
+    """An engine that needs the op library, from the checkpoint that ``stages`` calibrated."""
     plan, path = folder / "plan.json", folder / "native.onnx"
     succeed(rq_compile("plan", stages / "calibration.json", "--target", "cpu", "--memory", 0.6, "-o", plan, "-q"))
     succeed(rq_compile(checkpoint, "--plan", plan, "-o", path, "-q"))

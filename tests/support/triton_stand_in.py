@@ -1,5 +1,5 @@
-"""In the place of Triton's onnxruntime backend, which no package index has: the same session from the same config, the same
-batch from several requests. The server copies it as a ``model.py`` for its python backend."""
+"""Replaces Triton's onnxruntime backend, which is not in any package index: the same session from the same config, the same
+batch from several requests. The server runs a copy of it as a ``model.py`` of its python backend."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-# The parameters that the backend reads (ModelState and ModelInstanceState in its src/onnxruntime.cc); others it ignores.
+# The parameters that the backend reads (ModelState and ModelInstanceState in its src/onnxruntime.cc); it ignores others.
 PARAMETERS = {
     "execution_mode",
     "intra_op_thread_count",
@@ -45,7 +45,7 @@ class TritonPythonModel:
     def execute(self, requests: list) -> list:
         import triton_python_backend_utils as backend
 
-        time.sleep(0.02)  # so that others gather meanwhile, as they would while a large engine runs
+        time.sleep(0.02)  # so that further requests accumulate, as they would while a large engine runs
         feeds = [
             {name: backend.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs} for request in requests
         ]

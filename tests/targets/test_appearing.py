@@ -49,7 +49,7 @@ def test_the_next_compilation_knows_what_was_left(model: Path, stages: Path, out
 
 @pytest.mark.parametrize("command", ["generate", "bench", "inspect", "package"])
 def test_new_weights_beside_an_old_manifest_are_no_engine(stages: Path, out: Path, rq_compile: Run, command: str) -> None:
-    """They may have the same sizes."""
+    """The files may have the same sizes."""
     for file in stages.glob("model.*"):
         shutil.copy(file, out)
     list_of(out / "model.onnx").write_text('["model.onnx", "model.onnx.data", "model.json"]')

@@ -1,4 +1,4 @@
-"""``-o engine.onnx`` for the target cuda: every MoE layer one node of librq_moe_cuda.so."""
+"""``-o engine.onnx`` for the target cuda: every MoE layer is one node of librq_moe_cuda.so."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest
 from rq_compile.targets.engine_estimate import engine_estimate
 
-# Of sizes that the kernels take, unlike those of the other tests.
+# Of sizes that the kernels support, unlike those of the other tests.
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_experts": 4}
 SLOTS = [(0, "fp32"), (1, "int8"), (2, "int4"), (3, "int8"), (0, "fp32"), (2, "int4")]
 
@@ -66,7 +66,7 @@ def test_a_plan_for_cuda_becomes_an_engine_for_it(wide: Path) -> None:
 
 
 def test_it_takes_what_was_estimated(wide: Path) -> None:
-    """The weights to the byte, but for the alignment at the end."""
+    """The size of the weights is exact, except for the alignment at the end."""
     checkpoint, plan = Model.open(wide / "model"), read_document(Plan, wide / "plan.json")
     estimate = engine_estimate(checkpoint, wide / "engine.onnx", "cuda", plan=plan)
     assert 0 <= estimate.outputs["engine.onnx.data"] - (wide / "engine.onnx.data").stat().st_size < 4096
@@ -91,7 +91,7 @@ def test_its_answers_are_those_of_the_native_engine(
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In another Python: whether Triton interprets is decided when it is first imported."""
+    """In a separate Python process, since Triton decides at import whether it interprets."""
     arguments = [wide / "model", "--plan", wide / "plan.json", "--lowering", "native", "-o", out / "native.onnx"]
     result = rq_compile(*arguments, "-q")
     assert result.exit_code == 0, result.stderr

@@ -1,4 +1,4 @@
-"""What a dry run says, against what is then written."""
+"""The estimates of a dry run, compared with the files that are then written."""
 
 import json
 import shutil
@@ -36,7 +36,8 @@ def written(folder: Path) -> dict[str, int]:
 def test_an_engine_takes_what_was_estimated(
     stages: Path, model: Path, out: Path, export_once: Callable[[Model], Exported], lowering: str
 ) -> None:
-    """The weights to the byte, but for the alignment at the end; the graph and the manifest about."""
+    """The size of the weights is exact, except for the alignment at the end; those of the graph and the manifest are
+    approximate."""
     checkpoint, plan = Model.open(model), read_document(Plan, stages / "plan.json")
     plan = plan.model_copy(update={"quantizer": "nearest"})
     estimate = engine_estimate(checkpoint, out / "x.onnx", lowering, plan=plan)
@@ -95,7 +96,7 @@ def test_a_calibration_takes_what_was_estimated(model: Path, out: Path, rq_compi
 
 
 def test_a_dry_run_reads_no_weights(model: Path, stages: Path, tmp_path: Path, rq_compile: Run) -> None:
-    """All of them are NaN, which is refused where they are read."""
+    """All of them are NaN, which would be rejected if they were read."""
     copy = Path(shutil.copytree(model, tmp_path / "model"))
     file = copy / "model.safetensors"
     content = file.read_bytes()

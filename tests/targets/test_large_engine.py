@@ -1,4 +1,4 @@
-"""What a large model needs: memory that does not grow with it, and a graph and a weights file of any size."""
+"""Requirements of a large model: memory that does not grow with it, and a graph and a weights file of any size."""
 
 import json
 import sys
@@ -63,15 +63,15 @@ before, whole = resident("VmRSS"), resident("VmHWM")
 open("/proc/self/clear_refs", "w").write("5")
 manifest = compile_engine(checkpoint, plan, Path(sys.argv[2]), exported=exported, writing=Writing(threads=2))
 peak = resident("VmHWM")
-# Not getrusage's: it counts what the process held that started this one.
+# Not from getrusage, which also counts the memory of the parent process before exec.
 print(json.dumps([before, peak, max(whole, peak), manifest.weights.bytes]))
 """
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "mxfp4"])
 def test_compiling_takes_the_memory_of_two_layers(storage: Storage, tmp_path: Path) -> None:
-    """Beyond what the program and the graph take, less than 1 GiB. Who held the model, or its engine, would take more. Layers
-    count as in bf16, also where the checkpoint stores them in fewer bytes."""
+    """In addition to the program and the graph, less than 1 GiB. Holding the model, or its engine, would take more. Layers
+    count as in bf16, even if the checkpoint stores them in fewer bytes."""
     small = generate(replace(SMALL, storage=storage), tmp_path / "model", shard_bytes=10**8)
     assert SMALL.bytes > 4 * SMALL.layer_bytes
     process = python("-c", PROGRAM, str(small), str(tmp_path / "model.onnx"))
@@ -112,7 +112,7 @@ def test_tensors_of_more_than_two_gigabytes(lowering: str, format: str) -> None:
 
 
 def test_a_graph_of_thousands_of_nodes() -> None:
-    """128 slots in stock ops: the largest of the graphs. It stays far below the 2 GiB that protobuf allows."""
+    """128 slots in stock ops: the largest graph. It stays far below the 2 GiB that protobuf allows."""
     geometry = ExpertGeometry(experts=128, top_k=8, hidden=2048, intermediate=768, activation="swiglu")
     plan = plan_of(geometry, [(expert, "int4") for expert in range(128)])
     model = Stock().lower(one_layer(2048, 8), plan, no_weights).model
@@ -127,7 +127,7 @@ def test_a_graph_of_thousands_of_nodes() -> None:
 
 @pytest.mark.parametrize("lowering", ["native", "stock"])
 def test_onnx_runtime_maps_weights_of_more_than_two_gigabytes(tmp_path: Path, lowering: str) -> None:
-    """The file is one hole, which reads as zeros; what is not mapped but read would be seen in the resident memory."""
+    """The file is one hole, which reads as zeros; if it were read rather than mapped, the resident memory would show it."""
     plan = plan_of(MIXTRAL, [(expert, "int8") for expert in range(40)])
     lowered = lowering_of(lowering).lower(one_layer(MIXTRAL.hidden, MIXTRAL.top_k), plan, no_weights)
     model, sections = lowered.model, lowered.experts

@@ -1,4 +1,4 @@
-"""``-o engine.plan``: really built by TensorRT-RTX, which needs no GPU for that, and everything but built for TensorRT."""
+"""``-o engine.plan``: actually built with TensorRT-RTX, which needs no GPU to build; for TensorRT, everything but the build."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def test_an_engine_is_built_without_a_gpu(rq_compile: Callable, model: Path, sta
     assert built.network_layers["DEQUANTIZE"] > 0
     assert "TRIP_LIMIT" not in built.network_layers  # decoding needs no further pass
     assert sum(built.engine_layers.values()) > 0
-    # There is no 16-bit copy of the experts: the engine holds what the network held.
+    # There is no 16-bit copy of the experts: the engine contains the weights of the network.
     assert built.weight_bytes < 1.2 * (unbuilt / "m.network.onnx.data").stat().st_size
 
     shown = rq_compile("inspect", out / "m.plan")
@@ -157,7 +157,7 @@ def test_onnx_runtime_knows_the_context_model(unbuilt: Path) -> None:
     kinds = {"INT": AttributeProto.INT, "STRING": AttributeProto.STRING}
     for attribute in node.attribute:
         assert kinds[schema.attributes[attribute.name].type.name] == attribute.type
-    # Its graph and schema are accepted; what is missing on the CPU is the provider that runs it.
+    # Its graph and schema are accepted; on the CPU, only the provider that runs it is missing.
     with pytest.raises(Exception, match=r"NOT_IMPLEMENTED.*EPContext"):
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -187,7 +187,7 @@ def test_what_a_builder_would_refuse_is_refused_at_once(
     options: list[str], words: list[str], rq_compile: Callable, model: Path, stages: Path, out: Path
 ) -> None:
     refused(rq_compile(model, "--plan", stages / "plan.json", "-o", out / "m.plan", *options), 2, *words)
-    # Without a plan, before the model is calibrated: progress would stand on stderr.
+    # Without a plan, it fails before the model is calibrated: otherwise there would be progress on stderr.
     refused(rq_compile(model, "--text", stages / "text.txt", "-o", out / "m.plan", *options), 2, *words)
     assert names(out) == []
 

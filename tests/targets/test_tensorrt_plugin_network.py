@@ -1,4 +1,4 @@
-"""``-o engine.plan --plugins``: the network whose MoE layers are plugins, and all that its builder gets."""
+"""``-o engine.plan --plugins``: the network whose MoE layers are plugins, and the other files for its builder."""
 
 import json
 import re
@@ -39,7 +39,7 @@ PROFILES = default_profiles(2, 16, 64)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Looks like the plugin library to who does not load it."""
+    """A file that looks like the plugin library as long as it is not loaded."""
     path = tmp_path_factory.mktemp("library") / "librq_tensorrt.so"
     path.write_bytes(b"\x7fELF ... getCreators ... MoeLayer ... rq.moe")
     return path
@@ -47,7 +47,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Callable, stages: Path) -> tuple[Model, Path]:
-    """An OLMoE of sizes that the kernels take, unlike those of the other tests, and its plan: replicas, int8 and int4."""
+    """An OLMoE of sizes that the kernels support, unlike those of the other tests, and its plan: replicas, int8 and int4."""
     folder = tmp_path_factory.mktemp("wide")
     model, calibration, plan = folder / "model", folder / "calibration.json", folder / "plan.json"
     config = OlmoeConfig(**tiny.COMMON | {"hidden_size": 64, "intermediate_size": 64}, num_experts=8)
@@ -66,7 +66,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Callable, stages:
 
 
 def with_copies(layer: LayerPlan, count: int) -> LayerPlan:
-    """Of the first ``count`` slots, which share their loads with them."""
+    """Replicas of the first ``count`` slots, which share the load with them."""
     halved = [slot.model_copy(update={"load": slot.load / 2}) for slot in layer.slots[:count]]
     return layer.model_copy(update={"slots": [*halved, *layer.slots[count:], *halved]})
 
@@ -108,7 +108,7 @@ def test_a_model_gives_the_logits_of_transformers(wide: tuple[Model, Path], netw
     logits = run(with_all_rows(model), feeds)["logits"]
     wanted = as_planned(Reference.load(wide[0]), plan).logits(ids)
     assert logits.dtype == np.float32
-    # A token whose experts are a rounding apart may go to another.
+    # A token whose experts' scores differ only by rounding may go to a different expert.
     assert np.quantile(np.abs(logits - wanted).max(-1), 0.9) < 0.01 * np.abs(wanted).max()
     assert (logits.argmax(-1) == wanted.argmax(-1)).mean() > 0.97
 
@@ -225,7 +225,7 @@ def test_plugins_have_no_effect_on_onnx(rq_compile: Callable, model: Path, stage
 
 
 def test_sizes_that_no_kernel_takes_are_named(rq_compile: Callable, model: Path, stages: Path, library: Path, out: Path) -> None:
-    """Before the model is exported, which takes minutes where it is large."""
+    """This fails before the model is exported, which takes minutes for a large model."""
     arguments = (model, "--plan", stages / "plan.json", "-o", out / "m.plan", "--no-build", "--plugins", library)
     result = rq_compile(*arguments)
     assert result.exit_code == 2
@@ -251,7 +251,7 @@ def test_an_encoder_decoder_is_refused_at_once(
 
 
 class Recorded:
-    """Stands for the module ``tensorrt``: knows the names that are asked of it, and in which order."""
+    """Replaces the module ``tensorrt``: records the calls, in their order."""
 
     __name__, __version__ = "tensorrt", "10.16.1"
 
@@ -299,7 +299,7 @@ SETTINGS = {
 def test_the_library_is_loaded_before_the_network_and_put_into_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our side of it only: no TensorRT was here to say what it makes of the calls."""
+    """Checks only our side: TensorRT was not available to check the calls."""
     recorded = Recorded()
     monkeypatch.setattr(build_engine, "load", lambda _: recorded)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,5 @@
-"""An engine's weights file: every weight where the layout says, whatever computes it, however often it was interrupted."""
+"""An engine's weights file: every weight is at its place in the layout, whatever computes it and however often it was
+interrupted."""
 
 import hashlib
 import io
@@ -138,7 +139,7 @@ def test_no_thread_goes_on_when_writing_failed() -> None:
     before = set(threading.enumerate())
     with pytest.raises(OSError, match="No space left") as caught:
         write_weights([section("a", np.ones((20, 4), np.uint8), pieces=20)], Full(), threads=1, memory=2000)
-    assert caught.tb is not None  # which holds the frames of what failed
+    assert caught.tb is not None  # it holds the frames of the failed call
     assert set(threading.enumerate()) == before
 
 
@@ -245,7 +246,7 @@ def test_a_partial_file_that_was_cut_off(tmp_path: Path, whole: bytes, left: int
 
 @pytest.mark.parametrize("cut", [1, 30])
 def test_a_journal_that_was_cut_off(tmp_path: Path, whole: bytes, cut: int) -> None:
-    """The line that was being written counts for nothing, unless only its end of line is missing."""
+    """A line that was being written does not count, unless only its end of line is missing."""
     interrupted(tmp_path / "w", 4)
     journal = tmp_path / ".w.journal"
     journal.write_bytes(journal.read_bytes()[:-cut])

@@ -1,11 +1,11 @@
-// Activations in plain C++ that the compiler turns into vectors; every instruction set rounds alike. Included by
+// Activations in plain C++, which the compiler vectorizes; all instruction sets round in the same way. Included by
 // kernels_body.h.
 
-// e^x to two units in the last place: 2^n times the Taylor series of the rest, which is at most ln(2) / 2. NaN passes.
+// e^x, accurate to two units in the last place: 2^n times the Taylor series of the rest, at most ln(2) / 2. NaN stays NaN.
 inline float exponential(float x) {
   x = 88.0f < x ? 88.0f : x;
   x = -87.0f > x ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
   const float whole = shifted - 12582912.0f;
   const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln(2) in two parts
   const float square = r * r;
@@ -37,7 +37,7 @@ void activate(Activation activation, float alpha, float limit, const float* up, 
       for (int64_t i = 0; i < n; ++i) gate[i] = gelu_tanh(gate[i]) * up[i];
       return;
     case Activation::clamped_swiglu:
-      // Comparisons are written so that NaN passes through, as in torch.clamp.
+      // The comparisons are written such that NaN stays NaN, as in torch.clamp.
       for (int64_t i = 0; i < n; ++i) {
         const float g = gate[i] > limit ? limit : gate[i];
         const float u = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];

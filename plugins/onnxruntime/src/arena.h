@@ -1,4 +1,4 @@
-// The one allocation of a call, cut into arrays.
+// The only allocation of a call, divided into arrays.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace rq {
 
-// Usage: reserve every array, allocate once, then ask each for its address. Arrays start at multiples of 64 bytes and are
+// Usage: reserve every array, allocate once, then get the address of each. Arrays start at multiples of 64 bytes and are
 // not initialized.
 class Arena {
  public:

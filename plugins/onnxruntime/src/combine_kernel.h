@@ -1,5 +1,5 @@
-// The gate-weighted sum of rows. A product is rounded before it is added, so that every instruction set rounds alike. Included by
-// kernels_body.h.
+// The gate-weighted sum of rows. A product is rounded before it is added, so that all instruction sets give the same bits.
+// Included by kernels_body.h.
 
 void combine(const float* const* rows, const float* gates, int64_t count, int64_t n, float* out) {
   constexpr int64_t kColumns = 64, kParts = kColumns / kLanes;  // whose sums stay in registers

@@ -22,7 +22,7 @@ struct Candidate {
 };
 
 #ifdef RQ_X86
-// Every processor with AVX2 has F16C; Clang 14 has no name for it, nor for AVX-VNNI.
+// Every processor with AVX2 has F16C; Clang 14 has a name for neither F16C nor AVX-VNNI.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -62,8 +62,9 @@ const Kernels& choose() {
       found += found.empty() ? name : std::string(", ") + name;
     }
   }
-  throw std::runtime_error(std::string("RQ_MOE_ISA is '") + asked + "', which is not one of the instruction sets that run here: " +
-                           found + "; unset it to use the first of them");
+  throw std::runtime_error(std::string("RQ_MOE_ISA is '") + asked +
+                           "', which is not one of the instruction sets that run here: " + found +
+                           "; unset it to use the first of them");
 }
 
 }  // namespace

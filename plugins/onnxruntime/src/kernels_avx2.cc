@@ -5,7 +5,7 @@ namespace {
 
 constexpr int32_t kInt8Offset = 0;  // left in the weights that dot_int8 multiplies
 
-// A pair of products of int4 and int8 is at most 2 * 15 * 127 in magnitude: 16 bits hold the sum of eight pairs.
+// A pair of products of int4 and int8 is at most 2 * 15 * 127 in magnitude, so 16 bits hold the sum of eight pairs.
 constexpr int kPartialColumns = 32;
 struct Partial {
   __m256i words = _mm256_setzero_si256();
@@ -16,7 +16,7 @@ inline Partial dot_int4(Partial sum, Ints weights, Ints x) {
 inline Ints widen(Ints sum, Partial partial) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(partial.words, _mm256_set1_epi16(1)));
 }
-// The instruction wants one operand without a sign, so x takes that of the weight. A pair is at most 2 * 128 * 127: it fits.
+// The instruction needs one unsigned operand, so the weight's sign is moved to x. A pair is at most 2 * 128 * 127, which fits.
 inline Ints dot_int8(Ints sum, Ints weights, Ints x) {
   const Ints w = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
   const Ints words = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));

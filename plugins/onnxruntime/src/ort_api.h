@@ -1,8 +1,8 @@
-// The part of ONNX Runtime's C interface that our libraries use, at the version they target (17, ONNX Runtime 1.17; what the
-// CUDA library alone asks for is of version 18).
+// The part of ONNX Runtime's C interface that our libraries use, at the version they target (17, ONNX Runtime 1.17; the
+// functions that only the CUDA library uses are of version 18).
 //
-// OrtApi is a table of function pointers that only ever grows at its end, so an entry is its index. The indices were
-// counted in ONNX Runtime's source, whose own static assertions pin the last index of every version.
+// OrtApi is a table of function pointers that only grows at its end, so an entry is identified by its index. The indices were
+// counted in ONNX Runtime's source, whose static assertions fix the last index of every version.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ struct OrtShapeInferContext;
 struct OrtAllocator;
 struct OrtMemoryInfo;
 struct OrtTypeInfo;
-struct OrtApi;  // seen only as a table of pointers, through Api below
+struct OrtApi;  // used only as a table of pointers, through Api below
 
 struct OrtApiBase {
   const OrtApi* (*GetApi)(uint32_t version) noexcept;

@@ -1,9 +1,9 @@
-// Rounds a row of x to int8. Plain C++, so that every instruction set rounds alike. Included by kernels_body.h.
+// Rounds a row of x to int8. Plain C++, so that all instruction sets round in the same way. Included by kernels_body.h.
 
 void quantize(const float* x, int64_t columns, const QuantizedLayout& layout, uint8_t* out) {
   for (int64_t b = 0; b < layout.blocks; ++b, x += layout.block, columns -= layout.block, out += layout.block_bytes) {
     const int64_t count = columns < layout.block ? columns : layout.block;
-    int32_t largest = 0;  // the bits of the largest magnitude, which are ordered as the numbers are, NaN above all
+    int32_t largest = 0;  // the bits of the largest magnitude; bits have the order of the numbers, with NaN above all
     for (int64_t c = 0; c < count; ++c) {
       int32_t bits;
       memcpy(&bits, x + c, sizeof bits);
@@ -12,12 +12,12 @@ void quantize(const float* x, int64_t columns, const QuantizedLayout& layout, ui
     }
     float magnitude;
     memcpy(&magnitude, &largest, sizeof magnitude);
-    // Below the threshold, and with zeros, the inverse would be infinite. NaN and infinity make the whole block NaN.
+    // Below the threshold, and for zeros, the inverse would be infinite. NaN and infinity make the whole block NaN.
     const bool finite = largest < 0x7f800000;
     const float inverse = finite && magnitude > 1e-36f ? 127.0f / magnitude : 0.0f;
     int8_t* q = reinterpret_cast<int8_t*>(out + sizeof(QuantizedBlock));
     for (int64_t c = 0; c < count; ++c) {
-      const float shifted = x[c] * inverse + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+      const float shifted = x[c] * inverse + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
       int32_t bits;
       memcpy(&bits, &shifted, sizeof bits);
       q[c] = static_cast<int8_t>(bits - 0x4b400000);

@@ -1,4 +1,4 @@
-// What RegisterCustomOps of a library does.
+// The implementation of RegisterCustomOps in a library.
 #pragma once
 
 #include <cstdio>
@@ -8,16 +8,16 @@
 
 namespace rq {
 
-// Gives `ops` to the session as domain rq.moe, if ONNX Runtime knows version `needed` of its interface.
+// Adds `ops` to the session as domain rq.moe, if ONNX Runtime has version `needed` of its interface.
 inline OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base, const char* library, uint32_t needed,
                                const std::vector<const OrtCustomOp*>& ops) {
   const OrtApi* table = base->GetApi(needed);
   if (!table) {
-    // Version 1 of the table exists in every ONNX Runtime and is enough to say no.
+    // Version 1 of the table exists in every ONNX Runtime and suffices to report the error.
     const Api first(base->GetApi(1));
     char message[160];
-    std::snprintf(message, sizeof message, "%s needs ONNX Runtime 1.%u or newer, this is %s; upgrade onnxruntime", library, needed,
-                  base->GetVersionString());
+    std::snprintf(message, sizeof message, "%s needs ONNX Runtime 1.%u or newer, this is %s; upgrade onnxruntime", library,
+                  needed, base->GetVersionString());
     return first.CreateStatus(static_cast<int>(kFail), static_cast<const char*>(message));
   }
   const Api api(table);

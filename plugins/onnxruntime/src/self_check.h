@@ -1,12 +1,12 @@
-// Do these kernels give this processor the right answers?
+// Checks whether kernels compute correct results on this processor.
 #pragma once
 
 #include "kernels.h"
 
 namespace rq {
 
-// Multiplies small random matrices of every storage: the same bits as the plain kernels where x is quantized, the same
-// numbers but for rounding where it is not. Takes well under a millisecond.
+// Multiplies small random matrices of every storage. The result must have the same bits as with the plain kernels if x is
+// quantized, and the same numbers except for rounding if it is not. Takes well under a millisecond.
 bool agrees_with_plain(const Kernels& kernels);
 
 }  // namespace rq

@@ -1,4 +1,4 @@
-// What decodes a matrix is only called for words and groups that are there.
+// Checks that all words and groups exist before a matrix is decoded.
 #include <algorithm>
 
 #include "processor.h"

@@ -1,7 +1,7 @@
-// Row after row: a piece of it is unpacked, which stays in the first cache, and scaled from there. Where the words of a row are far
-// from each other, those of some rows are first put into rows. The including file names the function (RQ_DECODE).
+// Decodes row after row. A piece of a row is unpacked, stays in the first-level cache, and is scaled there. If the words of a row
+// are far apart, those of several rows are first gathered into rows. The including file names the function (RQ_DECODE).
 //
-// Every loop is one that compilers turn into vectors.
+// All loops can be vectorized by compilers.
 #include <algorithm>
 #include <cstring>
 
@@ -13,14 +13,14 @@
 
 namespace {
 
-constexpr int64_t kColumns = 512;           // of a piece; a multiple of the columns of every word
-constexpr int64_t kWordRows = 16;           // words that follow each other down a column: a line of the cache
+constexpr int64_t kColumns = 512;           // of a piece; a multiple of the columns in any word
+constexpr int64_t kWordRows = 16;           // consecutive words in a column: a cache line
 constexpr int64_t kStride = kColumns + 16;  // such that rows are not all in the same set of the cache
-constexpr int64_t kRun = 16;                // columns that are given the scale of a group at once
+constexpr int64_t kRun = 16;                // columns that get the scale of a group at a time
 
 #define RQ_RESTRICT __restrict__
 
-// Codes of 4 bits: the even column is in the low ones.
+// Codes of 4 bits: the even column is in the low bits.
 void unpack_pairs(const uint8_t* RQ_RESTRICT bytes, uint8_t* RQ_RESTRICT codes, int64_t count) {
   for (int64_t c = 0; c < (count + 1) / 2; ++c) {
     codes[2 * c] = bytes[c] & 15;
@@ -28,7 +28,7 @@ void unpack_pairs(const uint8_t* RQ_RESTRICT bytes, uint8_t* RQ_RESTRICT codes, 
   }
 }
 
-// The code that is `shift` bits up in every word.
+// The code that starts at bit `shift` of every word.
 template <typename Word>
 void unpack_shifted(const uint8_t* RQ_RESTRICT words, uint8_t* RQ_RESTRICT codes, int64_t count, int shift, int bits) {
   const Word mask = static_cast<Word>((1 << bits) - 1);
@@ -81,7 +81,7 @@ void floats_of_numbers(const int8_t* RQ_RESTRICT numbers, float* RQ_RESTRICT flo
 void choose(const float* table, [[maybe_unused]] int64_t size, const int32_t* indices, float* chosen, int64_t count) {
   int64_t c = 0;
 #if defined(__AVX2__)
-  // A look-up in a vector is one instruction: some of them are faster than to fetch float after float.
+  // A look-up in a vector is one instruction: a few of them are faster than loading one float after the other.
   constexpr int64_t kLanes = 8, kLargest = 8 * kLanes;
   float vectors[kLargest] = {};
   if (size <= kLargest) std::memcpy(vectors, table, size * sizeof(float));
@@ -161,12 +161,12 @@ class Matrix {
     else add(static_cast<uint8_t>(codes_.numbers[0]), numbers_, count);
   }
 
-  // What the group of each column has.
+  // Copies the value of each column's group to the column.
   void spread(const float* RQ_RESTRICT of_group, float* RQ_RESTRICT of_column, int64_t column, int64_t count) {
     if (codes_.order) return choose(of_group, codes_.groups, codes_.order + column, of_column, count);
     int64_t group = column / codes_.width, end = (group + 1) * codes_.width - column;
     for (int64_t c = 0; c < count; c = end, end += codes_.width, ++group)
-      for (; c < std::min(end, count); c += kRun)  // beyond the end too: the next group is written there
+      for (; c < std::min(end, count); c += kRun)  // may write beyond the end, where the next group is written afterwards
         for (int64_t i = 0; i < kRun; ++i) of_column[c + i] = of_group[group];
   }
 
@@ -204,7 +204,7 @@ class Matrix {
 
   const Codes& codes_;
   const bool gathers_;
-  uint8_t numbers_[kColumns];  // int8, but written as the codes that they come from
+  uint8_t numbers_[kColumns];  // int8, first written as codes
   float scales_[kColumns + kRun], zeros_[kColumns + kRun];
   uint32_t gathered_[kWordRows][kStride];
 };

@@ -1,4 +1,4 @@
-// Shares tiles of rows among threads.
+// Distributes tiles of rows over threads.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -7,7 +7,7 @@
 
 #include "processor.h"
 
-// 0; 1 where a weight is not finite; 2 where there is no memory for the tiles.
+// Returns 0; 1 if a weight is not finite; 2 if there is no memory for the tiles.
 extern "C" __attribute__((visibility("default"))) int rq_gptq(const Matrix* matrix, int threads) {
   const RoundTile round_tile = code_for_this_processor().round_tile;
   const int64_t tiles = (matrix->rows + kTileRows - 1) / kTileRows;

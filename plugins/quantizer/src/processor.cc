@@ -18,7 +18,7 @@ const Code kVectorized[] = {
 #endif
 };
 
-// RQ_QUANTIZER_ISA, for tests, chooses another one than the best.
+// For tests, RQ_QUANTIZER_ISA chooses an instruction set other than the best.
 const Code& choose() {
   const char* asked = std::getenv("RQ_QUANTIZER_ISA");
   for (const Code& code : kVectorized)

@@ -1,4 +1,4 @@
-// The code that was compiled for this processor.
+// The functions compiled for this processor.
 #pragma once
 
 #include "decode.h"

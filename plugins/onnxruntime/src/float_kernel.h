@@ -1,21 +1,21 @@
-// fp32 rows of x times panels, chunk by chunk. Weights become fp32 in registers or, where many rows share them, once in a buffer.
+// fp32 rows of x times panels, chunk by chunk. Weights are converted to fp32 in registers or, for many rows, once into a buffer.
 // Included by kernels_body.h.
 
-constexpr int64_t kChunk = 256;  // columns of a panel at once: 16 KiB in fp32
+constexpr int64_t kChunk = 256;  // columns of a panel per chunk: 16 KiB in fp32
 
 constexpr bool is_quantized(Storage storage) { return storage == Storage::int8 || storage == Storage::int4; }
-// Columns that a panel keeps together, and their bytes.
+// Columns that a panel stores together, and their bytes.
 constexpr int columns_of(Storage storage) { return storage == Storage::int8 ? 4 : storage == Storage::int4 ? 8 : 1; }
 constexpr int64_t bytes_of(Storage storage) { return kPanel * (storage == Storage::fp16 || storage == Storage::bf16 ? 2 : 4); }
-// More rows than these are worth a buffer.
+// With more rows than this, a buffer is faster.
 constexpr int direct_rows(Storage storage) { return is_quantized(storage) ? 4 : kFloatRows; }
-// Panels that so many rows read side by side; turning weights into fp32 in registers takes some of these.
+// Panels that this number of rows reads side by side; converting weights to fp32 in registers needs some of the registers.
 constexpr int panels_of(Storage storage, int rows) {
   const int64_t most = is_quantized(storage) && rows <= direct_rows(storage) ? (rows <= 2 ? 2 : 1) : kSideBySide;
   const int panels = float_panels(rows, storage != Storage::fp32);
   return panels < most ? panels : static_cast<int>(most);
 }
-// Quantized weights come as whole numbers over this: what is converted is the uppermost byte of a word.
+// Quantized weights are converted from the uppermost byte of a word; the result times this is the weight's integer.
 constexpr float unit_of(Storage storage) {
   return storage == Storage::int8 ? 0x1p-24f : storage == Storage::int4 ? 0x1p-28f : 1.0f;
 }
@@ -34,7 +34,7 @@ inline Floats weights_at(const uint8_t* group, int64_t v, int j) {
   }
 }
 
-// `count` columns, rounded up to whole groups, to out[column][16].
+// Converts `count` columns, rounded up to complete groups, to out[column][16].
 template <Storage storage>
 void unpack(const uint8_t* group, int64_t count, float* out) {
   for (int64_t c = 0; c < count; c += columns_of(storage), group += bytes_of(storage)) {
@@ -44,7 +44,7 @@ void unpack(const uint8_t* group, int64_t count, float* out) {
   }
 }
 
-// Columns of P panels, `stride` bytes apart, and of the rows of x, which start at x[i] + begin. An output gets its sum times
+// Columns of P panels, `stride` bytes apart, and of the rows of x, which start at x[i] + begin. An output is its sum times
 // unit and, if there are any, scale; those are scales_stride apart.
 struct Chunk {
   int64_t begin, count;
@@ -55,7 +55,7 @@ struct Chunk {
   float unit;
 };
 
-// Adds column j and those after it of a group, whose x is at x[i] + c. Not inlined, it would keep its sums in memory.
+// Adds column j and the following columns of a group, whose x is at x[i] + c. If it is not inlined, its sums are kept in memory.
 template <Storage storage, int j, int R, int P>
 __attribute__((always_inline)) inline void add_columns(const float* const* x, int64_t c, const uint8_t* group, int64_t stride,
                                                        Floats (&total)[R][P][kVectors]) {
@@ -70,7 +70,7 @@ __attribute__((always_inline)) inline void add_columns(const float* const* x, in
   if constexpr (j + 1 < columns_of(storage)) add_columns<storage, j + 1>(x, c, group, stride, total);
 }
 
-// Multiply-adds for each row and panel in which 64 bytes of it meet x.
+// Multiply-adds per row and panel for 64 bytes of the panel.
 constexpr int instructions_of_floats(Storage storage) { return static_cast<int>(64 * columns_of(storage) / bytes_of(storage)); }
 
 // Adds R rows times P panels to out[row][16] of each panel, which are `out_stride` apart.
@@ -100,7 +100,7 @@ void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t out_strid
   }
 }
 
-// The first `count` rows, R at once.
+// The first `count` rows, R at a time.
 template <Storage storage, int R, int P>
 void multiply_rows(const float* const* x, int64_t count, const Chunk& chunk, int64_t out_stride, float* out) {
   for (; count >= R; count -= R, x += R, out += R * kPanel) multiply_chunk<storage, R, P>(x, chunk, out_stride, out);
@@ -109,7 +109,7 @@ void multiply_rows(const float* const* x, int64_t count, const Chunk& chunk, int
   }
 }
 
-// All rows, R at once, times P panels: the one called `first` and those `apart` further.
+// All rows, R at a time, times P panels: panel `first`, and further panels at distances of `apart`.
 template <Storage storage, int R, int P>
 void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t apart, float* out) {
   const int64_t panel_bytes = static_cast<int64_t>(weights.panel_bytes), out_stride = apart * rows * kPanel;
@@ -126,7 +126,7 @@ void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights,
       chunk.scales = weights.scales + (first * weights.blocks + chunk.begin / weights.block) * kPanel;
     }
     chunk.weights = data + chunk.begin / columns_of(storage) * bytes_of(storage);
-    // What x lacks of the last group must not be read.
+    // If the last group extends beyond x, that part of x must not be read.
     if (storage != Storage::fp32 && (rows > direct_rows(storage) || chunk.count % columns_of(storage) != 0)) {
       for (int p = 0; p < P; ++p) unpack<storage>(chunk.weights + p * chunk.stride, chunk.count, unpacked[p]);
       Chunk floats = chunk;
@@ -139,7 +139,7 @@ void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights,
   }
 }
 
-// `count` panels in P stretches of as many, side by side, each read from its first panel to its last; the rest alone.
+// `count` panels in P stretches of equal length, side by side, each read from its first panel to its last; the rest one by one.
 template <Storage storage, int R, int P>
 void multiply_stretches(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {
   const int64_t stretch = count / P, size = rows * kPanel;
@@ -150,7 +150,7 @@ void multiply_stretches(const float* const* x, int64_t rows, const Matrix& weigh
   }
 }
 
-// As many rows at once as registers hold, and side by side the panels that these leave room for.
+// As many rows at a time as fit into registers, and as many panels side by side as the remaining registers allow.
 template <Storage storage, int R = 1>
 void multiply_panels(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {
   if constexpr (R < kFloatRows) {

@@ -1,4 +1,4 @@
-// Memory in huge pages: a kernel that reads weights once misses the address cache at every small page.
+// Memory in huge pages: a kernel that reads weights once has a TLB miss at every small page.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@
 
 namespace rq {
 
-// For memory that has not been read yet, so that what a mapped file holds comes into huge pages (Linux 6.16 and newer on ext4,
-// older ones on XFS). Without effect elsewhere.
+// For memory that has not been read yet, so that the contents of a mapped file are read into huge pages (Linux 6.16 and newer on
+// ext4, older versions on XFS). It has no effect elsewhere.
 inline void prefer_huge_pages(const void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;

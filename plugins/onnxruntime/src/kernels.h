@@ -11,7 +11,7 @@ enum class Storage { fp32, fp16, bf16, int8, int4 };
 enum class Activation { none, swiglu, geglu, geglu_tanh, clamped_swiglu, limited_swiglu, relu, gelu, relu2 };
 
 constexpr int64_t kPanel = 16;  // weight rows of a panel: the lanes of a kernel
-constexpr int64_t kSideBySide = 4;  // panels that a kernel takes at once, at most
+constexpr int64_t kSideBySide = 4;  // the most panels that a kernel processes at once
 constexpr int64_t kMaxBlock = 1024;  // dot products of int8 blocks up to here are exact in fp32
 
 // The weights of one slot, in panels of 16 rows: see README.md for the layout. `scales` holds 16 numbers for each panel and
@@ -24,7 +24,7 @@ struct Matrix {
   int64_t columns, block, blocks;
 };
 
-// A row of x rounded to int8 (x = q * scale), block after block, each a header and `block` numbers q.
+// A row of x rounded to int8 (x = q * scale), block after block; a block consists of a header and `block` numbers q.
 struct QuantizedBlock {
   float scale;
   int32_t sum;  // of q
@@ -35,18 +35,18 @@ struct QuantizedLayout {
 };
 QuantizedLayout quantized_layout(int64_t block, int64_t blocks);
 
-// Whatever the number of rows, one output is one chain of sums over ascending columns: a token's result does not depend on
-// who shares its batch. With quantized x it is even the same on every instruction set.
+// For any number of rows, an output is one chain of sums over ascending columns, so a token's result does not depend on the
+// other tokens in its batch. With quantized x, it is also the same on every instruction set.
 struct Kernels {
   const char* name;
   // out[(p * rows + i) * kPanel + j] = dot(x[i], row j of panel first + p) for i < rows and p < panels.
   void (*multiply_floats)(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t panels, float* out);
-  // The same for rows of x as `quantize` left them.
+  // The same for rows of x that `quantize` rounded.
   void (*multiply_quantized)(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
                              int64_t first, int64_t panels, float* out);
   // Rounds a row of x.
   void (*quantize)(const float* x, int64_t columns, const QuantizedLayout& layout, uint8_t* out);
-  // gate[i] = activation(gate[i], up[i]) for i < n; one that is not gated leaves `up` alone.
+  // gate[i] = activation(gate[i], up[i]) for i < n; an activation without a gate does not read `up`.
   void (*activate)(Activation activation, float alpha, float limit, const float* up, float* gate, int64_t n);
   // out[i] = the sum over r < count, in that order, of gates[r] * rows[r][i], for i < n; starts at 0.
   void (*combine)(const float* const* rows, const float* gates, int64_t count, int64_t n, float* out);
@@ -54,8 +54,8 @@ struct Kernels {
 
 extern const Kernels kPlainKernels, kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels;
 
-// The fastest set that this processor has and that passes its self-check, or the one that RQ_MOE_ISA names. Throws
-// std::runtime_error, which lists the sets of this processor, if it has none of that name or that one fails its self-check.
+// The fastest set that this processor supports and that passes its self-check, or the set that RQ_MOE_ISA names. Throws
+// std::runtime_error, which lists the supported sets, if that set is not supported or fails its self-check.
 const Kernels& best_kernels();
 
 }  // namespace rq

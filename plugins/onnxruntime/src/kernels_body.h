@@ -1,9 +1,9 @@
 // The kernels, written once over the vector operations that the including file defines for its instruction set: Floats and
 // Ints of kLanes numbers, kVectors of them to a panel; a word of Ints holds four bytes, two 16-bit numbers or one of 32 bits.
-// It also says what its registers and caches like: how many rows are multiplied at once (kFloatRows, kQuantizedRows), how many
-// panels such a block of rows reads side by side (float_panels, quantized_panels; at most kSideBySide), what is prefetched for 64
-// bytes of one of so many panels that meet x in so many instructions (prefetch, kDotInstructions), and of how many columns a
-// Partial holds the products (kPartialColumns).
+// It also defines the best sizes for its registers and caches: how many rows are multiplied at once (kFloatRows,
+// kQuantizedRows), how many panels such a block of rows reads side by side (float_panels, quantized_panels; at most kSideBySide),
+// what is prefetched per 64 bytes of a panel, depending on the number of panels and of instructions per 64 bytes (prefetch,
+// kDotInstructions), and for how many columns a Partial can hold the products (kPartialColumns).
 #include "kernels.h"
 
 namespace rq {

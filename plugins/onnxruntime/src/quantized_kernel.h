@@ -1,7 +1,7 @@
-// Rows of x rounded to int8 times panels of quantized weights, block by block: whole numbers inside a block, one fp32 chain
+// Rows of x rounded to int8 times panels of quantized weights, block by block: integers within a block, one fp32 chain
 // per output over the blocks. Included by kernels_body.h.
 
-// The same block of several panels, which are read side by side. Of each the next one is what lies `stride` further.
+// The same block of several panels, which are read side by side. The next block of each is `stride` further.
 struct PanelBlock {
   const uint8_t* weights;
   int64_t stride;
@@ -9,7 +9,7 @@ struct PanelBlock {
   int64_t scales_stride;
 };
 
-// Instructions for each row and panel in which a line, 64 bytes of a panel, meets x.
+// Instructions per row and panel for a line, 64 bytes of the panel.
 constexpr int instructions_of(Storage storage) { return (storage == Storage::int4 ? 2 : 1) * kDotInstructions; }
 
 // sum[i][p] += dot(x[i], 16 rows of panel p) over the block; the weights are still offset, int8 by kInt8Offset, int4 by 8.
@@ -35,7 +35,7 @@ __attribute__((always_inline)) inline void add_int8_columns(const uint8_t* const
   }
 }
 
-// The same over the columns `begin` to `end`. Sum is what dot_int4 adds to.
+// The same for the columns `begin` to `end`. Sum is the type that dot_int4 adds to.
 template <int R, int P, typename Sum>
 __attribute__((always_inline)) inline void add_int4_columns(const uint8_t* const* x, const PanelBlock& block, int64_t begin,
                                                             int64_t end, Sum (&sum)[R][P][kVectors]) {
@@ -119,7 +119,7 @@ void multiply_block(const uint8_t* const* x, int64_t b, const QuantizedLayout& l
   }
 }
 
-// The first `count` rows, R at once.
+// The first `count` rows, R at a time.
 template <Storage storage, int R, int P>
 void multiply_block_rows(const uint8_t* const* x, int64_t count, int64_t b, const QuantizedLayout& layout, const PanelBlock& block,
                          int64_t out_stride, float* out) {
@@ -131,7 +131,7 @@ void multiply_block_rows(const uint8_t* const* x, int64_t count, int64_t b, cons
   }
 }
 
-// All rows, R at once, times P panels: the one called `first` and those `apart` further.
+// All rows, R at a time, times P panels: panel `first`, and further panels at distances of `apart`.
 template <Storage storage, int R, int P>
 void multiply_blocks(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights, int64_t first,
                      int64_t apart, float* out) {
@@ -146,7 +146,7 @@ void multiply_blocks(const uint8_t* const* x, int64_t rows, const QuantizedLayou
   }
 }
 
-// `count` panels in P stretches of as many, side by side, each read from its first panel to its last; the rest alone.
+// `count` panels in P stretches of equal length, side by side, each read from its first panel to its last; the rest one by one.
 template <Storage storage, int R, int P>
 void multiply_stretches(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights, int64_t first,
                         int64_t count, float* out) {
@@ -160,7 +160,7 @@ void multiply_stretches(const uint8_t* const* x, int64_t rows, const QuantizedLa
   }
 }
 
-// As many rows at once as registers hold, and side by side the panels that these leave room for.
+// As many rows at a time as fit into registers, and as many panels side by side as the remaining registers allow.
 template <Storage storage, int R = 1>
 void multiply_panels(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights, int64_t first,
                      int64_t count, float* out) {

@@ -7,7 +7,7 @@
 namespace rq {
 namespace {
 
-constexpr int64_t kColumns = 92, kBlock = 48, kBlocks = 2, kRows = 15, kPanels = 2 * kSideBySide + 1;  // nothing divides anything
+constexpr int64_t kColumns = 92, kBlock = 48, kBlocks = 2, kRows = 15, kPanels = 2 * kSideBySide + 1;  // nothing divides evenly
 
 // A linear congruential generator (its upper bits): the check must be the same on every run.
 struct Random {
@@ -60,7 +60,7 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
     kPlainKernels.quantize(floats[i], kColumns, layout, plain_records.data() + i * layout.row_bytes);
   }
   if (records != plain_records) return false;
-  // Every number of rows that a kernel may take at once, and more; panels alone, in stretches of one and two, and left over.
+  // All numbers of rows that a kernel may process at once, and more; single panels, stretches of one and two, and a rest.
   constexpr int64_t kCounts[] = {1, 2, 4, kPanels};
   for (int64_t i = 0; i < kRows * 4; ++i) {
     const int64_t rows = i / 4 + 1, panels = kCounts[i % 4], first = kPanels - panels;

@@ -1,4 +1,4 @@
-// The vector operations of AVX2, FMA and F16C, 8 lanes, but for the products of int8. Included by the kernels files.
+// The vector operations of AVX2, FMA and F16C, 8 lanes, except for the products of int8. Included by the kernels files.
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -8,11 +8,11 @@ namespace {
 using Floats = __m256;
 using Ints = __m256i;
 constexpr int64_t kLanes = 8, kVectors = 2;
-constexpr int kFloatRows = 6, kQuantizedRows = 2;  // rows of x at once: what the registers hold
+constexpr int kFloatRows = 6, kQuantizedRows = 2;  // rows of x at a time: as many as fit into the registers
 constexpr int float_panels(int rows, bool converted) { return rows == 1 ? 4 : rows <= (converted ? 2 : 3) ? 2 : 1; }
 constexpr int kDotInstructions = 1;  // does not matter: see prefetch
 constexpr int quantized_panels(int rows, int) { return rows == 1 ? 4 : 1; }
-// In a single panel the processor's own prefetcher stops at every page; in several it keeps up and must not be overtaken.
+// In a single panel, the processor's prefetcher stops at every page; in several, it keeps up, and must not be overtaken.
 template <int panels, int>
 inline void prefetch(const uint8_t* line) { __builtin_prefetch(line + (panels == 1 ? 4096 : 512)); }
 
@@ -37,7 +37,7 @@ inline Ints spread(const uint8_t* four) {
   return set(word);
 }
 inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
-// Byte j of each word moves to the top, zeros follow it.
+// Moves byte j of each word to the top, followed by zeros.
 inline Ints top_byte(Ints v, int j) {
   alignas(16) static constexpr int8_t kPlaces[4][16] = {{-1, -1, -1, 0, -1, -1, -1, 4, -1, -1, -1, 8, -1, -1, -1, 12},
                                                         {-1, -1, -1, 1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13},

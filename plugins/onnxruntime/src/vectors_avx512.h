@@ -1,4 +1,4 @@
-// The vector operations of AVX-512 (F, BW, VL, DQ), 16 lanes, but for the products of int8. Included by the kernels files.
+// The vector operations of AVX-512 (F, BW, VL, DQ), 16 lanes, except for the products of int8. Included by the kernels files.
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -10,8 +10,8 @@ using Ints = __m512i;
 constexpr int64_t kLanes = 16, kVectors = 1;
 constexpr int kFloatRows = 8;
 constexpr int float_panels(int rows, bool) { return rows <= 4 ? 4 : 2; }
-// Measured on Zen 4: the processor's own prefetcher is best as long as 64 bytes meet x in few instructions. It stops at the end
-// of a page of 4 KiB, so that what is asked for is the beginning of the page after the next.
+// Measured on Zen 4: the processor's prefetcher is best as long as 64 bytes need few instructions. It stops at the end
+// of a 4 KiB page, so the beginning of the page after the next one is prefetched.
 template <int, int instructions>
 inline void prefetch(const uint8_t* line) {
   if (instructions > 4) {
@@ -43,7 +43,7 @@ inline Ints spread(const uint8_t* four) {
   return set(word);
 }
 inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
-// Byte j of each word moves to the top, zeros follow it.
+// Moves byte j of each word to the top, followed by zeros.
 inline Ints top_byte(Ints v, int j) {
   const Ints top = _mm512_set1_epi32(static_cast<int32_t>(0xff000000u));
   return _mm512_and_si512(_mm512_sll_epi32(v, _mm_cvtsi32_si128(24 - 8 * j)), top);

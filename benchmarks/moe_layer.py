@@ -50,7 +50,8 @@ SHAPES = [
     Shape("Mixtral", 4096, 14336, 8, 2),
 ]
 TOKENS = (1, 4, 16, 64, 256, 1024)
-FORMATS = ("fp32", "int8", "int4", "mixed")
+FLOATS = ("fp32", "fp16", "bf16")
+FORMATS = (*FLOATS, "int8", "int4", "mixed")
 ROUTINGS = ("uniform", "skewed", "even")
 FEW = 16  # up to this many tokens, a run is short
 BATCHES = 16  # with few tokens, successive runs must not find their experts in a cache
@@ -74,7 +75,7 @@ class Cell(NamedTuple):
         return (
             sum(self.shape.geometry.expert_bytes(format) for format in formats_of(self.shape, self.format)) <= 1.7e9
             and (not large or (self.tokens <= 64 and self.format != "mixed"))
-            and (self.threads == 1 or self.format != "fp32")
+            and (self.threads == 1 or self.format not in FLOATS)
             and (self.routing == "uniform" or self.tokens in (16, 256))
             and self.format in {"uniform": FORMATS, "skewed": ("int4", "mixed"), "even": ("int4",)}[self.routing]
         )
@@ -103,20 +104,21 @@ def batch(shape: Shape, tokens: int, routing: str, seed: int) -> Batch:
 
 def variants(builder: Builder, format: str, threads: int, llama_cpp: ctypes.CDLL | None, full: bool) -> dict[str, Run]:
     built = {OURS: builder.rewritten(format, "native", 8, threads)}
-    if format == "fp32":
+    if format in FLOATS:
         built["stock Gemm in If"] = builder.rewritten(format, "stock", 32, threads)
+    if format == "fp32":
         built["MoE"] = builder.fused(format, threads)
-    else:
+    if format not in FLOATS:
         built["MatMulNBits in If, accuracy 4"] = builder.rewritten(format, "stock", 8, threads)
-    if full and format != "fp32":
+    if full and format not in FLOATS:
         built[f"{OURS} fp32 activations"] = builder.rewritten(format, "native", 32, threads)
         built["MatMulNBits in If, accuracy 0"] = builder.rewritten(format, "stock", 32, threads)
     if format in ("int8", "int4"):
         built["QMoE"] = builder.fused(format, threads)
     if llama_cpp and format in llama_cpp_layer.NAMES:
         built[f"{OTHER_PRODUCT} {llama_cpp_layer.NAMES[format]}"] = builder.llama_cpp(llama_cpp, format, threads)
-    if format == "fp32":
-        built["torch grouped_mm"] = builder.grouped_mm(threads)
+    if format in FLOATS:
+        built["torch grouped_mm"] = builder.grouped_mm(format, threads)
     return built
 
 

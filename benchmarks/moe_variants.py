@@ -170,12 +170,13 @@ class Builder:
         imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
-    def grouped_mm(self, threads: int) -> Run:
-        """torch's grouped_mm in fp32, as transformers' experts call it."""
+    def grouped_mm(self, format: str, threads: int) -> Run:
+        """torch's grouped_mm with weights and activations in "fp32", "fp16" or "bf16", as transformers' experts call it."""
         import torch
 
-        up = torch.from_numpy(np.stack([e.up for e in self.experts])).transpose(1, 2)
-        down = torch.from_numpy(np.stack([e.down for e in self.experts])).transpose(1, 2)
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[format]
+        up = torch.from_numpy(np.stack([e.up for e in self.experts])).to(dtype).transpose(1, 2)
+        down = torch.from_numpy(np.stack([e.down for e in self.experts])).to(dtype).transpose(1, 2)
         experts, top_k = self.shape.experts, self.shape.top_k
 
         @torch.inference_mode()
@@ -184,8 +185,9 @@ class Builder:
             chosen = torch.from_numpy(batch.ids).reshape(-1)
             order = chosen.argsort(stable=True)
             ends = torch.bincount(chosen, minlength=experts).cumsum(0).int()
-            gate, linear = torch.nn.functional.grouped_mm(torch.from_numpy(batch.x)[order // top_k], up, offs=ends).chunk(2, 1)
-            out = torch.nn.functional.grouped_mm(torch.nn.functional.silu(gate) * linear, down, offs=ends)
+            x = torch.from_numpy(batch.x).to(dtype)[order // top_k]
+            gate, linear = torch.nn.functional.grouped_mm(x, up, offs=ends).chunk(2, 1)
+            out = torch.nn.functional.grouped_mm(torch.nn.functional.silu(gate) * linear, down, offs=ends).float()
             out *= torch.from_numpy(batch.gates).reshape(-1)[order, None]
             return torch.zeros(batch.x.shape).index_add_(0, order // top_k, out).numpy()
 

@@ -61,10 +61,10 @@ def export_graph(model: Model) -> Exported:
     """Export without reading a weight.
 
     Inputs: ``input_ids`` and ``position_ids`` int64 ``[batch, sequence]``, ``attention_mask`` int64 ``[batch, past + sequence]``,
-    ``logits_to_keep`` int64 ``[1]`` (of how many last tokens of each row the logits are computed, 0 for all), and the cache's
-    tensors, ``past_key_values.{i}.key`` and ``.value`` fp32 ``[batch, heads, past, dimension]`` among them; outputs: ``logits``
-    fp32 ``[batch, kept, vocabulary]`` and ``present.{i}.key`` and so on. An encoder-decoder has ``input_ids``,
-    ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
+    ``logits_to_keep`` int64 ``[1]`` (of how many last tokens of each row the logits are computed, 0 for all, 1 if it is not
+    given), and the cache's tensors, ``past_key_values.{i}.key`` and ``.value`` fp32 ``[batch, heads, past, dimension]`` among
+    them; outputs: ``logits`` fp32 ``[batch, kept, vocabulary]`` and ``present.{i}.key`` and so on. An encoder-decoder has
+    ``input_ids``, ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
 
     Raises:
         UserError: see ``meta_model``.

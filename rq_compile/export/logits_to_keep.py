@@ -1,7 +1,7 @@
 """The graph input ``logits_to_keep``, exported: see ``rewrite/logits_to_keep.py``.
 
 transformers takes a number, which tracing would make a constant, or a tensor of positions, whose rows the graph gathers. It is
-traced with positions, and then made to take a number.
+traced with positions, and then made to take a number, which is 1 where it is not given.
 """
 
 import inspect
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rq_compile.rewrite.contract import ensures
 from rq_compile.rewrite.logits_to_keep import NAME, POSITIONS_AXIS
+from rq_compile.standalone.decoding import LAST
 
 
 def indices_to_trace(model: PreTrainedModel, count: int) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def indices_to_trace(model: PreTrainedModel, count: int) -> dict[str, Any]:
 
 
 def take_a_number(model: onnx_ir.Model) -> onnx_ir.Model:
-    """Make the input, traced as positions, int64 ``[1]``: how many of the last ones.
+    """Make the input, traced as positions, int64 ``[1]``: how many of the last ones, by default ``LAST``.
 
     Raises:
         ContractError: the graph does not choose positions as torch's exporter is known to write it.
@@ -51,11 +52,15 @@ def take_a_number(model: onnx_ir.Model) -> onnx_ir.Model:
     kept.outputs[0].type, kept.outputs[0].shape = selected.type, selected.shape
     graph.insert_before(gathers[0], [starts, ends, axes, kept])
     selected.replace_all_uses_with(kept.outputs[0])
-    return onnx_ir.passes.Sequential(
+    tidy = onnx_ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.NameFixPass(),
-    )(model).model
+    )
+    model = tidy(model).model
+    number.const_value = onnx_ir.tensor(np.array([LAST], np.int64), name=NAME)
+    model.graph.initializers.add(number)
+    return model
 
 
 def _comes_from(value: onnx_ir.Value | None, source: onnx_ir.Value) -> bool:

@@ -10,11 +10,13 @@ from rq_compile.lowerings.lowering import Lowered, Lowering, unread
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_graphsurgeon as gs
 
     from rq_compile.planning.schema import LayerPlan, Plan
     from rq_compile.planning.targets import Target
     from rq_compile.rewrite.batched_experts import ExpectedCapacity
     from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Source
     from rq_compile.rewrite.weights import ExternalWeight
 
@@ -43,11 +45,15 @@ class Batched(Lowering):
         from rq_compile.rewrite.stock_dispatch import stock_dispatch
 
         graph = imported(model)
-        experts_to_slots(graph, plan.layers, None)
-        stock_dispatch(graph)
-        stock_combine(graph)
-        experts = batched_experts(graph, plan.layers, source, self.expected, whole_columns=self.whole_columns)
-        return Lowered(exported_in_standard_ops(graph), experts, [], counts(plan))
+        _, rewritten = experts_to_slots(graph, plan.layers, None)
+        reports = [rewritten, stock_dispatch(graph), stock_combine(graph)]
+        experts, in_lanes = batched_experts(graph, plan.layers, source, self.expected, whole_columns=self.whole_columns)
+        reports += [in_lanes, *self.last_passes(graph)]
+        return Lowered(exported_in_standard_ops(graph), experts, [], reports, counts(plan))
+
+    def last_passes(self, graph: gs.Graph) -> list[PassReport]:
+        """Passes of a target's own, behind all others."""
+        return []
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.planning.capacity import lane_groups

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rq_compile.planning.targets import Target
     from rq_compile.quantization.formats import DenseFormat, Format
     from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Expert, Source
     from rq_compile.rewrite.weights import ExternalWeight, Section
 
@@ -31,11 +32,13 @@ PROVIDERS: dict[str, Provider] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAEx
 @dataclass(frozen=True)
 class Lowered:
     """A graph without Experts nodes, and the weights that it refers to, which are not read yet. ``experts``: one section per
-    layer. ``matrices``: the non-expert matrices with a new layout. ``replaced``: counts of what was replaced, by reason."""
+    layer. ``matrices``: the non-expert matrices with a new layout. ``reports``: those of the passes. ``replaced``: counts of what
+    else was replaced, by reason."""
 
     model: onnx.ModelProto
     experts: list[Section]
     matrices: list[Section]
+    reports: list[PassReport]
     replaced: dict[str, int]
 
 

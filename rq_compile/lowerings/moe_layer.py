@@ -41,8 +41,8 @@ class MoeLayerNode(Lowering):
         from rq_compile.rewrite.rewrite import counts, exported, imported
 
         graph = imported(model)
-        experts = moe_layers(graph, plan.layers, source, HALVES[self.half])
-        return Lowered(exported(graph), experts, [], counts(plan))
+        experts, report = moe_layers(graph, plan.layers, source, HALVES[self.half])
+        return Lowered(exported(graph), experts, [], [report], counts(plan))
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.halves import HALVES

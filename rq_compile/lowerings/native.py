@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rq_compile.planning.targets import Target
     from rq_compile.quantization.formats import DenseFormat, Format
     from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Source
     from rq_compile.rewrite.weights import ExternalWeight, Section
 
@@ -38,19 +39,22 @@ class Native(Lowering):
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.attention import attention
         from rq_compile.rewrite.dense_gemms import dense_gemms
+        from rq_compile.rewrite.embedding_tables import embedding_tables
         from rq_compile.rewrite.experts_to_slots import experts_to_slots
-        from rq_compile.rewrite.report import counts_of
         from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.rms_norms import rms_norms
         from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
 
-        matrices: list[Section] = []
-        if dense is not None:
-            model, matrices = dense_gemms(model, self.dense_format, dense, self.activation_bits)
         graph = imported(model)
-        experts = experts_to_slots(graph, plan.layers, source, activation_bits=self.activation_bits)
-        fused = counts_of(run(graph) for run in (rms_norms, rotary_embeddings, attention))
-        return Lowered(exported(graph), experts, matrices, counts(plan) | fused)
+        matrices: list[Section] = []
+        reports: list[PassReport] = []
+        if dense is not None and self.dense_format != "fp32":
+            reports.append(embedding_tables(graph, dense.dtype_of))
+            matrices, multiplied = dense_gemms(graph, self.dense_format, dense, self.activation_bits)
+            reports.append(multiplied)
+        experts, rewritten = experts_to_slots(graph, plan.layers, source, activation_bits=self.activation_bits)
+        reports += [rewritten, rms_norms(graph), rotary_embeddings(graph), attention(graph)]
+        return Lowered(exported(graph), experts, matrices, reports, counts(plan))
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.slot_weights import slot_weights

@@ -45,11 +45,10 @@ class Stock(Lowering):
         from rq_compile.rewrite.stock_experts import stock_experts
 
         graph = imported(model)
-        experts = experts_to_slots(graph, plan.layers, source, panels=False, activation_bits=self.activation_bits)
-        stock_dispatch(graph)
-        stock_combine(graph)
-        stock_experts(graph, plan.layers, accuracy_level=ROUNDED if self.activation_bits == 8 else 0)
-        return Lowered(exported_in_standard_ops(graph), experts, [], counts(plan))
+        experts, rewritten = experts_to_slots(graph, plan.layers, source, panels=False, activation_bits=self.activation_bits)
+        reports = [rewritten, stock_dispatch(graph), stock_combine(graph)]
+        reports.append(stock_experts(graph, plan.layers, accuracy_level=ROUNDED if self.activation_bits == 8 else 0))
+        return Lowered(exported_in_standard_ops(graph), experts, [], reports, counts(plan))
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.slot_weights import slot_weights

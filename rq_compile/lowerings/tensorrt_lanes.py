@@ -10,11 +10,13 @@ from rq_compile.quantization.formats import SLOT_FORMATS
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_graphsurgeon as gs
 
     from rq_compile.lowerings.lowering import Lowered
     from rq_compile.planning.schema import Plan
     from rq_compile.planning.targets import Target
     from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Source
 
 
@@ -27,10 +29,12 @@ class TensorRTLanes(Batched):
     planned_for: ClassVar[Target] = "tensorrt-rtx"
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
-        from rq_compile.rewrite.loop_weights import loop_weights
-
         lowered = super().lower(model, plan, source, dense)
-        loop_weights(lowered.model)
         int8 = sum(SLOT_FORMATS[slot.format].element == "int8" for layer in plan.layers for slot in layer.slots)
         lowered.replaced["int8 slots with a scale for each column"] = int8
         return lowered
+
+    def last_passes(self, graph: gs.Graph) -> list[PassReport]:
+        from rq_compile.rewrite.loop_weights import loop_weights
+
+        return [loop_weights(graph)]

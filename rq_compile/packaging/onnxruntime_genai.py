@@ -82,9 +82,11 @@ def with_all_logits(graph: Path) -> EngineFile:
     import onnx
 
     from rq_compile.rewrite.logits_to_keep import fixed
+    from rq_compile.rewrite.rewrite import exported, imported
 
-    model = fixed(onnx.load(graph, load_external_data=False), ALL)
-    graph.write_bytes(model.SerializeToString(deterministic=True))
+    rewritten = imported(onnx.load(graph, load_external_data=False))
+    fixed(rewritten, ALL)
+    graph.write_bytes(exported(rewritten).SerializeToString(deterministic=True))
     return EngineFile(name=graph.name, sha256=sha256(graph), bytes=graph.stat().st_size)
 
 

@@ -32,6 +32,7 @@ from rq_compile.rewrite.activations import activated
 from rq_compile.rewrite.contract import ensures, requires
 from rq_compile.rewrite.lane_weights import LaneWeights, lane_weights
 from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.report import PassReport
 from rq_compile.rewrite.slot_weights import Source
 from rq_compile.rewrite.weights import Section, constant
 
@@ -89,14 +90,14 @@ def batched_experts(
     expected: ExpectedCapacity | None = None,
     *,
     whole_columns: bool = False,
-) -> list[Section]:
+) -> tuple[list[Section], PassReport]:
     """Rewrite in place and return the weights the graph now refers to, a section for each layer: each slot has its own.
 
     ``expected``: case 2 above; None: case 1. ``whole_columns``: see ``lane_weights``.
     """
     requires(NAME, graph.opset >= OPSET, f"opset {OPSET} or later")
     nodes = {node.name: node for node in graph.nodes if node.op == "ExpertGemm"}
-    sections = []
+    sections, report = [], PassReport("slots", "in lanes")
     for plan in plans:
         up, down = nodes.get(f"{plan.name}.up"), nodes.get(f"{plan.name}.down")
         requires(NAME, up is not None and down is not None, f"both projections of {plan.name}")
@@ -105,9 +106,10 @@ def batched_experts(
         lanes = [lane for product in products for lane in (product.up, product.down)]
         weights, pieces = ([held for lane in lanes for held in getattr(lane, what)] for what in ("all", "pieces"))
         sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
+        report.changed += len(plan.slots)
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "ExpertGemm" for node in graph.nodes), "that no ExpertGemm node is left")
-    return sections
+    return sections, report
 
 
 def _products(plan: LayerPlan, source: Source, whole_columns: bool) -> list[_Product]:

@@ -5,15 +5,13 @@ multiplies only in fp32, so that a bf16 matrix would take twice its bytes; Dense
 loss, and reads int8 in panels as ExpertGemm does.
 
 Requires: the Experts nodes, by which routers are known: their matrices stay as they are, since rounding them changes routing.
-Ensures: every other product by a weight matrix of 16 rows or more is a DenseGemm, unless the matrix is kept in fp32.
+Ensures: every other product by a weight matrix of 16 rows or more is a DenseGemm, unless the matrix is stored in fp32.
 """
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from rq_compile.engine.library import FORMAT_GROUPS
@@ -22,6 +20,7 @@ from rq_compile.quantization.quantizer import quantize
 from rq_compile.rewrite.contract import requires
 from rq_compile.rewrite.experts_to_slots import DOMAIN
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
+from rq_compile.rewrite.report import NearMatch, PassReport
 from rq_compile.rewrite.slot_weights import group_of
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, constant, external_proto
 
@@ -49,29 +48,35 @@ class DenseWeights:
 
 
 def dense_gemms(
-    model: onnx.ModelProto, format: DenseFormat, dense: DenseWeights, activation_bits: int = 32
-) -> tuple[onnx.ModelProto, list[Section]]:
-    """The new model, and the weights that its DenseGemm nodes refer to, unread.
+    graph: gs.Graph, format: DenseFormat, dense: DenseWeights, activation_bits: int = 32
+) -> tuple[list[Section], PassReport]:
+    """Rewrite ``graph`` in place and return the weights that its DenseGemm nodes refer to, unread.
 
-    "stored" keeps 16 bit as they are, "int8" rounds each block of a row to the nearest, "fp32" leaves the model alone.
-    ``activation_bits`` is DenseGemm's, see ``experts_to_slots``.
+    "stored" keeps 16 bit as they are, "int8" rounds each block of a row to the nearest. ``activation_bits`` is DenseGemm's, see
+    ``experts_to_slots``.
     """
-    if format == "fp32":
-        return model, []
-    # What graph surgeon imports, tensors and domains, are parts of the model that it was given.
-    graph = gs.import_onnx(deepcopy(model))
     experts = [node for node in graph.nodes if node.op == "Experts" and node.domain == DOMAIN]
     requires(NAME, bool(experts), "the Experts nodes")
     routers = {id(router) for node in experts for router in _routers(node)}
-    _embeddings(graph, dense.dtype_of)
+    report = PassReport("dense products", f"read {'in int8' if format == 'int8' else 'as stored'}")
     sections: list[Section] = []
     for matrix in [matrix for node in graph.nodes if (matrix := _matrix(node))]:
+        if isinstance(matrix, NearMatch):
+            report.leave(matrix.why)
+            continue
         kept: Format | None = "int8" if format == "int8" else _float_format(dense.dtype_of(matrix.name))
-        # A column or two (the gate of a shared expert) takes no time, and ONNX Runtime multiplies fp32 as fast.
-        if id(matrix.node) not in routers and matrix.rows >= ROWS and kept not in (None, "fp32"):
+        if id(matrix.node) in routers:
+            report.leave("they choose experts")
+        elif matrix.rows < ROWS:
+            # The gate of a shared expert takes no time, and ONNX Runtime multiplies fp32 as fast.
+            report.leave(f"{matrix.rows} rows")
+        elif kept in (None, "fp32"):
+            report.leave(f"stored in {dense.dtype_of(matrix.name)}")
+        else:
             sections.append(_replace(graph, matrix, kept, dense, activation_bits))
+            report.changed += 1
     graph.cleanup().toposort()
-    return gs.export_onnx(graph), sections
+    return sections, report
 
 
 def _routers(experts: gs.Node) -> Iterator[gs.Node]:
@@ -84,41 +89,25 @@ def _routers(experts: gs.Node) -> Iterator[gs.Node]:
             if id(node) in seen:
                 continue
             seen.add(id(node))
-            if _matrix(node):
+            if isinstance(_matrix(node), Matrix):
                 yield node
             else:
                 pending += node.inputs
 
 
-def _matrix(node: gs.Node) -> Matrix | None:
+def _matrix(node: gs.Node) -> Matrix | NearMatch | None:
     if node.op not in ("MatMul", "Gemm") or len(node.inputs) < 2 or (proto := external_proto(node.inputs[1])) is None:
         return None
-    plain = all(node.attrs.get(name, default) == default for name, default in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)))
-    if len(proto.dims) != 2 or not plain or external_proto(node.inputs[0]) is not None:
-        return None
+    for name, plain in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)):
+        if (given := node.attrs.get(name, plain)) != plain:
+            return NearMatch(f"{name} {given}")
+    if len(proto.dims) != 2 or external_proto(node.inputs[0]) is not None:
+        return NearMatch(f"weights of shape {list(proto.dims)}")
     return Matrix(node, node.inputs[1], tuple(proto.dims), bool(node.attrs.get("transB", 0)))
 
 
 def _float_format(dtype: np.dtype) -> Format | None:
     return next((name for name, format in SLOT_FORMATS.items() if not format.quantized and format.dtype == dtype), None)
-
-
-def _embeddings(graph: gs.Graph, dtype_of: Callable[[str], np.dtype]) -> None:
-    """Rows of a 16-bit table are widened after they are gathered."""
-    for node in [node for node in graph.nodes if node.op == "Gather"]:
-        table = node.inputs[0]
-        if (proto := external_proto(table)) is None:
-            continue
-        dtype = dtype_of(table.name)
-        if _float_format(dtype) in (None, "fp32") or any(user.op != "Gather" for user in table.outputs):
-            continue
-        proto.data_type = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        (widened,) = node.outputs
-        narrow = gs.Variable(f"{widened.name}.stored", dtype, widened.shape)
-        node.outputs = [narrow]
-        graph.nodes.append(
-            gs.Node("Cast", f"{node.name}.widened", {"to": onnx.TensorProto.FLOAT}, inputs=[narrow], outputs=[widened])
-        )
 
 
 def _replace(graph: gs.Graph, matrix: Matrix, format: Format, dense: DenseWeights, activation_bits: int) -> Section:

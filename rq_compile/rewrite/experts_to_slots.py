@@ -12,11 +12,13 @@ import onnx_graphsurgeon as gs
 from rq_compile.errors import UserError
 from rq_compile.planning.schema import LayerPlan
 from rq_compile.rewrite.contract import ensures
+from rq_compile.rewrite.report import PassReport
 from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_weights
 from rq_compile.rewrite.weights import Section, constant
 
 NAME = "experts_to_slots"
 PROJECTIONS = ("up", "down")
+EXPERTS_NODES = ("experts nodes", "rewritten")
 DOMAIN = "rq.moe"
 
 
@@ -57,7 +59,7 @@ def experts_to_slots(
     *,
     panels: bool = True,
     activation_bits: int = 32,
-) -> list[Section]:
+) -> tuple[list[Section], PassReport]:
     """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
 
     Without a ``source``, the products have no weights, for a pass that replaces them. ``panels``: see ``slot_weights``.
@@ -66,16 +68,17 @@ def experts_to_slots(
     Raises:
         UserError: a layer of the model is missing from the plan, or the other way round (the layer is named).
     """
-    sections = []
+    sections, report = [], PassReport(*EXPERTS_NODES)
     for plan, node in experts_nodes(graph, plans):
         projections = [slot_weights(plan, p, source, panels=panels) for p in PROJECTIONS] if source else []
         _replace(graph, node, plan, projections, activation_bits)
         weights, pieces = ([held for p in projections for held in getattr(p, what) if held] for what in ("inputs", "pieces"))
         sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
+        report.changed += 1
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")
     ensures(NAME, {offsets_name(plan.name) for plan in plans} <= set(graph.tensors()), "slot_offsets for every layer")
-    return sections
+    return sections, report
 
 
 def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[SlotWeights], activation_bits: int) -> None:

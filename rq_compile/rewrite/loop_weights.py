@@ -9,33 +9,54 @@ Requires: nothing. Ensures: no MatMul in a loop reads a DequantizeLinear of int4
 """
 
 import onnx
-from onnx import GraphProto, TensorProto, helper
+import onnx_graphsurgeon as gs
+
+from rq_compile.rewrite.contract import ensures
+from rq_compile.rewrite.report import PassReport
+from rq_compile.rewrite.weights import INT4
 
 NAME = "loop_weights"
 SWAPPED = [0, 2, 1]
 
 
-def loop_weights(model: onnx.ModelProto) -> None:
+def loop_weights(graph: gs.Graph) -> PassReport:
     """Rewrite every Loop of the main graph in place."""
-    int4 = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT4}
-    matrices = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in int4}
-    for node in model.graph.node:
-        if node.op_type == "Loop":
-            (body,) = (attribute.g for attribute in node.attribute if attribute.name == "body")
-            _keep_apart(body, matrices)
+    report = PassReport("int4 products in loops", "kept apart")
+    bodies = [node.attrs["body"] for node in graph.nodes if node.op == "Loop"]
+    for body in bodies:
+        report.changed += _keep_apart(body)
+    ensures(NAME, not any(map(_products, bodies)), "that no loop multiplies by int4 weights")
+    return report
 
 
-def _keep_apart(body: GraphProto, matrices: set[str]) -> None:
-    nodes = list(body.node)
-    del body.node[:]
-    one = f"{body.name}/one"
+def _products(body: gs.Graph) -> list[gs.Node]:
+    """The MatMul whose weights are a DequantizeLinear of int4 outside of the loop."""
+    inside = {id(node) for node in body.nodes}
+    return [
+        node
+        for node in body.nodes
+        if node.op == "MatMul" and any(_of_int4(maker) and id(maker) not in inside for maker in node.inputs[1].inputs)
+    ]
+
+
+def _of_int4(node: gs.Node) -> bool:
+    return node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant) and node.inputs[0].dtype == INT4
+
+
+def _keep_apart(body: gs.Graph) -> int:
+    products = _products(body)
+    one = gs.Variable(f"{body.name}/one")
     # The loop's condition is an input of its body, behind the iteration's number.
-    body.node.append(helper.make_node("Cast", [body.input[1].name], [one], one, to=TensorProto.FLOAT))
-    for node in nodes:
-        if node.op_type == "MatMul" and node.input[1] in matrices:
-            across, times_one, back = (f"{node.name}.weights_{step}" for step in ("across", "times_one", "back"))
-            body.node.append(helper.make_node("Transpose", [node.input[1]], [across], across, perm=SWAPPED))
-            body.node.append(helper.make_node("Mul", [across, one], [times_one], times_one))
-            body.node.append(helper.make_node("Transpose", [times_one], [back], back, perm=SWAPPED))
-            node.input[1] = back
-        body.node.append(node)
+    nodes = [gs.Node("Cast", one.name, {"to": onnx.TensorProto.FLOAT}, [body.inputs[1]], [one])]
+    for node in body.nodes:
+        if any(node is product for product in products):
+            across, times_one, back = (gs.Variable(f"{node.name}.weights_{step}") for step in ("across", "times_one", "back"))
+            nodes += [
+                gs.Node("Transpose", across.name, {"perm": SWAPPED}, [node.inputs[1]], [across]),
+                gs.Node("Mul", times_one.name, {}, [across, one], [times_one]),
+                gs.Node("Transpose", back.name, {"perm": SWAPPED}, [times_one], [back]),
+            ]
+            node.inputs[1] = back
+        nodes.append(node)
+    body.nodes = nodes
+    return len(products)

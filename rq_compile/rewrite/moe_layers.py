@@ -16,9 +16,10 @@ import onnx_graphsurgeon as gs
 
 from rq_compile.planning.schema import LayerPlan
 from rq_compile.rewrite.contract import ensures
-from rq_compile.rewrite.experts_to_slots import DOMAIN, experts_nodes, replica_table
+from rq_compile.rewrite.experts_to_slots import DOMAIN, EXPERTS_NODES, experts_nodes, replica_table
 from rq_compile.rewrite.halves import in_half
 from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.report import PassReport
 from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_weights
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, constant
 
@@ -27,7 +28,7 @@ OP = "MoeLayer"
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 
 
-def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half: np.dtype) -> list[Section]:
+def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half: np.dtype) -> tuple[list[Section], PassReport]:
     """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
 
     ``half``: float16 or bfloat16, the type of inputs, outputs and float weights, whichever float format the plan names.
@@ -36,15 +37,16 @@ def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half
         UserError: a layer of the model is missing from the plan, or the other way round (the layer is named). A piece of the
             weights raises it for a weight that ``half`` cannot hold.
     """
-    sections = []
+    sections, report = [], PassReport(*EXPERTS_NODES)
     for plan, node in experts_nodes(graph, plans):
         projections = [projection(plan, name, source, half) for name in ("up", "down")]
         _replace(graph, node, plan, projections, half)
         weights, pieces = ([held for p in projections for held in getattr(p, what) if held] for what in ("inputs", "pieces"))
         sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
+        report.changed += 1
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")
-    return sections
+    return sections, report
 
 
 def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[SlotWeights], half: np.dtype) -> None:

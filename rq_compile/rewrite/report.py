@@ -1,4 +1,4 @@
-"""What a pass did to a graph, and what it left although it looked alike."""
+"""What a pass did to a graph, and what it left although it looked alike. Every pass returns one."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,26 +18,36 @@ class NearMatch:
 
 @dataclass
 class PassReport:
-    """``found`` is what the pass looks for, in the plural; ``changed`` how many it replaced; ``left``: how many it did not, by
-    reason."""
+    """``found`` is what the pass looks for, in the plural, and ``done`` what it does with it.
+
+    ``changed`` counts the matches that it changed, ``left`` those that it did not, by reason.
+    """
 
     found: str
+    done: str = "fused"
     changed: int = 0
     left: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def matches(self) -> int:
+        return self.changed + self.left.total()
+
+    def leave(self, why: str, count: int = 1) -> None:
+        self.left[why] += count
+
     def matched(self, found: Match | NearMatch | None) -> Match | None:
-        """``found`` if it is a match, which counts as replaced; a near match is noted."""
+        """``found`` if it is a match, which counts as changed; a near match is noted."""
         if isinstance(found, NearMatch):
-            self.left[found.why] += 1
+            self.leave(found.why)
             return None
         self.changed += found is not None
         return found
 
 
 def counts_of(reports: Iterable[PassReport]) -> dict[str, int]:
-    """For the manifest: how many were replaced, by what they are, and how many were left, by reason."""
+    """For the manifest: how many each pass changed, 0 included, and how many it left, by reason."""
     counts: dict[str, int] = {}
     for report in reports:
-        counts[f"{report.found} fused"] = report.changed
-        counts |= {f"{report.found} not fused: {why}": number for why, number in sorted(report.left.items())}
+        counts[f"{report.found} {report.done}"] = report.changed
+        counts |= {f"{report.found} not {report.done}: {why}": number for why, number in sorted(report.left.items())}
     return counts

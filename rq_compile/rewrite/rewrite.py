@@ -15,8 +15,14 @@ G_LOGGER.severity = G_LOGGER.ERROR
 
 
 def imported(model: onnx.ModelProto) -> gs.Graph:
-    """A graph to be rewritten in place; ``model`` stays as it is, though graph surgeon takes parts of what it is given."""
-    return gs.import_onnx(deepcopy(model))
+    """A graph to be rewritten in place; ``model`` stays as it is, though graph surgeon takes parts of what it is given.
+
+    An input with a default, which graph surgeon takes for a constant alone, is one among the inputs.
+    """
+    graph = gs.import_onnx(deepcopy(model))
+    known = {tensor.name: tensor for tensor in graph.inputs} | graph.tensors()
+    graph.inputs = [known[value.name] for value in model.graph.input]
+    return graph
 
 
 def exported(graph: gs.Graph) -> onnx.ModelProto:
@@ -33,8 +39,8 @@ def exported_in_standard_ops(graph: gs.Graph) -> onnx.ModelProto:
 
 
 def counts(plan: Plan) -> dict[str, int]:
-    """What the slots of ``plan`` replaced, for the manifest."""
+    """What the slots of ``plan`` replace, for the manifest."""
     slots = [slot for layer in plan.layers for slot in layer.slots]
     experts = sum(layer.geometry.experts for layer in plan.layers)
     formats = Counter(f"slots in {slot.format}" for slot in slots)
-    return {"experts nodes rewritten": len(plan.layers), "replicas added": len(slots) - experts, **formats}
+    return {"replicas added": len(slots) - experts, **formats}

@@ -8,12 +8,14 @@ import onnx_graphsurgeon as gs
 from rq_compile.rewrite.contract import ensures
 from rq_compile.rewrite.experts_to_slots import DOMAIN
 from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.report import PassReport
 
 NAME = "stock_combine"
 
 
-def stock_combine(graph: gs.Graph) -> None:
+def stock_combine(graph: gs.Graph) -> PassReport:
     """Rewrite every Combine of ``graph`` in place."""
+    report = PassReport("Combine nodes", "in standard ops")
     for node in [node for node in graph.nodes if node.op == "Combine" and node.domain == DOMAIN]:
         slot_outputs, rows, gates = node.inputs
         (y,) = node.outputs
@@ -27,4 +29,6 @@ def stock_combine(graph: gs.Graph) -> None:
         width = op("Shape", slot_outputs, start=1)
         by_choice = op("Reshape", by_pair, op("Concat", op("Shape", gates), width, axis=0), allowzero=1)
         op("ReduceSum", op("Mul", by_choice, op("Unsqueeze", gates, [2])), [1], keepdims=0, out=y)
+        report.changed += 1
     ensures(NAME, not any(node.op == "Combine" for node in graph.nodes), "that no Combine node is left")
+    return report

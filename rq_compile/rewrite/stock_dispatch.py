@@ -11,12 +11,14 @@ import onnx_graphsurgeon as gs
 from rq_compile.rewrite.contract import ensures, requires
 from rq_compile.rewrite.experts_to_slots import DOMAIN
 from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.report import PassReport
 
 NAME = "stock_dispatch"
 
 
-def stock_dispatch(graph: gs.Graph) -> None:
+def stock_dispatch(graph: gs.Graph) -> PassReport:
     """Rewrite every Dispatch of ``graph`` in place."""
+    report = PassReport("Dispatch nodes", "in standard ops")
     for node in [node for node in graph.nodes if node.op == "Dispatch" and node.domain == DOMAIN]:
         ids, replicas = node.inputs
         rows, offsets = node.outputs
@@ -25,7 +27,9 @@ def stock_dispatch(graph: gs.Graph) -> None:
         graph.nodes.remove(node)
         rows.dtype = np.dtype(np.int64)
         _expand(Ops(graph, node.name), ids, replicas.values.astype(np.int64), rows, offsets)
+        report.changed += 1
     ensures(NAME, not any(node.op == "Dispatch" for node in graph.nodes), "that no Dispatch node is left")
+    return report
 
 
 def _expand(op: Ops, ids: gs.Tensor, table: np.ndarray, rows: gs.Tensor, offsets: gs.Tensor) -> None:

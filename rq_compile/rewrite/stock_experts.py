@@ -16,6 +16,7 @@ from rq_compile.quantization.formats import SLOT_FORMATS, Format, block_size, te
 from rq_compile.rewrite.activations import activated
 from rq_compile.rewrite.contract import ensures, requires
 from rq_compile.rewrite.ops import Ops
+from rq_compile.rewrite.report import PassReport
 from rq_compile.rewrite.slot_weights import group_of
 from rq_compile.rewrite.weights import slice_of
 
@@ -24,15 +25,18 @@ NAME = "stock_experts"
 OPERANDS = (*(name for group in FORMAT_GROUPS for name in tensors_of(group)), "bias")
 
 
-def stock_experts(graph: gs.Graph, plans: Sequence[LayerPlan], accuracy_level: int = 0) -> None:
+def stock_experts(graph: gs.Graph, plans: Sequence[LayerPlan], accuracy_level: int = 0) -> PassReport:
     """Rewrite in place. ``accuracy_level`` goes to MatMulNBits: 0 keeps fp32 activations, 4 quantizes them to int8."""
+    report = PassReport("slots", "in branches")
     nodes = {node.name: node for node in graph.nodes if node.op == "ExpertGemm"}
     for plan in plans:
         up, down = nodes.get(f"{plan.name}.up"), nodes.get(f"{plan.name}.down")
         requires(NAME, up is not None and down is not None, f"both projections of {plan.name}")
         _expand(graph, plan, up, down, accuracy_level)
+        report.changed += len(plan.slots)
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "ExpertGemm" for node in graph.nodes), "that no ExpertGemm node is left")
+    return report
 
 
 def _expand(graph: gs.Graph, plan: LayerPlan, up: gs.Node, down: gs.Node, accuracy_level: int) -> None:

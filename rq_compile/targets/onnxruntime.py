@@ -26,9 +26,8 @@ from rq_compile.outputs import check_outputs
 from rq_compile.planning.schema import Plan
 from rq_compile.processes import world
 from rq_compile.rewrite.experts_to_slots import offsets_name
-from rq_compile.rewrite.logits_to_keep import with_default
+from rq_compile.rewrite.report import counts_of
 from rq_compile.rewrite.weights import Section
-from rq_compile.standalone.decoding import LAST
 from rq_compile.targets.engine_estimate import engine_estimate
 from rq_compile.targets.engine_outputs import onnx_outputs
 from rq_compile.targets.licences import declared_licence, licence_texts
@@ -122,7 +121,7 @@ def compile_engine(
         starts = written.starts | {alias: written.starts[name] for alias, name in content.aliases.items()}
         elsewhere = {name: (links[tensor.file].name, tensor.offset) for name, tensor in content.linked.items()}
         locate(content.lowered.model, starts, f"{output.name}.data", elsewhere)
-        graph.write_bytes(with_default(content.lowered.model, LAST).SerializeToString(deterministic=True))
+        graph.write_bytes(content.lowered.model.SerializeToString(deterministic=True))
         manifest = Manifest(
             tool=TOOL,
             target=lowering.device,
@@ -245,7 +244,7 @@ def _replaced(model: Model, plan: Plan, content: _Content) -> dict[str, int]:
     counts = content.lowered.replaced | remarks(model)
     counts["equal tensors written once"] = len(content.aliases)
     counts["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
-    return {reason: count for reason, count in counts.items() if count}
+    return counts_of(content.lowered.reports) | {reason: count for reason, count in counts.items() if count}
 
 
 def _engine_file(final: Path, part: Path) -> EngineFile:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fused_counts
 import numpy as np
 import onnxruntime
 import pytest
@@ -69,6 +70,10 @@ def test_the_graph_has_one_experts_node_per_layer_and_no_weights(checkpoint: Mod
     assert not any(name.startswith(layer) for name in exported.parameters for layer in nodes)
     for value in [value for value in exported.model.graph.input if value.name != "logits_to_keep"]:
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch", value.name
+
+
+def test_no_fusion_is_switched_off_unseen(checkpoint: Model, exported: Exported) -> None:
+    assert fused_counts.counted(exported.model) == fused_counts.FAMILIES[checkpoint.path.name]
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

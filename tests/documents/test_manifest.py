@@ -1,5 +1,6 @@
 """An engine's manifest describes its files correctly."""
 
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -80,6 +81,21 @@ def test_what_was_replaced_is_counted(manifest: Manifest) -> None:
     assert manifest.replaced["replicas added"] == len(slots) - experts > 0
     for format in FORMATS:
         assert manifest.replaced.get(f"slots in {format}", 0) == sum(slot.format == format for slot in slots)
+
+
+def test_what_every_pass_did_is_counted(manifest: Manifest, graph: onnx.GraphProto) -> None:
+    ops = Counter(node.op_type for node in graph.node)
+    assert manifest.replaced["norms fused"] == ops["SimplifiedLayerNormalization"] > 0
+    assert manifest.replaced["rotations fused"] == ops["RotaryEmbedding"] > 0
+    assert manifest.replaced["attentions fused"] == ops["MultiHeadAttention"] > 0
+    # A pass that found nothing says so, and why.
+    assert manifest.replaced["dense products read as stored"] == ops["DenseGemm"] == 0
+    weights = {tensor.name for tensor in graph.initializer}
+    products = sum(node.op_type in ("MatMul", "Gemm") and node.input[1] in weights for node in graph.node)
+    routers = len(manifest.plan.layers)
+    left = {"stored in float32": products - routers, "they choose experts": routers}
+    for why, count in left.items():
+        assert manifest.replaced[f"dense products not read as stored: {why}"] == count
 
 
 def test_every_slot_count_can_be_read_from_the_graph(manifest: Manifest, graph: onnx.GraphProto) -> None:

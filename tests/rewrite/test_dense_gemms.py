@@ -1,14 +1,17 @@
 """The weights outside of the experts, as stored or in int8: the op compared with float64, engines compared with transformers."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 import tiny
 import torch
+from one_layer import one_layer
 from onnx import TensorProto
 from op_nodes import assert_close, pack, reference, run_op
 from plans import plan_of, unchanged
@@ -20,6 +23,11 @@ from rq_compile.export.export import export_graph
 from rq_compile.lowerings import Native
 from rq_compile.planning.schema import Slot
 from rq_compile.quantization.quantizer import stored
+from rq_compile.rewrite.dense_gemms import DenseWeights, dense_gemms
+from rq_compile.rewrite.embedding_tables import embedding_tables
+from rq_compile.rewrite.report import counts_of
+from rq_compile.rewrite.rewrite import imported
+from rq_compile.rewrite.weights import ExternalWeight, constant
 from rq_compile.runtime.engine import Engine
 from rq_compile.targets.onnxruntime import compile_engine
 
@@ -104,6 +112,47 @@ def test_kept_as_stored_nothing_is_lost(engines: tuple[Model, dict[str, Path]]) 
     sizes = {format: Manifest.model_validate_json(path.with_suffix(".json").read_bytes()) for format, path in paths.items()}
     assert sizes["stored"].dense_format == "stored"
     assert sizes["int8"].dense_bytes < sizes["stored"].dense_bytes < 0.7 * sizes["fp32"].dense_bytes
+
+
+def test_every_product_is_counted(engines: tuple[Model, dict[str, Path]]) -> None:
+    """Those that are read as stored or in int8, and the others by reason."""
+    checkpoint, paths = engines
+    shared_experts_gates = {"qwen2_moe": len(checkpoint.layers)}.get(checkpoint.model_type, 0)
+    for format, how in (("stored", "as stored"), ("int8", "in int8")):
+        counts = Manifest.model_validate_json(paths[format].with_suffix(".json").read_bytes()).replaced
+        graph = onnx.load(paths[format], load_external_data=False).graph
+        ops = Counter(node.op_type for node in graph.node)
+        assert counts[f"dense products read {how}"] == ops["DenseGemm"] > 0
+        left = {name: count for name, count in counts.items() if name.startswith(f"dense products not read {how}")}
+        reasons = {"they choose experts": len(checkpoint.layers), "1 rows": shared_experts_gates}
+        assert left == {f"dense products not read {how}: {why}": count for why, count in reasons.items() if count}
+        assert counts["embedding tables kept in 16 bit"] == 1
+        tables = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+        assert [t.data_type for t in graph.initializer if t.name in tables and "embed" in t.name] == [TensorProto.BFLOAT16]
+
+
+def test_a_product_with_a_factor_is_left_and_says_so() -> None:
+    graph = imported(one_layer(32, 2))
+    (experts,) = graph.nodes
+    weight = constant(ExternalWeight("head", np.dtype(np.float16), (48, 32)))
+    graph.outputs = [gs.Variable("z", np.float32, ["T", 48])]
+    graph.nodes.append(gs.Node("Gemm", "head", {"alpha": 0.5, "transB": 1}, [experts.outputs[0], weight], graph.outputs))
+    sections, report = dense_gemms(graph, "int8", DenseWeights(lambda _: np.dtype(np.float16), lambda _: np.zeros(0)))
+    assert (sections, report.matches, report.changed) == ([], 1, 0)
+    assert counts_of([report]) == {"dense products read in int8": 0, "dense products not read in int8: alpha 0.5": 1}
+
+
+def test_a_table_that_is_a_matrix_too_is_left_and_says_so() -> None:
+    """As a tied embedding whose product reads it as it stands."""
+    table = constant(ExternalWeight("table", np.dtype(np.float32), (48, 32)))
+    ids, x = gs.Variable("ids", np.int64, ["T"]), gs.Variable("x", np.float32, ["T", 48])
+    rows, z = gs.Variable("rows", np.float32, ["T", 32]), gs.Variable("z", np.float32, ["T", 32])
+    nodes = [gs.Node("Gather", "rows", {}, [table, ids], [rows]), gs.Node("MatMul", "product", {}, [x, table], [z])]
+    graph = gs.Graph(nodes, [ids, x], [rows, z], opset=21)
+    report = embedding_tables(graph, lambda _: np.dtype(np.float16))
+    why = "embedding tables not kept in 16 bit: read by MatMul, too"
+    assert counts_of([report]) == {"embedding tables kept in 16 bit": 0, why: 1}
+    assert [node.op for node in graph.nodes] == ["Gather", "MatMul"]
 
 
 def test_in_int8_it_is_the_model_with_rounded_matrices(engines: tuple[Model, dict[str, Path]]) -> None:

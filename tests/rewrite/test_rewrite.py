@@ -15,6 +15,7 @@ from rq_compile.errors import UserError
 from rq_compile.lowerings import Stock, lowering_of
 from rq_compile.quantization.formats import FORMATS
 from rq_compile.rewrite.contract import ContractError
+from rq_compile.rewrite.report import counts_of
 
 LOWERINGS = ("native", "stock", "batched")
 
@@ -110,9 +111,13 @@ def test_stock_needs_no_custom_op_and_counts_are_reported() -> None:
     lowered = Stock().lower(one_layer(32, 2), plan_of(geometry, MIXED), lambda _, e: experts[e])
     assert {node.domain for node in lowered.model.graph.node} == {""}
     assert "com.microsoft" in {entry.domain for entry in lowered.model.opset_import}
-    assert lowered.replaced == {
-        "experts nodes rewritten": 1, "replicas added": 4, "slots in int8": 3, "slots in int4": 2, "slots in fp16": 3
-    }  # fmt: skip
+    assert lowered.replaced == {"replicas added": 4, "slots in int8": 3, "slots in int4": 2, "slots in fp16": 3}
+    assert counts_of(lowered.reports) == {
+        "experts nodes rewritten": 1,
+        "Dispatch nodes in standard ops": 1,
+        "Combine nodes in standard ops": 1,
+        "slots in branches": 8,
+    }
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

@@ -21,7 +21,7 @@ def layer_in_half(folder: Path, half: str = "fp16") -> onnx.ModelProto:
     """One layer with every format, whose lanes are so narrow that it needs further passes, and its weights."""
     lanes = TensorRTLanes(ExpectedCapacity(headroom=0.3, least=2))
     lowered = lanes.lower(one_layer(32, 2), plan_of(GEOMETRY, MIXED), lambda _, e: EXPERTS[e])
-    model, versions = half_precision(lowered.model, HALVES[half], layers=[LAYER])
+    model, versions, _ = half_precision(lowered.model, HALVES[half], layers=[LAYER])
     with (folder / "layer.data").open("wb") as file:
         written = write_weights([in_versions(section, versions) for section in lowered.experts], file)
     locate(model, written.starts, "layer.data")

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from layer_in_half import EXPERTS, GEOMETRY, layer_in_half
-from one_layer import MIXED, batch, reference
+from one_layer import LAYER, MIXED, batch, one_layer, plan_of, reference
 from onnx import TensorProto, helper
 from rows import all_rows
 from safetensors.torch import load_file, save_file
@@ -26,11 +26,13 @@ from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity
 from rq_compile.rewrite.contract import ContractError
 from rq_compile.rewrite.halves import HALVES
+from rq_compile.rewrite.report import counts_of
+from rq_compile.rewrite.rewrite import imported
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section
 from rq_compile.runtime.reference import Reference
 from rq_compile.targets.tensorrt.half_precision import half_precision, router_nodes
 from rq_compile.targets.tensorrt.narrow import Version, in_versions, narrowed
-from rq_compile.targets.tensorrt.network import default_precision, expected_capacity, remark_on_precision, write_network
+from rq_compile.targets.tensorrt.network import Network, default_precision, expected_capacity, remark_on_precision, write_network
 from rq_compile.targets.tensorrt.profiles import MOST_SCORES, Profile, Range, default_profiles
 
 PROFILES = default_profiles(2, 16, 64)
@@ -85,6 +87,8 @@ def test_int4_weights_are_kept_apart_in_loops(tmp_path: Path) -> None:
     direct = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in int4}
     (body,) = (a.g for node in model.graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
     assert len(direct) == 2
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert names.isdisjoint(tensor.name for tensor in body.initializer), "the loop reads the weights of the main graph"
     assert not any(node.op_type == "MatMul" and node.input[1] in direct for node in body.node)
     assert any(node.op_type == "MatMul" and node.input[1] in direct for node in model.graph.node)
 
@@ -95,7 +99,7 @@ def network(
     stages: Path,
     export_once: Callable[[Model], Exported],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, onnx.ModelProto, Exported]:
+) -> tuple[Path, Network, Exported]:
     """The tiny OLMoE with the replicas of its plan, but with nothing quantized, so that only fp16 keeps it from the original."""
     path = tmp_path_factory.mktemp("network") / "net.onnx"
     checkpoint, plan = Model.open(tiny_checkpoint("olmoe")), read_document(Plan, stages / "plan.json")
@@ -105,10 +109,10 @@ def network(
         for layer in plan.layers
     ]
     plan = plan.model_copy(update={"layers": layers})
-    return path, write_network(checkpoint, plan, exported, LANES, path).model, exported
+    return path, write_network(checkpoint, plan, exported, LANES, path), exported
 
 
-def test_a_model_gives_the_logits_of_transformers(network: tuple[Path, onnx.ModelProto, Exported], model: Path) -> None:
+def test_a_model_gives_the_logits_of_transformers(network: tuple[Path, Network, Exported], model: Path) -> None:
     path, _, exported = network
     ids = np.random.default_rng(0).integers(4, 99, (3, 40))
     running = session(all_rows(path))
@@ -208,8 +212,9 @@ def test_one_bf16_tensor_asks_for_bf16(tmp_path: Path) -> None:
     assert default_precision(Model.open(folder)) == "bf16"
 
 
-def test_the_logits_are_those_of_the_last_token(network: tuple[Path, onnx.ModelProto, Exported]) -> None:
-    path, model, exported = network
+def test_the_logits_are_those_of_the_last_token(network: tuple[Path, Network, Exported]) -> None:
+    path, written, exported = network
+    model = written.model
     (logits,) = (value for value in model.graph.output if value.name == "logits")
     assert logits.type.tensor_type.shape.dim[1].dim_value == 1
     assert "logits_to_keep" not in {value.name for value in model.graph.input}
@@ -220,7 +225,7 @@ def test_the_logits_are_those_of_the_last_token(network: tuple[Path, onnx.ModelP
     np.testing.assert_array_equal(last, every[:, -1:])
 
 
-def test_padding_changes_nothing(network: tuple[Path, onnx.ModelProto, Exported]) -> None:
+def test_padding_changes_nothing(network: tuple[Path, Network, Exported]) -> None:
     path, _, exported = network
     ids = np.random.default_rng(1).integers(4, 99, (2, 12))
     mask = np.ones_like(ids)
@@ -235,11 +240,12 @@ def test_padding_changes_nothing(network: tuple[Path, onnx.ModelProto, Exported]
     np.testing.assert_allclose(padded[0, 5:], session(path).run(["logits"], feeds)[0][0], atol=0.02)
 
 
-def test_routers_norms_and_logits_stay_in_fp32(network: tuple[Path, onnx.ModelProto, Exported]) -> None:
-    _, model, exported = network
+def test_routers_norms_and_logits_stay_in_fp32(network: tuple[Path, Network, Exported]) -> None:
+    _, written, exported = network
+    model = written.model
     typed = onnx.shape_inference.infer_shapes(model)
     known = {v.name: v.type.tensor_type.elem_type for v in (*typed.graph.value_info, *typed.graph.input, *typed.graph.output)}
-    router = router_nodes(exported.model)
+    router = router_nodes(imported(exported.model))
     of_router = [node for node in model.graph.node if node.name in router]
     assert {"TopK", "Softmax"} < {node.op_type for node in of_router}
     norms = [node for node in model.graph.node if node.op_type in ("ReduceMean", "Sqrt", "Cos")]
@@ -247,6 +253,32 @@ def test_routers_norms_and_logits_stay_in_fp32(network: tuple[Path, onnx.ModelPr
         assert TensorProto.FLOAT16 not in [known.get(name) for name in (*node.input, *node.output)]
     products = [node for node in model.graph.node if node.op_type == "MatMul" and node.name not in router]
     assert {known[node.output[0]] for node in products} == {TensorProto.FLOAT16}
+
+
+def test_every_node_is_counted(tmp_path: Path) -> None:
+    """Also those inside of loops; each that stays in fp32 has a reason."""
+    lanes = TensorRTLanes(ExpectedCapacity(headroom=0.3, least=2))
+    lowered = lanes.lower(one_layer(32, 2), plan_of(GEOMETRY, MIXED), lambda _, e: EXPERTS[e])
+    model, _, report = half_precision(lowered.model, HALVES["fp16"], layers=[LAYER])
+    typed = onnx.shape_inference.infer_shapes(model)
+    elements: dict[int, int] = dict.fromkeys((TensorProto.FLOAT, TensorProto.FLOAT16), 0)
+    for graph in graphs(typed.graph):
+        known = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+        for node in graph.node:
+            casts_of_ours = node.op_type == "Cast" and node.name.endswith((".fp16.cast", ".fp32.cast", "y.cast"))
+            if not casts_of_ours and known.get(node.output[0]) in elements:
+                elements[known[node.output[0]]] += 1
+    assert report.changed == elements[TensorProto.FLOAT16]
+    assert report.left == {"they sum over experts": elements[TensorProto.FLOAT]}
+    assert report.matches == sum(elements.values())
+    assert counts_of(lowered.reports)["int4 products in loops kept apart"] == 2
+
+
+def test_a_network_says_what_every_pass_did(network: tuple[Path, Network, Exported]) -> None:
+    counts = network[1].replaced
+    assert counts["logits_to_keep inputs fixed"] == 1
+    assert counts["int4 products in loops kept apart"] == 0
+    assert counts["nodes in 16 bit"] > counts["nodes not in 16 bit: they choose experts"] > 0
 
 
 def test_a_graph_of_other_floats_is_refused() -> None:

@@ -25,6 +25,7 @@ from rq_compile.files import read_document, write_document
 from rq_compile.lowerings import Plugins
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.quantizer import stored
+from rq_compile.rewrite.rewrite import imported
 from rq_compile.runtime.reference import Reference
 from rq_compile.schemas import schema
 from rq_compile.targets.tensorrt import build_engine
@@ -128,7 +129,7 @@ def test_a_layer_keeps_its_types_and_the_router_stays_in_fp32(
         assert set(held.values()) == {np.dtype(np.float32)}
         (after,) = (other for other in model.graph.node if node.output[0] in other.input)
         assert (after.op_type, attributes_of(after)["to"]) == ("Cast", half)  # and on in 16 bit
-    router = router_nodes(export_once(wide[0]).model)
+    router = router_nodes(imported(export_once(wide[0]).model))
     for node in model.graph.node:
         if node.name in router:
             assert half not in [known.get(name) for name in (*node.input, *node.output)]

@@ -12,21 +12,24 @@ that it is used in.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+from onnx.helper import np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
+from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 
 from rq_compile.rewrite.contract import ContractError, requires
 from rq_compile.rewrite.moe_layers import OP as MOE_LAYER
-from rq_compile.rewrite.weights import LOCATION, external_name
+from rq_compile.rewrite.report import PassReport
+from rq_compile.rewrite.rewrite import exported, imported
+from rq_compile.rewrite.weights import ExternalWeight, constant, external_name, external_proto
 from rq_compile.targets.tensorrt.narrow import Version, Versions, narrowed
 
 NAME = "half_precision"
 FLOAT = int(TensorProto.FLOAT)
-FLOATS = (FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 SUFFIXES = {FLOAT: "fp32", int(TensorProto.FLOAT16): "fp16", int(TensorProto.BFLOAT16): "bf16"}
 REDUCTIONS = ("CumSum", "ReduceL2", "ReduceMean", "ReduceSum")
 FUNCTIONS = ("Cos", "Exp", "Log", "Pow", "Range", "Reciprocal", "Sin", "Sqrt")
@@ -35,20 +38,19 @@ ROOTS = frozenset(("Reciprocal", "Sqrt"))
 PRODUCTS = frozenset(("MatMul", "Gemm", "Einsum", "DequantizeLinear"))
 
 
-def router_nodes(model: onnx.ModelProto) -> frozenset[str]:
+def router_nodes(graph: gs.Graph) -> frozenset[str]:
     """Names of the nodes between what an Experts node is given to compute with and the ids and gates it is given."""
-    makers = {output: node for node in model.graph.node for output in node.output}
     names: set[str] = set()
-    for node in model.graph.node:
-        if node.op_type == "Experts":
-            x, *routing = node.input
-            names |= _before(routing, makers) - _before([x], makers)
+    for node in graph.nodes:
+        if node.op == "Experts":
+            x, *routing = node.inputs
+            names |= _before(routing) - _before([x])
     return frozenset(names)
 
 
 def half_precision(
     model: onnx.ModelProto, half: np.dtype, *, router: Collection[str] = (), layers: Collection[str] = ()
-) -> tuple[onnx.ModelProto, Versions]:
+) -> tuple[onnx.ModelProto, Versions, PassReport]:
     """The model with ``half`` (fp16 or bf16) where it is enough, and what becomes of its external weights.
 
     ``router``: see ``router_nodes``; ``layers``: the names of the layers that ``batched_experts`` rewrote.
@@ -56,161 +58,180 @@ def half_precision(
     Raises:
         ContractError: the model is not as required.
     """
-    typed = onnx.shape_inference.infer_shapes(model)
+    graph = imported(onnx.shape_inference.infer_shapes(model))
     running = _Pass(half, frozenset(router), tuple(layers))
-    running.convert_model(typed.graph)
+    running.convert(graph)
+    typed = exported(graph)
     try:
         onnx.shape_inference.infer_shapes(typed, check_type=True, strict_mode=True)
     except onnx.shape_inference.InferenceError as error:
         raise ContractError(f"pass {NAME} promises a well typed graph, but its output breaks that: {error}") from error
-    return typed, dict(running.versions)
+    return typed, dict(running.versions), running.report
 
 
-@dataclass
-class _Scope:
-    """What a graph sees: ``types`` of the floating values computed so far and the op that made them; float ``constants``;
-    ``floats``: what is not constant and was a float before the pass, with the type that it had; ``casts`` made already."""
-
-    types: dict[str, int] = field(default_factory=dict)
-    constants: dict[str, TensorProto] = field(default_factory=dict)
-    floats: dict[str, int] = field(default_factory=dict)
-    makers: dict[str, str] = field(default_factory=dict)
-    casts: dict[tuple[str, int], str] = field(default_factory=dict)
-
-    def inside(self, graph: GraphProto) -> "_Scope":
-        described = (*graph.value_info, *graph.input, *graph.output)
-        elements = {value.name: value.type.tensor_type.elem_type for value in described}
-        own = {name: element for name, element in elements.items() if element in FLOATS}
-        constants = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type in FLOATS}
-        return _Scope(dict(self.types), self.constants | constants, self.floats | own, dict(self.makers), dict(self.casts))
-
-    def declared(self, name: str) -> int:
-        """The type that ``name`` had before the pass."""
-        return self.constants[name].data_type if name in self.constants else self.floats[name]
+# The casts that a graph sees, by the name of what is cast and the type.
+_Casts = dict[tuple[str, int], gs.Variable]
 
 
 class _Pass:
+    """``types``: of the floating values computed so far; ``held``: the constants that stand for casts of them; ``constants``:
+    what became of constants, by their new names. A variable's own ``dtype`` stays what it was until all is done."""
+
     def __init__(self, half: np.dtype, router: frozenset[str], layers: tuple[str, ...]) -> None:
-        self.half, self.narrow, self.router = half, helper.np_dtype_to_tensor_dtype(half), router
+        self.half, self.narrow, self.router = half, np_dtype_to_tensor_dtype(half), router
         self.lanes = tuple(f"{layer}.{part}/" for layer in layers for part in ("lanes", "pass"))
         self.sums = tuple(f"{layer}.combine/" for layer in layers)
-        self.constants: dict[str, TensorProto] = {}
+        self.types: dict[str, int] = {}
+        self.held: dict[str, gs.Constant] = {}
+        self.constants: dict[str, gs.Constant] = {}
         self.versions: dict[str, list[Version]] = defaultdict(list)
+        self.report = PassReport("nodes", "in 16 bit")
 
-    def convert_model(self, graph: GraphProto) -> None:
-        wanted = {v.name: self.narrow if v.name.startswith("present.") else FLOAT for v in graph.output}
-        self._convert_graph(graph, _Scope(), wanted)
-        graph.initializer.extend(self.constants.values())
-
-    def _convert_graph(self, graph: GraphProto, outer: _Scope, outputs: dict[str, int]) -> None:
-        """Give every node of ``graph`` its type; floating inputs get the narrow one, and ``outputs`` those that are asked for."""
-        scope, nodes = outer.inside(graph), list(graph.node)
-        requires(NAME, len({node.name for node in nodes}) == len(nodes), "nodes with names")
-        for value in graph.input:
-            if value.name in scope.floats:
-                value.type.tensor_type.elem_type = scope.types[value.name] = self.narrow
-        del graph.node[:], graph.value_info[:]
-        for node in nodes:
-            graph.node.extend(self._converted(node, scope))
-        for value in graph.output:
-            if value.name in scope.floats:
-                value.type.tensor_type.elem_type = outputs[value.name]
-                if scope.types[value.name] != outputs[value.name]:
-                    _cast_output(graph, value.name, outputs[value.name])
-        kept = [tensor for tensor in graph.initializer if tensor.data_type not in FLOATS]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
-
-    def _converted(self, node: NodeProto, scope: _Scope) -> list[NodeProto]:
-        """``node`` with its type, after the casts that it needs; none where it casts a weight, which is then held so."""
-        attributes = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type == "Cast" and node.input[0] in scope.constants:
-            scope.constants[node.output[0]] = scope.constants[node.input[0]]
-            return []
-        bodies = [attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH]
+    def convert(self, graph: gs.Graph) -> None:
+        wanted = {tensor.name: self.narrow if tensor.name.startswith("present.") else FLOAT for tensor in graph.outputs}
+        self._convert(graph, {}, wanted)
+        bodies = list(graph.subgraphs(recursive=True))
+        _forget_types([graph, *bodies])
+        known = graph.tensors()
         for body in bodies:
-            self._convert_graph(body, scope, dict.fromkeys((value.name for value in body.output), self.narrow))
-        inputs = [name for name in node.input if name in scope.floats or name in scope.constants]
-        outputs = [name for name in node.output if name in scope.floats]
-        keeps = node.op_type == MOE_LAYER
-        element = self.narrow if bodies or keeps else self._element(node, inputs, scope)
-        casts: list[NodeProto] = []
-        for place, name in enumerate(node.input):
-            if name in inputs and node.op_type != "Cast":
-                is_scale = node.op_type == "DequantizeLinear" and place == 1
-                wanted = scope.declared(name) if keeps else element
-                node.input[place] = self._typed(name, wanted, scope, casts, is_scale)
-        if node.op_type == "Cast" and outputs:
-            attributes["to"].i = element
-        for name in outputs:
-            scope.types[name], scope.makers[name] = element, node.op_type
-        return [*casts, node]
+            _refer_to_outer_constants(body, known)
 
-    def _element(self, node: NodeProto, inputs: Sequence[str], scope: _Scope) -> int:
-        if node.name in self.router or (node.name.startswith(self.sums) and node.op_type in ("Mul", "ReduceSum")):
-            return FLOAT
-        if node.op_type in PRODUCTS or node.name.startswith(self.lanes):
-            return self.narrow
-        if node.op_type in SENSITIVE or (node.op_type in ("Mul", "Div") and any(scope.makers.get(i) in ROOTS for i in inputs)):
-            return FLOAT
-        if not inputs and node.op_type in ("Cast", "ConstantOfShape"):
-            return FLOAT  # of whole numbers, or with its type in an attribute
-        computed = [scope.types[name] for name in inputs if name in scope.types]
-        return FLOAT if computed and all(element == FLOAT for element in computed) else self.narrow
+    def _convert(self, graph: gs.Graph, outer: _Casts, outputs: dict[str, int]) -> None:
+        """Give every node of ``graph`` its type; floating inputs get the narrow one, and ``outputs`` those that are asked for."""
+        casts, nodes = dict(outer), list(graph.nodes)
+        requires(NAME, len({node.name for node in nodes}) == len(nodes), "nodes with names")
+        self.types |= {tensor.name: self.narrow for tensor in graph.inputs if _is_float(tensor)}
+        graph.nodes = []
+        for node in nodes:
+            graph.nodes.extend(self._converted(node, casts))
+        for tensor in [tensor for tensor in graph.outputs if _is_float(tensor)]:
+            if self.types[tensor.name] != outputs[tensor.name]:
+                graph.nodes.append(_cast_of_output(tensor, outputs[tensor.name]))
+                self.types[tensor.name] = outputs[tensor.name]
+        for tensor in filter(_is_float, (*graph.inputs, *graph.outputs)):
+            tensor.dtype = self.types[tensor.name]
 
-    def _typed(self, name: str, element: int, scope: _Scope, casts: list[NodeProto], is_scale: bool) -> str:
-        """The name of ``name`` in type ``element``."""
-        if name in scope.constants:
-            return self._constant(scope.constants[name], element, is_scale)
-        if scope.types[name] == element:
-            return name
-        if (name, element) not in scope.casts:
-            made = scope.casts[name, element] = f"{name}.{SUFFIXES[element]}"
-            casts.append(helper.make_node("Cast", [name], [made], f"{made}.cast", to=element))
-        return scope.casts[name, element]
+    def _converted(self, node: gs.Node, casts: _Casts) -> list[gs.Node]:
+        """``node`` with its type, after the casts that it needs; none where it casts a weight, which is then held so."""
+        if node.op == "Cast" and (weight := self._constant_of(node.inputs[0])) is not None:
+            self.held[node.outputs[0].name] = weight
+            return []
+        bodies = list(node.subgraphs())
+        for body in bodies:
+            self._convert(body, casts, dict.fromkeys((tensor.name for tensor in body.outputs), self.narrow))
+        inputs = [tensor for tensor in node.inputs if _is_float(tensor)]
+        outputs = [tensor for tensor in node.outputs if _is_float(tensor)]
+        keeps = node.op == MOE_LAYER
+        why = None if bodies or keeps else self._why_wide(node, inputs)
+        element = FLOAT if why else self.narrow
+        added: list[gs.Node] = []
+        for place, tensor in enumerate(node.inputs):
+            if _is_float(tensor) and node.op != "Cast":
+                is_scale = node.op == "DequantizeLinear" and place == 1
+                wanted = _element(self._constant_of(tensor) or tensor) if keeps else element
+                node.inputs[place] = self._typed(tensor, wanted, casts, added, is_scale)
+        if outputs:
+            if node.op == "Cast":
+                node.attrs["to"] = element
+            self.types |= {tensor.name: element for tensor in outputs}
+            if why:
+                self.report.leave(why)
+            else:
+                self.report.changed += 1
+        return [*added, node]
 
-    def _constant(self, tensor: TensorProto, element: int, is_scale: bool) -> str:
-        name = tensor.name if element == tensor.data_type else f"{tensor.name}.{SUFFIXES[element]}"
-        if name in self.constants:
-            return name
-        if tensor.data_location == TensorProto.EXTERNAL:
-            made = TensorProto(name=name, data_type=element, dims=tensor.dims, data_location=TensorProto.EXTERNAL)
-            made.external_data.add(key="location", value=LOCATION)
-            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(element))
-            self.versions[external_name(tensor)].append(Version(name, dtype, is_scale))
-        elif element == tensor.data_type:
-            made = tensor
-        else:
-            made = onnx.numpy_helper.from_array(narrowed(onnx.numpy_helper.to_array(tensor), self.half), name)
-        self.constants[name] = made
-        return name
+    def _why_wide(self, node: gs.Node, inputs: Sequence[gs.Tensor]) -> str | None:
+        """Why ``node`` has to compute in fp32, or None."""
+        if node.name in self.router:
+            return "they choose experts"
+        if node.name.startswith(self.sums) and node.op in ("Mul", "ReduceSum"):
+            return "they sum over experts"
+        if node.op in PRODUCTS or node.name.startswith(self.lanes):
+            return None
+        if node.op in SENSITIVE:
+            return node.op
+        if node.op in ("Mul", "Div") and any(maker.op in ROOTS for tensor in inputs for maker in tensor.inputs):
+            return "they scale by a root"
+        if not inputs and node.op in ("Cast", "ConstantOfShape"):
+            return "they are made of whole numbers"  # or with their type in an attribute
+        computed = [self.types[tensor.name] for tensor in inputs if tensor.name in self.types]
+        return "all operands are fp32" if computed and all(element == FLOAT for element in computed) else None
+
+    def _constant_of(self, tensor: gs.Tensor) -> gs.Constant | None:
+        """The floating constant that ``tensor`` is, or is a cast of."""
+        if isinstance(tensor, gs.Constant):
+            return tensor if _is_float(tensor) else None
+        return self.held.get(tensor.name)
+
+    def _typed(self, tensor: gs.Tensor, element: int, casts: _Casts, added: list[gs.Node], is_scale: bool) -> gs.Tensor:
+        """``tensor`` in type ``element``."""
+        if (weight := self._constant_of(tensor)) is not None:
+            return self._constant(weight, element, is_scale)
+        if self.types[tensor.name] == element:
+            return tensor
+        if (tensor.name, element) not in casts:
+            made = casts[tensor.name, element] = gs.Variable(f"{tensor.name}.{SUFFIXES[element]}")
+            added.append(gs.Node("Cast", f"{made.name}.cast", {"to": element}, [tensor], [made]))
+        return casts[tensor.name, element]
+
+    def _constant(self, tensor: gs.Constant, element: int, is_scale: bool) -> gs.Constant:
+        name = tensor.name if element == _element(tensor) else f"{tensor.name}.{SUFFIXES[element]}"
+        if name not in self.constants:
+            proto = external_proto(tensor)
+            if proto is not None:
+                dtype = np.dtype(tensor_dtype_to_np_dtype(element))
+                self.versions[external_name(proto)].append(Version(name, dtype, is_scale))
+                self.constants[name] = constant(ExternalWeight(name, dtype, tuple(proto.dims)))
+            elif element == _element(tensor):
+                self.constants[name] = tensor
+            else:
+                self.constants[name] = gs.Constant(name, narrowed(tensor.values, self.half))
+        return self.constants[name]
 
 
-def _before(names: Sequence[str], makers: dict[str, NodeProto]) -> set[str]:
-    """Names of the nodes that ``names`` are computed by."""
+def _element(tensor: gs.Tensor) -> int:
+    """ONNX's number of the tensor's type; 0 where it is not known."""
+    return 0 if tensor.dtype is None else int(dtype_to_onnx(tensor.dtype))
+
+
+def _is_float(tensor: gs.Tensor) -> bool:
+    return _element(tensor) in SUFFIXES
+
+
+def _before(tensors: Iterable[gs.Tensor]) -> set[str]:
+    """Names of the nodes that ``tensors`` are computed by."""
     found: set[str] = set()
-    open_ = list(names)
-    while open_:
-        node = makers.get(open_.pop())
-        if node is not None and node.name not in found:
-            found.add(node.name)
-            open_ += node.input
+    pending = list(tensors)
+    while pending:
+        for node in pending.pop().inputs:
+            if node.name not in found:
+                found.add(node.name)
+                pending += node.inputs
     return found
 
 
-def _cast_output(graph: GraphProto, name: str, element: int) -> None:
-    """Let ``name``, an output, be a cast of what it was; who reads it reads what it was."""
-    computed = f"{name}.computed"
-    _rename(graph, name, computed)
-    graph.node.append(helper.make_node("Cast", [computed], [name], f"{name}.cast", to=element))
+def _cast_of_output(tensor: gs.Variable, element: int) -> gs.Node:
+    """A node that makes ``tensor`` a cast of what it was; who reads it reads what it was."""
+    computed = gs.Variable(f"{tensor.name}.computed")
+    (maker,) = tensor.inputs
+    maker.outputs = [computed if output is tensor else output for output in maker.outputs]
+    for node in list(tensor.outputs):
+        node.inputs = [computed if given is tensor else given for given in node.inputs]
+    return gs.Node("Cast", f"{tensor.name}.cast", {"to": element}, [computed], [tensor])
 
 
-def _rename(graph: GraphProto, old: str, new: str) -> None:
-    for node in graph.node:
-        for names in (node.input, node.output):
-            for place, name in enumerate(names):
-                if name == old:
-                    names[place] = new
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                _rename(attribute.g, old, new)
+def _forget_types(graphs: Sequence[gs.Graph]) -> None:
+    """Of all but inputs and outputs: they were inferred before the pass."""
+    kept = {id(tensor) for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
+    for tensor in (tensor for graph in graphs for tensor in graph.tensors().values()):
+        if isinstance(tensor, gs.Variable) and id(tensor) not in kept:
+            tensor.dtype = tensor.shape = None
+
+
+def _refer_to_outer_constants(body: gs.Graph, outer: Collection[str]) -> None:
+    """Graph surgeon would write the constants of the outer graph that ``body`` reads once more into it."""
+    for node in body.nodes:
+        node.inputs = [
+            gs.Variable(tensor.name) if isinstance(tensor, gs.Constant) and tensor.name in outer else tensor
+            for tensor in node.inputs
+        ]

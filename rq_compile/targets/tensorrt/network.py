@@ -17,6 +17,9 @@ from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity
 from rq_compile.rewrite.halves import HALVES
 from rq_compile.rewrite.logits_to_keep import fixed
+from rq_compile.rewrite.report import counts_of
+from rq_compile.rewrite.rewrite import exported as as_onnx
+from rq_compile.rewrite.rewrite import imported
 from rq_compile.standalone.decoding import LAST
 from rq_compile.targets.streamed import StreamedExpert, dense_weights
 from rq_compile.targets.tensorrt.half_precision import half_precision, router_nodes
@@ -78,9 +81,10 @@ def write_network(
     """
     layers = {layer.name: layer for layer in model.layers}
     source = lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics)  # noqa: E731
-    lowered = lowering.lower(fixed(exported.model, LAST), plan, source)
-    router = router_nodes(exported.model)
-    typed, versions = half_precision(lowered.model, HALVES[precision], router=router, layers=list(layers))
+    graph = imported(exported.model)
+    router, last = router_nodes(graph), fixed(graph, LAST)
+    lowered = lowering.lower(as_onnx(graph), plan, source)
+    typed, versions, halved = half_precision(lowered.model, HALVES[precision], router=router, layers=list(layers))
     dense, aliases, _ = dense_weights(model, lowered.model.graph, exported.parameters)
     merged, same = _merged(versions, aliases)
     sections = [in_versions(section, merged) for section in (*dense, *lowered.experts)]
@@ -90,7 +94,8 @@ def write_network(
     locate(typed, written.starts | {name: written.starts[other] for name, other in same.items()}, data.name)
     path.write_bytes(typed.SerializeToString(deterministic=True))
     replaced = lowered.replaced | {"equal tensors written once": len(same)}
-    return Network(typed, written, {reason: count for reason, count in replaced.items() if count})
+    passes = counts_of([last, *lowered.reports, halved])
+    return Network(typed, written, passes | {reason: count for reason, count in replaced.items() if count})
 
 
 def expected_capacity(profiles: Sequence[Profile]) -> ExpectedCapacity:

@@ -14,7 +14,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -89,15 +89,14 @@ def layer(shape: Shape, formats: list[int], device: str) -> "Layer":
         blocks = K // 128
         scale = lambda count, zero: (0.5 + torch.rand(count, N, blocks, device=device)) / (zero * K**0.5)  # noqa: E731
         whole = lambda count, bytes: torch.randint(1, 256, (count, N, bytes), dtype=torch.uint8, device=device)  # noqa: E731
-        held = Projection(index)
+        held: dict[str, torch.Tensor] = {}
         if counts[0]:
-            weights = torch.randn(counts[0], N, K, device=device, dtype=torch.bfloat16) / K**0.5
-            held = replace(held, float_weights=weights)
+            held["float_weights"] = torch.randn(counts[0], N, K, device=device, dtype=torch.bfloat16) / K**0.5
         if counts[1]:
-            held = replace(held, int8_packed=whole(counts[1], K), int8_scales=scale(counts[1], 128))
+            held |= {"int8_packed": whole(counts[1], K), "int8_scales": scale(counts[1], 128)}
         if counts[2]:
-            held = replace(held, int4_packed=whole(counts[2], K // 2), int4_scales=scale(counts[2], 8))
-        return held
+            held |= {"int4_packed": whole(counts[2], K // 2), "int4_scales": scale(counts[2], 8)}
+        return Projection(index, held)
 
     replicas = torch.arange(shape.experts, dtype=torch.int32, device=device)[:, None]
     up, down = projection(2 * shape.intermediate, shape.hidden), projection(shape.hidden, shape.intermediate)
@@ -109,7 +108,7 @@ def uniform(held: "Layer", code: int) -> "Uniform":
     from gpu_moe_baseline import Uniform
 
     packed, scales = (("float_weights", None), ("int8_packed", "int8_scales"), ("int4_packed", "int4_scales"))[code]
-    of = lambda projection, name: getattr(projection, name) if name else None  # noqa: E731
+    of = lambda projection, name: projection.weights.get(name)  # noqa: E731
     return Uniform(
         (16, 8, 4)[code],
         of(held.up, packed), of(held.down, packed), of(held.up, scales), of(held.down, scales), held.intermediate,
@@ -130,7 +129,7 @@ def variants(held: "Layer", format: str, size: str) -> dict[str, Run]:
         for tile in baseline.TILES:
             built[f"fused MoE {tile}"] = lambda x, ids, gates, tile=tile: baseline.triton_layer(x, ids, gates, same, tile)
     if format == "bf16":
-        up, down = held.up.float_weights, held.down.float_weights
+        up, down = held.up.weights["float_weights"], held.down.weights["float_weights"]
         built["torch grouped_mm"] = lambda x, ids, gates: baseline.grouped_mm_layer(x, ids, gates, up, down)
     return built
 

@@ -1,15 +1,18 @@
 """The structure: which package may import which, and tables that the documentation and the code share."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from rq_compile.engine.library import FORMAT_GROUPS
 from rq_compile.engine.manifest import LoweringName
 from rq_compile.lowerings import LOWERINGS, TENSORRT_LOWERINGS, Lowering, lowering_for, lowering_of
 from rq_compile.planning.targets import TARGETS, Target
+from rq_compile.quantization.formats import SLOT_FORMATS, tensors_of
 from rq_compile.targets.tensorrt.compile import TARGETS as OF_BUILDER
 
 pytestmark = pytest.mark.quick
@@ -73,6 +76,20 @@ def test_every_package_has_a_floor() -> None:
 def test_no_onnx_below_the_rewriting(package: str) -> None:
     for path in (PACKAGE / package).rglob("*.py"):
         assert not re.search(r"^\s*(import|from) onnx", path.read_text(), re.MULTILINE), path
+
+
+def test_all_libraries_know_the_same_format_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same order, with the names of their tensors and their bits."""
+    written = (ROOT / "plugins" / "format_groups.h").read_text()
+    of_libraries = re.findall(r'^    \{"(\w+)", "(\w+)", (nullptr|"\w+"), (\d+)\},$', written, re.MULTILINE)
+    monkeypatch.syspath_prepend(ROOT / "plugins" / "kernels")
+    of_kernels = importlib.import_module("rq_kernels.formats")
+    for (name, weights, scales, bits), group, kernels in zip(of_libraries, FORMAT_GROUPS, of_kernels.GROUPS, strict=True):
+        tensors = tuple(tensor.strip('"') for tensor in (weights, scales) if tensor != "nullptr")
+        kept = [format for format in SLOT_FORMATS.values() if format.group == group]
+        assert (name, tensors) == (group, tensors_of(group)) == (kernels.name, kernels.tensors)
+        assert int(bits) == kernels.bits
+        assert all(int(bits) == (format.bits if format.quantized else 0) for format in kept)
 
 
 def test_nothing_tells_lowerings_apart_by_name() -> None:

@@ -63,8 +63,7 @@ def arrays_of(layer: Any, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tenso
     """The node's inputs, in order. Packed bytes are declared int8."""
     tensors = [x, ids, gates, layer.replicas, layer.formats]
     for part in (layer.up, layer.down):
-        groups = (part.float_weights, part.int8_packed, part.int8_scales, part.int4_packed, part.int4_scales, part.bias)
-        tensors += [part.index, *(tensor for tensor in groups if tensor is not None)]
+        tensors += part.inputs()
     return [array_of(tensor) for tensor in tensors]
 
 

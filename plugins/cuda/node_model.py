@@ -38,7 +38,7 @@ def model_of(
             helper.make_node("Cast", ["made"], ["out"], to=TensorProto.FLOAT),
         ]
     graph = helper.make_graph(nodes, "layer", inputs, [helper.make_tensor_value_info("out", output, None)], constants)
-    imports = [helper.make_opsetid("", 21), helper.make_opsetid("rq.moe", 1)]
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("rq.moe", 2)]
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 

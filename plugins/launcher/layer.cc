@@ -11,7 +11,6 @@ namespace {
 
 constexpr const char* kActivations[] = {"none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu",
                                         "relu", "gelu", "relu2"};
-constexpr const char* kFormats[] = {"float", "int8", "int4"};
 constexpr int64_t kChunk = 128;     // pairs of a program of Dispatch
 constexpr size_t kAlignment = 256;  // of everything in the workspace
 constexpr int64_t kBytesOfFloat = 2;
@@ -57,7 +56,7 @@ void check_sizes(const Layer& layer) {
   const auto text = [](auto number) { return std::to_string(number); };
   require(!layer.formats.empty(), "a layer has at least one slot");
   for (int format : layer.formats)
-    require(format >= 0 && format < 3, "format " + text(format) + " is unknown; 0, 1 and 2 are float, int8 and int4");
+    require(is_group(format), "format " + text(format) + " is unknown; " + known_groups());
   require(layer.shares.empty() || layer.shares.size() == layer.formats.size(),
           "there are " + text(layer.shares.size()) + " shares for " + text(layer.slots()) + " slots; give one for each");
   for (int size : {layer.hidden, layer.intermediate})
@@ -70,7 +69,7 @@ void check_sizes(const Layer& layer) {
 std::string formats_of(const Layer& layer) {
   const int first = layer.formats.front();
   const bool same = std::all_of(layer.formats.begin(), layer.formats.end(), [=](int format) { return format == first; });
-  return same ? kFormats[first] : "mixed";
+  return same ? kFormatGroups[first].name : "mixed";
 }
 
 Loaded find(const std::string& name) {
@@ -87,14 +86,24 @@ Loaded find_product(const std::string& name, int block) {
   return find(name + "_block64");
 }
 
+// The arguments of the kernels that take each group's tensors.
+struct GroupArguments {
+  CUdeviceptr Arguments::*weights, Arguments::*scales;
+};
+constexpr GroupArguments kGroupArguments[] = {
+    {&Arguments::float_weights, nullptr},
+    {&Arguments::int8_packed, &Arguments::int8_scales},
+    {&Arguments::int4_packed, &Arguments::int4_scales},
+};
+static_assert(std::size(kGroupArguments) == kGroups, "each format group has its arguments");
+
 void set_weights(Arguments& arguments, const Weights& weights) {
   arguments.weights = pointer(weights.index);
-  arguments.float_weights = pointer(weights.float_weights);
-  arguments.int8_packed = pointer(weights.int8_packed);
-  arguments.int8_scales = pointer(weights.int8_scales);
-  arguments.int4_packed = pointer(weights.int4_packed);
-  arguments.int4_scales = pointer(weights.int4_scales);
   arguments.bias = pointer(weights.bias);
+  for (size_t g = 0; g < kGroups; ++g) {
+    arguments.*kGroupArguments[g].weights = pointer(weights.weights[g]);
+    if (kGroupArguments[g].scales) arguments.*kGroupArguments[g].scales = pointer(weights.scales[g]);
+  }
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../format_groups.h"
 #include "kernels.h"
 
 namespace rq {
@@ -20,7 +21,7 @@ bool is_gated(int activation);
 // What does not change between batches.
 struct Layer {
   Float dtype = Float::kFp16;
-  std::vector<int> formats;   // [S] 0 float, 1 int8, 2 int4
+  std::vector<int> formats;   // [S] places in kFormatGroups
   std::vector<float> shares;  // [S] calibrated part of all pairs that a slot gets; empty: all alike. Only for speed.
   int hidden = 0, intermediate = 0, experts = 0, width = 0, top_k = 0;
   int up_block = 0, down_block = 0;  // columns that share a scale; 0 without quantized slots
@@ -34,8 +35,8 @@ struct Layer {
 // Device pointers of one projection; null for what the layer has no use for.
 struct Weights {
   const void* index = nullptr;  // i32 [S]: the place of each slot's matrix in its format's group
-  const void *float_weights = nullptr, *int8_packed = nullptr, *int8_scales = nullptr;
-  const void *int4_packed = nullptr, *int4_scales = nullptr, *bias = nullptr;
+  const void *weights[kGroups] = {}, *scales[kGroups] = {};
+  const void* bias = nullptr;
 };
 
 // Device pointers, all of them multiples of 16.

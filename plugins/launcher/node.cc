@@ -9,14 +9,17 @@ namespace {
 
 using Dims = std::vector<int64_t>;
 
-constexpr const char* kNames[] = {"x",           "ids",         "gates",       "replicas",    "formats", "index", "float_weights",
-                                  "int8_packed", "int8_scales", "int4_packed", "int4_scales", "bias"};
+constexpr const char* kNames[] = {"x", "ids", "gates", "replicas", "formats", "index", nullptr, nullptr, "bias"};
 constexpr int64_t kAny = -1;  // of a dimension that is checked elsewhere, or may be any
 constexpr int64_t kMostOfASize = 1 << 24;
 constexpr uintptr_t kAlignment = 16;
 
+const FormatGroup& group_of(const Input& input) { return kFormatGroups[input.group]; }
+
 std::string name_of(const Input& input) {
-  const std::string name = kNames[static_cast<int>(input.role)];
+  const std::string name = input.role == Role::kWeights  ? group_of(input).weights
+                           : input.role == Role::kScales ? group_of(input).scales
+                                                         : kNames[static_cast<int>(input.role)];
   return input.role < Role::kIndex ? name : (input.down ? "down_" : "up_") + name;
 }
 
@@ -42,7 +45,7 @@ int known_size(const Input& input, const Dims& dims, size_t i) {
 // Columns that share a scale.
 int block_of(const Input& input, const Dims& packed, const Dims& scales, int columns) {
   const int bytes = known_size(input, packed, 2), blocks = known_size(input, scales, 2);
-  const int filled = input.role == Role::kInt4Packed ? 2 * bytes : bytes;
+  const int filled = bytes * 8 / group_of(input).bits;
   const int block = filled / blocks;
   if (filled % blocks || blocks != columns / block + (columns % block != 0))
     throw std::invalid_argument(name_of(input) + " has " + std::to_string(filled) + " columns in " + std::to_string(blocks) +
@@ -52,12 +55,14 @@ int block_of(const Input& input, const Dims& packed, const Dims& scales, int col
 
 }  // namespace
 
-bool Fields::has(int format) const { return std::find(formats.begin(), formats.end(), format) != formats.end(); }
+bool Fields::has(size_t group) const {
+  return std::find(formats.begin(), formats.end(), static_cast<int32_t>(group)) != formats.end();
+}
 
 void refuse_field(const std::string& name, const std::string& what) { throw std::invalid_argument("field " + name + " " + what); }
 
 int32_t format_code(int64_t value) {
-  if (value < 0 || value > 2) refuse_field("formats", "has " + std::to_string(value) + "; 0, 1 and 2 are float, int8 and int4");
+  if (!is_group(value)) refuse_field("formats", "has " + std::to_string(value) + "; " + known_groups());
   return static_cast<int32_t>(value);
 }
 
@@ -77,32 +82,32 @@ void check_fields(const Fields& fields) {
 }
 
 std::vector<Input> input_list(const Fields& fields, size_t count) {
-  std::vector<Role> weights = {Role::kIndex};
-  if (fields.has(0)) weights.push_back(Role::kFloat);
-  if (fields.has(1)) weights.insert(weights.end(), {Role::kInt8Packed, Role::kInt8Scales});
-  if (fields.has(2)) weights.insert(weights.end(), {Role::kInt4Packed, Role::kInt4Scales});
+  std::vector<Input> weights = {{Role::kIndex}};
+  for (size_t g = 0; g < kGroups; ++g) {
+    if (!fields.has(g)) continue;
+    weights.push_back({Role::kWeights, false, g});
+    if (kFormatGroups[g].scales) weights.push_back({Role::kScales, false, g});
+  }
   const size_t without = 5 + 2 * weights.size();
   if (count != without && count != without + 2)
     throw std::invalid_argument("these formats need " + std::to_string(without) + " inputs, or " + std::to_string(without + 2) +
                                 " with biases, and " + std::to_string(count) + " are given");
-  if (count != without) weights.push_back(Role::kBias);
+  if (count != without) weights.push_back({Role::kBias});
   std::vector<Input> list;
-  for (Role role : {Role::kX, Role::kIds, Role::kGates, Role::kReplicas, Role::kFormats}) list.push_back({role, false});
+  for (Role role : {Role::kX, Role::kIds, Role::kGates, Role::kReplicas, Role::kFormats}) list.push_back({role});
   for (bool down : {false, true})
-    for (Role role : weights) list.push_back({role, down});
+    for (const Input& input : weights) list.push_back({input.role, down, input.group});
   return list;
 }
 
 bool is_type_of(const Input& input, TensorType type, TensorType type_of_x) {
   switch (input.role) {
     case Role::kX: return type == TensorType::kFp16 || type == TensorType::kBf16;
-    case Role::kFloat: return type == type_of_x;
+    case Role::kWeights: return group_of(input).scales ? type == TensorType::kInt8 : type == type_of_x;
     case Role::kIds: return type == TensorType::kInt64;
     case Role::kReplicas:
     case Role::kFormats:
     case Role::kIndex: return type == TensorType::kInt32;
-    case Role::kInt8Packed:
-    case Role::kInt4Packed: return type == TensorType::kInt8;
     default: return type == TensorType::kFp32;
   }
 }
@@ -143,18 +148,18 @@ Layer describe_layer(const Fields& fields, const std::vector<TensorDescription>&
     const int columns = input.down ? layer.intermediate : layer.hidden;
     switch (input.role) {
       case Role::kIndex: require_shape(input, dims(i), {layer.slots()}); break;
-      case Role::kFloat:
-        require_shape(input, dims(i), {kAny, outputs, columns});
-        known_size(input, dims(i), 0);
-        break;
       case Role::kBias: require_shape(input, dims(i), {layer.slots(), outputs}); break;
-      case Role::kInt8Packed:
-      case Role::kInt4Packed: {
+      case Role::kWeights: {
+        if (!group_of(input).scales) {
+          require_shape(input, dims(i), {kAny, outputs, columns});
+          known_size(input, dims(i), 0);
+          break;
+        }
         require_shape(input, dims(i), {kAny, outputs, kAny});
         require_shape(list[i + 1], dims(i + 1), {known_size(input, dims(i), 0), outputs, kAny});
         int& block = input.down ? layer.down_block : layer.up_block;
         const int found = block_of(input, dims(i), dims(i + 1), columns);
-        if (block && block != found) throw std::invalid_argument("int8 and int4 weights have blocks of different sizes");
+        if (block && block != found) throw std::invalid_argument("quantized weights have blocks of different sizes");
         block = found;
         break;
       }
@@ -179,11 +184,8 @@ Buffers device_buffers(const std::vector<Input>& list, const void* const* inputs
     Weights& weights = list[i].down ? buffers.down : buffers.up;
     switch (list[i].role) {
       case Role::kIndex: weights.index = inputs[i]; break;
-      case Role::kFloat: weights.float_weights = inputs[i]; break;
-      case Role::kInt8Packed: weights.int8_packed = inputs[i]; break;
-      case Role::kInt8Scales: weights.int8_scales = inputs[i]; break;
-      case Role::kInt4Packed: weights.int4_packed = inputs[i]; break;
-      case Role::kInt4Scales: weights.int4_scales = inputs[i]; break;
+      case Role::kWeights: weights.weights[list[i].group] = inputs[i]; break;
+      case Role::kScales: weights.scales[list[i].group] = inputs[i]; break;
       default: weights.bias = inputs[i]; break;
     }
   }

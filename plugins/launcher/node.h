@@ -13,12 +13,12 @@ namespace rq {
 constexpr int kMostSlots = 1 << 16;
 
 struct Fields {
-  std::vector<int32_t> formats;  // [S] 0 float, 1 int8, 2 int4; required
+  std::vector<int32_t> formats;  // [S] places in kFormatGroups; required
   std::string activation = "none";
   float alpha = 1.702f, limit = 7.0f;
   std::vector<float> shares;  // [S] or empty
 
-  bool has(int format) const;
+  bool has(size_t group) const;
 };
 
 // Throws std::invalid_argument.
@@ -44,17 +44,15 @@ enum class Role {
   kReplicas,
   kFormats,
   kIndex,
-  kFloat,
-  kInt8Packed,
-  kInt8Scales,
-  kInt4Packed,
-  kInt4Scales,
+  kWeights,
+  kScales,
   kBias
 };
 
 struct Input {
   Role role;
-  bool down;  // of the second projection
+  bool down = false;  // of the second projection
+  size_t group = 0;   // of weights and scales: a place in kFormatGroups
 };
 
 // The inputs in order; those of weights follow from the formats, and two more are biases. Throws std::invalid_argument if

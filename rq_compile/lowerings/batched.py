@@ -40,7 +40,7 @@ class Batched(Lowering):
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.batched_experts import batched_experts
         from rq_compile.rewrite.experts_to_slots import experts_to_slots
-        from rq_compile.rewrite.rewrite import counts, exported_in_standard_ops, imported
+        from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.stock_combine import stock_combine
         from rq_compile.rewrite.stock_dispatch import stock_dispatch
 
@@ -49,7 +49,7 @@ class Batched(Lowering):
         reports = [rewritten, stock_dispatch(graph), stock_combine(graph)]
         experts, in_lanes = batched_experts(graph, plan.layers, source, self.expected, whole_columns=self.whole_columns)
         reports += [in_lanes, *self.last_passes(graph)]
-        return Lowered(exported_in_standard_ops(graph), experts, [], reports, counts(plan))
+        return Lowered(exported(graph), experts, [], reports, counts(plan))
 
     def last_passes(self, graph: gs.Graph) -> list[PassReport]:
         """Passes of a target's own, behind all others."""

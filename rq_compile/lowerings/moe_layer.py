@@ -49,4 +49,4 @@ class MoeLayerNode(Lowering):
         from rq_compile.rewrite.moe_layers import projection
 
         projections = [projection(layer, name, unread, HALVES[self.half]) for name in ("up", "down")]
-        return [weight for held in projections for weight in held.inputs if weight]
+        return [weight for held in projections for weight in held.inputs]

@@ -60,4 +60,4 @@ class Native(Lowering):
         from rq_compile.rewrite.slot_weights import slot_weights
 
         projections = [slot_weights(layer, name, unread, panels=True) for name in ("up", "down")]
-        return [weight for held in projections for weight in held.inputs if weight]
+        return [weight for held in projections for weight in held.inputs]

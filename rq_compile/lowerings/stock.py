@@ -39,7 +39,7 @@ class Stock(Lowering):
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.experts_to_slots import experts_to_slots
-        from rq_compile.rewrite.rewrite import counts, exported_in_standard_ops, imported
+        from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.stock_combine import stock_combine
         from rq_compile.rewrite.stock_dispatch import stock_dispatch
         from rq_compile.rewrite.stock_experts import stock_experts
@@ -48,13 +48,13 @@ class Stock(Lowering):
         experts, rewritten = experts_to_slots(graph, plan.layers, source, panels=False, activation_bits=self.activation_bits)
         reports = [rewritten, stock_dispatch(graph), stock_combine(graph)]
         reports.append(stock_experts(graph, plan.layers, accuracy_level=ROUNDED if self.activation_bits == 8 else 0))
-        return Lowered(exported_in_standard_ops(graph), experts, [], reports, counts(plan))
+        return Lowered(exported(graph), experts, [], reports, counts(plan))
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.slot_weights import slot_weights
 
         projections = [slot_weights(layer, name, unread, panels=False) for name in ("up", "down")]
-        return [weight for held in projections for weight in held.inputs if weight]
+        return [weight for held in projections for weight in held.inputs]
 
     def graph_bytes(self, slots: int, products: int) -> int:
         return SLOT_BYTES * slots

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from rq_compile.engine.library import FORMAT_GROUPS
-from rq_compile.quantization.formats import SLOT_FORMATS, DenseFormat, Format, block_size, tensors_of
+from rq_compile.quantization.formats import SLOT_FORMATS, DenseFormat, Format, block_size
 from rq_compile.quantization.quantizer import quantize
 from rq_compile.rewrite.contract import requires
 from rq_compile.rewrite.experts_to_slots import DOMAIN
@@ -112,9 +111,7 @@ def _float_format(dtype: np.dtype) -> Format | None:
 
 def _replace(graph: gs.Graph, matrix: Matrix, format: Format, dense: DenseWeights, activation_bits: int) -> Section:
     node, section = matrix.node, _section(matrix, format, dense)
-    before = [name for group in FORMAT_GROUPS[: group_of(format)] for name in tensors_of(group)]
-    skipped = [gs.Variable.empty() for _ in before]
-    operands = [*skipped, *(constant(weight) for weight in section.weights)]
+    operands = [constant(weight) for weight in section.weights]
     (result,) = node.outputs
     bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
     product = gs.Variable(f"{result.name}.product", result.dtype, result.shape) if bias is not None else result

@@ -72,7 +72,7 @@ def experts_to_slots(
     for plan, node in experts_nodes(graph, plans):
         projections = [slot_weights(plan, p, source, panels=panels) for p in PROJECTIONS] if source else []
         _replace(graph, node, plan, projections, activation_bits)
-        weights, pieces = ([held for p in projections for held in getattr(p, what) if held] for what in ("inputs", "pieces"))
+        weights, pieces = ([held for p in projections for held in getattr(p, what)] for what in ("inputs", "pieces"))
         sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
         report.changed += 1
     graph.cleanup().toposort()
@@ -98,9 +98,7 @@ def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[
     def gemm(inputs: list[gs.Tensor], output: gs.Tensor, suffix: str, **attributes: object) -> None:
         if projections:
             weights = projections[PROJECTIONS.index(suffix)]
-            inputs = inputs + [constant(weight) if weight else gs.Variable.empty() for weight in weights.inputs]
-            while not inputs[-1].name:
-                inputs.pop()
+            inputs = inputs + [constant(weight) for weight in weights.inputs]
             formats = [group_of(slot.format) for slot in plan.slots]
             attributes = {"formats": formats, "weights": list(weights.index), **attributes}
         add("ExpertGemm", inputs, [output], suffix, **attributes)

@@ -41,7 +41,7 @@ def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half
     for plan, node in experts_nodes(graph, plans):
         projections = [projection(plan, name, source, half) for name in ("up", "down")]
         _replace(graph, node, plan, projections, half)
-        weights, pieces = ([held for p in projections for held in getattr(p, what) if held] for what in ("inputs", "pieces"))
+        weights, pieces = ([held for p in projections for held in getattr(p, what)] for what in ("inputs", "pieces"))
         sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
         report.changed += 1
     graph.cleanup().toposort()
@@ -60,7 +60,7 @@ def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[
     inputs = [gs.Constant(f"{plan.name}.{name}", values) for name, values in tables.items()]
     for name, weights in zip(("up", "down"), projections, strict=True):
         inputs.append(gs.Constant(f"{plan.name}.{name}.index", np.array(weights.index, np.int32)))
-        inputs += [constant(weight) for weight in weights.inputs if weight]
+        inputs += [constant(weight) for weight in weights.inputs]
 
     op, element = Ops(graph, layer), onnx.helper.np_dtype_to_tensor_dtype(half)
     narrow = op("Cast", x, to=element)
@@ -81,14 +81,14 @@ def _shares(plan: LayerPlan) -> dict[str, list[float]]:
 def projection(plan: LayerPlan, name: str, source: Source, half: np.dtype) -> SlotWeights:
     """One projection with its weights in the types that the node declares: packed ones in int8, float ones in ``half``."""
     described = slot_weights(plan, name, source, panels=False)
-    declared = {weight.name: _declared(weight, half) for weight in described.inputs if weight}
+    declared = {weight.name: _declared(weight, half) for weight in described.inputs}
 
     def declared_piece(piece: Piece) -> Piece:
         weights = tuple(declared[weight.name] for weight in piece.weights)
         values = lambda: tuple(map(_in_type, piece.values(), weights))  # noqa: E731
         return Piece(weights, values, piece.memory)
 
-    inputs = tuple(declared[weight.name] if weight else None for weight in described.inputs)
+    inputs = tuple(declared[weight.name] for weight in described.inputs)
     return SlotWeights(inputs, described.index, tuple(map(declared_piece, described.pieces)))
 
 

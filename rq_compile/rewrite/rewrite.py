@@ -7,6 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from rq_compile.engine.library import OP_SET_VERSION
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.experts_to_slots import DOMAIN
 
@@ -26,15 +27,12 @@ def imported(model: onnx.ModelProto) -> gs.Graph:
 
 
 def exported(graph: gs.Graph) -> onnx.ModelProto:
-    return gs.export_onnx(graph)
-
-
-def exported_in_standard_ops(graph: gs.Graph) -> onnx.ModelProto:
-    """``exported`` without the domain ``rq.moe``, of which no op is left: a runtime may refuse a domain that it does not know."""
+    """With the version of our op set if it has a node of that; else without its domain, which a runtime need not know."""
     model = gs.export_onnx(graph)
-    kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+    others = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+    ours = [onnx.helper.make_opsetid(DOMAIN, OP_SET_VERSION)] if any(node.domain == DOMAIN for node in graph.nodes) else []
     del model.opset_import[:]
-    model.opset_import.extend(kept)
+    model.opset_import.extend([*others, *ours])
     return model
 
 

@@ -1,6 +1,6 @@
 """The weights of a layer's slots, grouped by format as ExpertGemm takes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,14 +54,19 @@ def group_of(format: Format) -> int:
     return FORMAT_GROUPS.index(SLOT_FORMATS[format].group)
 
 
+def operands_of(formats: Iterable[int]) -> list[str]:
+    """The weights among the inputs of a node with the attribute ``formats``, in order, and the bias that may come behind them."""
+    return [*(name for code in sorted(set(formats)) for name in tensors_of(FORMAT_GROUPS[code])), "bias"]
+
+
 @dataclass(frozen=True)
 class SlotWeights:
-    """One projection of a layer: the optional inputs of ExpertGemm in their order, None where the plan has no use for them.
+    """One projection of a layer: the weights that are inputs of ExpertGemm, in the order of ``operands_of``.
 
     ``index[s]`` is the place of slot s's weights inside their format group; ``pieces`` fill the inputs.
     """
 
-    inputs: tuple[ExternalWeight | None, ...]
+    inputs: tuple[ExternalWeight, ...]
     index: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
@@ -87,10 +92,11 @@ def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bo
     block = block_size(columns, geometry.block)
     layout = _Panels(rows, columns, block, halves) if panels else _Rows(rows, columns, block)
     part = _Projection(plan.name, projection, source, geometry.block)
-    bias, biases = _bias(part, plan, rows)
-    found = [_group(part, slots, layout, name) for slots, name in zip(groups, FORMAT_GROUPS, strict=True)]
-    inputs = [weight for weights, _ in found for weight in weights] + [bias]
-    return SlotWeights(tuple(inputs), tuple(index), tuple(piece for _, pieces in found for piece in pieces) + biases)
+    found = [_group(part, slots, layout) for slots in groups if slots]
+    if geometry.bias:
+        found.append(_bias(part, plan, rows))
+    inputs = tuple(weight for weights, _ in found for weight in weights)
+    return SlotWeights(inputs, tuple(index), tuple(piece for _, pieces in found for piece in pieces))
 
 
 @dataclass(frozen=True)
@@ -162,13 +168,12 @@ class _Panels(_Rows):
         return Quantized(packed_panels(by_row, format, self.halves), scale_panels(by_row, self.halves))
 
 
-Found = tuple[list[ExternalWeight | None], tuple[Piece, ...]]
+# Inputs, and the pieces that fill them.
+Found = tuple[tuple[ExternalWeight, ...], tuple[Piece, ...]]
 
 
-def _group(part: _Projection, slots: list[Slot], layout: _Rows, group: str) -> Found:
-    """The tensors that the formats of ``group`` declare, None where no slot has one; float slots of a plan have one format."""
-    if not slots:
-        return [None] * len(tensors_of(group)), ()
+def _group(part: _Projection, slots: list[Slot], layout: _Rows) -> Found:
+    """The tensors that the format of ``slots``, all of one group, declares; float slots of a plan have one format."""
     format = SLOT_FORMATS[slots[0].format]
     return (_quantized if format.quantized else _floats)(part, slots, layout, format)
 
@@ -181,7 +186,7 @@ def _floats(part: _Projection, slots: list[Slot], layout: _Rows, format: SlotFor
         values = lambda: (layout.floats(part.matrix(slot.expert).astype(dtype, copy=False)),)  # noqa: E731
         return Piece((weight,), values, layout.memory)
 
-    return [weight], tuple(map(piece, slots))
+    return (weight,), tuple(map(piece, slots))
 
 
 def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, format: SlotFormat) -> Found:
@@ -196,12 +201,10 @@ def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, format: Slot
 
         return Piece((packed, scales), values, layout.memory)
 
-    return [packed, scales], tuple(map(piece, slots))
+    return (packed, scales), tuple(map(piece, slots))
 
 
-def _bias(part: _Projection, plan: LayerPlan, rows: int) -> tuple[ExternalWeight | None, tuple[Piece, ...]]:
-    if not plan.geometry.bias:
-        return None, ()
+def _bias(part: _Projection, plan: LayerPlan, rows: int) -> Found:
     weight = part.weight("bias", np.dtype(np.float32), (len(plan.slots), rows))
     values = lambda: (np.stack([part.bias(slot.expert) for slot in plan.slots]),)  # noqa: E731
-    return weight, (Piece((weight,), values, 2 * weight.bytes),)
+    return (weight,), (Piece((weight,), values, 2 * weight.bytes),)

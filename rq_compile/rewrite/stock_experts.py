@@ -10,19 +10,16 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from rq_compile.engine.library import FORMAT_GROUPS
 from rq_compile.planning.schema import LayerPlan
-from rq_compile.quantization.formats import SLOT_FORMATS, Format, block_size, tensors_of
+from rq_compile.quantization.formats import SLOT_FORMATS, Format, block_size
 from rq_compile.rewrite.activations import activated
 from rq_compile.rewrite.contract import ensures, requires
 from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.report import PassReport
-from rq_compile.rewrite.slot_weights import group_of
+from rq_compile.rewrite.slot_weights import group_of, operands_of
 from rq_compile.rewrite.weights import slice_of
 
 NAME = "stock_experts"
-# The weights among the inputs of ExpertGemm, in their order.
-OPERANDS = (*(name for group in FORMAT_GROUPS for name in tensors_of(group)), "bias")
 
 
 def stock_experts(graph: gs.Graph, plans: Sequence[LayerPlan], accuracy_level: int = 0) -> PassReport:
@@ -66,7 +63,7 @@ class _Operands:
         group, formats = group_of(format), attrs["formats"]
         index = attrs["weights"][slot] if "weights" in attrs else list(formats[:slot]).count(group)
         self.format = SLOT_FORMATS[format]
-        held = {name: tensor for name, tensor in zip(OPERANDS, inputs, strict=False) if tensor.name}
+        held = dict(zip(operands_of(formats), inputs, strict=False))  # the bias may be left out
         self.bias = slice_of(held["bias"], slot) if "bias" in held else None
         weight, *scales = (held[name] for name in self.format.tensors)
         self.weight, self.index = weight, index

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rq_compile.engine.appearing import list_of
+from rq_compile.engine.library import OP_SET_VERSION
 from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
 from rq_compile.files import read_document, sha256
@@ -17,7 +18,7 @@ def read_manifest(engine: Path) -> Manifest:
 
     Raises:
         UserError: the engine, its manifest or one of its files is missing, a file has another size than recorded, or
-            the compilation was stopped while the files appeared.
+            the compilation was stopped while the files appeared, or the engine needs a newer version of the ops.
     """
     if engine.suffix != ".onnx":
         raise UserError(f"{engine} is not an engine; name the .onnx file that rq-compile wrote", 2)
@@ -31,6 +32,12 @@ def read_manifest(engine: Path) -> Manifest:
     if list_of(engine).is_file():
         raise UserError(f"{engine} is incomplete, because {list_of(engine)} exists; compile it again", 2)
     manifest = read_document(Manifest, manifest_path(engine))
+    if (needed := manifest.op_library or 0) > OP_SET_VERSION:
+        raise UserError(
+            f"{engine} needs version {needed} of the ops rq.moe, and this rq-compile has {OP_SET_VERSION}; update rq-compile, or "
+            "compile the engine again with this one",
+            2,
+        )
     for file in manifest.files:
         path = engine.parent / file.name
         if not path.is_file():

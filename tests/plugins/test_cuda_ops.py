@@ -60,7 +60,7 @@ def test_onnxruntime_refuses_too_few_inputs_by_the_schema(cuda_ops):
 
 REFUSED = {
     "field formats is missing": {},
-    "field formats has 3; 0, 1 and 2 are float, int8 and int4": {"formats": [0, 3]},
+    "field formats has 3; 0 is float, 1 is int8, 2 is int4": {"formats": [0, 3]},
     "field formats is not a list of integers": {"formats": [0.5, 1.5]},
     "field activation has an activation that is unknown": {"formats": MIXED, "activation": "swish"},
     "field activation is not a string": {"formats": MIXED, "activation": 1},

@@ -21,12 +21,12 @@ random.integers(0, 256, shape, np.uint8).tofile(folder / "weights")
 packed = TensorProto(name="int8_packed", data_type=TensorProto.UINT8, dims=shape, data_location=TensorProto.EXTERNAL)
 packed.external_data.add(key="location", value="weights")
 scales = onnx.numpy_helper.from_array(np.ones((1, panels, columns // 128, 16), np.float32), "int8_scales")
-inputs = ["x", "", "int8_packed", "int8_scales"]
+inputs = ["x", "int8_packed", "int8_scales"]
 node = helper.make_node("DenseGemm", inputs, ["y"], domain="rq.moe", formats=[1], activation_bits=8)
 node.attribute.append(helper.make_attribute("outputs", 16 * panels))  # make_node has an argument of the same name
 values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
 graph = helper.make_graph([node], "test", values[:1], values[1:], [packed, scales])
-imports = [helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", 1)]
+imports = [helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", 2)]
 onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=10), folder / "model.onnx")
 options = onnxruntime.SessionOptions()
 options.register_custom_ops_library(str(library_path()))

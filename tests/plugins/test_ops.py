@@ -92,6 +92,28 @@ def test_slots_may_share_weights(rng, activation_bits):
         assert shared[here].tobytes() == alone.tobytes()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("formats", [[0], [1], [2], [0, 2], [2, 1], [2, 0, 1]])
+def test_nodes_of_version_1_give_the_same(rng, formats, bias):
+    """These keep a place for each group, empty where no slot is in it; engines have such nodes for years."""
+    weights = pack(rng, formats, 24, 48)
+    rows, offsets = routed(rng, 9, 2, len(formats))
+    x = rng.normal(size=(9, 48)).astype(np.float32)
+    biases = rng.normal(size=(len(formats), 24)).astype(np.float32) if bias else None
+    first, second = (expert_gemm(x, rows, offsets, weights, biases, gather=1, version=version) for version in (1, 2))
+    assert first.tobytes() == second.tobytes()
+    assert_close(second, reference(x, rows, offsets, weights, biases, gather=1))
+
+
+def test_more_inputs_than_the_formats_need_are_refused(rng):
+    weights = pack(rng, [1], 24, 48)
+    x, rows, offsets = np.ones((2, 48), np.float32), np.arange(2, dtype=np.int32), np.array([0, 2], np.int32)
+    inputs = {"x": x, "rows": rows, "offsets": offsets, **weights.inputs, "bias": np.ones((1, 24), np.float32)}
+    run_op("ExpertGemm", inputs, {"y": TensorProto.FLOAT}, formats=[1], outputs=24)
+    with pytest.raises(Exception, match="there are more inputs than the slots' formats and a bias"):
+        run_op("ExpertGemm", inputs | {"more": np.ones(3, np.float32)}, {"y": TensorProto.FLOAT}, formats=[1], outputs=24)
+
+
 def test_no_tokens(rng):
     rows, offsets = dispatch(np.zeros((0, 2), np.int64), [[0], [1]], 2)
     assert rows.shape == (0,)
@@ -182,9 +204,10 @@ def _cut(name, *index):
         (lambda i: i.update(x=np.zeros((4, 33), np.float32)), "columns"),
         (lambda i: i.update(x=np.zeros((1, 4, 32), np.float32)), "rank 3"),
         (lambda i: i.update(float_weights=np.zeros((1, 2, 32, 16), np.int32)), "element type"),
-        (_without("float_weights"), "float_weights is missing"),
-        (_without("int8_packed"), "int8_packed is missing"),
-        (_without("int8_scales"), "int8_scales is missing"),
+        # What follows is taken for one that is missing.
+        (_without("float_weights"), "float_weights has element type 2, not float"),
+        (_without("int8_packed"), "int8_packed has element type 1, not uint8"),
+        (_without("int8_scales"), "int8_scales has element type 2, not float"),
         (_without("int4_scales"), "int4_scales is missing"),
         (_cut("int8_packed", slice(None), slice(0, 1)), "int8_packed has 1 panels"),
         (_cut("int8_packed", slice(None), slice(None), slice(None), slice(0, 32)), "groups of 32 bytes"),
@@ -192,7 +215,10 @@ def _cut(name, *index):
         (_cut("int4_scales", slice(None), slice(0, 1)), "other slots or panels"),
         (_cut("float_weights", slice(None), slice(None), slice(None), slice(0, 8)), "panels of 8 rows"),
         (_cut("float_weights", slice(None), slice(None), slice(0, 31)), "31 columns, x 32"),
-        (lambda i: i.update(int8_scales=np.ones((1, 2, 2, 16), np.float32)), "int8 has blocks of 16, int4 of 32"),
+        (
+            lambda i: i.update(int8_scales=np.ones((1, 2, 2, 16), np.float32)),
+            "int4_packed has blocks of 32, the group before it of 16",
+        ),
         (lambda i: i.update(int8_scales=np.ones((1, 2, 16, 16), np.float32)), "blocks of 2, not a multiple of 16"),
         (lambda i: i.update(bias=np.zeros((3, 23), np.float32)), "bias must be"),
     ],

@@ -164,7 +164,7 @@ def test_the_parser_of_tensorrt_makes_plugins_of_a_compiled_node(plugin, tmp_pat
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("formats", [1, 2, 0, 1, 1, 2, 0, 3], "field formats has 3; 0, 1 and 2 are float, int8 and int4"),
+        ("formats", [1, 2, 0, 1, 1, 2, 0, 3], "field formats has 3; 0 is float, 1 is int8, 2 is int4"),
         ("activation", "swish", "field activation has an activation that is unknown"),
         ("plugin_version", "2", "Plugin not found"),
     ],

@@ -9,14 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import tiny
+from plans import plan_of
 
 from rq_compile.architectures.model import Model
 from rq_compile.engine import library
 from rq_compile.errors import UserError
+from rq_compile.planning.schema import Slot
+from rq_compile.quantization.formats import Format
+from rq_compile.rewrite.slot_weights import operands_of
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
+from rq_compile.targets.onnxruntime import compile_engine
 
 ATOL = 2e-5
 
@@ -36,6 +42,48 @@ def copied(stages: Path, tmp_path: Path) -> Path:
     for file in stages.glob("model.*"):
         shutil.copy(file, tmp_path)
     return tmp_path / "model.onnx"
+
+
+OF_VERSION_1 = ("float_weights", "int8_packed", "int8_scales", "int4_packed", "int4_scales", "bias")
+
+
+def as_of_version_1(engine: Path) -> None:
+    """Write the graph and the manifest as they were when a node kept a place for the weights of every format."""
+    model = onnx.load(engine, load_external_data=False)
+    for node in (node for node in model.graph.node if node.op_type == "ExpertGemm"):
+        (formats,) = (attribute.ints for attribute in node.attribute if attribute.name == "formats")
+        held = dict(zip(operands_of(formats), node.input[3:], strict=False))
+        inputs = [*node.input[:3], *(held.get(name, "") for name in OF_VERSION_1)]
+        while not inputs[-1]:
+            inputs.pop()
+        node.ClearField("input")
+        node.input.extend(inputs)
+    for entry in (entry for entry in model.opset_import if entry.domain == "rq.moe"):
+        entry.version = 1
+    onnx.save(model, engine)
+    told = json.loads(engine.with_suffix(".json").read_text())
+    told["op_library"], told["graph"]["bytes"] = 1, engine.stat().st_size
+    engine.with_suffix(".json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("formats", [["int4"], ["int8"], ["fp16"], ["int8", "fp16"], ["int4", "int8", "bf16"]])
+def test_an_engine_of_version_1_runs(formats: list[Format], model: Path, export_once: Callable, tmp_path: Path) -> None:
+    opened = Model.open(model)
+    slots = lambda layer: [Slot(expert=e, format=formats[e % len(formats)]) for e in range(layer.geometry.experts)]  # noqa: E731
+    compile_engine(opened, plan_of(opened, slots), tmp_path / "m.onnx", exported=export_once(opened))
+    ids = tokens(2, 9)
+    expected = Engine.load(tmp_path / "m.onnx", threads=1).logits(ids)
+    before = (tmp_path / "m.onnx").read_bytes()
+    as_of_version_1(tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").read_bytes() != before
+    np.testing.assert_array_equal(Engine.load(tmp_path / "m.onnx", threads=1).logits(ids), expected)
+
+
+def test_an_engine_of_a_newer_version_of_the_ops_is_refused(copied: Path) -> None:
+    told = json.loads(copied.with_suffix(".json").read_text()) | {"op_library": 3}
+    copied.with_suffix(".json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"needs version 3 of the ops rq\.moe, and this rq-compile has 2; update rq-compile"):
+        Engine.load(copied)
 
 
 def test_generating_with_the_cache_is_recomputing_everything(engine: Engine) -> None:

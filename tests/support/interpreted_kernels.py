@@ -103,8 +103,9 @@ def test_weights_that_the_compiler_packs():
 
     def projection(name):
         int8, int4 = (quantize(w.astype(np.float32), f) for w, f in zip(matrices[name], ("int8", "int4"), strict=True))
-        groups = [torch.from_numpy(array)[None] for array in (int8.packed, int8.scales, int4.packed, int4.scales)]
-        return launch.Projection(torch.zeros(3, dtype=torch.int32), None, *groups, block=block_size(matrices[name].shape[2]))
+        arrays = {"int8_packed": int8.packed, "int8_scales": int8.scales, "int4_packed": int4.packed, "int4_scales": int4.scales}
+        held = {tensor: torch.from_numpy(array)[None] for tensor, array in arrays.items()}
+        return launch.Projection(torch.zeros(3, dtype=torch.int32), held, block=block_size(matrices[name].shape[2]))
 
     formats, replicas = torch.tensor([2, 1, 2], dtype=torch.int32), torch.tensor([[1, -1], [0, 2]], dtype=torch.int32)
     layer = launch.Layer(192, 64, "swiglu", formats, replicas, projection("up"), projection("down"))

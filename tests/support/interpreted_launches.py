@@ -92,11 +92,7 @@ def inputs_of(layer, x, ids, gates):
     """The inputs of a MoeLayer in their order."""
     result = [x, ids, gates, layer.replicas, layer.formats]
     for part in (layer.up, layer.down):
-        result.append(part.index)
-        result += [
-            t for t in (part.float_weights, part.int8_packed, part.int8_scales, part.int4_packed, part.int4_scales, part.bias)
-            if t is not None
-        ]  # fmt: skip
+        result += part.inputs()
     return result
 
 

@@ -89,7 +89,7 @@ def exact(node, constants):
         slots = zip(formats, index, strict=True)
         exact_slots = [unpacked(format, [part[i] for part in parts[format]], columns) for format, i in slots]
         weights.append(torch.from_numpy(np.stack(exact_slots)))
-        projections.append(Projection(torch.from_numpy(index), bias=None if bias is None else torch.from_numpy(bias)))
+        projections.append(Projection(torch.from_numpy(index), {}, None if bias is None else torch.from_numpy(bias)))
     tables = (torch.from_numpy(held[name]) for name in ("formats", "replicas"))
     layer = Layer(hidden, intermediate, activation, *tables, *projections, attributes["alpha"], attributes["limit"])
     return reference.Example(layer, *weights)

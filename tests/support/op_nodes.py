@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 import rq_compile
 from rq_compile.engine import library
-from rq_compile.quantization.formats import block_size
+from rq_compile.quantization.formats import BLOCK_FORMATS, block_size, tensors_of
 from rq_compile.quantization.quantizer import Quantized
 from rq_compile.rewrite.panels import float_panels, packed_panels, scale_panels
 
@@ -27,8 +27,10 @@ ONNX_TYPES = {
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int64): TensorProto.INT64,
 }
+# The tensors of every format group, in the order of a node's inputs.
+OF_GROUPS = tuple(name for group in library.FORMAT_GROUPS for name in tensors_of(group))
 # Always constants: numpy has no bfloat16 that a session takes as an input.
-CONSTANTS = {"replicas", "float_weights", "int8_packed", "int8_scales", "int4_packed", "int4_scales", "bias"}
+CONSTANTS = {"replicas", *OF_GROUPS, "bias"}
 
 
 def python_with(isa, *arguments):
@@ -60,12 +62,14 @@ def registered_with_an_old_runtime(library):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run_op(op, inputs, results, threads=1, **attributes):
-    """Run one node; `inputs` maps its input names, in order, to arrays or to None where the node leaves one out."""
+def run_op(op, inputs, results, threads=1, version=library.OP_SET_VERSION, **attributes):
+    """Run one node; `inputs` maps its input names, in order, to arrays or to None where there is none.
+
+    Of version 1 of the op set a node keeps the places of inputs that it leaves out.
+    """
     feeds = {name: array for name, array in inputs.items() if array is not None and name not in CONSTANTS}
-    node = helper.make_node(
-        op, [name if array is not None else "" for name, array in inputs.items()], list(results), domain="rq.moe"
-    )
+    named = [name if array is not None else "" for name, array in inputs.items()]
+    node = helper.make_node(op, named if version == 1 else list(filter(None, named)), list(results), domain="rq.moe")
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     graph = helper.make_graph(
         [node],
@@ -78,7 +82,8 @@ def run_op(op, inputs, results, threads=1, **attributes):
             if array is not None and name in CONSTANTS
         ],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", 1)], ir_version=10)
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", version)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(library.library_path()))
     options.intra_op_num_threads = threads
@@ -114,22 +119,24 @@ def pack(rng, formats, rows, columns, float_type=np.float32, *, gated=False, blo
     """Random weights, laid out as the op set says; each slot's values are taken from what its packed form holds."""
     block = block or block_size(columns)
     blocks, halves = -(-columns // block), 1 + gated
-    stacked = {name: [] for name in ("float_weights", "int8_packed", "int8_scales", "int4_packed", "int4_scales")}
+    stacked = {name: [] for name in OF_GROUPS}
     exact = []
     for format in formats:
-        if format == 0:
+        group = library.FORMAT_GROUPS[format]
+        if group not in BLOCK_FORMATS:
             weights = rng.normal(size=(rows, columns)).astype(float_type)
             stacked["float_weights"].append(float_panels(weights, halves))
             exact.append(weights.astype(np.float64))
             continue
-        zero, name = (128, "int8") if format == 1 else (8, "int4")
-        q = rng.integers(1 if format == 1 else 0, 2 * zero, (rows, blocks * block)).astype(np.uint8)
+        bits, zero = BLOCK_FORMATS[group].bits, BLOCK_FORMATS[group].zero_point
+        q = rng.integers(zero + BLOCK_FORMATS[group].least, 2 * zero, (rows, blocks * block)).astype(np.uint8)
         q[:, columns:] = zero
         scale = rng.uniform(0.001, 0.01, (rows, blocks)).astype(np.float32)
         exact.append(((q.astype(np.float64) - zero) * np.repeat(scale.astype(np.float64), block, axis=1))[:, :columns])
-        by_row = Quantized(q if format == 1 else q[:, 0::2] | q[:, 1::2] << 4, scale)
-        stacked[f"{name}_packed"].append(packed_panels(by_row, name, halves))
-        stacked[f"{name}_scales"].append(scale_panels(by_row, halves))
+        packed = np.bitwise_or.reduce([q[:, place :: 8 // bits] << place * bits for place in range(8 // bits)])
+        by_row = Quantized(packed, scale)
+        stacked[f"{group}_packed"].append(packed_panels(by_row, group, halves))
+        stacked[f"{group}_scales"].append(scale_panels(by_row, halves))
     inputs = {name: np.stack(arrays) if arrays else None for name, arrays in stacked.items()}
     return Weights(inputs, list(formats), np.stack(exact), gated)
 

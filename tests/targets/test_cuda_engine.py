@@ -57,7 +57,7 @@ def plan_for(checkpoint: Model) -> Plan:
 def test_a_plan_for_cuda_becomes_an_engine_for_it(wide: Path) -> None:
     manifest = read_manifest(wide / "engine.onnx")
     assert (manifest.target, manifest.lowering, manifest.provider) == ("cuda", "cuda", "CUDAExecutionProvider")
-    assert (manifest.op_library, manifest.op_library_name) == (1, "librq_moe_cuda.so")
+    assert (manifest.op_library, manifest.op_library_name) == (2, "librq_moe_cuda.so")
     assert manifest.activation_bits == 16
     assert manifest.replaced["float slots kept in fp16"] == 4
     model = onnx.load(wide / "engine.onnx", load_external_data=False)

@@ -103,7 +103,7 @@ struct MoeLayerOf : MoeLayer {
   static constexpr const char* kName = "MoeLayer";
   static constexpr int kInputs[] = {kTypeOfX, kInt64, kFloat, kInt32, kInt32, kUndefined};
   static constexpr int kOutputs[] = {kTypeOfX};
-  static constexpr size_t kFirstOptional = std::size(kInputs);
+  static constexpr size_t kOptionalInputs = 0;
   using MoeLayer::MoeLayer;
 };
 

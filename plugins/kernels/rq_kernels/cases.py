@@ -17,7 +17,7 @@ ARITHMETIC = {"cpu": 5e-6, "cuda": 3e-5}
 
 @dataclass(frozen=True)
 class Case:
-    """``formats`` of the slots (0 float, 1 int8, 2 int4) and a batch.
+    """``formats`` of the slots (places in ``formats.GROUPS``) and a batch.
 
     ``routing``: uniform, one (all tokens to the last expert), nan (a token of NaN), absent (ids outside the table).
     """

@@ -3,6 +3,7 @@
 An engine has neither torch nor Triton. Its launcher does the same with the built kernels and ``kernels.json``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,42 +11,41 @@ import torch
 
 from rq_kernels import activations, dispatch, expert_gemm, tiles
 from rq_kernels import combine as combine_kernel
+from rq_kernels.formats import GROUPS, TENSORS
 from rq_kernels.tiles import Tile
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One projection of a layer's slots: packed weights by format group, None where no slot has the format; see docs/kernels.md.
+    """One projection of a layer's slots.
 
-    ``index`` i32 [S]: the index of each slot's matrix in its group. ``bias`` f32 [S, N].
-    ``block`` columns share a scale.
+    ``index`` i32 [S]: the index of each slot's matrix in its format group. ``weights``: the tensors of the groups that have
+    slots, by the names in ``formats.TENSORS``; see docs/kernels.md. ``bias`` f32 [S, N]. ``block`` columns share a scale.
     """
 
     index: torch.Tensor
-    float_weights: torch.Tensor | None = None
-    int8_packed: torch.Tensor | None = None
-    int8_scales: torch.Tensor | None = None
-    int4_packed: torch.Tensor | None = None
-    int4_scales: torch.Tensor | None = None
+    weights: Mapping[str, torch.Tensor]
     bias: torch.Tensor | None = None
     block: int = 128
 
     def operands(self) -> list[torch.Tensor]:
         """The operands in the kernels' order. Missing ones are replaced by tensors that are never read."""
-        missing = {kind: self.index.new_empty(0, dtype=kind) for kind in (torch.float16, torch.uint8, torch.float32)}
-        return [
-            missing[torch.float16] if self.float_weights is None else self.float_weights,
-            missing[torch.uint8] if self.int8_packed is None else self.int8_packed,
-            missing[torch.float32] if self.int8_scales is None else self.int8_scales,
-            missing[torch.uint8] if self.int4_packed is None else self.int4_packed,
-            missing[torch.float32] if self.int4_scales is None else self.int4_scales,
-            missing[torch.float32] if self.bias is None else self.bias,
-        ]
+        held = [self.weights.get(name, self._nothing(name)) for name in TENSORS]
+        return [*held, self._nothing("bias") if self.bias is None else self.bias]
+
+    def inputs(self) -> list[torch.Tensor]:
+        """The inputs of a MoeLayer node, in order."""
+        held = [self.weights[name] for name in TENSORS if name in self.weights]
+        return [self.index, *held, *([] if self.bias is None else [self.bias])]
+
+    def _nothing(self, name: str) -> torch.Tensor:
+        dtypes = {"weights": torch.float16, "packed": torch.uint8}
+        return self.index.new_empty(0, dtype=dtypes.get(name.rpartition("_")[2], torch.float32))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """``formats`` i32 [S]: 0 float, 1 int8, 2 int4; ``replicas`` i32 [E, R]: the slots of each expert, padded with -1."""
+    """``formats`` i32 [S]: places in ``formats.GROUPS``; ``replicas`` i32 [E, R]: the slots of each expert, padded with -1."""
 
     hidden: int
     intermediate: int
@@ -65,8 +65,7 @@ class Layer:
     def format_bits(self) -> int:
         """``FORMATS`` of the kernels. An engine knows it when it is built; here it follows from the weights, without the
         device."""
-        groups = self.up.float_weights, self.up.int8_packed, self.up.int4_packed
-        return sum(1 << code for code, group in enumerate(groups) if group is not None)
+        return sum(1 << code for code, group in enumerate(GROUPS) if group.tensors[0] in self.up.weights)
 
 
 @dataclass(frozen=True)

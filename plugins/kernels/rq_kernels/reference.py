@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from rq_kernels.activations import GATED
+from rq_kernels.formats import GROUPS
 from rq_kernels.launch import Layer, Projection
 
 
@@ -46,32 +47,32 @@ def projection(
 ) -> tuple[Projection, torch.Tensor]:
     """Random packed weights of each slot, in a random order inside each group, and the same weights in float64 ``[S, N, K]``."""
     blocks, slots = -(-K // block), len(formats)
-    groups: dict[int, list[tuple[torch.Tensor, ...]]] = {0: [], 1: [], 2: []}
+    groups: dict[int, list[tuple[torch.Tensor, ...]]] = {code: [] for code in range(len(GROUPS))}
     index, exact = [0] * slots, [torch.empty(0)] * slots
     for slot in torch.randperm(slots, generator=random).tolist():
-        format = formats[slot]
+        format, bits = formats[slot], GROUPS[formats[slot]].bits
         index[slot] = len(groups[format])
-        if format == 0:
+        if not bits:
             weights = (torch.randn(N, K, generator=random) / math.sqrt(K)).to(dtype)
-            groups[0].append((weights,))
+            groups[format].append((weights,))
             exact[slot] = weights.double()
             continue
-        zero = 128 if format == 1 else 8
-        q = torch.randint(1 if format == 1 else 0, 2 * zero, (N, blocks * block), generator=random, dtype=torch.uint8)
+        zero = 1 << (bits - 1)
+        q = torch.randint(1 if bits == 8 else 0, 2 * zero, (N, blocks * block), generator=random, dtype=torch.uint8)
         q[:, K:] = zero
         scales = (0.5 + torch.rand(N, blocks, generator=random)) / (zero * math.sqrt(K))
         exact[slot] = ((q.double() - zero) * scales.double().repeat_interleave(block, 1))[:, :K]
-        groups[format].append((q if format == 1 else q[:, 0::2] | q[:, 1::2] << 4, scales))
+        parts = torch.stack([q[:, place :: 8 // bits] << place * bits for place in range(8 // bits)])
+        groups[format].append((parts.sum(0, dtype=torch.uint8), scales))
 
-    def stacked(format: int, part: int) -> torch.Tensor | None:
-        return torch.stack([held[part] for held in groups[format]]).to(device) if groups[format] else None
-
+    stacked = {
+        name: torch.stack(parts).to(device)
+        for code, group in enumerate(GROUPS)
+        for name, parts in zip(group.tensors, zip(*groups[code], strict=True), strict=False)  # none without slots
+    }
     biases = torch.randn(slots, N, generator=random) if bias else None
-    packed = Projection(
-        torch.tensor(index, dtype=torch.int32, device=device),
-        stacked(0, 0), stacked(1, 0), stacked(1, 1), stacked(2, 0), stacked(2, 1),
-        biases.to(device) if biases is not None else None, block,
-    )  # fmt: skip
+    places = torch.tensor(index, dtype=torch.int32, device=device)
+    packed = Projection(places, stacked, biases.to(device) if biases is not None else None, block)
     return packed, torch.stack(exact)
 
 

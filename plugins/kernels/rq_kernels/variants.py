@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rq_kernels import combine, dispatch, expert_gemm
+from rq_kernels.formats import EVERY, GROUPS, TENSORS
 from rq_kernels.tiles import CHUNK, COMBINE_COLUMNS, DOWN, UP, Tile
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16"}
 # The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan; the others need fewer
 # resources.
-FORMATS = {"float": 1, "int8": 2, "int4": 4, "mixed": 7}
+FORMATS = {group.name: 1 << code for code, group in enumerate(GROUPS)} | {"mixed": EVERY}
 
 # Sizes and pointers that are multiples of 16, so that rows of x and of weights can be read 16 bytes at a time.
 ALIGNED = ("columns", "outputs", "hidden")
@@ -19,8 +20,8 @@ DATA = ("x", "y", "out", "float_weights")  # pointers to the dtype of the varian
 POINTERS = {
     "ids": "*i64",
     **dict.fromkeys(["counts", "replicas", "offsets", "tiles", "tile_count", "rows", "formats", "weights"], "*i32"),
-    **dict.fromkeys(["gates", "int8_scales", "int4_scales", "bias"], "*fp32"),
-    **dict.fromkeys(["int8_packed", "int4_packed"], "*u8"),
+    **dict.fromkeys(["gates", "bias", *(name for name in TENSORS if name.endswith("_scales"))], "*fp32"),
+    **{name: "*u8" for name in TENSORS if name.endswith("_packed")},
 }
 
 

@@ -11,7 +11,7 @@ struct Combine {
   static constexpr const char* kName = "Combine";
   static constexpr int kInputs[] = {kFloat, kInt32, kFloat};
   static constexpr int kOutputs[] = {kFloat};
-  static constexpr size_t kFirstOptional = 3;
+  static constexpr size_t kOptionalInputs = 0;
 
   const Kernels& kernels;
 

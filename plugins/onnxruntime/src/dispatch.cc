@@ -8,7 +8,7 @@ struct Dispatch {
   static constexpr const char* kName = "Dispatch";
   static constexpr int kInputs[] = {kInt64, kInt32};
   static constexpr int kOutputs[] = {kInt32, kInt32};
-  static constexpr size_t kFirstOptional = 2;
+  static constexpr size_t kOptionalInputs = 0;
 
   int64_t slots;
 

@@ -43,9 +43,9 @@ bool gated(Activation activation) {
 
 struct ExpertGemm {
   static constexpr const char* kName = "ExpertGemm";
-  static constexpr int kInputs[] = {kFloat, kInt32, kInt32, kUndefined, kUint8, kFloat, kUint8, kFloat, kFloat};
+  static constexpr int kInputs[] = {kFloat, kInt32, kInt32};
   static constexpr int kOutputs[] = {kFloat};
-  static constexpr size_t kFirstOptional = 3;
+  static constexpr size_t kOptionalInputs = most_operands();
 
   SlotWeights weights;
   Activation activation;
@@ -107,7 +107,7 @@ struct ExpertGemm {
     const int64_t slots = weights.slots(), pairs = offset[slots], columns = x.columns;
     require(columns > 0, "x has no columns");
     const SlotWeights::Bound bound = weights.bind(context, first_weights, groups * parts, columns);
-    const Tensor bias = context.input(first_weights + 5, "bias", 2);
+    const Tensor& bias = bound.bias;
     require(!bias.present || (bias.dim(0) == slots && bias.dim(1) == outputs * parts), "bias must be [", slots, ", ",
             outputs * parts, "]");
 
@@ -225,8 +225,7 @@ struct ExpertGemm {
 // An ExpertGemm of one slot that takes every row of an x of any rank.
 struct DenseGemm : ExpertGemm {
   static constexpr const char* kName = "DenseGemm";
-  static constexpr int kInputs[] = {kFloat, kUndefined, kUint8, kFloat, kUint8, kFloat, kFloat};
-  static constexpr size_t kFirstOptional = 1;
+  static constexpr int kInputs[] = {kFloat};
 
   explicit DenseGemm(const Info& info) : ExpertGemm(info) {
     require(weights.slots() == 1, "attribute formats has ", weights.slots(), " entries, not the one of a dense matrix");

@@ -205,8 +205,8 @@ class Context {
   size_t inputs_ = 0;
 };
 
-// The ONNX Runtime callbacks of an op. A Kernel has kName, kInputs (element types), kFirstOptional (index of the first
-// input that may be left out), kOutputs, a constructor from Info and compute(Context&).
+// The ONNX Runtime callbacks of an op. A Kernel has kName, kInputs (element types), kOptionalInputs (how many more a node may
+// have, of any types), kOutputs, a constructor from Info and compute(Context&).
 template <typename Kernel>
 OrtCustomOp* custom_op() {
   struct Instance {
@@ -218,11 +218,15 @@ OrtCustomOp* custom_op() {
     o.version = kApiVersion;
     o.GetName = [](const OrtCustomOp*) { return Kernel::kName; };
     o.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
-    o.GetInputType = [](const OrtCustomOp*, size_t i) { return Kernel::kInputs[i]; };
-    o.GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Kernel::kInputs); };
+    o.GetInputType = [](const OrtCustomOp*, size_t i) -> int {
+      return i < std::size(Kernel::kInputs) ? Kernel::kInputs[i] : kUndefined;
+    };
+    o.GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Kernel::kInputs) + Kernel::kOptionalInputs; };
     o.GetOutputType = [](const OrtCustomOp*, size_t i) { return Kernel::kOutputs[i]; };
     o.GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Kernel::kOutputs); };
-    o.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return i < Kernel::kFirstOptional ? kRequired : kOptional; };
+    o.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int {
+      return i < std::size(Kernel::kInputs) ? kRequired : kOptional;
+    };
     o.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kRequired; };
     o.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
     o.GetVariadicInputMinArity = o.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };

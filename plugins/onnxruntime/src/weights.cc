@@ -7,20 +7,57 @@
 namespace rq {
 namespace {
 
-Matrix float_group(const Tensor& weights, int64_t columns) {
-  require(weights.type == kFloat || weights.type == kFloat16 || weights.type == kBfloat16, "float_weights has element type ",
+// How the kernels call each group; that of floats depends on their type.
+constexpr Storage kStorage[] = {Storage::fp32, Storage::int8, Storage::int4};
+static_assert(std::size(kStorage) == kGroups, "each format group has its kernels");
+
+// The inputs of a node from one on. Those that it leaves out are passed over: nodes of version 1 of the op set leave out the
+// groups that no slot is in.
+class Operands {
+ public:
+  Operands(const Context& context, size_t first) : context_(context), next_(first) {}
+
+  // The next one, or a Tensor that is not `present`.
+  Tensor next(const char* name, size_t rank) {
+    while (next_ < context_.inputs()) {
+      if (const Tensor tensor = context_.input(next_++, name, rank); tensor.present) return tensor;
+    }
+    return {};
+  }
+
+  Tensor required(const char* name, size_t rank) {
+    const Tensor tensor = next(name, rank);
+    require(tensor.present, "input ", name, " is missing");
+    return tensor;
+  }
+
+ private:
+  const Context& context_;
+  size_t next_;
+};
+
+void require_type(const Tensor& tensor, const char* name, int type, const char* called) {
+  require(tensor.type == type, name, " has element type ", tensor.type, ", not ", called);
+}
+
+Matrix float_group(const Tensor& weights, const char* name, int64_t columns) {
+  require(weights.type == kFloat || weights.type == kFloat16 || weights.type == kBfloat16, name, " has element type ",
           weights.type, ", not float, float16 or bfloat16");
-  require(weights.dim(2) == columns, "float_weights has ", weights.dim(2), " columns, x ", columns);
+  require(weights.dim(3) == kPanel, name, " has panels of ", weights.dim(3), " rows, not ", kPanel);
+  require(weights.dim(2) == columns, name, " has ", weights.dim(2), " columns, x ", columns);
   const Storage storage = weights.type == kFloat ? Storage::fp32 : weights.type == kFloat16 ? Storage::fp16 : Storage::bf16;
   const size_t panel_bytes = static_cast<size_t>(columns * kPanel) * (storage == Storage::fp32 ? 4 : 2);
   return {storage, weights.as<uint8_t>(), panel_bytes, nullptr, columns, 0, 0};
 }
 
-Matrix quantized_group(const Tensor& packed, const Tensor& scales, Storage storage, const char* name, int64_t columns) {
+Matrix quantized_group(const Tensor& packed, const Tensor& scales, const FormatGroup& group, Storage storage, int64_t columns) {
+  const char* name = group.weights;
+  require_type(packed, name, kUint8, "uint8");
+  require_type(scales, group.scales, kFloat, "float");
   require(packed.dim(3) == 4 * kPanel, name, " has groups of ", packed.dim(3), " bytes, not ", 4 * kPanel);
   require(scales.dim(0) == packed.dim(0) && scales.dim(1) == packed.dim(1) && scales.dim(3) == kPanel, "the scales of ", name,
           " have other slots or panels");
-  const int64_t blocks = scales.dim(2), padded = packed.dim(2) * (storage == Storage::int8 ? 4 : 8);
+  const int64_t blocks = scales.dim(2), padded = packed.dim(2) * 32 / group.bits;  // four bytes of a row stand together
   require(blocks > 0 && padded % blocks == 0, name, " has ", padded, " columns for ", blocks, " scales a row");
   const int64_t block = padded / blocks;
   require(block > 0 && block % 16 == 0 && block <= kMaxBlock, name, " has blocks of ", block, ", not a multiple of 16 up to ",
@@ -40,7 +77,7 @@ SlotWeights::SlotWeights(std::vector<int64_t> formats, std::vector<int64_t> plac
   const bool in_order = places_.empty();
   for (size_t s = 0; s < formats_.size(); ++s) {
     const int64_t format = formats_[s];
-    require(format >= 0 && format <= 2, "attribute formats holds ", format, ", not 0, 1 or 2");
+    require(is_group(format), "attribute formats holds ", format, "; ", known_groups());
     if (in_order) places_.push_back(members_[format]);
     require(places_[s] >= 0 && places_[s] < INT32_MAX, "attribute weights holds ", places_[s]);
     members_[format] = std::max(members_[format], places_[s] + 1);
@@ -48,31 +85,32 @@ SlotWeights::SlotWeights(std::vector<int64_t> formats, std::vector<int64_t> plac
 }
 
 SlotWeights::Bound SlotWeights::bind(const Context& context, size_t first, int64_t panels, int64_t columns) const {
-  static constexpr const char* kNames[] = {"float_weights", "int8_packed", "int4_packed"};
-  static constexpr const char* kScales[] = {nullptr, "int8_scales", "int4_scales"};
+  Operands operands(context, first);
   Bound bound;
   bound.panels = panels;
-  for (int f = 0; f < 3; ++f) {
-    if (!members_[f]) continue;
-    const size_t input = first + (f ? 2 * f - 1 : 0);
-    const Tensor packed = context.required(input, kNames[f], 4);
-    require(packed.dim(0) == members_[f], kNames[f], " holds ", packed.dim(0), " matrices, the slots need ", members_[f]);
-    require(packed.dim(1) == panels, kNames[f], " has ", packed.dim(1), " panels a slot, not ", panels);
-    if (f == 0) {
-      require(packed.dim(3) == kPanel, "float_weights has panels of ", packed.dim(3), " rows, not ", kPanel);
-      bound.groups[0] = float_group(packed, columns);
+  for (size_t g = 0; g < kGroups; ++g) {
+    if (!members_[g]) continue;
+    const FormatGroup& group = kFormatGroups[g];
+    const Tensor weights = operands.required(group.weights, 4);
+    require(weights.dim(0) == members_[g], group.weights, " holds ", weights.dim(0), " matrices, the slots need ", members_[g]);
+    require(weights.dim(1) == panels, group.weights, " has ", weights.dim(1), " panels a slot, not ", panels);
+    if (group.scales) {
+      bound.groups[g] = quantized_group(weights, operands.required(group.scales, 4), group, kStorage[g], columns);
+      require(!bound.block || bound.block == bound.groups[g].block, group.weights, " has blocks of ", bound.groups[g].block,
+              ", the group before it of ", bound.block);
+      bound.block = bound.groups[g].block;
     } else {
-      const Tensor scales = context.required(input + 1, kScales[f], 4);
-      bound.groups[f] = quantized_group(packed, scales, f == 1 ? Storage::int8 : Storage::int4, kNames[f], columns);
-      require(!bound.block || bound.block == bound.groups[f].block, "int8 has blocks of ", bound.block, ", int4 of ",
-              bound.groups[f].block);
-      bound.block = bound.groups[f].block;
+      bound.groups[g] = float_group(weights, group.weights, columns);
     }
-    bound.slot_bytes[f] = static_cast<size_t>(panels) * bound.groups[f].panel_bytes;
+    bound.slot_bytes[g] = static_cast<size_t>(panels) * bound.groups[g].panel_bytes;
   }
+  bound.bias = operands.next("bias", 2);
+  if (bound.bias.present) require_type(bound.bias, "bias", kFloat, "float");
+  const bool more = operands.next("what follows the bias", Context::kAnyRank).present;
+  require(!more, "there are more inputs than the slots' formats and a bias");
   if (!seen_.exchange(true)) {
-    for (int f = 0; f < 3; ++f) {
-      prefer_huge_pages(bound.groups[f].data, bound.slot_bytes[f] * static_cast<size_t>(members_[f]));
+    for (size_t g = 0; g < kGroups; ++g) {
+      prefer_huge_pages(bound.groups[g].data, bound.slot_bytes[g] * static_cast<size_t>(members_[g]));
     }
   }
   return bound;

@@ -1,0 +1,44 @@
+// The format groups of the ops of rq.moe, in Python `FORMAT_GROUPS` of rq_compile/engine/library.py. The entry of a slot in the
+// attribute `formats` is the place of its group here. A node has as inputs, in this order, the tensors of every group that one of
+// its slots is in; then comes the bias, if there is one. A new group comes last, so that nodes keep their meaning.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <string>
+
+namespace rq {
+
+struct FormatGroup {
+  const char* name;
+  const char* weights;  // the inputs' names
+  const char* scales;   // null: floats, without scales
+  int bits;             // of a quantized weight
+};
+
+constexpr FormatGroup kFormatGroups[] = {
+    {"float", "float_weights", nullptr, 0},
+    {"int8", "int8_packed", "int8_scales", 8},
+    {"int4", "int4_packed", "int4_scales", 4},
+};
+constexpr size_t kGroups = std::size(kFormatGroups);
+
+
+// The most inputs that a node has for them: the tensors of all groups and the bias.
+constexpr size_t most_operands() {
+  size_t count = 1;
+  for (const FormatGroup& group : kFormatGroups) count += group.scales ? 2 : 1;
+  return count;
+}
+
+constexpr bool is_group(int64_t code) { return code >= 0 && code < static_cast<int64_t>(kGroups); }
+
+// "0 is float, 1 is int8, ...", for messages.
+inline std::string known_groups() {
+  std::string text;
+  for (size_t g = 0; g < kGroups; ++g) text += (g ? ", " : "") + std::to_string(g) + " is " + kFormatGroups[g].name;
+  return text;
+}
+
+}  // namespace rq

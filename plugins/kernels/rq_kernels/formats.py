@@ -1,0 +1,25 @@
+"""The format groups that the kernels read, in the order of plugins/format_groups.h. Nothing here needs Triton or torch.
+
+A group's place is the code of its slots. How its weights are decoded is in ``expert_gemm``.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Group:
+    """``bits`` of a quantized weight; 0: floats, whose dtype is that of x."""
+
+    name: str
+    bits: int
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What the weights of the group's slots are held in."""
+        return (f"{self.name}_packed", f"{self.name}_scales") if self.bits else (f"{self.name}_weights",)
+
+
+GROUPS = (Group("float", 0), Group("int8", 8), Group("int4", 4))
+# The kernels' arguments, in order.
+TENSORS = tuple(name for group in GROUPS for name in group.tensors)
+EVERY = (1 << len(GROUPS)) - 1  # a bit for each

@@ -12,7 +12,7 @@ import numpy as np
 
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import BLOCK_FORMATS, Format
-from rq_compile.quantization.library import quantizer_library
+from rq_compile.quantization.library import quantizer_function
 from rq_compile.quantization.rounding import NOT_FINITE
 from rq_compile.quantization.second_moment import SecondMoment
 
@@ -41,7 +41,7 @@ def gptq(
         *(feedback.ctypes.data, importance.ctypes.data, fractions.ctypes.data, len(fractions), kept.least, kept.greatest),
         *(q.ctypes.data, scales.ctypes.data),
     )
-    status = quantizer_library().rq_gptq(ctypes.byref(matrix), threads)
+    status = quantizer_function("rq_gptq")(ctypes.byref(matrix), threads)
     if status == 1:
         raise UserError(NOT_FINITE)
     if status:

@@ -3,6 +3,7 @@
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import rq_compile
 from rq_compile.errors import UserError
@@ -11,15 +12,13 @@ LIBRARY = Path(rq_compile.__file__).parent / "lib" / "librq_quantizer.so"
 
 
 @cache
-def quantizer_library() -> ctypes.CDLL:
-    """
+def quantizer_function(name: str) -> Any:
+    """The function ``name`` of the library.
+
     Raises:
         UserError: the library was not built, or was built for another machine or from older sources.
     """
     try:
-        library = ctypes.CDLL(str(LIBRARY))
-        if not hasattr(library, "rq_decode"):
-            raise OSError
-    except OSError as error:
+        return getattr(ctypes.CDLL(str(LIBRARY)), name)
+    except (OSError, AttributeError) as error:
         raise UserError(f"the quantizer {LIBRARY} is missing, too old or not for this machine; run pip install .", 2) from error
-    return library

@@ -152,7 +152,7 @@ def isa(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     """What this processor does not have falls back to ``plain``. A copy of the library chooses for itself."""
     monkeypatch.setenv("RQ_QUANTIZER_ISA", request.param)
     copied = ctypes.CDLL(str(shutil.copy(LIBRARY, tmp_path / f"{request.param}.so")))
-    monkeypatch.setattr(decoding, "quantizer_library", lambda: copied)
+    monkeypatch.setattr(decoding, "quantizer_function", lambda name: copied[name])
     return request.param
 
 

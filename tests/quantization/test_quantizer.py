@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from rq_compile.checkpoint.storage.decoding import Codes, differences
+from rq_compile.checkpoint.storage.packings import INT8
 from rq_compile.errors import UserError
 from rq_compile.quantization import library
 from rq_compile.quantization.formats import BLOCK_FORMATS, BLOCKS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
@@ -240,7 +242,11 @@ def test_a_package_that_was_not_built_is_told(monkeypatch: pytest.MonkeyPatch, t
     if there == "another library":  # as one of older sources, it has not all functions
         shutil.copy(library.LIBRARY.with_name("librq_moe.so"), tmp_path / "librq_quantizer.so")
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "librq_quantizer.so")
-    library.quantizer_library.cache_clear()
-    with pytest.raises(UserError, match=r"librq_quantizer\.so is missing, too old or not of this machine; run pip install \."):
-        quantize(normal(3, 32), "int8", SecondMoment(np.eye(32, dtype=np.float32)))
-    library.quantizer_library.cache_clear()
+    library.quantizer_function.cache_clear()
+    codes = Codes(INT8, np.zeros((3, 4), np.uint8), 0, 3, 4)
+    for run in (lambda: quantize(normal(3, 32), "int8", whole_moment(normal(9, 32))), lambda: differences(codes)):
+        with pytest.raises(
+            UserError, match=r"librq_quantizer\.so is missing, too old or not .*; run pip install \."
+        ):
+            run()
+    library.quantizer_function.cache_clear()

@@ -7,7 +7,7 @@ import numpy as np
 
 from rq_compile.checkpoint.safetensors_file import StoredTensor, read_rows
 from rq_compile.checkpoint.storage.packings import Packing
-from rq_compile.quantization.library import quantizer_library
+from rq_compile.quantization.library import quantizer_function
 
 NOT_FINITE, OUT_OF_RANGE, OUTSIDE = 1, 2, 3  # return values of ``rq_decode`` besides 0
 
@@ -89,7 +89,7 @@ def _decode(codes: Codes, groups: Groups | None, result: np.ndarray) -> int:
         *(_address(order), _address(scales), _address(zeros)),
         *((_address(result), None) if result.dtype == np.float32 else (None, _address(result))),
     )
-    status = quantizer_library().rq_decode(ctypes.byref(matrix))
+    status = quantizer_function("rq_decode")(ctypes.byref(matrix))
     if status == OUTSIDE:
         raise IndexError(f"{words.shape} words and {shape} scales are not those of {codes.rows} x {codes.columns} codes")
     return status

@@ -31,9 +31,9 @@ class LayerFound(Document):
 class CheckpointFound(Document):
     """``dtypes``: bytes of the tensors by their type in the files. ``formats``: bytes of the weights by storage format.
 
-    ``tied``: a weight without its own tensor -> the weight that it is tied to. ``unused``: tensors that no weight needs, or
-    that only the index lists. ``why_not``: a sentence, if the checkpoint cannot be compiled. In this case, there are no layers,
-    and the properties of the model are unknown.
+    ``tied``: a weight without its own tensor -> the weight that it is tied to. ``unused``: tensors that an engine does not need,
+    or that only the index lists. ``why_not``: a sentence, if the checkpoint cannot be compiled. In this case, there are no
+    layers, and the properties of the model are unknown.
     """
 
     kind: Literal["checkpoint"] = "checkpoint"
@@ -105,7 +105,7 @@ def inspected(checkpoint: Checkpoint) -> CheckpointFound:
             "parameters": model.parameter_count,
             "active_parameters": model.parameter_count - experts + active,
             "tied": model.agreement.tied,
-            "unused": [*model.agreement.unused, *checkpoint.absent],
+            "unused": [*model.agreement.unused, *model.agreement.other_parts, *checkpoint.absent],
             "vocabulary": told["vocabulary"],
             "context_length": told["context_length"],
             "end_of_text": told["end_of_text"],

@@ -56,6 +56,7 @@ class Agreement:
 
     ``tensors``: non-expert weight (parameter or persistent buffer) -> the checkpoint's tensor; tied weights share one.
     ``tied``: weight without its own tensor -> the weight that it is tied to. ``unused``: tensors that no weight needs.
+    ``other_parts``: tensors of the model's parts for vision and sound, which an engine does not contain.
     ``experts``: the tensors of each MoE layer's experts, by index. ``formats``: the format of most experts of each MoE layer, by
     index; ``format``: that of most experts of all layers. ``remarks``: a sentence for each difference that is not an error.
     """
@@ -67,6 +68,7 @@ class Agreement:
     formats: dict[int, Format]
     format: Format
     remarks: tuple[str, ...]
+    other_parts: tuple[str, ...] = ()
 
 
 def check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
@@ -314,13 +316,14 @@ def _unused_remarks(checkpoint: Checkpoint, stack: str, held: int, unused: tuple
             f"{layers} of the checkpoint left out ({len(of_layers)} tensors): config.json says that the model has {held} layers"
         )
     if others:
-        remarks.append(f"{_tensors(others)} left out: the model has no such weight")
+        remarks.append(f"{listed(others)} left out: the model has no such weight")
     if absent:
-        remarks.append(f"{_tensors(absent)} listed in the index but in no file: the model has no such weight")
+        remarks.append(f"{listed(absent)} listed in the index but in no file: the model has no such weight")
     return remarks
 
 
-def _tensors(names: "list[str] | tuple[str, ...]") -> str:
+def listed(names: "list[str] | tuple[str, ...]") -> str:
+    """How many tensors there are, and the names of some."""
     more = ", ..." if len(names) > SHOWN else ""
     return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:SHOWN])}{more})"
 

@@ -17,13 +17,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
-from rq_compile.architectures.agreement import Agreement, agreement_of, check_floating, missing, tie_remarks
+from rq_compile.architectures.agreement import Agreement, agreement_of, check_floating, listed, missing, tie_remarks
 from rq_compile.architectures.layers import MoeLayer, Projection
 from rq_compile.architectures.misfit import misfit_of_experts, misfit_of_shapes, tensor_name
 from rq_compile.architectures.probe import experts_geometry
 from rq_compile.architectures.quiet import quiet_transformers
 from rq_compile.architectures.sources.experts import ExpertSources, expert_sources, experts_modules
-from rq_compile.architectures.sources.expression import CASTS, Expression, Source, whole_tensor
+from rq_compile.architectures.sources.expression import CASTS, Expression, whole_tensor
 from rq_compile.architectures.sources.tracing import Traces, trace
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError, reason
@@ -96,7 +96,21 @@ class TracedWeights:
         ties = dict(getattr(self.model, "all_tied_weights_keys", {}))
         own = {name: whole_tensor(self.parameter(name)) for name in (*ties, *ties.values()) if name in tensors}
         tied = {weight: source for weight, source in ties.items() if own.get(weight) and own[weight] == own.get(source)}
-        return replace(found, tied=tied, remarks=(*found.remarks, *tie_remarks(self.checkpoint, ties, own)))
+        parts = self._beside_text()
+        told = [f"{listed(parts)} left out: an engine reads text only"] if parts else []
+        remarks = (*found.remarks, *told, *tie_remarks(self.checkpoint, ties, own))
+        return replace(found, tied=tied, other_parts=parts, remarks=remarks)
+
+    def _beside_text(self) -> tuple[str, ...]:
+        """The tensors of a multimodal model that its language model does not need: those for vision and sound."""
+        if self.model.config.get_text_config() is self.model.config:
+            return ()
+        text = (text_body(self.model), self.model.get_output_embeddings())
+        inside = tuple(f"{name}." for name, module in self.model.named_modules() if any(module is part for part in text))
+        tensors: dict[bool, set[str]] = {True: set(), False: set()}
+        for name, expression in self.traces.parameters.items():
+            tensors[name.startswith(inside)].update(source.name for source in expression.sources())
+        return tuple(sorted(tensors[False] - tensors[True]))
 
     def _parameters_of(self, layer: MoeLayer) -> list[str]:
         return [name for name in self.traces.parameters if name.startswith(f"{layer.name}.")]
@@ -112,9 +126,8 @@ class TracedWeights:
             raise UserError(f"{self.checkpoint.path} has no tensor for the parameter {name}; check its config.json", 2) from None
 
     def tensor(self, name: str) -> str | None:
-        """The tensor of a parameter that is one unchanged tensor; None if the parameter is computed."""
-        expression = self.parameter(name)
-        return expression.name if isinstance(expression, Source) and expression.row is None else None
+        """The tensor of a parameter that is one tensor as stored; None if the parameter is computed."""
+        return whole_tensor(self.parameter(name))
 
     def read(self, expression: Expression) -> np.ndarray:
         """The value in its stored dtype (bf16 as ``ml_dtypes.bfloat16``).

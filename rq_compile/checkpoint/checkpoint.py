@@ -71,7 +71,8 @@ class Checkpoint:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or not model_type.isprintable():
             raise UserError(f"{path / 'config.json'} does not name a model_type; give a Hugging Face checkpoint directory", 2)
-        stated, shards = stated_of(path, config), stored_tensors(path)
+        stated = stated_of(path, config)
+        shards = stored_tensors(path, stated.method)
         weights = weights_of(shards.tensors, stated)
         remarks = [*shards.remarks, *_left_over(stated, weights)]
         return cls(path, config, stated, shards.tensors, weights, shards.absent, tuple(remarks))

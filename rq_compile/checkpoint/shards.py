@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rq_compile.checkpoint.folder import file_in, read_json
 from rq_compile.checkpoint.safetensors_file import StoredTensor, tensors_of
+from rq_compile.checkpoint.storage.foreign import refuse_foreign_method
 from rq_compile.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -26,9 +27,9 @@ class Shards:
     remarks: tuple[str, ...]
 
 
-def stored_tensors(folder: Path) -> Shards:
+def stored_tensors(folder: Path, method: str = "") -> Shards:
     """Every tensor, from the headers alone: those of ``model.safetensors`` as in transformers, otherwise of the shards that the
-    index lists, otherwise of every ``.safetensors`` file.
+    index lists, otherwise of every ``.safetensors`` file. ``method``: the quantization that the config states.
 
     Raises:
         UserError: there are no files, one is damaged (see ``tensors_of``), or a tensor is in two files.
@@ -41,7 +42,7 @@ def stored_tensors(folder: Path) -> Shards:
         remarks.append(f"the weights are read from {SINGLE}; {INDEX} {what}")
         weight_map = None
     tensors: dict[str, StoredTensor] = {}
-    for shard in _shards(folder, weight_map):
+    for shard in _shards(folder, weight_map, method):
         for name, tensor in tensors_of(shard).items():
             if name in tensors:
                 raise UserError(f"{name} is in {tensors[name].file} and in {shard}; remove one of the two files", 2)
@@ -74,7 +75,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _shards(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
+def _shards(folder: Path, weight_map: dict[str, str] | None, method: str) -> list[Path]:
     if weight_map is not None:
         # A missing shard may hold only tensors that no parameter needs.
         named = [file_in(folder, name) for name in sorted(set(weight_map.values()))]
@@ -88,7 +89,7 @@ def _shards(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
     files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(".")]
     shards = [file for file in files if not _is_statistics(file)]
     if not shards:
-        raise _no_shards(folder)
+        raise _no_shards(folder, method)
     return shards
 
 
@@ -97,11 +98,12 @@ def _is_statistics(file: Path) -> bool:
     return bool(names) and all(name.endswith(STATISTICS) for name in names)
 
 
-def _no_shards(folder: Path) -> UserError:
+def _no_shards(folder: Path, method: str) -> UserError:
     """Opening pickled weights can run code. The way out is a command that only accepts tensors."""
     pattern = next((pattern for pattern in PICKLED if any(folder.glob(pattern))), None)
     if pattern is None:
         return UserError(f"{folder} has no .safetensors files; give a checkpoint in that format", 2)
+    refuse_foreign_method(folder, method, pattern)
     code = (
         "import pathlib, torch, huggingface_hub; "
         f"d = pathlib.Path({str(folder)!r}); "

@@ -14,6 +14,7 @@ from changed_checkpoints import Tensors, changed, refused
 from safetensors.torch import load_file, save_file
 
 from rq_compile.architectures.model import Model
+from rq_compile.inspection import inspected
 
 Copy = Callable[..., Path]
 
@@ -113,7 +114,21 @@ def test_a_weight_of_another_shape_or_type(copy: Copy, model_type: str, tensor: 
 )
 def test_a_tensor_that_no_weight_needs(copy: Copy, model_type: str, tensor: str) -> None:
     said = remarks(copy(model_type, lambda tensors: tensors.update({tensor: torch.ones(4)})))
-    assert said == [f"1 tensor ({tensor}) left out: the model has no such weight"]
+    assert said[0] == f"1 tensor ({tensor}) left out: the model has no such weight"
+    assert [remark.endswith("left out: an engine reads text only") for remark in said[1:]] == [True] * (
+        model_type == "qwen3_5_moe"
+    )
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "gemma4", "glm4_moe"])
+def test_what_is_for_vision_and_sound_is_left_out(copy: Copy, model_type: str) -> None:
+    model = Model.open(copy(model_type))
+    text = ("model.language_model.", "lm_head.") if model_type != "glm4_moe" else ""
+    parts = [name for name in model.checkpoint.names if not name.startswith(text)]
+    assert bool(parts) == (model_type != "glm4_moe")
+    assert inspected(model.checkpoint).unused == parts
+    told = [remark for remark in model.remarks if remark.endswith("left out: an engine reads text only")]
+    assert [remark.startswith(f"{len(parts)} tensors ({parts[0]}, ") for remark in told] == [True] * bool(parts)
 
 
 def test_layers_beyond_the_config_s(copy: Copy) -> None:

@@ -18,6 +18,10 @@ ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "some/moe"}
 WEIGHTS = {"a.weight": torch.zeros(2, 2)}
 
 
+def quantized(method: str) -> dict[str, object]:
+    return {**CONFIG, "quantization_config": {"quant_method": method}}
+
+
 def write(folder: Path, files: Files) -> Path:
     """``files``: bytes as they are, tensors as safetensors, anything else as JSON."""
     for name, content in files.items():
@@ -50,6 +54,16 @@ def write(folder: Path, files: Files) -> Path:
         ({"vocab.json": {}, "README.md": b"x"}, ["holds a tokenizer (vocab.json) but no model"]),
         ({"config.json": CONFIG}, ["has no .safetensors files"]),
         ({"config.json": CONFIG, "model.pth": b"PK"}, ["in *.pth files, which are pickled and never opened here"]),
+        (
+            {"config.json": quantized("torchao"), "pytorch_model.bin": b"PK"},
+            ["pytorch_model*.bin files, stored by torchao, a format that is not read; take the checkpoint in 16 bit"],
+        ),
+        (
+            {"config.json": quantized("bitsandbytes"), "pytorch_model-00001-of-00002.bin": b"PK"},
+            ["stored by bitsandbytes, a format that is not read; load it with transformers, call model.dequantize()"],
+        ),
+        ({"config.json": quantized("hqq"), "qmodel.pt": b"PK"}, ["in *.pt files, stored by HQQ, a format that is not read"]),
+        ({"config.json": quantized("gptq"), "gptq_model.bin": b"PK"}, ["in *.bin files, which are pickled", "convert them with"]),
         ({"README.md": b"x"}, ["config.json is missing"]),
     ],
 )

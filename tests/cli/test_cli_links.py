@@ -5,8 +5,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import model_types
 import numpy as np
 import onnx
+import plans
 import pytest
 import tiny
 import torch
@@ -16,10 +18,11 @@ from conftest import run_command
 from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.errors import UserError
-from rq_compile.export.export import Exported
+from rq_compile.export.export import Exported, export_graph
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest, verify
 from rq_compile.targets.links import hard_linked, link_names
+from rq_compile.targets.onnxruntime import compile_engine
 
 IDS = np.arange(3, 20, dtype=np.int64)[None]
 
@@ -70,6 +73,24 @@ def test_16_bit_embeddings_are_linked_where_they_stay_16_bit(rq_compile: Run, bf
     assert in_shards == {"model.embed_tokens.weight"}
     engines = [Engine.load(out / f"{name}.onnx") for name in ("written", "linked")]
     np.testing.assert_array_equal(engines[0].logits(IDS), engines[1].logits(IDS))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "gemma4"])
+def test_what_transformers_loader_leaves_as_it_is_stored_is_linked(out: Path, model_type: str) -> None:
+    """Of types without a table of names, both multimodal; Gemma's embedding is tied."""
+    model = Model.open(model_types.build(model_type, out.parent / "model"))
+    plan, exported = plans.plan_of(model, plans.unchanged), export_graph(model)
+    for name in ("written", "linked"):
+        compile_engine(model, plan, out / f"{name}.onnx", "native", exported=exported, link_weights=name == "linked")
+    in_shard = {name for name, file in external(out / "linked.onnx").items() if file.endswith("safetensors")}
+    assert any(name.endswith("embed_tokens.weight") for name in in_shard)
+    saved, linked = ((out / f"{name}.onnx.data").stat().st_size for name in ("written", "linked"))
+    assert saved - linked >= 4 * tiny.VOCABULARY * model.layers[0].geometry.hidden
+    verify(out / "linked.onnx", read_manifest(out / "linked.onnx"))
+    used = {model.tensor(parameter.name) for parameter in exported.parameters.values()}
+    assert used.isdisjoint(model.agreement.other_parts)
+    logits = [Engine.load(out / f"{name}.onnx").logits(IDS) for name in ("written", "linked")]
+    np.testing.assert_array_equal(*logits)
 
 
 def test_what_the_engine_has_in_fp32_cannot_be_linked_in_bf16(rq_compile: Run, bf16: list[object], out: Path) -> None:

@@ -245,8 +245,6 @@ def test_a_package_that_was_not_built_is_told(monkeypatch: pytest.MonkeyPatch, t
     library.quantizer_function.cache_clear()
     codes = Codes(INT8, np.zeros((3, 4), np.uint8), 0, 3, 4)
     for run in (lambda: quantize(normal(3, 32), "int8", whole_moment(normal(9, 32))), lambda: differences(codes)):
-        with pytest.raises(
-            UserError, match=r"librq_quantizer\.so is missing, too old or not .*; run pip install \."
-        ):
+        with pytest.raises(UserError, match=r"librq_quantizer\.so is missing, too old or not .*; run pip install \."):
             run()
     library.quantizer_function.cache_clear()

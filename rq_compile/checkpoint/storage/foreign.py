@@ -1,5 +1,7 @@
 """Recognizes quantized weights in unsupported formats by their tensors, so that none is mistaken for a weight or ignored."""
 
+from pathlib import Path
+
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.checkpoint.storage.stated import Stated
 from rq_compile.errors import UserError
@@ -25,6 +27,7 @@ MARKS: dict[str, str] = {
     ".quant_state.bitsandbytes__fp4": "bitsandbytes",
 }
 ENDS = tuple(MARKS)
+METHODS = {format.lower(): format for format in MARKS.values()}  # quant_method -> the format
 CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
@@ -39,6 +42,21 @@ def refuse_foreign(tensors: dict[str, StoredTensor]) -> None:
         stem, _, last = name.rpartition(".")
         if tensor.dtype == "U32" and last == "weight" and f"{stem}.scales" in tensors:
             raise _not_read(name, tensor, "MLX")
+
+
+def refuse_foreign_method(folder: Path, method: str, files: str) -> None:
+    """For weights in pickled ``files``, whose tensors are not looked at.
+
+    Raises:
+        UserError: ``method``, which the config states, is that of a format that is not read.
+    """
+    if method in METHODS:
+        format = METHODS[method]
+        raise UserError(
+            f"{folder} has its weights in {files} files, stored by {format}, a format that is not read; "
+            f"{WAY_OUT.get(format, OTHERWISE)}",
+            2,
+        )
 
 
 def refuse_codes(tensors: dict[str, StoredTensor], stated: Stated) -> None:

@@ -341,7 +341,7 @@ def tie_remarks(checkpoint: Checkpoint, ties: dict[str, str], own: Mapping[str, 
 
 
 def _ends(checkpoint: Checkpoint, name: str) -> list[bytes]:
-    return [read_ends(part, SAMPLE) for part in checkpoint.weight(name).parts.values()]
+    return list(read_ends(checkpoint.weight(name).parts.values(), SAMPLE))
 
 
 def _format_remarks(counts: dict[int, Counter[Format]], most: Format) -> list[str]:

@@ -186,10 +186,10 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """sha256 over config.json and, sorted by name, every tensor's name, dtype, shape and first and last 4 KiB."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for name in sorted(self._tensors):
-            tensor = self._tensors[name]
+        tensors = sorted(self._tensors.items(), key=lambda item: item[0])
+        for (name, tensor), ends in zip(tensors, read_ends((tensor for _, tensor in tensors), SAMPLE), strict=True):
             digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
-            digest.update(read_ends(tensor, SAMPLE))
+            digest.update(ends)
         return digest.hexdigest()
 
     @property

@@ -9,7 +9,11 @@ Reads use the file, not a memory map, so that the memory is freed together with 
 
 import json
 import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -164,21 +168,22 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
     return bool(flat.view(f"i{size}").max() < bits and flat.view(f"u{size}").max() < sign + bits)
 
 
-def read_ends(tensor: StoredTensor, length: int) -> bytes:
-    """The first and the last ``length`` bytes of a tensor (if it is shorter, the whole tensor twice).
+def read_ends(tensors: Iterable[StoredTensor], length: int) -> Iterator[bytes]:
+    """The first and the last ``length`` bytes of each tensor (if it is shorter, the whole tensor twice). A file is opened once for
+    neighbouring tensors, because a checkpoint can have a hundred thousand.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: a file cannot be read.
     """
-    length = min(length, tensor.bytes)
-    try:
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.offset)
-            first = file.read(length)
-            file.seek(tensor.offset + tensor.bytes - length)
-            return first + file.read(length)
-    except OSError as error:
-        raise UserError(f"cannot read {tensor.file}: {error.strerror}; check its permissions", 2) from error
+    for file, neighbours in groupby(tensors, key=lambda tensor: tensor.file):
+        try:
+            with file.open("rb", buffering=0) as opened:
+                for tensor in neighbours:
+                    count = min(length, tensor.bytes)
+                    ends = (tensor.offset, tensor.offset + tensor.bytes - count)
+                    yield b"".join(os.pread(opened.fileno(), count, end) for end in ends)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}; check its permissions", 2) from error
 
 
 def _entries(file: Path, raw: bytes) -> dict[str, Any]:
@@ -204,11 +209,10 @@ class DuplicateName(Exception):
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in entries:
-            raise DuplicateName(name)
-        entries[name] = value
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise DuplicateName(next(name for name, count in counts.items() if count > 1))
     return entries
 
 

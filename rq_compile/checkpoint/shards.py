@@ -51,7 +51,8 @@ def stored_tensors(folder: Path, method: str = "") -> Shards:
         raise UserError(f"the .safetensors files of {folder} hold no tensors; give the folder that holds the weights", 2)
     absent = {name: file for name, file in (weight_map or {}).items() if name not in tensors}
     if weight_map is not None:
-        elsewhere = [name for name, tensor in tensors.items() if tensor.file != folder / weight_map.get(name, "")]
+        files = {name: folder / name for name in set(weight_map.values())}
+        elsewhere = [name for name, tensor in tensors.items() if tensor.file != files.get(weight_map.get(name, ""))]
         if elsewhere:
             remarks.append(f"{INDEX} does not say where {_some(elsewhere)} {'is' if len(elsewhere) == 1 else 'are'}")
     return Shards(tensors, absent, tuple(remarks))

@@ -4,7 +4,9 @@ The format of a weight follows from its tensors. The statements are checked agai
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +66,51 @@ class Stated:
     def weights(self, module: str) -> dict[str, Any]:
         """The settings of compressed-tensors for the weights of ``module``: those of the group whose targets name it. Full names
         come before patterns, and patterns before classes. {} if there is no such group."""
-        groups = self.settings.get("config_groups")
-        if not isinstance(groups, dict) or any(_matches(module, target) for target in _strings(self.settings.get("ignore"))):
+        if not self._groups or self._ignored.rank(module) in (NAMED, MATCHED):
             return {}
-        found = [
-            (rank, group.get("weights"))
-            for group in groups.values()
-            if isinstance(group, dict)
-            for target in _strings(group.get("targets"))
-            if (rank := _rank(module, target)) is not None
-        ]
+        found = [(rank, weights) for targets, weights in self._groups if (rank := targets.rank(module)) is not None]
         weights = min(found, key=lambda match: match[0])[1] if found else None
         return weights if isinstance(weights, dict) else {}
+
+    @cached_property
+    def _ignored(self) -> "Targets":
+        return Targets.of(self.settings.get("ignore"))
+
+    @cached_property
+    def _groups(self) -> list[tuple["Targets", Any]]:
+        groups = self.settings.get("config_groups")
+        given = groups.values() if isinstance(groups, dict) else ()
+        return [(Targets.of(group.get("targets")), group.get("weights")) for group in given if isinstance(group, dict)]
+
+
+NAMED, MATCHED, OF_CLASS = range(3)  # how a target takes in a module; the first counts most
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A list of compressed-tensors' targets: modules by name, patterns ("re:...") of their names, and classes."""
+
+    names: frozenset[str]
+    patterns: tuple[re.Pattern[str], ...]
+
+    @classmethod
+    def of(cls, stated: Any) -> "Targets":
+        """What is no target is left out."""
+        targets = [item for item in stated if isinstance(item, str)] if isinstance(stated, list) else []
+        patterns = []
+        for target in targets:
+            if target.startswith("re:"):
+                with suppress(re.error):
+                    patterns.append(re.compile(target.removeprefix("re:")))
+        return cls(frozenset(targets), tuple(patterns))
+
+    def rank(self, module: str) -> int | None:
+        """``NAMED``, ``MATCHED`` or ``OF_CLASS``, or None where none of the targets takes in the linear layer ``module``."""
+        if module in self.names:
+            return NAMED
+        if any(pattern.match(module) for pattern in self.patterns):
+            return MATCHED
+        return OF_CLASS if "Linear" in self.names else None
 
 
 def stated_of(folder: Path, config: dict[str, Any]) -> Stated:
@@ -94,24 +129,3 @@ def stated_of(folder: Path, config: dict[str, Any]) -> Stated:
         return Stated({}, folder / "config.json")
     settings = read_json(file).get("quantization")
     return Stated({"quant_method": "modelopt", **(settings if isinstance(settings, dict) else {})}, file, "quantization")
-
-
-def _strings(value: Any) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
-def _rank(module: str, target: str) -> int | None:
-    if target == module:
-        return 0
-    if target.startswith("re:"):
-        return 1 if _matches(module, target) else None
-    return 2 if target == "Linear" else None
-
-
-def _matches(module: str, target: str) -> bool:
-    if not target.startswith("re:"):
-        return target == module
-    try:
-        return re.match(target.removeprefix("re:"), module) is not None
-    except re.error:
-        return False

@@ -164,4 +164,4 @@ def _fill(empty: PreTrainedModel, model: Model) -> None:
 
 
 def _fp32(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.float32))
+    return torch.from_numpy(array.astype(np.float32, copy=False))

@@ -7,6 +7,7 @@ stacked parameter is therefore read from its own tensors, or from its own row of
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,13 +84,20 @@ class Step(Expression):
         return self.operation in CASTS and bool(self.args) and isinstance(self.args[0], Expression)
 
     def sources(self) -> list[Source]:
-        leaves = tree_flatten((self.args, self.kwargs))[0]
-        found = [source for leaf in leaves if isinstance(leaf, Expression) for source in leaf.sources()]
+        return self._sources
+
+    @cached_property
+    def _sources(self) -> list[Source]:
+        found = [source for part in self._parts for source in part.sources()]
         return list({(source.name, source.row): source for source in found}.values())
 
+    @cached_property
+    def _parts(self) -> list[Expression]:
+        """The expressions among its arguments."""
+        return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Expression)]
+
     def operations(self) -> set[str]:
-        leaves = tree_flatten((self.args, self.kwargs))[0]
-        return {self.operation}.union(*(leaf.operations() for leaf in leaves if isinstance(leaf, Expression)))
+        return {self.operation}.union(*(part.operations() for part in self._parts))
 
     def compute(self, read: Read) -> torch.Tensor:
         if self.is_cast:

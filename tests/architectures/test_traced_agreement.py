@@ -120,7 +120,7 @@ def test_a_tensor_that_no_weight_needs(copy: Copy, model_type: str, tensor: str)
     )
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "gemma4", "glm4_moe"])
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "glm4_moe"])
 def test_what_is_for_vision_and_sound_is_left_out(copy: Copy, model_type: str) -> None:
     model = Model.open(copy(model_type))
     text = ("model.language_model.", "lm_head.") if model_type != "glm4_moe" else ""

@@ -169,8 +169,8 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
 
 
 def read_ends(tensors: Iterable[StoredTensor], length: int) -> Iterator[bytes]:
-    """The first and the last ``length`` bytes of each tensor (if it is shorter, the whole tensor twice). A file is opened once for
-    neighbouring tensors, because a checkpoint can have a hundred thousand.
+    """The first and the last ``length`` bytes of each tensor (if it is shorter, the whole tensor twice). A file is opened once
+    for neighbouring tensors, because a checkpoint can have a hundred thousand.
 
     Raises:
         UserError: a file cannot be read.

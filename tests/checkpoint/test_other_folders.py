@@ -56,7 +56,7 @@ def write(folder: Path, files: Files) -> Path:
         ({"config.json": CONFIG, "model.pth": b"PK"}, ["in *.pth files, which are pickled and never opened here"]),
         (
             {"config.json": quantized("torchao"), "pytorch_model.bin": b"PK"},
-            ["pytorch_model*.bin files, stored by torchao, a format that is not read; take the checkpoint in 16 bit"],
+            ["pytorch_model*.bin files, stored by torchao, a format that is not read; use the 16-bit checkpoint"],
         ),
         (
             {"config.json": quantized("bitsandbytes"), "pytorch_model-00001-of-00002.bin": b"PK"},

@@ -210,5 +210,5 @@ def test_a_manifest_called_as_a_file_of_its_own_is_refused(
     source = tmp_path / "tokenizer.onnx"
     assert rq_compile(tiny_checkpoint("olmoe"), "--plan", stages / "plan.json", "-o", source).exit_code == 0
     arguments = ("package", source, "--for", "onnxruntime-genai", "--context-length", 64, "-o", tmp_path / "genai")
-    refused(rq_compile(*arguments), 2, "tokenizer.json is the manifest", "compile to another name")
+    refused(rq_compile(*arguments), 2, "tokenizer.json would be both the manifest", "compile to another name")
     assert not (tmp_path / "genai").exists()

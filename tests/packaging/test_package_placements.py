@@ -178,7 +178,7 @@ def test_a_plan_knows_the_models_further_layers(
     )
     assert result.exit_code == 0, result.stderr
     assert len(rows_of("tensorrt-llm", tmp_path / "d")) == 3
-    assert "further layers from 3 on" in result.stdout
+    assert "multi-token-prediction layers from 3 on" in result.stdout
 
 
 def test_places_that_are_left_get_the_copies_that_relieve_most() -> None:

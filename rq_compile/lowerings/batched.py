@@ -52,7 +52,7 @@ class Batched(Lowering):
         return Lowered(exported(graph), experts, [], reports, counts(plan))
 
     def last_passes(self, graph: gs.Graph) -> list[PassReport]:
-        """Passes of a target's own, behind all others."""
+        """Passes that only one target needs; they run after all others."""
         return []
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:

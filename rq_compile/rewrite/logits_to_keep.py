@@ -1,4 +1,4 @@
-"""Pass: the graph input ``logits_to_keep`` becomes a constant, for runtimes that know no defaults.
+"""Pass: the graph input ``logits_to_keep`` becomes a constant, for runtimes that do not support default values of inputs.
 
 The input says of how many last tokens of each row the logits are computed; 0: of all. With a vocabulary of 150 000, the logits of
 a prompt of 2000 tokens take 1.2 GB, and generation reads those of the last token alone, so 1 is the input's default
@@ -24,7 +24,7 @@ def fixed(graph: gs.Graph, count: int) -> PassReport:
     report = PassReport(f"{NAME} inputs", "fixed")
     for given in [tensor for tensor in graph.inputs if tensor.name == NAME]:
         graph.inputs.remove(given)
-        # A parser may want the bounds of a slice as constants.
+        # A parser may require the bounds of a slice to be constants.
         (negation,) = given.outputs
         (negative,) = negation.outputs
         (slicing,) = negative.outputs

@@ -1,4 +1,4 @@
-"""What a pass did to a graph, and what it left although it looked alike. Every pass returns one."""
+"""The report of a pass, which every pass returns: what it changed in a graph, and similar structures that it left."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ class NearMatch:
 
 @dataclass
 class PassReport:
-    """``found`` is what the pass looks for, in the plural, and ``done`` what it does with it.
+    """``found`` names what the pass searches for, in the plural, and ``done`` what it does with it.
 
     ``changed`` counts the matches that it changed, ``left`` those that it did not, by reason.
     """

@@ -1,4 +1,4 @@
-"""Into graph surgeon's graphs and out of them, before and after the passes of a lowering."""
+"""Converts to and from graph surgeon's graphs, before and after the passes of a lowering."""
 
 from collections import Counter
 from copy import deepcopy
@@ -16,7 +16,7 @@ G_LOGGER.severity = G_LOGGER.ERROR
 
 
 def imported(model: onnx.ModelProto) -> gs.Graph:
-    """A graph to be rewritten in place; ``model`` stays as it is, though graph surgeon takes parts of what it is given.
+    """A graph that can be rewritten in place. ``model`` is not changed, although graph surgeon reuses parts of its input.
 
     An input with a default, which graph surgeon takes for a constant alone, is one among the inputs.
     """
@@ -27,7 +27,7 @@ def imported(model: onnx.ModelProto) -> gs.Graph:
 
 
 def exported(graph: gs.Graph) -> onnx.ModelProto:
-    """With the version of our op set if it has a node of that; else without its domain, which a runtime need not know."""
+    """The model, with the version of our op set if it has a node of it; else without the domain, which a runtime may not know."""
     model = gs.export_onnx(graph)
     others = [entry for entry in model.opset_import if entry.domain != DOMAIN]
     ours = [onnx.helper.make_opsetid(DOMAIN, OP_SET_VERSION)] if any(node.domain == DOMAIN for node in graph.nodes) else []
@@ -37,7 +37,7 @@ def exported(graph: gs.Graph) -> onnx.ModelProto:
 
 
 def counts(plan: Plan) -> dict[str, int]:
-    """What the slots of ``plan`` replace, for the manifest."""
+    """Counts of what the slots of ``plan`` replace, for the manifest."""
     slots = [slot for layer in plan.layers for slot in layer.slots]
     experts = sum(layer.geometry.experts for layer in plan.layers)
     formats = Counter(f"slots in {slot.format}" for slot in slots)

@@ -55,7 +55,7 @@ def group_of(format: Format) -> int:
 
 
 def operands_of(formats: Iterable[int]) -> list[str]:
-    """The weights among the inputs of a node with the attribute ``formats``, in order, and the bias that may come behind them."""
+    """The weights among the inputs of a node with the attribute ``formats``, in order, and the optional bias after them."""
     return [*(name for code in sorted(set(formats)) for name in tensors_of(FORMAT_GROUPS[code])), "bias"]
 
 
@@ -168,7 +168,7 @@ class _Panels(_Rows):
         return Quantized(packed_panels(by_row, format, self.halves), scale_panels(by_row, self.halves))
 
 
-# Inputs, and the pieces that fill them.
+# Inputs, and the pieces that contain their values.
 Found = tuple[tuple[ExternalWeight, ...], tuple[Piece, ...]]
 
 

@@ -45,10 +45,10 @@ def refuse_foreign(tensors: dict[str, StoredTensor]) -> None:
 
 
 def refuse_foreign_method(folder: Path, method: str, files: str) -> None:
-    """For weights in pickled ``files``, whose tensors are not looked at.
+    """Check the format of weights in pickled ``files``, whose tensors are not read.
 
     Raises:
-        UserError: ``method``, which the config states, is that of a format that is not read.
+        UserError: the ``method`` that the config states belongs to a format that is not supported.
     """
     if method in METHODS:
         format = METHODS[method]

@@ -83,7 +83,7 @@ class Stated:
         return [(Targets.of(group.get("targets")), group.get("weights")) for group in given if isinstance(group, dict)]
 
 
-NAMED, MATCHED, OF_CLASS = range(3)  # how a target takes in a module; the first counts most
+NAMED, MATCHED, OF_CLASS = range(3)  # how a target selects a module; the first has the highest priority
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Targets:
 
     @classmethod
     def of(cls, stated: Any) -> "Targets":
-        """What is no target is left out."""
+        """Read the targets that a config states; entries that are not targets are ignored."""
         targets = [item for item in stated if isinstance(item, str)] if isinstance(stated, list) else []
         patterns = []
         for target in targets:
@@ -105,7 +105,7 @@ class Targets:
         return cls(frozenset(targets), tuple(patterns))
 
     def rank(self, module: str) -> int | None:
-        """``NAMED``, ``MATCHED`` or ``OF_CLASS``, or None where none of the targets takes in the linear layer ``module``."""
+        """``NAMED``, ``MATCHED`` or ``OF_CLASS``, or None if no target selects the linear layer ``module``."""
         if module in self.names:
             return NAMED
         if any(pattern.match(module) for pattern in self.patterns):

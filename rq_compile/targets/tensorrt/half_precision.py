@@ -69,13 +69,13 @@ def half_precision(
     return typed, dict(running.versions), running.report
 
 
-# The casts that a graph sees, by the name of what is cast and the type.
+# The casts available in a graph, by the name of the cast tensor and the type.
 _Casts = dict[tuple[str, int], gs.Variable]
 
 
 class _Pass:
-    """``types``: of the floating values computed so far; ``held``: the constants that stand for casts of them; ``constants``:
-    what became of constants, by their new names. A variable's own ``dtype`` stays what it was until all is done."""
+    """``types``: the types of the floating values computed so far; ``held``: the constants that replace their casts;
+    ``constants``: the converted constants, by their new names. A variable's ``dtype`` is not changed before the end."""
 
     def __init__(self, half: np.dtype, router: frozenset[str], layers: tuple[str, ...]) -> None:
         self.half, self.narrow, self.router = half, np_dtype_to_tensor_dtype(half), router
@@ -97,7 +97,8 @@ class _Pass:
             _refer_to_outer_constants(body, known)
 
     def _convert(self, graph: gs.Graph, outer: _Casts, outputs: dict[str, int]) -> None:
-        """Give every node of ``graph`` its type; floating inputs get the narrow one, and ``outputs`` those that are asked for."""
+        """Give every node of ``graph`` its type. Floating-point inputs get the narrow type, and outputs the types in
+        ``outputs``."""
         casts, nodes = dict(outer), list(graph.nodes)
         requires(NAME, len({node.name for node in nodes}) == len(nodes), "nodes with names")
         self.types |= {tensor.name: self.narrow for tensor in graph.inputs if _is_float(tensor)}
@@ -158,7 +159,7 @@ class _Pass:
         return "all operands are fp32" if computed and all(element == FLOAT for element in computed) else None
 
     def _constant_of(self, tensor: gs.Tensor) -> gs.Constant | None:
-        """The floating constant that ``tensor`` is, or is a cast of."""
+        """The floating-point constant that ``tensor`` is, or that it is a cast of."""
         if isinstance(tensor, gs.Constant):
             return tensor if _is_float(tensor) else None
         return self.held.get(tensor.name)
@@ -190,7 +191,7 @@ class _Pass:
 
 
 def _element(tensor: gs.Tensor) -> int:
-    """ONNX's number of the tensor's type; 0 where it is not known."""
+    """ONNX's number for the tensor's type; 0 if it is not known."""
     return 0 if tensor.dtype is None else int(dtype_to_onnx(tensor.dtype))
 
 
@@ -199,7 +200,7 @@ def _is_float(tensor: gs.Tensor) -> bool:
 
 
 def _before(tensors: Iterable[gs.Tensor]) -> set[str]:
-    """Names of the nodes that ``tensors`` are computed by."""
+    """Names of the nodes that compute ``tensors``."""
     found: set[str] = set()
     pending = list(tensors)
     while pending:
@@ -211,7 +212,7 @@ def _before(tensors: Iterable[gs.Tensor]) -> set[str]:
 
 
 def _cast_of_output(tensor: gs.Variable, element: int) -> gs.Node:
-    """A node that makes ``tensor`` a cast of what it was; who reads it reads what it was."""
+    """A node that makes ``tensor`` a cast of its previous value; the nodes that read it get the previous value."""
     computed = gs.Variable(f"{tensor.name}.computed")
     (maker,) = tensor.inputs
     maker.outputs = [computed if output is tensor else output for output in maker.outputs]
@@ -221,7 +222,7 @@ def _cast_of_output(tensor: gs.Variable, element: int) -> gs.Node:
 
 
 def _forget_types(graphs: Sequence[gs.Graph]) -> None:
-    """Of all but inputs and outputs: they were inferred before the pass."""
+    """Remove the shapes and types of all tensors except inputs and outputs: they were inferred before the pass."""
     kept = {id(tensor) for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
     for tensor in (tensor for graph in graphs for tensor in graph.tensors().values()):
         if isinstance(tensor, gs.Variable) and id(tensor) not in kept:
@@ -229,7 +230,7 @@ def _forget_types(graphs: Sequence[gs.Graph]) -> None:
 
 
 def _refer_to_outer_constants(body: gs.Graph, outer: Collection[str]) -> None:
-    """Graph surgeon would write the constants of the outer graph that ``body`` reads once more into it."""
+    """Without this, graph surgeon would write constants of the outer graph that ``body`` reads into the body as well."""
     for node in body.nodes:
         node.inputs = [
             gs.Variable(tensor.name) if isinstance(tensor, gs.Constant) and tensor.name in outer else tensor

@@ -63,8 +63,10 @@ def op_times(engine: Path, tokens: int, past: int, runs: int, threads: int) -> l
 
 def _feeds(manifest: Manifest, tokens: int, past: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
+    sizes = {"batch": 1, "past": past}
     cache = {
-        tensor.past: random.standard_normal((1, tensor.heads, past, tensor.dimension), np.float32) for tensor in manifest.cache
+        tensor.past: random.standard_normal([size if isinstance(size, int) else sizes[size] for size in tensor.shape], np.float32)
+        for tensor in manifest.cache
     }
     return {
         "input_ids": random.integers(0, manifest.vocabulary, (1, tokens)),

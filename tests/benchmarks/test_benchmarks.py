@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +14,11 @@ import rq_compile
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import moe_layer
+import op_profile
 import provenance
 from machine import KINDS, Machine
+
+from rq_compile.engine.manifest import CacheTensor
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,3 +94,11 @@ def test_a_processor_has_its_family(text: str, name: str, tmp_path: Path, monkey
 
 def test_a_version_that_is_not_installed_is_left_out() -> None:
     assert set(provenance.provenance("numpy", "no-such-package-of-ours")) == {"commit", "date", "numpy"}
+
+
+def test_a_profile_feeds_caches_of_every_shape() -> None:
+    shapes = {"key": ["batch", 2, "past", 8], "state": ["batch", 4, 3], "empty": ["batch", 2, "past", 0]}
+    cache = [CacheTensor.model_validate({"past": name, "present": f"{name}.out", "shape": shapes[name]}) for name in shapes]
+    fed = op_profile._feeds(SimpleNamespace(cache=cache, vocabulary=9), tokens=3, past=5)
+    assert {name: fed[name].shape for name in shapes} == {"key": (1, 2, 5, 8), "state": (1, 4, 3), "empty": (1, 2, 5, 0)}
+    assert fed["attention_mask"].shape == (1, 8)

@@ -24,8 +24,9 @@ test: $(INSTALLED) ## run all tests
 quick: $(INSTALLED) ## run the tests that need no engine of their own, in under two minutes
 	$(BIN)/pytest tests -m quick
 
-families: $(INSTALLED) ## test all supported model types of transformers: a quarter of an hour
-	RQ_MODEL_TYPES=all $(BIN)/pytest tests/architectures/test_model_types.py
+families: $(INSTALLED) ## test all supported model types of transformers and write the table in docs/families.md: half an hour
+	RQ_MODEL_TYPES=all $(BIN)/pytest tests/architectures/test_model_types.py -o junit_family=xunit1 --junitxml=build/families.xml; \
+	  $(BIN)/python tests/support/families_table.py docs/families.md build/families.xml
 
 sanitize: $(INSTALLED) ## test the CPU's ops under AddressSanitizer and UBSan
 	PYTHON=$(BIN)/python plugins/onnxruntime/sanitize.sh

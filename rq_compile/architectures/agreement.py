@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rq_compile.architectures.config_values import values_of
 from rq_compile.architectures.families import Family
 from rq_compile.architectures.layers import EXPERTS_KEYS, MoeLayer, layer_tensors
 from rq_compile.checkpoint.checkpoint import FLOATS, Checkpoint
@@ -101,10 +102,9 @@ def _check_sizes(checkpoint: Checkpoint, config: "PretrainedConfig") -> None:
     limits = dict.fromkeys(DIMENSIONS, (1, largest)) | dict.fromkeys(OPTIONAL_DIMENSIONS, (0, largest))
     limits |= dict.fromkeys(LAYERS, (1, len(checkpoint.names)))
     for key, (least, most) in limits.items():
-        value = getattr(config, key, None)
-        if not hasattr(config, key) or (value is None and least == 0):
-            continue
-        _check_size(checkpoint, key, value, least, most)
+        for value in values_of(config, key):
+            if value is not None or least > 0:
+                _check_size(checkpoint, key, value, least, most)
     experts = next((value for key in EXPERTS_KEYS if type(value := getattr(config, key, None)) is int), None)
     chosen = getattr(config, "num_experts_per_tok", None)
     if experts is not None and type(chosen) is int and chosen > experts:

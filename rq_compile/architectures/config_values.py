@@ -32,6 +32,14 @@ def neutralized(config: dict[str, Any]) -> dict[str, Any]:
     return {key: NEUTRAL.get(key, value) for key, value in config.items()}
 
 
+def values_of(config: "PretrainedConfig", key: str) -> list[Any]:
+    """All values of ``key`` in ``config``: several if it is a list or if layers differ in it, none if the key is missing."""
+    if key in (getattr(config, "per_layer_attributes", None) or ()):
+        return list(dict.fromkeys(getattr(layer, key) for layer in config.per_layer_config))
+    value = getattr(config, key, None)
+    return value if isinstance(value, list) else [value] if hasattr(config, key) else []
+
+
 def in_declared_types(config: dict[str, Any], config_class: "type[PretrainedConfig]") -> dict[str, Any]:
     """``config`` with each number in the type that ``config_class`` declares: 7 becomes 7.0 for a float, 2.0 becomes 2 for an
     int. Other values are left to the class.

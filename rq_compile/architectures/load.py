@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
+from rq_compile.architectures.interface import put_behind_interface
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.quiet import quiet_transformers
@@ -132,7 +133,7 @@ def materialize(
 def _converted(model_class: type[PreTrainedModel], model: Model) -> PreTrainedModel:
     """The model with the checkpoint's tensors, which transformers renames and stacks."""
     with quiet_transformers():
-        return model_class.from_pretrained(
+        loaded = model_class.from_pretrained(
             None,
             config=deepcopy(model.config),
             state_dict=mapped(model.checkpoint, model.used),
@@ -141,6 +142,7 @@ def _converted(model_class: type[PreTrainedModel], model: Model) -> PreTrainedMo
             trust_remote_code=False,
             local_files_only=True,
         )
+    return put_behind_interface(loaded)
 
 
 def _choose_experts_implementation(module: PreTrainedModel, layers: Iterable[MoeLayer]) -> None:

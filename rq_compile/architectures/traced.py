@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import torch
-from transformers import DynamicCache
+from torch.fx.experimental import _config as fx_config
+from transformers import GenerationMixin
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -18,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rq_compile.architectures.agreement import Agreement, agreement_of, check_floating, listed, missing, tie_remarks
+from rq_compile.architectures.caches import empty_cache
 from rq_compile.architectures.layers import MoeLayer, Projection
 from rq_compile.architectures.misfit import misfit_of_experts, misfit_of_shapes, tensor_name
 from rq_compile.architectures.probe import experts_geometry
@@ -204,13 +206,20 @@ def model_class_of(config: "PretrainedConfig", checkpoint: Checkpoint) -> "type[
     """transformers' class of a language model (for a multimodal model, the class with all parts).
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it does not generate from left to right.
     """
     mappings: Any = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
     for mapping in mappings:
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            found = found[0] if isinstance(found, tuple) else found
+            if not issubclass(found, GenerationMixin):
+                raise UserError(
+                    f"{checkpoint.path} is a {found.__name__}, which does not write a text token by token; "
+                    "give a checkpoint of a decoder-only MoE language model",
+                    2,
+                )
+            return found
     raise UserError(
         f"{checkpoint.path} has the model_type {checkpoint.model_type}, which is not a language model of transformers; "
         "give a checkpoint of a decoder-only MoE language model",
@@ -256,6 +265,7 @@ def _reason(error: Exception) -> str:
 
 
 def _moe_layers(traces: Traces, checkpoint: Checkpoint) -> Iterator[MoeLayer]:
+    _check_experts(traces, checkpoint, list(experts_modules(traces.model)))
     try:
         chosen = _top_k(traces.model)
     except Exception as error:  # as above: for example, inconsistent numbers of a router
@@ -265,12 +275,7 @@ def _moe_layers(traces: Traces, checkpoint: Checkpoint) -> Iterator[MoeLayer]:
             2,
         ) from error
     found = [(name, module) for name, module in experts_modules(traces.model) if name in chosen]
-    if not found:
-        raise UserError(
-            f"{checkpoint.path} is not a supported MoE: no layer of a {type(traces.model).__name__} has experts that "
-            "transformers' experts interface runs; give a sparse MoE checkpoint",
-            2,
-        )
+    _check_experts(traces, checkpoint, found)
     for name, module in found:
         up, down = (traces.parameters.get(f"{name}.{part}") for part in (_up(module), "down_proj"))
         if up is None or down is None:
@@ -285,6 +290,19 @@ def _moe_layers(traces: Traces, checkpoint: Checkpoint) -> Iterator[MoeLayer]:
             module, name, experts=down.shape[0], top_k=chosen[name], hidden=hidden, intermediate=intermediate
         )
         yield MoeLayer(name, int(number[1]) if number else len(found), geometry)
+
+
+def _check_experts(traces: Traces, checkpoint: Checkpoint, found: list[tuple[str, Any]]) -> None:
+    """
+    Raises:
+        UserError: there are no modules of experts among those ``found``.
+    """
+    if not found:
+        raise UserError(
+            f"{checkpoint.path} is not a supported MoE: no layer of a {type(traces.model).__name__} has experts that "
+            "transformers' experts interface runs; give a sparse MoE checkpoint",
+            2,
+        )
 
 
 def _up(module: Any) -> str:
@@ -305,9 +323,11 @@ def _top_k(model: Any) -> dict[str, int]:
     handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in experts_modules(model)]
     set_experts_implementation(model, WATCHED)
     try:
-        with quiet_transformers(), torch.no_grad():
+        # Without data, a boolean index selects everything.
+        all_chosen = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+        with quiet_transformers(), torch.no_grad(), all_chosen:
             ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
-            model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
+            model(input_ids=ids, past_key_values=empty_cache(model), use_cache=True)
     finally:
         for handle in handles:
             handle.remove()

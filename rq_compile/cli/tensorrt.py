@@ -95,7 +95,7 @@ def checked_settings(options: dict[str, Any], model: Model, workload: tuple[int,
     given = [Profile.parse(text) for text in options["profiles"]]
     settings = Settings(
         builder=options["builder"],
-        profiles=given or default_profiles(*workload, context, model.config.num_attention_heads),
+        profiles=given or default_profiles(*workload, context, _heads(model)),
         capabilities=capabilities_of(options["sm"]),
         precision=options["precision"] or default_precision(model),
         build=options["build"],
@@ -103,6 +103,13 @@ def checked_settings(options: dict[str, Any], model: Model, workload: tuple[int,
     )
     check_settings(settings, model)
     return settings
+
+
+def _heads(model: Model) -> int:
+    """Attention heads of a layer, at most."""
+    from rq_compile.architectures.config_values import values_of
+
+    return max(values_of(model.text_config, "num_attention_heads"))
 
 
 def compile_plan(
@@ -123,7 +130,7 @@ def compile_plan(
     from rq_compile.targets.tensorrt.compile import compile_tensorrt
     from rq_compile.targets.tensorrt.network import remark_on_precision
 
-    heads = model.config.num_attention_heads
+    heads = _heads(model)
     for profile in settings.profiles:
         screen.note(f"profile {profile}: up to {profile.most_scores(heads):.2g} attention scores per layer")
     if remark := remark_on_precision(model, settings.precision):

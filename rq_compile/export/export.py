@@ -15,27 +15,43 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
+from rq_compile.architectures.caches import empty_cache
 from rq_compile.architectures.load import meta_model
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.quiet import quiet_transformers
 from rq_compile.engine.manifest import CacheTensor
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 from rq_compile.export.experts_op import route_to_experts_nodes
 from rq_compile.export.graph import Parameter, folded, without_weights
-from rq_compile.export.linear_attention import linear_attention_as_nodes
 from rq_compile.export.logits_to_keep import indices_to_trace, take_a_number
+from rq_compile.export.recurrent_layers import recurrent_layers_as_nodes
 from rq_compile.export.rope import free_the_length
+from rq_compile.export.sparse_attention import keep_every_group
 from rq_compile.export.switch import route_switch_to_experts_nodes
 
 # Sizes to trace with: all different, and none is 0 or 1, which torch.export would treat as constants.
 BATCH, SEQUENCE, PAST, KEPT = 2, 3, 5, 4
+# Keys of a config that state how many tokens sparse attention groups; the past must contain some groups.
+GROUPS = ("index_kpool",)
+WITHOUT_WINDOW = {
+    DynamicSlidingWindowLayer: DynamicLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: LinearAttentionAndFullAttentionLayer,
+}
 OPSET = 21
 PAST_NAME, PRESENT_NAME = "past_key_values", "present"
+# A cache keeps a layer's tensors in an object for the layer, or in a list with one tensor per layer.
+CACHE_NAME = re.compile(r"(layers|(?P<list>\w+_cache))\.(?P<layer>\d+)(\.(?P<kind>[\w.]+))?$")
 KINDS = {"keys": "key", "values": "value"}
 FREE_AXES: dict[str, dict[int, str]] = {
     "input_ids": {0: "batch", 1: "sequence"},
@@ -43,6 +59,7 @@ FREE_AXES: dict[str, dict[int, str]] = {
     "attention_mask": {0: "batch", 1: "past_and_sequence"},
     "logits_to_keep": {0: "kept"},
     "past_key_values": {2: "past"},
+    "indexer_keys": {1: "past"},
 }
 
 
@@ -67,22 +84,20 @@ def export_graph(model: Model) -> Exported:
     ``input_ids``, ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
 
     Raises:
-        UserError: see ``meta_model``.
+        UserError: the model cannot be traced, or not with a free length.
     """
     with _quiet_exporters():
         module = meta_model(model)
         encoder_decoder = bool(model.config.is_encoder_decoder)
-        if encoder_decoder:
-            route_switch_to_experts_nodes(module, model.layers)
-            inputs = _encoder_decoder_inputs()
-        else:
-            route_to_experts_nodes(module, model.layers)
-            free_the_length(module)
-            inputs = _causal_inputs(module)
-        # Folding constants would read weights that a meta model does not have: `folded` does it, around them.
-        config = OnnxConfig(dynamic=True, optimize=False, opset_version=OPSET)
-        with linear_attention_as_nodes(module):
-            exported = OnnxExporter().export(module, inputs, config=config).program
+        try:
+            exported = _traced(module, model)
+        except UserError:
+            raise
+        except Exception as error:  # running, tracing and translating a forward can fail in any way
+            raise UserError(
+                f"{model.path}: {model.model_type} cannot be traced into a graph ({reason(_innermost(error))[:200]}); "
+                "use another family, no engine can be made of this one"
+            ) from error
         if encoder_decoder:
             _keep_logits(exported.graph)
         _name_inputs_and_outputs(exported.graph)
@@ -93,30 +108,78 @@ def export_graph(model: Model) -> Exported:
     return Exported(onnx_ir.to_proto(exported), parameters, OPSET, encoder_decoder, cache)
 
 
+def _traced(module: PreTrainedModel, model: Model) -> onnx_ir.Model:
+    if model.config.is_encoder_decoder:
+        route_switch_to_experts_nodes(module, model.layers)
+        inputs = _encoder_decoder_inputs()
+    else:
+        route_to_experts_nodes(module, model.layers)
+        free_the_length(module)
+        keep_every_group(module)
+        inputs = _causal_inputs(module, model)
+    # Folding constants would read weights that a meta model does not have: `folded` does it, around them.
+    config = OnnxConfig(dynamic=True, optimize=False, opset_version=OPSET)
+    with recurrent_layers_as_nodes(module):
+        return OnnxExporter().export(module, inputs, config=config).program
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The error at the end of the chain of causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def _encoder_decoder_inputs() -> dict[str, Any]:
     ids = torch.zeros(BATCH, PAST, dtype=torch.int64, device="meta")
     decoder_ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64, device="meta")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": decoder_ids, "use_cache": False}
 
 
-def _causal_inputs(module: PreTrainedModel) -> dict[str, Any]:
-    """What to trace with; the cache holds what the model itself puts there when it has read ``PAST`` tokens."""
-    ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64, device="meta")
-    before = torch.zeros(BATCH, PAST, dtype=torch.int64, device="meta")
+def _causal_inputs(module: PreTrainedModel, model: Model) -> dict[str, Any]:
+    """What to trace with. The cache contains what the model itself writes to it after some tokens.
+
+    Raises:
+        UserError: the cache forgets tokens in a way that is not a sliding window.
+    """
+    groups = 2 * _longest_group(module)
+    ids, before = (torch.zeros(BATCH, size + groups, dtype=torch.int64, device="meta") for size in (SEQUENCE, PAST))
     with torch.no_grad():
-        held: Any = module(input_ids=before, past_key_values=DynamicCache(config=module.config), use_cache=True)
+        held: Any = module(input_ids=before, past_key_values=empty_cache(module), use_cache=True)
     cache = held.past_key_values
     for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicSlidingWindowLayer:  # the whole past goes in, and the mask applies the window
-            cache.layers[number] = DynamicLayer()
-            cache.layers[number].update(layer.keys, layer.values)
+        if isinstance(layer, DynamicLayer) and not layer.is_initialized:  # its states are in another list
+            cache.layers[number] = LinearAttentionLayer()
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            if type(layer) not in WITHOUT_WINDOW:
+                raise UserError(
+                    f"{model.path}: attention of {model.model_type} forgets tokens in a way of its own ({type(layer).__name__}), "
+                    "which an engine cannot; use another family, no engine can be made of this one"
+                )
+            _forget_nothing(layer, before.shape[1])
     return {
         "input_ids": ids,
-        "attention_mask": torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.int64, device="meta"),
+        "attention_mask": torch.ones(BATCH, ids.shape[1] + before.shape[1], dtype=torch.int64, device="meta"),
         "position_ids": torch.zeros_like(ids),
         "past_key_values": cache,
         **indices_to_trace(module, KEPT),
     }
+
+
+def _forget_nothing(layer: Any, tokens: int) -> None:
+    """Turn a cache layer with a sliding window, on the meta device, into one that keeps all ``tokens``; masks do the rest."""
+    for part in ("keys", "values"):
+        batch, heads, _, size = getattr(layer, part).shape
+        setattr(layer, part, torch.empty(batch, heads, tokens, size, device="meta"))
+    layer.__class__ = WITHOUT_WINDOW[type(layer)]
+    for name in vars(layer).keys() - vars(type(layer)()).keys() - {"dtype", "device"}:
+        delattr(layer, name)  # of the window
+
+
+def _longest_group(module: PreTrainedModel) -> int:
+    """The most tokens that sparse attention groups; 0 if it does not group tokens."""
+    config = module.config.get_text_config()
+    return max(getattr(config, key, None) or 0 for key in GROUPS)
 
 
 def _check_free_dimensions(graph: onnx_ir.Graph, model: Model) -> None:
@@ -164,13 +227,15 @@ def _keep_logits(graph: onnx_ir.Graph) -> None:
 def _name_inputs_and_outputs(graph: onnx_ir.Graph) -> None:
     """Give the cache's tensors and the free dimensions the names documented in ``export_graph``."""
     for value in (*graph.inputs, *graph.outputs):
-        match = re.search(r"layers\.(\d+)\.([\w.]+)$", value.name or "")
+        match = CACHE_NAME.search(value.name or "")
         if match:
-            side = PAST_NAME if value.is_graph_input() else PRESENT_NAME
-            value.name = f"{side}.{match[1]}.{KINDS.get(match[2], match[2])}"
+            side, kind = PAST_NAME if value.is_graph_input() else PRESENT_NAME, match["kind"] or match["list"]
+            value.name = f"{side}.{match['layer']}.{KINDS.get(kind, kind)}"
     names: dict[str, str] = {}
     for value in graph.inputs:
-        for axis, name in FREE_AXES.get((value.name or "").partition(".")[0], {}).items():
+        whole = value.name or ""
+        first, last = whole.partition(".")[0], whole.rpartition(".")[2]
+        for axis, name in (FREE_AXES.get(first, {}) | FREE_AXES.get(last, {})).items():
             if axis < len(_shape(value)) and not str(_shape(value)[axis]).isdigit():
                 names.setdefault(str(_shape(value)[axis]), name)
     for value in (*graph.inputs, *graph.outputs):

@@ -1,9 +1,10 @@
-"""Rotary embeddings that depend on the length of the sequence, written so that it stays free in the traced graph.
+"""Rotary embeddings written so that they can be traced, and so that the length of the sequence stays free in the graph.
 
 transformers chooses their frequencies with Python's ``if``, or keeps them in a buffer between calls. Here they are computed only
 from the positions of each call, which gives the same result as transformers in a model that has not run a longer sequence before.
 """
 
+from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -22,11 +23,35 @@ def free_the_length(model: PreTrainedModel) -> None:
         if isinstance(module, PhimoeRotaryEmbedding):
             if kind != "default":
                 module.forward = MethodType(_phimoe, module)
+        elif type(module).__name__ == "Llama4TextRotaryEmbedding":
+            module.forward = _Complex(module.forward)
         elif kind == "longrope":
             _keep_long_frequencies(module)
             module.forward = MethodType(_longrope, module)
         elif kind == "dynamic":
             module.forward = MethodType(_dynamic, module)
+
+
+class _Complex:
+    """Llama 4's forward, which gives complex frequencies ``[batch, sequence, n]``. Attention adds an axis of heads by indexing,
+    which transformers' exporter cannot translate for complex numbers; it translates ``unsqueeze``."""
+
+    def __init__(self, forward: Callable[..., torch.Tensor]) -> None:
+        self._forward = forward
+
+    def __call__(self, x: torch.Tensor, position_ids: torch.Tensor) -> "_ForHeads":
+        return _ForHeads(self._forward(x, position_ids))
+
+
+class _ForHeads:
+    def __init__(self, frequencies: torch.Tensor) -> None:
+        self._frequencies = frequencies
+
+    def to(self, device: torch.device) -> "_ForHeads":
+        return self
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._frequencies.unsqueeze(2)
 
 
 def _keep_long_frequencies(module: Rotary) -> None:

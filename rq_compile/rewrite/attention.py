@@ -9,8 +9,9 @@ dimension].
    support groups. Here the g queries of a head are placed one after the other, as if the sequence were g times as long, and the
    mask is repeated (a small tensor, the same for every layer); keys and values are not copied.
 
-Latent attention, whose values are narrower than its keys, stays as it is: the op has one width for both. A query that may attend
-to nothing (a padding token) gets 0, as in torch. A graph with the op needs ONNX Runtime 1.23, and says so.
+Latent attention, whose values are narrower than its keys, stays as it is: the op has one width for both. So does attention with a
+bias for each head. A query that may attend to nothing (a padding token) gets 0, as in torch. A graph with the op needs ONNX
+Runtime 1.23, and says so.
 
 Requires: nothing. Ensures: ``scaled_dot_product_attention`` with a mask is one op, except for latent attention.
 """
@@ -64,6 +65,9 @@ def _attention(result: gs.Tensor) -> Match | NearMatch | None:
     scales = len(numbers(found["query_scale"])) == len(numbers(found["key_scale"])) == 1
     if not known or not scales:
         return NearMatch(f"the query {query} or a scale is not known")
+    masks = [tensor.shape for tensor in (found["mask"], found["nothing"]) if len(tensor.shape or []) == 4]
+    if any(isinstance(shape[1], int) and shape[1] != 1 for shape in masks):
+        return NearMatch("each head has its own mask")
     return found if query[3] == by_token[3] else NearMatch(f"heads of {query[3]} have values of {by_token[3]}")
 
 

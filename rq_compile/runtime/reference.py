@@ -65,7 +65,10 @@ class Reference:
         for _ in range(max_tokens):
             if is_recomputed(beyond, start, ids.shape[1]):
                 state, start = None, 0
-            outputs = self._run(self.model, **{key: ids[:, start:]}, **encoded, past_key_values=state, use_cache=True)
+            # MiniMax cannot tell from its cache how many tokens it has read.
+            positions = {} if self.encoder_decoder else {"position_ids": torch.arange(start, ids.shape[1])[None]}
+            now = {key: ids[:, start:], **positions, **encoded}
+            outputs = self._run(self.model, **now, past_key_values=state, use_cache=True)
             state = outputs.past_key_values
             token = int(outputs.logits[0, -1].argmax())
             if stop and token in self.end_of_text:

@@ -164,6 +164,33 @@ def test_a_number_or_a_name_that_cannot_be(copy: Copy, model_type: str, keys: di
     refused(copy(model_type, **keys), "config.json")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "layer", "key"),
+    [
+        ("gemma4_text", "3", "head_dim"),
+        ("gemma4", "1", "num_key_value_heads"),
+        ("dots3_note_text", "1", "kv_lora_rank"),
+        ("step3p7", "3", "num_attention_heads"),
+    ],
+)
+@pytest.mark.parametrize("size", [HUGE, "16", -1])
+def test_a_size_of_one_layer_that_cannot_be(
+    built: Callable[[str], Path], tmp_path: Path, model_type: str, layer: str, key: str, size: object
+) -> None:
+    """In families whose layers differ in their sizes, which config.json states by layer."""
+
+    def change(stated: dict[str, Any]) -> None:
+        stated.get("text_config", stated)["per_layer_config"][layer][key] = size
+
+    refused(changed(built(model_type), tmp_path, change), "config.json")
+
+
+def test_layers_may_differ_in_their_sizes(built: Callable[[str], Path]) -> None:
+    stated = json.loads((built("gemma4") / "config.json").read_text())["text_config"]
+    assert stated["per_layer_config"]["1"]["head_dim"] != stated["head_dim"]
+    assert len(Model.open(built("gemma4")).layers) == stated["num_hidden_layers"]
+
+
 def test_layers_of_what_reads_images(built: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(built("qwen3_5_moe"), tmp_path / "model"))
     stated = json.loads((folder / "config.json").read_text())

@@ -22,10 +22,16 @@ ATTRIBUTES = {
     "transformers.exporters.exporter_onnx": ("OnnxExporter.export", "_ONNX_TRANSLATION_TABLE"),
     "transformers.integrations.moe": ("ALL_EXPERTS_FUNCTIONS.get_interface", "ALL_EXPERTS_FUNCTIONS.register"),
     "transformers": ("PretrainedConfig._decode_special_floats", "PreTrainedModel._from_config", "PreTrainedModel.get_decoder"),
-    "transformers.cache_utils": ("DynamicLayer.update",),
+    "transformers.cache_utils": ("DynamicLayer.lazy_initialization", "Cache.get_recurrent_state"),
+    "torch.fx.experimental._config": ("meta_nonzero_assume_all_nonzero",),
+    f"{MODELS}.glm5_next.modeling_glm5_next": ("Glm5NextTextIndexer.get_pooled_states",),
+    f"{MODELS}.jamba.modeling_jamba": ("JambaMambaMixer.forward", "mamba_selective_scan"),
+    f"{MODELS}.llama4.modeling_llama4": ("Llama4TextExperts.forward", "Llama4TextMoe.forward", "Llama4TextRotaryEmbedding"),
+    f"{MODELS}.minimax.modeling_minimax": ("MiniMaxLightningAttention.forward", "MiniMaxCache.get_linear_cache"),
     f"{MODELS}.phimoe.modeling_phimoe": ("PhimoeRotaryEmbedding.forward.__wrapped__",),
     f"{MODELS}.qwen3_next.modeling_qwen3_next": ("torch_chunk_gated_delta_rule",),
     f"{MODELS}.granitemoehybrid.modeling_granitemoehybrid": ("mamba2_chunk_scan",),
+    f"{MODELS}.step3p7.modeling_step3p7": ("Step3p7Experts.forward", "Step3p7Experts._apply_gate"),
 }
 
 

@@ -144,13 +144,13 @@ def exported_attention(op, query, keys, values, mask, heads, key_heads, dimensio
     return op("Reshape", by_token, [0, 0, heads * value_dimension])
 
 
-def attention_graph(heads, key_heads, dimension, value_dimension=None):
+def attention_graph(heads, key_heads, dimension, value_dimension=None, masks=1):
     value_dimension = value_dimension or dimension
     graph, op, (query, keys, values, mask) = graph_of(
         ("query", ["b", heads, "s", dimension]),
         ("keys", ["b", key_heads, "t", dimension]),
         ("values", ["b", key_heads, "t", value_dimension]),
-        ("mask", ["b", 1, "s", "t"]),
+        ("mask", ["b", masks, "s", "t"]),
     )
     y = exported_attention(op, query, keys, values, mask, heads, key_heads, dimension, value_dimension)
     y.dtype, graph.outputs = np.float32, [y]
@@ -187,6 +187,12 @@ def test_attention(rng, heads, key_heads, dimension, sizes):
 def test_latent_attention_stays():
     graph = attention_graph(2, 2, 8, value_dimension=6)
     assert counts_of([attention(graph)]) == {"attentions fused": 0, "attentions not fused: heads of 8 have values of 6": 1}
+    assert ops_of(graph)["Softmax"] == 1
+
+
+def test_attention_with_a_bias_by_head_stays():
+    graph = attention_graph(2, 2, 8, masks=2)
+    assert counts_of([attention(graph)]) == {"attentions fused": 0, "attentions not fused: each head has its own mask": 1}
     assert ops_of(graph)["Softmax"] == 1
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rq_compile.architectures.interface import put_behind_interface
 from rq_compile.architectures.sources.expression import Expression, Source, Step
 
 
@@ -59,6 +60,7 @@ def trace(
             _replace(model, name, tensor.as_subclass(torch.Tensor))
     mismatched = {name: (tuple(there), tuple(asked)) for name, there, asked in loaded["mismatched_keys"]}
     missing = {*loaded["missing_keys"], *(name for name in model.state_dict() if name not in parameters)}
+    put_behind_interface(model)
     return Traces(model.eval(), parameters, frozenset(missing), mismatched, frozenset(loaded["unexpected_keys"]))
 
 

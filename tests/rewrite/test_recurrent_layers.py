@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
 
-from rq_compile.export.linear_attention import gated_delta_rule, mamba2_scan
+from rq_compile.export.recurrent_layers import BegunStates, gated_delta_rule, mamba2_scan
 
 BATCH, HEADS, KEY, VALUE = 2, 4, 8, 6
 # Prefill in two pieces, then one token: the state is passed from one to the next.
@@ -131,3 +131,30 @@ def test_mamba_2(tmp_path: Path) -> None:
     state = exact["initial_states"].transpose(0, 1, 3, 2)
     outputs = recurrence(query, key, exact["hidden_states"] * dt[..., None], np.exp(exact["A"] * dt)[..., None], None, state)
     close(actual, outputs + exact["D"][:, None] * exact["hidden_states"])
+
+
+def test_mamba(tmp_path: Path) -> None:
+    length, channels = sum(PIECES), 12
+    inputs = {
+        **{"hidden_states": random(BATCH, channels, length), "dt": random(BATCH, channels, length) - 3},
+        **{"A": -random(channels, KEY).abs() - 0.1, "B": random(BATCH, KEY, length), "C": random(BATCH, KEY, length) + 0.1},
+        **{"D": random(channels), "z": random(BATCH, channels, length), "delta_bias": random(channels) * 0.1},
+        "state": random(BATCH, channels, KEY),
+    }
+    growing = {**dict.fromkeys(("hidden_states", "dt", "B", "C", "z"), 2), "output": 2}
+
+    def layer(state: torch.Tensor, **named: torch.Tensor) -> Any:
+        begun = BegunStates()
+        begun.state = state
+        return begun.scan(**named, delta_softplus=True, return_last_state=True)
+
+    actual = in_pieces(engine(layer, inputs, growing, tmp_path / "layer.onnx"), inputs, growing, "state")
+    exact = {name: value.double().numpy() for name, value in inputs.items()}
+    dt = np.log1p(np.exp(exact["dt"] + exact["delta_bias"][:, None])).transpose(0, 2, 1)
+    x = exact["hidden_states"].transpose(0, 2, 1)
+    key, query = (np.repeat(exact[name].transpose(0, 2, 1)[:, :, None], channels, axis=2) for name in ("B", "C"))
+    decay = np.exp(dt[..., None] * exact["A"])
+    outputs = recurrence(query, key, (x * dt)[..., None], decay, None, exact["state"][..., None])[..., 0]
+    gate = exact["z"].transpose(0, 2, 1)
+    expected = (outputs + exact["D"] * x) * gate / (1 + np.exp(-gate))
+    close(actual.transpose(0, 2, 1), expected)

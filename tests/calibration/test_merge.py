@@ -120,7 +120,7 @@ def other_block(layer: LayerCalibration) -> LayerCalibration:
         ),
         (
             lambda c: changed(changed_layer(c, lambda layer: layer.model_copy(update={"sums": None})), measured_tokens=0),
-            r"b\.json has loads that a server recorded, and so has no sums to add; calibrate again",
+            r"b\.json has loads that a server recorded, so it has no sums to add; calibrate again",
         ),
         (
             lambda c: changed(c, texts=[text.model_copy(update={"name": "one.txt"}) for text in c.texts]),

@@ -12,9 +12,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from rq_compile.calibration.lengths import TOKENS
 from rq_compile.errors import UserError as UserError
 from rq_compile.quantization.formats import DenseFormat
 from rq_compile.runtime.engine import Engine as _Engine
+from rq_compile.texts import Text
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 File = str | PathLike[str]
 # Names to contents, or files: .txt, .jsonl and .parquet (see ``rq_compile.texts``).
-Texts = Mapping[str, str] | File | Sequence[File]
+Texts = Mapping[str, str | Text] | File | Sequence[File]
 # Called with the amount done and the total.
 Progress = Callable[[int, int], None]
 ActivationBits = Literal[8, 32]
@@ -60,8 +62,9 @@ def calibrate(
     texts: Texts,
     output: File,
     *,
-    batch_size: int = 8,
-    sequence_length: int = 256,
+    tokens: int | None = TOKENS,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
     quantizer: Quantizer = "gptq",
     block: Block | None = None,
     wanda_fraction: float = 0.5,
@@ -72,6 +75,9 @@ def calibrate(
     detail: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Run ``model`` over ``texts``, measure its experts and write the calibration to ``output`` (``.json``).
+
+    At most ``tokens`` tokens are run, the first of every text (None: all), in sequences of ``sequence_length`` (None: 2048, or as
+    many as the model has positions), ``batch_size`` together (None: up to 8, of 2048 tokens in all).
 
     ``progress`` counts tokens. ``detail`` gets the layer that is being measured. ``memory_limit`` is in bytes. ``wanda_fraction``
     is the paper's s. The statistics that GPTQ needs are written beside ``output`` as ``.safetensors``. An interrupted run with
@@ -93,6 +99,7 @@ def calibrate(
         _contents(texts, opened),
         fresh=fresh,
         remark=_LOG.info,
+        tokens=tokens,
         batch_size=batch_size,
         sequence_length=sequence_length,
         progress=progress or _silent,
@@ -255,7 +262,7 @@ class Engine(_Engine):
         model = _opened(reference)
         check_same_model(self.manifest.plan, model, self.path)
         windows = [
-            cut(name, text, self.tokenizer, sequence_length, self.manifest.vocabulary)
+            cut(name, text.read(), self.tokenizer, sequence_length, self.manifest.vocabulary)
             for name, text in _contents(texts, model).items()
         ]
         return evaluate(self, Reference.load(model, self.threads), windows, reference_name=model.name, progress=progress)
@@ -324,12 +331,12 @@ def _language_model(path: Path, threads: int | None) -> LanguageModel:
     return Reference.load(open(path), threads)
 
 
-def _contents(texts: Texts, model: Model) -> dict[str, str]:
-    if isinstance(texts, Mapping):
-        return dict(texts)
-    from rq_compile.texts import chat_template, read_texts
+def _contents(texts: Texts, model: Model) -> dict[str, Text]:
+    from rq_compile.texts import chat_template, open_texts
 
-    return read_texts(_files(texts), render=chat_template(model.path))
+    if isinstance(texts, Mapping):
+        return {name: Text.of(text) for name, text in texts.items()}
+    return open_texts(_files(texts), render=chat_template(model.path))
 
 
 def _files(texts: Texts) -> list[Path]:

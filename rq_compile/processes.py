@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How long a process waits for another live process. The longest wait is for the first process while it writes to a slow disk.
+MOST_PROCESSES = 1 << 20
+
+# How long the processes wait until all have come.
+MEETING = timedelta(minutes=5)
+# How long a process then waits for another that is alive. The longest wait is for the first while it writes to a slow disk.
 PATIENCE = timedelta(hours=2)
 
 
@@ -32,27 +36,59 @@ class ProcessLost(UserError):
 
 
 def rank() -> int:
-    """The number of this process. Process 0, the first, writes the outputs and prints."""
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    """The number of this process among all. The first, 0, writes the outputs and prints.
+
+    Raises:
+        UserError: see ``world_size``.
+    """
+    return _from_environment("RANK", 0, range(world_size())) if world_size() > 1 else 0
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """
+    Raises:
+        UserError: the environment has no such number; so do all functions that ask it.
+    """
+    return _from_environment("WORLD_SIZE", 1, range(1, MOST_PROCESSES))
 
 
 def on_this_host() -> int:
-    """The number of processes that share this machine's cores and memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
+    """How many of the processes share this machine's cores and memory."""
+    return _from_environment("LOCAL_WORLD_SIZE", 1, range(1, world_size() + 1)) if world_size() > 1 else 1
 
 
 def device_of_process(device: str) -> str:
-    """The torch device of this process. If a machine has several GPUs, each process has its own."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and on_this_host() > 1 else device
+    """The torch device of this process: of several GPUs of a machine, each process has its own."""
+    several = device == "cuda" and on_this_host() > 1
+    return f"cuda:{_from_environment('LOCAL_RANK', 0, range(on_this_host()))}" if several else device
+
+
+def _from_environment(name: str, default: int, allowed: range) -> int:
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdecimal() and int(value) in allowed):
+        raise UserError(
+            f"the environment variable {name} is {value!r}, where a number from {allowed.start} to {allowed.stop - 1} tells a "
+            "process of its place among others; unset WORLD_SIZE, or start the processes with torchrun",
+            2,
+        )
+    return int(value)
+
+
+def speaker() -> str | None:
+    """How this process begins when it says what it failed at; None where it leaves that to others: before they have met, the
+    first of a host speaks for all there."""
+    try:
+        if rank() == 0:
+            return ""
+        speaks = in_contact() or _from_environment("LOCAL_RANK", rank(), range(world_size())) == 0
+    except UserError:
+        return ""
+    return f"process {rank()}: " if speaks else None
 
 
 def in_contact() -> bool:
-    """Whether this process is connected to the others, so that its errors are its own."""
-    return bool(world.cache_info().currsize) and world_size() > 1
+    """Whether this process has met the others, so that what it fails at now is its own."""
+    return bool(world.cache_info().currsize) and world().size > 1
 
 
 class World:
@@ -65,10 +101,14 @@ class World:
 
             devices = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             try:
-                torch.distributed.init_process_group(devices, timeout=PATIENCE)
+                place, _, _ = next(torch.distributed.rendezvous("env://", timeout=MEETING))
+                place.set(f"rq-compile/{self.rank}", "here")
+                place.wait([f"rq-compile/{rank}" for rank in range(self.size)], MEETING)
+                torch.distributed.init_process_group(devices, store=place, rank=self.rank, world_size=self.size, timeout=PATIENCE)
             except (RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"the {self.size} processes of WORLD_SIZE did not connect: {reason(error)}; start them with torchrun"
+                    f"the {self.size} processes of WORLD_SIZE did not meet within {MEETING.total_seconds():.0f} s: "
+                    f"{reason(error)}; see what the others said, and start all with torchrun"
                 ) from error
 
     def owners(self, costs: Iterable[float]) -> list[int]:

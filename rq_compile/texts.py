@@ -1,30 +1,67 @@
-"""Reads texts: plain files, rows of JSON lines or Parquet, and conversations, which a model's chat template formats."""
+"""Texts as people have them: plain files, rows of JSON lines or Parquet, and conversations through a model's chat template.
+
+They are read a piece at a time, so that a text may be larger than memory.
+"""
 
 import glob
+import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rq_compile.errors import UserError, reason
 
 # Fields of a row that are tried, in this order, if no field is named.
 FIELDS = ("text", "messages")
 BETWEEN = "\n\n"
+# Characters of a plain file that are read at a time.
+PIECE = 1 << 20
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages], str]
 
 
-def read_texts(
+@dataclass(frozen=True)
+class Text:
+    """What ``pieces()`` reads, from the start whenever it is called; ``sha256`` of all of it in UTF-8."""
+
+    pieces: Callable[[], Iterable[str]]
+    sha256: str
+
+    @classmethod
+    def of(cls, content: "str | Text") -> Self:
+        """The content as a text, or the text that it is."""
+        if isinstance(content, cls):
+            return content
+        assert isinstance(content, str)
+        return cls(lambda: (content,), hashlib.sha256(content.encode()).hexdigest())
+
+    def read(self) -> str:
+        """All of it."""
+        return "".join(self.pieces())
+
+
+def read_texts(paths: Sequence[Path], *, render: Render | None = None) -> dict[str, str]:
+    """The texts of ``open_texts``, read.
+
+    Raises:
+        UserError: see ``open_texts``.
+    """
+    return {name: text.read() for name, text in open_texts(paths, render=render).items()}
+
+
+def open_texts(
     paths: Sequence[Path],
     *,
     field: str | None = None,
     samples: int | None = None,
     seed: int = 0,
     render: Render | None = None,
-) -> dict[str, str]:
-    """File name -> content, without a byte order mark at its start.
+) -> dict[str, Text]:
+    """File name -> text, without a byte order mark at its start. All is read once, and checked.
 
     A path may be a pattern (``*``, ``?``, ``[]``). From .jsonl and .parquet files, ``field`` of every row is read (by default
     ``text``, otherwise ``messages``), or of ``samples`` random rows, chosen by ``seed``. If the field is a list of messages,
@@ -36,16 +73,33 @@ def read_texts(
     """
     if not paths:
         raise UserError("there is no text to run; give at least one --text FILE", 2)
-    texts: dict[str, str] = {}
+    texts: dict[str, Text] = {}
     for path in (found for given in paths for found in _files(given)):
-        rows = _rows(path)
-        text = _plain(path) if rows is None else BETWEEN.join(_chosen(path, rows, field, samples, seed, render))
-        if not text.strip():
-            raise UserError(f"--text {path} is empty; give a file with text", 2)
+        read = partial(_joined_rows, path, field, samples, seed, render) if has_rows(path) else partial(_plain, path)
+        text = _checked(path, read)
         if path.name in texts:
             raise UserError(f"two --text files are named {path.name}; rename one, as results are listed by name", 2)
         texts[path.name] = text
     return texts
+
+
+def _checked(path: Path, read: Callable[[], Iterable[str]]) -> Text:
+    if not path.is_file():  # a pipe, say, which can be read once
+        content = list(read())
+        read = partial(iter, content)
+    digest, empty = hashlib.sha256(), True
+    try:
+        for piece in read():
+            digest.update(piece.encode())
+            empty = empty and not piece.strip()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(
+            f"--text {path} has {half}, half of a UTF-16 surrogate pair; correct that row or leave it out", 2
+        ) from error
+    if empty:
+        raise UserError(f"--text {path} is empty; give a file with text", 2)
+    return Text(read, digest.hexdigest())
 
 
 def has_rows(path: Path) -> bool:
@@ -61,23 +115,30 @@ def _files(given: Path) -> list[Path]:
     return found
 
 
-def _plain(path: Path) -> str:
+def _plain(path: Path) -> Iterator[str]:
+    before = 0
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            while piece := file.read(PIECE):
+                if (place := piece.find("\0")) >= 0:
+                    number = before + place
+                    raise UserError(
+                        f"--text {path} has a NUL character (number {number}), as binary files do; give a text file", 2
+                    )
+                before += len(piece)
+                yield piece
     except OSError as error:
         raise UserError(f"cannot read --text {path}: {error.strerror}; check the path", 2) from error
     except UnicodeDecodeError as error:
         raise UserError(f"--text {path} is not UTF-8 text; convert it or give another file", 2) from error
-    if (place := text.find("\0")) >= 0:
-        raise UserError(f"--text {path} has a NUL character (number {place}), as binary files do; give a text file", 2)
-    return text
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]] | None:
-    """The rows of a file; None if the file is plain text."""
-    if path.suffix == ".jsonl":
-        return _json_lines(path)
-    return _parquet(path) if path.suffix == ".parquet" else None
+def _joined_rows(path: Path, field: str | None, samples: int | None, seed: int, render: Render | None) -> Iterator[str]:
+    rows = _json_lines(path) if path.suffix == ".jsonl" else _parquet(path)
+    for number, text in enumerate(_chosen(path, rows, field, samples, seed, render)):
+        if number:
+            yield BETWEEN
+        yield text
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

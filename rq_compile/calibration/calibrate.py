@@ -1,7 +1,6 @@
 """Calibrate a checkpoint on texts: run it once, recording, and measure layer after layer."""
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -14,6 +13,7 @@ from rq_compile.architectures.load import torch_threads
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import remarks_on_ties
 from rq_compile.calibration.estimate import relative_errors
+from rq_compile.calibration.lengths import batch_size_for, sequence_length_for
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.memory import Way, choose_way
 from rq_compile.calibration.recording import LayerRecording, record_whole_model
@@ -29,6 +29,7 @@ from rq_compile.errors import UserError
 from rq_compile.files import sha256
 from rq_compile.processes import device_of_process, world
 from rq_compile.quantization.formats import Block, Quantizer
+from rq_compile.texts import Text
 
 # Disk space for the recorded inputs of all layers if the model runs as a whole. If more would be needed, an evenly spaced sample
 # of the tokens is measured (all tokens are counted).
@@ -38,11 +39,14 @@ MAX_RECORDED_BYTES = 4 * 2**30
 @dataclass(frozen=True)
 class Work:
     """What there is to run, known before any weight is read: the ``tokens`` of each text, of which so many are ``measured``, and
-    ``rows`` of them in the batches, padding included."""
+    ``rows`` of them in the batches, padding included; ``cut`` are the names of texts that have more tokens."""
 
     layers: Sequence[MoeLayer]
     tokens: list[np.ndarray]
+    cut: list[str]
     measured: int
+    batch_size: int
+    sequence_length: int
     batches: list[Batch]
     rows: int
     way: Way
@@ -51,13 +55,24 @@ class Work:
     def total(self) -> int:
         return sum(map(len, self.tokens))
 
+    @property
+    def remarks(self) -> list[str]:
+        """For the user."""
+        return [self.way.reason, *([_cut(self.cut, len(self.tokens), self.total)] if self.cut else [])]
+
+
+def _cut(names: list[str], texts: int, tokens: int) -> str:
+    longer = "the text is" if texts == 1 else f"{len(names)} of {texts} texts are" if len(names) > 1 else f"{names[0]} is"
+    return f"{longer} longer than what is run of it, from its beginning: {tokens:,} tokens in all; --tokens N runs more or fewer"
+
 
 def work_of(
     model: Model,
-    texts: dict[str, str],
+    texts: Mapping[str, str | Text],
     *,
-    batch_size: int,
-    sequence_length: int,
+    tokens: int | None = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
     memory_limit: int | None = None,
     device: str = "cpu",
 ) -> Work:
@@ -69,26 +84,39 @@ def work_of(
     """
     if not texts:
         raise UserError("there is no text to calibrate on; give at least one --text FILE", 2)
-    layers, tokens = model.layers, tokenize(model, texts)
+    sequence_length = sequence_length or sequence_length_for(model.text_config)
+    batch_size = batch_size or batch_size_for(sequence_length)
     start = _check_fit(model, sequence_length)
-    total = sum(map(len, tokens))
-    cut = partial(batches, tokens, batch_size=batch_size, sequence_length=sequence_length, decoder_start=start)
+    layers, run = model.layers, tokenize(model, texts, tokens)
+    total = sum(map(len, run.of))
+    cut = partial(batches, run.of, batch_size=batch_size, sequence_length=sequence_length, decoder_start=start)
     all_measured = list(cut(measured_tokens=total))
     rows = sum(side.real.size for batch in all_measured for side in batch.sides)
     way = choose_way(model, layers, rows=rows, limit=memory_limit, device=device)
     # Layer by layer, only the inputs of one layer are recorded at a time.
     room = MAX_RECORDED_BYTES // (4 * sum(layer.geometry.hidden for layer in layers)) if way.whole else total
     measured = min(total, room)
-    return Work(layers, tokens, measured, all_measured if measured == total else list(cut(measured_tokens=measured)), rows, way)
+    return Work(
+        layers,
+        run.of,
+        run.cut,
+        measured,
+        batch_size,
+        sequence_length,
+        all_measured if measured == total else list(cut(measured_tokens=measured)),
+        rows,
+        way,
+    )
 
 
 @torch_threads()
 def calibrate(
     model: Model,
-    texts: dict[str, str],
+    texts: Mapping[str, str | Text],
     *,
-    batch_size: int,
-    sequence_length: int,
+    tokens: int | None = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
     progress: Callable[[int, int], None],
     quantizer: Quantizer = "gptq",
     block: Block | None = None,
@@ -103,8 +131,9 @@ def calibrate(
     in blocks of ``block`` weights, as the engines of this calibration then will be. None: as many as share a scale in the
     checkpoint where slots can hold what it stores, else 128.
 
-    A text is cut into sequences of ``sequence_length`` tokens; a batch holds up to ``batch_size`` of one text. An
-    encoder-decoder model reads the first half of a sequence with its encoder and the second with its decoder.
+    At most so many ``tokens`` are run, from the beginnings of the texts (None: all). A text is cut into sequences of
+    ``sequence_length`` tokens; a batch holds up to ``batch_size`` of one text (None: see ``lengths.py``). An encoder-decoder
+    model reads the first half of a sequence with its encoder and the second with its decoder.
     ``wanda_fraction`` is the paper's s. ``progress(done, total)`` counts tokens; half of a token's work is
     running it, half measuring experts on it.
 
@@ -125,20 +154,29 @@ def calibrate(
         UserError: see ``work_of``; or a layer's routing or output is not what it must be (see ``LayerRecording``).
     """
     device = device_of_process(device)
-    work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
-    for text in (work.way.reason, *remarks_on_ties(model)):
+    work = work_of(
+        model,
+        texts,
+        tokens=tokens,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        memory_limit=memory_limit,
+        device=device,
+    )
+    for text in (*work.remarks, *remarks_on_ties(model)):
         remark(text)
     layers = layers_to_measure(model, block)
     report = _Report(progress, detail, work.total, len(layers), sum(layer.geometry.experts for layer in layers))
-    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    digests = {name: Text.of(text).sha256 for name, text in texts.items()}
     kept = kept if kept is not None and not work.way.whole else InProcess()
     kept.take_up(
         {
             "tool": __version__,
             "model": model.fingerprint,
             "texts": digests,
-            "batch_size": batch_size,
-            "sequence_length": sequence_length,
+            "tokens": [len(ids) for ids in work.tokens],
+            "batch_size": work.batch_size,
+            "sequence_length": work.sequence_length,
             "quantizer": quantizer,
             "blocks": [layer.geometry.block for layer in layers],
             "wanda_fraction": wanda_fraction,
@@ -184,8 +222,8 @@ def calibrate(
         tokens=work.total,
         measured_tokens=work.measured,
         padding_tokens=sum(batch.padding_tokens for batch in work.batches),
-        batch_size=batch_size,
-        sequence_length=sequence_length,
+        batch_size=work.batch_size,
+        sequence_length=work.sequence_length,
         wanda_fraction=wanda_fraction,
         quantizer=quantizer,
         statistics=None,

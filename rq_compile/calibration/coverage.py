@@ -19,5 +19,6 @@ def few_tokens(calibration: Calibration) -> str | None:
     needed = -(-calibration.tokens * ENOUGH // max(1, typical))
     return (
         f"{len(few)} of {experts} experts saw fewer than {ENOUGH} tokens ({named}), so that their errors and loads are rough; "
-        f"give text of more kinds, about {max(needed, calibration.tokens + 1):,} tokens in all, or merge another calibration"
+        f"run text of more kinds, about {max(needed, calibration.tokens + 1):,} tokens in all (--tokens), "
+        "or merge another calibration"
     )

@@ -16,6 +16,8 @@ from rq_compile.quantization.second_moment import block_products
 
 # Outputs of the up projection held at a time: 16 MiB in fp32.
 CHUNK = 2**22
+# Rows of a matrix that are compared at a time, so that their difference stays in a cache.
+ROWS_COMPARED = 256
 
 
 def in_format(weights: ExpertWeights, format: Format, most: Block = 128, *, threads: int = 1) -> ExpertWeights:
@@ -34,15 +36,20 @@ def in_format(weights: ExpertWeights, format: Format, most: Block = 128, *, thre
         return replace(weights, up=matrix("up"), down=matrix("down"))
 
 
-def weight_error(changed: ExpertWeights, original: ExpertWeights) -> float:
+def weight_squares(weights: ExpertWeights) -> tuple[float, float]:
+    """Sums of squares of the up and of the down matrix, in fp32."""
+    return _square(torch.from_numpy(weights.up)), _square(torch.from_numpy(weights.down))
+
+
+def weight_error(changed: ExpertWeights, original: ExpertWeights, squares: tuple[float, float]) -> float:
     """``||W' - W||**2 / ||W||**2`` of the up plus that of the down matrix; 0 exactly where nothing changed, infinite where a
-    weight of ``changed`` is. Both in fp32."""
+    weight of ``changed`` is. Both in fp32; ``squares`` are ``weight_squares(original)``."""
     total = 0.0
-    for new, old in ((changed.up, original.up), (changed.down, original.down)):
-        weights = torch.from_numpy(old)
-        changes = _square(torch.from_numpy(new) - weights)
+    for new, old, square in zip((changed.up, changed.down), (original.up, original.down), squares, strict=True):
+        pairs = zip(torch.from_numpy(new).split(ROWS_COMPARED), torch.from_numpy(old).split(ROWS_COMPARED), strict=True)
+        changes = sum(_square(some - others) for some, others in pairs)
         if changes:
-            total += changes / _square(weights)
+            total += changes / square
     return total if math.isfinite(total) else math.inf
 
 

@@ -4,8 +4,9 @@ This module is independent of the source of inputs and weights, so that a model 
 with the same function.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
-from rq_compile.calibration.expert import expert_outputs, in_format, weight_error
+from rq_compile.calibration.expert import expert_outputs, in_format, weight_error, weight_squares
 from rq_compile.calibration.schema import LayerSums
 from rq_compile.calibration.scratch import release
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
@@ -21,11 +22,13 @@ from rq_compile.processes import world
 from rq_compile.quantization.formats import FLOAT_FORMATS, FORMATS, SLOT_FORMATS, Format, Quantizer, block_size
 from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 
-# An expert's error is measured on at most this many of its pairs. On samples/olmoe that is within 2 % (median; 95 %: 6 %) of the
-# error on all of them; 512 are within 1 % (3 %).
-MAX_PAIRS = 256
+# An expert's error is measured on at most this many of its pairs. On samples/olmoe that is within 3 % (median; 95 %: 10 %) of the
+# error on all of them; 256 are within 2 % (6 %). Other text of the same kinds changes it by more (docs/calibration.md).
+MAX_PAIRS = 128
 # Tokens of an expert that are run at a time.
 ROWS_AT_ONCE = 1024
+# Experts that are rounded and measured at the same time.
+AT_ONCE = 2
 # What rounding an expert takes, in tokens that it could have run instead: for a fair share of a layer's experts.
 ROUNDING_COST = 1500
 # The square of fp32's rounding: smaller changes of the weights change the outputs by less than computing them in fp32 does.
@@ -133,8 +136,8 @@ def measure_layer(
     ``hidden [T, hidden]`` fp32, ``ids [T, k]`` in ``0..m-1``, ``gates [T, k]`` fp32. ``weights_of(e)`` gives expert e; it is
     called once an expert, in order, from a thread of its own, while the expert before is measured. What the experts give
     together for every token is added to ``output [T, hidden]`` float64, zeros at first. ``hidden`` and ``output`` may be mapped
-    from disk. Held at a time, in fp32: the weights of one expert twice, and the inputs and outputs of some of its tokens.
-    ``device`` is the torch device of the products; the CPU rounds.
+    from disk. Held at a time, in fp32: the weights of ``AT_ONCE`` experts twice and of another, and the inputs and outputs of
+    some of its tokens. ``device`` is the torch device of the products; the CPU rounds.
 
     Every process of the world is given all tokens, measures the experts that it owns, and returns the measurements of all.
     ``output`` is in float64 so that its fp32 digits do not depend on the order in which experts are added.
@@ -146,12 +149,15 @@ def measure_layer(
     measure = _Measure(geometry, hidden, output, formats, wanda_fraction, device)
     owners = world().owners(ROUNDING_COST + np.diff(starts))
     own = list(world().own(owners, range(geometry.experts)))
-    experts = []
-    for expert, weights in zip(own, _ahead(weights_of, own), strict=True):
-        pairs = by_expert[starts[expert] : starts[expert + 1]]
-        if quantizer == "gptq":
-            weights = replace(weights, up_moment=input_moment)
-        experts.append(measure.expert(weights, pairs // ids.shape[1], gates.ravel()[pairs]))
+
+    def runs() -> Iterator[_Run]:
+        for expert, weights in zip(own, _ahead(weights_of, own), strict=True):
+            pairs = by_expert[starts[expert] : starts[expert + 1]]
+            if quantizer == "gptq":
+                weights = replace(weights, up_moment=input_moment)
+            yield measure.run(weights, pairs // ids.shape[1], gates.ravel()[pairs])
+
+    experts = list(_behind(measure.rounded, runs()))
     experts = list(world().all(owners, experts))
     return LayerMeasurement.of(experts, input_moment, _square(world().sum(output, device)))
 
@@ -169,6 +175,40 @@ def _ahead(weights_of: Callable[[int], ExpertWeights], experts: Iterable[int]) -
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What running an expert on its tokens showed: ``weights`` as they are stored and ``original``, in fp32; the number of
+    ``pairs``; ``products``: see ``expert_outputs``; ``squares [hidden]`` of its inputs; and what ``on_sample`` of them tells."""
+
+    weights: ExpertWeights
+    original: ExpertWeights
+    pairs: int
+    energy: float
+    products: np.ndarray
+    squares: np.ndarray
+    on_sample: "_OnSample"
+
+
+def _behind(function: Callable[[_Run], ExpertMeasurement], runs: Iterable[_Run]) -> Iterator[ExpertMeasurement]:
+    """``function`` of each, in order, computed while the next ones come. What one thread does alone for one expert is then beside
+    the products of another."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(AT_ONCE, initializer=torch.set_num_threads, initargs=(max(1, threads // AT_ONCE),)) as pool:
+        torch.set_num_threads(max(1, threads // AT_ONCE))
+        waiting: deque[Future[ExpertMeasurement]] = deque()
+        try:
+            for run in runs:
+                waiting.append(pool.submit(function, run))
+                if len(waiting) > AT_ONCE:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for left in waiting:
+                left.cancel()
+            torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
 class _Measure:
     """Measures the experts of a layer, with the arguments of ``measure_layer``."""
 
@@ -179,8 +219,8 @@ class _Measure:
     wanda_fraction: float
     device: str
 
-    def expert(self, weights: ExpertWeights, tokens: np.ndarray, gate: np.ndarray) -> ExpertMeasurement:
-        """Of the pairs of ``tokens [n]``, by number, and ``gate [n]``."""
+    def run(self, weights: ExpertWeights, tokens: np.ndarray, gate: np.ndarray) -> _Run:
+        """Run an expert on the pairs of ``tokens [n]``, by number, and ``gate [n]``, as the checkpoint has it."""
         geometry = self.geometry
         original = in_format(weights, "fp32")
         block = block_size(geometry.intermediate)
@@ -202,28 +242,34 @@ class _Measure:
             output.index_add_(0, torch.from_numpy(some), y.double())
             release(self.hidden)
             release(self.output)
-        norms = _diagonal(products)[: geometry.intermediate]
+        on_sample = _OnSample(sampled_x, sampled_y, shares, energy, self.device)
+        return _Run(weights, original, len(tokens), energy, products, squares, on_sample)
+
+    def rounded(self, run: _Run) -> ExpertMeasurement:
+        """Measure what each format changes; from several threads."""
+        geometry, weights, original = self.geometry, run.weights, run.original
         changed = original
         if weights.up_moment is not None:
-            changed = replace(original, up_moment=weights.up_moment, down_moment=SecondMoment(products))
-        on_sample = _OnSample(sampled_x, sampled_y, shares, energy, self.device)
+            changed = replace(original, up_moment=weights.up_moment, down_moment=SecondMoment(run.products))
         weight_errors: dict[Format, float] = {}
         errors: dict[Format, float] = {}
         exact = {"fp32", *(name for name in FLOAT_FORMATS if weights.up.dtype == weights.down.dtype == SLOT_FORMATS[name].dtype)}
+        of_weights = weight_squares(original)
         for format in self.formats:
             if format in exact:
                 weight_errors[format] = errors[format] = 0.0
                 continue
             stored = in_format(changed, format, geometry.block, threads=torch.get_num_threads())
-            weight_errors[format] = weight_error(stored, original)
-            errors[format] = on_sample.error(stored, weight_errors[format], geometry)
+            weight_errors[format] = weight_error(stored, original, of_weights)
+            errors[format] = run.on_sample.error(stored, weight_errors[format], geometry)
+        norms = _diagonal(run.products)[: geometry.intermediate]
         return ExpertMeasurement(
-            pairs=len(tokens),
-            energy=energy,
+            pairs=run.pairs,
+            energy=run.energy,
             error=errors,
             weight_error=weight_errors,
-            wanda=wanda_score([(original.up, squares.astype(np.float32)), (original.down, norms)], self.wanda_fraction),
-            intermediate_moment=products,
+            wanda=wanda_score([(original.up, run.squares.astype(np.float32)), (original.down, norms)], self.wanda_fraction),
+            intermediate_moment=run.products,
         )
 
 

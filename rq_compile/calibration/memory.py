@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
-from rq_compile.calibration.measure import ROWS_AT_ONCE
+from rq_compile.calibration.measure import AT_ONCE, ROWS_AT_ONCE
 from rq_compile.errors import UserError
 from rq_compile.processes import on_this_host, world_size
 from rq_compile.standalone.limits import memory_left
@@ -23,6 +23,8 @@ GIB = 2**30
 # Memory for the model's modules without weights, activations and so on, in addition to what the process already holds: 130 MiB
 # were measured with samples/olmoe.
 PROGRAM = 144 * 2**20
+# Bytes of a model's weights in fp32, up to which there is so little to compute that running it in parts would take longer.
+LARGEST_WHOLE = GIB
 # Measured: while transformers stacks the experts that a checkpoint has one by one, the weights are held in fp32 twice, beside the
 # mapped files.
 LOADING = 2.5
@@ -41,7 +43,8 @@ class Way:
 
 
 def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: int | None, device: str) -> Way:
-    """The whole model where it fits into ``limit`` bytes of memory (None: into what is available), else layer by layer.
+    """The whole model where it is small and fits into ``limit`` bytes of memory (None: into what is available), else layer by
+    layer: a large model's experts then run once for both, what they give and what they are measured on.
 
     ``rows`` is the number of token rows that the batches have, padding included.
 
@@ -55,7 +58,8 @@ def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: in
     # Two arrays of hidden states in fp32 and one of outputs in float64; each of several processes has the outputs of all.
     states = (16 if world_size() == 1 else 24) * rows * max(moe.geometry.hidden for moe in layers)
     whole = int(LOADING * weights) + measuring + states // 2
-    if whole <= room and world_size() == 1 and (device_room is None or weights + GIB <= device_room):
+    small = weights <= LARGEST_WHOLE
+    if small and whole <= room and world_size() == 1 and (device_room is None or weights + GIB <= device_room):
         return Way(True, True, f"the model runs as a whole, in about {_size(whole)} of memory", whole)
     # While a tensor is read, it is held both as stored and in fp32.
     layer = 6 * largest_dense_part(model) + measuring
@@ -70,6 +74,8 @@ def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: in
     place = "" if in_memory else f", {_size(states)} of hidden states on disk"
     if world_size() > 1:
         why = f"{world_size()} processes share its batches and experts"
+    elif not small:
+        why = f"its weights take {_size(weights)} in fp32"
     else:
         why = f"as a whole it would take {_size(whole)}, more than {there}"
     return Way(False, in_memory, f"the model runs layer by layer{place}: {why}", layer + states * in_memory)
@@ -79,7 +85,7 @@ def _measuring(layers: Sequence[MoeLayer], rows: int) -> int:
     """Approximate peak memory of ``measure_layer``: experts as stored and rounded, the input moment and its factors, and some of
     the tokens."""
     return max(
-        28 * geometry.hidden * (geometry.up_rows + geometry.intermediate)
+        (8 + 20 * AT_ONCE) * geometry.hidden * (geometry.up_rows + geometry.intermediate)
         + 60 * geometry.hidden**2
         + 24 * min(rows, ROWS_AT_ONCE) * (geometry.hidden + geometry.up_rows)
         for geometry in (layer.geometry for layer in layers)

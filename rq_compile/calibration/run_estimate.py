@@ -1,6 +1,6 @@
 """Estimates the resources that calibrating a checkpoint needs, before any weight is read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rq_compile.architectures.layers import MoeLayer
@@ -11,6 +11,7 @@ from rq_compile.calibration.memory import used_memory
 from rq_compile.estimates import RATES, Estimate
 from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, Quantizer, block_size
 from rq_compile.standalone.limits import usable_cpus
+from rq_compile.texts import Text
 
 # Bytes of a number on a line of its own in an indented JSON file, and bytes of a layer other than its numbers.
 JSON_NUMBER, JSON_SUM, JSON_LAYER = 14, 22, 1000
@@ -18,11 +19,12 @@ JSON_NUMBER, JSON_SUM, JSON_LAYER = 14, 22, 1000
 
 def calibration_estimate(
     model: Model,
-    texts: dict[str, str],
+    texts: Mapping[str, str | Text],
     output: Path,
     *,
-    batch_size: int,
-    sequence_length: int,
+    tokens: int | None = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
     quantizer: Quantizer = "gptq",
     memory_limit: int | None = None,
     device: str = "cpu",
@@ -32,7 +34,15 @@ def calibration_estimate(
     Raises:
         UserError: see ``work_of``.
     """
-    work = work_of(model, texts, batch_size=batch_size, sequence_length=sequence_length, memory_limit=memory_limit, device=device)
+    work = work_of(
+        model,
+        texts,
+        tokens=tokens,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        memory_limit=memory_limit,
+        device=device,
+    )
     layers, way = work.layers, work.way
     outputs = {output.name: sum(_layer_json(layer, len(texts), len(work.batches)) for layer in layers)}
     statistics = sum(_statistics_bytes(layer) for layer in layers) if quantizer == "gptq" else 0
@@ -48,7 +58,7 @@ def calibration_estimate(
         memory_bytes=used_memory() + way.memory,
         cores=usable_cpus(),
         seconds=_calibration_seconds(model, layers, work.rows, work.measured, quantizer),
-        remarks=[way.reason],
+        remarks=work.remarks,
     )
 
 

@@ -1,13 +1,14 @@
-"""Calibration texts as batches of token rows, right-padded; nothing of a text is dropped."""
+"""Calibration texts as batches of token rows, right-padded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from rq_compile.architectures.model import Model
-from rq_compile.checkpoint.tokenizer import check_known, encode
+from rq_compile.checkpoint.tokenizer import check_known, encode_pieces
 from rq_compile.errors import UserError
+from rq_compile.texts import Text
 
 MIN_TOKENS = 2
 
@@ -48,24 +49,55 @@ class Batch:
         return sum(rows.real.size for rows in self.sides) - self.tokens
 
 
-def tokenize(model: Model, texts: dict[str, str]) -> list[np.ndarray]:
-    """Token ids int64 ``[tokens]`` of each text, without special tokens.
+@dataclass(frozen=True)
+class Tokens:
+    """``of`` each text, the first token ids, int64 ``[tokens]``, without special tokens; ``cut`` are the names of the texts that
+    have more."""
+
+    of: list[np.ndarray]
+    cut: list[str]
+
+
+def tokenize(model: Model, texts: Mapping[str, str | Text], most: int | None = None) -> Tokens:
+    """The tokens of ``texts``; ``most`` in all where it is given, of long texts equally many. No more of a text is read.
 
     Raises:
-        UserError: the checkpoint has no readable tokenizer.json, or a text has fewer than two tokens or one that the model
-            does not know.
+        UserError: the checkpoint has no readable tokenizer.json, a text has fewer than two tokens or one that the model does not
+            know, or ``most`` is less than two for each text.
     """
-    tokenizer = model.tokenizer
-    tokenized = []
-    for name, text in texts.items():
-        ids = encode(tokenizer, text)
-        if len(ids) < MIN_TOKENS:
-            raise UserError(
-                f"{name} has {len(ids)} tokens, but a calibration needs at least {MIN_TOKENS}; give a longer --text", 2
-            )
+    if most is not None and most < MIN_TOKENS * len(texts):
+        raise UserError(
+            f"--tokens {most} is too few for {len(texts)} texts, of each of which at least {MIN_TOKENS} are run; "
+            f"give at least {MIN_TOKENS * len(texts)}",
+            2,
+        )
+    found = [_first(model, name, Text.of(text), None if most is None else most + 1) for name, text in texts.items()]
+    counts = [len(ids) for ids in found]
+    shares = counts if most is None else _shares(counts, most)
+    cut = [name for name, count, share in zip(texts, counts, shares, strict=True) if share < count]
+    return Tokens([ids[:share] for ids, share in zip(found, shares, strict=True)], cut)
+
+
+def _first(model: Model, name: str, text: Text, most: int | None) -> np.ndarray:
+    parts, count = [np.zeros(0, np.int64)], 0
+    for ids in encode_pieces(model.tokenizer, text.pieces()):
         check_known(name, ids, model.text_config.vocab_size)
-        tokenized.append(ids)
-    return tokenized
+        parts.append(ids)
+        count += len(ids)
+        if most is not None and count >= most:
+            break
+    if count < MIN_TOKENS:
+        raise UserError(f"{name} has {count} tokens, but a calibration needs at least {MIN_TOKENS}; give a longer --text", 2)
+    return np.concatenate(parts)[:most]
+
+
+def _shares(counts: list[int], most: int) -> list[int]:
+    """How many tokens of texts that have ``counts`` are run: ``most`` in all, if there are so many."""
+    shares, left = [0] * len(counts), most
+    for done, number in enumerate(sorted(range(len(counts)), key=counts.__getitem__)):
+        shares[number] = min(counts[number], left // (len(counts) - done))
+        left -= shares[number]
+    return shares
 
 
 def batches(

@@ -1,6 +1,6 @@
 """A calibration from texts to files: saved layer by layer while it runs, with its statistics in a file beside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from rq_compile.calibration.coverage import few_tokens
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import write_with_statistics
 from rq_compile.calibration.unfinished import unfinished
+from rq_compile.texts import Text
 
 
 def calibrated_into(
-    output: Path, model: Model, texts: dict[str, str], *, fresh: bool, remark: Callable[[str], None], **measuring: Any
+    output: Path, model: Model, texts: Mapping[str, str | Text], *, fresh: bool, remark: Callable[[str], None], **measuring: Any
 ) -> Calibration:
     """Calibrate ``model`` on ``texts`` (name to content), write the calibration to ``output`` and return it.
 

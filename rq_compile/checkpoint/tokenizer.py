@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer, as transformers reads it, and texts as token ids."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from rq_compile.errors import UserError, reason
 
 # Characters of a text that are encoded at a time, and the part of them that two neighbours share.
-PIECE, SHARED = 1 << 16, 1 / 32
-# Two neighbours are joined in the middle of this number of tokens that both have.
+WINDOW, SHARED = 1 << 16, 1 / 32
+# Two neighbours are joined in the middle of as many tokens that both have.
 AGREEING = 32
 
 
@@ -80,19 +80,58 @@ def _of_transformers(folder: Path, named: Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Token ids int64 ``[tokens]`` of ``text``, without special tokens around it.
+    """Token ids int64 ``[tokens]`` of ``text``, without special tokens around it."""
+    return np.concatenate(list(encode_pieces(tokenizer, [text])))
 
-    A long text is encoded in overlapping pieces, because an encoding takes about 200 bytes per character. Two neighbours are
-    joined where both have the same ``AGREEING`` tokens at the same places, away from their ends. If there is no such place, the
-    pieces are made longer, up to the whole text.
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+    """Token ids int64 of the text that ``pieces`` make up, without special tokens around it, part after part.
+
+    A long text is encoded in overlapping windows, whatever its pieces are, since an encoding takes some 200 bytes a character.
+    Two neighbours are joined where both have the same ``AGREEING`` tokens at the same places, away from the ends of either. Where
+    they have not, they become one window, and the next is as long; in the end there is one as long as the text.
     """
-    size = PIECE
-    while size < len(text):
-        ids = _in_pieces(tokenizer, text, size)
-        if ids is not None:
-            return ids
-        size *= 4
-    return _encoded(tokenizer, text, 0, len(text))[0]
+    reader = _Reader(pieces)
+    window = reader.take(WINDOW)
+    ids, places = _encoded(tokenizer, window)
+    while more := reader.take(max(WINDOW, len(window)) - _shared(window)):
+        shared = _shared(window)
+        start = len(window) - shared
+        next_window = window[start:] + more
+        next_ids, next_places = _encoded(tokenizer, next_window)
+        # From the middle of what they share to a little before the end of the first.
+        inside = slice(*np.searchsorted(places, [start + shared // 2, start + shared - shared // 8]))
+        joint = _joint(_pairs(ids[inside], places[inside] - start), _pairs(next_ids, next_places))
+        if joint is None:
+            window += more
+            ids, places = _encoded(tokenizer, window)
+        else:
+            yield ids[: inside.start + joint[0]]
+            window, ids, places = next_window, next_ids[joint[1] :], next_places[joint[1] :]
+    yield ids
+
+
+def _shared(window: str) -> int:
+    return int(len(window) * SHARED)
+
+
+class _Reader:
+    """Characters of a text that comes in pieces of any length."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        # None is long, so that what is left of one is not.
+        self._pieces = (piece[start : start + WINDOW] for piece in pieces for start in range(0, len(piece), WINDOW))
+        self._left = ""
+
+    def take(self, count: int) -> str:
+        """The next ``count`` characters, or those that are left."""
+        held, size = [self._left], len(self._left)
+        while size < count and (piece := next(self._pieces, None)) is not None:
+            held.append(piece)
+            size += len(piece)
+        text = "".join(held)
+        self._left = text[count:]
+        return text[:count]
 
 
 def check_known(name: str, ids: np.ndarray, vocabulary: int) -> None:
@@ -108,28 +147,11 @@ def check_known(name: str, ids: np.ndarray, vocabulary: int) -> None:
         )
 
 
-def _in_pieces(tokenizer: Tokenizer, text: str, size: int) -> np.ndarray | None:
-    """The ids of ``text``, in pieces of ``size`` characters; None if two of them do not agree on where to be joined."""
-    shared = int(size * SHARED)
-    joined: list[np.ndarray] = []
-    ids, places = _encoded(tokenizer, text, 0, size)
-    for start in range(size - shared, len(text) - shared, size - shared):
-        next_ids, next_places = _encoded(tokenizer, text, start, start + size)
-        # From the middle of what they share to a little before the end of the first.
-        inside = slice(*np.searchsorted(places, [start + shared // 2, start + shared - shared // 8]))
-        joint = _joint(_pairs(ids[inside], places[inside]), _pairs(next_ids, next_places))
-        if joint is None:
-            return None
-        joined.append(ids[: inside.start + joint[0]])
-        ids, places = next_ids[joint[1] :], next_places[joint[1] :]
-    return np.concatenate([*joined, ids])
-
-
-def _encoded(tokenizer: Tokenizer, text: str, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, and the character of ``text`` at which each begins."""
-    encoding = tokenizer.encode(text[start:end], add_special_tokens=False)
+def _encoded(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, and at which character of ``text`` each begins."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
     places = np.fromiter((place for place, _ in encoding.offsets), np.int64, len(encoding.ids))
-    return np.asarray(encoding.ids, np.int64), places + start
+    return np.asarray(encoding.ids, np.int64), places
 
 
 def _pairs(ids: np.ndarray, places: np.ndarray) -> np.ndarray:

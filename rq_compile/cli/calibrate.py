@@ -18,6 +18,7 @@ from rq_compile.cli.options import (
     given_options,
     sequence_length_option,
     text_option,
+    tokens_option,
 )
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
@@ -32,6 +33,7 @@ MEASURING = (
     "field",
     "samples",
     "seed",
+    "tokens",
     "batch_size",
     "sequence_length",
     "wanda_fraction",
@@ -54,6 +56,7 @@ MEASURING = (
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="With --samples: seed of the random choice.")
 @click.option("-o", "--output", type=FILE, required=True, help="The calibration to write (.json).")
+@tokens_option
 @batch_size_option
 @sequence_length_option
 @click.option(
@@ -105,8 +108,9 @@ def command(
     seed: int,
     output: Path,
     dry_run: bool,
-    batch_size: int,
-    sequence_length: int,
+    tokens: int,
+    batch_size: int | None,
+    sequence_length: int | None,
     quantizer: Quantizer,
     block: str,
     wanda_fraction: float,
@@ -134,10 +138,10 @@ def command(
             screen, folder, output, block=None if block == "auto" else cast("Block", int(block)), fraction=wanda_fraction
         )
         return
-    from rq_compile.texts import chat_template, has_rows, read_texts
+    from rq_compile.texts import chat_template, has_rows, open_texts
 
     check_rows([path for path in texts if not has_rows(path)])
-    contents = read_texts(texts, field=field, samples=samples, seed=seed, render=chat_template(folder))
+    contents = open_texts(texts, field=field, samples=samples, seed=seed, render=chat_template(folder))
 
     from rq_compile.cli.tables import calibration_tables
 
@@ -150,6 +154,7 @@ def command(
             model,
             contents,
             output,
+            tokens=tokens,
             batch_size=batch_size,
             sequence_length=sequence_length,
             quantizer=quantizer,
@@ -164,6 +169,7 @@ def command(
             model,
             contents,
             output,
+            tokens=tokens,
             batch_size=batch_size,
             sequence_length=sequence_length,
             quantizer=quantizer,

@@ -19,9 +19,18 @@ from rq_compile.cli.options import (
     planning_options,
     sequence_length_option,
     text_option,
+    tokens_option,
 )
 from rq_compile.cli.screen import Screen, on_screen
-from rq_compile.cli.tensorrt import OPTIONS, check_tensorrt_options, checked_settings, compile_plan, tensorrt_options
+from rq_compile.cli.tensorrt import (
+    BATCH,
+    OPTIONS,
+    SEQUENCE,
+    check_tensorrt_options,
+    checked_settings,
+    compile_plan,
+    tensorrt_options,
+)
 from rq_compile.errors import UserError
 from rq_compile.lowerings import LOWERINGS, lowering_for, with_options
 from rq_compile.outputs import check_outputs
@@ -36,7 +45,7 @@ if TYPE_CHECKING:
 
 MEGABYTE = 10**6
 log = logging.getLogger(__name__)  # shows a remark once, whichever stages make it
-PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "texts", "batch_size", "sequence_length")
+PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "texts", "tokens", "batch_size", "sequence_length")
 
 
 @click.command("compile")
@@ -74,6 +83,7 @@ PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "text
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute the weights; default: one per core.")
 @tensorrt_options
 @planning_options
+@tokens_option
 @batch_size_option
 @sequence_length_option
 @dry_run_option
@@ -90,8 +100,9 @@ def command(
     link_weights: bool,
     fresh: bool,
     threads: int | None,
-    batch_size: int,
-    sequence_length: int,
+    tokens: int,
+    batch_size: int | None,
+    sequence_length: int | None,
     mixed_copies: bool,
     policy_options: tuple[str, ...],
     dry_run: bool,
@@ -110,9 +121,9 @@ def command(
         refuse_planning_options()
     elif not texts:
         raise UserError("compiling needs a plan; give --plan FILE, or --text FILE to calibrate and plan first", 2)
-    from rq_compile.texts import chat_template, read_texts
+    from rq_compile.texts import chat_template, open_texts
 
-    contents = read_texts(texts, render=chat_template(folder)) if plan_path is None else {}
+    contents = open_texts(texts, render=chat_template(folder)) if plan_path is None else {}
     options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies)
     shape: dict[str, Any] = {"link_weights": link_weights, "threads": threads}
 
@@ -124,7 +135,9 @@ def command(
     from rq_compile.targets.preflight import check_same_model, preflight, remarks_before
 
     model = rq.open(folder)
-    settings = checked_settings(tensorrt, model, (batch_size, sequence_length)) if output.suffix == ".plan" else None
+    settings = None
+    if output.suffix == ".plan":
+        settings = checked_settings(tensorrt, model, (batch_size or BATCH, sequence_length or SEQUENCE))
     if plan_path is not None:
         plan = read_document(Plan, plan_path)
         check_same_model(plan, model, plan_path)
@@ -147,13 +160,14 @@ def command(
         planning["target"] = (settings.lowering if settings else realised).planned_for
         check_arguments(**planning, options=options)
         if dry_run:
-            first = {"texts": contents, "batch_size": batch_size, "sequence_length": sequence_length}
+            first = {"texts": contents, "tokens": tokens, "batch_size": batch_size, "sequence_length": sequence_length}
             show_estimate(screen, model, output, realised, first, plan=None, memory=planning["memory"], **shape)
             return
         with spill.beside(output), screen.progress("calibrating", "tokens") as progress:
             calibration, tensors = calibrate(
                 model,
                 contents,
+                tokens=tokens,
                 batch_size=batch_size,
                 sequence_length=sequence_length,
                 progress=progress,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import rq_compile as rq
-from rq_compile.cli.options import FILE, sequence_length_option, text_option, threads_option
+from rq_compile.cli.options import FILE, text_option, threads_option
 from rq_compile.cli.screen import Screen, on_screen
 
 
@@ -15,7 +15,7 @@ from rq_compile.cli.screen import Screen, on_screen
 @click.argument("engine", type=FILE)
 @click.option("--reference", type=FILE, required=True, help="The checkpoint the engine was compiled from.")
 @text_option
-@sequence_length_option
+@click.option("--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
 @threads_option
 @on_screen
 def command(

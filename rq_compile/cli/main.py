@@ -20,7 +20,7 @@ import click
 
 from rq_compile import __version__
 from rq_compile.errors import UserError, printable, reason
-from rq_compile.processes import in_contact, lost, on_this_host, rank
+from rq_compile.processes import in_contact, lost, on_this_host, rank, speaker
 from rq_compile.standalone.limits import default_threads, restricted
 
 COMMANDS = ("compile", "calibrate", "merge", "plan", "replan", "inspect", "evaluate", "bench", "generate", "package", "report")
@@ -33,8 +33,7 @@ def fail(message: str, exit_status: int = 1) -> NoReturn:
     """Print ``error: message`` to stderr and exit. With several processes, each prints only its own errors."""
     if in_contact():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all processes when one has failed
-    if rank() == 0 or in_contact():
-        of = f"process {rank()}: " if rank() > 0 else ""
+    if (of := speaker()) is not None:
         click.echo(f"error: {of}{printable(message)}", err=True)
     raise click.exceptions.Exit(exit_status)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from rq_compile.calibration.lengths import BATCH_SIZE, BATCH_TOKENS, SEQUENCE_LENGTH, TOKENS
 from rq_compile.errors import UserError
 
 POLICIES = ("none", "paper", "eplb", "craft", "place", "uniform", "frequency", "random", "optimal")
@@ -51,11 +52,22 @@ Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 text_option = click.option(
     "--text", "texts", type=FILE, multiple=True, help="A text file (.txt, .jsonl, .parquet) or a pattern; repeatable."
 )
+tokens_option = click.option(
+    "--tokens",
+    type=click.IntRange(2),
+    default=TOKENS,
+    show_default=True,
+    help="Run at most so many tokens, the first of every text; of long texts equally many.",
+)
 batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences in a batch."
+    "--batch-size",
+    type=click.IntRange(1),
+    help=f"Sequences that run together. Default: up to {BATCH_SIZE}, of {BATCH_TOKENS} tokens in all.",
 )
 sequence_length_option = click.option(
-    "--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a sequence."
+    "--sequence-length",
+    type=click.IntRange(2),
+    help=f"Tokens of a sequence. Default: {SEQUENCE_LENGTH}, or as many as the model has positions.",
 )
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Only estimate disk space, memory and (roughly) time; weights are not read."

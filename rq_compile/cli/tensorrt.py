@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rq_compile.targets.tensorrt.profiles import Profile, Range
 
 MEGABYTE = 10**6
+# What default profiles are made for where no option says it.
+BATCH, SEQUENCE = 8, 256
 OPTIONS = ("builder", "plugins", "stock", "sm", "precision", "profiles", "build")
 OF_ONNX = ("lowering", "activation_bits", "dense_format", "link_weights", "fresh", "dry_run")
 

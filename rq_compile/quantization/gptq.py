@@ -3,7 +3,7 @@
 Columns are rounded one after another. The columns that follow compensate for the rounding error of a column, as far as the second
 moment of the inputs allows. The scale of a block is chosen just before its columns are rounded, by least squared error weighted
 with the moment's diagonal, among fractions of the scale that just holds the block's largest weight. ``plugins/quantizer`` does
-the work.
+the work. Between blocks, the errors are passed on in bf16.
 """
 
 import ctypes
@@ -31,14 +31,15 @@ def gptq(
     rows, columns = weights.shape
     weights = np.ascontiguousarray(weights, np.float32)
     feedback = moment.feedback(block)
-    parts, blocks_of_part = feedback.shape[:2]
+    parts, blocks_of_part = feedback.across.shape[:2]
     blocks = parts * blocks_of_part
     q, scales = np.empty((rows, blocks, block), np.int8), np.empty((rows, blocks), np.float32)
-    kept, importance = BLOCK_FORMATS[format], moment.importance(block)
+    kept = BLOCK_FORMATS[format]
     fractions = np.linspace(1.0, kept.smallest, kept.fractions, dtype=np.float32)
     matrix = _Matrix(
         *(weights.ctypes.data, rows, columns, parts, blocks_of_part * block, block),
-        *(feedback.ctypes.data, importance.ctypes.data, fractions.ctypes.data, len(fractions), kept.least, kept.greatest),
+        *(feedback.within.ctypes.data, feedback.across.ctypes.data, feedback.importance.ctypes.data),
+        *(fractions.ctypes.data, len(fractions), kept.least, kept.greatest),
         *(q.ctypes.data, scales.ctypes.data),
     )
     status = quantizer_function("rq_gptq")(ctypes.byref(matrix), threads)
@@ -56,7 +57,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p if name == "weights" else ctypes.c_int64) for name in ("weights", "rows", "columns")),
         *((name, ctypes.c_int64) for name in ("parts", "known", "block")),
-        *((name, ctypes.c_void_p) for name in ("feedback", "importance", "fractions")),
+        *((name, ctypes.c_void_p) for name in ("within", "across", "importance", "fractions")),
         ("fraction_count", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("least", "greatest")),
         *((name, ctypes.c_void_p) for name in ("q", "scales")),

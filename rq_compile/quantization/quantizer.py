@@ -65,13 +65,11 @@ def stored(
     kept = SLOT_FORMATS[format]
     if not kept.quantized:
         return torch_tensor(weights).to(getattr(torch, kept.element)).float().numpy()
-    columns = weights.shape[1]
-    return np.concatenate(
-        [
-            _columns(torch.from_numpy(q).float().mul_(torch.from_numpy(scales)[..., None]).numpy(), columns)
-            for q, scales in _rounded(weights, format, moment, most, threads)
-        ]
-    )
+    values = [
+        torch.from_numpy(q) * torch.from_numpy(scales)[..., None]
+        for q, scales in _rounded(weights, format, moment, most, threads)
+    ]
+    return _columns((values[0] if len(values) == 1 else torch.cat(values)).numpy(), weights.shape[1])
 
 
 def torch_tensor(array: np.ndarray) -> torch.Tensor:

@@ -14,6 +14,25 @@ from rq_compile.processes import world
 # Fraction of the mean diagonal that is added to it, so that directions with few calibration tokens do not count as free of error.
 DAMPING = 0.01
 ROWS_AT_ONCE = 1024
+# Columns of a triangular matrix that are inverted at a time.
+INVERTED_AT_ONCE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """What GPTQ adds of a column's rounding error to the columns after it, that have ``block`` columns a scale.
+
+    A part is what columns that are rounded with a look at each other make up: all, or those of one block of the moment; it is
+    filled up to whole blocks of ``block`` columns. ``within`` fp32 ``[parts * blocks, block, block]`` has the factors of the
+    columns of a block for each other. ``across`` int32 ``[parts, blocks, block / 4, columns / 2, 4]`` has, for the columns of
+    each block, four by four, those of all columns of the part, in bf16: of two neighbours, the first in the lower half.
+    ``importance`` fp32 ``[parts * blocks * block]`` is the diagonal of the moment, damped, in units of its mean; 0 where it is
+    filled up.
+    """
+
+    within: np.ndarray
+    across: np.ndarray
+    importance: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,34 +43,21 @@ class SecondMoment:
     """
 
     values: np.ndarray
-    _by_block: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
+    _by_block: dict[int, Feedback] = field(default_factory=dict, init=False, repr=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     @property
     def whole(self) -> bool:
         return self.values.ndim == 2
 
-    def feedback(self, block: int) -> np.ndarray:
-        """The factors by which GPTQ adds a column's rounding error to the following columns: fp32 ``[parts, blocks, columns,
-        block]``.
-
-        A part consists of the columns that compensate for each other: all columns, or those of one block of the moment, padded
-        to whole blocks of ``block`` columns. For each of these blocks, there are the factors of all columns of the part.
-        """
-        return self._prepared(block)[0]
-
-    def importance(self, block: int) -> np.ndarray:
-        """fp32 ``[parts * blocks * block]``: the damped diagonal, in units of its mean; 0 for padding."""
-        return self._prepared(block)[1]
-
-    def _prepared(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Computed once for all threads."""
+    def feedback(self, block: int) -> Feedback:
+        """Computed once, for all threads."""
         with self._lock:
             if block not in self._by_block:
-                self._by_block[block] = self._prepare(block)
+                self._by_block[block] = self._feedback(block)
             return self._by_block[block]
 
-    def _prepare(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _feedback(self, block: int) -> Feedback:
         moments = self.values.astype(np.float64).reshape(-1, *self.values.shape[-2:])
         columns = moments.shape[-1]
         width = columns + -columns % block
@@ -63,12 +69,31 @@ class SecondMoment:
         # triangular; R, in reverse order, is the lower factor of the moment in reverse order.
         with _one_thread():
             factor = torch.linalg.cholesky(torch.from_numpy(moments).flip(1, 2)).flip(1, 2)
-            upper = torch.linalg.solve_triangular(factor, torch.eye(columns, dtype=torch.float64), upper=True).numpy()
-        feedback = np.zeros((len(moments), width, width), np.float32)
-        feedback[:, :columns, :columns] = upper / upper.diagonal(axis1=1, axis2=2)[..., None]
-        feedback = feedback.reshape(len(moments), width, width // block, block).transpose(0, 2, 1, 3)
+            upper = _inverse(factor).numpy()
+        factors = torch.zeros(len(moments), width, width)
+        factors[:, :columns, :columns] = torch.from_numpy(upper / upper.diagonal(axis1=1, axis2=2)[..., None])
+        # [parts, blocks, columns, block]
+        factors = factors.view(len(moments), width, width // block, block).transpose(1, 2)
+        within = torch.cat([factors[:, number, number * block : (number + 1) * block] for number in range(width // block)])
+        # [parts, blocks, columns / 2, 2, block / 4, 4]
+        pairs = factors.to(torch.bfloat16).unflatten(2, (width // 2, 2)).unflatten(4, (block // 4, 4))
+        across = pairs.permute(0, 1, 4, 2, 5, 3).contiguous()
         importance = np.pad(moments.diagonal(axis1=1, axis2=2), ((0, 0), (0, width - columns)))
-        return np.ascontiguousarray(feedback), importance.astype(np.float32).ravel()
+        return Feedback(
+            within=within.unflatten(0, (width // block, len(moments))).transpose(0, 1).contiguous().numpy(),
+            across=across.view(torch.int32)[..., 0].numpy(),
+            importance=importance.astype(np.float32).ravel(),
+        )
+
+
+def _inverse(factor: torch.Tensor) -> torch.Tensor:
+    """Of upper triangular ``factor [parts, columns, columns]``, whose inverse is too: nothing is computed of its lower half."""
+    columns, inverse = factor.shape[-1], torch.zeros_like(factor)
+    for start in range(0, columns, INVERTED_AT_ONCE):
+        end = min(start + INVERTED_AT_ONCE, columns)
+        unit = torch.eye(end, dtype=factor.dtype)[:, start:]
+        inverse[:, :end, start:end] = torch.linalg.solve_triangular(factor[:, :end, :end], unit, upper=True)
+    return inverse
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def test_what_is_recorded_gives_the_layer_s_output(tiny_checkpoint: Callable[[st
     checkpoint = copied(tiny_checkpoint(family), tmp_path / "model", expert_capacity=1)
     layers, text = checkpoint.layers, TEXTS["second.txt"]
     cut = batches(
-        tokenize(checkpoint, {"a": text}),
+        tokenize(checkpoint, {"a": text}).of,
         batch_size=4,
         sequence_length=LENGTH,
         measured_tokens=len(text),

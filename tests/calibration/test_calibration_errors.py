@@ -67,7 +67,7 @@ def test_a_tokenizer_that_truncates_does_not(tiny_checkpoint: Callable[[str], Pa
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(checkpoint.path / "tokenizer.json"))
-    assert [len(ids) for ids in tokenize(checkpoint, TEXTS)] == [len(text) for text in TEXTS.values()]
+    assert [len(ids) for ids in tokenize(checkpoint, TEXTS).of] == [len(text) for text in TEXTS.values()]
 
 
 def test_refuses_sequences_that_the_model_cannot_read(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -105,8 +105,11 @@ def test_errors_are_those_of_the_block_that_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("family", "tolerance"), [("switch_transformers", 1e-3), ("mixtral", 0.1), ("gpt_oss", 0.1)])
-def test_errors_add_up(tiny_checkpoint: Callable[[str], Path], family: str, tolerance: float) -> None:
+def test_errors_add_up(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str, tolerance: float
+) -> None:
     """All experts in int4: the layer's relative error is their sum, exactly where a token has one expert."""
+    monkeypatch.setattr(measure, "MAX_PAIRS", 400)
     checkpoint = Model.open(tiny_checkpoint(family))
     layer = checkpoint.layers[0]
     given = inputs(layer.geometry, 400)
@@ -159,7 +162,10 @@ def test_wanda_score_and_moments_against_a_loop(tiny_checkpoint: Callable[[str],
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
-def test_the_error_measured_is_that_of_the_weights_that_gptq_leaves(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
+def test_the_error_measured_is_that_of_the_weights_that_gptq_leaves(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(measure, "MAX_PAIRS", 400)
     checkpoint = Model.open(tiny_checkpoint(family))
     layer = checkpoint.layers[0]
     given = inputs(layer.geometry, 400)

@@ -14,16 +14,20 @@ import numpy as np
 import pytest
 import torch
 from command_line import PACKAGED_IN
+from conftest import run_command
 from safetensors.numpy import load_file
 
-from rq_compile.processes import World
+from rq_compile.processes import World, speaker
 
 # Layer by layer, as several processes run, and dying before the layer number $DIE_AT where it is set.
 PROGRAM = """
 import os, signal, sys
 from rq_compile.calibration import calibrate as module
 from rq_compile.cli.main import run
+from datetime import timedelta
+from rq_compile import processes
 measure_layer, choose_way, measured = module.measure_layer, module.choose_way, []
+processes.MEETING = timedelta(seconds=float(os.environ.get("MEETING", 300)))
 def measure(*arguments, **given):
     if os.environ.get("DIE_AT") == str(len(measured)) and os.environ.get("RANK") == os.environ.get("DYING"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -150,6 +154,46 @@ def test_a_mistake_is_told_once(model: Path, alone: Path) -> None:
     assert first[0] == other[0] == 2
     assert first[2].count("error: ") == 1
     assert other[1:] == ("", "")
+
+
+def test_a_process_that_never_comes_is_not_waited_for_for_long(model: Path, alone: Path) -> None:
+    processes = start(2, *calibrating(model, alone, "waiting.json"), MEETING="3")
+    processes[1].kill()
+    first, _ = ended(processes)
+    assert first[0] == 1
+    assert first[2].count("error: ") == 1
+    assert "error: the 2 processes of WORLD_SIZE did not meet within 3 s: " in first[2]
+    assert "Traceback" not in first[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', where a number from 1 to"),
+        ("WORLD_SIZE", "", "WORLD_SIZE is ''"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE is '0'"),
+        ("RANK", "first", "RANK is 'first', where a number from 0 to 1 tells a process of its place among others"),
+        ("RANK", "2", "RANK is '2'"),
+        ("RANK", "-1", "RANK is '-1'"),
+        ("LOCAL_WORLD_SIZE", "1(x2)", "LOCAL_WORLD_SIZE is '1(x2)', where a number from 1 to 2"),
+    ],
+)
+def test_refuses_an_environment_that_makes_no_sense(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, said: str
+) -> None:
+    for variable, given in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2", name: value}.items():
+        monkeypatch.setenv(variable, given)
+    result = run_command("inspect", tmp_path)
+    assert result.exit_code == 2
+    assert f"error: the environment variable {said}" in result.stderr
+    assert result.stderr.rstrip().endswith("unset WORLD_SIZE, or start the processes with torchrun")
+
+
+@pytest.mark.parametrize(("local", "said"), [("1", None), (None, None), ("0", "process 1: "), ("x", "")])
+def test_the_first_of_a_host_tells_what_is_wrong_there(monkeypatch: pytest.MonkeyPatch, local: str | None, said: str) -> None:
+    for variable, given in {"WORLD_SIZE": "2", "RANK": "1", **({"LOCAL_RANK": local} if local else {})}.items():
+        monkeypatch.setenv(variable, given)
+    assert speaker() == said
 
 
 def test_an_engine_for_tensorrt_is_compiled_by_one(model: Path, alone: Path) -> None:

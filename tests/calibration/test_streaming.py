@@ -155,6 +155,10 @@ def test_the_way_is_chosen_by_the_memory(tiny_checkpoint: Callable[[str], Path],
     assert not way(None).whole
     monkeypatch.undo()
     assert way(None).whole
+    monkeypatch.setattr(memory, "LARGEST_WHOLE", 0)
+    large = way(None)
+    assert (large.whole, large.states_in_memory) == (False, True)
+    assert "the model runs layer by layer: its weights take 0 MiB in fp32" in large.reason
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -16,7 +16,7 @@ from pyarrow.parquet import write_table
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import read_document
-from rq_compile.texts import chat_template, read_texts
+from rq_compile.texts import chat_template, open_texts, read_texts
 
 Row = dict[str, Any]
 DOCUMENTS = [{"text": f"document {number}", "title": f"title {number}", "stars": number} for number in range(20)]
@@ -54,17 +54,17 @@ def test_rows(tmp_path: Path, model: Path, suffix: str) -> None:
     path = write(tmp_path / f"a{suffix}", DOCUMENTS)
     whole = "\n\n".join(row["text"] for row in DOCUMENTS)
     assert read_texts([path]) == {path.name: whole}
-    assert read_texts([path], field="title")[path.name].startswith("title 0\n\ntitle 1\n\n")
-    some = read_texts([path], samples=5, seed=1)[path.name].split("\n\n")
+    assert open_texts([path], field="title")[path.name].read().startswith("title 0\n\ntitle 1\n\n")
+    some = open_texts([path], samples=5, seed=1)[path.name].read().split("\n\n")
     assert len(set(some)) == 5
     assert some == [text for text in whole.split("\n\n") if text in some]  # in the order of the file
-    assert some == read_texts([path], samples=5, seed=1)[path.name].split("\n\n")
-    assert some != read_texts([path], samples=5, seed=2)[path.name].split("\n\n")
-    assert read_texts([path], samples=99)[path.name] == whole
+    assert some == open_texts([path], samples=5, seed=1)[path.name].read().split("\n\n")
+    assert some != open_texts([path], samples=5, seed=2)[path.name].read().split("\n\n")
+    assert open_texts([path], samples=99)[path.name].read() == whole
     talk = write(tmp_path / f"talk{suffix}", [{"id": number, "messages": messages} for number, messages in enumerate(TALK)])
     assert read_texts([talk], render=chat_template(model))[talk.name] == SAID
     other = write(tmp_path / f"other{suffix}", [{"text": "ignored", "conversation": messages} for messages in TALK])
-    assert read_texts([other], field="conversation", render=chat_template(model))[other.name] == SAID
+    assert open_texts([other], field="conversation", render=chat_template(model))[other.name].read() == SAID
 
 
 def test_patterns_and_byte_order_marks(tmp_path: Path) -> None:

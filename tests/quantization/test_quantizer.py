@@ -180,13 +180,16 @@ def plainly(weights: np.ndarray, format: Format, moment: np.ndarray, block: int)
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)
 @pytest.mark.parametrize(("rows", "columns", "block"), [(1, 16, 16), (70, 96, 32), (130, 384, 128)])
 def test_gptq_is_the_paper_s_algorithm(rows: int, columns: int, block: int, format: Format) -> None:
-    """In float64: but for ties, every weight is the same, and rounded as well."""
+    """In float64: as good, and but for ties every weight of the first block is the same. Between blocks, what was rounded away is
+    handed on in bf16, so that later weights may be rounded the other way."""
     weights, inputs = normal(rows, columns), correlated(700, columns)
     moment = whole_moment(inputs)
     expected = plainly(weights, format, moment.values.astype(np.float64), block)
     found = stored(weights, format, moment, 128 if block == 128 else 32)
-    np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.01)
-    assert np.isclose(found, expected, rtol=1e-4, atol=1e-6).all(1).mean() > 0.9
+    np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.02)
+    alike = np.isclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert alike[:, :block].all(1).mean() > 0.9
+    assert alike.mean() > 0.6
 
 
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)
@@ -210,15 +213,15 @@ def test_the_factors_of_a_moment_do_not_depend_on_torch_s_threads(
     np.save(tmp_path / "moment.npy", moment.values)
     code = (
         "import sys, hashlib, numpy as np; from rq_compile.quantization.second_moment import SecondMoment;"
-        "print(hashlib.sha256(SecondMoment(np.load(sys.argv[1])).feedback(16).tobytes()).hexdigest())"
+        "print(hashlib.sha256(SecondMoment(np.load(sys.argv[1])).feedback(16).within.tobytes()).hexdigest())"
     )
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, threads)
     output, error = python("-c", code, str(tmp_path / "moment.npy")).communicate()
-    assert output.strip() == hashlib.sha256(moment.feedback(16).tobytes()).hexdigest(), error
+    assert output.strip() == hashlib.sha256(moment.feedback(16).within.tobytes()).hexdigest(), error
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "plain"])
 def test_every_instruction_set_rounds_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     """But for rows from the first weight near a tie on. What this processor does not have falls back to ``plain``."""
     weights, inputs = normal(130, 160), correlated(300, 160)
@@ -233,7 +236,7 @@ def test_every_instruction_set_rounds_alike(tmp_path: Path, monkeypatch: pytest.
     _, error = process.communicate()
     assert process.returncode == 0, error
     found, expected = np.load(tmp_path / "found.npy"), stored(weights, "int4", whole_moment(inputs))
-    assert (found == expected).mean() > 0.7
+    assert np.isclose(found, expected, rtol=1e-4, atol=1e-6).mean() > 0.7
     np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.02)
 
 

@@ -14,7 +14,7 @@ import text_tokenizers
 from tokenizers import Tokenizer
 
 from rq_compile.checkpoint import tokenizer as reading
-from rq_compile.checkpoint.tokenizer import encode
+from rq_compile.checkpoint.tokenizer import encode, encode_pieces
 from rq_compile.standalone.text import MOST_HELD, TextStream, argument_text
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -39,23 +39,26 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("size", [256, 640, 1000])
 def test_pieces_are_the_whole(tokenizer: Tokenizer, name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "PIECE", size)
+    monkeypatch.setattr(reading, "WINDOW", size)
     monkeypatch.setattr(reading, "SHARED", 0.5)
     monkeypatch.setattr(reading, "AGREEING", 8)
     ids = encode(tokenizer, TEXTS[name])
     assert ids.dtype == np.int64
-    assert ids.tolist() == tokenizer.encode(TEXTS[name], add_special_tokens=False).ids
+    whole = tokenizer.encode(TEXTS[name], add_special_tokens=False).ids
+    assert ids.tolist() == whole
+    read = (TEXTS[name][start : start + 7] for start in range(0, len(TEXTS[name]), 7))
+    assert np.concatenate(list(encode_pieces(tokenizer, read))).tolist() == whole
 
 
 def test_pieces_of_the_real_size(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.from_file(str(SAMPLES / "olmoe" / "tokenizer.json"))
     text = "\n\n".join(path.read_text() for path in sorted((SAMPLES / "text").glob("*.txt")))
-    assert len(text) > 2 * reading.PIECE
+    assert len(text) > 2 * reading.WINDOW
     longest = []
     whole = reading._encoded
-    monkeypatch.setattr(reading, "_encoded", lambda *arguments: longest.append(arguments[3] - arguments[2]) or whole(*arguments))
+    monkeypatch.setattr(reading, "_encoded", lambda *arguments: longest.append(len(arguments[1])) or whole(*arguments))
     assert encode(tokenizer, text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
-    assert longest == [reading.PIECE] * len(longest)
+    assert longest[:-1] == [reading.WINDOW] * (len(longest) - 1)
 
 
 @pytest.mark.parametrize("text", ["", "a", "\n"])

@@ -9,9 +9,11 @@
 struct Matrix {
   const float* weights;  // [rows, columns]
   int64_t rows, columns, parts, known, block;
-  // What is rounded away of column j is added, times feedback, to column k > j: [parts, known / block, known, block], for
-  // each block of columns k all columns j of its part.
-  const float* feedback;
+  // What is rounded away of column j is taken out, times feedback, of column k > j. In the same block of columns:
+  // [parts * known / block, block, block], for each j all k. In later blocks of the part: [parts, known / block,
+  // block / kColumns, known / 2, kColumns], for each k that of two neighbouring columns j and j + 1 in bf16, of j in the lower half.
+  const float* within;
+  const uint32_t* across;
   const float* importance;  // [parts * known]: how much a squared error of the column counts in the choice of scales
   const float* fractions;   // [fraction_count]: the scales to try, relative to the one that just holds the largest weight
   int64_t fraction_count;
@@ -19,6 +21,9 @@ struct Matrix {
   int8_t* q;                // [rows, parts * known]
   float* scales;            // [rows, parts * known / block]
 };
+
+// Columns that a product computes at a time; divides every block.
+constexpr int kColumns = 4;
 
 // Rows that are rounded together; their weights take 256 bytes a column and stay in the cache of a core.
 constexpr int64_t kTileRows = 64;
@@ -31,4 +36,5 @@ bool round_tile_plain(const Matrix& matrix, int64_t row, float* tile);
 #ifdef RQ_X86
 bool round_tile_avx2(const Matrix& matrix, int64_t row, float* tile);
 bool round_tile_avx512(const Matrix& matrix, int64_t row, float* tile);
+bool round_tile_avx512_bf16(const Matrix& matrix, int64_t row, float* tile);
 #endif

@@ -2,27 +2,56 @@
 // how many vectors of rows a product holds in registers (RQ_VECTORS).
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+
+#ifdef RQ_BF16_PRODUCTS
+#include <immintrin.h>
+#endif
 
 #include "gptq.h"
 
 namespace {
 
 typedef float Vector __attribute__((vector_size(RQ_VECTOR_BYTES)));
+// Of each lane, two neighbouring columns in bf16, the first in the lower half.
+typedef uint32_t Pair __attribute__((vector_size(RQ_VECTOR_BYTES)));
+typedef int32_t Whole __attribute__((vector_size(RQ_VECTOR_BYTES)));
 constexpr int kLanes = RQ_VECTOR_BYTES / sizeof(float);
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 constexpr int kVectors = RQ_VECTORS;
 constexpr int kTileVectors = kTileRows / kLanes;
-// Columns that a product computes at a time; divides every block.
-constexpr int kColumns = 4;
-// Earlier columns that a product goes through at a time, so that their errors stay in the first cache.
-constexpr int64_t kDepth = 64;
+// Pairs of earlier columns that a product goes through at a time, so that their errors stay in the first cache.
+constexpr int64_t kDepth = 128;
 constexpr int64_t kLargestBlock = 128;
 
 inline Vector splat(float value) { return value - Vector{}; }
 
-inline Vector clamp(Vector x, Vector low, Vector high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
+inline Vector larger(Vector x, Vector y) { return x > y ? x : y; }
+inline Vector smaller(Vector x, Vector y) { return x < y ? x : y; }
+inline Vector clamp(Vector x, Vector low, Vector high) { return smaller(larger(x, low), high); }
+
+// Of two finite columns; rounded to the nearest, ties to even.
+inline Pair pair(Vector first, Vector second) {
+  const auto rounded = [](Vector x) {
+    const Pair bits = reinterpret_cast<Pair>(x);
+    return bits + 0x7fff + (bits >> 16 & 1);
+  };
+  return rounded(first) >> 16 | (rounded(second) & 0xffff0000);
+}
+
+// sum + what each of a pair of columns is times its factor.
+inline Vector add_products(Vector sum, Pair columns, uint32_t factors) {
+#ifdef RQ_BF16_PRODUCTS
+  return _mm512_dpbf16_ps(sum, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(factors));
+#else
+  const uint32_t first = factors << 16, second = factors & 0xffff0000;
+  float factor_of_first, factor_of_second;
+  std::memcpy(&factor_of_first, &first, sizeof first);
+  std::memcpy(&factor_of_second, &second, sizeof second);
+  sum += reinterpret_cast<Vector>(columns << 16) * factor_of_first;
+  return sum + reinterpret_cast<Vector>(columns & 0xffff0000) * factor_of_second;
+#endif
 }
 
 // To the nearest whole number, ties to the even one, of |x| < 2**22.
@@ -35,7 +64,9 @@ struct Tile {
   const Matrix& matrix;
   int64_t rows;      // of kTileRows
   int64_t width;     // columns, filled up
-  Vector* values;    // [width, kTileVectors]: weights, and once a column is rounded what was rounded away of it
+  // [width, kTileVectors]: weights; once a column is rounded, what was rounded away of it; and once its block is, that of pairs
+  // of columns, negative, from the beginning of the part.
+  Vector* values;
   Vector scales[kTileVectors], inverses[kTileVectors];
   int8_t q[kLargestBlock * kTileRows];
 
@@ -44,7 +75,7 @@ struct Tile {
     float* to = reinterpret_cast<float*>(values);
     std::fill(to, to + width * kTileRows, 0.0f);
     bool finite = true;
-    constexpr int64_t kAtOnce = 16;
+    constexpr int64_t kAtOnce = 64;  // so many lines of a row that the processor fetches them ahead
     for (int64_t first = 0; first < matrix.columns; first += kAtOnce) {
       const int64_t last = std::min(first + kAtOnce, matrix.columns);
       for (int64_t r = 0; r < rows; ++r) {
@@ -58,22 +89,46 @@ struct Tile {
     return finite;
   }
 
-  // Takes what was rounded away of the columns [from, to) of a part out of kColumns columns; `feedback` is that of column 0 of
-  // the part to the first of them, and rows of it are a block apart.
-  void subtract(const Vector* part, int64_t from, int64_t to, Vector* columns, const float* feedback) const {
+  // Takes what was rounded away of the pairs [from, to) of columns of earlier blocks of a part out of kColumns columns;
+  // `factors [pairs, kColumns]` are those for them.
+  void subtract_pairs(const Pair* part, int64_t from, int64_t to, Vector* columns, const uint32_t* factors) const {
     for (int first = 0; first < kTileVectors; first += kVectors) {
       Vector sums[kColumns][kVectors];
       for (int c = 0; c < kColumns; ++c)
         for (int v = 0; v < kVectors; ++v) sums[c][v] = columns[c * kTileVectors + first + v];
       for (int64_t j = from; j < to; ++j) {
-        const Vector* errors = part + j * kTileVectors + first;
-        const float* factors = feedback + j * matrix.block;
+        const Pair* errors = part + j * kTileVectors + first;
         for (int c = 0; c < kColumns; ++c)
-          for (int v = 0; v < kVectors; ++v) sums[c][v] -= errors[v] * factors[c];
+          for (int v = 0; v < kVectors; ++v) sums[c][v] = add_products(sums[c][v], errors[v], factors[j * kColumns + c]);
       }
       for (int c = 0; c < kColumns; ++c)
         for (int v = 0; v < kVectors; ++v) columns[c * kTileVectors + first + v] = sums[c][v];
     }
+  }
+
+  // The same of the `count` earlier columns of the block that the columns are in; rows of `factors` are a block apart.
+  void subtract(const Vector* block, int64_t count, Vector* columns, const float* factors) const {
+    for (int first = 0; first < kTileVectors; first += kVectors) {
+      Vector sums[kColumns][kVectors];
+      for (int c = 0; c < kColumns; ++c)
+        for (int v = 0; v < kVectors; ++v) sums[c][v] = columns[c * kTileVectors + first + v];
+      for (int64_t j = 0; j < count; ++j) {
+        const Vector* errors = block + j * kTileVectors + first;
+        for (int c = 0; c < kColumns; ++c)
+          for (int v = 0; v < kVectors; ++v) sums[c][v] -= errors[v] * factors[j * matrix.block + c];
+      }
+      for (int c = 0; c < kColumns; ++c)
+        for (int v = 0; v < kVectors; ++v) columns[c * kTileVectors + first + v] = sums[c][v];
+    }
+  }
+
+  // What was rounded away of the block's columns becomes pairs, whose place is that of earlier blocks.
+  void pair_up(Vector* part, int64_t start) const {
+    Pair* pairs = reinterpret_cast<Pair*>(part) + start / 2 * kTileVectors;
+    const Vector* columns = part + start * kTileVectors;
+    for (int64_t c = 0; c < matrix.block / 2; ++c)
+      for (int v = 0; v < kTileVectors; ++v)
+        pairs[c * kTileVectors + v] = pair(-columns[2 * c * kTileVectors + v], -columns[(2 * c + 1) * kTileVectors + v]);
   }
 
   // The scale of every row: of the fractions of the one that just holds its largest weight, that of least squared error. Errors
@@ -84,8 +139,8 @@ struct Tile {
       Vector low = {}, high = {};
       for (int64_t c = 0; c < matrix.block; ++c) {
         const Vector x = block[c * kTileVectors + v];
-        low = x < low ? x : low;
-        high = x > high ? x : high;
+        low = smaller(x, low);
+        high = larger(x, high);
       }
       // A range with one value more on the negative side has it take the largest weight, whatever its sign.
       const Vector holding = matrix.least == -matrix.greatest ? (high > -low ? high : -low) / greatest
@@ -93,15 +148,16 @@ struct Tile {
       const Vector unit = inverse(holding);
       Vector best = splat(1.0f), best_error = splat(std::numeric_limits<float>::infinity());
       for (int64_t f = 0; f < matrix.fraction_count; ++f) {
-        const Vector fraction = splat(matrix.fractions[f]), per_fraction = splat(1.0f / matrix.fractions[f]);
+        const Vector fraction = splat(matrix.fractions[f]), per_fraction = unit / fraction;
         Vector error = {};
         for (int64_t c = 0; c < matrix.block; ++c) {
-          const Vector x = block[c * kTileVectors + v] * unit;
-          const Vector away = nearest(clamp(x * per_fraction, least, greatest)) * fraction - x;
+          const Vector x = block[c * kTileVectors + v] * per_fraction;
+          const Vector away = nearest(clamp(x, least, greatest)) - x;
           error += away * away * importance[c];
         }
+        error *= fraction * fraction;
         best = error < best_error ? fraction : best;
-        best_error = error < best_error ? error : best_error;
+        best_error = smaller(error, best_error);
       }
       scales[v] = holding * best;
       inverses[v] = inverse(scales[v]);
@@ -120,27 +176,30 @@ struct Tile {
     for (int v = 0; v < kTileVectors; ++v) {
       const Vector whole = nearest(clamp(column[v] * inverses[v], least, greatest));
       column[v] -= whole * scales[v];
-      for (int lane = 0; lane < kLanes; ++lane) q[c * kTileRows + v * kLanes + lane] = static_cast<int8_t>(whole[lane]);
+      const Bytes bytes = __builtin_convertvector(__builtin_convertvector(whole, Whole), Bytes);
+      std::memcpy(q + c * kTileRows + v * kLanes, &bytes, sizeof bytes);
     }
   }
 
-  // Columns of the part from `start` on; `feedback` is that of column 0 of the part to the first of them.
-  void round_block(Vector* part, int64_t start, const float* feedback, const float* importance) {
+  // Columns of the part from `start` on; `across` and `within` are the feedback to them.
+  void round_block(Vector* part, int64_t start, const uint32_t* across, const float* within, const float* importance) {
     Vector* block = part + start * kTileVectors;
-    for (int64_t depth = 0; depth < start; depth += kDepth)
+    for (int64_t depth = 0; depth < start / 2; depth += kDepth)
       for (int64_t c = 0; c < matrix.block; c += kColumns)
-        subtract(part, depth, std::min(depth + kDepth, start), block + c * kTileVectors, feedback + c);
+        subtract_pairs(reinterpret_cast<const Pair*>(part), depth, std::min(depth + kDepth, start / 2), block + c * kTileVectors,
+                       across + c * matrix.known / 2);
     choose_scales(block, importance);
     for (int64_t c = 0; c < matrix.block; c += kColumns) {
       Vector* columns = block + c * kTileVectors;
-      subtract(part, start, start + c, columns, feedback + c);
+      subtract(block, c, columns, within + c);
       for (int64_t i = 0; i < kColumns; ++i) {
         round(columns + i * kTileVectors, c + i);
-        const float* factors = feedback + (start + c + i) * matrix.block + c;
+        const float* factors = within + (c + i) * matrix.block + c;
         for (int64_t k = i + 1; k < kColumns; ++k)
           for (int v = 0; v < kTileVectors; ++v) columns[k * kTileVectors + v] -= columns[i * kTileVectors + v] * factors[k];
       }
     }
+    if (start + matrix.block < matrix.known) pair_up(part, start);
   }
 
   void store(int64_t row, int64_t start) const {
@@ -160,11 +219,10 @@ bool RQ_ROUND_TILE(const Matrix& matrix, int64_t row, float* memory) {
   Tile tile{matrix, rows, matrix.parts * matrix.known, reinterpret_cast<Vector*>(memory), {}, {}, {}};
   if (!tile.load(row)) return false;
   for (int64_t part = 0; part < matrix.parts; ++part) {
-    const float* feedback = matrix.feedback + part * matrix.known * matrix.known;
     for (int64_t start = 0; start < matrix.known; start += matrix.block) {
       const int64_t column = part * matrix.known + start;
-      tile.round_block(tile.values + part * matrix.known * kTileVectors, start, feedback + start * matrix.known,
-                       matrix.importance + column);
+      tile.round_block(tile.values + part * matrix.known * kTileVectors, start, matrix.across + column * matrix.known / 2,
+                       matrix.within + column * matrix.block, matrix.importance + column);
       tile.store(row, column);
     }
   }

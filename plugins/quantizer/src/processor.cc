@@ -7,13 +7,17 @@ namespace {
 
 const Code kPlain = {"plain", round_tile_plain, decode_plain, [] { return true; }};
 
+#ifdef RQ_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 const Code kVectorized[] = {
 #ifdef RQ_X86
-    {"avx512", round_tile_avx512, decode_avx512,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512dq");
-     }},
+    {"avx512_bf16", round_tile_avx512_bf16, decode_avx512, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {"avx512", round_tile_avx512, decode_avx512, has_avx512},
     {"avx2", round_tile_avx2, decode_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
 };

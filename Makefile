@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 
 TRITON := .venv-triton
 
-.PHONY: help demo test quick sanitize tritonserver kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check tidy format docs schema frozen families wheel clean
+.PHONY: help demo test quick sanitize tritonserver kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check tidy format docs schema frozen families wheel installed clean
 
 help: ## print this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -84,15 +84,22 @@ schema: $(INSTALLED) ## write docs/schema
 frozen: $(INSTALLED) ## write tests/frozen, after a change of a schema
 	PYTHONPATH=. $(BIN)/python tests/support/frozen_files.py
 
-# auditwheel states the oldest glibc in the wheel's tag. The quick tests run against the installed wheel, away from the source.
+# auditwheel states the oldest glibc in the wheel's tag.
 wheel: $(INSTALLED) ## build the sdist and a manylinux wheel in dist/, and test the wheel in an empty environment
-	rm -rf build/dist build/wheel dist
+	rm -rf build/dist dist
 	$(BIN)/python -m build --outdir build/dist .
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl
 	cp build/dist/*.tar.gz dist
-	$(PYTHON) -m venv build/wheel
-	build/wheel/bin/pip install --quiet dist/*.whl 'pytest>=8' 'hypothesis>=6' 'jsonschema>=4' 'tritonclient[grpc]>=2.49'
-	cd tests && ../build/wheel/bin/python -P -m pytest -m quick $$(grep -l mark.quick test_*.py)
+	$(MAKE) installed
+
+# Without extras first: running an engine must not need the compiler. The tests run away from the source.
+installed: ## test the wheel in dist/ in an empty environment, for example with PYTHON=python3.13
+	rm -rf build/installed
+	$(PYTHON) -m venv build/installed
+	build/installed/bin/pip install --quiet dist/*.whl
+	build/installed/bin/rq-compile --version
+	build/installed/bin/pip install --quiet "$$(echo dist/*.whl)[compile]" 'pytest>=8' 'hypothesis>=6' 'jsonschema>=4' 'tritonclient[grpc]>=2.49'
+	cd tests && ../build/installed/bin/python -P -m pytest -m quick $$(grep -rl mark.quick --include='test_*.py' .)
 
 clean: ## remove everything that these commands made
 	rm -rf .venv $(TRITON) build demo dist

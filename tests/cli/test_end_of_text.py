@@ -59,7 +59,7 @@ def test_a_model_without_an_end_is_remarked_on(own_model: Path, engine_of: Calla
     assert any("no token ends a text" in remark for remark in json.loads(path.with_suffix(".json").read_text())["remarks"])
     assert "no token ends a text" in rq_compile("inspect", own_model).stdout.replace("\n", " ")
     generated = rq_compile("generate", path, "--prompt", "In", "--max-tokens", 3)
-    assert "no end-of-text token" in generated.stderr
+    assert "does not name an end-of-text token" in generated.stderr
     assert "(--max-tokens)" in generated.stderr
 
 

@@ -143,7 +143,7 @@ def test_sizes_that_the_kernels_do_not_take_are_refused_before_any_export(
     (out / "plan.json").write_text(json.dumps(plan))
     for more in ([], ["--dry-run"]):
         result = rq_compile(model, "--plan", out / "plan.json", "-o", out / "x.onnx", "-q", *more)
-        refused(result, 2, "layer 0 has hidden 32 and so int", "but the GPU kernels need multiples of 64", "--lowering native")
+        refused(result, 2, "layer 0 has hidden 32 and thus int", "but the GPU kernels need multiples of 64", "--lowering native")
     assert names(out) == ["plan.json"]
 
 

@@ -243,7 +243,7 @@ def test_an_old_index_beside_a_newer_file(copy: Callable[..., Path], tmp_path: P
     folder = sharded(copy("olmoe"))
     tiny.build("olmoe", tmp_path / "newer", seed=1)
     shutil.copy(tmp_path / "newer" / "model.safetensors", folder)
-    model = opened(folder, f"those of model.safetensors; {INDEX} lists 2 other files, which are left out")
+    model = opened(folder, f"the weights are read from model.safetensors; {INDEX} lists 2 other files, which are left out")
     assert [file.name for file in model.checkpoint.files] == ["model.safetensors"]
 
 

@@ -110,11 +110,11 @@ def test_equal_rows_give_equal_scores_and_the_lowest_numbers(
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
-        ("olmoe", all_zero, "in 2 of 2 layers (in layer 0 those of experts 0, 1 and 6 more)"),
+        ("olmoe", all_zero, "in 2 of 2 layers (in layer 0, those of experts 0, 1 and 6 more)"),
         ("olmoe", three_equal_rows, "in 2 of 2 layers"),
-        ("gpt_oss", three_equal_rows, "in 2 of 2 layers (in layer 0 those of experts 1 and 3)"),
-        ("mixtral", three_equal_rows, "in 2 of 2 layers (in layer 0 those of experts 1 and 3)"),
-        ("llama_moe", three_equal_rows, "in 2 of 2 layers (in layer 0 those of experts 1 and 3)"),
+        ("gpt_oss", three_equal_rows, "in 2 of 2 layers (in layer 0, those of experts 1 and 3)"),
+        ("mixtral", three_equal_rows, "in 2 of 2 layers (in layer 0, those of experts 1 and 3)"),
+        ("llama_moe", three_equal_rows, "in 2 of 2 layers (in layer 0, those of experts 1 and 3)"),
         ("switch_transformers", three_equal_rows, "in 2 of 2 layers"),
         ("granitemoe", all_zero, "in 2 of 2 layers"),
     ],

@@ -47,7 +47,7 @@ def edited(directory: Path, target: Path, **changes: object) -> Model:
 
 
 def held(module: nn.Module, expert: int) -> ExpertWeights:
-    """What the loaded model's experts module holds of one expert, in canonical layout."""
+    """One expert of the loaded model's experts module, in canonical layout."""
     if isinstance(module, nn.ModuleDict):
         dense = module[f"expert_{expert}"]
         return ExpertWeights(dense.wi.weight.numpy(), dense.wo.weight.numpy())
@@ -130,7 +130,7 @@ def test_meta_model_is_the_model_without_weights(tiny_checkpoint: Callable[[str]
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_routing_uses_the_geometry(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
-    """Each experts module is called once a forward, on gates of ``top_k``; more than one expert is chosen."""
+    """Each experts module is called once per forward, with gates of ``top_k``; more than one expert is chosen."""
     checkpoint = Model.open(tiny_checkpoint(family))
     model = load_model(checkpoint)
     chosen: dict[str, torch.Tensor] = {}
@@ -221,7 +221,7 @@ def test_refuses_another_activation(tiny_checkpoint: Callable[[str], Path], tmp_
 
 
 def test_ignores_layers_beyond_the_model_s(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """DeepSeek-V3's multi-token-prediction head is stored as one layer more."""
+    """DeepSeek-V3's multi-token-prediction head is stored as an additional layer."""
     checkpoint = edited(tiny_checkpoint("deepseek_v3"), tmp_path / "model", num_hidden_layers=2)
     assert [layer.index for layer in checkpoint.layers] == [1]
 

@@ -1,4 +1,4 @@
-"""Model types of transformers from checkpoint to engine, against transformers itself.
+"""Model types of transformers from checkpoint to engine, compared with transformers itself.
 
 All of them take half an hour. A run takes the popular ones and some others, another selection each day; ``RQ_MODEL_TYPES=all``
 (``make families``, which writes what was found into docs/families.md) takes all, names separated by commas take those.
@@ -83,7 +83,7 @@ def differences(record_property: Callable[[str, object], None]) -> Iterator[Diff
 
 
 def quantized_in_place(model: Model) -> Reference:
-    """transformers, its experts' weights replaced by what the plan's formats hold of them."""
+    """The transformers model, with the experts' weights rounded to the plan's formats."""
     changed = load_model(model)
     for layer in model.layers:
         module = changed.get_submodule(layer.name)
@@ -98,7 +98,7 @@ def quantized_in_place(model: Model) -> Reference:
 def test_a_plan_that_changes_nothing_changes_no_logit_and_no_token(
     model: Model, exported: Exported, reference: Reference, tmp_path: Path, differences: Differences
 ) -> None:
-    """Prompts shorter and longer than sliding windows, and decoding with the cache."""
+    """Prompts that are shorter and longer than sliding windows, and decoding with the cache."""
     for lowering in LOWERINGS:
         target.compile_engine(
             model, plans.plan_of(model, plans.unchanged), tmp_path / f"{lowering}.onnx", lowering, exported=exported
@@ -142,7 +142,7 @@ def test_calibrated_in_memory_and_layer_by_layer(model: Model, monkeypatch: pyte
 @pytest.mark.parametrize("model_type", ["qwen3_5_moe", "glm4_moe", "lfm2_moe"])
 @pytest.mark.parametrize("format", ["fp8", "pack-int4", "nvfp4-fp8"])
 def test_in_the_storage_formats_of_published_checkpoints(model_type: str, format: str, tmp_path: Path) -> None:
-    """Decoded before transformers' loader is traced, so that any family goes with any format."""
+    """Formats are decoded before transformers' loader is traced, so any family works with any format."""
     plain = model_types.build(model_type, tmp_path / "dequantized")
     made = tiny_storage.store(plain, tmp_path / "stored", tiny_storage.FORMATS[format])
     opened = Model.open(made)
@@ -162,7 +162,7 @@ def test_what_cannot_be_compiled_is_refused(model_type: str, tmp_path: Path) -> 
 
 
 def test_experts_that_compute_something_else_are_refused() -> None:
-    """A norm after each expert, which no flag of ours describes: found by running the module."""
+    """A norm after each expert, which our flags cannot describe, is found by running the module."""
     from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
     config = AutoConfig.for_model("muse_spark").get_text_config()
@@ -190,7 +190,7 @@ def test_the_limit_of_an_activation_is_found(gate: float) -> None:
 
 
 def test_every_moe_type_of_transformers_is_listed(tmp_path: Path) -> None:
-    """A new one in another version of transformers is to be tried, not found by a user."""
+    """A new model type in another version of transformers should be noticed by this test, not by a user."""
     import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

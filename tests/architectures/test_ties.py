@@ -1,4 +1,4 @@
-"""Experts that tie: calibration, reference and engine choose the same, those with the lowest numbers."""
+"""Experts that tie: calibration, reference and engine choose the same ones, those with the lowest numbers."""
 
 import shutil
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from rq_compile.runtime.reference import Reference
 from rq_compile.targets.onnxruntime import compile_engine
 
 TEXT = letters(6 * LENGTH, 3)
-# Six experts: no multiple of the numbers that a vector register holds.
+# Six experts: not a multiple of the number of elements in a vector register.
 SIZES = {
     "olmoe": {"num_experts": 6},
     "gpt_oss": {"num_local_experts": 6},
@@ -139,7 +139,7 @@ def test_distinct_rows_are_not(family: str, tiny_checkpoint: Callable[[str], Pat
 
 
 def test_a_bias_that_differs_tells_equal_rows_apart(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """Of DeepSeek-V3, whose bias is added to the scores, and of GPT-OSS."""
+    """Ties in DeepSeek-V3, whose bias is added to the scores, and in GPT-OSS."""
     for family in ("deepseek_v3", "gpt_oss"):
         changed = with_routers(tiny_checkpoint(family), tmp_path / family, lambda t: t if t.ndim == 1 else np.zeros_like(t))
         assert remarks_on_ties(changed) == []

@@ -112,7 +112,7 @@ def test_refuses_a_layer_that_was_bypassed(tiny_checkpoint: Callable[[str], Path
     monkeypatch.setattr(recording, "watch", watch_others)
     refused(
         Model.open(tiny_checkpoint("mixtral")),
-        r"model\.layers\.1\.mlp\.experts routed 0 \(token, choice\) pairs of a batch of first\.txt, but 48 tokens x top-k 2 = 96 were expected",
+        r"model\.layers\.1\.mlp\.experts routed 0 \(token, choice\) pairs of a batch of first\.txt, but 48 tokens x top-k 2",
     )
 
 

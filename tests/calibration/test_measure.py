@@ -1,4 +1,4 @@
-"""Measured errors, estimates and scores against transformers' experts and plain loops, in float64."""
+"""Measured errors, estimates and scores, compared with transformers' experts and plain loops in float64."""
 
 import math
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class Reference:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_error_is_what_the_layer_s_output_changes_by(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
-    """One expert in a format: the relative squared change of the whole layer's output, in float64."""
+    """The relative squared change of the whole layer's output when one expert is stored in a format, in float64."""
     checkpoint = Model.open(tiny_checkpoint(family))
     layer = checkpoint.layers[-1]
     given = inputs(layer.geometry, 160)
@@ -108,7 +108,7 @@ def test_errors_are_those_of_the_block_that_was_asked_for() -> None:
 def test_errors_add_up(
     tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str, tolerance: float
 ) -> None:
-    """All experts in int4: the layer's relative error is their sum, exactly where a token has one expert."""
+    """All experts in int4: the layer's relative error is their sum, and is exact if a token has one expert."""
     monkeypatch.setattr(measure, "MAX_PAIRS", 400)
     checkpoint = Model.open(tiny_checkpoint(family))
     layer = checkpoint.layers[0]
@@ -230,14 +230,14 @@ def test_estimates_are_never_zero_and_never_nan(tokens: int) -> None:
     for format in ("fp16", "bf16", "int8", "int4"):
         assert np.isfinite(errors[format]).all()
         assert (errors[format] > 0).all()
-        # Less than what a reached expert suffers in all, as no more than a token is expected of them.
+        # Less than the total error of an expert with tokens, since at most one token is expected of them.
         assert not reached or errors[format][:4].max() < errors[format][4:].min()
     assert (found.wanda[:4] == 0).all()
     assert np.isfinite(found.wanda).all()
 
 
 def test_an_estimate_where_no_other_expert_changes() -> None:
-    """The reached experts hold fp16 values already; the unreached one does not."""
+    """The experts with tokens already hold fp16 values; the expert without tokens does not."""
     experts = random_experts(SWIGLU)
     for expert in range(5):
         experts[expert] = ExpertWeights(*(stored(matrix, "fp16") for matrix in (experts[expert].up, experts[expert].down)))

@@ -1,7 +1,7 @@
-"""Quantized weights whose tensors or settings were changed at random: refused in one sentence, or read as before.
+"""Quantized weights whose tensors or settings were changed at random: rejected with one sentence, or read as before.
 
-What is changed is how weights are said to be stored, never a number that they are made of: a weight that still comes out in its
-own name and shape must have its own values. One of another name or shape is for the comparison with the model's parameters.
+The changes affect only the description of how weights are stored, never their numbers: a weight that is still read with its
+own name and shape must have its own values. A different name or shape is left to the comparison with the model's parameters.
 """
 
 import json
@@ -27,9 +27,9 @@ from rq_compile.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
 EXPERT = "model.layers.0.mlp.experts."
-# Nothing but their own presence tells of them.
+# Only their own presence shows that they exist.
 OPTIONAL = (".pre_quant_scale", ".input_scale")
-# Their shape decides what a block is, whatever is stated.
+# Their shape determines the block, whatever the settings state.
 GRIDS = (".weight_scale_inv", ".qscale_weight")
 ONE_BYTE = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 FLOATS = (torch.float16, torch.bfloat16)
@@ -126,7 +126,7 @@ def spoil_values(draw: st.DrawFn, tensors: Tensors, name: str) -> None:
 
 CHANGES = (drop, cut, repeat, reshape, retype, rename, spoil_values)
 VALUES = st.sampled_from([None, 0, -1, 3, 8, 16, 64, "", "x", [], [0, 0], [7, 5], {}, True])
-# They say what the tensors cannot: the version of the zero points.
+# They contain what the tensors cannot show: the version of the zero points.
 KEPT = ("checkpoint_format",)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in every storage format go the whole way, against transformers on the same weights dequantized."""
+"""Checkpoints in every storage format through all stages, compared with transformers on the same weights, dequantized."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +26,7 @@ from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
 from rq_compile.targets.onnxruntime import compile_engine
 
-# The smallest format of a slot that holds what the format stores, and the block it takes.
+# The smallest slot format that can hold what the storage format stores, and its block.
 LOSSLESS = {
     "fp8": ("fp32", 128),
     "fp8-qscale": ("fp32", 128),
@@ -124,7 +124,7 @@ def test_calibrating_layer_by_layer_is_the_same(model: Model, calibration: Calib
     for one, other in zip(calibration[0].layers, streamed.layers, strict=True):
         assert one.load == other.load
         for format, error in one.error.items():
-            # GPTQ may round a weight that lies between two numbers to the other one.
+            # GPTQ may round a weight that lies between two numbers to either one.
             np.testing.assert_allclose(other.error[format], error, rtol=3e-2, atol=1e-12, err_msg=format)
 
 
@@ -136,7 +136,7 @@ def test_engines(
     exported_once: Callable[[str, Model], Exported],
     tmp_path: Path,
 ) -> None:
-    """Of a plan that changes nothing, and of one within the budget."""
+    """The engines of a plan that changes nothing, and of one within the budget."""
     calibrated, statistics = calibration
     stored = sum(layer.stored_bytes or 0 for layer in calibrated.layers)
     for policy in ("none", "optimal"):
@@ -196,7 +196,7 @@ def test_families_without_a_declaration(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_commands(rq_compile: Callable[..., Result], tmp_path: Path) -> None:
-    """One go, with nothing but MODEL and a text: the least memory that works is taken and said."""
+    """In one command, with only MODEL and a text: the smallest memory that works is used and reported."""
     folder = tiny_storage.build("mxfp4", tmp_path)
     text = tmp_path / "text.txt"
     text.write_text(TEXTS["first.txt"] * 4)

@@ -1,4 +1,4 @@
-"""File systems of other people: what they cannot do, and that outputs survive the machine."""
+"""File systems with restrictions, and outputs that survive a crash of the machine."""
 
 import errno
 import fcntl
@@ -75,7 +75,7 @@ def test_without_hard_links_weights_are_written(
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
-    """What was synced and renamed, by name, in order."""
+    """The names of the files that were synced and renamed, in order."""
     events: list[tuple[str, str]] = []
     replace, fsync = Path.replace, os.fsync
 
@@ -157,7 +157,7 @@ def test_without_a_temporary_folder_the_output_s_is_taken(
 
 @pytest.fixture
 def cached(stages: Path, out: Path) -> Path:
-    """An engine as the Hugging Face hub keeps downloads: every file a link to a blob that is named by its hash."""
+    """An engine as the Hugging Face hub stores downloads: every file is a link to a blob that is named by its hash."""
     (out / "blobs").mkdir()
     (out / "snapshots" / "1f").mkdir(parents=True)
     for number, file in enumerate(sorted(stages.glob("model.*"))):
@@ -181,7 +181,7 @@ def test_an_engine_of_links_runs(rq_compile: Run, stages: Path, cached: Path) ->
 
 
 def test_a_package_of_links_runs(rq_compile: Run, stages: Path, out: Path) -> None:
-    """Uploaded to the hub and taken from its cache; or with a link to its script alone."""
+    """Uploaded to the hub and used from its cache; or with a link only to its script."""
     assert rq_compile("package", stages / "model.onnx", "--for", "edge", "-o", out / "blobs", "-q").exit_code == 0
     (out / "snapshot").mkdir()
     for number, file in enumerate(sorted((out / "blobs").iterdir())):
@@ -209,7 +209,7 @@ def test_a_link_to_an_engine_names_the_engine(rq_compile: Run, stages: Path, out
 
 
 def test_an_op_library_that_does_not_load(rq_compile: Run, stages: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that was built on a newer system: the loader's reason is in the sentence."""
+    """Like a library that was built on a newer system: the message contains the loader's reason."""
     (out / "librq_moe.so").write_bytes(b"\x7fELF of another machine")
     monkeypatch.setattr("rq_compile.engine.library.library_path", lambda *_: out / "librq_moe.so")
     result = rq_compile("generate", stages / "model.onnx", "--prompt", "a")

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness scores an engine as it scores the checkpoint that transformers runs."""
+"""lm-evaluation-harness gives an engine the same scores as the checkpoint in transformers."""
 
 import functools
 import json
@@ -80,7 +80,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(rq_compile: Callable[..., Result], stages: Path, tiny_checkpoint: Callable[[str], Path], tmp_path_factory) -> Path:
-    """The tiny OLMoE by a plan that changes nothing."""
+    """The tiny OLMoE, compiled with a plan that changes nothing."""
     folder = tmp_path_factory.mktemp("unchanged")
     plan, path = folder / "plan.json", folder / "unchanged.onnx"
     for arguments in (
@@ -94,7 +94,7 @@ def engine(rq_compile: Callable[..., Result], stages: Path, tiny_checkpoint: Cal
 
 @pytest.fixture(scope="module", autouse=True)
 def without_survey() -> Iterator[None]:
-    """The harness lists the machine and its Python packages with every result, which takes seconds."""
+    """Skip the list of the machine and its Python packages, which the harness adds to every result and which takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "add_env_info", lambda results: None)
         yield
@@ -103,7 +103,7 @@ def without_survey() -> Iterator[None]:
 def evaluated(model: LM, tasks: Path) -> dict[str, dict]:
     """Scores and answers, by task."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    # The bootstrap's spread is no score.
+    # The bootstrap's spread is not a score.
     found = evaluator.simple_evaluate(model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, log_samples=True)
     return {
         name: {
@@ -155,7 +155,7 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
 
 
 def written_in_letters(engine: Engine) -> tuple[str, str]:
-    """A letter after which the engine writes three, instead of numbers that are no token of its tokenizer; and these three."""
+    """A letter after which the engine generates three letters (not ids that its tokenizer does not have), and these three."""
     for start in string.ascii_letters:
         tokens = [engine.tokenizer.id_to_token(token) for token in engine.generate(engine.tokenizer.encode(start).ids, 3)]
         if len(tokens) == 3 and all(token and token.isalnum() for token in tokens):
@@ -271,7 +271,7 @@ def test_an_encoder_decoder_is_refused(stages: Path, tmp_path: Path) -> None:
 
 def command_line(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["lm-eval", *map(str, arguments)])
-    # To read the thousands of task files that the harness brings takes as long as all these tests.
+    # Reading the thousands of task files of the harness would take as long as all these tests.
     monkeypatch.setattr(TaskManager, "__init__", functools.partialmethod(TaskManager.__init__, include_defaults=False))
     main()
 

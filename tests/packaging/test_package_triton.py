@@ -1,4 +1,4 @@
-"""The model repository for Triton: what its files and configs say."""
+"""The model repository for Triton: the contents of its files and configs."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from rq_compile.targets.tensorrt.profiles import Profile
 
 @pytest.fixture(scope="module")
 def engines(rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_path_factory) -> dict[str, Path]:
-    """One engine that needs no op library, one that does."""
+    """Two engines: one that needs no op library, and one that does."""
     native = compile_native(rq_compile, stages, tiny_checkpoint("olmoe"), tmp_path_factory.mktemp("native"))
     return {"model": stages / "model.onnx", "native": native}
 
@@ -110,7 +110,7 @@ def copy_engine(stages: Path, folder: Path) -> Path:
     return folder / "model.onnx"
 
 
-# TensorRT: no GPU is at hand, so an engine here is a file that nobody opens.
+# TensorRT: there is no GPU, so the engine here is a file that is never opened.
 
 
 def tensorrt_engine(folder: Path, plan: Path, content: bytes = b"engine", **changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""A real ``tritonserver`` serves the packages: the tokens of ``rq-compile generate``, whatever clients do."""
+"""A real ``tritonserver`` serves the packages: it returns the tokens of ``rq-compile generate``, whatever clients do."""
 
 import json
 import queue
@@ -40,15 +40,15 @@ LONGEST = 10**6
 
 @pytest.fixture(scope="module")
 def engines(rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_path_factory) -> dict[str, Path]:
-    """One engine that needs no op library, one that does."""
+    """Two engines: one that needs no op library, and one that does."""
     native = compile_native(rq_compile, stages, tiny_checkpoint("olmoe"), tmp_path_factory.mktemp("native"))
     return {"model": stages / "model.onnx", "native": native}
 
 
 @pytest.fixture(scope="module")
 def repositories(rq_compile: Command, engines: dict[str, Path], tmp_path_factory) -> list[Path]:
-    """Both engines in the python flavour, one of them also without an end, and in the onnxruntime flavour with a stand-in for the
-    backend."""
+    """Both engines in the python flavour, one of them also without end-of-text tokens, and in the onnxruntime flavour with a
+    stand-in for the backend."""
     root = tmp_path_factory.mktemp("repositories")
     for name, engine in engines.items():
         succeed(rq_compile("package", engine, "--for", "triton", "--threads", 1, "-o", root / name, "-q"))
@@ -72,7 +72,7 @@ def replace_backend(model: Path) -> None:
 
 
 def never_end(model: Path) -> None:
-    """No token ends a text of this model, and its texts may be as long as LONGEST."""
+    """This model has no end-of-text token, and its texts may be as long as LONGEST."""
     config = read_config(model)
     config.parameters["max_sequence_length"].string_value = str(LONGEST)
     write_config(config, model)
@@ -89,7 +89,7 @@ def server(repositories: list[Path], tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def expected(rq_compile: Command, engines: dict[str, Path]) -> Callable[[str, str], tuple[str, list[int]]]:
-    """Text and tokens of ``rq-compile generate``, twelve at most."""
+    """Text and tokens of ``rq-compile generate``, at most twelve tokens."""
 
     def run(model: str, prompt: str) -> tuple[str, list[int]]:
         command = ("generate", engines[model], "--prompt", prompt, "--max-tokens", 12, "--threads", 1, "--json")
@@ -182,7 +182,7 @@ def test_a_bad_request_gets_an_error_and_the_server_lives(
 def test_bytes_that_are_no_text_and_a_request_without_stream_are_refused(server: Server, expected: Callable) -> None:
     with pytest.raises(InferenceServerException, match="not UTF-8"):
         server.stream("native", text_input=b"\xff\xfe")
-    # Triton's plain inference route has no place for several answers.
+    # Triton's plain inference route does not support several responses.
     text = http.InferInput("text_input", [1], "BYTES")
     text.set_data_from_numpy(np.array([b"a"], np.object_))
     with http.InferenceServerClient(server.http) as client, pytest.raises(InferenceServerException, match="decoupled"):
@@ -240,7 +240,7 @@ def test_a_damaged_engine_does_not_load_and_the_others_serve(
 
 
 class Client:
-    """Generates with the cache on its own side, one request a step."""
+    """A client that keeps the cache and generates with one request per step."""
 
     def __init__(self, server: Server, engine: Path) -> None:
         self.client = grpc.InferenceServerClient(server.grpc)

@@ -38,7 +38,7 @@ def fp32_calibrations(draw: st.DrawFn, experts: int = 3) -> Calibration:
 
 
 def planned(calibration: Calibration, formats: Sequence[str], **options: object) -> Plan | None:
-    """None: refused."""
+    """The plan, or None if there is none."""
     arguments = {"ranks": 1, "target": "batched", "hedge": 0, "formats": ",".join(formats), **options}
     try:
         return make_plan(calibration, policy="optimal", **arguments)
@@ -135,7 +135,7 @@ def test_on_a_target_that_waits_the_bound_holds_and_the_objective_is_the_documen
         if taken <= allowed(memory, plan.bytes_before) and lost / 2 <= most
     )
     assert plan.optimality.bound <= best + 1e-9
-    # Nothing guarantees the optimum under two bounds; on problems this small it is nearly always found.
+    # The optimum under two bounds is not guaranteed; for problems this small, it is nearly always found.
     assert plan.optimality.objective <= 1.5 * best + 0.05
 
 
@@ -154,7 +154,7 @@ def test_more_formats_never_make_a_plan_worse(
     arguments = {"target": target, "ranks": ranks, "memory": memory, "max_error": 10**exponent}
     few = planned(calibration, [format for format in FORMATS if format in some], **arguments)
     assume(few is not None)
-    # The floats are whole alternatives, so that this holds whatever the solver finds.
+    # The float formats are complete alternatives, so this holds for any solution that the solver finds.
     many = planned(calibration, [format for format in FORMATS if format in some or format in FLOATS], **arguments)
     assert many is not None
     if target == "cpu":

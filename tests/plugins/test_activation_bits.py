@@ -1,4 +1,4 @@
-"""ExpertGemm with activations rounded to int8: exactly the products of the rounded numbers, and how far they are from fp32's."""
+"""ExpertGemm with activations rounded to int8: exact products of the rounded numbers, and their distance from fp32's."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def rounded(x, block):
 
 
 def rounded_reference(x, rows, offsets, weights, bias=None, *, block, gather=0, **attributes):
-    """Float slots keep x as it is."""
+    """Float slots leave x unchanged."""
     exact = reference(x, rows, offsets, weights, bias, gather=gather, **attributes)
     coarse = reference(rounded(x, block), rows, offsets, weights, bias, gather=gather, **attributes)
     for slot, format in enumerate(weights.formats):
@@ -47,7 +47,7 @@ def test_every_format_rounded(rng, columns, gather, formats):
 def test_every_block_rounded(rng, block):
     weights = pack(rng, [1, 2], 20, 2 * block, block=block)
     rows, offsets = routed(rng, 20, 1, 2)
-    # The largest products that the kernels' 16 and 32 bits must hold, among others.
+    # Including the largest products that must fit into the kernels' 16 and 32 bits.
     x = rng.choice([-1.0, 1.0, 0.37], size=(20, 2 * block)).astype(np.float32)
     for slot, name, low in ((0, "int8_packed", 1), (1, "int4_packed", 0)):
         weights.inputs[name][:, :, ::2] = low
@@ -58,7 +58,7 @@ def test_every_block_rounded(rng, block):
 
 
 def pack_values(weights, block):
-    """``weights`` with the values that its packed form holds now: the layout, read back by its definition."""
+    """``weights`` with the values of its packed form, read back according to the definition of the layout."""
     for place, name in enumerate(("int8", "int4")):
         packed, scales = weights.inputs[f"{name}_packed"][0], weights.inputs[f"{name}_scales"][0]
         for n, k in np.ndindex(weights.exact.shape[1:]):
@@ -83,7 +83,7 @@ def test_bias_and_activation_rounded(rng, activation):
 
 
 def test_error_of_both(rng):
-    """What rounding activations costs: under 1 % of the output's norm at block 128; keeping fp32 costs nothing."""
+    """The error of rounding activations: less than 1 % of the output's norm at block 128; with fp32 there is none."""
     weights = pack(rng, [1, 2], 64, 1024)
     rows, offsets = routed(rng, 64, 1, 2)
     x = rng.normal(size=(64, 1024)).astype(np.float32)
@@ -132,7 +132,7 @@ print(hashlib.sha256(b"".join(map(np.ndarray.tobytes, y))).hexdigest())
 
 
 def test_every_instruction_set_gives_the_same_bits():
-    """Quantized slots: not only the same numbers, the same bits, whatever this processor has."""
+    """Quantized slots: the same bits, whichever instructions this processor has."""
     digests = set()
     for isa in (None, "plain", "avx2"):
         result = python_with(isa, "-c", PRINT_DIGEST)

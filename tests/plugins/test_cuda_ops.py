@@ -17,7 +17,7 @@ MIXED = [0, 1, 2]
 
 @pytest.fixture
 def on_host(cuda_ops, cuda_parts, monkeypatch):
-    """The library to register in ONNX Runtime, by which the CPU provider takes the ops."""
+    """The library to register in ONNX Runtime, which adds the ops to the CPU provider."""
     monkeypatch.setenv("RQ_LIBRARY", str(cuda_ops))
     return cuda_parts["RQ_HOST"]
 
@@ -38,7 +38,7 @@ def test_old_runtime_is_refused_politely(cuda_ops):
 @pytest.mark.parametrize("formats", [[0, 0], [1, 1], [2, 2], [0, 1], MIXED])
 @pytest.mark.parametrize("bias", [False, True])
 def test_onnxruntime_takes_the_node_and_misses_only_cuda(cuda_ops, half, formats, bias):
-    """The graph is resolved against the registered schema before kernels are looked for."""
+    """The graph is checked against the registered schema before kernels are searched for."""
     with pytest.raises(Exception, match=r"NOT_IMPLEMENTED.*implementation for MoeLayer\(1\)"):
         session_of(model_of(arrays_of(formats, bias=bias, half=half), formats=formats), cuda_ops)
 
@@ -93,7 +93,7 @@ def test_shapes_that_the_graph_knows_are_checked_at_load(on_host):
 
 
 def test_bf16_is_taken_by_an_op_of_its_own(on_host):
-    """Known by the kernel that is missing: only those of fp16 were built."""
+    """Recognized by the missing kernel: only those for fp16 were built."""
     with pytest.raises(Exception, match="this library was built without the kernel combine_bf16"):
         session_of(model_of(arrays_of(MIXED, half=ml_dtypes.bfloat16), formats=MIXED), on_host)
 
@@ -108,7 +108,7 @@ def test_without_a_driver_a_run_is_refused_and_not_the_session(on_host):
 
 
 def test_what_it_computes_is_the_layer(cuda_ops, cuda_parts, built_kernels, monkeypatch):
-    """In another Python: whether Triton interprets is decided when it is first imported."""
+    """In a separate Python process, since Triton decides at import whether it interprets."""
     for name, value in {**cuda_parts, "RQ_LIBRARY": cuda_ops, "RQ_KERNELS": built_kernels, "TRITON_INTERPRET": 1}.items():
         monkeypatch.setenv(name, str(value))
     arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "interpreted_cuda_ops.py"]
@@ -117,7 +117,7 @@ def test_what_it_computes_is_the_layer(cuda_ops, cuda_parts, built_kernels, monk
 
 
 def test_random_nodes_break_nothing(tmp_path, cuda_headers, cuda_parts, built_kernels, monkeypatch):
-    """A library that checks itself, in a Python that has the sanitizers' libraries."""
+    """A library with sanitizers, in a Python process that has loaded the sanitizers' libraries."""
     checking = cuda_library(tmp_path, cuda_headers, built_kernels, *SANITIZED)
     sanitizers = [checked("gcc", f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "LD_PRELOAD": " ".join(sanitizers)}

@@ -1,4 +1,4 @@
-"""The GPU kernels without a GPU: interpreted against float64, and compiled ahead of time for every SM."""
+"""The GPU kernels without a GPU: interpreted and compared with float64, and compiled ahead of time for every SM."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def builds(built, kind):
 
 
 def test_numerics_in_the_interpreter(monkeypatch):
-    """In another Python: whether Triton interprets is decided when it is first imported."""
+    """In a separate Python process, since Triton decides at import whether it interprets."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "interpreted_kernels.py"]
     result = op_nodes.python_with(None, *arguments)
@@ -98,7 +98,7 @@ def test_ptx_is_old_enough_for_the_driver_floor(built):
 
 
 def test_portable_ptx_serves_gpus_that_have_no_cubin(built, tmp_path):
-    """SM 86 and 103 stand for them, Triton's ptxas for the driver."""
+    """SM 86 and 103 represent them, and Triton's ptxas represents the driver."""
     from triton import knobs
 
     for kernel, one, _ in builds(built, "ptx"):
@@ -113,7 +113,7 @@ def test_registers_shared_memory_and_spills_are_bounded(built):
         assert one["spilled"] <= (16 if "prefill" in kernel["name"] else 0), f"{kernel['name']} sm{one['sm']}: {one['spilled']}"
         assert one["shared"] <= SHARED[one["sm"]] * 1024
         programs = 65536 // (one["registers"] * 32 * kernel["warps"])
-        # A decode step waits for memory: only several programs on an SM have enough of it under way.
+        # A decode step waits for memory: only several programs per SM keep enough reads in flight.
         assert programs >= (3 if kernel["name"] == "up_gated_bf16_mixed_decode" else 1), f"sm{one['sm']}: {one['registers']}"
 
 

@@ -1,4 +1,4 @@
-"""The ops of rq.moe as ONNX Runtime runs them, against a float64 reference in numpy."""
+"""The ops of rq.moe in ONNX Runtime, compared with a float64 reference in numpy."""
 
 import itertools
 from pathlib import Path
@@ -268,7 +268,7 @@ def test_combine_refuses(rows, tokens, message):
 
 
 def lesser_instruction_sets():
-    """Those that this processor has, but for the best of them."""
+    """The sets of kernels that this processor supports, except the best one."""
     path = Path("/proc/cpuinfo")
     flags = set(path.read_text().split()) if path.is_file() else set()
     return ["plain", *(["avx2"] if "avx512dq" in flags else []), *(["avx512"] if "avx512_vnni" in flags else [])]
@@ -276,7 +276,7 @@ def lesser_instruction_sets():
 
 @pytest.mark.parametrize("isa", lesser_instruction_sets())
 def test_lesser_instruction_sets(isa):
-    """The same tests on the kernels that this processor would not choose."""
+    """The same tests with the kernels that are not the default on this processor."""
     files = [__file__, __file__.replace("test_ops", "test_activation_bits")]
     chosen = "every_format or all_tokens_on_one_slot or batch_mates"
     result = python_with(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen)

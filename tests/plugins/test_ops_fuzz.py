@@ -1,6 +1,6 @@
-"""Any sizes, any numbers in the index inputs: an answer or an error of the session, never a crash.
+"""Any sizes and any numbers in the index inputs give a result or an error of the session, never a crash.
 
-Worth running in a library built with RQ_SANITIZE (see plugins/onnxruntime/README.md), where a stray read is an abort.
+Worth running with a library built with RQ_SANITIZE (see plugins/onnxruntime/README.md), which aborts at a read out of bounds.
 """
 
 import ml_dtypes
@@ -16,7 +16,7 @@ quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 
 
 def answer(op, inputs, kinds, **attributes):
-    """The outputs, or None where the session gives an error."""
+    """The outputs, or None if the session raises an error."""
     try:
         return run_op(op, inputs, kinds, **attributes)
     except REFUSALS as error:
@@ -26,7 +26,7 @@ def answer(op, inputs, kinds, **attributes):
 
 
 def near(draw, right):
-    """Mostly ``right``, sometimes a little off."""
+    """Mostly ``right``, sometimes a slightly different number."""
     return max(0, right + draw(st.sampled_from([0] * 60 + [-1, 1, 7, -right])))
 
 

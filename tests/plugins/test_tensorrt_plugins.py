@@ -48,7 +48,7 @@ def plugin(tmp_path_factory, headers, built_kernels):
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory, headers, described_kernels):
-    """Runs the host program with a library, both of which check themselves."""
+    """Runs the host program with a library, both built with sanitizers."""
     folder = tmp_path_factory.mktemp("sanitized")
     checking = library(folder, headers, described_kernels, *SANITIZED)
     program = compiled("tensorrt_host.cc", folder / "host", headers, "-g", f"-fsanitize={SANITIZERS}")
@@ -72,7 +72,7 @@ TYPES[TensorProto.BFLOAT16] = 7
 
 
 def description(model):
-    """Of the model's one MoeLayer, a line as tensorrt_host.cc reads it, made as TensorRT's parser makes fields and inputs."""
+    """A line for tensorrt_host.cc about the model's only MoeLayer, with fields and inputs as TensorRT's parser makes them."""
     (node,) = moe_nodes.moe_nodes(model)
     attributes = moe_nodes.attributes_of(node)
     words = []
@@ -93,7 +93,7 @@ def description(model):
 
 
 def test_every_node_that_the_compiler_writes_is_taken(host, tmp_path):
-    """Of every activation, in both 16-bit types, with formats alone and mixed, with biases and loads."""
+    """Layers with every activation, in both 16-bit types, with single and mixed formats, with biases and loads."""
     lines = []
     for activation in ACTIVATIONS:
         for half in ("fp16", "bf16"):
@@ -140,8 +140,8 @@ trt.OnnxParser(network, logger).parse_from_file(sys.argv[2])
 
 
 def parsed(plugin, model):
-    """What TensorRT-RTX says while it parses. It has TensorRT's parser and registry but takes no plugin: where it has one made
-    and would add it to the network, it ends the process."""
+    """The messages of TensorRT-RTX while it parses. It has TensorRT's parser and registry, but supports no plugins: after
+    creating one that it would add to the network, it ends the process."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("no ONNX parser of TensorRT: pip install tensorrt-rtx")
     command = [sys.executable, "-c", PARSE, plugin, model]
@@ -189,7 +189,7 @@ def test_it_exports_two_functions_and_needs_neither_tensorrt_nor_a_driver(plugin
 
 
 def test_a_real_registry_lists_the_creator(plugin):
-    """Of TensorRT's lean runtime, in a process of its own."""
+    """With TensorRT's lean runtime, in a separate process."""
     if importlib.util.find_spec("tensorrt_lean_bindings") is None:
         pytest.skip("no plugin registry: pip install tensorrt-lean-cu12-bindings tensorrt-lean-cu12-libs")
     script = """
@@ -205,7 +205,7 @@ print(type(creator).__name__, creator.name, [field.name for field in creator.fie
 
 
 def test_what_it_launches_is_the_layer(plugin, headers, built_kernels, tmp_path, monkeypatch):
-    """In another Python: whether Triton interprets is decided when it is first imported."""
+    """In a separate Python process, since Triton decides at import whether it interprets."""
     stand_in = stand_in_driver(tmp_path, headers)
     shared_host = shared_library("tensorrt_enqueue.cc", tmp_path / "libhost.so", headers)
     for name, path in (("PLUGIN", plugin), ("HOST", shared_host), ("STAND_IN", stand_in), ("KERNELS", built_kernels)):

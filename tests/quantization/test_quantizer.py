@@ -1,4 +1,4 @@
-"""Formats, packing and the two ways of rounding, against plain float64."""
+"""Formats, packing and the two ways of rounding, compared with plain float64."""
 
 import hashlib
 import shutil
@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def correlated(tokens: int, columns: int, seed: int = 1) -> np.ndarray:
-    """Inputs of few directions, some channels much louder than others, as activations are."""
+    """Inputs with few directions, and some channels much larger than others, as in activations."""
     random = np.random.default_rng(seed)
     mixed = random.standard_normal((tokens, 8)) @ random.standard_normal((8, columns)) + 0.3 * random.standard_normal(
         (tokens, columns)
@@ -54,7 +54,7 @@ def test_packed_weights_are_the_stored_ones(shape: tuple[int, int], format: Form
 def test_rounding_to_the_nearest_errs_by_half_a_step(format: Format, levels: int) -> None:
     weights = normal(20, 256).astype(np.float64)
     largest = np.abs(weights.reshape(20, 2, 128)).max(-1)
-    # int4 ends at 7 on one side: a weight there may be a whole step off.
+    # int4 ends at 7 on one side, where a weight may be off by a whole step.
     bound = largest / levels * (0.5 if format == "int8" else 1.0) * (1 + 1e-5)
     error = np.abs(stored(weights, format) - weights).reshape(20, 2, 128).max(-1)
     assert (error <= bound).all()
@@ -124,7 +124,7 @@ def test_blocks_of_32_err_less_also_within_a_moment_of_128(format: Format) -> No
 
 
 def test_a_moment_by_blocks_is_a_whole_one_that_knows_nothing_between_them() -> None:
-    """So what GPTQ does inside a block of the moment, scales of 32 weights included, is what it does in a whole one."""
+    """So within a block of the moment, including scales of 32 weights, GPTQ does the same as with the whole moment."""
     weights, moment = normal(16, 256), block_moment(correlated(300, 256), 128)
     whole = np.zeros((256, 256), np.float32)
     whole[:128, :128], whole[128:, 128:] = moment.values
@@ -208,7 +208,7 @@ def test_gptq_gives_the_same_bytes_on_any_number_of_threads_and_beside_any_other
 def test_the_factors_of_a_moment_do_not_depend_on_torch_s_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: str
 ) -> None:
-    """Of 500 columns: LAPACK rounds those differently on two threads."""
+    """A moment of 500 columns, which LAPACK rounds differently on two threads."""
     moment = whole_moment(correlated(400, 500))
     np.save(tmp_path / "moment.npy", moment.values)
     code = (
@@ -242,7 +242,7 @@ def test_every_instruction_set_rounds_alike(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("there", ["nothing", "another library"])
 def test_a_package_that_was_not_built_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: str) -> None:
-    if there == "another library":  # as one of older sources, it has not all functions
+    if there == "another library":  # like one built from older sources, it lacks some functions
         shutil.copy(library.LIBRARY.with_name("librq_moe.so"), tmp_path / "librq_quantizer.so")
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "librq_quantizer.so")
     library.quantizer_function.cache_clear()

@@ -1,4 +1,4 @@
-"""The report: what it says, what it refuses, and how a browser shows it."""
+"""The report: its contents, the files it rejects, and how a browser shows it."""
 
 import json
 import re
@@ -31,7 +31,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 @pytest.fixture(scope="module")
 def measured(rq_compile: Command, stages: Path, tiny_checkpoint: Callable[[str], Path], tmp_path_factory) -> Path:
-    """A folder with what `evaluate` and `bench` print of the engine of ``stages``."""
+    """A folder with the output of `evaluate` and `bench` for the engine of ``stages``."""
     folder, engine, model = tmp_path_factory.mktemp("measured"), stages / "model.onnx", tiny_checkpoint("olmoe")
     second = folder / "other.txt"
     second.write_text("The quick brown fox jumps over the lazy dog. " * 12)
@@ -58,7 +58,7 @@ def documents(stages: Path, measured: Path) -> tuple[Manifest, Evaluation, Bench
 
 @pytest.fixture(scope="module")
 def pages(documents: tuple[Manifest, Evaluation, Bench], stages: Path, tmp_path_factory) -> dict[str, Path]:
-    """The full page, one with a sweep, one where nothing was measured, a large model's, and one whose names are hostile."""
+    """The full page, one with a sweep, one without measurements, one for a large model, and one with hostile names."""
     manifest, evaluation, bench = documents
     folder = tmp_path_factory.mktemp("pages")
     named = manifest.model_copy(update={"tool": HOSTILE, "plan": manifest.plan.model_copy(update={"model": HOSTILE})})
@@ -83,7 +83,7 @@ def sweep_of(manifest: Manifest, stages: Path) -> Sweep:
 
 
 def large(manifest: Manifest, layers: int = 64, experts: int = 256) -> Manifest:
-    """The engine of a model of this size, the busiest experts copied until no slot has more than the mean."""
+    """The engine of a model of this size, with copies of the busiest experts until no slot has more than the mean."""
     random = np.random.default_rng(1)
     first = manifest.plan.layers[0]
     made = []
@@ -103,7 +103,7 @@ def large(manifest: Manifest, layers: int = 64, experts: int = 256) -> Manifest:
     return manifest.model_copy(update={"plan": manifest.plan.model_copy(update={"layers": made})})
 
 
-# What it says
+# Contents
 
 
 def test_the_command_writes_the_figures_of_the_documents(
@@ -257,7 +257,7 @@ def test_a_sweep_is_drawn_and_the_engine_marked(
         assert all(0 <= place <= 100 for place, _ in [*curve.x_ticks, *curve.y_ticks])
         assert [mark.x for mark in curve.marks] == sorted(mark.x for mark in curve.marks)
         assert all(mark.tip in content for mark in curve.marks)
-    # The more memory, the smaller the error, the lower the point.
+    # The more memory, the smaller the error and the lower the point.
     heights = [mark.y for mark in drawn[0].marks if not mark.here]
     assert heights[0] < heights[-1]
 
@@ -292,7 +292,7 @@ def test_sweeps_of_something_else(
     assert names(out) == []
 
 
-# What it is made of
+# Structure
 
 
 @pytest.mark.parametrize("name", ["full", "swept", "bare", "large", "hostile", "hostile bare"])
@@ -315,7 +315,7 @@ def test_the_same_documents_give_the_same_bytes(documents: tuple[Manifest, Evalu
     assert page("model.onnx", *documents) == pages["full"].read_text()
 
 
-# What it refuses
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_files_that_are_missing(rq_compile: Command, stages: Path, out: Path, tm
     assert names(out) == []
 
 
-# How a browser shows it
+# In a browser
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +388,7 @@ def test_it_loads_without_a_complaint_and_fits(tab: Page, pages: dict[str, Path]
     assert tab.requests == [pages[name].as_uri()]
     assert tab.evaluate("typeof pwned") == "undefined"
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    # Nothing reaches beyond the edge but what scrolls in a frame of its own, which the keyboard can reach too.
+    # Only the contents of scrollable frames, which the keyboard can reach too, extend beyond the edge.
     outside = "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, .unseen') && "
     assert tab.evaluate(outside + f"e.getBoundingClientRect().right > {width} + 0.5).map(e => e.outerHTML.slice(0, 80))") == []
     assert tab.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.tabIndex == 0 && e.ariaLabel)")
@@ -414,7 +414,7 @@ def test_contrast_is_enough_to_read(tab: Page, pages: dict[str, Path], scheme: s
 
 
 def test_every_tone_is_stronger_than_the_one_before(tab: Page, pages: dict[str, Path]) -> None:
-    """Not by colour alone: in shades of grey the order is the same."""
+    """Colour is not the only cue: in shades of grey, the order is the same."""
     for scheme, sign in (("light", -1), ("dark", 1)):
         tab.open(pages["full"], scheme=scheme)
         tones = tab.evaluate(
@@ -439,7 +439,7 @@ def test_printed_it_hides_nothing(tab: Page, pages: dict[str, Path]) -> None:
 
 
 def luminance(colour: str) -> float:
-    """Of ``rgb(...)``, as WCAG 2 defines it."""
+    """The luminance of ``rgb(...)``, as defined by WCAG 2."""
     parts = np.asarray(re.findall(r"[\d.]+", colour)[:3], float) / 255
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])

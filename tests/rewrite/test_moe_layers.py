@@ -106,7 +106,7 @@ def test_it_computes_in_half_between_casts(half, tmp_path):
 
 
 def test_a_gated_projection_has_the_gates_rows_first(tmp_path):
-    """As the kernels split a row tile; said by the weights themselves."""
+    """The order in which the kernels split a row tile, shown by the weights' values."""
     geometry = geometry_of()
     assert geometry.activation in GATED
     rows = np.repeat(np.arange(1.0, 3.0, dtype=np.float32), 64)  # 1 in the gate's rows, 2 in the up projection's

@@ -1,4 +1,4 @@
-"""What the tests of the calibration share: texts, random inputs, and what transformers' routers choose."""
+"""Shared by the tests of the calibration: texts, random inputs, and the choices of transformers' routers."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def copied(directory: Path, target: Path, **changes: object) -> Model:
 
 
 def with_tensor(directory: Path, target: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Model:
-    """A copy of the checkpoint in which one tensor is another."""
+    """A copy of the checkpoint in which one tensor is replaced."""
     shutil.copytree(directory, target)
     tensors = load_file(target / "model.safetensors")
     tensors[name] = change(tensors[name])
@@ -59,7 +59,7 @@ def with_tensor(directory: Path, target: Path, name: str, change: Callable[[np.n
 
 
 def routers_choices(checkpoint: Model, text: str, model: nn.Module | None = None) -> dict[str, np.ndarray]:
-    """What transformers' routers choose for each sequence alone, without any padding, ``[tokens * k]`` by experts module."""
+    """The choices of transformers' routers when each sequence runs alone, without padding, ``[tokens * k]`` by experts module."""
     model = model or load_model(checkpoint)
     chosen: dict[str, list[np.ndarray]] = {layer.name: [] for layer in checkpoint.layers}
 

@@ -1,4 +1,4 @@
-"""What the tests of the command line share."""
+"""Shared by the tests of the command line."""
 
 import os
 import subprocess
@@ -15,19 +15,19 @@ PACKAGED_IN = Path(package.__file__).parent.parent
 
 
 def python(*arguments: str, **kwargs: object) -> subprocess.Popen:
-    """Another Python that finds this package, whether installed or not."""
+    """A separate Python process that finds this package, whether it is installed or not."""
     environment = {**os.environ, "PYTHONPATH": str(PACKAGED_IN)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *safe_path(arguments[0]), *arguments], env=environment, **pipes, **kwargs)
 
 
 def safe_path(first: str) -> list[str]:
-    """What keeps the working folder, often the source tree without libraries, from coming before the package."""
+    """Options that prevent the working folder, often the source tree without libraries, from coming before the package."""
     return ["-P"] if first in ("-c", "-m") else []
 
 
 def refused(result: Result, status: int, *words: object) -> None:
-    """One sentence on stderr that has all ``words``, nothing on stdout."""
+    """Check that stderr is one sentence that contains all ``words``, and that stdout is empty."""
     assert result.exit_code == status, result.stderr
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")

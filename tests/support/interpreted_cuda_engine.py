@@ -26,7 +26,7 @@ ENGINE = Path(os.environ["RQ_ENGINE"])
 
 @pytest.fixture
 def engine(monkeypatch):
-    """On the CPU provider, with the library by which it takes the ops."""
+    """On the CPU provider, with the library that adds the ops to it."""
     HOST.on_stream(True)
     monkeypatch.setattr(library, "library_path", lambda name: os.environ["RQ_HOST"])
     yield Engine(ENGINE, read_manifest(ENGINE).model_copy(update={"provider": "CPUExecutionProvider"}), 1)
@@ -40,7 +40,7 @@ def test_it_says_what_the_native_engine_says(engine):
     assert launches.failure is None
     assert [name for name, *_ in launches.seen].count("combine_fp16") == len(engine.manifest.plan.layers)
     wanted = np.load(os.environ["RQ_NATIVE"])
-    # A token whose experts are a rounding apart may go to another.
+    # A token whose experts' scores differ only by rounding may go to a different expert.
     assert np.quantile(np.abs(logits - wanted).max(-1), 0.9) < 0.01 * np.abs(wanted).max()
 
 

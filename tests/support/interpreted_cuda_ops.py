@@ -1,6 +1,6 @@
 """MoeLayer in ONNX Runtime, its launches computed by Triton's interpreter: test_cuda_ops.py runs this file.
 
-RQ_HOST is the library of cuda_ops_on_host.cc, RQ_LIBRARY librq_moe_cuda.so, and see interpreted_launches.py.
+RQ_HOST is the library of cuda_ops_on_host.cc, RQ_LIBRARY is librq_moe_cuda.so; for the others see interpreted_launches.py.
 """
 
 import ctypes
@@ -52,7 +52,7 @@ def answer(session, arrays, launches):
     return torch.from_numpy(out)
 
 
-# The largest is left to the TensorRT plugin: what launches it is the same.
+# The largest is tested with the TensorRT plugin, which launches it with the same code.
 @pytest.mark.parametrize("case", [case for case in CASES if case != "prefill tiles"])
 def test_the_layer_against_float64(case, stream):
     tokens, top_k, size, dispatch, options = CASES[case]
@@ -103,7 +103,7 @@ def test_weights_may_be_inputs_of_shapes_that_the_graph_does_not_know():
 
 
 def test_threads_share_a_session(stream):
-    """Nothing is computed: only that each run launches its four kernels and gives its memory back."""
+    """Nothing is computed. This only checks that each run launches its four kernels and returns its memory."""
     random = torch.Generator().manual_seed(SEED)
     held = example(random)
     arrays = arrays_of(held.layer, *batch(held.layer, 9, 2, random))

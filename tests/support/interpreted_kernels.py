@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def bfloat16(monkeypatch_module):
-    """Triton 3.9's interpreter keeps bf16 as its bits, multiplies these as integers and truncates to them: do as a GPU does."""
+    """Triton 3.9's interpreter keeps bf16 as bits, multiplies these as integers and truncates; make it behave like a GPU."""
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     multiply, cast = builder.create_dot, builder.cast_impl
 
@@ -60,7 +60,7 @@ def test_every_stage_against_float64(case):
 
 @st.composite
 def tables(draw):
-    """A replica table whose slots are in any order, how many slots there are, and ids."""
+    """A replica table whose slots are in random order, the number of slots, and ids."""
     copies = draw(st.lists(st.integers(1, 4), min_size=1, max_size=70))
     slots = draw(st.permutations(range(sum(copies) + draw(st.integers(0, 2)))))
     table, places = np.full((len(copies), max(copies)), -1, np.int32), iter(slots)
@@ -97,7 +97,7 @@ def test_dispatch_of_many_slots_and_chunks():
 
 
 def test_weights_that_the_compiler_packs():
-    """What ``quantize`` packs is what the kernels read; two slots may share a matrix."""
+    """The kernels read what ``quantize`` packs; two slots may share a matrix."""
     random = np.random.default_rng(SEED)
     matrices = {"up": (random.normal(size=(2, 128, 192)) / 14), "down": random.normal(size=(2, 192, 64)) / 8}
 

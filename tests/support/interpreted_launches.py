@@ -39,7 +39,7 @@ DRIVER = ctypes.CDLL(os.environ["RQ_STAND_IN"], mode=ctypes.RTLD_GLOBAL)
 
 
 def image_kernel(address):
-    """The entry of kernels.json whose cubin or PTX lies there, and which of both it is."""
+    """The entry of kernels.json whose cubin or PTX is at this address, and which of the two it is."""
     if ctypes.string_at(address, 4) != b"\x7fELF":
         return IMAGES[hashlib.sha256(ctypes.string_at(address)).hexdigest()], "ptx"
     header = ctypes.string_at(address, 64)
@@ -50,7 +50,7 @@ def image_kernel(address):
 
 
 def tensor_at(address, kind):
-    """A tensor whose data begin at ``address``; the interpreter asks for no more."""
+    """A tensor whose data begin at ``address``; the interpreter needs nothing else."""
     if not address:
         return torch.empty(0, dtype=DTYPES[kind])
     size = torch.empty(0, dtype=DTYPES[kind]).element_size()
@@ -58,7 +58,7 @@ def tensor_at(address, kind):
 
 
 class Launches:
-    """What was launched: ``(name, kind of image, grid)``. ``compute``: do what the kernels do."""
+    """The launches: ``(name, kind of image, grid)``. ``compute``: compute the kernels' results, too."""
 
     def __init__(self, sm=80, compute=True):
         self.seen, self.compute, self.failure = [], compute, None

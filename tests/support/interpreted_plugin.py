@@ -1,6 +1,6 @@
 """The TensorRT plugin's launches, computed by Triton's interpreter: test_tensorrt_plugins.py runs this file.
 
-RQ_PLUGIN and RQ_HOST say where the parts are, and see interpreted_launches.py.
+RQ_PLUGIN and RQ_HOST are the paths of the parts; for the others see interpreted_launches.py.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ class Tensor(ctypes.Structure):
 
 
 def enqueue(layer, x, ids, gates, launches, room=1 << 22, shares=None, inputs=None):
-    """The plugin's answer to a batch, from a workspace of the size that it declared and not a byte more."""
+    """The plugin's result for a batch, with a workspace of exactly the size that it declared."""
     inputs = inputs or inputs_of(layer, x, ids, gates)
     described = [Tensor(t.dim(), (ctypes.c_int64 * 8)(*t.shape), CODES[t.dtype], 0, 1.0) for t in inputs]
     formats = layer.formats.tolist()
@@ -74,7 +74,7 @@ def test_enqueue_against_float64(case):
 
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
 def test_a_node_that_the_compiler_writes(activation, tmp_path):
-    """From its bytes to the answer, which is that of the weights before they were packed."""
+    """From serialized bytes to the result, which is that of the weights before packing."""
     geometry = moe_nodes.geometry_of(activation, bias=activation == "clamped_swiglu")
     geometry = geometry.model_copy(update={"alpha": 1.702})  # rq_enqueue gives no other
     model, experts = moe_nodes.compiled_layer(geometry, one_layer.MIXED, tmp_path)
@@ -100,7 +100,7 @@ def test_no_token_no_launch():
 @pytest.mark.parametrize("shares", [None, [0.875, 0.03125, 0.03125, 0.03125, 0.03125]])
 @pytest.mark.parametrize("tokens", [1, 7, 20, 60, 200, 511, 512, 513, 3000])
 def test_tiles_and_grids_are_those_of_the_rule(tokens, shares):
-    """Nothing is computed: which kernels are chosen, and how many programs."""
+    """Nothing is computed. This only checks which kernels are chosen, and the number of programs."""
     random = torch.Generator().manual_seed(SEED)
     held = example(random)
     launches = Launches(compute=False)

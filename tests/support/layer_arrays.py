@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parents[2] / "plugins" / "cuda"))
 def arrays_of(
     formats, tokens=3, hidden=64, intermediate=32, experts=2, top_k=2, block=64, gated=False, bias=False, half=np.float16
 ):
-    """The first expert has the slots that the others leave, one each."""
+    """Every other expert has one slot; the first has the remaining ones."""
     slots = len(formats)
     replicas = np.full((experts, slots), -1, np.int32)
     replicas[0, : slots - experts + 1] = range(slots - experts + 1)

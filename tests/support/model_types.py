@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {
     **{"vocab_size": tiny.VOCABULARY, "vocab_size_per_layer_input": tiny.VOCABULARY, "hidden_size": 64, "intermediate_size": 96},
     **{"moe_intermediate_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2},
     **{"head_dim": 16, "kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
-    # Many small heads: with few, the indexer's scores are often equal (0), and which token it keeps is a matter of rounding.
+    # Many small heads: with few, the indexer's scores are often equal (0), and rounding decides which token it keeps.
     **{"index_topk": 6, "index_head_dim": 16, "index_n_heads": 16, "hidden_size_per_layer_input": 16},
     **{"o_groups": 2, "o_lora_rank": 16, "gated_norm_rank": 8, "linear_head_dim": 16, "linear_num_heads": 4},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = {
     **{"mamba_num_heads": 4, "mamba_head_dim": 16, "mamba_n_groups": 1, "ssm_state_size": 8, "n_groups": 2},
     **{"bos_token_id": 0, "eos_token_id": 1},
 }
-# Of what reads images and sound: as little as possible.
+# The parts for images and sound are as small as possible.
 TOWERS = ("vision_config", "audio_config")
 TOWER_SIZES: dict[str, Any] = {
     **dict.fromkeys(("depth", "num_hidden_layers", "num_layers", "encoder_layers"), 1),
@@ -123,7 +123,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
-# Compiled and run against transformers in the tests.
+# Compiled, run and compared with transformers in the tests.
 SUPPORTED = (
     *("afmoe", "aria", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_ocr2"),
     *("deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note", "dots3_note_text", "ernie4_5_moe"),
@@ -135,7 +135,7 @@ SUPPORTED = (
     *("qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "sarvam_mla"),
     *("sarvam_moe", "solar_open", "step3p7", "zaya"),
 )
-# Refused with a sentence that has these words.
+# Rejected with a sentence that contains these words.
 REFUSED = {
     "deepseek_v4": "forgets tokens in a way of its own",
     "diffusion_gemma": "does not write a text token by token",

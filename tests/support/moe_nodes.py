@@ -1,4 +1,4 @@
-"""A layer compiled to a node MoeLayer, and what the node computes in float64, by plugins/tensorrt/README.md."""
+"""A layer compiled to a MoeLayer node, and the node's result in float64, according to plugins/tensorrt/README.md."""
 
 import sys
 from pathlib import Path
@@ -34,7 +34,7 @@ def geometry_of(activation="swiglu", *, bias=False, hidden=128, intermediate=64)
 
 
 def compiled_layer(geometry, slots, folder, *, experts=None, half="fp16", plan=None):
-    """The layer's model, whole and checked, and its experts."""
+    """The layer's model, complete and checked, and its experts."""
     experts = experts or random_experts(geometry)
     plan = plan or plan_of(geometry, slots)
     lowered = Plugins(half).lower(one_layer(geometry.hidden, 2), plan, lambda _, e: experts[e])
@@ -65,7 +65,7 @@ def inputs_of(node):
 
 
 def constants_of(model):
-    """Every initializer; those in a file have to be loaded."""
+    """All initializers, including those stored in a file."""
     return {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
 
 
@@ -113,9 +113,9 @@ def evaluated(node, constants, x, ids, gates):
 
 
 def run(model, feeds):
-    """All outputs of a compiled model, by name: ONNX Runtime computes it on the CPU, save its MoeLayer nodes.
+    """All outputs of a compiled model, by name. ONNX Runtime computes it on the CPU, except for its MoeLayer nodes.
 
-    The graph is cut at these. It is run once for each, to learn what goes in, and once more with what comes out of all.
+    The graph is cut at these nodes. It runs once per node, to get the node's inputs, and once more with the outputs of all nodes.
     """
     nodes, constants = moe_nodes(model), constants_of(model)
     outputs = [value.name for value in model.graph.output]

@@ -1,4 +1,4 @@
-"""One MoE layer to compile and run in ONNX Runtime, random experts for it, and what it must give, in float64."""
+"""One MoE layer to compile and run in ONNX Runtime, random experts for it, and its expected result in float64."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,7 @@ def compiled(
 
 
 def slot_of_each(ids: np.ndarray, slots: list[tuple[int, str]]) -> list[int]:
-    """The dispatch rule, said plainly: an expert's tokens go to its slots in turn."""
+    """A direct implementation of the dispatch rule: an expert's tokens go to its slots in turn."""
     copies: dict[int, list[int]] = {}
     for slot, (expert, _) in enumerate(slots):
         copies.setdefault(expert, []).append(slot)

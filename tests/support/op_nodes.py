@@ -1,4 +1,4 @@
-"""Nodes of rq.moe to run in ONNX Runtime, random weights for them, and what they must give, in float64."""
+"""Nodes of rq.moe to run in ONNX Runtime, random weights for them, and their expected results in float64."""
 
 import math
 import os
@@ -29,13 +29,13 @@ ONNX_TYPES = {
 }
 # The tensors of every format group, in the order of a node's inputs.
 OF_GROUPS = tuple(name for group in library.FORMAT_GROUPS for name in tensors_of(group))
-# Always constants: numpy has no bfloat16 that a session takes as an input.
+# Always constants, since a session does not accept bfloat16 inputs from numpy.
 CONSTANTS = {"replicas", *OF_GROUPS, "bias"}
 
 
 def python_with(isa, *arguments):
-    """Another Python, with the kernels of `isa` (None: the processor's best) and the package that is tested here."""
-    # The working directory comes first in its path: a source tree there would have no op library.
+    """A separate Python process, with the kernels of `isa` (None: the processor's best) and the tested package."""
+    # The working directory comes first in its path, and a source tree there would have no op library.
     places = [str(Path(__file__).parent), str(Path(rq_compile.__file__).parent.parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)} | ({"RQ_MOE_ISA": isa} if isa else {})
     command = [sys.executable, *arguments]
@@ -57,7 +57,7 @@ assert register(None, ctypes.byref(base)) == 1
 
 
 def registered_with_an_old_runtime(library):
-    """What RegisterCustomOps says to a runtime that knows version 1 only; in a child, so that a crash is a failure."""
+    """The message of RegisterCustomOps to a runtime that knows only version 1, from a child process, which may crash."""
     command = [sys.executable, "-c", OLD_RUNTIME, str(library)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -103,7 +103,7 @@ def combine(y, rows, gates, **options):
 
 @dataclass
 class Weights:
-    """Packed inputs of ExpertGemm and the float64 weights [S, N, K] that they stand for; gated: N is twice the outputs."""
+    """Packed inputs of ExpertGemm and the float64 weights [S, N, K] that they represent; gated: N is twice the outputs."""
 
     inputs: dict
     formats: list[int]
@@ -116,7 +116,7 @@ class Weights:
 
 
 def pack(rng, formats, rows, columns, float_type=np.float32, *, gated=False, block=None):
-    """Random weights, laid out as the op set says; each slot's values are taken from what its packed form holds."""
+    """Random weights in the layout of the op set; each slot's values are those of its packed form."""
     block = block or block_size(columns)
     blocks, halves = -(-columns // block), 1 + gated
     stacked = {name: [] for name in OF_GROUPS}
@@ -184,7 +184,7 @@ def assert_close(ours, exact):
 
 
 def routed(rng, tokens, top_k, slots):
-    """Random rows and offsets over the slots, as Dispatch would give them."""
+    """Random rows and offsets over the slots, as Dispatch would compute them."""
     slot = rng.integers(0, slots, tokens * top_k)
     rows = np.argsort(slot, kind="stable").astype(np.int32)
     return rows, np.concatenate([[0], np.cumsum(np.bincount(slot, minlength=slots))]).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Kernels and libraries on the launcher, built for tests; conftest.py has the fixtures, so that kernels are built once."""
+"""Kernels, and libraries that use the launcher, built for tests; conftest.py has the fixtures, so that kernels are built once."""
 
 import hashlib
 import importlib.util
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "plugins"
-# What layers of mixed formats in fp16 need.
+# The kernels that layers of mixed formats in fp16 need.
 BUILT = ["dispatch_*", "combine_fp16", "up_gated_fp16_mixed_*", "down_fp16_mixed_*"]
 SANITIZERS = "address,undefined"
 SANITIZED = [f"-DRQ_SANITIZE={SANITIZERS}", "-DCMAKE_BUILD_TYPE=Debug"]
@@ -24,7 +24,7 @@ def checked(*command, **options):
 
 
 def compiled(source, output, headers, *options):
-    """A program or library of a source of the tests."""
+    """A program or library from a source file of the tests."""
     folders = [part for folder in headers for part in ("-isystem", folder)]
     checked("g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *folders, *options, TESTS / source, "-ldl", "-o", output)
     return output
@@ -35,12 +35,12 @@ def shared_library(source, output, headers, *options):
 
 
 def stand_in_driver(folder, headers):
-    """A libcuda.so.1, by whose name a library that looks for the driver finds it loaded."""
+    """A libcuda.so.1; a library that searches for the driver by this name finds it already loaded."""
     return shared_library("cuda_stand_in.cc", folder / "libcuda.so.1", headers, "-Wl,-soname,libcuda.so.1")
 
 
 def library(plugin, name, folder, kernels, *options):
-    """The library of `plugins/<plugin>`, of which a warning is an error."""
+    """The library of `plugins/<plugin>`, compiled with warnings as errors."""
     found = [f"-DRQ_KERNELS={kernels}", f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_CXX_FLAGS=-Werror"]
     checked("cmake", "-S", ROOT / "plugins" / plugin, "-B", folder, *found, *options)
     checked("cmake", "--build", folder, "--parallel", "2")
@@ -52,7 +52,7 @@ def built_kernels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
     build = ROOT / "plugins" / "kernels" / "build.py"
     checked(sys.executable, build, "-o", folder, "--sm", "80", "--jobs", "2", "--only", *BUILT)
-    # The files of SM 80 stand for those of one whose instructions no other has.
+    # The files of SM 80 represent those of an SM with instructions that no other SM has.
     described = json.loads((folder / "kernels.json").read_text())
     for kernel in described["kernels"]:
         kernel["builds"].append(kernel["builds"][0] | {"sm": 120, "portable_ptx": False})
@@ -62,7 +62,7 @@ def built_kernels(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def described_kernels(tmp_path_factory):
-    """kernels.json of every kernel, with one image that is none: enough for all but a launch."""
+    """kernels.json with every kernel, and one invalid image: enough for everything but a launch."""
     folder = tmp_path_factory.mktemp("described_kernels")
     (folder / "image").write_bytes(b"none")
     script = """
@@ -84,7 +84,7 @@ print(json.dumps({"version": 1, "tiles": rule, "kernels": [describe(v, [build | 
 
 @pytest.fixture(scope="session")
 def cuda_headers():
-    """CUDA's, as Triton carries them: no toolkit is needed."""
+    """CUDA's headers, as included in Triton: no toolkit is needed."""
     package = importlib.util.find_spec("triton")
     if package is None:
         pytest.skip("no CUDA headers: pip install triton")
@@ -103,7 +103,7 @@ def cuda_ops(tmp_path_factory, cuda_headers, built_kernels):
 
 @pytest.fixture(scope="session")
 def cuda_parts(tmp_path_factory, cuda_headers):
-    """What lets ONNX Runtime's CPU provider take the ops, and a driver for them, by the variables that say where they are."""
+    """A library that adds the ops to ONNX Runtime's CPU provider, and a driver for them, by the variables with their paths."""
     folder = tmp_path_factory.mktemp("cuda_parts")
     interface = f"-I{ROOT / 'plugins' / 'onnxruntime' / 'src'}"
     host = shared_library("cuda_ops_on_host.cc", folder / "libhost.so", [cuda_headers], interface)

@@ -1,4 +1,4 @@
-"""The network for TensorRT: 16 bit where it is enough, and the same answers in ONNX Runtime."""
+"""The network for TensorRT: 16 bits where that suffices, and the same results in ONNX Runtime."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ def test_a_layer_in_fp16_gives_its_answers_in_onnx_runtime(
     x, gates = x.astype(np.float16), gates.astype(np.float16)
     (y,) = layer.run(["y"], {"x": x, "ids": ids, "gates": gates})
     wanted = reference(x, ids, gates, GEOMETRY, MIXED, EXPERTS)
-    # 8 and 4 bit are rounded by column and with 16-bit scales: what that changes is bounded by the formats' own steps.
+    # 8 and 4 bits are rounded by column and with 16-bit scales; the formats' step sizes bound the effect.
     np.testing.assert_allclose(y, wanted, atol=0.02 * np.abs(wanted).max())
 
 
@@ -100,7 +100,7 @@ def network(
     export_once: Callable[[Model], Exported],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Network, Exported]:
-    """The tiny OLMoE with the replicas of its plan, but with nothing quantized, so that only fp16 keeps it from the original."""
+    """The tiny OLMoE with the replicas of its plan, but nothing quantized, so that it differs from the original only by fp16."""
     path = tmp_path_factory.mktemp("network") / "net.onnx"
     checkpoint, plan = Model.open(tiny_checkpoint("olmoe")), read_document(Plan, stages / "plan.json")
     exported = export_once(checkpoint)
@@ -122,7 +122,7 @@ def test_a_model_gives_the_logits_of_transformers(network: tuple[Path, Network, 
     wanted = Reference.load(Model.open(model)).logits(ids)
     assert logits.dtype == np.float32
     assert {array.dtype for array in present} == {np.dtype(np.float16)}
-    # A token whose experts are a rounding apart may go to another.
+    # A token whose experts' scores differ only by rounding may go to a different expert.
     assert np.quantile(np.abs(logits - wanted).max(-1), 0.95) < 0.01 * np.abs(wanted).max()
     assert (logits.argmax(-1) == wanted.argmax(-1)).mean() > 0.97
     # In two steps, with the cache of the first.
@@ -133,7 +133,7 @@ def test_a_model_gives_the_logits_of_transformers(network: tuple[Path, Network, 
 
 
 def widened(path: Path) -> Path:
-    """A bf16 network with fp32 in place of bf16, which ONNX Runtime lacks on the CPU and whose range fp32 has."""
+    """A bf16 network with bf16 replaced by fp32, which has the same range: ONNX Runtime does not support bf16 on the CPU."""
     model = onnx.load(path)
     for graph in graphs(model.graph):
         for tensor in graph.initializer:
@@ -161,7 +161,7 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def spread(family: str, folder: Path, dtype: torch.dtype) -> Path:
-    """A checkpoint whose hidden states pass what fp16 holds, as no weight does."""
+    """A checkpoint whose hidden states exceed fp16's range, although its weights do not."""
     tiny.build(family, folder, dtype=dtype)
     tensors = load_file(folder / "model.safetensors")
     changed = {name: tensor * 2**16 if name.endswith("o_proj.weight") else tensor for name, tensor in tensors.items()}

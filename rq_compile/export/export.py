@@ -84,7 +84,7 @@ def export_graph(model: Model) -> Exported:
     ``input_ids``, ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
 
     Raises:
-        UserError: the model cannot be traced, or not with a free length.
+        UserError: the model cannot be traced, or not with a free length, or the shapes of its graph contradict each other.
     """
     with _quiet_exporters():
         module = meta_model(model)
@@ -105,7 +105,9 @@ def export_graph(model: Model) -> Exported:
         cache = _cache_tensors(exported.graph)
         exported, parameters = folded(exported, without_weights(exported.graph, module))
         exported = take_a_number(exported)
-    return Exported(onnx_ir.to_proto(exported), parameters, OPSET, encoder_decoder, cache)
+        graph = onnx_ir.to_proto(exported)
+        _check_shapes(graph, model)
+    return Exported(graph, parameters, OPSET, encoder_decoder, cache)
 
 
 def _traced(module: PreTrainedModel, model: Model) -> onnx_ir.Model:
@@ -121,6 +123,20 @@ def _traced(module: PreTrainedModel, model: Model) -> onnx_ir.Model:
     config = OnnxConfig(dynamic=True, optimize=False, opset_version=OPSET)
     with recurrent_layers_as_nodes(module):
         return OnnxExporter().export(module, inputs, config=config).program
+
+
+def _check_shapes(graph: onnx.ModelProto, model: Model) -> None:
+    """
+    Raises:
+        UserError: shapes contradict each other. ONNX Runtime would refuse such a graph, but only after the whole compilation.
+    """
+    try:
+        onnx.shape_inference.infer_shapes(graph, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise UserError(
+            f"{model.path}: {model.model_type} gives a graph whose shapes contradict each other ({reason(error)[:200]}); "
+            "use another family, no engine can be made of this one"
+        ) from error
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -140,6 +140,7 @@ REFUSED = {
     "deepseek_v4": "forgets tokens in a way of its own",
     "diffusion_gemma": "does not write a text token by token",
     "doge": "has no experts",
+    "inkling_text": "a graph whose shapes contradict each other",
     "inkling2_text": "does not compute experts",
     "inkling2_loop_text": "does not compute experts",
     "jetmoe": "no layer of a JetMoeForCausalLM has experts",
@@ -148,7 +149,6 @@ REFUSED = {
 }
 # No tiny checkpoint of them is written; what the test on their classes says, or why there is none.
 NOT_TRIED = {
-    "inkling_text": "ONNX Runtime does not load its graph",
     "dbrx": "a config that transformers 5.24 cannot build",
     "inkling_mm_model": "its vision tower has no small config; its language model is inkling_text",
     "longcat_flash": "no small config; its experts are outside of the experts interface",

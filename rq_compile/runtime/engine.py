@@ -90,7 +90,7 @@ class Engine:
         """As :meth:`logits`, and the rows of each slot: layer name -> int64 ``[slots]``. Padding counts as rows.
 
         Raises:
-            UserError: the engine's lowering does not count them.
+            UserError: the engine's lowering does not count them, or its graph has other slots than its manifest's plan.
         """
         if not self.counts_rows:
             raise UserError(
@@ -101,7 +101,15 @@ class Engine:
         feeds = self._feeds(input_ids, attention_mask, decoder_input_ids)
         layers = self.manifest.slot_offsets
         outputs = self._counting_session.run(["logits", *layers.values()], self._accepted(self._counting_session, feeds))
-        return outputs[0], {layer: np.diff(offsets.astype(np.int64)) for layer, offsets in zip(layers, outputs[1:], strict=True)}
+        rows = {layer: np.diff(offsets.astype(np.int64)) for layer, offsets in zip(layers, outputs[1:], strict=True)}
+        for layer in self.manifest.plan.layers:
+            if len(rows[layer.name]) != len(layer.slots):
+                raise UserError(
+                    f"{self.path} and its manifest differ in the slots of layer {layer.index} ({len(rows[layer.name])} and "
+                    f"{len(layer.slots)}); copy both again or compile again",
+                    2,
+                )
+        return outputs[0], rows
 
     def loads(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None

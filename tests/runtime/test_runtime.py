@@ -225,6 +225,17 @@ def test_a_cache_that_the_graph_does_not_have_is_one_sentence(copied: Path, key:
         Engine.load(copied)
 
 
+@pytest.mark.parametrize("slots", [slice(1, None), slice(None, -1)])
+def test_a_manifest_of_other_slots_is_refused_where_rows_are_counted(stages: Path, slots: slice) -> None:
+    engine = Engine.load(stages / "model.onnx", threads=1)
+    first, *others = engine.manifest.plan.layers
+    layers = [first.model_copy(update={"slots": first.slots[slots]}), *others]
+    plan = engine.manifest.plan.model_copy(update={"layers": layers})
+    other = Engine(engine.path, engine.manifest.model_copy(update={"plan": plan}), 1)
+    with pytest.raises(UserError, match=rf"differ in the slots of layer 0 \({len(first.slots)} and {len(first.slots) - 1}\)"):
+        other.loads(np.ones((1, 3), np.int64))
+
+
 def test_a_graph_that_does_not_load_is_one_sentence(copied: Path) -> None:
     size = copied.stat().st_size
     copied.write_bytes(bytes(size))

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from statistics import fmean
 from typing import Any, ClassVar, Literal, Self, cast
@@ -95,13 +94,18 @@ def make_sweep(
     common, own = check_arguments(policy=policy, memory=None, ranks=ranks, target=target, options=options)
     spread = sorted(set(budgets)) if budgets else list(_spread(calibration, policy, ranks, target))
     plans: list[Plan] = []
+    problem = ""
     for done, memory in enumerate(spread):
         progress(done, len(spread))
-        with suppress(UserError):
+        try:
             plans.append(make_plan(calibration, policy=policy, memory=memory, ranks=ranks, target=target, **options))
+        except UserError as error:
+            problem, _, _ = str(error).partition("; ")
     progress(len(spread), len(spread))
     if not plans:
-        raise UserError(f"policy {policy} cannot meet budgets up to {max(spread):g}; give larger --budgets, or leave them out")
+        raise UserError(
+            f"policy {policy} cannot meet any budget up to {max(spread):g}: {problem}; give larger --budgets, or leave them out"
+        )
     left_out = [f"{memory:g}" for memory in spread if memory not in {plan.memory for plan in plans}]
     return Sweep(
         tool=f"rq-compile {__version__}",

@@ -13,14 +13,11 @@ from browser import CHROMIUM, Page, browser
 from click.testing import Result
 from command_line import names, refused
 from html_page import Read
+from sweeps import sweep_of
 
-from rq_compile.calibration.schema import Calibration
 from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation
-from rq_compile.files import write_document
 from rq_compile.planning.schema import LayerPlan, Slot
-from rq_compile.planning.sweep import Sweep, make_sweep, point_of
-from rq_compile.reporting.curves import curves
 from rq_compile.reporting.maps import BOUNDS, legend, maps, tone
 from rq_compile.reporting.page import page
 
@@ -66,7 +63,7 @@ def pages(documents: tuple[Manifest, Evaluation, Bench], stages: Path, tmp_path_
     contents = {
         "full": page("model.onnx", manifest, evaluation, bench),
         "bare": page("model.onnx", manifest, None, None),
-        "swept": page("model.onnx", manifest, evaluation, bench, sweep_of(manifest, stages)),
+        "swept": page("model.onnx", manifest, evaluation, bench, sweep_of(manifest, stages / "calibration.json")),
         "large": page("model.onnx", large(manifest), None, bench),
         "hostile": page(HOSTILE, named, evaluation.model_copy(update={"texts": texts, "reference": HOSTILE}), bench),
         "hostile bare": page(HOSTILE, named, None, None),
@@ -74,12 +71,6 @@ def pages(documents: tuple[Manifest, Evaluation, Bench], stages: Path, tmp_path_
     for name, content in contents.items():
         (folder / f"{name}.html").write_text(content)
     return {name: folder / f"{name}.html" for name in contents}
-
-
-def sweep_of(manifest: Manifest, stages: Path) -> Sweep:
-    calibration = Calibration.model_validate_json((stages / "calibration.json").read_bytes())
-    plan = manifest.plan
-    return make_sweep(calibration, policy="optimal", budgets=None, ranks=plan.ranks, target=plan.target)
 
 
 def large(manifest: Manifest, layers: int = 64, experts: int = 256) -> Manifest:
@@ -236,60 +227,6 @@ def test_tones_are_those_of_the_legend() -> None:
     assert [tone(load) for load in (0, 0.1, 1, 4.99, 5, 60)] == ["t0", "t1", "t4", "t7", "t7", "t8"]
     assert dict(legend())[tone(1)] == "0.8\N{EN DASH}1.25"
     assert [name for name, _ in legend()] == [f"t{number}" for number in range(len(BOUNDS) + 1)]
-
-
-def test_a_sweep_is_drawn_and_the_engine_marked(
-    rq_compile: Command, stages: Path, documents: tuple[Manifest, Evaluation, Bench], out: Path
-) -> None:
-    manifest = documents[0]
-    sweep = sweep_of(manifest, stages)
-    write_document(sweep, out / "sweep.json")
-    result = rq_compile("report", stages / "model.onnx", "--sweep", out / "sweep.json", "-o", out / "report.html", "-q")
-    assert result.exit_code == 0, result.stderr
-    content = (out / "report.html").read_text()
-    assert "What memory buys" in Read(content).text
-    drawn = curves(sweep, manifest.plan)
-    assert [curve.title for curve in drawn] == ["Error", "LIS", "Time of a step", "Time of a token"]
-    for curve in drawn:
-        assert len(curve.marks) == len(sweep.points) + 1
-        assert [mark.here for mark in curve.marks].count(True) == 1
-        assert all(0 <= place <= 100 for mark in curve.marks for place in (mark.x, mark.y))
-        assert all(0 <= place <= 100 for place, _ in [*curve.x_ticks, *curve.y_ticks])
-        assert [mark.x for mark in curve.marks] == sorted(mark.x for mark in curve.marks)
-        assert all(mark.tip in content for mark in curve.marks)
-    # The more memory, the smaller the error and the lower the point.
-    heights = [mark.y for mark in drawn[0].marks if not mark.here]
-    assert heights[0] < heights[-1]
-
-
-def test_a_sweep_with_one_budget_is_drawn(documents: tuple[Manifest, Evaluation, Bench], stages: Path) -> None:
-    manifest = documents[0]
-    sweep = sweep_of(manifest, stages)
-    for point in (sweep.points[0], point_of(manifest.plan)):
-        for curve in curves(sweep.model_copy(update={"points": [point]}), manifest.plan):
-            assert all(0 <= place <= 100 for mark in curve.marks for place in (mark.x, mark.y))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"fingerprint": "0" * 64}, ["is a sweep of the checkpoint 000000000000", "rq-compile plan"]),
-        ({"target": "cuda"}, ["is a sweep of the target cuda"]),
-        ({"ranks": 2}, ["is a sweep of ranks: 2"]),
-    ],
-)
-def test_sweeps_of_something_else(
-    rq_compile: Command,
-    stages: Path,
-    documents: tuple[Manifest, Evaluation, Bench],
-    out: Path,
-    changes: dict[str, Any],
-    words: list[str],
-) -> None:
-    document = out.parent / "sweep.json"
-    write_document(sweep_of(documents[0], stages).model_copy(update=changes), document)
-    refused(rq_compile("report", stages / "model.onnx", "--sweep", document, "-o", out / "report.html"), 2, *words)
-    assert names(out) == []
 
 
 # Structure

@@ -67,8 +67,8 @@ def _from_environment(name: str, default: int, allowed: range) -> int:
     value = os.environ.get(name, str(default))
     if not (value.isascii() and value.isdecimal() and int(value) in allowed):
         raise UserError(
-            f"the environment variable {name} is {value!r}, where a number from {allowed.start} to {allowed.stop - 1} tells a "
-            "process of its place among others; unset WORLD_SIZE, or start the processes with torchrun",
+            f"the environment variable {name} is {value!r}, but must be a number from {allowed.start} to {allowed.stop - 1}; "
+            "unset WORLD_SIZE, or start the processes with torchrun",
             2,
         )
     return int(value)

@@ -169,13 +169,13 @@ def test_a_process_that_never_comes_is_not_waited_for_for_long(model: Path, alon
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', where a number from 1 to"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', but must be a number from 1 to"),
         ("WORLD_SIZE", "", "WORLD_SIZE is ''"),
         ("WORLD_SIZE", "0", "WORLD_SIZE is '0'"),
-        ("RANK", "first", "RANK is 'first', where a number from 0 to 1 tells a process of its place among others"),
+        ("RANK", "first", "RANK is 'first', but must be a number from 0 to 1;"),
         ("RANK", "2", "RANK is '2'"),
         ("RANK", "-1", "RANK is '-1'"),
-        ("LOCAL_WORLD_SIZE", "1(x2)", "LOCAL_WORLD_SIZE is '1(x2)', where a number from 1 to 2"),
+        ("LOCAL_WORLD_SIZE", "1(x2)", "LOCAL_WORLD_SIZE is '1(x2)', but must be a number from 1 to 2"),
     ],
 )
 def test_refuses_an_environment_that_makes_no_sense(

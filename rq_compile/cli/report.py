@@ -16,28 +16,40 @@ from rq_compile.outputs import REPORT, check_outputs
 @click.option("-o", "--output", type=FILE, required=True, help="The page to write (.html).")
 @click.option("--evaluation", type=FILE, help="The output of `rq-compile evaluate ENGINE ... --json`.")
 @click.option("--bench", type=FILE, help="The output of `rq-compile bench ENGINE ... --json`.")
+@click.option(
+    "--calibration", type=FILE, help="The calibration that the plan was made from. Adds whether texts agree on the busy experts."
+)
 @click.option("--sweep", type=FILE, help="The output of `rq-compile plan CALIBRATION --sweep` for the same model.")
 @on_screen
-def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None, bench: Path | None, sweep: Path | None) -> None:
+def command(
+    screen: Screen,
+    engine: Path,
+    output: Path,
+    evaluation: Path | None,
+    bench: Path | None,
+    calibration: Path | None,
+    sweep: Path | None,
+) -> None:
     """Describe ENGINE on one self-contained HTML page.
 
     Load, balance, formats and memory come from the engine. Accuracy and speed come from the output of evaluate and bench. The
     trade-off between bytes, error and time comes from a sweep.
     """
+    from rq_compile.calibration.schema import Calibration
     from rq_compile.cli.tables import facts
     from rq_compile.evaluation.schema import Bench, Evaluation
     from rq_compile.files import read_document, written_beside
     from rq_compile.planning.sweep import Sweep
     from rq_compile.reporting.headline import headline
     from rq_compile.reporting.page import page
-    from rq_compile.reporting.same_engine import check_bench, check_evaluation, check_sweep
+    from rq_compile.reporting.same_engine import check_bench, check_calibration, check_evaluation, check_sweep
     from rq_compile.runtime.files import manifest_path, read_manifest
 
     manifest = read_manifest(engine)
     parts = (engine.parent / file.name for file in manifest.files)
-    read = [manifest_path(engine), *parts, *(path for path in (evaluation, bench, sweep) if path)]
+    read = [manifest_path(engine), *parts, *(path for path in (evaluation, bench, calibration, sweep) if path)]
     check_outputs({output: REPORT}, read)
-    evaluated = timed = swept = None
+    evaluated = timed = swept = calibrated = None
     if evaluation is not None:
         evaluated = read_document(Evaluation, evaluation)
         check_evaluation(engine, manifest, evaluated, evaluation)
@@ -47,8 +59,11 @@ def command(screen: Screen, engine: Path, output: Path, evaluation: Path | None,
     if sweep is not None:
         swept = read_document(Sweep, sweep)
         check_sweep(engine, manifest, swept, sweep)
+    if calibration is not None:
+        calibrated = read_document(Calibration, calibration)
+        check_calibration(engine, manifest, calibration)
     with written_beside(output) as temporary:
-        temporary.write_text(page(engine.name, manifest, evaluated, timed, swept), encoding="utf-8")
+        temporary.write_text(page(engine.name, manifest, evaluated, timed, swept, calibrated), encoding="utf-8")
     screen.note(f"wrote {output}")
     result = headline(engine.name, manifest, evaluated, timed)
     screen.result(result, facts(result.engine, result=result.sentence), asked_for=False)

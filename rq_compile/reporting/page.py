@@ -8,10 +8,11 @@ from statistics import fmean
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rq_compile.calibration.schema import Calibration
 from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation, LayerBalance
-from rq_compile.planning.schema import LayerPlan, LayerPrediction
-from rq_compile.planning.skew import skew
+from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan
+from rq_compile.planning.skew import Skew, skew, skew_of
 from rq_compile.planning.sweep import Sweep
 from rq_compile.reporting.charts import Bar, balance_scale, bars, slot_sizes, stored_layers
 from rq_compile.reporting.curves import curves
@@ -23,7 +24,14 @@ Balances = list[tuple[int, LayerPrediction | LayerBalance]]
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: Bench | None, sweep: Sweep | None = None) -> str:
+def page(
+    engine: str,
+    manifest: Manifest,
+    evaluation: Evaluation | None,
+    bench: Bench | None,
+    sweep: Sweep | None = None,
+    calibration: Calibration | None = None,
+) -> str:
     """The page of the engine called ``engine``. It says what was not measured, and the command that measures it.
 
     All names are escaped.
@@ -44,7 +52,7 @@ def page(engine: str, manifest: Manifest, evaluation: Evaluation | None, bench: 
             predicted=predicted,
             measured=measured,
             scale=balance_scale(balance.lis_before for _, balance in [*predicted, *measured]),
-            skews=[(layer.index, skew(load)) for layer in plan.layers if (load := expert_loads(layer)) is not None],
+            skews=skews(plan, calibration),
             layers=stored_layers(plan),
             sizes=slot_sizes(plan),
             memory=bars(
@@ -67,6 +75,13 @@ def environment() -> Environment:
     )
     made.filters |= {"size": size, "rate": rate, "percent": percent, "mean": mean, "figure": figure}
     return made
+
+
+def skews(plan: Plan, calibration: Calibration | None) -> list[tuple[int, Skew]]:
+    """The skew of each layer whose loads are known, by layer index. Only a calibration has the loads of single texts."""
+    if calibration is not None:
+        return [(layer.index, skew_of(layer)) for layer in calibration.layers]
+    return [(layer.index, skew(load)) for layer in plan.layers if (load := expert_loads(layer)) is not None]
 
 
 def expert_loads(layer: LayerPlan) -> np.ndarray | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
 from rq_compile.evaluation.schema import Bench, Evaluation
+from rq_compile.files import sha256
 from rq_compile.planning.sweep import Sweep
 
 
@@ -63,3 +64,13 @@ def check_sweep(engine: Path, manifest: Manifest, sweep: Sweep, path: Path) -> N
                 f"CALIBRATION --sweep --target {plan.target} --ranks {plan.ranks}",
                 2,
             )
+
+
+def check_calibration(engine: Path, manifest: Manifest, path: Path) -> None:
+    """Check that the engine's plan was made from the calibration at ``path``.
+
+    Raises:
+        UserError: it was made from another one.
+    """
+    if sha256(path) != manifest.plan.calibration_sha256:
+        raise UserError(f"{path} is not the calibration that {engine.name} was planned with; give that one, or leave it out", 2)

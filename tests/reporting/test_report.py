@@ -13,6 +13,7 @@ from browser import CHROMIUM, Page, browser
 from click.testing import Result
 from command_line import names, refused
 from html_page import Read
+from scipy.stats import spearmanr
 from sweeps import sweep_of
 
 from rq_compile.engine.manifest import Manifest
@@ -95,6 +96,35 @@ def large(manifest: Manifest, layers: int = 64, experts: int = 256) -> Manifest:
 
 
 # Contents
+
+
+def test_the_calibration_adds_whether_texts_agree(rq_compile: Command, stages: Path, out: Path) -> None:
+    report = ("report", stages / "model.onnx", "-o", out / "report.html")
+    assert rq_compile(*report).exit_code == 0
+    assert ">agreement</th>" not in (out / "report.html").read_text()
+    assert rq_compile(*report, "--calibration", stages / "calibration.json").exit_code == 0
+    shown = (out / "report.html").read_text()
+    for layer in json.loads((stages / "calibration.json").read_text())["layers"]:
+        loads = np.array(layer["text_loads"])
+        if len(loads) == 1:
+            loads = np.array([half.sum(0) for half in np.array_split(np.array(layer["batch_loads"]), 2)])
+        assert f"<td>{spearmanr(loads[0], loads[1]).statistic:.2f}</td></tr>" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("model.json", ["model.json is a file of kind engine", "give a calibration"]),
+        ("plan.json", ["plan.json is a file of kind plan", "give a calibration"]),
+        ("other.json", ["other.json is not the calibration that model.onnx was planned with", "leave it out"]),
+        ("none.json", ["cannot read calibration", "none.json"]),
+    ],
+)
+def test_another_calibration(rq_compile: Command, stages: Path, out: Path, tmp_path: Path, given: str, words: list[str]) -> None:
+    (tmp_path / "other.json").write_text((stages / "calibration.json").read_text() + " ")
+    path = (stages if (stages / given).exists() else tmp_path) / given
+    refused(rq_compile("report", stages / "model.onnx", "--calibration", path, "-o", out / "report.html"), 2, *words)
+    assert names(out) == []
 
 
 def test_the_command_writes_the_figures_of_the_documents(

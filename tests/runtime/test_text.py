@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import text_tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from rq_compile.checkpoint import tokenizer as reading
 from rq_compile.checkpoint.tokenizer import encode, encode_pieces
-from rq_compile.standalone.text import MOST_HELD, TextStream, argument_text
+from rq_compile.standalone.text import MOST_HELD, StopStrings, TextStream, argument_text
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 
@@ -160,3 +162,56 @@ def test_arguments_are_utf8_whatever_the_locale() -> None:
         assert said.stdout.decode() == text
     with pytest.raises(UnicodeDecodeError):
         argument_text(b"\xff".decode(errors="surrogateescape"))
+
+
+# Stop strings.
+
+
+def first_to_end(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The text up to the stop string that is complete first, by reading character after character."""
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            longest = max(complete, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@given(
+    text=st.text("abc\n", max_size=30),
+    stops=st.lists(st.text("abc\n", min_size=1, max_size=5), max_size=3),
+    cuts=st.lists(st.integers(0, 30), max_size=10),
+)
+def test_a_text_ends_before_its_first_stop_string(text: str, stops: list[str], cuts: list[int]) -> None:
+    wanted, found = first_to_end(text, stops)
+    stream, said = StopStrings(stops), ""
+    for start, end in itertools.pairwise(sorted({0, *cuts, len(text)} & set(range(len(text) + 1))) or [0]):
+        said += stream.push(text[start:end])
+        assert wanted.startswith(said)  # nothing of a stop string, not even for a while
+        # Only what may still become a stop string is held back.
+        if stream.found is None:
+            held = text[len(said) : end]
+            assert not held or any(stop.startswith(held) for stop in stops)
+    assert (said + stream.end(), stream.found) == (wanted, found)
+    assert stream.push("more") == "" or found is None
+
+
+@pytest.mark.parametrize("stop", ["over the", "lazy dog. In", "\n", "x j", "T", "nothing of it", "tokens.\nT"])
+def test_stop_strings_over_several_tokens(tokenizer: Tokenizer, stop: str) -> None:
+    ids = tokenizer.encode(text_tokenizers.TEXT[:300], add_special_tokens=False).ids
+    whole = tokenizer.decode(ids)
+    stream, text = TextStream(tokenizer, stop=[stop, "never"]), ""
+    for token in ids:
+        text += stream.push(token)
+        if stream.stopped:
+            break
+    assert text + stream.end() == whole.split(stop)[0]
+    assert stream.stopped == (stop if stop in whole else None)
+    assert stream.push(ids[0]) == "" or stream.stopped is None
+
+
+def test_a_stop_string_in_what_is_held_at_the_end() -> None:
+    tokenizer = text_tokenizers.byte_fallback()
+    stream = TextStream(tokenizer, stop=["\ufffd"])
+    assert [stream.push(token) for token in numbers(tokenizer, "▁a", "<0xF0>")] == ["a", ""]
+    assert (stream.end(), stream.stopped) == ("", "\ufffd")

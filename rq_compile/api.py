@@ -1,4 +1,4 @@
-"""The Python API, ``import rq_compile as rq``: ``open``, ``calibrate``, ``plan``, ``compile`` and ``load``.
+"""The Python API, ``import rq_compile as rq``: ``open``, ``calibrate``, ``merge``, ``plan``, ``compile`` and ``load``.
 
 Each stage reads and writes the same files as the command of the same name, so a program and the command line can take turns.
 Remarks go to the logger ``rq_compile``; nothing is printed. Mistakes of the user raise ``UserError``.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -153,6 +154,32 @@ def plan(
         made = made.model_copy(update={"statistics": made.statistics.named_from(source.parent, path)})
     write_document(made, path)
     return made
+
+
+def merge(calibrations: Sequence[File] | Mapping[Path, float | None] | Mapping[str, float | None], output: File) -> Calibration:
+    """Make one calibration from several calibrations of a model on different texts, and write it to ``output`` (``.json``).
+
+    ``calibrations``: files, or files and their weights. A weight is a share of the traffic: with weights 3 and 1, the texts of
+    the first count as three quarters of all tokens, however long they are. Without weights, every token counts once.
+
+    Raises:
+        UserError: ``output`` would replace an input or a file of another kind, or the calibrations are not at least two of one
+            model, measured alike on different texts.
+    """
+    from rq_compile.calibration.merge import merged_into
+    from rq_compile.outputs import check_calibration
+
+    weighted = calibrations.items() if isinstance(calibrations, Mapping) else ((path, None) for path in calibrations)
+    several = {Path(path): weight for path, weight in weighted}
+    check_calibration(Path(output), several, statistics=True)
+    different = len({path.resolve() for path in several})
+    if different < max(2, len(calibrations)):
+        raise UserError(
+            f"merge needs at least two different calibrations, but {len(calibrations)} paths name {different}; give each once", 2
+        )
+    if wrong := [weight for weight in several.values() if weight is not None and not 0 < weight < inf]:
+        raise UserError(f"a calibration cannot have the weight {wrong[0]}; give a number above 0", 2)
+    return merged_into(Path(output), several)
 
 
 def compile(

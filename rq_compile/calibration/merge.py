@@ -1,24 +1,27 @@
 """Makes one calibration from several calibrations of a model on different texts, by adding up their counts and measurements.
 
 Counts are exact. Sums and moments are those of all texts together, to fp32 rounding, whatever the order of the calibrations.
+Calibrations with weights count as if each had run its share of all tokens, so real traffic can count more than rare kinds of
+text, however long their texts are.
 Errors were measured on weights that each calibration rounded by its own moments. Two numbers of an expert are not sums: its
 weight error, which becomes the mean over tokens, and its Wanda score, whose squares are added, like the squared norms of its
 inputs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
 
-from rq_compile import __version__
+from rq_compile import __version__, spill
 from rq_compile.calibration.calibrate import legible
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.schema import Calibration, LayerCalibration, LayerSums
 from rq_compile.calibration.scratch import on_disk
-from rq_compile.calibration.statistics import Statistics
+from rq_compile.calibration.statistics import Statistics, write_with_statistics
 from rq_compile.errors import UserError
+from rq_compile.files import read_document
 from rq_compile.quantization.formats import Format
 
 # Fields that must be equal, and their names in messages.
@@ -32,8 +35,40 @@ SAME = {
 }
 
 
-def merge(calibrations: dict[Path, Calibration]) -> Calibration:
-    """The calibration of all texts. ``calibrations`` are given by the files that hold them. ``statistics`` is not set yet.
+def merged_into(output: Path, weights: Mapping[Path, float | None]) -> Calibration:
+    """Merge the calibrations in the files ``weights`` and write the result, with its statistics, to ``output``.
+
+    Raises:
+        UserError: see ``merge``, ``merge_statistics`` and ``write_with_statistics``.
+    """
+    read = {path: read_document(Calibration, path) for path in weights}
+    counted = factors(list(read.values()), list(weights.values()))
+    merged = merge(read, counted)
+    several = [
+        (factor, Statistics.beside(path.parent, one.statistics))
+        for (path, one), factor in zip(read.items(), counted, strict=True)
+        if one.statistics
+    ]
+    with spill.beside(output):
+        tensors = merge_statistics(merged.layers, several) if several else {}
+    return write_with_statistics(merged, tensors, output)
+
+
+def factors(calibrations: Sequence[Calibration], weights: Sequence[float | None]) -> list[float]:
+    """How often each token of each calibration counts: once, or, if there are weights, as often as gives every calibration its
+    share of all tokens. A missing weight is then 1."""
+    if not any(weights):
+        return [1.0] * len(calibrations)
+    given = [weight or 1.0 for weight in weights]
+    tokens = sum(calibration.tokens for calibration in calibrations)
+    return [
+        weight / sum(given) * tokens / max(1, calibration.tokens) for weight, calibration in zip(given, calibrations, strict=True)
+    ]
+
+
+def merge(calibrations: Mapping[Path, Calibration], factors: Sequence[float] | None = None) -> Calibration:
+    """The calibration of all texts. ``calibrations`` are given by the files that hold them. ``factors``: how often each token of
+    each counts, by default once. ``statistics`` is not set yet.
 
     Raises:
         UserError: they are of different models, tokenizers, quantizers, blocks or the like, have no sums, or ran the same text.
@@ -44,7 +79,12 @@ def merge(calibrations: dict[Path, Calibration]) -> Calibration:
             raise UserError(f"{path} {_why_no_sums(calibration)}, so it has no sums to add; calibrate again on texts", 2)
     for path, other in others:
         _check_alike(first, first_path, other, path)
-    texts = [text for calibration in calibrations.values() for text in calibration.texts]
+    counted = factors or [1.0] * len(calibrations)
+    texts = [
+        text.model_copy(update={"weight": text.weight * factor})
+        for calibration, factor in zip(calibrations.values(), counted, strict=True)
+        for text in calibration.texts
+    ]
     for number, text in enumerate(texts):
         if any(text.sha256 == other.sha256 for other in texts[:number]):
             raise UserError(f"two of the calibrations ran {text.name}, which would count twice; leave one of them out", 2)
@@ -61,13 +101,14 @@ def merge(calibrations: dict[Path, Calibration]) -> Calibration:
             "measured_tokens": sum(calibration.measured_tokens for calibration in several),
             "padding_tokens": sum(calibration.padding_tokens for calibration in several),
             "statistics": None,
-            "layers": [_layer(layers) for layers in zip(*(calibration.layers for calibration in several), strict=True)],
+            "layers": [_layer(layers, counted) for layers in zip(*(calibration.layers for calibration in several), strict=True)],
         }
     )
 
 
-def merge_statistics(layers: Sequence[LayerCalibration], several: Sequence[Statistics]) -> dict[str, np.ndarray]:
-    """The tensors of ``statistics.py``, mapped from temporary files. One layer of one calibration is in memory at a time.
+def merge_statistics(layers: Sequence[LayerCalibration], several: Sequence[tuple[float, Statistics]]) -> dict[str, np.ndarray]:
+    """The tensors of ``statistics.py``, mapped from temporary files. ``several``: how often the tokens of each count, and its
+    statistics. One layer of one calibration is in memory at a time.
 
     Raises:
         UserError: see ``Statistics``; or the disk is full.
@@ -76,8 +117,11 @@ def merge_statistics(layers: Sequence[LayerCalibration], several: Sequence[Stati
         name: on_disk(total)
         for layer in layers
         for name, total in (
-            (f"{layer.name}.input_moment", _sum(one.input_moment(layer.name).values for one in several)),
-            (f"{layer.name}.intermediate_moment", _sum(one.intermediate_moments(layer.name) for one in several)),
+            (f"{layer.name}.input_moment", _sum(factor * one.input_moment(layer.name).values for factor, one in several)),
+            (
+                f"{layer.name}.intermediate_moment",
+                _sum(factor * one.intermediate_moments(layer.name) for factor, one in several),
+            ),
         )
     }
 
@@ -107,17 +151,18 @@ def _check_alike(first: Calibration, first_path: Path, other: Calibration, path:
             raise UserError(f"{first_path} and {path} measured different formats; calibrate one of them again", 2)
 
 
-def _layer(layers: Sequence[LayerCalibration]) -> LayerCalibration:
-    first, load = layers[0], np.sum([layer.load for layer in layers], axis=0)
-    sums = _sums([layer.sums for layer in layers if layer.sums], [layer.tokens for layer in layers])
+def _layer(layers: Sequence[LayerCalibration], factors: Sequence[float]) -> LayerCalibration:
+    first, load = layers[0], whole(factors @ np.array([layer.load for layer in layers]))
+    tokens = [factor * layer.tokens for layer, factor in zip(layers, factors, strict=True)]
+    sums = _sums([layer.sums for layer in layers if layer.sums], factors, tokens)
     errors, estimated = relative_errors(sums, load)
     return first.model_copy(
         update={
             "load": load.tolist(),
             "text_loads": [loads for layer in layers for loads in layer.text_loads],
             "batch_loads": [loads for layer in layers for loads in layer.batch_loads],
-            "dropped": sum(layer.dropped for layer in layers),
-            "wanda": legible(np.sqrt(np.sum(np.square([layer.wanda for layer in layers]), axis=0))),
+            "dropped": round(sum(factor * layer.dropped for layer, factor in zip(layers, factors, strict=True))),
+            "wanda": legible(np.sqrt(factors @ np.square([layer.wanda for layer in layers]))),
             "error": {format: legible(error) for format, error in errors.items()},
             "estimated": np.flatnonzero(estimated).tolist(),
             "sums": sums,
@@ -125,15 +170,24 @@ def _layer(layers: Sequence[LayerCalibration]) -> LayerCalibration:
     )
 
 
-def _sums(several: Sequence[LayerSums], tokens: Sequence[int]) -> LayerSums:
+def whole(counts: np.ndarray) -> np.ndarray:
+    """``counts`` rounded to int64 with the same sum: those with the largest fractions are rounded up."""
+    below = np.floor(counts).astype(np.int64)
+    missing = round(float(counts.sum())) - int(below.sum())
+    below[np.argsort(below - counts, kind="stable")[:missing]] += 1
+    return below
+
+
+def _sums(several: Sequence[LayerSums], factors: Sequence[float], tokens: Sequence[float]) -> LayerSums:
+    """``pairs`` are not weighted, because they say how well an error is known."""
     formats: list[Format] = list(several[0].error)
     return LayerSums(
         pairs=np.sum([sums.pairs for sums in several], axis=0).tolist(),
-        energy=np.sum([sums.energy for sums in several], axis=0).tolist(),
-        error={format: np.sum([sums.error[format] for sums in several], axis=0).tolist() for format in formats},
+        energy=(factors @ np.array([sums.energy for sums in several])).tolist(),
+        error={format: (factors @ np.array([sums.error[format] for sums in several])).tolist() for format in formats},
         weight_error={
             format: (np.asarray(tokens) @ [sums.weight_error[format] for sums in several] / sum(tokens)).tolist()
             for format in formats
         },
-        output_square=sum(sums.output_square for sums in several),
+        output_square=sum(factor * sums.output_square for sums, factor in zip(several, factors, strict=True)),
     )

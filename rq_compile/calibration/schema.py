@@ -36,11 +36,13 @@ RelativeError = Annotated[
 
 
 class CalibrationText(Document):
-    """One text file that was run: its name, content hash and tokens (without padding)."""
+    """One text file that was run: its name, content hash and tokens (without padding). ``weight``: how often each of its tokens
+    counts in loads and errors (``merge.py``)."""
 
     name: Name
     sha256: Sha256
     tokens: Count
+    weight: float = Field(default=1.0, gt=0)
 
 
 class StatisticsFile(Document):
@@ -88,7 +90,8 @@ class LayerCalibration(Document):
 
     ``name``: the experts module's name in the transformers model (``model.layers.0.mlp.experts``). ``index``: its decoder layer.
     ``load[e]`` counts the (token, choice) pairs routed to expert e, with padding masked; the sum is tokens * top_k.
-    ``text_loads[t]`` are the same counts for each calibration text, and ``batch_loads[b]`` for each batch. ``dropped`` pairs
+    ``text_loads[t]`` are the same counts for each calibration text, and ``batch_loads[b]`` for each batch. Weights of texts
+    change ``load``, which is then rounded, but not ``text_loads`` and ``batch_loads``. ``dropped`` pairs
     exceeded an expert's capacity (Switch): they are part of the load, with a gate of 0, but the model does not compute them.
     ``wanda[e]`` is the paper's importance score; 0 if no token came.
 

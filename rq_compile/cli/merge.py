@@ -6,37 +6,23 @@ from pathlib import Path
 
 import click
 
-from rq_compile.cli.options import FILE
+import rq_compile as rq
+from rq_compile.cli.options import FILE, calibrations_argument
 from rq_compile.cli.screen import Screen, on_screen
-from rq_compile.errors import UserError
-from rq_compile.outputs import check_calibration
 
 
 @click.command("merge")
-@click.argument("calibrations", type=FILE, nargs=-1, required=True)
+@calibrations_argument
 @click.option("-o", "--output", type=FILE, required=True, help="The calibration to write (.json).")
 @on_screen
-def command(screen: Screen, calibrations: tuple[Path, ...], output: Path) -> None:
-    """Add up calibrations of one model on different texts."""
-    check_calibration(output, list(calibrations), statistics=True)
-    different = len({path.resolve() for path in calibrations})
-    if different < max(2, len(calibrations)):
-        raise UserError(
-            f"merge needs at least two different calibrations, but {len(calibrations)} paths name {different}; give each once", 2
-        )
+def command(screen: Screen, calibrations: dict[Path, float | None], output: Path) -> None:
+    """Add up calibrations of one model on different texts.
 
-    from rq_compile import spill
-    from rq_compile.calibration.merge import merge, merge_statistics
-    from rq_compile.calibration.schema import Calibration
-    from rq_compile.calibration.statistics import Statistics, write_with_statistics
+    real.json:3 rare.json:1 counts the texts of real.json as three quarters of all tokens, however long they are. Without
+    weights, every token counts once.
+    """
     from rq_compile.cli.tables import calibration_tables
-    from rq_compile.files import read_document
 
-    read = {path: read_document(Calibration, path) for path in calibrations}
-    merged = merge(read)
-    statistics = [Statistics.beside(path.parent, one.statistics) for path, one in read.items() if one.statistics]
-    with spill.beside(output):
-        tensors = merge_statistics(merged.layers, statistics) if statistics else {}
-    written = write_with_statistics(merged, tensors, output)
+    written = rq.merge(calibrations, output)
     screen.note(f"wrote {output}" + (f" and {written.statistics.name}" if written.statistics else ""))
     screen.result(written, *calibration_tables(written), asked_for=False)

@@ -46,9 +46,46 @@ class ByteSize(click.ParamType):
         return size
 
 
+class WeightedFile(click.ParamType):
+    """A file, or ``FILE:WEIGHT``: the file and a positive number. A file whose name ends like a weight is taken as it is."""
+
+    name = "file[:weight]"
+
+    def convert(
+        self, value: str | tuple[Path, float | None], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, float | None]:
+        if isinstance(value, tuple):
+            return value
+        file, colon, weight = value.rpartition(":")
+        if not colon or Path(value).exists():
+            return Path(value), None
+        try:
+            number = float(weight)
+        except ValueError:
+            return Path(value), None
+        if not 0 < number <= MOST_WEIGHT:
+            self.fail(f"the weight of {value} is not above 0 and up to {MOST_WEIGHT:g}; write for example {file}:3", param, ctx)
+        return Path(file), number
+
+
+def each_once(
+    context: click.Context, param: click.Parameter, files: tuple[tuple[Path, float | None], ...]
+) -> dict[Path, float | None]:
+    """The weights of the files, None where none was given."""
+    weights = dict(files)
+    if len(weights) < len(files):
+        twice = next(path for path in weights if sum(path == file for file, _ in files) > 1)
+        raise click.BadParameter(f"{twice} is given more than once and would count more than once; give each once")
+    return weights
+
+
+MOST_WEIGHT = 1e6
 SIZE = ByteSize()
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
+calibrations_argument = click.argument(
+    "calibrations", metavar="CALIBRATION[:WEIGHT]...", type=WeightedFile(), nargs=-1, required=True, callback=each_once
+)
 text_option = click.option(
     "--text", "texts", type=FILE, multiple=True, help="A text file (.txt, .jsonl, .parquet) or a pattern; repeatable."
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import rq_compile as rq
-from rq_compile.cli.options import FILE, parse_options, planning_options
+from rq_compile.cli.options import FILE, calibrations_argument, parse_options, planning_options
 from rq_compile.cli.screen import Progress, Screen, on_screen
 from rq_compile.errors import UserError
 from rq_compile.outputs import check_outputs, document
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("calibration", metavar="CALIBRATION", type=FILE)
+@calibrations_argument
 @click.option("-o", "--output", type=FILE, required=True, help="The plan, or the sweep, to write (.json).")
 @click.option("--target", type=click.Choice(list(TARGETS)), default="cpu", show_default=True, help="What the engine is for.")
 @click.option("--data-free", is_flag=True, help="Plan without text: give MODEL instead of CALIBRATION.")
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @on_screen
 def command(
     screen: Screen,
-    calibration: Path,
+    calibrations: dict[Path, float | None],
     output: Path,
     target: str,
     data_free: bool,
@@ -49,11 +49,14 @@ def command(
 ) -> None:
     """Decide how often and in which format each expert is stored.
 
+    Several calibrations of one model are merged first: real.json:3 rare.json:1 counts the texts of real.json as three quarters of
+    all tokens. The merged calibration is written beside the plan, as OUTPUT.calibration.json.
+
     With --data-free, give a checkpoint directory instead of CALIBRATION: errors come from the weights alone, and loads are
     assumed to be uniform.
     """
-    check_source(calibration, data_free=data_free)
-    check_outputs({output: document("sweep" if sweep else "plan")}, [calibration])
+    calibration = check_sources(calibrations, output, data_free=data_free)
+    check_outputs({output: document("sweep" if sweep else "plan")}, calibrations)
     asked = parse_budgets(budgets, sweep=sweep, memory=memory)
     options = parse_options(policy_options, policy=policy, mixed_copies=mixed_copies)
 
@@ -62,6 +65,9 @@ def command(
 
     how: dict[str, Any] = {"policy": policy, "ranks": ranks, "target": target}
     check_arguments(**how, memory=memory, options=options)
+    if len(calibrations) > 1:
+        rq.merge(calibrations, calibration)
+        screen.note(f"wrote {calibration}")
     source = rq.open(calibration) if data_free else calibration
     if sweep:
         write_sweep(screen, source, output, budgets=asked, **how, **options)
@@ -92,6 +98,22 @@ def parse_budgets(budgets: str | None, *, sweep: bool, memory: float | None) -> 
     if wrong := [number for number in numbers if not 0 < number <= MOST_MEMORY]:
         raise UserError(f"--budgets {budgets} has {wrong[0]:g}; give numbers above 0 and up to {MOST_MEMORY:g}", 2)
     return numbers
+
+
+def check_sources(sources: Mapping[Path, float | None], output: Path, *, data_free: bool) -> Path:
+    """The one source of the plan, or the calibration that several are merged into.
+
+    Raises:
+        UserError: see ``check_source``; a weight has nothing to weigh against, or a checkpoint is one of several sources.
+    """
+    first, *others = sources
+    if not others and (weight := sources[first]) is not None:
+        raise UserError(f"the weight of {first}:{weight:g} has no effect on a single calibration; leave it out", 2)
+    if others and data_free:
+        raise UserError(f"--data-free plans from one checkpoint, but {len(sources)} paths are given; give one", 2)
+    for path in sources:
+        check_source(path, data_free=data_free)
+    return output.with_suffix(".calibration.json") if others else first
 
 
 def check_source(source: Path, *, data_free: bool) -> None:

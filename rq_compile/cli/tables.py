@@ -105,7 +105,7 @@ def calibration_tables(calibration: Calibration) -> list[RenderableType]:
     head = facts(
         "calibration",
         model=f"{calibration.model} ({calibration.model_type}, {calibration.dtype}); {experts_of(calibration)}",
-        texts=", ".join(f"{text.name} ({text.tokens} tokens)" for text in calibration.texts),
+        texts=", ".join(f"{text.name} ({text.tokens} tokens{counted(text.weight)})" for text in calibration.texts),
         tokens=f"{calibration.tokens} (and {calibration.padding_tokens} of padding, not counted)",
         LIS=f"{sum(map(lis, layers)) / len(layers):.3f} on average, at most {lis(worst):.3f} (layer {worst.index})",
         lossless=" ".join(format for format in FORMATS if format not in costly) or "in no format",
@@ -151,6 +151,10 @@ def errors_table(layers: list[LayerCalibration], formats: list[Format]) -> Table
             members([expert for expert in layer.estimated if layer.load[expert]]),
         )
     return made
+
+
+def counted(weight: float) -> str:
+    return "" if weight == 1 else f", each counted {weight:.3g} times"
 
 
 def experts_of(calibration: Calibration) -> str:

@@ -11,15 +11,19 @@ import pytest
 from calibrated import LENGTH, letters
 from command_line import refused
 from conftest import run_command as run
+from hypothesis import given
+from hypothesis import strategies as st
 
+import rq_compile as rq
 from rq_compile.architectures.model import Model
 from rq_compile.calibration import measure
 from rq_compile.calibration.calibrate import calibrate
-from rq_compile.calibration.merge import merge, merge_statistics
+from rq_compile.calibration.merge import factors, merge, merge_statistics, whole
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.calibration.statistics import Statistics, write_with_statistics
 from rq_compile.errors import UserError
-from rq_compile.files import read_document, write_document
+from rq_compile.files import read_document, sha256, write_document
+from rq_compile.planning.schema import Plan
 
 TEXTS = {f"{name}.txt": letters(count, seed) for seed, (name, count) in enumerate({"one": 60, "two": 431, "three": 200}.items())}
 Calibrated = tuple[Calibration, dict[str, np.ndarray]]
@@ -33,7 +37,7 @@ def calibrated(model: Path, *names: str, **options: object) -> Calibrated:
 
 def merged(*several: Calibrated) -> Calibrated:
     made = merge({Path(f"{number}.json"): calibration for number, (calibration, _) in enumerate(several)})
-    statistics = [found for _, tensors in several if (found := Statistics.of(tensors))]
+    statistics = [(1.0, found) for _, tensors in several if (found := Statistics.of(tensors))]
     return made, merge_statistics(made.layers, statistics) if statistics else {}
 
 
@@ -168,3 +172,73 @@ def test_files_of_schema_version_1_are_read(tiny_checkpoint: Tiny, tmp_path: Pat
     for order in (("old", "new"), ("new", "old")):
         paths = [tmp_path / f"{name}.json" for name in order]
         refused(run("merge", *paths, "-o", tmp_path / "c.json"), 2, "old.json was written before schema version 2")
+
+
+def test_weights_are_shares_of_the_traffic(tiny_checkpoint: Tiny) -> None:
+    """With weights in proportion to the tokens, as without weights; with others, every measurement moves by the same factors."""
+    one, two = (calibrated(tiny_checkpoint("olmoe"), name)[0] for name in ("one.txt", "two.txt"))
+    files = {Path("one.json"): one, Path("two.json"): two}
+    plain, weighed = merge(files), merge(files, factors([one, two], [3.0, None]))
+    for layer, same in zip(plain.layers, merge(files, factors([one, two], [one.tokens / two.tokens, 1.0])).layers, strict=True):
+        assert layer.load == same.load
+        np.testing.assert_allclose(layer.error["int4"], same.error["int4"], rtol=1e-6)
+    tokens = one.tokens + two.tokens
+    counted = [text.weight * text.tokens / tokens for text in weighed.texts]
+    np.testing.assert_allclose(counted, [0.75, 0.25], rtol=1e-12)
+    assert weighed.tokens == tokens
+    for layer, first, second in zip(weighed.layers, one.layers, two.layers, strict=True):
+        assert sum(layer.load) == tokens * layer.geometry.top_k
+        expected = np.stack([np.array(part.load) / sum(part.load) for part in (first, second)])
+        np.testing.assert_allclose(np.array(layer.load) / sum(layer.load), [0.75, 0.25] @ expected, atol=1 / sum(layer.load))
+        assert layer.text_loads == [*first.text_loads, *second.text_loads]
+        assert layer.sums.pairs == [a + b for a, b in zip(first.sums.pairs, second.sums.pairs, strict=True)]
+        shares = [part.sums.output_square / part.tokens for part in (first, second)]
+        assert layer.sums.output_square / tokens == pytest.approx(0.75 * shares[0] + 0.25 * shares[1])
+
+
+def test_statistics_are_weighted(tiny_checkpoint: Tiny) -> None:
+    parts = [calibrated(tiny_checkpoint("olmoe"), name) for name in ("one.txt", "two.txt")]
+    statistics = [Statistics.of(tensors) for _, tensors in parts]
+    layers = parts[0][0].layers
+    found = merge_statistics(layers, list(zip([0.5, 2.0], statistics, strict=True)))
+    for name, moment in found.items():
+        np.testing.assert_allclose(moment, 0.5 * parts[0][1][name] + 2 * parts[1][1][name], rtol=1e-5)
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=50))
+def test_rounded_counts_keep_their_sum(counts: list[float]) -> None:
+    rounded = whole(np.array(counts))
+    assert rounded.sum() == round(float(np.sum(counts)))
+    assert (np.abs(rounded - counts) <= 1).all()
+
+
+def test_plans_from_several_calibrations(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """The plan names the merged calibration and its statistics, and compiles."""
+    model, files = tiny_checkpoint("olmoe"), [tmp_path / "one.json", tmp_path / "two.json"]
+    for file in files:
+        write_with_statistics(*calibrated(model, f"{file.stem}.txt"), file)
+    plan, merged_file = tmp_path / "plan.json", tmp_path / "plan.calibration.json"
+    assert run("plan", f"{files[0]}:3", files[1], "--memory", "0.5", "-o", plan).exit_code == 0
+    by_hand = tmp_path / "by-hand.json"
+    rq.merge({files[0]: 3, files[1]: 1}, by_hand)
+    assert read_document(Calibration, merged_file).layers == read_document(Calibration, by_hand).layers
+    assert read_document(Plan, plan).calibration_sha256 == sha256(merged_file)
+    assert run(model, "--plan", plan, "-o", tmp_path / "engine.onnx").exit_code == 0
+    assert "counted" in run("inspect", merged_file).stdout
+    shown = (tmp_path / "a:2.json", "a:2.json")  # a colon in a name is not a weight
+    shown[0].write_bytes(files[0].read_bytes())
+    shown[0].with_suffix(".safetensors").write_bytes(files[0].with_suffix(".safetensors").read_bytes())
+    assert run("plan", shown[0], files[1], "-o", tmp_path / "colon.json").exit_code == 0
+    for given_files, said in (
+        ((f"{files[0]}:0", files[1]), "is not above 0"),
+        ((f"{files[0]}:-1", files[1]), "is not above 0"),
+        ((f"{files[0]}:nan", files[1]), "is not above 0"),
+        ((f"{files[0]}:inf", files[1]), "is not above 0"),
+        ((f"{files[0]}:x", files[1]), "one.json:x"),
+        ((f"{files[0]}:2",), "has no effect on a single calibration; leave it out"),
+        ((files[0], f"{files[0]}:2"), "give each once"),
+        ((files[0], model), "is a directory, but a plan is made from a calibration"),
+        (("--data-free", model, files[0]), "--data-free plans from one checkpoint, but 2 paths"),
+    ):
+        refused(run("plan", *given_files, "-o", tmp_path / "refused.json"), 2, said)
+    assert not list(tmp_path.glob("refused*"))

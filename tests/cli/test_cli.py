@@ -70,7 +70,7 @@ print(*sorted(sys.modules.keys() & {{"torch", "transformers", "onnx", "onnxrunti
     [
         (["calbrate", "x"], ["calbrate", "did you mean calibrate?"]),
         (["nothing"], ["no such command or model directory: nothing", "compile, calibrate, merge, plan"]),
-        (["plan"], ["missing argument 'CALIBRATION'", "see rq-compile plan --help"]),
+        (["plan"], ["missing argument 'CALIBRATION[:WEIGHT]...'", "see rq-compile plan --help"]),
         (["plan", "x.json"], ["missing option '-o'"]),
         (["plan", "x.json", "-o", "y.json", "--memroy", "1"], ["--memroy", "--memory"]),
         (["plan", "x.json", "-o", "y.json", "--memory", "0"], ["'--memory': 0.0 is not in the range"]),

@@ -64,7 +64,8 @@ cuda-ops-check: ## check the op library on the GPU of this machine
 check: $(INSTALLED) ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy rq_compile
+	$(BIN)/mypy rq_compile tests
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks samples docs
 	for folder in kernels cuda launcher; do $(BIN)/mypy plugins/$$folder || exit 1; done
 
 docs: $(INSTALLED) ## build the documentation as a site in build/site and check its links

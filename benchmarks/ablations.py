@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ KINDS = ("scripture", "hacker", "dictionary", "satire")
 CALIBRATED = KINDS[:3]
 TOKENS = 12288
 # By block: memory, and options of planning.
-VARIANTS: dict[Block, list[tuple[float, dict[str, object]]]] = {
+VARIANTS: dict[Block, list[tuple[float, dict[str, Any]]]] = {
     128: [
         (0.6, {}),
         (0.6, {"tolerance": 0.1}),
@@ -60,7 +61,7 @@ VARIANTS: dict[Block, list[tuple[float, dict[str, object]]]] = {
     ],
     32: [(0.6, {}), (1.0, {})],
 }
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def text(kind: str, part: str) -> str:
@@ -68,11 +69,12 @@ def text(kind: str, part: str) -> str:
 
 
 def calibrated(checkpoint: Model, texts: dict[str, str]) -> Calibration:
-    arguments = {"batch_size": 8, "sequence_length": 256, "progress": lambda done, total: None, "quantizer": "nearest"}
-    return calibrate(checkpoint, texts, **arguments)[0]
+    return calibrate(
+        checkpoint, texts, batch_size=8, sequence_length=256, progress=lambda done, total: None, quantizer="nearest"
+    )[0]
 
 
-def planned(calibration: Calibration, memory: float = 1.0, **options: object) -> Plan:
+def planned(calibration: Calibration, memory: float = 1.0, **options: Any) -> Plan:
     return make_plan(calibration, policy="optimal", memory=memory, ranks=1, target="batched", **options)
 
 
@@ -141,7 +143,7 @@ def precision_of_replicas(calibration: Calibration, heldout: Calibration) -> Ite
     for formats in (calibration.dtype, f"{calibration.dtype},int8", ""):
         for memory in (1.0, 1.5):
             plan = planned(calibration, memory, formats=formats)
-            error = mean(layer.predicted.error for layer in plan.layers)
+            error = mean(layer.predicted.error or 0.0 for layer in plan.layers)
             yield {"formats": formats or "all", "memory": memory, "error": error, **held_against(plan, heldout)}
 
 
@@ -160,8 +162,9 @@ def in_engines(checkpoint: Model) -> Iterator[Row]:
     texts = {kind: text(kind, "calibration") for kind in CALIBRATED}
     exported, reference = export_graph(checkpoint), Remembered(Reference.load(checkpoint))
     for block, variants in VARIANTS.items():
-        arguments = {"batch_size": 8, "sequence_length": 256, "progress": lambda done, total: None, "block": block}
-        calibration, tensors = calibrate(checkpoint, texts, **arguments)
+        calibration, tensors = calibrate(
+            checkpoint, texts, batch_size=8, sequence_length=256, progress=lambda done, total: None, block=block
+        )
         for memory, options in variants:
             plan = planned(calibration, memory, **options)
             with tempfile.TemporaryDirectory() as folder:
@@ -177,8 +180,8 @@ def in_engines(checkpoint: Model) -> Iterator[Row]:
                         "bytes": row["bytes_after"] / row["bytes_before"],
                         "slots": sum(len(layer.slots) for layer in plan.layers),
                         "lis_after": row["lis_after"],
-                        "padded_work": mean(layer.predicted.padded_work_after for layer in plan.layers),
-                        "error": mean(layer.predicted.error for layer in plan.layers),
+                        "padded_work": mean(layer.predicted.padded_work_after or 0.0 for layer in plan.layers),
+                        "error": mean(layer.predicted.error or 0.0 for layer in plan.layers),
                         "kl": row["kl"],
                         "top1_agreement": row["top1_agreement"],
                     }

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -93,7 +94,7 @@ def windows(engine: Engine, kind: str, tokens: int) -> Windows:
     return Windows(kind, whole.ids[: max(1, tokens // LENGTH)])
 
 
-def rows_of_plan(name: str, plan: Plan, engine: Engine, reference: Remembered, tokens: int) -> Iterator[dict[str, object]]:
+def rows_of_plan(name: str, plan: Plan, engine: Engine, reference: Remembered, tokens: int) -> Iterator[dict[str, Any]]:
     for kind, texts in (("same kind", SAME_KIND), ("other kind", OTHER_KIND)):
         found = evaluate(engine, reference, [windows(engine, text, tokens // len(texts)) for text in texts], reference_name=name)
 
@@ -124,7 +125,7 @@ def rows_of_plan(name: str, plan: Plan, engine: Engine, reference: Remembered, t
         }
 
 
-def rows_of_model(name: str, tokens: int, note: Console) -> Iterator[dict[str, object]]:
+def rows_of_model(name: str, tokens: int, note: Console) -> Iterator[dict[str, Any]]:
     checkpoint = Model.open(ROOT / "samples" / name)
     texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
     calibration, tensors = calibrate(checkpoint, texts, batch_size=8, sequence_length=LENGTH, progress=lambda done, total: None)
@@ -144,7 +145,8 @@ def planned(calibration: Calibration, policy: str, memory: float, ranks: int) ->
     "as the paper": ``optimal`` in no more bytes than the paper's plan takes, and with at most a quarter of its predicted error.
     "eased": ``optimal`` that tolerates an imbalance of a tenth.
     """
-    target, options = "batched" if ranks == 1 else "cpu", {}
+    target = "batched" if ranks == 1 else "cpu"
+    options: dict[str, Any] = {}
     if policy == "as the paper":
         paper = planned(calibration, "paper", memory, ranks)
         memory = paper.bytes_after / paper.bytes_before
@@ -155,7 +157,7 @@ def planned(calibration: Calibration, policy: str, memory: float, ranks: int) ->
     return make_plan(calibration, policy=policy, memory=memory, ranks=ranks, target=target, **options)
 
 
-def show(rows: list[dict[str, object]], console: Console) -> None:
+def show(rows: list[dict[str, Any]], console: Console) -> None:
     columns = ("LIS", "excess removed", "strict LIS", "ranks", "bytes", "perplexity", "top-1", "KL")
     made = table("held-out text", "model, text, policy, memory", *columns)
     for row in rows:

@@ -38,24 +38,30 @@ from rq_compile.calibration import measure
 from rq_compile.calibration.memory import Way
 from rq_compile.calibration.recording import model_arguments
 from rq_compile.calibration.text import tokenize
+from rq_compile.quantization.formats import Quantizer
 
 RESULTS = ROOT / "benchmarks" / "results" / "calibration.json"
 TOKENIZER = ROOT / "samples" / "olmoe" / "tokenizer.json"
 WEIGHTS = 6.3e6  # of an expert of OLMoE-1B-7B
 BATCH_SIZE, LENGTH = 2, 1024
-COMMON = {"num_hidden_layers": 1, "vocab_size": 4096, "max_position_embeddings": 4096, "pad_token_id": 0, "dtype": "bfloat16"}
+COMMON: dict[str, Any] = {
+    "num_hidden_layers": 1,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "dtype": "bfloat16",
+}
 SHAPES: dict[str, PretrainedConfig] = {
     "OLMoE-1B-7B": OlmoeConfig(
         **COMMON, hidden_size=2048, intermediate_size=1024, num_attention_heads=16, num_experts=64, num_experts_per_tok=8
     ),
     "Qwen3-30B-A3B": Qwen3MoeConfig(
-        **COMMON,
+        **(COMMON | {"head_dim": 128}),
         hidden_size=2048,
         intermediate_size=2048,  # of no layer
         moe_intermediate_size=768,
         num_attention_heads=32,
         num_key_value_heads=4,
-        head_dim=128,
         num_experts=128,
         num_experts_per_tok=8,
         decoder_sparse_step=1,
@@ -131,13 +137,13 @@ def timed_in(module: Any, name: str, clock: Clock) -> Callable[[], None]:
 
 
 def row(
-    shape: str, tokens: int, way: str, experts: int | None, folder: Path, quantizer: str, with_profile: bool
-) -> dict[str, object]:
+    shape: str, tokens: int, way: str, experts: int | None, folder: Path, quantizer: Quantizer, with_profile: bool
+) -> dict[str, Any]:
     model = Model.open(checkpoint(shape, experts, folder))
     texts = text(model, tokens)
     geometry = model.layers[0].geometry
     calibration.choose_way = lambda *_, **__: Way(way == "whole", True, way)
-    given = {"batch_size": BATCH_SIZE, "sequence_length": LENGTH}
+    given: dict[str, Any] = {"batch_size": BATCH_SIZE, "sequence_length": LENGTH}
     work = calibration.work_of(model, texts, **given)
 
     read, forward, calibrate, measuring = (Clock() for _ in range(4))
@@ -164,7 +170,7 @@ def row(
         own_cpu.append(thread_time() - began)
         return found
 
-    measure.expert_outputs = expert_outputs
+    measure.expert_outputs = expert_outputs  # type: ignore[assignment]  # one function for two overloads
     run = partial(calibration.calibrate, model, texts, **given, quantizer=quantizer, progress=lambda *_: None)
     with calibrate:
         run()
@@ -192,7 +198,7 @@ def row(
 def profile(run: Callable[[], object]) -> dict[str, float]:
     """Seconds by function, of those that took most."""
     behind, profiler = measure._behind, cProfile.Profile()
-    measure._behind = map
+    measure._behind = lambda function, runs: map(function, runs)
     profiler.runcall(run)
     measure._behind = behind
     rows = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
@@ -203,7 +209,7 @@ def profile(run: Callable[[], object]) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, object]:
+def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     cpus = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")}

@@ -16,6 +16,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "calibration_text.json"
 TEXT = ROOT / "samples" / "text"
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
-GIVEN = {"batch_size": 8, "sequence_length": 128}
+GIVEN: dict[str, Any] = {"batch_size": 8, "sequence_length": 128}
 EVERY = 4  # every fourth expert is evaluated
 CERTAIN = 256  # with this many tokens in the largest calibration, an expert's numbers count as a reference
 
@@ -77,7 +78,7 @@ def per_expert(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
     return loads, errors / np.maximum(loads, 1)
 
 
-def rows(name: str) -> Iterator[dict[str, object]]:
+def rows(name: str) -> Iterator[dict[str, Any]]:
     model = Model.open(ROOT / "samples" / name)
     moments = held_out(model)
     runs = [calibrate(model, texts("calibration", share), **GIVEN, progress=lambda *_: None) for share in SHARES]

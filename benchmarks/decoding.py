@@ -17,10 +17,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 from provenance import processor, provenance
 from rich.console import Console
@@ -70,7 +72,7 @@ def gptq(order: bool) -> Tensors:
     }
 
 
-CASES: dict[str, tuple[Tensors, dict[str, object]]] = {
+CASES: dict[str, tuple[Tensors, dict[str, Any]]] = {
     "bf16": ({"weight": floats(ROWS, COLUMNS).bfloat16()}, {}),
     "FP8, blocks of 128 x 128": ({"weight": e4m3(ROWS, COLUMNS), "weight_scale_inv": floats(ROWS // 128, COLUMNS // 128)}, {}),
     "mxfp8": ({"weight": e4m3(ROWS, COLUMNS), "weight_scale_inv": bytes_(ROWS, COLUMNS // 32, below=130)}, {}),
@@ -109,11 +111,11 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def row(name: str, weight: Weight, matrices: int, repeats: int) -> dict[str, object]:
+def row(name: str, weight: Weight, matrices: int, repeats: int) -> dict[str, Any]:
     everything = slice(0, weight.matrix_shape[0])
 
-    def decode(_: int) -> None:
-        weight.decode(everything)
+    def decode(_: int) -> np.ndarray:
+        return weight.decode(everything)
 
     with ThreadPoolExecutor(2) as pool:
         one = seconds(lambda: [decode(number) for number in range(matrices)], repeats)
@@ -128,7 +130,7 @@ def row(name: str, weight: Weight, matrices: int, repeats: int) -> dict[str, obj
     }
 
 
-def rows(matrices: int, repeats: int) -> list[dict[str, object]]:
+def rows(matrices: int, repeats: int) -> list[dict[str, Any]]:
     found = []
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
     origin = {"processor": processor()} | provenance("numpy")
@@ -142,7 +144,7 @@ def rows(matrices: int, repeats: int) -> list[dict[str, object]]:
     return found
 
 
-def show(found: list[dict[str, object]], console: Console) -> None:
+def show(found: list[dict[str, Any]], console: Console) -> None:
     made = table("decoding, GB/s of stored bytes", "format", "bits", "one thread", "two threads", "10^9 weights/s, two threads")
     for one in found:
         made.add_row(*(str(one[column]) for column in COLUMNS_SHOWN))

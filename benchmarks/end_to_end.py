@@ -99,7 +99,7 @@ def measured(name: str, folder: Path, scratch: Path, settings: Settings) -> Iter
     shared = load_model(checkpoint)
     for implementation in ("grouped_mm", "eager"):
         models[f"transformers, {implementation}"] = TransformersModel(shared, implementation, settings.threads)
-    yield from speeds(name, models, checkpoint.config["vocab_size"], settings)
+    yield from speeds(name, models, checkpoint.config.vocab_size, settings)
     del models, shared
     for variant, path in engines.items():
         if VARIANTS[variant].name == "native":

@@ -14,6 +14,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -54,7 +55,7 @@ def candidates(weights: np.ndarray, moment: SecondMoment, block: Block) -> Itera
         yield f"int{bits}", "nearest", bits, (q * coarse).reshape(weights.shape)
 
 
-def rows(name: str) -> Iterator[dict[str, object]]:
+def rows(name: str) -> Iterator[dict[str, Any]]:
     checkpoint = Model.open(ROOT / "samples" / name)
     # The statistics do not depend on the quantizer and the block that errors are measured for.
     texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
@@ -86,7 +87,7 @@ def energy(weights: np.ndarray, moment: SecondMoment) -> float:
     return float(np.einsum("rc,rc->", weights @ moment.values, weights))
 
 
-def show(found: list[dict[str, object]], console: Console) -> None:
+def show(found: list[dict[str, Any]], console: Console) -> None:
     models = list(dict.fromkeys(str(row["model"]) for row in found))
     made = table("squared error of the up projections, relative to their outputs", "format", "rounding", "block", *models)
     cells: dict[tuple[object, ...], dict[object, str]] = defaultdict(dict)

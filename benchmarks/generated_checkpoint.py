@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 AT_ONCE = 1 << 22  # weights that are drawn at a time
 Shapes = dict[str, tuple[int, ...]]
 Storage = Literal["bf16", "fp8", "mxfp4"]
-QUANTIZATION: dict[str, dict[str, object]] = {
+QUANTIZATION: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "mxfp4": {
         "quant_method": "compressed-tensors",
@@ -55,7 +55,7 @@ class Model:
         return replace(self, layers=layers)
 
     @property
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         mixtral = self.model_type == "mixtral"
         return {
             "model_type": self.model_type,

@@ -18,7 +18,7 @@ from rq_kernels import launch
 
 
 @triton.jit
-def fused_moe(
+def fused_moe(  # type: ignore[no-untyped-def]  # a function in Triton's language takes its values
     x, weights, scales, y, gates, rows, tiles, tile_count, columns, outputs, divide,
     BITS: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,

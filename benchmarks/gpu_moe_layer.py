@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -127,7 +128,7 @@ def variants(held: "Layer", format: str, size: str) -> dict[str, Run]:
     if format != "mixed":
         same = uniform(held, FORMATS.index(format))
         for tile in baseline.TILES:
-            built[f"fused MoE {tile}"] = lambda x, ids, gates, tile=tile: baseline.triton_layer(x, ids, gates, same, tile)
+            built[f"fused MoE {tile}"] = partial(baseline.triton_layer, held=same, tile=tile)
     if format == "bf16":
         up, down = held.up.weights["float_weights"], held.down.weights["float_weights"]
         built["torch grouped_mm"] = lambda x, ids, gates: baseline.grouped_mm_layer(x, ids, gates, up, down)

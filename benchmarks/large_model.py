@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +57,7 @@ from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.slot_weights import slot_weights
 from rq_compile.rewrite.weights import Piece, stored
 
-Row = dict[str, object]
+Row = dict[str, Any]
 TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
 GIB = 2**30
 BLOCK = 1 << 24

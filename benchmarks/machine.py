@@ -35,7 +35,18 @@ class Probe:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "probe.so"
             source = Path(__file__).with_name("machine_probe.cc")
-            command = ["c++", "-std=c++17", "-O2", "-march=native", "-pthread", "-shared", "-fPIC", source, "-o", library]
+            command = [
+                "c++",
+                "-std=c++17",
+                "-O2",
+                "-march=native",
+                "-pthread",
+                "-shared",
+                "-fPIC",
+                str(source),
+                "-o",
+                str(library),
+            ]
             subprocess.run(command, check=True)
             self._library = ctypes.CDLL(str(library))
         self._library.read_bandwidth.argtypes = [ctypes.c_int]

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.engine.library import library_path
-from rq_compile.lowerings import LOWERINGS
+from rq_compile.lowerings import LOWERINGS, with_options
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
 from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, block_size
 from rq_compile.quantization.quantizer import Quantized, quantize
@@ -111,7 +111,7 @@ class Builder:
         if not path.is_file():
             slots = [Slot(expert=e, format=f) for e, f in enumerate(formats_of(self.shape, format))]
             source = lambda _, e: self.experts[e]  # noqa: E731
-            realised = LOWERINGS[lowering](activation_bits=bits)
+            realised = with_options(LOWERINGS[lowering], activation_bits=bits, dense_format="stored")
             lowered = realised.lower(_experts_node(self.shape), _plan(self.shape, slots), source)
             data = (self.folder / f"{name}.data").open("wb", buffering=WRITTEN_AT_ONCE)
             with data as file, mock.patch.object(slot_weights, "quantize", self._quantize):
@@ -144,7 +144,12 @@ class Builder:
 
     def _fused_model(self, format: str) -> onnx.ModelProto:
         shape, weights = self.shape, []
-        attributes = {"k": shape.top_k, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
+        attributes: dict[str, Any] = {
+            "k": shape.top_k,
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "normalize_routing_weights": 1,
+        }
         for i in (1, 2):
             rows = _interleaved if i == 1 else np.asarray
             matrices = [e.up if i == 1 else e.down for e in self.experts]
@@ -160,7 +165,7 @@ class Builder:
         else:
             inputs = ["x", "logits", "fc1", "fc1_scales", "", "fc2", "fc2_scales"]
             attributes |= {
-                "expert_weight_bits": SLOT_FORMATS[format].bits,
+                "expert_weight_bits": SLOT_FORMATS[cast(Format, format)].bits,
                 "block_size": block_size(shape.hidden),
                 "accuracy_level": 4,
             }

@@ -80,7 +80,7 @@ def main() -> None:
     run += ["-o", str(output)]
     rounds = [seconds(given.processes, *run) for _ in range(given.rounds)]
     start, _ = seconds(given.processes, *run, "--dry-run")
-    weights = [float(found[1]) for _, said in rounds if (found := re.search(r"of weights in (.*) s,", said))]
+    weights = [float(match[1]) for _, said in rounds if (match := re.search(r"of weights in (.*) s,", said))]
     found = {
         "command": given.command,
         "shape": given.shape,

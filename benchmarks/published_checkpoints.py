@@ -196,7 +196,7 @@ def qwen_fp8() -> tuple[dict[str, Any], Tensors]:
 
 
 def qwen_nvfp4() -> tuple[dict[str, Any], Tensors]:
-    layers: dict[str, dict[str, object]] = {"lm_head": {"quant_algo": "W4A16_NVFP4", "group_size": 16}}
+    layers: dict[str, dict[str, Any]] = {"lm_head": {"quant_algo": "W4A16_NVFP4", "group_size": 16}}
     for layer in range(QWEN_LAYERS):
         at = f"model.language_model.layers.{layer}"
         full = QWEN_TEXT["layer_types"][layer] == "full_attention"  # type: ignore[index]

@@ -34,12 +34,13 @@ from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCal
 from rq_compile.calibration.stored import layers_to_measure, stored_layer
 from rq_compile.cli.tables import table
 from rq_compile.files import write_document
+from rq_compile.quantization.formats import Format
 
 Row = dict[str, Any]
 TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
 TOKENS = 100_000
 SPREAD = 1.32  # of the logarithm of a load: log-normal loads then have a Gini coefficient of 0.65
-FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
+FORMATS: tuple[Format, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
 # Relative squared change of weights, by how they are stored. 0: kept unchanged.
 ERRORS = {
     "plain": (0.0, 0.0, 0.0, 4.2e-5, 1.1e-2),
@@ -68,7 +69,9 @@ def made_up(model: Model) -> Calibration:
         load = random.multinomial(TOKENS * geometry.top_k, share / share.sum())
         stored = stored_layer(model, layer)
         kind = str(stored.get("stored_as", ["plain"])[0]).split()[0]
-        error = {format: (change * load / load.sum()).tolist() for format, change in zip(FORMATS, ERRORS[kind], strict=True)}
+        error: dict[Format, list[float]] = {
+            format: (change * load / load.sum()).tolist() for format, change in zip(FORMATS, ERRORS[kind], strict=True)
+        }
         layers.append(
             LayerCalibration(
                 name=layer.name,
@@ -88,7 +91,7 @@ def made_up(model: Model) -> Calibration:
         model=model.name,
         model_type=model.model_type,
         fingerprint=model.fingerprint,
-        dtype=lossless,  # type: ignore[arg-type]
+        dtype=lossless,
         texts=[CalibrationText(name="made up", sha256=hashlib.sha256(b"").hexdigest(), tokens=TOKENS)],
         tokens=TOKENS,
         measured_tokens=TOKENS,

@@ -21,7 +21,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -76,7 +76,7 @@ def random_plan(calibration: Calibration, share: float, random: np.random.Genera
     return plan.model_copy(update={"layers": layers}), predicted
 
 
-def rows(name: str, experiment: str, seed: int) -> Iterator[dict[str, object]]:
+def rows(name: str, experiment: str, seed: int) -> Iterator[dict[str, Any]]:
     least, most, plans, tokens = EXPERIMENTS[experiment]
     checkpoint = Model.open(ROOT / "samples" / name)
     texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
@@ -91,12 +91,14 @@ def rows(name: str, experiment: str, seed: int) -> Iterator[dict[str, object]]:
             engine = Engine.load(output)
             held_out = [windows(engine, kind, tokens // len(SAME_KIND)) for kind in SAME_KIND]
             total = evaluate(engine, reference, held_out, reference_name=name).total
+        assert total.perplexity_engine is not None
+        assert total.perplexity_reference is not None
         change = total.perplexity_engine / total.perplexity_reference - 1
         observed = {"kl": total.kl, "perplexity_change": change}
         yield {"model": name, "experiment": experiment, "tokens": tokens, "plan": number, **predicted, **observed}
 
 
-def show(found: list[dict[str, object]], console: Console) -> None:
+def show(found: list[dict[str, Any]], console: Console) -> None:
     what = f"{found[0]['model']}, {found[0]['experiment']}, {found[0]['tokens']} tokens"
     columns = ("predicted by", "with KL", "of equal number", "with change of perplexity", "of equal number")
     made = table(f"{what}: rank correlation over {len(found)} plans", *columns)

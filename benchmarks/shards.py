@@ -23,7 +23,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: Tensors, fil
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     shutil.copy(TOKENIZER, folder)
     shards = list(_shards(tensors, shard_bytes))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         with (folder / name).open("wb") as file:

@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -71,7 +72,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def built_row(what: str, engine: TensorRTManifest) -> dict[str, object]:
+def built_row(what: str, engine: TensorRTManifest) -> dict[str, Any]:
     built = engine.built
     assert built is not None
     return {

@@ -99,7 +99,8 @@ def main() -> None:
     rq_compile("evaluate", engine, "--reference", MODEL, *texts(HELD_OUT_KINDS, "heldout"), "--json", into=evaluation)
     rq_compile("bench", engine, "--against", MODEL, "--json", into=bench)
     generated = rq_compile("generate", engine, "--prompt", PROMPT, "--max-tokens", "32")
-    summary(*(json.loads(file.read_text()) for file in (plan, evaluation, bench)), generated)
+    planned, evaluated, measured = (json.loads(file.read_text()) for file in (plan, evaluation, bench))
+    summary(planned, evaluated, measured, generated)
 
 
 if __name__ == "__main__":

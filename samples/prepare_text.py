@@ -34,7 +34,8 @@ def scripture() -> Iterator[str]:
     verses = subprocess.run(
         ["bible", "-f", "gen1:1-rev22:21"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
     ).stdout
-    chapter, lines = "", []
+    chapter = ""
+    lines: list[str] = []
     for verse in verses.splitlines():
         match = re.fullmatch(r"(\w+?\d+):\d+ (.*)", verse)
         if match is None:

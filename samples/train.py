@@ -16,6 +16,7 @@ import csv
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -28,7 +29,7 @@ from transformers import (
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
+    PreTrainedTokenizerBase,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
@@ -147,7 +148,7 @@ def deepseek_v2(vocabulary: int) -> PreTrainedModel:
 ARCHITECTURES = {"olmoe": (olmoe, 1600), "qwen2-moe": (qwen2_moe, 1000), "top1": (top1, 1000), "deepseek-v2": (deepseek_v2, 1000)}
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, paths: list[Path]) -> np.ndarray:
+def token_stream(tokenizer: PreTrainedTokenizerBase, paths: list[Path]) -> np.ndarray:
     return np.concatenate([np.asarray(tokenizer(path.read_text())["input_ids"], dtype=np.int64) for path in paths])
 
 
@@ -172,8 +173,9 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (steps / 4)))
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    checkpoint = copy.deepcopy(model).to(torch.bfloat16)
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    checkpoint: Any = copy.deepcopy(model)
+    checkpoint.to(torch.bfloat16)
     checkpoint.config.output_router_logits = False
     checkpoint.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -125,16 +125,16 @@ def test_lowerings_by_name_and_by_target() -> None:
 def test_the_documentation_has_the_table_of_targets() -> None:
     """The target, the part that builds an engine for it, and the lowering."""
     assert tuple(TARGETS) == get_args(Target)
-    served = {target: [] for target in TARGETS}
+    served: dict[str, list[str]] = {target: [] for target in TARGETS}
     for kind in LOWERINGS.values():
         served[kind.planned_for].append(f"`{kind.name}`")
-    for builder, kind in (("tensorrt", TENSORRT_LOWERINGS["plugins"]), ("rtx", TENSORRT_LOWERINGS["batched"])):
+    for builder, kind in zip(OF_BUILDER, (TENSORRT_LOWERINGS["plugins"], TENSORRT_LOWERINGS["batched"]), strict=True):
         assert OF_BUILDER[builder] == kind.planned_for
         served[kind.planned_for].append(f"`{kind.name}`")
     waits = {target: "its busiest slot" if costs.batched else "no slot" for target, costs in TARGETS.items()}
     page = (ROOT / "docs" / "supported.md").read_text()
     for target in TARGETS:
-        builder = {name: f"TensorRT (`--builder {of}`)" for of, name in OF_BUILDER.items()}.get(target, "ONNX Runtime")
-        assert f"| `{target}` | {builder} | {', '.join(served[target])} | {waits[target]} |" in page
+        builders: dict[str, str] = {name: f"TensorRT (`--builder {of}`)" for of, name in OF_BUILDER.items()}
+        assert f"| `{target}` | {builders.get(target, 'ONNX Runtime')} | {', '.join(served[target])} | {waits[target]} |" in page
     for name in LOWERINGS:
         assert f"\n| `{name}`" in page

@@ -80,7 +80,7 @@ def attributes_of(layer: Any) -> dict[str, Any]:
 
 def error(case: Case, seed: int, library: str, provider: str) -> float:
     random = torch.Generator().manual_seed(seed)
-    shape = {"hidden": 256, "intermediate": 128, "activation": "swiglu", "replicas": REPLICAS} | case.options
+    shape: dict[str, Any] = {"hidden": 256, "intermediate": 128, "activation": "swiglu", "replicas": REPLICAS} | case.options
     held = reference.example(random, list(case.formats), **shape, dtype=case.dtype)
     x = torch.randn(case.tokens, held.layer.hidden, generator=random).to(case.dtype)
     ids = torch.rand(case.tokens, len(REPLICAS), generator=random).argsort(1)[:, :2].contiguous()

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ PER_EXPERT_OR_STACKED_ON_DISK = {
 }
 
 
-def edited(directory: Path, target: Path, **changes: object) -> Model:
+def edited(directory: Path, target: Path, **changes: Any) -> Model:
     """A copy of the checkpoint with another config."""
     shutil.copytree(directory, target)
     config = json.loads((target / "config.json").read_text())
@@ -46,10 +47,10 @@ def edited(directory: Path, target: Path, **changes: object) -> Model:
     return Model.open(target)
 
 
-def held(module: nn.Module, expert: int) -> ExpertWeights:
+def held(module: Any, expert: int) -> ExpertWeights:
     """One expert of the loaded model's experts module, in canonical layout."""
     if isinstance(module, nn.ModuleDict):
-        dense = module[f"expert_{expert}"]
+        dense: Any = module[f"expert_{expert}"]
         return ExpertWeights(dense.wi.weight.numpy(), dense.wo.weight.numpy())
     up, down = module.gate_up_proj[expert], module.down_proj[expert]
     if not hasattr(module, "gate_up_proj_bias"):
@@ -227,7 +228,13 @@ def test_ignores_layers_beyond_the_model_s(tiny_checkpoint: Callable[[str], Path
 
 
 def test_refuses_a_dense_model(tmp_path: Path) -> None:
-    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(**small)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is not an MoE: the model llama has no experts"):
         Model.open(tmp_path)
@@ -262,7 +269,7 @@ def test_tiny_tokenizer_round_trips(tiny_checkpoint: Callable[[str], Path]) -> N
     tokens = tokenizer("In the beginning", add_special_tokens=False).input_ids
     assert len(tokens) == 16
     assert max(tokens) < tiny.VOCABULARY
-    assert tokenizer.decode(tokens).replace(" ", "") == "Inthebeginning"
+    assert str(tokenizer.decode(tokens)).replace(" ", "") == "Inthebeginning"
     assert tokenizer.eos_token_id == 1
 
 
@@ -270,7 +277,12 @@ def test_a_bias_is_read_alone(tiny_checkpoint: Callable[[str], Path], monkeypatc
     model = Model.open(tiny_checkpoint("gpt_oss"))
     read: list[str] = []
     original = Checkpoint.read_row
-    monkeypatch.setattr(Checkpoint, "read_row", lambda self, name, row: read.append(name) or original(self, name, row))
+
+    def read_row(self: Checkpoint, name: str, row: int) -> np.ndarray:
+        read.append(name)
+        return original(self, name, row)
+
+    monkeypatch.setattr(Checkpoint, "read_row", read_row)
     expert = StreamedExpert(model, model.layers[0], 1, None)
     for weight, tensor in (("up_bias", "gate_up_proj_bias"), ("down_bias", "down_proj_bias"), ("up", "gate_up_proj")):
         assert getattr(expert, weight) is not None

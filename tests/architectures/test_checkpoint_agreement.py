@@ -3,7 +3,7 @@ logits that transformers computes from the same folder."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def copy(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[...
     """``copy(family, tensors, config...)``: a family's checkpoint whose tensors ``change`` has changed, and values of its config
     (None: without the key)."""
 
-    def make(family: str, change: Callable[[Tensors], object] | None = None, **config: object) -> Path:
+    def make(family: str, change: Callable[[Tensors], object] | None = None, **config: Any) -> Path:
         def settle(stated: dict[str, Any]) -> None:
             stated |= config
             for key in [key for key, value in stated.items() if value is None]:
@@ -198,7 +198,7 @@ def test_layers_beyond_the_config_s(copy: Callable[..., Path], family: str) -> N
     assert max(layer.index for layer in model.layers) == layers - 2
 
 
-def sharded(folder: Path, listed: dict[str, str] | None = None) -> Path:
+def sharded(folder: Path, listed: Mapping[str, str | None] | None = None) -> Path:
     """The checkpoint in two shards; ``listed`` changes the index (None: without the name)."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -334,11 +334,10 @@ def test_experts_in_several_formats(tmp_path: Path, rq_compile: Callable[..., An
         ("llama_moe", {"rms_norm_eps": 1, "num_selects": 1.0}),
     ],
 )
-def test_a_number_is_of_the_declared_type(copy: Callable[..., Path], family: str, config: dict[str, object]) -> None:
+def test_a_number_is_of_the_declared_type(copy: Callable[..., Path], family: str, config: dict[str, Any]) -> None:
     written = {key: type(value)(value) for key, value in config.items()}
     as_declared = {
-        key: float(value) if type(value) is int and key != "norm_topk_prob" else int(value)  # type: ignore[call-overload]
-        for key, value in written.items()
+        key: float(value) if type(value) is int and key != "norm_topk_prob" else int(value) for key, value in written.items()
     } | ({"norm_topk_prob": True} if "norm_topk_prob" in written else {})
     ids = torch.arange(3, 30)[None]
     with torch.inference_mode():
@@ -348,7 +347,7 @@ def test_a_number_is_of_the_declared_type(copy: Callable[..., Path], family: str
 
 
 @pytest.mark.parametrize("config", [{"num_experts_per_tok": 2.5}, {"rms_norm_eps": "1e-6"}, {"vocab_size": "128"}])
-def test_what_is_no_number_of_the_declared_type(copy: Callable[..., Path], config: dict[str, object]) -> None:
+def test_what_is_no_number_of_the_declared_type(copy: Callable[..., Path], config: dict[str, Any]) -> None:
     refused(copy("olmoe", **config), next(iter(config)))
 
 

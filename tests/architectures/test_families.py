@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fused_counts
 import numpy as np
@@ -49,10 +50,11 @@ def quantized_in_place(checkpoint: Model) -> Reference:
     """The transformers model, with the experts' weights rounded to the plan's formats."""
     model = load_model(checkpoint)
     for layer in checkpoint.layers:
-        module = model.get_submodule(layer.name)
+        module: Any = model.get_submodule(layer.name)
         for expert in range(layer.geometry.experts):
             if isinstance(module, torch.nn.ModuleDict):
-                weights = [module[f"expert_{expert}"].wi.weight, module[f"expert_{expert}"].wo.weight]
+                dense: Any = module[f"expert_{expert}"]
+                weights = [dense.wi.weight, dense.wo.weight]
             else:
                 weights = [module.gate_up_proj[expert], module.down_proj[expert]]
             for weight in weights:

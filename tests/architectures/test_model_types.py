@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import families_table
 import model_types
@@ -86,7 +87,7 @@ def quantized_in_place(model: Model) -> Reference:
     """The transformers model, with the experts' weights rounded to the plan's formats."""
     changed = load_model(model)
     for layer in model.layers:
-        module = changed.get_submodule(layer.name)
+        module: Any = changed.get_submodule(layer.name)
         up = module.gate_up_proj if module.has_gate else module.up_proj
         for expert in range(layer.geometry.experts):
             for weight in (up[expert], module.down_proj[expert]):
@@ -165,7 +166,7 @@ def test_experts_that_compute_something_else_are_refused() -> None:
     """A norm after each expert, which our flags cannot describe, is found by running the module."""
     from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
-    config = AutoConfig.for_model("muse_spark").get_text_config()
+    config: Any = AutoConfig.for_model("muse_spark").get_text_config()
     with torch.device("meta"):
         module = MuseSparkExperts(config)
     with pytest.raises(UserError, match="a norm after each expert"):
@@ -180,7 +181,7 @@ def test_a_gate_that_is_bounded_after_its_activation_is_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("gate", [1.0, 6.0, 40.0])
 def test_the_limit_of_an_activation_is_found(gate: float) -> None:
-    config = AutoConfig.for_model("deepseek_v4", swiglu_limit=gate)
+    config: Any = AutoConfig.for_model("deepseek_v4", swiglu_limit=gate)
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
     with torch.device("meta"):

@@ -74,13 +74,14 @@ def test_an_engine_is_transformers_at_every_length(
         wanted = Reference(fresh(model)).logits(ids := ids_of(length))
         np.testing.assert_allclose(engine.logits(ids), wanted, atol=2e-5 * np.abs(wanted).max(), err_msg=str(length))
     for prompt in (TRAINED - 6, TRAINED, TRAINED + 1, LONGEST - 3):
-        ids = torch.from_numpy(ids_of(prompt)[:1])
-        wanted = fresh(model).generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=2)
-        expected = wanted[0, prompt:].tolist()
-        assert list(engine.generate(ids[0].tolist(), 10, stop=False)) == expected, prompt
-        assert list(Reference(fresh(model)).generate(ids[0].tolist(), 10, stop=False)) == expected, prompt
+        prompt_ids = torch.from_numpy(ids_of(prompt)[:1])
+        generating: Any = fresh(model)
+        generated = generating.generate(prompt_ids, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=2)
+        expected = generated[0, prompt:].tolist()
+        assert list(engine.generate(prompt_ids[0].tolist(), 10, stop=False)) == expected, prompt
+        assert list(Reference(fresh(model)).generate(prompt_ids[0].tolist(), 10, stop=False)) == expected, prompt
         manifest = json.loads((model.path / "engine.json").read_text())  # as a package reads it
-        assert list(islice(decode(engine._session, manifest, ids[0].tolist()), 10)) == expected, prompt
+        assert list(islice(decode(engine._session, manifest, prompt_ids[0].tolist()), 10)) == expected, prompt
 
 
 @pytest.mark.parametrize("family", ["deepseek", "llama_moe"])
@@ -117,7 +118,8 @@ def test_dynamic_scaling_of_remote_code_is_that_of_mixtral(tmp_path: Path) -> No
 def test_static_scaling_is_that_of_transformers(family: str, rope: dict[str, Any], tmp_path: Path) -> None:
     """Without a ``head_dim``, with which transformers cannot run Mixtral."""
     ours = build(family, tmp_path / "m", rope).without_weights.model.rotary_emb
-    theirs = fresh(build(family, tmp_path / "x", rope, **({"head_dim": 8} if family == "mixtral" else {}))).model.rotary_emb
+    more: dict[str, Any] = {"head_dim": 8} if family == "mixtral" else {}
+    theirs = fresh(build(family, tmp_path / "x", rope, **more)).model.rotary_emb
     assert torch.equal(ours.inv_freq, theirs.inv_freq)
     assert ours.attention_scaling == theirs.attention_scaling
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from rq_compile.targets.onnxruntime import compile_engine
 
 TEXT = letters(6 * LENGTH, 3)
 # Six experts: not a multiple of the number of elements in a vector register.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 6},
     "gpt_oss": {"num_local_experts": 6},
     "deepseek_v2": {"n_routed_experts": 6, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
@@ -59,9 +60,8 @@ def with_routers(source: Path, target: Path, change: Callable[[np.ndarray], np.n
 @pytest.mark.parametrize("family", SIZES)
 def test_calibration_reference_and_engine_choose_the_same(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if SIZES[family]:
-        config = tiny.CONFIGS[family]().to_diff_dict()
-        kind = type(tiny.CONFIGS[family]())
-        monkeypatch.setitem(tiny.CONFIGS, family, lambda: kind(**{**config, **SIZES[family]}))
+        made = tiny.CONFIGS[family]
+        monkeypatch.setitem(tiny.CONFIGS, family, lambda: type(made())(**(made().to_diff_dict() | SIZES[family])))
     model = tiny.build(family, tmp_path / "model")
     exported = export_graph(Model.open(model))
     for change in (all_zero, three_equal_rows):

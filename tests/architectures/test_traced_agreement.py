@@ -35,7 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def copy(built: Callable[[str], Path], tmp_path: Path) -> Copy:
     """``copy(type, change, keys...)``: a checkpoint whose tensors ``change`` has changed, and keys of its text config."""
 
-    def make(model_type: str, change: Callable[[Tensors], object] | None = None, **keys: object) -> Path:
+    def make(model_type: str, change: Callable[[Tensors], object] | None = None, **keys: Any) -> Path:
         return changed(built(model_type), tmp_path, lambda stated: stated.get("text_config", stated).update(keys), change)
 
     return make

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -99,6 +100,7 @@ def test_a_version_that_is_not_installed_is_left_out() -> None:
 def test_a_profile_feeds_caches_of_every_shape() -> None:
     shapes = {"key": ["batch", 2, "past", 8], "state": ["batch", 4, 3], "empty": ["batch", 2, "past", 0]}
     cache = [CacheTensor.model_validate({"past": name, "present": f"{name}.out", "shape": shapes[name]}) for name in shapes]
-    fed = op_profile._feeds(SimpleNamespace(cache=cache, vocabulary=9), tokens=3, past=5)
+    manifest: Any = SimpleNamespace(cache=cache, vocabulary=9)
+    fed = op_profile._feeds(manifest, tokens=3, past=5)
     assert {name: fed[name].shape for name in shapes} == {"key": (1, 2, 5, 8), "state": (1, 4, 3), "empty": (1, 2, 5, 0)}
     assert fed["attention_mask"].shape == (1, 8)

@@ -65,7 +65,7 @@ def test_summary_of_no_rows_is_empty() -> None:
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("columns", [256, 96])
 def test_blocks_of_llama_cpp_hold_our_weights(format: Format, columns: int) -> None:
-    quantized = quantize(np.random.default_rng().standard_normal((5, columns), np.float32), format)
+    quantized = quantize(np.random.default_rng(0).standard_normal((5, columns), np.float32), format)
     packed = llama_cpp_layer.blocks(quantized, format)
     assert packed.shape == (5, columns // 32, 34 if format == "int8" else 18)
 

@@ -116,6 +116,9 @@ def test_an_even_sample_has_the_tokens_asked_for() -> None:
         assert not any((side.measured & ~side.real).any() for side in rows)
         assert sum(batch.tokens for batch in cut) == 81
     halves = [batch for batch in cut if batch.text == 0]
+    assert halves[0].encoder
+    assert halves[-1].encoder
+    assert cut[-1].encoder
     assert halves[0].encoder.ids[:2].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
     assert halves[0].decoder.ids[:2].tolist() == [[5, 4, 5, 6], [5, 12, 13, 14]]
     # The last sequence has two tokens, one for each side; the one of the other text before it has seven.
@@ -211,6 +214,7 @@ def test_command(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     found = read_document(Calibration, tmp_path / "c.json")
     assert found.wanda_fraction == WANDA_FRACTION
+    assert found.statistics is not None
     assert len(load_file(tmp_path / found.statistics.name)) == 4
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "c.json")]).output
     assert "2 layers of 8 experts, top-2" in shown

@@ -1,6 +1,7 @@
 """An interrupted calibration continues after its last finished layer, with the same result as an uninterrupted one."""
 
 import errno
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calibrated]:
             return measure_layer(*arguments, **given)
 
         monkeypatch.setattr(module, "measure_layer", measure)
-        given = {"batch_size": 4, "sequence_length": LENGTH, "progress": lambda done, total: None} | options
+        given: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH, "progress": lambda done, total: None} | options
         say = (said if said is not None else []).append
         with unfinished(output, fresh=fresh, say=say) as kept:
             calibration, statistics = module.calibrate(Model.open(model), TEXTS, kept=kept, remark=say, **given)
@@ -135,7 +136,7 @@ def test_what_was_changed_meanwhile_is_not_taken_up(
 
     for name in ("0.json", "1.safetensors", "states.1.pt"):
         spoiled = partial / name
-        assert_same(again(lambda spoiled=spoiled: flip(spoiled), "differ from what was written; starting over"), expected)
+        assert_same(again(functools.partial(flip, spoiled), "differ from what was written; starting over"), expected)
         assert_same(again(spoiled.unlink, "differ from what was written; starting over"), expected)
     journal = partial / "journal.jsonl"
     # A truncated line is a layer that was not finished; it is written again.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,12 +28,13 @@ from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import SecondMoment
 
 
-def put(module: nn.Module, expert: int, up: np.ndarray, down: np.ndarray) -> None:
+def put(module: Any, expert: int, matrix_up: np.ndarray, matrix_down: np.ndarray) -> None:
     """Give a transformers experts module one expert in canonical layout."""
-    up, down = torch.from_numpy(up), torch.from_numpy(down)
+    up, down = torch.from_numpy(matrix_up), torch.from_numpy(matrix_down)
     if isinstance(module, nn.ModuleDict):
-        module[f"expert_{expert}"].wi.weight.copy_(up)
-        module[f"expert_{expert}"].wo.weight.copy_(down)
+        dense: Any = module[f"expert_{expert}"]
+        dense.wi.weight.copy_(up)
+        dense.wo.weight.copy_(down)
     elif getattr(module, "gate_up_proj_bias", None) is not None:
         gate, linear = up.chunk(2)
         module.gate_up_proj[expert].copy_(torch.stack([gate, linear], 1).reshape(up.shape).T)
@@ -52,7 +54,7 @@ class Reference:
         self.module = model.get_submodule(layer.name).double()
         self.layer, self.checkpoint = layer, checkpoint
 
-    def output(self, hidden: np.ndarray, ids: np.ndarray, gates: np.ndarray, **formats: str) -> np.ndarray:
+    def output(self, hidden: np.ndarray, ids: np.ndarray, gates: np.ndarray, **formats: Any) -> np.ndarray:
         """The layer's output when the experts ``e3="int4"`` and so on are stored in a format."""
         for name, format in formats.items():
             weights = self.checkpoint.expert(self.layer, int(name[1:]))
@@ -82,7 +84,8 @@ def test_error_is_what_the_layer_s_output_changes_by(tiny_checkpoint: Callable[[
     for expert in np.flatnonzero(~estimated)[[0, -1]]:
         assert errors["fp32"][expert] == 0
         for format in ("fp16", "bf16", "int8", "int4"):
-            changed = reference.output(*given, **{f"e{expert}": format})
+            stored_in: dict[str, Any] = {f"e{expert}": format}
+            changed = reference.output(*given, **stored_in)
             np.testing.assert_allclose(
                 errors[format][expert],
                 ((changed - output) ** 2).sum() / (output**2).sum(),
@@ -118,7 +121,8 @@ def test_errors_add_up(
     assert not estimated.any()
     reference = Reference(checkpoint, layer)
     output = reference.output(*given)
-    changed = reference.output(*given, **{f"e{expert}": "int4" for expert in range(layer.geometry.experts)})
+    stored_in: dict[str, Any] = {f"e{expert}": "int4" for expert in range(layer.geometry.experts)}
+    changed = reference.output(*given, **stored_in)
     np.testing.assert_allclose(errors["int4"].sum(), ((changed - output) ** 2).sum() / (output**2).sum(), rtol=tolerance)
 
 
@@ -191,9 +195,9 @@ def test_activations_of_no_tiny_model(activation: str, name: str) -> None:
 
 def random_experts(geometry: ExpertGeometry, scale: float = 0.2) -> list[ExpertWeights]:
     rng = np.random.default_rng(7)
-    shapes = ((geometry.up_rows, geometry.hidden), (geometry.hidden, geometry.intermediate))
+    up, down = (geometry.up_rows, geometry.hidden), (geometry.hidden, geometry.intermediate)
     return [
-        ExpertWeights(*(scale * rng.standard_normal(shape, dtype=np.float32) for shape in shapes))
+        ExpertWeights(scale * rng.standard_normal(up, dtype=np.float32), scale * rng.standard_normal(down, dtype=np.float32))
         for _ in range(geometry.experts)
     ]
 
@@ -240,7 +244,7 @@ def test_an_estimate_where_no_other_expert_changes() -> None:
     """The experts with tokens already hold fp16 values; the expert without tokens does not."""
     experts = random_experts(SWIGLU)
     for expert in range(5):
-        experts[expert] = ExpertWeights(*(stored(matrix, "fp16") for matrix in (experts[expert].up, experts[expert].down)))
+        experts[expert] = ExpertWeights(stored(experts[expert].up, "fp16"), stored(experts[expert].down, "fp16"))
     hidden, ids, gates = inputs(SWIGLU, 300)
     ids = np.where(ids == 5, -1, ids)
     found = measure_layer(SWIGLU, hidden, ids, gates, experts.__getitem__)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ Calibrated = tuple[Calibration, dict[str, np.ndarray]]
 Tiny = Callable[[str], Path]
 
 
-def calibrated(model: Path, *names: str, **options: object) -> Calibrated:
-    given = {"batch_size": 4, "sequence_length": LENGTH, "progress": lambda done, total: None} | options
+def calibrated(model: Path, *names: str, **options: Any) -> Calibrated:
+    given: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH, "progress": lambda done, total: None} | options
     return calibrate(Model.open(model), {name: TEXTS[name] for name in names}, **given)
 
 
@@ -47,6 +48,8 @@ def assert_adds_up(found: Calibrated, expected: Calibrated, errors: float, score
     for one, other in zip(found[0].layers, expected[0].layers, strict=True):
         for name in ("load", "text_loads", "batch_loads", "dropped", "geometry", "estimated"):
             assert getattr(one, name) == getattr(other, name), name
+        assert one.sums
+        assert other.sums
         assert one.sums.pairs == other.sums.pairs
         np.testing.assert_allclose(one.sums.energy, other.sums.energy, rtol=1e-5)
         np.testing.assert_allclose(one.sums.output_square, other.sums.output_square, rtol=1e-5)
@@ -80,6 +83,8 @@ def test_the_order_does_not_matter(tiny_checkpoint: Tiny) -> None:
             assert by_name == sorted(known, key=lambda row: row[0].name)
             for one, other in zip(found[0].layers, expected[0].layers, strict=True):
                 assert one.load == other.load
+                assert one.sums
+                assert other.sums
                 assert one.sums.pairs == other.sums.pairs
                 np.testing.assert_allclose(one.wanda, other.wanda, rtol=1e-5)
                 for format in other.error:
@@ -95,7 +100,7 @@ def test_an_expert_that_no_part_reached_enough_is_measured_by_all(tiny_checkpoin
     assert estimated[3] < estimated[0]
 
 
-def changed(calibration: Calibration, **changes: object) -> Calibration:
+def changed(calibration: Calibration, **changes: Any) -> Calibration:
     return calibration.model_copy(update=changes)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,7 +231,7 @@ def test_each_item_goes_to_who_has_least_to_do(size: int, costs: list[float], ow
 
 
 def test_one_process_owns_all_and_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: object, **__: object) -> None:
+    def none(*_: object, **__: Any) -> None:
         raise AssertionError("a world of one has nobody to talk to")
 
     for name in ("init_process_group", "all_reduce", "broadcast_object_list", "send_object_list"):
@@ -238,7 +239,7 @@ def test_one_process_owns_all_and_exchanges_nothing(monkeypatch: pytest.MonkeyPa
     world = World()
     items = ["a", "b"]
     owners = world.owners([1, 1])
-    seen: list[Callable[..., object]] = [world.own, world.all, world.at_first]
+    seen: list[Callable[..., Any]] = [world.own, world.all, world.at_first]
     assert [list(each(owners, items)) for each in seen] == [items] * 3
     assert world.from_first(3) == 3
     assert world.sum(np.ones(2)).tolist() == [1, 1]

@@ -131,6 +131,7 @@ def test_from_a_clusters_traffic_to_the_next_plan_and_placement(
     new = Calibration.model_validate_json(made.read_bytes())
     assert new.layers[0].load == loads[:, 0].sum(axis=0).tolist()
     assert new.statistics is not None
+    assert old.statistics is not None
     assert (made.parent / new.statistics.name).resolve() == (stages / old.statistics.name).resolve()
     for command in (
         ("plan", made, "--ranks", 2, "-o", out / "plan.json"),

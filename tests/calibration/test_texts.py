@@ -19,7 +19,7 @@ from rq_compile.files import read_document
 from rq_compile.texts import chat_template, open_texts, read_texts
 
 Row = dict[str, Any]
-DOCUMENTS = [{"text": f"document {number}", "title": f"title {number}", "stars": number} for number in range(20)]
+DOCUMENTS: list[Row] = [{"text": f"document {number}", "title": f"title {number}", "stars": number} for number in range(20)]
 TALK = [[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}], [{"role": "user", "content": "Bye."}]]
 SAID = "<user>Hi.<assistant>Hello!\n\n<user>Bye."
 
@@ -34,7 +34,7 @@ def parquet(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
-WRITERS = {".jsonl": json_lines, ".parquet": parquet}
+WRITERS: dict[str, Callable[..., Path]] = {".jsonl": json_lines, ".parquet": parquet}
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def sharded(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     directory = Path(shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "sharded"))
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
         weight_map |= dict.fromkeys(part, f"model-{number:05}-of-00002.safetensors")
         save_file({name: tensors[name] for name in part}, directory / weight_map[part[0]], metadata={"format": "pt"})
@@ -178,7 +178,7 @@ def test_no_tensors_at_all(sharded: Path) -> None:
 # The config against the tensors
 
 
-def reconfigured(model: Path, target: Path, **changes: object) -> Model:
+def reconfigured(model: Path, target: Path, **changes: Any) -> Model:
     """The checkpoint with changes to its config."""
     shutil.copytree(model, target)
     config = json.loads((target / "config.json").read_text())
@@ -217,7 +217,7 @@ def reconfigured(model: Path, target: Path, **changes: object) -> Model:
     ],
 )
 def test_a_config_that_its_tensors_do_not_bear_out_is_refused(
-    model: Path, tmp_path: Path, change: dict[str, object], words: str
+    model: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words) as caught:
         meta_model(reconfigured(model, tmp_path / "model", **change))

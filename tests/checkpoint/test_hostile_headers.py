@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -178,5 +179,5 @@ entry = st.fixed_dictionaries(
 
 @fuzzed
 @given(header=st.dictionaries(st.text(max_size=3), entry, max_size=3), length=st.integers(0, 16))
-def test_a_made_up_header_is_opened_or_refused(tmp_path: Path, header: dict[str, object], length: int) -> None:
+def test_a_made_up_header_is_opened_or_refused(tmp_path: Path, header: dict[str, Any], length: int) -> None:
     opened_or_refused(write(tmp_path / "x.safetensors", header, bytes(length)))

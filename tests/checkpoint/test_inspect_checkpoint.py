@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -42,7 +43,7 @@ def test_counts_are_those_of_the_model(rq_compile: Run, tiny_checkpoint: Callabl
     assert [layer["index"] for layer in found["layers"]] == [1, 2]
 
 
-def changed(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: object) -> Path:
+def changed(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: Any) -> Path:
     shutil.copytree(folder, target)
     tensors = load_file(target / "model.safetensors")
     change(tensors)
@@ -78,7 +79,7 @@ def test_what_is_tied_ignored_and_remarked(rq_compile: Run, model: Path, tmp_pat
     ],
 )
 def test_why_not(
-    rq_compile: Run, model: Path, tmp_path: Path, change: Callable[[object], object], config: dict[str, object], words: str
+    rq_compile: Run, model: Path, tmp_path: Path, change: Callable[[object], object], config: dict[str, Any], words: str
 ) -> None:
     folder = changed(model, tmp_path / "model", change, **config)
     if "eos_token_id" in config:
@@ -93,7 +94,13 @@ def test_why_not(
 
 
 def test_a_dense_model(rq_compile: Run, tmp_path: Path) -> None:
-    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(**small)).save_pretrained(tmp_path)
     found = json.loads(rq_compile("inspect", tmp_path, "--json").stdout)
     assert (found["model_type"], found["compiles"], found["tokenizer"]) == ("llama", False, False)

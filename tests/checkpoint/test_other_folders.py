@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Run = Callable[..., Result]
-Files = dict[str, object]
+Files = dict[str, Any]
 CONFIG = {"model_type": "olmoe"}
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "some/moe"}
 WEIGHTS = {"a.weight": torch.zeros(2, 2)}
@@ -95,7 +96,7 @@ def codes(*names: str, dtype: torch.dtype = torch.int16) -> Callable[[Tensor], d
     return lambda weight: {name: torch.zeros(len(weight), 4, dtype=dtype) for name in names}
 
 
-FOREIGN: dict[str, tuple[dict[str, object], Callable[[Tensor], dict[str, Tensor]]]] = {
+FOREIGN: dict[str, tuple[dict[str, Any], Callable[[Tensor], dict[str, Tensor]]]] = {
     "EXL3": ({"quant_method": "exl3"}, codes(".trellis", ".suh")),
     "EXL2": ({"quant_method": "exl2"}, codes(".q_weight", ".q_scale", dtype=torch.int32)),
     "HQQ": ({"quant_method": "hqq"}, codes(".W_q", dtype=torch.uint8)),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def spoilt(built: Callable[[str], Path], tmp_path: Path) -> Callable[..., str]:
     """``spoilt(name, change, **settings)`` is the message when opening a checkpoint whose tensors or settings were changed."""
 
-    def spoil(name: str, change: Callable[[Tensors], object] = lambda tensors: None, **settings: object) -> str:
+    def spoil(name: str, change: Callable[[Tensors], object] = lambda tensors: None, **settings: Any) -> str:
         source = built(name)
         tensors = {n: t for file in sorted(source.glob("*.safetensors")) for n, t in load_file(file).items()}
         change(tensors)
@@ -143,7 +144,7 @@ def test_blocks_of_another_packing(spoilt: Callable[..., str]) -> None:
         ("pack-int4", {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 8}}}}, "with 8 bits"),
     ],
 )
-def test_settings_that_are_not_read(spoilt: Callable[..., str], name: str, settings: dict[str, object], words: str) -> None:
+def test_settings_that_are_not_read(spoilt: Callable[..., str], name: str, settings: dict[str, Any], words: str) -> None:
     message = spoilt(name, **settings)
     assert words in message
     assert ".self_attn." in message or ".experts." in message
@@ -184,7 +185,7 @@ def test_gguf_alone(tmp_path: Path, config: str | None) -> None:
 # Cases that the tiny checkpoints are too small for.
 
 
-def opened(tensors: Tensors, folder: Path, **settings: object) -> Weight:
+def opened(tensors: Tensors, folder: Path, **settings: Any) -> Weight:
     save_file(tensors, folder / "model.safetensors")
     (weight,) = weights_of(
         tensors_of(folder / "model.safetensors"), Stated(settings, folder / "c", "quantization_config")

@@ -125,7 +125,7 @@ def spoil_values(draw: st.DrawFn, tensors: Tensors, name: str) -> None:
 
 
 CHANGES = (drop, cut, repeat, reshape, retype, rename, spoil_values)
-VALUES = st.sampled_from([None, 0, -1, 3, 8, 16, 64, "", "x", [], [0, 0], [7, 5], {}, True])
+VALUES: st.SearchStrategy[Any] = st.sampled_from([None, 0, -1, 3, 8, 16, 64, "", "x", [], [0, 0], [7, 5], {}, True])
 # They contain what the tensors cannot show: the version of the zero points.
 KEPT = ("checkpoint_format",)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import text_tokenizers
@@ -110,7 +111,7 @@ def test_every_command_reads_text_as_transformers_does(
         assert packaged.encode(PROMPT).ids == prompt
         assert packaged.encode(text, add_special_tokens=False).ids == content
     for script in ("edge/generate.py", "triton/m/1/generate.py"):
-        command = [sys.executable, tmp_path / script, *PROMPT.split(), "--tokens", "5"]
+        command = [sys.executable, str(tmp_path / script), *PROMPT.split(), "--tokens", "5"]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
         assert said.stdout.removesuffix("\n") == generated["text"]
 
@@ -147,7 +148,7 @@ def test_ids_are_those_of_transformers_whatever_the_class(kind: str, named: str 
     tokenizer = text_tokenizers.KINDS[kind]()
     tokenizer.enable_truncation(5)
     tokenizer.save(str(own_model / "tokenizer.json"))
-    settings = {"added_tokens_decoder": {}, "unk_token": None, "bos_token": "<s>", "extra": 1}
+    settings: dict[str, Any] = {"added_tokens_decoder": {}, "unk_token": None, "bos_token": "<s>", "extra": 1}
     (own_model / "tokenizer_config.json").write_text(json.dumps(settings | ({"tokenizer_class": named} if named else {})))
     text = "the quick <s> brown näïve fox 🤗"
     try:

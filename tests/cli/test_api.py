@@ -73,6 +73,7 @@ def test_an_engine_is_evaluated_and_timed(model: Path, stages: Path, rq_compile:
     found = engine.evaluate(model, stages / "text.txt", sequence_length=64)
     assert found.model_dump(mode="json") == json.loads(rq_compile(*command, "--json", "-q", "--threads", 1).stdout)
     speed = engine.bench(stages / "model.onnx", prompt_tokens=4, new_tokens=2, rounds=1)
+    assert speed.other is not None
     assert speed.other.name == speed.engine.name == "model.onnx"
 
 

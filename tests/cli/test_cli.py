@@ -150,7 +150,7 @@ def test_mixed_copies_reach_the_planner(
     """The options of ``plan``, and of compiling in one command."""
     seen: list[bool] = []
 
-    def planned(*_: object, **options: object) -> None:
+    def planned(*_: object, **options: Any) -> None:
         seen.append(bool(options.get("mixed_copies", False)))
         raise UserError("planned")
 
@@ -296,14 +296,15 @@ def test_generate_streams_what_transformers_would_write(
     result = json.loads(rq_compile("generate", engine, "--prompt", prompt, "--max-tokens", 12, "--json").stdout)
     tokenizer = Engine.load(engine).tokenizer
     ids = torch.tensor([tokenizer.encode(prompt).ids])
-    expected = load_model(Model.open(model)).generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    reference: Any = load_model(Model.open(model))
+    expected = reference.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
     assert result["tokens"] == [token for token in expected if token != 1]  # the end-of-text token
     assert result["text"] == tokenizer.decode(expected)
 
     shown: list[str] = []
     generate = Engine.generate
 
-    def watched(*arguments: object) -> Iterator[int]:
+    def watched(*arguments: Any) -> Iterator[int]:
         for token in generate(*arguments):
             shown.append(capsys.readouterr().out)
             yield token

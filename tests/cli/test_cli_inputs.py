@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Run, names, refused
@@ -86,7 +87,7 @@ def test_a_text_that_cannot_be_run(
     assert names(out) == []
 
 
-def set_slot(**values: object) -> Callable[[dict], None]:
+def set_slot(**values: Any) -> Callable[[dict], None]:
     return lambda plan: plan["layers"][1]["slots"][2].update(values)
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import model_types
 import numpy as np
@@ -89,8 +90,8 @@ def test_what_transformers_loader_leaves_as_it_is_stored_is_linked(out: Path, mo
     verify(out / "linked.onnx", read_manifest(out / "linked.onnx"))
     used = {model.tensor(parameter.name) for parameter in exported.parameters.values()}
     assert used.isdisjoint(model.agreement.other_parts)
-    logits = [Engine.load(out / f"{name}.onnx").logits(IDS) for name in ("written", "linked")]
-    np.testing.assert_array_equal(*logits)
+    one, other = (Engine.load(out / f"{name}.onnx").logits(IDS) for name in ("written", "linked"))
+    np.testing.assert_array_equal(one, other)
 
 
 def test_what_the_engine_has_in_fp32_cannot_be_linked_in_bf16(rq_compile: Run, bf16: list[object], out: Path) -> None:
@@ -101,7 +102,7 @@ def test_what_the_engine_has_in_fp32_cannot_be_linked_in_bf16(rq_compile: Run, b
 
 
 def test_an_exported_graph_compiles_again(
-    rq_compile: Run, bf16: list[object], out: Path, export_once: Callable[[Model], Exported]
+    rq_compile: Run, bf16: list[Any], out: Path, export_once: Callable[[Model], Exported]
 ) -> None:
     """The result does not depend on previous compilations of the graph: native keeps 16-bit tables, and stock adds a domain."""
     exported = export_once(Model.open(bf16[0]))

@@ -106,6 +106,8 @@ from rq_compile.cli.main import main
 main({[str(argument) for argument in writing("compile", model, stages, out)]!r})
 """
     process = python("-c", program)
+    assert process.stdout
+    assert process.stderr
     assert process.stdout.readline() == "half\n", process.stderr.read()
     assert len(names(out)) == 5
     process.send_signal(sent)

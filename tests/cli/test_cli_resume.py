@@ -55,6 +55,8 @@ def killed(
     folder, model = tmp_path_factory.mktemp("killed"), tiny_checkpoint("olmoe")
     arguments = [str(argument) for argument in writing("compile", model, stages, folder)]
     process = python("-c", PROGRAM, str(exported), *arguments)
+    assert process.stdout
+    assert process.stderr
     assert process.stdout.readline() == "stopped\n", process.stderr.read()
     from click.testing import CliRunner
 
@@ -169,6 +171,7 @@ def test_threads_change_nothing_in_other_lowerings(
 
     checkpoint, plan = Model.open(model), read_document(Plan, stages / "plan.json")
     assert plan.quantizer == "gptq"
+    assert plan.statistics is not None
     statistics = Statistics.beside(stages, plan.statistics)
     exported = export_once(checkpoint)
     found = []

@@ -84,6 +84,6 @@ def test_all_stop_at_the_same_token(
     assert len(wanted) < 9
     assert list(engine.generate([9, 30, 41], 9)) == wanted
     assert rq_compile("package", path, "--for", "edge", "-o", tmp_path / "edge", "-q").exit_code == 0
-    command = [sys.executable, tmp_path / "edge" / "generate.py", "--ids", "9", "30", "41", "--tokens", "9"]
+    command = [sys.executable, str(tmp_path / "edge" / "generate.py"), "--ids", "9", "30", "41", "--tokens", "9"]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     assert [int(token) for token in said.stdout.split()] == wanted

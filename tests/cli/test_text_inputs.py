@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import text_tokenizers
@@ -76,7 +77,7 @@ def test_a_prompt_in_a_locale_without_utf8(stages: Path, rq_compile: Command, tm
     engine, prompt = str(stages / "model.onnx"), "Äpfel"
     wanted = json.loads(rq_compile("generate", engine, "--prompt", prompt, "--max-tokens", 4, "--json").stdout)
 
-    def said(*command: object) -> bytes:
+    def said(*command: Any) -> bytes:
         run = subprocess.run([str(word) for word in command[:-1]] + [command[-1]], env=environment, capture_output=True)
         assert run.returncode == 0, run.stderr
         return run.stdout

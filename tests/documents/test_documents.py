@@ -36,11 +36,11 @@ def spoilt(kind: str, spoil: Spoil, folder: Path) -> str:
     return sentence
 
 
-def first(**values: object) -> Spoil:
+def first(**values: Any) -> Spoil:
     return lambda document: document["layers"][0].update(values)
 
 
-def shape(**values: object) -> Spoil:
+def shape(**values: Any) -> Spoil:
     return lambda document: document["layers"][0]["geometry"].update(values)
 
 
@@ -89,11 +89,11 @@ def test_calibrations(spoil: Spoil, words: str, tmp_path: Path) -> None:
     assert words in spoilt("calibration", spoil, tmp_path)
 
 
-def slot(**values: object) -> Spoil:
+def slot(**values: Any) -> Spoil:
     return lambda document: document["layers"][0]["slots"][1].update(values)
 
 
-def predicted(**values: object) -> Spoil:
+def predicted(**values: Any) -> Spoil:
     return lambda document: document["layers"][0]["predicted"].update(values)
 
 
@@ -159,13 +159,13 @@ def test_what_was_measured_may_be_infinite(tmp_path: Path) -> None:
     document["total"].update(perplexity_engine=None, kl=None)
     file = tmp_path / "evaluation.json"
     file.write_text(json.dumps(document))
-    read = read_document(DOCUMENTS["evaluation"], file)
+    read: Any = read_document(DOCUMENTS["evaluation"], file)
     assert read.total.kl is None
     assert json.loads(read.model_dump_json())["total"]["perplexity_engine"] is None
 
 
 @pytest.mark.parametrize("counts", [1e19, 2.0**53 + 2, 2**63, [2**52] * 3])
-def test_recorded_loads_beyond_what_can_be_counted(counts: object, tmp_path: Path) -> None:
+def test_recorded_loads_beyond_what_can_be_counted(counts: Any, tmp_path: Path) -> None:
     calibration = inputs.calibration([inputs.layer([[1, 1, 1]], {"int8": [0.0] * 3})])
     row = counts if isinstance(counts, list) else [counts, 1, 1]
     (tmp_path / "loads.json").write_text(json.dumps({"logical_count": [[0, 0, 0]] * inputs.INDEX + [row]}))

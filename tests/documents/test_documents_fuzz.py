@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "REST", 0)
 
 
-def check_all(run: Run, *commands: list[object]) -> None:
+def check_all(run: Run, *commands: Sequence[object]) -> None:
     results = [well_told(run(*command, "-q")) for command in commands]
     note(f"worked: {results}")
 

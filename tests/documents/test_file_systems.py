@@ -4,8 +4,9 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ IDS = np.arange(3, 20, dtype=np.int64)[None]
 
 
 def failing(code: str) -> Callable[..., None]:
-    def fail(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: Any) -> None:
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
     return fail
@@ -74,7 +75,7 @@ def test_without_hard_links_weights_are_written(
 
 
 @pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """The names of the files that were synced and renamed, in order."""
     events: list[tuple[str, str]] = []
     replace, fsync = Path.replace, os.fsync

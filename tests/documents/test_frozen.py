@@ -3,6 +3,7 @@ unnoticed."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from frozen_files import FROZEN, HASHES, cases, made, plan_path, schema_hash
@@ -46,7 +47,7 @@ def test_files_of_every_version_are_read_or_refused_with_a_way_out(path: Path, t
         with pytest.raises(UserError, match=f"schema version {version} can no longer be read; write it again with rq-compile"):
             read_document(kind, path)
         return
-    document = read_document(kind, path)
+    document: Any = read_document(kind, path)
     assert document.schema_version == kind.current_version()
     write_document(document, tmp_path / "again.json")
     assert read_document(kind, tmp_path / "again.json") == document
@@ -65,7 +66,7 @@ def test_a_newer_version_is_refused(path: Path, tmp_path: Path) -> None:
 def test_a_plan_in_a_manifest_is_upgraded_on_its_own() -> None:
     manifest = json.loads((FROZEN / "engine.v1.json").read_text())
     assert manifest["plan"]["schema_version"] == 1
-    read = DOCUMENTS["engine"].model_validate(manifest)
+    read: Any = DOCUMENTS["engine"].model_validate(manifest)
     assert read.plan.schema_version == DOCUMENTS["plan"].current_version()
 
 

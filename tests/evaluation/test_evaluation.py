@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from rq_compile.evaluation.evaluate import evaluate
 from rq_compile.evaluation.windows import MAX_BATCH, MAX_LOGITS, Windows, cut
 from rq_compile.planning.schema import Plan, Slot
 from rq_compile.runtime.engine import Engine
+from rq_compile.runtime.language_model import LanguageModel
 from rq_compile.runtime.reference import Reference
 
 # Divergence
@@ -151,7 +153,8 @@ def test_evaluation_is_a_direct_computation(stages: Path, tiny_checkpoint: Calla
         ids = torch.from_numpy(window.ids)
         expected = model(ids, labels=ids).loss.item()
         losses += [expected] * (ids.numel() - len(ids))
-        np.testing.assert_allclose(text.perplexity_reference, np.exp(expected), rtol=1e-4)
+        assert text.perplexity_reference == pytest.approx(np.exp(expected), rel=1e-4)
+        assert text.perplexity_engine is not None
         ours, theirs = torch.from_numpy(engine.logits(window.ids)).double(), model(ids).logits
         kept = slice(None), slice(0, -1)
         np.testing.assert_allclose(
@@ -162,7 +165,7 @@ def test_evaluation_is_a_direct_computation(stages: Path, tiny_checkpoint: Calla
         assert text.agreement == (ours[kept].argmax(-1) == theirs[kept].argmax(-1)).double().mean().item()
         assert (text.tokens, text.predictions) == (ids.numel(), ids.numel() - len(ids))
         assert text.layers == balance(engine.manifest.plan, engine.loads(window.ids))
-    np.testing.assert_allclose(found.total.perplexity_reference, np.exp(np.mean(losses)), rtol=1e-4)
+    assert found.total.perplexity_reference == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
     assert found.total.predictions == sum(text.predictions for text in found.texts)
     assert found.expert_bytes_before == 2 * 8 * (3 * 32 * 48) * 4
     total = sum(window.ids.size for window in windows)
@@ -175,11 +178,11 @@ def test_a_reference_with_another_vocabulary_is_refused(stages: Path) -> None:
     class Other:
         encoder_decoder, decoder_start = False, None
 
-        def logits(self, ids: np.ndarray, *_: object, **__: object) -> np.ndarray:
+        def logits(self, ids: np.ndarray, *_: object, **__: Any) -> np.ndarray:
             return np.zeros((*ids.shape, 7), np.float32)
 
     with pytest.raises(UserError, match="vocabulary of 128, but the reference has one of 7"):
-        evaluate(engine, Other(), [Windows("t", np.full((1, 4), 5))], reference_name="r")
+        evaluate(engine, cast(LanguageModel, Other()), [Windows("t", np.full((1, 4), 5))], reference_name="r")
 
 
 def test_an_engine_that_hides_its_slots_has_everything_but_lis(stages: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
@@ -203,10 +206,10 @@ def test_a_logit_that_is_no_number_leaves_perplexity_undefined(
     class Broken:
         encoder_decoder, decoder_start = False, None
 
-        def logits(self, ids: np.ndarray, *_: object, **__: object) -> np.ndarray:
+        def logits(self, ids: np.ndarray, *_: object, **__: Any) -> np.ndarray:
             return np.full((*ids.shape, engine.manifest.vocabulary), wrong, np.float32)
 
-    found = evaluate(engine, Broken(), [Windows("t", np.full((1, 4), 5))], reference_name="r").total
+    found = evaluate(engine, cast(LanguageModel, Broken()), [Windows("t", np.full((1, 4), 5))], reference_name="r").total
     assert (found.perplexity_reference, found.kl, found.perplexity_change) == (None, None, None)
     assert found.perplexity_engine is not None
     assert not recwarn.list
@@ -233,13 +236,16 @@ class Clockwork:
 
 
 def test_bench_alternates_warms_up_and_takes_medians(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, order = [0.0], []
+    clock = [0.0]
+    order: list[str] = []
     monkeypatch.setattr(bench_module, "perf_counter", lambda: clock[0])
-    ours, theirs = Clockwork(clock, 0.5, 0.1, order, "e"), Clockwork(clock, 1.0, 0.4, order, "o")
+    ours = cast(LanguageModel, Clockwork(clock, 0.5, 0.1, order, "e"))
+    theirs = cast(LanguageModel, Clockwork(clock, 1.0, 0.4, order, "o"))
     found = bench(ours, theirs, names=("e", "o"), vocabulary=9, prompt_tokens=16, new_tokens=4, rounds=3)
     assert order == ["e", "o"] * 4
-    np.testing.assert_allclose((found.engine.prefill, found.engine.decode), (32, 10))
-    np.testing.assert_allclose((found.other.prefill, found.other.decode), (16, 2.5))
-    np.testing.assert_allclose((found.ratio_prefill, found.ratio_decode), (2, 4))
+    assert found.other is not None
+    np.testing.assert_allclose([found.engine.prefill, found.engine.decode], [32, 10])
+    np.testing.assert_allclose([found.other.prefill, found.other.decode], [16, 2.5])
+    assert (found.ratio_prefill, found.ratio_decode) == pytest.approx((2, 4))
     alone = bench(ours, None, names=("e", ""), vocabulary=9, prompt_tokens=16, new_tokens=4, rounds=1)
     assert alone.other is alone.ratio_prefill is alone.ratio_decode is None

@@ -8,6 +8,7 @@ import string
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -30,7 +31,7 @@ from rq_compile.runtime.engine import Engine
 DOCUMENTS = 12
 # Float32 logits of two implementations, summed over up to a window of positions.
 NATS = 5e-4
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "heldout_choice": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{context}}",
@@ -79,7 +80,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(rq_compile: Callable[..., Result], stages: Path, tiny_checkpoint: Callable[[str], Path], tmp_path_factory) -> Path:
+def engine(
+    rq_compile: Callable[..., Result],
+    stages: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The tiny OLMoE, compiled with a plan that changes nothing."""
     folder = tmp_path_factory.mktemp("unchanged")
     plan, path = folder / "plan.json", folder / "unchanged.onnx"
@@ -100,7 +106,7 @@ def without_survey() -> Iterator[None]:
         yield
 
 
-def evaluated(model: LM, tasks: Path) -> dict[str, dict]:
+def evaluated(model: LM, tasks: Path) -> dict[str, dict[str, Any]]:
     """Scores and answers, by task."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     # The bootstrap's spread is not a score.
@@ -127,7 +133,7 @@ def transformers_model(tiny_checkpoint: Callable[[str], Path]) -> LM:
 
 
 @pytest.fixture(scope="module")
-def expected(transformers_model: LM, tasks: Path) -> dict[str, dict]:
+def expected(transformers_model: LM, tasks: Path) -> dict[str, dict[str, Any]]:
     return evaluated(transformers_model, tasks)
 
 
@@ -157,8 +163,8 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
 def written_in_letters(engine: Engine) -> tuple[str, str]:
     """A letter after which the engine generates three letters (not ids that its tokenizer does not have), and these three."""
     for start in string.ascii_letters:
-        tokens = [engine.tokenizer.id_to_token(token) for token in engine.generate(engine.tokenizer.encode(start).ids, 3)]
-        if len(tokens) == 3 and all(token and token.isalnum() for token in tokens):
+        tokens = [engine.tokenizer.id_to_token(token) or "" for token in engine.generate(engine.tokenizer.encode(start).ids, 3)]
+        if len(tokens) == 3 and all(token.isalnum() for token in tokens):
             return start, "".join(tokens)
     raise AssertionError("no letter has such a continuation")
 
@@ -205,9 +211,15 @@ def test_an_empty_prompt_follows_the_prefix(engine: Path) -> None:
 def test_generation_stops_where_a_stop_string_ends(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = EngineLM(engine, threads=1), []
     generate = Engine.generate
-    monkeypatch.setattr(Engine, "generate", lambda *arguments: (tokens.append(token) or token for token in generate(*arguments)))
 
-    def continued(**options: object) -> str:
+    def generated(*arguments: Any) -> Iterator[int]:
+        for token in generate(*arguments):
+            tokens.append(token)
+            yield token
+
+    monkeypatch.setattr(Engine, "generate", generated)
+
+    def continued(**options: Any) -> str:
         tokens.clear()
         return model.generate_until(requests("generate_until", ("home", {"max_gen_toks": 20, **options})))[0]
 

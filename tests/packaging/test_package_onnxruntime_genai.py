@@ -29,7 +29,11 @@ SAMPLE = Path(__file__).parents[2] / "samples" / "olmoe"
 
 @pytest.fixture(scope="module", params=["batched", "native"])
 def engine(
-    request: pytest.FixtureRequest, rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_path_factory
+    request: pytest.FixtureRequest,
+    rq_compile: Command,
+    stages: Path,
+    tiny_checkpoint: Callable,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Two engines: one that needs no op library, and one that does."""
     if request.param == "batched":

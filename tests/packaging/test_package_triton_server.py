@@ -8,6 +8,7 @@ import urllib.error
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,14 +40,16 @@ LONGEST = 10**6
 
 
 @pytest.fixture(scope="module")
-def engines(rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_path_factory) -> dict[str, Path]:
+def engines(
+    rq_compile: Command, stages: Path, tiny_checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Two engines: one that needs no op library, and one that does."""
     native = compile_native(rq_compile, stages, tiny_checkpoint("olmoe"), tmp_path_factory.mktemp("native"))
     return {"model": stages / "model.onnx", "native": native}
 
 
 @pytest.fixture(scope="module")
-def repositories(rq_compile: Command, engines: dict[str, Path], tmp_path_factory) -> list[Path]:
+def repositories(rq_compile: Command, engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Both engines in the python flavour, one of them also without end-of-text tokens, and in the onnxruntime flavour with a
     stand-in for the backend."""
     root = tmp_path_factory.mktemp("repositories")
@@ -81,7 +84,7 @@ def never_end(model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(repositories: list[Path], tmp_path_factory) -> Iterator[Server]:
+def server(repositories: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Server(repositories, tmp_path_factory.mktemp("log") / "server.log") as running:
         yield running
     assert running.process.returncode == 0
@@ -169,7 +172,7 @@ def test_a_short_request_does_not_wait_for_long_ones_until_they_take_all_places_
     ],
 )
 def test_a_bad_request_gets_an_error_and_the_server_lives(
-    server: Server, expected: Callable, request_: dict[str, object], word: str
+    server: Server, expected: Callable, request_: dict[str, Any], word: str
 ) -> None:
     for verb in ("generate", "generate_stream"):
         with pytest.raises(urllib.error.HTTPError) as failure:
@@ -248,7 +251,8 @@ class Client:
 
     def generate(self, prompt: list[int], count: int) -> list[int]:
         past = {tensor.past: tensor.empty(1) for tensor in self.cache}
-        ids, length, tokens = np.array([prompt], np.int64), 0, []
+        ids, length = np.array([prompt], np.int64), 0
+        tokens: list[int] = []
         while len(tokens) < count:
             start, length = length, length + ids.shape[1]
             feeds = {
@@ -273,7 +277,7 @@ def test_onnxruntime_config_serves_clients_that_hold_the_cache_and_batches_their
     server: Server, engines: dict[str, Path]
 ) -> None:
     engine = Engine.load(engines["native"], threads=1)
-    prompts = np.random.default_rng().integers(0, engine.manifest.vocabulary, (8, 5)).tolist()
+    prompts = np.random.default_rng(0).integers(0, engine.manifest.vocabulary, (8, 5)).tolist()
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda prompt: Client(server, engines["native"]).generate(prompt, 8), prompts))
     assert answers == [list(engine.generate(prompt, 8, stop=False)) for prompt in prompts]

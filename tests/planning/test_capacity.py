@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from rq_compile.planning.capacity import capacity_classes, expected_loads, lane_groups
 from rq_compile.planning.metrics import padded_work
 from rq_compile.planning.schema import Slot
+from rq_compile.quantization.formats import Format
 
 pytestmark = pytest.mark.quick
 
@@ -59,7 +60,8 @@ def test_with_one_text_no_partition_at_all_pads_less(load: list[int]) -> None:
 @settings(max_examples=50, deadline=None)
 def test_formats_are_cut_apart(shares: np.ndarray, data: st.DataObject) -> None:
     slots = shares.shape[1]
-    formats = data.draw(st.lists(st.sampled_from(["int8", "int4"]), min_size=slots, max_size=slots))
+    of_slots: tuple[Format, ...] = ("int8", "int4")
+    formats = data.draw(st.lists(st.sampled_from(of_slots), min_size=slots, max_size=slots))
     labels = capacity_classes(shares, formats)
     for format in set(formats):
         mine = np.array(formats) == format

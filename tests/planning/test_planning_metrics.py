@@ -18,7 +18,8 @@ pytestmark = pytest.mark.quick
 
 def dispatched(tokens: list[int], held: list[int]) -> list[int]:
     """Rows of every slot when each expert's tokens take its slots in turn."""
-    rows, seen = [0] * len(held), {}
+    rows = [0] * len(held)
+    seen: dict[int, int] = {}
     for expert in tokens:
         mine = [slot for slot, of in enumerate(held) if of == expert]
         rows[mine[seen.get(expert, 0) % len(mine)]] += 1

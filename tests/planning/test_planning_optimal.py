@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import planning_inputs as inputs
@@ -20,14 +21,26 @@ from rq_compile.planning.knapsack import choose_formats
 from rq_compile.planning.metrics import excess_removed
 from rq_compile.planning.placement import copied_anew, imbalance, pack
 from rq_compile.planning.plan import make_plan
-from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.planning.schema import LayerPlan, Optimality, Plan
+from rq_compile.quantization.formats import Format
 
+QUANTIZED: tuple[Format, ...] = ("bf16", "int8", "int4")
 QUICK = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def optimal(calibration: Calibration, **options: object) -> Plan:
-    arguments = {"memory": 1.0, "ranks": 1, "target": "batched", **options}
+def optimal(calibration: Calibration, **options: Any) -> Plan:
+    arguments: dict[str, Any] = {"memory": 1.0, "ranks": 1, "target": "batched", **options}
     return make_plan(calibration, policy="optimal", **arguments)
+
+
+def optimality(plan: Plan) -> Optimality:
+    assert plan.optimality is not None
+    return plan.optimality
+
+
+def predicted(layer: LayerPlan) -> Any:
+    """All figures: those that a plan may lack are in the plans of these tests."""
+    return layer.predicted
 
 
 @st.composite
@@ -63,7 +76,7 @@ def calibrations(draw: st.DrawFn, most_layers: int = 3, most_experts: int = 6, t
 def test_any_plan_is_feasible_whole_and_proved(
     calibration: Calibration, memory: float, ranks: int, target: str, mixed: bool
 ) -> None:
-    arguments = {"memory": memory, "ranks": ranks, "target": target, "mixed_copies": mixed}
+    arguments: dict[str, Any] = {"memory": memory, "ranks": ranks, "target": target, "mixed_copies": mixed}
     least, before = (
         sum(layer.geometry.experts * min(inputs.slot_bytes(layer.geometry, f) for f in formats) for layer in calibration.layers)
         for formats in (["bf16", "int8", "int4"], ["bf16"])
@@ -76,10 +89,10 @@ def test_any_plan_is_feasible_whole_and_proved(
     assert inputs.plan_bytes(plan) == plan.bytes_after <= allowed(memory, plan.bytes_before)
     assert Plan.model_validate_json(plan.model_dump_json()) == plan == optimal(calibration, **arguments)
     assert plan.optimality is not None
-    weights = {"hedge": 0.0002, "waits": ranks > 1 or target in ("batched", "tensorrt-rtx")}
-    assert plan.optimality.objective == pytest.approx(objective(plan, calibration, **weights), rel=1e-6, abs=1e-8)
+    weights: dict[str, Any] = {"hedge": 0.0002, "waits": ranks > 1 or target in ("batched", "tensorrt-rtx")}
+    assert optimality(plan).objective == pytest.approx(objective(plan, calibration, **weights), rel=1e-6, abs=1e-8)
     for rival in (rival for rival in rivals(calibration, arguments) if ranks == 1 or fills_ranks(rival, like=plan)):
-        assert plan.optimality.bound <= objective(rival, calibration, **weights) + 1e-8
+        assert optimality(plan).bound <= objective(rival, calibration, **weights) + 1e-8
     for layer, counted in zip(plan.layers, calibration.layers, strict=True):
         assert min(inputs.copies(layer)) >= 1
         assert layer.unreached == [expert for expert, load in enumerate(counted.load) if load == 0]
@@ -173,8 +186,8 @@ def brute_force(calibration: Calibration, budget: float, most: int, replicates: 
     for layer in calibration.layers:
         load = demand(layer, 1.0).max(axis=0)
         experts = layer.geometry.experts
-        size = {format: inputs.slot_bytes(layer.geometry, format) for format in ("bf16", "int8", "int4")}
-        points = {}
+        size = {format: inputs.slot_bytes(layer.geometry, format) for format in QUANTIZED}
+        points: dict[int, float] = {}
         for copies in itertools.product(range(1, most + 1 if replicates else 2), repeat=experts):
             excess = max(0.0, (load / copies).max() - 1.01) if replicates else 0.0
             for formats in itertools.product(size, repeat=experts):
@@ -205,8 +218,8 @@ def test_tiny_plans_are_the_best_there_are(loads: list[list[int]], errors: list[
     calibration = inputs.calibration(layers)
     plan = optimal(calibration, memory=memory, target=target, hedge=0)
     best = brute_force(calibration, memory * plan.bytes_before, 4, target == "batched")
-    assert plan.optimality.objective == pytest.approx(best, rel=1e-6, abs=1e-9)
-    assert plan.optimality.gap < 1e-6
+    assert optimality(plan).objective == pytest.approx(best, rel=1e-6, abs=1e-9)
+    assert optimality(plan).gap < 1e-6
     if target == "batched":
         assert objective(plan, calibration) == pytest.approx(best, rel=1e-6, abs=1e-8)
 
@@ -222,7 +235,7 @@ def test_the_bound_on_ranks_holds(load: list[int], errors: list[float], memory: 
     plan = optimal(calibration, memory=memory, target="cuda", ranks=2, hedge=0)
     best = np.inf
     share = demand(calibration.layers[0], 1.0)[0]
-    size = {format: inputs.slot_bytes(calibration.layers[0].geometry, format) for format in ("bf16", "int8", "int4")}
+    size = {format: inputs.slot_bytes(calibration.layers[0].geometry, format) for format in QUANTIZED}
     for where in itertools.product([(0,), (1,), (0, 1)], repeat=4):
         rank_load = [sum(share[e] / len(ranks) for e, ranks in enumerate(where) if rank in ranks) for rank in (0, 1)]
         if len({sum(rank in ranks for ranks in where) for rank in (0, 1)}) > 1:
@@ -231,8 +244,8 @@ def test_the_bound_on_ranks_holds(load: list[int], errors: list[float], memory: 
             if sum(len(ranks) * size[f] for ranks, f in zip(where, formats, strict=True)) <= allowed(memory, plan.bytes_before):
                 error = sum(calibration.layers[0].error[f][e] for e, f in enumerate(formats) if f != "bf16")
                 best = min(best, error + max(0.0, max(rank_load) / 2 - 1.01))
-    assert plan.optimality.bound <= best + 1e-9
-    assert plan.optimality.objective >= best - 1e-9
+    assert optimality(plan).bound <= best + 1e-9
+    assert optimality(plan).objective >= best - 1e-9
 
 
 @QUICK
@@ -291,8 +304,8 @@ def test_packing_parts_copies_and_fills_ranks_evenly(loads: list[list[int]], cop
 def test_memory_as_before_removes_the_imbalance_at_hardly_any_error(seed: int) -> None:
     plan = optimal(inputs.skewed(seed=seed))
     assert excess_removed(inputs.mean_lis(plan, "before"), inputs.mean_lis(plan)) >= 0.97
-    assert max(layer.predicted.error for layer in plan.layers) < 4e-3
-    assert all(layer.predicted.worst_text_lis_after <= 1.02 for layer in plan.layers)
+    assert max(predicted(layer).error for layer in plan.layers) < 4e-3
+    assert all(predicted(layer).worst_text_lis_after <= 1.02 for layer in plan.layers)
 
 
 @pytest.mark.parametrize("memory", [0.5, 0.6, 0.75, 1.25])
@@ -318,21 +331,21 @@ def test_beats_the_paper(memory: float, seed: int) -> None:
     assert objective(plan, calibration) < objective(paper, calibration)
     for ours, theirs in zip(plan.layers, paper.layers, strict=True):
         assert ours.predicted.lis_after <= theirs.predicted.lis_after
-        assert ours.predicted.worst_text_lis_after <= theirs.predicted.worst_text_lis_after
+        assert predicted(ours).worst_text_lis_after <= predicted(theirs).worst_text_lis_after
     # With the same balance as the paper's plan, its error is also smaller.
-    least_balance = max(layer.predicted.worst_text_lis_after for layer in paper.layers)
+    least_balance = max(predicted(layer).worst_text_lis_after for layer in paper.layers)
     alike = optimal(calibration, memory=memory, hedge=0, tolerance=least_balance - 1)
-    assert sum(layer.predicted.error for layer in alike.layers) <= sum(layer.predicted.error for layer in paper.layers)
+    assert sum(predicted(layer).error for layer in alike.layers) <= sum(predicted(layer).error for layer in paper.layers)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_within_the_paper_s_bytes_and_half_its_error_it_is_far_better_balanced(seed: int) -> None:
     calibration = inputs.skewed(seed=seed)
     paper = make_plan(calibration, policy="paper", memory=1.0, ranks=1, target="batched")
-    memory, error = paper.bytes_after / paper.bytes_before, np.mean([layer.predicted.error for layer in paper.layers])
+    memory, error = paper.bytes_after / paper.bytes_before, np.mean([predicted(layer).error for layer in paper.layers])
     plan = optimal(calibration, memory=memory, max_error=error / 2)
     assert plan.bytes_after <= paper.bytes_after
-    assert np.mean([layer.predicted.error for layer in plan.layers]) <= error / 2
+    assert np.mean([predicted(layer).error for layer in plan.layers]) <= error / 2
     assert inputs.mean_lis(plan) - 1 < 0.7 * (inputs.mean_lis(paper) - 1)
 
 
@@ -343,11 +356,11 @@ def test_on_one_ragged_device_memory_goes_to_bits() -> None:
     assert "this plan changes nothing" in whole.remarks[0]
     half = optimal(calibration, target="cpu", memory=0.6)
     assert all(len(layer.slots) == 16 for layer in half.layers)
-    assert half.optimality.gap < 1e-6
+    assert optimality(half).gap < 1e-6
     assert "no expert is copied and the memory is spent on bits" in half.remarks[0]
     every_int4 = sum(sum(layer.error["int4"]) for layer in calibration.layers)
-    assert sum(layer.predicted.error for layer in half.layers) < every_int4 / 50
-    assert half.layers[0].predicted.token_time_after < 0.8 * half.layers[0].predicted.token_time_before
+    assert sum(predicted(layer).error for layer in half.layers) < every_int4 / 50
+    assert predicted(half.layers[0]).token_time_after < 0.8 * predicted(half.layers[0]).token_time_before
 
 
 def test_the_worst_text_counts_not_the_pooled_one() -> None:
@@ -356,7 +369,7 @@ def test_the_worst_text_counts_not_the_pooled_one() -> None:
     plan = optimal(inputs.calibration([layer]), memory=1.0)
     assert plan.layers[0].predicted.lis_before == pytest.approx(1.0)
     assert plan.layers[0].predicted.worst_text_lis_before == pytest.approx(2.5)
-    assert plan.layers[0].predicted.worst_text_lis_after <= 1.02
+    assert predicted(plan.layers[0]).worst_text_lis_after <= 1.02
 
 
 def test_a_hedged_plan_serves_text_of_an_unknown_kind_better() -> None:
@@ -383,7 +396,7 @@ def test_copies_of_one_expert_share_a_format_unless_they_may_differ() -> None:
     differing = 0
     for memory in (0.6, 0.7, 0.8, 0.9, 1.0):
         mixed, alike = (optimal(calibration, memory=memory, mixed_copies=mix) for mix in (True, False))
-        assert mixed.optimality.objective <= alike.optimality.objective + 1e-12
+        assert optimality(mixed).objective <= optimality(alike).objective + 1e-12
         assert not any("differ in format" in remark for remark in alike.remarks)
         differing += any("differ in format" in remark for remark in mixed.remarks)
     assert differing
@@ -432,5 +445,5 @@ def test_a_large_model_is_planned_in_reasonable_time() -> None:
     plan = optimal(calibration, target="cuda", ranks=8)
     seconds = time.process_time() - start
     assert seconds < 120
-    assert plan.optimality.gap < 0.2
-    assert max(layer.predicted.rank_imbalance_after for layer in plan.layers) < 1.02
+    assert optimality(plan).gap < 0.2
+    assert max(predicted(layer).rank_imbalance_after for layer in plan.layers) < 1.02

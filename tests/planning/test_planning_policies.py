@@ -1,5 +1,7 @@
 """The baseline policies, and properties of the plans of all policies."""
 
+from typing import Any
+
 import numpy as np
 import planning_inputs as inputs
 import pytest
@@ -19,8 +21,8 @@ def held(layer: LayerPlan) -> list[tuple[int, str]]:
     return [(slot.expert, slot.format) for slot in layer.slots]
 
 
-def plan_of(layers: list, policy: str, dtype: str = "bf16", **options: object) -> Plan:
-    arguments = {"memory": 1.0, "ranks": 1, "target": "batched", **options}
+def plan_of(layers: list, policy: str, dtype: str = "bf16", **options: Any) -> Plan:
+    arguments: dict[str, Any] = {"memory": 1.0, "ranks": 1, "target": "batched", **options}
     return make_plan(inputs.calibration(layers, dtype), policy=policy, **arguments)
 
 
@@ -122,7 +124,7 @@ def test_eplb_stores_full_precision_within_the_memory() -> None:
 @pytest.mark.parametrize(("experts", "ranks", "memory"), [(16, 7, 1.3), (16, 1, 1.05), (16, 4, 1.2), (6, 5, 1.6), (8, 16, 1.9)])
 def test_eplb_says_what_its_first_replica_takes(experts: int, ranks: int, memory: float) -> None:
     calibration = inputs.skewed(experts=experts)
-    arguments = {"policy": "eplb", "ranks": ranks, "target": "cuda"}
+    arguments: dict[str, Any] = {"policy": "eplb", "ranks": ranks, "target": "cuda"}
     remark = make_plan(calibration, memory=memory, **arguments).remarks[-1]
     needed = (experts // ranks + 1) * ranks
     assert f"--memory {memory:g} has no room for a replica: the next {needed} slots" in remark
@@ -147,7 +149,12 @@ def test_eplb_never_stands_two_copies_on_one_rank() -> None:
 
 def test_eplb_refuses_what_does_not_divide() -> None:
     calibration = inputs.skewed(experts=16)
-    for options, words in (({"groups": 3}, "16 experts"), ({"nodes": 3}, "4 ranks"), ({"slots": 18}, "18 slots")):
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"groups": 3}, "16 experts"),
+        ({"nodes": 3}, "4 ranks"),
+        ({"slots": 18}, "18 slots"),
+    ]
+    for options, words in wrong:
         with pytest.raises(UserError, match=words):
             make_plan(calibration, policy="eplb", memory=2.0, ranks=4, target="cuda", **options)
 
@@ -226,7 +233,7 @@ def test_random_depends_on_its_seed_alone() -> None:
 @pytest.mark.parametrize("memory", [0.3, 0.6, 1.0])
 def test_optimal_errs_no_more_than_the_policies_that_only_choose_formats(policy: str, memory: float) -> None:
     calibration = inputs.skewed(layers=3, experts=16)
-    arguments = {"memory": memory, "ranks": 1, "target": "cpu"}
+    arguments: dict[str, Any] = {"memory": memory, "ranks": 1, "target": "cpu"}
     ours, theirs = (make_plan(calibration, policy=name, **arguments) for name in ("optimal", policy))
     errors = [sum(layer.predicted.error for layer in plan.layers) for plan in (ours, theirs)]
     assert errors[0] <= errors[1]

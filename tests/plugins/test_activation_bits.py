@@ -1,18 +1,20 @@
 """ExpertGemm with activations rounded to int8: exact products of the rounded numbers, and their distance from fp32's."""
 
+from typing import Any
+
 import numpy as np
 import pytest
-from op_nodes import GATED, assert_close, expert_gemm, pack, python_with, reference, routed
+from op_nodes import GATED, Weights, assert_close, expert_gemm, pack, python_with, reference, routed
 
 from rq_compile.quantization.formats import block_size
 
 
 @pytest.fixture
-def rng():
+def rng() -> np.random.Generator:
     return np.random.default_rng(11)
 
 
-def rounded(x, block):
+def rounded(x: np.ndarray, block: int) -> np.ndarray:
     """float64 ``x`` as int8 activations stand for it: per row and block, the largest magnitude is 127."""
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % block))).reshape(len(x), -1, block)
     largest = np.abs(padded).max(-1, keepdims=True)
@@ -22,7 +24,17 @@ def rounded(x, block):
     return values.reshape(len(x), -1)[:, : x.shape[1]]
 
 
-def rounded_reference(x, rows, offsets, weights, bias=None, *, block, gather=0, **attributes):
+def rounded_reference(
+    x: np.ndarray,
+    rows: np.ndarray,
+    offsets: np.ndarray,
+    weights: Weights,
+    bias: np.ndarray | None = None,
+    *,
+    block: int,
+    gather: int = 0,
+    **attributes: Any,
+) -> np.ndarray:
     """Float slots leave x unchanged."""
     exact = reference(x, rows, offsets, weights, bias, gather=gather, **attributes)
     coarse = reference(rounded(x, block), rows, offsets, weights, bias, gather=gather, **attributes)
@@ -35,7 +47,7 @@ def rounded_reference(x, rows, offsets, weights, bias=None, *, block, gather=0, 
 @pytest.mark.parametrize("columns", [128, 48, 40, 37, 3, 300])
 @pytest.mark.parametrize("gather", [0, 1])
 @pytest.mark.parametrize("formats", [[1, 1], [2, 2], [0, 1, 2, 1, 0, 2]])
-def test_every_format_rounded(rng, columns, gather, formats):
+def test_every_format_rounded(rng: np.random.Generator, columns: int, gather: int, formats: list[int]) -> None:
     weights = pack(rng, formats, 35, columns)
     rows, offsets = routed(rng, 29, 2, len(formats))
     x = rng.normal(size=(29 if gather else 58, columns)).astype(np.float32)
@@ -44,7 +56,7 @@ def test_every_format_rounded(rng, columns, gather, formats):
 
 
 @pytest.mark.parametrize("block", [16, 32, 48, 128, 1024])
-def test_every_block_rounded(rng, block):
+def test_every_block_rounded(rng: np.random.Generator, block: int) -> None:
     weights = pack(rng, [1, 2], 20, 2 * block, block=block)
     rows, offsets = routed(rng, 20, 1, 2)
     # Including the largest products that must fit into the kernels' 16 and 32 bits.
@@ -57,7 +69,7 @@ def test_every_block_rounded(rng, block):
     assert_close(y, rounded_reference(x, rows, offsets, exact, block=block))
 
 
-def pack_values(weights, block):
+def pack_values(weights: Any, block: int) -> Any:
     """``weights`` with the values of its packed form, read back according to the definition of the layout."""
     for place, name in enumerate(("int8", "int4")):
         packed, scales = weights.inputs[f"{name}_packed"][0], weights.inputs[f"{name}_scales"][0]
@@ -73,7 +85,7 @@ def pack_values(weights, block):
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu", "relu"])
-def test_bias_and_activation_rounded(rng, activation):
+def test_bias_and_activation_rounded(rng: np.random.Generator, activation: str) -> None:
     weights = pack(rng, [1, 2], 42, 64, gated=activation in GATED)
     bias = rng.normal(size=(2, 42)).astype(np.float32)
     rows, offsets = routed(rng, 15, 2, 2)
@@ -82,7 +94,7 @@ def test_bias_and_activation_rounded(rng, activation):
     assert_close(y, rounded_reference(x, rows, offsets, weights, bias, block=64, activation=activation, gather=1))
 
 
-def test_error_of_both(rng):
+def test_error_of_both(rng: np.random.Generator) -> None:
     """The error of rounding activations: less than 1 % of the output's norm at block 128; with fp32 there is none."""
     weights = pack(rng, [1, 2], 64, 1024)
     rows, offsets = routed(rng, 64, 1, 2)
@@ -93,11 +105,11 @@ def test_error_of_both(rng):
         assert error < limit, f"{bits} bits: {error}"
 
 
-def test_threads_and_batch_mates_do_not_change_a_bit_rounded(rng):
+def test_threads_and_batch_mates_do_not_change_a_bit_rounded(rng: np.random.Generator) -> None:
     weights = pack(rng, [0, 1, 2, 2], 70, 272, gated=True)
     rows, offsets = routed(rng, 150, 2, 4)
     x = rng.normal(size=(300, 272)).astype(np.float32)
-    options = {"activation": "swiglu", "activation_bits": 8}
+    options: dict[str, Any] = {"activation": "swiglu", "activation_bits": 8}
     one = expert_gemm(x, rows, offsets, weights, **options)
     assert one.tobytes() == expert_gemm(x, rows, offsets, weights, threads=2, **options).tobytes()
     for slot in range(4):
@@ -108,7 +120,7 @@ def test_threads_and_batch_mates_do_not_change_a_bit_rounded(rng):
             assert few.tobytes() == one[begin : begin + count].tobytes()
 
 
-def test_strange_rows_stay_alone(rng):
+def test_strange_rows_stay_alone(rng: np.random.Generator) -> None:
     weights = pack(rng, [1, 2], 16, 64)
     x = rng.normal(size=(8, 64)).astype(np.float32)
     x[1, 5], x[3, 7], x[5], x[6] = np.nan, np.inf, 0, 1e-42
@@ -131,7 +143,7 @@ print(hashlib.sha256(b"".join(map(np.ndarray.tobytes, y))).hexdigest())
 """
 
 
-def test_every_instruction_set_gives_the_same_bits():
+def test_every_instruction_set_gives_the_same_bits() -> None:
     """Quantized slots: the same bits, whichever instructions this processor has."""
     digests = set()
     for isa in (None, "plain", "avx2"):

@@ -3,6 +3,7 @@
 import re
 import secrets
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,20 +17,20 @@ MIXED = [0, 1, 2]
 
 
 @pytest.fixture
-def on_host(cuda_ops, cuda_parts, monkeypatch):
+def on_host(cuda_ops: Path, cuda_parts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """The library to register in ONNX Runtime, which adds the ops to the CPU provider."""
     monkeypatch.setenv("RQ_LIBRARY", str(cuda_ops))
     return cuda_parts["RQ_HOST"]
 
 
-def test_it_exports_one_function_and_needs_neither_onnxruntime_nor_a_driver(cuda_ops):
+def test_it_exports_one_function_and_needs_neither_onnxruntime_nor_a_driver(cuda_ops: Path) -> None:
     exported = checked("nm", "-D", "--defined-only", cuda_ops)
     assert [line.split()[-1] for line in exported.splitlines()] == ["RegisterCustomOps"]
     needed = re.findall(r"NEEDED.*\[(.+)\]", checked("readelf", "-d", cuda_ops))
     assert not [name for name in needed if re.search("cuda|cudart|onnx", name)]
 
 
-def test_old_runtime_is_refused_politely(cuda_ops):
+def test_old_runtime_is_refused_politely(cuda_ops: Path) -> None:
     expected = "librq_moe_cuda.so needs ONNX Runtime 1.18 or newer, this is 1.2.3; upgrade onnxruntime"
     assert op_nodes.registered_with_an_old_runtime(cuda_ops) == expected
 
@@ -37,7 +38,7 @@ def test_old_runtime_is_refused_politely(cuda_ops):
 @pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("formats", [[0, 0], [1, 1], [2, 2], [0, 1], MIXED])
 @pytest.mark.parametrize("bias", [False, True])
-def test_onnxruntime_takes_the_node_and_misses_only_cuda(cuda_ops, half, formats, bias):
+def test_onnxruntime_takes_the_node_and_misses_only_cuda(cuda_ops: Path, half: Any, formats: list[int], bias: bool) -> None:
     """The graph is checked against the registered schema before kernels are searched for."""
     with pytest.raises(Exception, match=r"NOT_IMPLEMENTED.*implementation for MoeLayer\(1\)"):
         session_of(model_of(arrays_of(formats, bias=bias, half=half), formats=formats), cuda_ops)
@@ -46,19 +47,19 @@ def test_onnxruntime_takes_the_node_and_misses_only_cuda(cuda_ops, half, formats
 @pytest.mark.parametrize(
     ("place", "dtype", "name"), [(0, np.float32, "x"), (1, np.int32, "ids"), (2, np.float16, "gates"), (3, np.int64, "replicas")]
 )
-def test_onnxruntime_refuses_wrong_types_by_the_schema(cuda_ops, place, dtype, name):
+def test_onnxruntime_refuses_wrong_types_by_the_schema(cuda_ops: Path, place: int, dtype: Any, name: str) -> None:
     arrays = arrays_of(MIXED)
     arrays[place] = arrays[place].astype(dtype)
     with pytest.raises(Exception, match=rf"Type Error: Type .* of input parameter \(input{place}\) of operator \(MoeLayer\)"):
         session_of(model_of(arrays, formats=MIXED), cuda_ops)
 
 
-def test_onnxruntime_refuses_too_few_inputs_by_the_schema(cuda_ops):
+def test_onnxruntime_refuses_too_few_inputs_by_the_schema(cuda_ops: Path) -> None:
     with pytest.raises(Exception, match=r"has input size 8 not in range \[min=9"):
         session_of(model_of(arrays_of([0, 0])[:8], formats=[0, 0]), cuda_ops)
 
 
-REFUSED = {
+REFUSED: dict[str, Any] = {
     "field formats is missing": {},
     "field formats has 3; 0 is float, 1 is int8, 2 is int4": {"formats": [0, 3]},
     "field formats is not a list of integers": {"formats": [0.5, 1.5]},
@@ -75,8 +76,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
-def test_what_the_schema_cannot_know_is_refused_at_load(on_host, sentence):
-    attributes = dict(REFUSED[sentence])
+def test_what_the_schema_cannot_know_is_refused_at_load(on_host: str, sentence: str) -> None:
+    attributes: dict[str, Any] = dict(REFUSED[sentence])
     arrays = arrays_of(MIXED)
     arrays += [arrays[5]] * attributes.pop("extra", 0)
     if "change" in attributes:
@@ -86,19 +87,23 @@ def test_what_the_schema_cannot_know_is_refused_at_load(on_host, sentence):
         session_of(model_of(arrays, **attributes), on_host)
 
 
-def test_shapes_that_the_graph_knows_are_checked_at_load(on_host):
-    for wrong, sentence in (({"hidden": 72}, "multiples of 16, not 72"), ({"block": 32}, "multiples of 64, not 32")):
+def test_shapes_that_the_graph_knows_are_checked_at_load(on_host: str) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"hidden": 72}, "multiples of 16, not 72"),
+        ({"block": 32}, "multiples of 64, not 32"),
+    ]
+    for wrong, sentence in cases:
         with pytest.raises(Exception, match=f"rq.moe MoeLayer: .*{sentence}"):
             session_of(model_of(arrays_of(MIXED, gated=True, **wrong), formats=MIXED, activation="swiglu"), on_host)
 
 
-def test_bf16_is_taken_by_an_op_of_its_own(on_host):
+def test_bf16_is_taken_by_an_op_of_its_own(on_host: str) -> None:
     """Recognized by the missing kernel: only those for fp16 were built."""
     with pytest.raises(Exception, match="this library was built without the kernel combine_bf16"):
         session_of(model_of(arrays_of(MIXED, half=ml_dtypes.bfloat16), formats=MIXED), on_host)
 
 
-def test_without_a_driver_a_run_is_refused_and_not_the_session(on_host):
+def test_without_a_driver_a_run_is_refused_and_not_the_session(on_host: str) -> None:
     if any(Path(folder, "libcuda.so.1").exists() for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib")):
         pytest.skip("this machine has a CUDA driver")
     arrays = arrays_of(MIXED, gated=True)
@@ -107,7 +112,9 @@ def test_without_a_driver_a_run_is_refused_and_not_the_session(on_host):
         session.run(None, feeds_of(session, arrays))
 
 
-def test_what_it_computes_is_the_layer(cuda_ops, cuda_parts, built_kernels, monkeypatch):
+def test_what_it_computes_is_the_layer(
+    cuda_ops: Path, cuda_parts: dict[str, str], built_kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a separate Python process, since Triton decides at import whether it interprets."""
     for name, value in {**cuda_parts, "RQ_LIBRARY": cuda_ops, "RQ_KERNELS": built_kernels, "TRITON_INTERPRET": 1}.items():
         monkeypatch.setenv(name, str(value))
@@ -116,11 +123,17 @@ def test_what_it_computes_is_the_layer(cuda_ops, cuda_parts, built_kernels, monk
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
-def test_random_nodes_break_nothing(tmp_path, cuda_headers, cuda_parts, built_kernels, monkeypatch):
+def test_random_nodes_break_nothing(
+    tmp_path: Path, cuda_headers: Path, cuda_parts: dict[str, str], built_kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A library with sanitizers, in a Python process that has loaded the sanitizers' libraries."""
     checking = cuda_library(tmp_path, cuda_headers, built_kernels, *SANITIZED)
     sanitizers = [checked("gcc", f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "LD_PRELOAD": " ".join(sanitizers)}
+    options: dict[str, Any] = {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1",
+        "LD_PRELOAD": " ".join(sanitizers),
+    }
     for name, value in {**cuda_parts, **options, "RQ_LIBRARY": str(checking)}.items():
         monkeypatch.setenv(name, value)
     seed = secrets.randbits(31)

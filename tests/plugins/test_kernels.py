@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import op_nodes
@@ -26,13 +28,16 @@ PTX_TYPES = {"i32": "u32", "fp32": "f32"}
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of a program, from the CUDA programming guide
 
 
-def build(folder, *arguments):
-    command = [sys.executable, KERNELS / "build.py", "-o", folder, *arguments]
+Built = tuple[Path, dict[str, Any]]
+
+
+def build(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command: list[Any] = [sys.executable, KERNELS / "build.py", "-o", folder, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The folder and its kernels.json."""
     folder = tmp_path_factory.mktemp("kernels")
     result = build(folder, "--only", *BUILT, *PRODUCTS)
@@ -40,14 +45,14 @@ def built(tmp_path_factory):
     return folder, json.loads((folder / "kernels.json").read_text())
 
 
-def builds(built, kind):
+def builds(built: Built, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Any], bytes]]:
     folder, described = built
     for kernel in described["kernels"]:
         for one in kernel["builds"]:
             yield kernel, one, (folder / one[kind]["file"]).read_bytes()
 
 
-def test_numerics_in_the_interpreter(monkeypatch):
+def test_numerics_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a separate Python process, since Triton decides at import whether it interprets."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "interpreted_kernels.py"]
@@ -55,7 +60,7 @@ def test_numerics_in_the_interpreter(monkeypatch):
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
-def test_every_kernel_is_built_for_every_sm(built):
+def test_every_kernel_is_built_for_every_sm(built: Built) -> None:
     _, described = built
     assert sorted(kernel["name"] for kernel in described["kernels"]) == sorted(BUILT + PRODUCTS)
     for kernel, one, cubin in builds(built, "cubin"):
@@ -64,11 +69,12 @@ def test_every_kernel_is_built_for_every_sm(built):
         assert hashlib.sha256(cubin).hexdigest() == one["cubin"]["sha256"]
 
 
-def test_ptx_is_what_the_description_says(built):
+def test_ptx_is_what_the_description_says(built: Built) -> None:
     for kernel, one, ptx in builds(built, "ptx"):
         text = ptx.decode()
         assert f".version {built[1]['ptx']}\n" in text
         target = re.search(r"^\.target (sm_\d+)(a?)$", text, re.MULTILINE)
+        assert target is not None
         assert target[1] == f"sm_{one['sm']}"
         assert one["portable_ptx"] == (target[2] == "")
         assert f".entry {one['entry']}(" in text
@@ -79,7 +85,7 @@ def test_ptx_is_what_the_description_says(built):
         assert str(ROOT).encode() not in ptx, "a path of this machine"
 
 
-def test_grids_and_tiles_are_those_of_the_launcher(built):
+def test_grids_and_tiles_are_those_of_the_launcher(built: Built) -> None:
     _, described = built
     kernels = {kernel["name"]: kernel for kernel in described["kernels"]}
     decode, prefill = tiles.UP["decode"], tiles.DOWN["prefill"]
@@ -89,7 +95,7 @@ def test_grids_and_tiles_are_those_of_the_launcher(built):
     assert described["tiles"]["rows"] == {name: tile.rows for name, tile in tiles.UP.items()}
 
 
-def test_ptx_is_old_enough_for_the_driver_floor(built):
+def test_ptx_is_old_enough_for_the_driver_floor(built: Built) -> None:
     """PTX 9.0 came with CUDA 13.0 and the 580 driver, 8.7 with CUDA 12.8 and 570.26."""
     _, described = built
     assert described["ptx"] == "8.7"
@@ -97,18 +103,24 @@ def test_ptx_is_old_enough_for_the_driver_floor(built):
     assert described["linux_driver_at_least"] == {"ptx": "570.26", "cubin": "525.60.13", "sm_100_and_later": "570.26"}
 
 
-def test_portable_ptx_serves_gpus_that_have_no_cubin(built, tmp_path):
+def test_portable_ptx_serves_gpus_that_have_no_cubin(built: Built, tmp_path: Path) -> None:
     """SM 86 and 103 represent them, and Triton's ptxas represents the driver."""
     from triton import knobs
 
     for kernel, one, _ in builds(built, "ptx"):
         if one["sm"] == 80 and kernel["name"] in ("dispatch_small", "up_gated_bf16_mixed_decode"):
             for sm in ("sm_86", "sm_103"):
-                command = [knobs.nvidia.ptxas.path, f"--gpu-name={sm}", built[0] / one["ptx"]["file"], "-o", tmp_path / sm]
+                command: list[Any] = [
+                    knobs.nvidia.ptxas.path,
+                    f"--gpu-name={sm}",
+                    built[0] / one["ptx"]["file"],
+                    "-o",
+                    tmp_path / sm,
+                ]
                 assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def test_registers_shared_memory_and_spills_are_bounded(built):
+def test_registers_shared_memory_and_spills_are_bounded(built: Built) -> None:
     for kernel, one, _ in builds(built, "cubin"):
         assert one["spilled"] <= (16 if "prefill" in kernel["name"] else 0), f"{kernel['name']} sm{one['sm']}: {one['spilled']}"
         assert one["shared"] <= SHARED[one["sm"]] * 1024
@@ -117,21 +129,21 @@ def test_registers_shared_memory_and_spills_are_bounded(built):
         assert programs >= (3 if kernel["name"] == "up_gated_bf16_mixed_decode" else 1), f"sm{one['sm']}: {one['registers']}"
 
 
-def test_same_source_same_bytes(built, tmp_path):
+def test_same_source_same_bytes(built: Built, tmp_path: Path) -> None:
     name = "dispatch_small"
     assert build(tmp_path, "--only", name, "--sm", "90", "--jobs", "1").returncode == 0
     for kind in ("cubin", "ptx"):
         assert (tmp_path / "sm90" / f"{name}.{kind}").read_bytes() == (built[0] / "sm90" / f"{name}.{kind}").read_bytes()
 
 
-def test_a_kernel_that_is_not_there(tmp_path):
+def test_a_kernel_that_is_not_there(tmp_path: Path) -> None:
     result = build(tmp_path, "--only", "up_sideways")
     assert result.returncode == 2
     assert "no kernel is called up_sideways; the names are in rq_kernels/variants.py" in result.stderr
 
 
-def test_check_on_gpu_runs_and_says_what_it_needs(monkeypatch):
-    script = [sys.executable, KERNELS / "check_on_gpu.py"]
+def test_check_on_gpu_runs_and_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    script: list[Any] = [sys.executable, KERNELS / "check_on_gpu.py"]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     refused = subprocess.run(script, capture_output=True, text=True, check=False)
@@ -144,12 +156,12 @@ def test_check_on_gpu_runs_and_says_what_it_needs(monkeypatch):
     assert "2 of 2 cases are right" in passed.stdout
 
 
-def test_nothing_in_the_package_imports_triton_the_language():
+def test_nothing_in_the_package_imports_triton_the_language() -> None:
     sources = (ROOT / "rq_compile").rglob("*.py")
     assert not [str(path) for path in sources if re.search(r"^\s*(import|from) triton\b", path.read_text(), re.MULTILINE)]
 
 
-def test_few_rows_small_tiles_many_rows_large_tiles():
+def test_few_rows_small_tiles_many_rows_large_tiles() -> None:
     assert tiles.choose([1] * 8) == "decode"
     assert tiles.choose([16] * 64) == "decode"
     assert tiles.choose([40] * 64) == "batch"
@@ -157,11 +169,11 @@ def test_few_rows_small_tiles_many_rows_large_tiles():
     assert tiles.choose([]) == "decode"
 
 
-def test_the_choice_is_the_cheapest_and_grows_with_the_batch():
-    random = np.random.default_rng()
+def test_the_choice_is_the_cheapest_and_grows_with_the_batch() -> None:
+    random = np.random.default_rng(0)
     rows_of = {name: tile.rows for name, tile in tiles.UP.items()}
     for _ in range(50):
-        shares = random.dirichlet(random.uniform(0.1, 2, 16))
+        shares = random.dirichlet(random.uniform(0.1, 2, 16)).tolist()
         costs = lambda rows: {name: tiles.cost(rows, size) for name, size in rows_of.items()}  # noqa: E731
         for pairs in (1, 8, 100, 1000, 30000):
             rows = tiles.expected_rows(shares, pairs)
@@ -171,12 +183,12 @@ def test_the_choice_is_the_cheapest_and_grows_with_the_batch():
         assert many == "prefill"
 
 
-def test_one_busy_slot_among_idle_ones_decides():
+def test_one_busy_slot_among_idle_ones_decides() -> None:
     """Tiles of 16 rows would read the busy slot's weights 63 times."""
     assert tiles.choose([1] * 15 + [1000]) == "prefill"
     assert tiles.choose([1] * 63 + [30]) == "batch"
 
 
 @pytest.mark.parametrize("name", tiles.UP)
-def test_both_products_share_their_row_tiles(name):
+def test_both_products_share_their_row_tiles(name: str) -> None:
     assert tiles.UP[name].rows == tiles.DOWN[name].rows

@@ -1,8 +1,9 @@
 """The ops of rq.moe in ONNX Runtime, compared with a float64 reference in numpy."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -17,16 +18,17 @@ from rq_compile.errors import UserError
 
 
 @pytest.fixture
-def rng():
+def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
-def test_dispatch_splits_an_experts_arrivals_over_its_replicas(rng, top_k):
+def test_dispatch_splits_an_experts_arrivals_over_its_replicas(rng: np.random.Generator, top_k: int) -> None:
     replicas = [[0, 3, 5], [1, -1, -1], [2, 4, -1], [6, -1, -1]]
     ids = np.stack([rng.permutation(4)[:top_k] for _ in range(29)]).astype(np.int64)
     rows, offsets = dispatch(ids, replicas, 8)
-    arrivals, expected = [0] * 4, [[] for _ in range(8)]
+    arrivals = [0] * 4
+    expected: list[list[int]] = [[] for _ in range(8)]
     for pair, expert in enumerate(ids.ravel()):
         copies = [slot for slot in replicas[expert] if slot >= 0]
         expected[copies[arrivals[expert] % len(copies)]].append(pair)
@@ -39,7 +41,7 @@ def test_dispatch_splits_an_experts_arrivals_over_its_replicas(rng, top_k):
 @pytest.mark.parametrize("float_type", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("columns", [300, 128, 48, 40, 37, 3])
 @pytest.mark.parametrize("gather", [0, 1])
-def test_every_format_in_one_layer(rng, float_type, columns, gather):
+def test_every_format_in_one_layer(rng: np.random.Generator, float_type: Any, columns: int, gather: int) -> None:
     weights = pack(rng, [0, 1, 2, 1, 0, 2], 19, columns, float_type)
     rows, offsets = routed(rng, 23, 2, 6)
     x = rng.normal(size=(23 if gather else 46, columns)).astype(np.float32)
@@ -48,7 +50,7 @@ def test_every_format_in_one_layer(rng, float_type, columns, gather):
 
 @pytest.mark.parametrize("block", [16, 32, 48, 1024])
 @pytest.mark.parametrize("tokens", [1, 2, 30])
-def test_every_block(rng, block, tokens):
+def test_every_block(rng: np.random.Generator, block: int, tokens: int) -> None:
     weights = pack(rng, [1, 2], 70, 2 * block - 3, block=block)
     rows, offsets = np.arange(2 * tokens, dtype=np.int32), np.array([0, tokens, 2 * tokens], np.int32)
     x = rng.normal(size=(2 * tokens, 2 * block - 3)).astype(np.float32)
@@ -57,18 +59,18 @@ def test_every_block(rng, block, tokens):
 
 @pytest.mark.parametrize("activation", ["none", *get_args(Activation)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_every_activation(rng, activation, biased):
+def test_every_activation(rng: np.random.Generator, activation: str, biased: bool) -> None:
     weights = pack(rng, [0, 1, 2], 42, 32, gated=activation in GATED)
     bias = rng.normal(size=(3, 42)).astype(np.float32) if biased else None
     rows, offsets = routed(rng, 11, 2, 3)
     x = (rng.normal(size=(11, 32)) * 2).astype(np.float32)
-    options = {"activation": activation, "gather": 1, "alpha": 1.3, "limit": 2.5}
+    options: dict[str, Any] = {"activation": activation, "gather": 1, "alpha": 1.3, "limit": 2.5}
     assert_close(expert_gemm(x, rows, offsets, weights, bias, **options), reference(x, rows, offsets, weights, bias, **options))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 48, 49, 101])
 @pytest.mark.parametrize("rows", [20, 105])  # one panel and a part; four, two, one and a part side by side
-def test_all_tokens_on_one_slot(rng, tokens, rows):
+def test_all_tokens_on_one_slot(rng: np.random.Generator, tokens: int, rows: int) -> None:
     weights = pack(rng, [1, 2, 0], rows, 64)
     for slot in range(3):
         offsets = np.array([0] * (slot + 1) + [tokens] * (3 - slot), np.int32)
@@ -78,7 +80,7 @@ def test_all_tokens_on_one_slot(rng, tokens, rows):
 
 
 @pytest.mark.parametrize("activation_bits", [8, 32])
-def test_slots_may_share_weights(rng, activation_bits):
+def test_slots_may_share_weights(rng: np.random.Generator, activation_bits: int) -> None:
     own = pack(rng, [0, 1, 2, 1], 20, 48)
     rows, offsets = routed(rng, 40, 2, 6)
     x = rng.normal(size=(80, 48)).astype(np.float32)
@@ -94,7 +96,7 @@ def test_slots_may_share_weights(rng, activation_bits):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("formats", [[0], [1], [2], [0, 2], [2, 1], [2, 0, 1]])
-def test_nodes_of_version_1_give_the_same(rng, formats, bias):
+def test_nodes_of_version_1_give_the_same(rng: np.random.Generator, formats: list[int], bias: bool) -> None:
     """These keep a place for each group, empty where no slot is in it; engines have such nodes for years."""
     weights = pack(rng, formats, 24, 48)
     rows, offsets = routed(rng, 9, 2, len(formats))
@@ -105,7 +107,7 @@ def test_nodes_of_version_1_give_the_same(rng, formats, bias):
     assert_close(second, reference(x, rows, offsets, weights, biases, gather=1))
 
 
-def test_more_inputs_than_the_formats_need_are_refused(rng):
+def test_more_inputs_than_the_formats_need_are_refused(rng: np.random.Generator) -> None:
     weights = pack(rng, [1], 24, 48)
     x, rows, offsets = np.ones((2, 48), np.float32), np.arange(2, dtype=np.int32), np.array([0, 2], np.int32)
     inputs = {"x": x, "rows": rows, "offsets": offsets, **weights.inputs, "bias": np.ones((1, 24), np.float32)}
@@ -114,7 +116,7 @@ def test_more_inputs_than_the_formats_need_are_refused(rng):
         run_op("ExpertGemm", inputs | {"more": np.ones(3, np.float32)}, {"y": TensorProto.FLOAT}, formats=[1], outputs=24)
 
 
-def test_no_tokens(rng):
+def test_no_tokens(rng: np.random.Generator) -> None:
     rows, offsets = dispatch(np.zeros((0, 2), np.int64), [[0], [1]], 2)
     assert rows.shape == (0,)
     assert offsets.tolist() == [0, 0, 0]
@@ -125,7 +127,7 @@ def test_no_tokens(rng):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_combine(rng, top_k):
+def test_combine(rng: np.random.Generator, top_k: int) -> None:
     y = rng.normal(size=(17 * top_k, 33)).astype(np.float32)
     rows = rng.permutation(17 * top_k).astype(np.int32)
     gates = rng.uniform(size=(17, top_k)).astype(np.float32)
@@ -137,11 +139,11 @@ def test_combine(rng, top_k):
 
 @pytest.mark.parametrize("activation_bits", [8, 32])
 @pytest.mark.parametrize("float_type", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_threads_and_batch_mates_do_not_change_a_bit(rng, float_type, activation_bits):
+def test_threads_and_batch_mates_do_not_change_a_bit(rng: np.random.Generator, float_type: Any, activation_bits: int) -> None:
     weights = pack(rng, [0, 1, 2, 2], 70, 300, float_type, gated=True)
     rows, offsets = routed(rng, 60, 2, 4)
     x = rng.normal(size=(120, 300)).astype(np.float32)
-    options = {"activation": "swiglu", "activation_bits": activation_bits}
+    options: dict[str, Any] = {"activation": "swiglu", "activation_bits": activation_bits}
     one = expert_gemm(x, rows, offsets, weights, **options)
     two = expert_gemm(x, rows, offsets, weights, **options, threads=2)
     assert one.tobytes() == two.tobytes()
@@ -152,13 +154,13 @@ def test_threads_and_batch_mates_do_not_change_a_bit(rng, float_type, activation
         assert few.tobytes() == one[here].tobytes()
 
 
-def test_threads_do_not_change_a_bit_of_combine(rng):
+def test_threads_do_not_change_a_bit_of_combine(rng: np.random.Generator) -> None:
     y = rng.normal(size=(120, 70)).astype(np.float32)
     rows, gates = rng.permutation(120).astype(np.int32), rng.uniform(size=(60, 2)).astype(np.float32)
     assert combine(y, rows, gates).tobytes() == combine(y, rows, gates, threads=2).tobytes()
 
 
-def test_nan_stays_in_its_row(rng):
+def test_nan_stays_in_its_row(rng: np.random.Generator) -> None:
     x = rng.normal(size=(8, 48)).astype(np.float32)
     x[3, 5] = np.nan
     for activation in ("none", "swiglu", "clamped_swiglu", "relu"):
@@ -179,16 +181,16 @@ def test_nan_stays_in_its_row(rng):
         ([[0, 1]], [[0], [-2]], "slot -2"),
     ],
 )
-def test_dispatch_refuses(ids, replicas, message):
+def test_dispatch_refuses(ids: list[list[int]], replicas: list[list[int]], message: str) -> None:
     with pytest.raises(Exception, match=message):
         dispatch(np.array(ids, np.int64), replicas, 2)
 
 
-def _without(name):
+def _without(name: str) -> Callable[[dict[str, Any]], None]:
     return lambda inputs: inputs.update({name: None})
 
 
-def _cut(name, *index):
+def _cut(name: str, *index: slice) -> Callable[[dict[str, Any]], None]:
     return lambda inputs: inputs.update({name: np.ascontiguousarray(inputs[name][index])})
 
 
@@ -223,9 +225,9 @@ def _cut(name, *index):
         (lambda i: i.update(bias=np.zeros((3, 23), np.float32)), "bias must be"),
     ],
 )
-def test_expert_gemm_refuses(rng, damage, message):
+def test_expert_gemm_refuses(rng: np.random.Generator, damage: Callable[[dict[str, Any]], None], message: str) -> None:
     weights = pack(rng, [0, 1, 2], 24, 32)
-    inputs = {
+    inputs: dict[str, Any] = {
         "x": np.ones((4, 32), np.float32),
         "rows": np.arange(4, dtype=np.int32),
         "offsets": np.array([0, 1, 2, 4], np.int32),
@@ -251,23 +253,27 @@ def test_expert_gemm_refuses(rng, damage, message):
         ({"weights": [0, 2]}, "the slots need 3"),
     ],
 )
-def test_expert_gemm_refuses_attributes(rng, attributes, message):
+def test_expert_gemm_refuses_attributes(rng: np.random.Generator, attributes: dict[str, Any], message: str) -> None:
     weights = pack(rng, [0, 0], 8, 16)
-    inputs = {"x": np.ones((1, 16), np.float32), "rows": np.zeros(1, np.int32), "offsets": np.array([0, 1, 1], np.int32)}
-    attributes = {"formats": [0, 0], "outputs": 8} | attributes
+    inputs: dict[str, Any] = {
+        "x": np.ones((1, 16), np.float32),
+        "rows": np.zeros(1, np.int32),
+        "offsets": np.array([0, 1, 1], np.int32),
+    }
+    given: dict[str, Any] = {"formats": [0, 0], "outputs": 8} | attributes
     with pytest.raises(Exception, match=message):
-        run_op("ExpertGemm", inputs | weights.inputs, {"y": TensorProto.FLOAT}, **attributes)
+        run_op("ExpertGemm", inputs | weights.inputs, {"y": TensorProto.FLOAT}, **given)
 
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "message"), [([0, 0], 2, "not a permutation"), ([0, 2], 2, "not a permutation"), ([0, 1], 3, "gates ask")]
 )
-def test_combine_refuses(rows, tokens, message):
+def test_combine_refuses(rows: list[int], tokens: int, message: str) -> None:
     with pytest.raises(Exception, match=message):
         combine(np.ones((2, 4), np.float32), np.array(rows, np.int32), np.ones((tokens, 1), np.float32))
 
 
-def lesser_instruction_sets():
+def lesser_instruction_sets() -> list[str]:
     """The sets of kernels that this processor supports, except the best one."""
     path = Path("/proc/cpuinfo")
     flags = set(path.read_text().split()) if path.is_file() else set()
@@ -275,7 +281,7 @@ def lesser_instruction_sets():
 
 
 @pytest.mark.parametrize("isa", lesser_instruction_sets())
-def test_lesser_instruction_sets(isa):
+def test_lesser_instruction_sets(isa: str | None) -> None:
     """The same tests with the kernels that are not the default on this processor."""
     files = [__file__, __file__.replace("test_ops", "test_activation_bits")]
     chosen = "every_format or all_tokens_on_one_slot or batch_mates"
@@ -283,12 +289,12 @@ def test_lesser_instruction_sets(isa):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-def test_missing_library_is_a_user_error(monkeypatch, tmp_path):
+def test_missing_library_is_a_user_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library.rq_compile, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(UserError, match=r"librq_moe\.so is missing"):
         library.library_path()
 
 
-def test_old_runtime_is_refused_politely():
+def test_old_runtime_is_refused_politely() -> None:
     expected = "librq_moe.so needs ONNX Runtime 1.17 or newer, this is 1.2.3; upgrade onnxruntime"
     assert op_nodes.registered_with_an_old_runtime(library.library_path()) == expected

@@ -3,6 +3,8 @@
 Worth running with a library built with RQ_SANITIZE (see plugins/onnxruntime/README.md), which aborts at a read out of bounds.
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +17,7 @@ REFUSALS = (Fail, InvalidArgument, RuntimeException)
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def answer(op, inputs, kinds, **attributes):
+def answer(op: str, inputs: dict[str, Any], kinds: Any, **attributes: Any) -> Any:
     """The outputs, or None if the session raises an error."""
     try:
         return run_op(op, inputs, kinds, **attributes)
@@ -25,13 +27,13 @@ def answer(op, inputs, kinds, **attributes):
         return None
 
 
-def near(draw, right):
+def near(draw: Any, right: int) -> int:
     """Mostly ``right``, sometimes a slightly different number."""
     return max(0, right + draw(st.sampled_from([0] * 60 + [-1, 1, 7, -right])))
 
 
 @st.composite
-def gemms(draw):
+def gemms(draw: st.DrawFn) -> tuple[Any, ...]:
     slots, top_k, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(0, 9))
     columns, outputs, block = draw(st.integers(1, 70)), draw(st.integers(1, 40)), draw(st.sampled_from([16, 32, 48, 64]))
     gather, activation = draw(st.booleans()), draw(st.sampled_from(["none", "swiglu", "relu"]))
@@ -40,11 +42,11 @@ def gemms(draw):
     pairs, blocks, parts = tokens * top_k, -(-columns // block), 1 + (activation == "swiglu")
     panels = parts * -(-outputs // 16)
 
-    def numbers(kind, *shape):
-        shape = [near(draw, size) for size in shape]
-        return random.integers(0, 256, shape).astype(np.uint8) if kind == np.uint8 else random.normal(size=shape).astype(kind)
+    def numbers(kind: Any, *shape: int) -> Any:
+        sizes = [near(draw, size) for size in shape]
+        return random.integers(0, 256, sizes).astype(np.uint8) if kind == np.uint8 else random.normal(size=sizes).astype(kind)
 
-    def packed(format, columns_per_byte):
+    def packed(format: int, columns_per_byte: int) -> Any:
         if not (count := formats.count(format)):
             return None, None
         groups = blocks * block // (4 * columns_per_byte)
@@ -72,7 +74,7 @@ def gemms(draw):
 
 @quick
 @given(gemms())
-def test_expert_gemm(gemm):
+def test_expert_gemm(gemm: tuple[Any, ...]) -> None:
     inputs, attributes, shape = gemm
     y = answer("ExpertGemm", inputs, {"y": TensorProto.FLOAT}, **attributes)
     assert y is None or y[0].shape[1] == shape[1]
@@ -80,7 +82,7 @@ def test_expert_gemm(gemm):
 
 @quick
 @given(st.data())
-def test_dispatch_then_combine(data):
+def test_dispatch_then_combine(data: st.DataObject) -> None:
     experts, width, slots = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
     tokens, top_k = data.draw(st.integers(0, 8)), data.draw(st.integers(0, 3))
     some = st.sampled_from([0] * 8 + [1, 2, 3, -1, 2**31 - 1])

@@ -8,7 +8,9 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import moe_nodes
 import onnx
@@ -23,11 +25,15 @@ from plugin_builds import ROOT, SANITIZED, SANITIZERS, checked, compiled, shared
 LAUNCHER = ROOT / "plugins" / "launcher"
 
 
+Headers = tuple[Path, Path]
+Host = Callable[..., str]
+
+
 @pytest.fixture(scope="module")
-def headers():
+def headers() -> Headers:
     """The folders of TensorRT's and of CUDA's headers."""
     package = importlib.util.find_spec("kernel_lens")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         pytest.skip("no TensorRT headers: pip install kernel-lens")
     places = [Path(os.environ["CUDA_HOME"]) / "include"] if "CUDA_HOME" in os.environ else []
     cuda = [place for place in [*places, *Path("/usr/local").glob("cuda*/include")] if (place / "cuda.h").exists()]
@@ -36,18 +42,18 @@ def headers():
     return Path(package.submodule_search_locations[0]) / "include" / "tensorrt", cuda[0]
 
 
-def library(folder, headers, kernels, *options):
+def library(folder: Path, headers: Headers, kernels: Path, *options: str) -> Path:
     where = [f"-DTENSORRT_INCLUDE_DIR={headers[0]}", f"-DCUDA_INCLUDE_DIR={headers[1]}"]
     return plugin_builds.library("tensorrt", "librq_tensorrt.so", folder, kernels, *where, *options)
 
 
 @pytest.fixture(scope="module")
-def plugin(tmp_path_factory, headers, built_kernels):
+def plugin(tmp_path_factory: pytest.TempPathFactory, headers: Headers, built_kernels: Path) -> Path:
     return library(tmp_path_factory.mktemp("plugin"), headers, built_kernels)
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory, headers, described_kernels):
+def host(tmp_path_factory: pytest.TempPathFactory, headers: Headers, described_kernels: Path) -> Host:
     """Runs the host program with a library, both built with sanitizers."""
     folder = tmp_path_factory.mktemp("sanitized")
     checking = library(folder, headers, described_kernels, *SANITIZED)
@@ -56,11 +62,11 @@ def host(tmp_path_factory, headers, described_kernels):
     return lambda *arguments: checked(program, checking, *arguments, env=environment)
 
 
-def test_everything_up_to_enqueue_right_and_wrong(host):
+def test_everything_up_to_enqueue_right_and_wrong(host: Host) -> None:
     assert "0 failures" in host()
 
 
-def test_random_fields_and_shapes_break_nothing(host):
+def test_random_fields_and_shapes_break_nothing(host: Host) -> None:
     seed = secrets.randbits(31)
     made = re.search(r"(\d+) made, (\d+) configured", host(seed, 4000))
     assert made, f"seed {seed}"
@@ -71,7 +77,7 @@ TYPES = {TensorProto.FLOAT: 0, TensorProto.FLOAT16: 1, TensorProto.INT8: 2, Tens
 TYPES[TensorProto.BFLOAT16] = 7
 
 
-def description(model):
+def description(model: onnx.ModelProto) -> str:
     """A line for tensorrt_host.cc about the model's only MoeLayer, with fields and inputs as TensorRT's parser makes them."""
     (node,) = moe_nodes.moe_nodes(model)
     attributes = moe_nodes.attributes_of(node)
@@ -92,7 +98,7 @@ def description(model):
     return " ".join(map(str, words))
 
 
-def test_every_node_that_the_compiler_writes_is_taken(host, tmp_path):
+def test_every_node_that_the_compiler_writes_is_taken(host: Host, tmp_path: Path) -> None:
     """Layers with every activation, in both 16-bit types, with single and mixed formats, with biases and loads."""
     lines = []
     for activation in ACTIVATIONS:
@@ -109,7 +115,7 @@ def test_every_node_that_the_compiler_writes_is_taken(host, tmp_path):
     assert host(tmp_path / "nodes").splitlines() == ["taken"] * len(lines)
 
 
-def test_a_damaged_node_is_refused(host, tmp_path):
+def test_a_damaged_node_is_refused(host: Host, tmp_path: Path) -> None:
     line = description(compiled_layer(geometry_of(), MIXED, tmp_path)[0])
     damaged = {
         "field formats has 3": line.replace("formats 8 1", "formats 8 3"),
@@ -139,17 +145,17 @@ trt.OnnxParser(network, logger).parse_from_file(sys.argv[2])
 """
 
 
-def parsed(plugin, model):
+def parsed(plugin: Path, model: Path) -> str:
     """The messages of TensorRT-RTX while it parses. It has TensorRT's parser and registry, but supports no plugins: after
     creating one that it would add to the network, it ends the process."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("no ONNX parser of TensorRT: pip install tensorrt-rtx")
-    command = [sys.executable, "-c", PARSE, plugin, model]
+    command: list[Any] = [sys.executable, "-c", PARSE, plugin, model]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
-def test_the_parser_of_tensorrt_makes_plugins_of_a_compiled_node(plugin, tmp_path):
+def test_the_parser_of_tensorrt_makes_plugins_of_a_compiled_node(plugin: Path, tmp_path: Path) -> None:
     model, _ = compiled_layer(geometry_of("clamped_swiglu", bias=True), MIXED, tmp_path)
     said = parsed(plugin, tmp_path / "layer.onnx")
     assert "Successfully created plugin: MoeLayer" in said
@@ -169,7 +175,9 @@ def test_the_parser_of_tensorrt_makes_plugins_of_a_compiled_node(plugin, tmp_pat
         ("plugin_version", "2", "Plugin not found"),
     ],
 )
-def test_the_parser_of_tensorrt_tells_what_the_plugin_refuses(plugin, name, value, words, tmp_path):
+def test_the_parser_of_tensorrt_tells_what_the_plugin_refuses(
+    plugin: Path, name: str, value: Any, words: str, tmp_path: Path
+) -> None:
     compiled_layer(geometry_of(), MIXED, tmp_path)
     model = onnx.load(tmp_path / "layer.onnx", load_external_data=False)
     (node,) = moe_nodes.moe_nodes(model)
@@ -181,14 +189,14 @@ def test_the_parser_of_tensorrt_tells_what_the_plugin_refuses(plugin, name, valu
     assert "Successfully created plugin" not in said
 
 
-def test_it_exports_two_functions_and_needs_neither_tensorrt_nor_a_driver(plugin):
+def test_it_exports_two_functions_and_needs_neither_tensorrt_nor_a_driver(plugin: Path) -> None:
     exported = checked("nm", "-D", "--defined-only", plugin)
     assert sorted(line.split()[-1] for line in exported.splitlines()) == ["getCreators", "setLoggerFinder"]
     needed = re.findall(r"NEEDED.*\[(.+)\]", checked("readelf", "-d", plugin))
     assert not [name for name in needed if re.search("cuda|nvinfer|cudart", name)]
 
 
-def test_a_real_registry_lists_the_creator(plugin):
+def test_a_real_registry_lists_the_creator(plugin: Path) -> None:
     """With TensorRT's lean runtime, in a separate process."""
     if importlib.util.find_spec("tensorrt_lean_bindings") is None:
         pytest.skip("no plugin registry: pip install tensorrt-lean-cu12-bindings tensorrt-lean-cu12-libs")
@@ -204,7 +212,9 @@ print(type(creator).__name__, creator.name, [field.name for field in creator.fie
     assert "IPluginCreatorV3One MoeLayer ['formats', 'activation', 'alpha', 'limit', 'shares']" in listed
 
 
-def test_what_it_launches_is_the_layer(plugin, headers, built_kernels, tmp_path, monkeypatch):
+def test_what_it_launches_is_the_layer(
+    plugin: Path, headers: Headers, built_kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a separate Python process, since Triton decides at import whether it interprets."""
     stand_in = stand_in_driver(tmp_path, headers)
     shared_host = shared_library("tensorrt_enqueue.cc", tmp_path / "libhost.so", headers)
@@ -216,12 +226,12 @@ def test_what_it_launches_is_the_layer(plugin, headers, built_kernels, tmp_path,
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
-def embed(kernels, output):
-    command = [sys.executable, LAUNCHER / "embed.py", kernels, "-o", output]
+def embed(kernels: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    command: list[Any] = [sys.executable, LAUNCHER / "embed.py", kernels, "-o", output]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_files_that_kernels_json_does_not_describe_are_not_embedded(built_kernels, tmp_path):
+def test_files_that_kernels_json_does_not_describe_are_not_embedded(built_kernels: Path, tmp_path: Path) -> None:
     shutil.copytree(built_kernels, tmp_path / "kernels")
     file = tmp_path / "kernels" / "sm80" / "dispatch_small.cubin"
     file.write_bytes(file.read_bytes() + b"\0")
@@ -230,7 +240,9 @@ def test_files_that_kernels_json_does_not_describe_are_not_embedded(built_kernel
     assert "is not the file that kernels.json describes; build the kernels again" in result.stderr
 
 
-def test_a_parameter_that_the_launcher_does_not_know_fails_the_build(built_kernels, headers, tmp_path):
+def test_a_parameter_that_the_launcher_does_not_know_fails_the_build(
+    built_kernels: Path, headers: Headers, tmp_path: Path
+) -> None:
     shutil.copytree(built_kernels, tmp_path / "kernels")
     file = tmp_path / "kernels" / "kernels.json"
     document = json.loads(file.read_text())
@@ -239,7 +251,16 @@ def test_a_parameter_that_the_launcher_does_not_know_fails_the_build(built_kerne
         changed["kernels"][0]["parameters"][-1] = {"name": name, "type": kind}
         file.write_text(json.dumps(changed))
         assert embed(tmp_path / "kernels", tmp_path / "out").returncode == 0
-        command = ["g++", "-std=c++17", "-fsyntax-only", "-I", LAUNCHER, "-I", headers[1], tmp_path / "out" / "table.cc"]
+        command: list[Any] = [
+            "g++",
+            "-std=c++17",
+            "-fsyntax-only",
+            "-I",
+            LAUNCHER,
+            "-I",
+            headers[1],
+            tmp_path / "out" / "table.cc",
+        ]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode != 0
         assert name in result.stderr

@@ -28,7 +28,9 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 @pytest.fixture(scope="module")
-def measured(rq_compile: Command, stages: Path, tiny_checkpoint: Callable[[str], Path], tmp_path_factory) -> Path:
+def measured(
+    rq_compile: Command, stages: Path, tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A folder with the output of `evaluate` and `bench` for the engine of ``stages``."""
     folder, engine, model = tmp_path_factory.mktemp("measured"), stages / "model.onnx", tiny_checkpoint("olmoe")
     second = folder / "other.txt"
@@ -55,7 +57,9 @@ def documents(stages: Path, measured: Path) -> tuple[Manifest, Evaluation, Bench
 
 
 @pytest.fixture(scope="module")
-def pages(documents: tuple[Manifest, Evaluation, Bench], stages: Path, tmp_path_factory) -> dict[str, Path]:
+def pages(
+    documents: tuple[Manifest, Evaluation, Bench], stages: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """The full page, one with a sweep, one without measurements, one for a large model, and one with hostile names."""
     manifest, evaluation, bench = documents
     folder = tmp_path_factory.mktemp("pages")
@@ -140,6 +144,9 @@ def test_the_command_writes_the_figures_of_the_documents(
     assert said["expert_bytes_after"] == manifest.expert_bytes
     assert said["decode"] == bench.ratio_decode
 
+    assert bench.machine
+    assert evaluation.total.perplexity_engine
+    assert evaluation.total.perplexity_reference
     text = Read((out / "report.html").read_text()).text
     for figure in (
         f"{said['lis_before']:.2f} → {said['lis_after']:.2f}",
@@ -339,7 +346,7 @@ def test_files_that_are_missing(rq_compile: Command, stages: Path, out: Path, tm
 
 
 @pytest.fixture(scope="module")
-def tab(tmp_path_factory) -> Iterator[Page]:
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here")
     with browser(tmp_path_factory.mktemp("profile")) as opened:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import tiny
 import torch
 from one_layer import one_layer
 from onnx import TensorProto
-from op_nodes import assert_close, pack, reference, run_op
+from op_nodes import Weights, assert_close, pack, reference, run_op
 from plans import plan_of, unchanged
 
 from rq_compile.architectures.load import load_model
@@ -22,6 +23,7 @@ from rq_compile.engine.manifest import Manifest
 from rq_compile.export.export import export_graph
 from rq_compile.lowerings import Native
 from rq_compile.planning.schema import Slot
+from rq_compile.quantization.formats import DenseFormat
 from rq_compile.quantization.quantizer import stored
 from rq_compile.rewrite.dense_gemms import DenseWeights, dense_gemms
 from rq_compile.rewrite.embedding_tables import embedding_tables
@@ -35,13 +37,13 @@ FAMILIES = ["qwen2_moe", "deepseek_v2", "gpt_oss"]
 
 
 @pytest.fixture
-def rng():
+def rng() -> np.random.Generator:
     return np.random.default_rng(12)
 
 
-def dense_gemm(x, packed, bias=None, **options):
-    inputs = {"x": x, **packed.inputs, "bias": bias}
-    attributes = {"formats": packed.formats, "outputs": packed.outputs} | options
+def dense_gemm(x: np.ndarray, packed: Weights, bias: np.ndarray | None = None, **options: Any) -> np.ndarray:
+    inputs: dict[str, Any] = {"x": x, **packed.inputs, "bias": bias}
+    attributes: dict[str, Any] = {"formats": packed.formats, "outputs": packed.outputs} | options
     return run_op("DenseGemm", inputs, {"y": TensorProto.FLOAT}, **attributes)[0]
 
 
@@ -49,7 +51,7 @@ def dense_gemm(x, packed, bias=None, **options):
 @pytest.mark.parametrize(
     ("format", "float_type"), [(0, np.float32), (0, np.float16), (0, ml_dtypes.bfloat16), (1, None), (2, None)]
 )
-def test_every_row_of_any_rank(rng, shape, format, float_type):
+def test_every_row_of_any_rank(rng: np.random.Generator, shape: tuple[int, ...], format: int, float_type: Any) -> None:
     weights = pack(rng, [format], 35, shape[-1], float_type or np.float32)
     bias = rng.normal(size=(1, 35)).astype(np.float32)
     x = rng.normal(size=shape).astype(np.float32)
@@ -62,14 +64,14 @@ def test_every_row_of_any_rank(rng, shape, format, float_type):
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_a_row_is_the_same_alone_and_among_others(rng, bits):
+def test_a_row_is_the_same_alone_and_among_others(rng: np.random.Generator, bits: int) -> None:
     weights = pack(rng, [1], 40, 256)
     x = rng.normal(size=(65, 256)).astype(np.float32)
     together = dense_gemm(x, weights, activation_bits=bits)
     assert all((dense_gemm(x[i : i + 1], weights, activation_bits=bits)[0] == together[i]).all() for i in (0, 1, 31, 64))
 
 
-def test_what_is_no_dense_matrix_is_refused(rng):
+def test_what_is_no_dense_matrix_is_refused(rng: np.random.Generator) -> None:
     x = np.zeros((2, 32), np.float32)
     with pytest.raises(Exception, match="formats has 2 entries"):
         dense_gemm(x, pack(rng, [1, 1], 16, 32))
@@ -88,10 +90,10 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     checkpoint = Model.open(tiny.build(request.param, folder / "checkpoint", dtype=torch.bfloat16))
     exported = export_graph(checkpoint)
     plan = plan_of(checkpoint, lambda layer: [Slot(expert=slot.expert, format="bf16") for slot in unchanged(layer)])
-    paths = {format: folder / f"{format}.onnx" for format in ("fp32", "stored", "int8")}
-    for format, path in paths.items():
-        compile_engine(checkpoint, plan, path, Native(dense_format=format), exported=exported)
-    return checkpoint, paths
+    formats: tuple[DenseFormat, ...] = ("fp32", "stored", "int8")
+    for format in formats:
+        compile_engine(checkpoint, plan, folder / f"{format}.onnx", Native(dense_format=format), exported=exported)
+    return checkpoint, {format: folder / f"{format}.onnx" for format in formats}
 
 
 def logits(path: Path) -> np.ndarray:

@@ -1,6 +1,8 @@
 """The pass ``moe_layers``: a layer is one node with the inputs and attributes that the GPU libraries take."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +20,7 @@ from moe_nodes import (
 )
 from one_layer import LAYER, MIXED, PLAIN, batch, one_layer, plan_of, random_experts, reference
 
-from rq_compile.architectures.geometry import GATED
+from rq_compile.architectures.geometry import GATED, Activation
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.errors import UserError
 from rq_compile.lowerings import Plugins
@@ -27,7 +29,7 @@ from rq_compile.rewrite.halves import HALVES
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_node_is_the_layer(activation, bias, tmp_path):
+def test_a_node_is_the_layer(activation: Activation, bias: bool, tmp_path: Path) -> None:
     geometry = geometry_of(activation, bias=bias)
     model, experts = compiled_layer(geometry, MIXED, tmp_path)
     (node,) = moe_nodes(model)
@@ -40,7 +42,7 @@ def test_a_node_is_the_layer(activation, bias, tmp_path):
 
 
 @pytest.mark.parametrize("slots", [PLAIN, INT4_ALONE, MIXED])
-def test_inputs_are_of_the_types_and_shapes_that_are_documented(slots, tmp_path):
+def test_inputs_are_of_the_types_and_shapes_that_are_documented(slots: Any, tmp_path: Path) -> None:
     model, _ = compiled_layer(geometry_of(bias=slots is MIXED), slots, tmp_path)
     (node,) = moe_nodes(model)
     held = {name: constants_of(model).get(tensor) for name, tensor in inputs_of(node).items()}
@@ -70,7 +72,7 @@ def test_inputs_are_of_the_types_and_shapes_that_are_documented(slots, tmp_path)
     assert found.keys() == held.keys() - {"x", "ids", "gates"}
 
 
-def test_attributes_are_fields_and_where_the_parser_looks(tmp_path):
+def test_attributes_are_fields_and_where_the_parser_looks(tmp_path: Path) -> None:
     model, _ = compiled_layer(geometry_of("clamped_swiglu"), MIXED, tmp_path)
     (node,) = moe_nodes(model)
     assert node.name == f"{LAYER}.moe"
@@ -83,7 +85,7 @@ def test_attributes_are_fields_and_where_the_parser_looks(tmp_path):
     }  # fmt: skip
 
 
-def test_shares_are_the_loads_if_all_are_known(tmp_path):
+def test_shares_are_the_loads_if_all_are_known(tmp_path: Path) -> None:
     plan = plan_of(geometry_of(), PLAIN)
     (layer,) = plan.layers
     for loads in ((0.5, 0.25, 0.125, 0.125), (0.5, None, 0.25, 0.25)):
@@ -94,7 +96,7 @@ def test_shares_are_the_loads_if_all_are_known(tmp_path):
 
 
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
-def test_it_computes_in_half_between_casts(half, tmp_path):
+def test_it_computes_in_half_between_casts(half: Any, tmp_path: Path) -> None:
     model, _ = compiled_layer(geometry_of(), MIXED, tmp_path, half=half)
     element = onnx.helper.np_dtype_to_tensor_dtype(HALVES[half])
     first, node, last = model.graph.node
@@ -105,7 +107,7 @@ def test_it_computes_in_half_between_casts(half, tmp_path):
     assert {t.data_type for t in model.graph.initializer if "float_weights" in t.name} == {element}
 
 
-def test_a_gated_projection_has_the_gates_rows_first(tmp_path):
+def test_a_gated_projection_has_the_gates_rows_first(tmp_path: Path) -> None:
     """The order in which the kernels split a row tile, shown by the weights' values."""
     geometry = geometry_of()
     assert geometry.activation in GATED
@@ -117,7 +119,7 @@ def test_a_gated_projection_has_the_gates_rows_first(tmp_path):
     assert (held[:, 64:] == 2).all()
 
 
-def test_a_last_block_is_filled_up(tmp_path):
+def test_a_last_block_is_filled_up(tmp_path: Path) -> None:
     """80 columns are five blocks of 16, 72 are four and a half."""
     geometry = geometry_of(hidden=80, intermediate=72)
     model, experts = compiled_layer(geometry, INT4_ALONE, tmp_path)
@@ -131,7 +133,7 @@ def test_a_last_block_is_filled_up(tmp_path):
     np.testing.assert_allclose(evaluated(node, constants_of(model), x, ids, gates), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_a_weight_beyond_fp16_is_named(tmp_path):
+def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:
     geometry, experts = geometry_of(), random_experts(geometry_of())
     experts[2].down[3, 4] = 70000
     words = f"{LAYER}.down.float_weights has the value 7e+04, which float16 cannot hold; for .plan use --precision bf16"
@@ -140,7 +142,7 @@ def test_a_weight_beyond_fp16_is_named(tmp_path):
     compiled_layer(geometry, PLAIN, tmp_path, experts=experts, half="bf16")
 
 
-def test_a_plan_of_other_layers_is_refused():
+def test_a_plan_of_other_layers_is_refused() -> None:
     plan = plan_of(geometry_of(), PLAIN, name="model.layers.7.mlp.experts")
     with pytest.raises(UserError, match=f"MoE layer {LAYER} of the model is not in the plan"):
-        Plugins().lower(one_layer(128, 2), plan, lambda *_: None)
+        Plugins().lower(one_layer(128, 2), plan, lambda *_: pytest.fail("a weight was read"))

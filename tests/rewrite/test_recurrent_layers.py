@@ -96,7 +96,7 @@ def test_the_gated_delta_rule(decay_size: int, tmp_path: Path) -> None:
     }
     growing = {**dict.fromkeys(("query", "key", "value", "g", "beta"), 1), "output": 1}
 
-    def layer(**named: torch.Tensor) -> Any:
+    def layer(**named: Any) -> Any:
         return gated_delta_rule(**named, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
     actual = in_pieces(engine(layer, inputs, growing, tmp_path / "layer.onnx"), inputs, growing, "initial_state")
@@ -121,7 +121,7 @@ def test_mamba_2(tmp_path: Path) -> None:
     }
     growing = {**dict.fromkeys(("hidden_states", "dt", "B", "C"), 1), "output": 1}
 
-    def layer(**named: torch.Tensor) -> Any:
+    def layer(**named: Any) -> Any:
         return mamba2_scan(**named, chunk_size=64, dt_softplus=True, return_final_states=True)
 
     actual = in_pieces(engine(layer, inputs, growing, tmp_path / "layer.onnx"), inputs, growing, "initial_states")

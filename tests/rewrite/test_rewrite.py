@@ -13,7 +13,8 @@ from rq_compile import lowerings
 from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.errors import UserError
 from rq_compile.lowerings import Stock, lowering_of
-from rq_compile.quantization.formats import FORMATS
+from rq_compile.lowerings.lowering import unread
+from rq_compile.quantization.formats import FORMATS, Format
 from rq_compile.rewrite.contract import ContractError
 from rq_compile.rewrite.report import counts_of
 
@@ -35,7 +36,7 @@ def test_every_activation(activation: Activation, bias: bool, lowering: str, tmp
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(32, 16), (40, 24), (128, 192)])
-def test_every_format_and_block(hidden: int, intermediate: int, format: str, lowering: str, tmp_path: Path) -> None:
+def test_every_format_and_block(hidden: int, intermediate: int, format: Format, lowering: str, tmp_path: Path) -> None:
     if format not in lowerings.LOWERINGS[lowering].formats:
         pytest.skip(f"{lowering} does not take {format}")
     geometry = ExpertGeometry(experts=3, top_k=1, hidden=hidden, intermediate=intermediate, activation="swiglu")
@@ -124,11 +125,11 @@ def test_stock_needs_no_custom_op_and_counts_are_reported() -> None:
 def test_layers_that_differ_are_named(lowering: str) -> None:
     geometry = ExpertGeometry(experts=4, top_k=2, hidden=32, intermediate=32, activation="swiglu")
     with pytest.raises(UserError, match=r"MoE layer other\.experts of the model is not in the plan"):
-        lowering_of(lowering).lower(one_layer(32, 2, "other.experts"), plan_of(geometry, PLAIN), lambda _, e: None)
+        lowering_of(lowering).lower(one_layer(32, 2, "other.experts"), plan_of(geometry, PLAIN), unread)
     model = one_layer(32, 2)
     del model.graph.node[:]
     with pytest.raises(UserError, match=f"layer {LAYER} of the plan is not an MoE layer of the model"):
-        lowering_of(lowering).lower(model, plan_of(geometry, PLAIN), lambda _, e: None)
+        lowering_of(lowering).lower(model, plan_of(geometry, PLAIN), unread)
 
 
 def test_a_pass_out_of_order_is_the_authors_fault() -> None:

@@ -36,7 +36,7 @@ def planned() -> Plan:
     return plan.model_copy(update={"layers": [plan.layers[0].model_copy(update={"slots": slots})]})
 
 
-@pytest.fixture(scope="module", params=EXPECTED.values(), ids=EXPECTED.keys())
+@pytest.fixture(scope="module", params=list(EXPECTED.values()), ids=list(EXPECTED))
 def layer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layer:
     return compiled(planned(), EXPERTS, "batched", tmp_path_factory.mktemp("batched"), expected=request.param, threads=2)
 
@@ -60,7 +60,7 @@ def test_any_routing(layer: Layer, chosen: list[tuple[int, int]]) -> None:
     ids = np.array(chosen, np.int64).reshape(-1, 2)
     x, _, gates = batch(GEOMETRY, len(ids), seed=len(ids))
     y, _ = layer.run(x, ids, gates)
-    np.testing.assert_allclose(y, reference(x, ids, gates, GEOMETRY, MIXED, EXPERTS), atol=3e-5)
+    np.testing.assert_allclose(np.asarray(y), reference(x, ids, gates, GEOMETRY, MIXED, EXPERTS), atol=3e-5)
 
 
 def test_the_same_bits_from_run_to_run(layer: Layer) -> None:
@@ -112,7 +112,7 @@ def test_onnx_itself_runs_it(expected: ExpectedCapacity | None, tmp_path: Path) 
     onnx.checker.check_model(str(tmp_path / "layer.onnx"), full_check=True)
     x, ids, gates = batch(GEOMETRY, 20)
     (y,) = ReferenceEvaluator(onnx.load(tmp_path / "layer.onnx")).run(["y"], {"x": x, "ids": ids, "gates": gates})
-    np.testing.assert_allclose(y, reference(x, ids, gates, GEOMETRY, MIXED, EXPERTS), atol=3e-5)
+    np.testing.assert_allclose(np.asarray(y), reference(x, ids, gates, GEOMETRY, MIXED, EXPERTS), atol=3e-5)
 
 
 def test_weights_stay_packed_once_loaded(tmp_path: Path) -> None:
@@ -148,6 +148,7 @@ def test_int8_with_a_scale_for_a_whole_column() -> None:
     plan = planned()
     slots = [slot for slot in plan.layers[0].slots if slot.format == "int8"]
     weights = lane_weights(plan.layers[0], slots, "name", "down", lambda _, e: EXPERTS[e], whole_columns=True)
+    assert weights.scales is not None
     assert weights.scales.shape == (len(slots), 1, GEOMETRY.hidden)
     for slot, piece in zip(slots, weights.pieces, strict=True):
         q, scales, _ = piece.values()

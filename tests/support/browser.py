@@ -84,7 +84,7 @@ def browser(profile: Path) -> Iterator[Page]:
     receive, from_browser = os.pipe()
     command = [CHROMIUM or "", *OPTIONS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
     # The browser reads from descriptor 3 and writes to 4.
-    files = [(os.POSIX_SPAWN_DUP2, to_browser, 3), (os.POSIX_SPAWN_DUP2, from_browser, 4)]
+    files: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, to_browser, 3), (os.POSIX_SPAWN_DUP2, from_browser, 4)]
     files += [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_WRONLY, 0) for number in (1, 2)]
     process = os.posix_spawn(command[0], command, os.environ, file_actions=files)
     os.close(to_browser)

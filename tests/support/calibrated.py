@@ -35,13 +35,13 @@ TOKENS = 8 * LENGTH + 8
 SWIGLU = ExpertGeometry(experts=6, top_k=2, hidden=48, intermediate=20, activation="swiglu")
 
 
-def run(checkpoint: Model, texts: dict[str, str] = TEXTS, batch_size: int = 4, **options: float) -> Calibration:
+def run(checkpoint: Model, texts: dict[str, str] = TEXTS, batch_size: int = 4, **options: Any) -> Calibration:
     return calibrate(
         checkpoint, texts, batch_size=batch_size, sequence_length=LENGTH, progress=lambda done, total: None, **options
     )[0]
 
 
-def copied(directory: Path, target: Path, **changes: object) -> Model:
+def copied(directory: Path, target: Path, **changes: Any) -> Model:
     """A copy of the checkpoint with another config."""
     shutil.copytree(directory, target)
     config = json.loads((target / "config.json").read_text())
@@ -58,7 +58,7 @@ def with_tensor(directory: Path, target: Path, name: str, change: Callable[[np.n
     return Model.open(target)
 
 
-def routers_choices(checkpoint: Model, text: str, model: nn.Module | None = None) -> dict[str, np.ndarray]:
+def routers_choices(checkpoint: Model, text: str, model: Any = None) -> dict[str, np.ndarray]:
     """The choices of transformers' routers when each sequence runs alone, without padding, ``[tokens * k]`` by experts module."""
     model = model or load_model(checkpoint)
     chosen: dict[str, list[np.ndarray]] = {layer.name: [] for layer in checkpoint.layers}
@@ -71,7 +71,7 @@ def routers_choices(checkpoint: Model, text: str, model: nn.Module | None = None
         return after_router
 
     for name in chosen:
-        block = model.get_submodule(name.rpartition(".")[0])
+        block: Any = model.get_submodule(name.rpartition(".")[0])
         (block.router if hasattr(block, "router") else block.gate).register_forward_hook(listen(name))
     ids = torch.tensor([4 + ord(letter) - 32 for letter in text])
     for sequence in ids.split(LENGTH):

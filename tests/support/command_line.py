@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from click.testing import Result
 
@@ -14,11 +15,11 @@ Run = Callable[..., Result]
 PACKAGED_IN = Path(package.__file__).parent.parent
 
 
-def python(*arguments: str, **kwargs: object) -> subprocess.Popen:
+def python(*arguments: str, **kwargs: Any) -> subprocess.Popen:
     """A separate Python process that finds this package, whether it is installed or not."""
     environment = {**os.environ, "PYTHONPATH": str(PACKAGED_IN)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *safe_path(arguments[0]), *arguments], env=environment, **pipes, **kwargs)
+    command = [sys.executable, *safe_path(arguments[0]), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
 def safe_path(first: str) -> list[str]:

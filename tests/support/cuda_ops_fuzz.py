@@ -8,6 +8,7 @@ Prints the numbers of accepted nodes and of batches that were run.
 import ctypes
 import os
 import sys
+from typing import Any
 
 import numpy as np
 from layer_arrays import arrays_of
@@ -19,9 +20,19 @@ NOTHING = LAUNCHED(lambda *_: 0)
 DRIVER.stand_in(80, NOTHING)
 
 
-def attributes(random, formats):
-    said = {"formats": formats, "activation": str(random.choice(["none", "swiglu", "geglu", "relu", "gelu"]))}
-    wrong = [0, 1.5, "swiglu", [0, 1, 9], [0.5, 0.5], [2**40] * len(formats), [float("nan")] * len(formats), [-1] * 3, ""]
+def attributes(random: np.random.Generator, formats: list[int]) -> dict[str, Any]:
+    said: dict[str, Any] = {"formats": formats, "activation": str(random.choice(["none", "swiglu", "geglu", "relu", "gelu"]))}
+    wrong: list[Any] = [
+        0,
+        1.5,
+        "swiglu",
+        [0, 1, 9],
+        [0.5, 0.5],
+        [2**40] * len(formats),
+        [float("nan")] * len(formats),
+        [-1] * 3,
+        "",
+    ]
     for name in random.choice(["formats", "activation", "alpha", "limit", "shares", "other"], random.choice([0, 0, 0, 1, 2])):
         said[str(name)] = wrong[random.integers(len(wrong))]
     if random.integers(20) == 0:
@@ -29,7 +40,7 @@ def attributes(random, formats):
     return said
 
 
-def inputs(random, formats, gated):
+def inputs(random: np.random.Generator, formats: list[int], gated: bool) -> Any:
     tokens, block = int(random.choice([0, 1, 5, 600])), int(random.choice([64, 64, 128, 48]))
     sizes = {"hidden": int(random.choice([64, 128, 128, 72])), "intermediate": int(random.choice([32, 64]))}
     arrays = arrays_of(formats, tokens, **sizes, block=block, gated=gated, bias=bool(random.integers(2)))
@@ -49,7 +60,7 @@ def inputs(random, formats, gated):
     return arrays
 
 
-def main(seed, count):
+def main(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)
     taken = ran = 0
     for _ in range(count):

@@ -38,6 +38,6 @@ def refused(path: Path, status: int = 2) -> str:
     return one_sentence(caught.value)
 
 
-def changed(**changes: object) -> dict[str, Any]:
+def changed(**changes: Any) -> dict[str, Any]:
     """``PAIR`` with changes to its tensor b."""
     return {**PAIR, "b": {**PAIR["b"], **changes}}

@@ -6,6 +6,7 @@ interpreted_cuda_ops.py for the rest.
 
 import ctypes
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ ENGINE = Path(os.environ["RQ_ENGINE"])
 
 
 @pytest.fixture
-def engine(monkeypatch):
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """On the CPU provider, with the library that adds the ops to it."""
     HOST.on_stream(True)
     monkeypatch.setattr(library, "library_path", lambda name: os.environ["RQ_HOST"])
@@ -33,7 +34,7 @@ def engine(monkeypatch):
     HOST.on_stream(False)
 
 
-def test_it_says_what_the_native_engine_says(engine):
+def test_it_says_what_the_native_engine_says(engine: Engine) -> None:
     launches = Launches()
     ids = np.random.default_rng(0).integers(4, 99, (2, 9))
     logits = engine.logits(ids)
@@ -44,7 +45,7 @@ def test_it_says_what_the_native_engine_says(engine):
     assert np.quantile(np.abs(logits - wanted).max(-1), 0.9) < 0.01 * np.abs(wanted).max()
 
 
-def test_generating_with_the_cache_is_recomputing_everything(engine):
+def test_generating_with_the_cache_is_recomputing_everything(engine: Engine) -> None:
     launches = Launches()
     ids = [5, 9, 77]
     generated = list(engine.generate(ids, 3, stop=False))
@@ -52,7 +53,7 @@ def test_generating_with_the_cache_is_recomputing_everything(engine):
     assert engine.logits(np.array([ids + generated[:2]]))[0, -1].argmax() == generated[2]
 
 
-def test_it_is_evaluated(engine):
+def test_it_is_evaluated(engine: Engine) -> None:
     launches = Launches()
     windows = Windows("t", np.random.default_rng(1).integers(4, 99, (1, 8)))
     reference = Reference.load(Model.open(Path(os.environ["RQ_MODEL"])), threads=1)
@@ -60,5 +61,7 @@ def test_it_is_evaluated(engine):
     assert launches.failure is None
     assert found.layers == []
     assert found.predictions == 7
+    assert found.perplexity_reference is not None
+    assert found.kl is not None
     assert found.perplexity_engine == pytest.approx(found.perplexity_reference, rel=0.2)
     assert 0 < found.kl < 0.2

@@ -6,11 +6,14 @@ RQ_HOST is the library of cuda_ops_on_host.cc, RQ_LIBRARY is librq_moe_cuda.so; 
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from interpreted_launches import CASES, DRIVER, LAUNCHED, SEED, Launches, batch, example
@@ -29,23 +32,23 @@ HOST.scratch_taken.restype = HOST.scratch_held.restype = ctypes.c_size_t
 
 
 @pytest.fixture
-def stream():
+def stream() -> Iterator[int]:
     """The node's stream, as under the CUDA provider."""
     HOST.on_stream(True)
     yield HOST.the_stream()
     HOST.on_stream(False)
 
 
-def session_for(layer, arrays, **options):
+def session_for(layer: Any, arrays: Any, **options: Any) -> onnxruntime.InferenceSession:
     return session_of(model_of(arrays, **attributes_of(layer), **options), LIBRARY)
 
 
-def close(out, x, ids, gates, held):
+def close(out: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, held: Any) -> bool:
     expected = reference.moe_layer(x, ids, gates, held)
-    return (out.double() - expected).abs().max() < 2e-3 * expected.abs().max()
+    return bool((out.double() - expected).abs().max() < 2e-3 * expected.abs().max())
 
 
-def answer(session, arrays, launches):
+def answer(session: onnxruntime.InferenceSession, arrays: Any, launches: Any) -> torch.Tensor:
     out = session.run(None, feeds_of(session, arrays))[0]
     if launches.failure:
         raise launches.failure
@@ -54,7 +57,8 @@ def answer(session, arrays, launches):
 
 # The largest is tested with the TensorRT plugin, which launches it with the same code.
 @pytest.mark.parametrize("case", [case for case in CASES if case != "prefill tiles"])
-def test_the_layer_against_float64(case, stream):
+def test_the_layer_against_float64(case: Any, stream: int) -> None:
+    options: Any
     tokens, top_k, size, dispatch, options = CASES[case]
     random = torch.Generator().manual_seed(SEED)
     held = example(random, **options)
@@ -74,7 +78,7 @@ def test_the_layer_against_float64(case, stream):
     assert close(out, x, ids, gates, held), f"seed {SEED}"
 
 
-def test_one_session_takes_batches_of_any_size_and_none():
+def test_one_session_takes_batches_of_any_size_and_none() -> None:
     """Without a stream of ONNX Runtime's own."""
     random = torch.Generator().manual_seed(SEED)
     held = example(random, hidden=128, intermediate=64)
@@ -91,7 +95,7 @@ def test_one_session_takes_batches_of_any_size_and_none():
     assert DRIVER.modules_loaded() - loaded == 11, "a layer's kernels are loaded once"
 
 
-def test_weights_may_be_inputs_of_shapes_that_the_graph_does_not_know():
+def test_weights_may_be_inputs_of_shapes_that_the_graph_does_not_know() -> None:
     random = torch.Generator().manual_seed(SEED)
     session = None
     for hidden, intermediate in ((128, 64), (64, 128), (128, 64)):
@@ -102,7 +106,7 @@ def test_weights_may_be_inputs_of_shapes_that_the_graph_does_not_know():
         assert close(answer(session, arrays, Launches()), x, ids, gates, held), f"seed {SEED}"
 
 
-def test_threads_share_a_session(stream):
+def test_threads_share_a_session(stream: int) -> None:
     """Nothing is computed. This only checks that each run launches its four kernels and returns its memory."""
     random = torch.Generator().manual_seed(SEED)
     held = example(random)
@@ -114,13 +118,13 @@ def test_threads_share_a_session(stream):
     assert (len(launches.seen), HOST.scratch_held()) == (4 * 64, 0)
 
 
-def refused(session, arrays):
+def refused(session: onnxruntime.InferenceSession, arrays: Any) -> str:
     with pytest.raises(Exception, match=r"rq.moe MoeLayer: ") as refusal:
         session.run(None, feeds_of(session, arrays))
     return str(refusal.value)
 
 
-def test_failures_of_the_driver_are_told(stream):
+def test_failures_of_the_driver_are_told(stream: int) -> None:
     random = torch.Generator().manual_seed(SEED)
     held = example(random)
     arrays = arrays_of(held.layer, *batch(held.layer, 3, 2, random))
@@ -132,7 +136,7 @@ def test_failures_of_the_driver_are_told(stream):
     assert "dispatch_count was not built for SM 75" in refused(session_for(held.layer, arrays), arrays)
 
 
-def test_a_batch_whose_inputs_disagree_is_refused():
+def test_a_batch_whose_inputs_disagree_is_refused() -> None:
     random = torch.Generator().manual_seed(SEED)
     held = example(random)
     x, *rest = arrays_of(held.layer, *batch(held.layer, 3, 2, random))
@@ -144,7 +148,7 @@ def test_a_batch_whose_inputs_disagree_is_refused():
     assert not launches.seen
 
 
-def test_the_check_for_a_gpu_says_what_is_right_and_what_is_wrong(stream, capsys):
+def test_the_check_for_a_gpu_says_what_is_right_and_what_is_wrong(stream: int, capsys: pytest.CaptureFixture[str]) -> None:
     launches = Launches()
     arguments = [LIBRARY, "--provider", "CPUExecutionProvider", "--seed", str(SEED)]
     assert check_in_onnxruntime.main([*arguments, "--only", "o"]) == 1

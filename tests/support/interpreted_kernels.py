@@ -2,7 +2,9 @@
 
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +20,7 @@ import gpu_moe_layer as benchmark
 import op_nodes
 from rq_kernels import cases, launch, reference, tiles
 
-from rq_compile.quantization.formats import block_size
+from rq_compile.quantization.formats import Format, block_size
 from rq_compile.quantization.quantizer import quantize, stored
 
 SEED = secrets.randbits(32)
@@ -26,17 +28,17 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bfloat16(monkeypatch_module):
+def bfloat16(monkeypatch_module: pytest.MonkeyPatch) -> None:
     """Triton 3.9's interpreter keeps bf16 as bits, multiplies these as integers and truncates; make it behave like a GPU."""
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     multiply, cast = builder.create_dot, builder.cast_impl
 
-    def numbers(operand):
+    def numbers(operand: Any) -> Any:
         if operand.dtype.scalar.name != "bf16":
             return operand
         return handle((operand.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
 
-    def rounding_cast(self, source, kind):
+    def rounding_cast(self: Any, source: Any, kind: Any) -> Any:
         if source.dtype.scalar.name == "fp32" and kind.scalar.name == "bf16":
             return handle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), kind.scalar)
         return cast(self, source, kind)
@@ -47,19 +49,19 @@ def bfloat16(monkeypatch_module):
 
 
 @pytest.fixture(scope="module")
-def monkeypatch_module():
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         yield patch
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
-def test_every_stage_against_float64(case):
+def test_every_stage_against_float64(case: Any) -> None:
     errors = cases.worst(case, SEED)
     assert all(error <= 1 for error in errors.values()), f"seed {SEED}: {errors}"
 
 
 @st.composite
-def tables(draw):
+def tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
     """A replica table whose slots are in random order, the number of slots, and ids."""
     copies = draw(st.lists(st.integers(1, 4), min_size=1, max_size=70))
     slots = draw(st.permutations(range(sum(copies) + draw(st.integers(0, 2)))))
@@ -75,7 +77,9 @@ def tables(draw):
 
 @settings(max_examples=25, deadline=None)
 @given(tables(), st.sampled_from([16, 64, 128]), st.sampled_from([0, 10**6]))
-def test_dispatch_gives_the_slots_of_the_cpu_op(drawn, rows_per_tile, small):
+def test_dispatch_gives_the_slots_of_the_cpu_op(
+    drawn: tuple[np.ndarray, np.ndarray, int], rows_per_tile: int, small: int
+) -> None:
     ids, table, slots = drawn
     small = small if len(ids) else 1
     routed = launch.route(torch.from_numpy(ids), torch.from_numpy(table), slots, rows_per_tile, small)
@@ -85,7 +89,7 @@ def test_dispatch_gives_the_slots_of_the_cpu_op(drawn, rows_per_tile, small):
     assert cases.covers(routed, torch.from_numpy(offsets), rows_per_tile)
 
 
-def test_dispatch_of_many_slots_and_chunks():
+def test_dispatch_of_many_slots_and_chunks() -> None:
     random = torch.Generator().manual_seed(SEED)
     ids = torch.randint(0, 150, (1700, 3), generator=random)
     table = torch.arange(300, dtype=torch.int32).reshape(2, 150).T.contiguous()
@@ -96,40 +100,39 @@ def test_dispatch_of_many_slots_and_chunks():
     assert cases.covers(routed, offsets, 16)
 
 
-def test_weights_that_the_compiler_packs():
+def test_weights_that_the_compiler_packs() -> None:
     """The kernels read what ``quantize`` packs; two slots may share a matrix."""
     random = np.random.default_rng(SEED)
     matrices = {"up": (random.normal(size=(2, 128, 192)) / 14), "down": random.normal(size=(2, 192, 64)) / 8}
 
-    def projection(name):
-        int8, int4 = (quantize(w.astype(np.float32), f) for w, f in zip(matrices[name], ("int8", "int4"), strict=True))
+    def projection(name: str) -> Any:
+        for_int8, for_int4 = (matrix.astype(np.float32) for matrix in matrices[name])
+        int8, int4 = quantize(for_int8, "int8"), quantize(for_int4, "int4")
         arrays = {"int8_packed": int8.packed, "int8_scales": int8.scales, "int4_packed": int4.packed, "int4_scales": int4.scales}
         held = {tensor: torch.from_numpy(array)[None] for tensor, array in arrays.items()}
         return launch.Projection(torch.zeros(3, dtype=torch.int32), held, block=block_size(matrices[name].shape[2]))
 
     formats, replicas = torch.tensor([2, 1, 2], dtype=torch.int32), torch.tensor([[1, -1], [0, 2]], dtype=torch.int32)
     layer = launch.Layer(192, 64, "swiglu", formats, replicas, projection("up"), projection("down"))
-    exact = {
-        name: torch.from_numpy(np.stack([stored(w[e], f) for e, f in ((1, "int4"), (0, "int8"), (1, "int4"))])).double()
-        for name, w in matrices.items()
-    }
+    of_slots: list[tuple[int, Format]] = [(1, "int4"), (0, "int8"), (1, "int4")]
+    exact = {name: torch.from_numpy(np.stack([stored(w[e], f) for e, f in of_slots])).double() for name, w in matrices.items()}
     x, ids, gates = torch.randn(12, 192).half(), torch.randint(0, 2, (12, 2)), torch.rand(12, 2)
     ours = launch.moe_layer(x, ids, gates, layer, "decode").double()
     expected = reference.moe_layer(x, ids, gates, reference.Example(layer, exact["up"], exact["down"]))
     assert (ours - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
-def test_most_tiles_is_reached_and_never_passed():
+def test_most_tiles_is_reached_and_never_passed() -> None:
     random = np.random.default_rng(SEED)
     for _ in range(300):
         slots, rows = int(random.integers(1, 9)), int(random.choice([16, 64]))
-        loads = random.integers(0, 3 * rows, slots)
-        assert tiles.tile_count(loads, rows) <= tiles.most_tiles(int(loads.sum()), slots, rows)
+        loads = random.integers(0, 3 * rows, slots).tolist()
+        assert tiles.tile_count(loads, rows) <= tiles.most_tiles(sum(loads), slots, rows)
     assert tiles.tile_count([1, 1, 1, 17 + 16], 16) == tiles.most_tiles(36, 4, 16)
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
-def test_the_benchmark_compares_like_with_like(format):
+def test_the_benchmark_compares_like_with_like(format: Any) -> None:
     """Both baselines and our kernels compute one layer, made as the benchmark makes it."""
     shape = benchmark.Shape("small", 256, 128, 4, 2)
     formats = benchmark.formats_of(shape, format)
@@ -142,7 +145,7 @@ def test_the_benchmark_compares_like_with_like(format):
     benchmark.check({name: run for name, run in built.items() if name not in slow}, inputs)
 
 
-def test_the_benchmark_runs_a_mixed_layer():
+def test_the_benchmark_runs_a_mixed_layer() -> None:
     shape = benchmark.Shape("small", 256, 128, 8, 2)
     formats = benchmark.formats_of(shape, "mixed")
     held = benchmark.layer(shape, formats, "cpu")

@@ -12,6 +12,7 @@ import secrets
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ LAUNCHED = ctypes.CFUNCTYPE(
 DRIVER = ctypes.CDLL(os.environ["RQ_STAND_IN"], mode=ctypes.RTLD_GLOBAL)
 
 
-def image_kernel(address):
+def image_kernel(address: int) -> tuple[Any, str]:
     """The entry of kernels.json whose cubin or PTX is at this address, and which of the two it is."""
     if ctypes.string_at(address, 4) != b"\x7fELF":
         return IMAGES[hashlib.sha256(ctypes.string_at(address)).hexdigest()], "ptx"
@@ -49,7 +50,7 @@ def image_kernel(address):
     return IMAGES[hashlib.sha256(ctypes.string_at(address, size)).hexdigest()], "cubin"
 
 
-def tensor_at(address, kind):
+def tensor_at(address: int, kind: str) -> torch.Tensor:
     """A tensor whose data begin at ``address``; the interpreter needs nothing else."""
     if not address:
         return torch.empty(0, dtype=DTYPES[kind])
@@ -60,12 +61,14 @@ def tensor_at(address, kind):
 class Launches:
     """The launches: ``(name, kind of image, grid)``. ``compute``: compute the kernels' results, too."""
 
-    def __init__(self, sm=80, compute=True):
-        self.seen, self.compute, self.failure = [], compute, None
+    def __init__(self, sm: int = 80, compute: bool = True) -> None:
+        self.seen: list[tuple[str, str, Any]] = []
+        self.failure: BaseException | None = None
+        self.compute = compute
         self.function = LAUNCHED(self.launched)
         DRIVER.stand_in(sm, self.function)
 
-    def launched(self, image, entry, grid, threads, shared, parameters):
+    def launched(self, image: int, entry: bytes, grid: Any, threads: int, shared: int, parameters: Any) -> int:
         try:
             kernel, kind = image_kernel(image)
             build = kernel["builds"][0]
@@ -82,13 +85,13 @@ class Launches:
         return 0
 
 
-def read(address, kind):
+def read(address: int, kind: str) -> Any:
     if kind[0] == "*":
         return tensor_at(ctypes.c_uint64.from_address(address).value, kind)
     return (ctypes.c_float if kind == "fp32" else ctypes.c_int32).from_address(address).value
 
 
-def inputs_of(layer, x, ids, gates):
+def inputs_of(layer: Any, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> Any:
     """The inputs of a MoeLayer in their order."""
     result = [x, ids, gates, layer.replicas, layer.formats]
     for part in (layer.up, layer.down):
@@ -96,14 +99,14 @@ def inputs_of(layer, x, ids, gates):
     return result
 
 
-def batch(layer, tokens, top_k, random):
+def batch(layer: Any, tokens: int, top_k: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     experts = len(layer.replicas)
     x = torch.randn(tokens, layer.hidden, generator=random).half()
     ids = torch.rand(tokens, experts, generator=random).argsort(1)[:, :top_k].contiguous()
     return x, ids, torch.rand(tokens, top_k, generator=random)
 
 
-def example(random, activation="swiglu", **options):
+def example(random: torch.Generator, activation: str = "swiglu", **options: Any) -> Any:
     replicas = [[0, 1, 2], [3, -1, -1], [4, -1, -1]]
     sizes = {"hidden": 256, "intermediate": 128} | options
     return reference.example(random, [0, 1, 2, 1, 2], activation=activation, replicas=replicas, **sizes)

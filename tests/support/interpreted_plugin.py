@@ -6,6 +6,8 @@ RQ_PLUGIN and RQ_HOST are the paths of the parts; for the others see interpreted
 import ctypes
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import moe_nodes
 import numpy as np
@@ -14,6 +16,8 @@ import pytest
 import torch
 from interpreted_launches import CASES, DRIVER, LAUNCHED, SEED, Launches, batch, example, inputs_of
 from rq_kernels import reference, tiles
+
+from rq_compile.architectures.geometry import Activation
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.uint8: 2, torch.int32: 3, torch.int64: 8}  # nvinfer1::DataType; bytes are INT8
 GUARD = 4096
@@ -32,7 +36,16 @@ class Tensor(ctypes.Structure):
     ]
 
 
-def enqueue(layer, x, ids, gates, launches, room=1 << 22, shares=None, inputs=None):
+def enqueue(
+    layer: Any,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    gates: torch.Tensor,
+    launches: Any,
+    room: int = 1 << 22,
+    shares: list[float] | None = None,
+    inputs: Any = None,
+) -> tuple[Any, torch.Tensor]:
     """The plugin's result for a batch, with a workspace of exactly the size that it declared."""
     inputs = inputs or inputs_of(layer, x, ids, gates)
     described = [Tensor(t.dim(), (ctypes.c_int64 * 8)(*t.shape), CODES[t.dtype], 0, 1.0) for t in inputs]
@@ -54,7 +67,8 @@ def enqueue(layer, x, ids, gates, launches, room=1 << 22, shares=None, inputs=No
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_enqueue_against_float64(case):
+def test_enqueue_against_float64(case: Any) -> None:
+    options: Any
     tokens, top_k, size, dispatch, options = CASES[case]
     random = torch.Generator().manual_seed(SEED)
     held = example(random, **options)
@@ -73,7 +87,7 @@ def test_enqueue_against_float64(case):
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
-def test_a_node_that_the_compiler_writes(activation, tmp_path):
+def test_a_node_that_the_compiler_writes(activation: Activation, tmp_path: Path) -> None:
     """From serialized bytes to the result, which is that of the weights before packing."""
     geometry = moe_nodes.geometry_of(activation, bias=activation == "clamped_swiglu")
     geometry = geometry.model_copy(update={"alpha": 1.702})  # rq_enqueue gives no other
@@ -83,14 +97,14 @@ def test_a_node_that_the_compiler_writes(activation, tmp_path):
     x = x.astype(np.float16)
     inputs = moe_nodes.arrays_of(node, constants, x, ids, gates)
     launches = Launches()
-    step, out = enqueue(moe_nodes.exact(node, constants).layer, *inputs[:3], launches, inputs=inputs)
+    step, out = enqueue(moe_nodes.exact(node, constants).layer, inputs[0], inputs[1], inputs[2], launches, inputs=inputs)
     assert step == 0
     assert [name for name, *_ in launches.seen][1:3] == ["up_gated_fp16_mixed_decode", "down_fp16_mixed_decode_block64"]
     wanted = one_layer.reference(x, ids, gates, geometry, one_layer.MIXED, experts)
     assert np.abs(out.numpy().astype(np.float64) - wanted).max() < 2e-3 * np.abs(wanted).max(), f"seed {SEED}"
 
 
-def test_no_token_no_launch():
+def test_no_token_no_launch() -> None:
     held = example(torch.Generator().manual_seed(SEED))
     launches = Launches()
     step, _ = enqueue(held.layer, *batch(held.layer, 0, 2, torch.Generator()), launches)
@@ -99,7 +113,7 @@ def test_no_token_no_launch():
 
 @pytest.mark.parametrize("shares", [None, [0.875, 0.03125, 0.03125, 0.03125, 0.03125]])
 @pytest.mark.parametrize("tokens", [1, 7, 20, 60, 200, 511, 512, 513, 3000])
-def test_tiles_and_grids_are_those_of_the_rule(tokens, shares):
+def test_tiles_and_grids_are_those_of_the_rule(tokens: int, shares: list[float] | None) -> None:
     """Nothing is computed. This only checks which kernels are chosen, and the number of programs."""
     random = torch.Generator().manual_seed(SEED)
     held = example(random)
@@ -118,7 +132,7 @@ def test_tiles_and_grids_are_those_of_the_rule(tokens, shares):
 
 
 @pytest.mark.parametrize(("sm", "kind"), [(80, "cubin"), (86, "cubin"), (90, "ptx"), (120, "cubin"), (121, "ptx"), (75, None)])
-def test_a_cubin_for_its_major_number_and_ptx_for_later_ones(sm, kind):
+def test_a_cubin_for_its_major_number_and_ptx_for_later_ones(sm: int, kind: str) -> None:
     """The cubins of SM 120 are bound to it; the PTX is that of SM 80."""
     held = example(torch.Generator().manual_seed(SEED))
     batches = batch(held.layer, 3, 2, torch.Generator().manual_seed(SEED))
@@ -131,7 +145,7 @@ def test_a_cubin_for_its_major_number_and_ptx_for_later_ones(sm, kind):
     assert DRIVER.modules_loaded() == before, "a second layer of the same kernels loads nothing"
 
 
-def test_a_launch_that_fails_is_told():
+def test_a_launch_that_fails_is_told() -> None:
     held = example(torch.Generator().manual_seed(SEED))
     launches = Launches(compute=False)
     launches.function = LAUNCHED(lambda *_: 1)

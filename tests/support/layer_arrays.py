@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,8 +10,17 @@ sys.path.append(str(Path(__file__).parents[2] / "plugins" / "cuda"))
 
 
 def arrays_of(
-    formats, tokens=3, hidden=64, intermediate=32, experts=2, top_k=2, block=64, gated=False, bias=False, half=np.float16
-):
+    formats: list[int],
+    tokens: int = 3,
+    hidden: int = 64,
+    intermediate: int = 32,
+    experts: Any = 2,
+    top_k: int = 2,
+    block: int = 64,
+    gated: bool = False,
+    bias: bool = False,
+    half: Any = np.float16,
+) -> Any:
     """Every other expert has one slot; the first has the remaining ones."""
     slots = len(formats)
     replicas = np.full((experts, slots), -1, np.int32)

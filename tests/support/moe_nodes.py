@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ from rq_kernels.launch import Layer, Projection
 
 from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.lowerings import Plugins
+from rq_compile.targets.tensorrt.network import Precision
 from rq_compile.targets.weights_file import locate, write_weights
 
 ROLES = (("float_weights",), ("int8_packed", "int8_scales"), ("int4_packed", "int4_scales"))
@@ -27,13 +28,17 @@ ACTIVATIONS = list(get_args(Activation))
 FIRST = ("x", "ids", "gates", "replicas", "formats")
 
 
-def geometry_of(activation="swiglu", *, bias=False, hidden=128, intermediate=64):
+def geometry_of(
+    activation: Activation = "swiglu", *, bias: bool = False, hidden: int = 128, intermediate: int = 64
+) -> ExpertGeometry:
     return ExpertGeometry(
         experts=4, top_k=2, hidden=hidden, intermediate=intermediate, activation=activation, bias=bias, alpha=1.3, limit=0.9
     )
 
 
-def compiled_layer(geometry, slots, folder, *, experts=None, half="fp16", plan=None):
+def compiled_layer(
+    geometry: ExpertGeometry, slots: Any, folder: Path, *, experts: Any = None, half: Precision = "fp16", plan: Any = None
+) -> tuple[onnx.ModelProto, Any]:
     """The layer's model, complete and checked, and its experts."""
     experts = experts or random_experts(geometry)
     plan = plan or plan_of(geometry, slots)
@@ -46,15 +51,15 @@ def compiled_layer(geometry, slots, folder, *, experts=None, half="fp16", plan=N
     return onnx.load(folder / "layer.onnx"), experts
 
 
-def moe_nodes(model):
+def moe_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "MoeLayer" and node.domain == "rq.moe"]
 
 
-def attributes_of(node):
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def inputs_of(node):
+def inputs_of(node: onnx.NodeProto) -> dict[str, str]:
     """Names of the node's inputs by what they are, those of a projection as ``up_index`` or ``down_index``."""
     formats = attributes_of(node)["formats"]
     roles = ["index", *(role for code in range(3) if code in formats for role in ROLES[code])]
@@ -64,25 +69,27 @@ def inputs_of(node):
     return dict(zip(names, node.input, strict=True))
 
 
-def constants_of(model):
+def constants_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     """All initializers, including those stored in a file."""
     return {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
 
 
-def arrays_of(node, constants, *of_tokens):
+def arrays_of(node: onnx.NodeProto, constants: dict[str, np.ndarray], *of_tokens: np.ndarray) -> Any:
     """The node's inputs in their order, as torch tensors; ``of_tokens``: x, ids and gates."""
     arrays = [*of_tokens, *(constants[name] for name in list(node.input)[len(of_tokens) :])]
     return [torch.from_numpy(array.view(np.uint8) if array.dtype == np.int8 else array) for array in arrays]
 
 
-def exact(node, constants):
+def exact(node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> Any:
     """The layer as ``rq_kernels.reference`` takes it: its weights in float64, unpacked."""
-    attributes, held = attributes_of(node), {name: constants.get(tensor) for name, tensor in inputs_of(node).items()}
+    attributes = attributes_of(node)
+    held = {name: constants[tensor] for name, tensor in inputs_of(node).items() if tensor in constants}
     activation = attributes["activation"].decode()
     some_down = next(held[f"down_{role}"] for roles in ROLES for role in roles if f"down_{role}" in held)
     some_up = next(held[f"up_{role}"] for roles in ROLES for role in roles if f"up_{role}" in held)
     hidden, intermediate = some_down.shape[1], some_up.shape[1] // (1 + (activation in GATED))
-    formats, projections, weights = attributes["formats"], [], []
+    formats = attributes["formats"]
+    projections, weights = [], []
     for name, columns in (("up", hidden), ("down", intermediate)):
         index, bias = held[f"{name}_index"], held.get(f"{name}_bias")
         parts = [[held.get(f"{name}_{role}") for role in ROLES[code]] for code in range(3)]
@@ -90,12 +97,13 @@ def exact(node, constants):
         exact_slots = [unpacked(format, [part[i] for part in parts[format]], columns) for format, i in slots]
         weights.append(torch.from_numpy(np.stack(exact_slots)))
         projections.append(Projection(torch.from_numpy(index), {}, None if bias is None else torch.from_numpy(bias)))
-    tables = (torch.from_numpy(held[name]) for name in ("formats", "replicas"))
-    layer = Layer(hidden, intermediate, activation, *tables, *projections, attributes["alpha"], attributes["limit"])
-    return reference.Example(layer, *weights)
+    codes, replicas = (torch.from_numpy(held[name]) for name in ("formats", "replicas"))
+    up, down = projections
+    layer = Layer(hidden, intermediate, activation, codes, replicas, up, down, attributes["alpha"], attributes["limit"])
+    return reference.Example(layer, weights[0], weights[1])
 
 
-def unpacked(format, parts, columns):
+def unpacked(format: int, parts: Any, columns: int) -> np.ndarray:
     if format == 0:
         return parts[0].astype(np.float64)
     packed, scales = parts
@@ -106,13 +114,15 @@ def unpacked(format, parts, columns):
     return ((q - zero) * np.repeat(scales.astype(np.float64), q.shape[1] // scales.shape[1], axis=1))[:, :columns]
 
 
-def evaluated(node, constants, x, ids, gates):
+def evaluated(
+    node: onnx.NodeProto, constants: dict[str, np.ndarray], x: np.ndarray, ids: np.ndarray, gates: np.ndarray
+) -> np.ndarray:
     """float64 ``[T, hidden]``."""
-    arrays = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x.astype(np.float64), ids, gates))
-    return reference.moe_layer(*arrays, exact(node, constants)).numpy()
+    tokens, chosen, shares = (torch.from_numpy(np.ascontiguousarray(a)) for a in (x.astype(np.float64), ids, gates))
+    return reference.moe_layer(tokens, chosen, shares, exact(node, constants)).numpy()
 
 
-def run(model, feeds):
+def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All outputs of a compiled model, by name. ONNX Runtime computes it on the CPU, except for its MoeLayer nodes.
 
     The graph is cut at these nodes. It runs once per node, to get the node's inputs, and once more with the outputs of all nodes.

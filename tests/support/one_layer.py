@@ -1,7 +1,9 @@
 """One MoE layer to compile and run in ONNX Runtime, random experts for it, and its expected result in float64."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.engine.library import library_path
 from rq_compile.lowerings import LOWERINGS
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
+from rq_compile.quantization.formats import Format
 from rq_compile.quantization.quantizer import stored
 from rq_compile.rewrite.batched_experts import ExpectedCapacity
 from rq_compile.rewrite.experts_to_slots import offsets_name
@@ -23,13 +26,26 @@ LAYER = "model.layers.0.mlp.experts"
 PREDICTION = LayerPrediction(
     lis_before=1, lis_after=1, strict_lis_before=1, strict_lis_after=1, bytes_before=1, bytes_after=1, error=0
 )
-PLAIN = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")]
-MIXED = [(0, "int8"), (3, "int4"), (1, "fp16"), (2, "int8"), (0, "int8"), (3, "int4"), (0, "fp16"), (1, "fp16")]
+PLAIN: list[tuple[int, Format]] = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")]
+MIXED: list[tuple[int, Format]] = [
+    (0, "int8"),
+    (3, "int4"),
+    (1, "fp16"),
+    (2, "int8"),
+    (0, "int8"),
+    (3, "int4"),
+    (0, "fp16"),
+    (1, "fp16"),
+]
 
 
-def plan_of(geometry: ExpertGeometry, slots: list[tuple[int, str]], name: str = LAYER) -> Plan:
+def plan_of(geometry: ExpertGeometry, slots: Sequence[tuple[int, str]], name: str = LAYER) -> Plan:
     layer = LayerPlan(
-        name=name, index=0, geometry=geometry, slots=[Slot(expert=e, format=f) for e, f in slots], predicted=PREDICTION
+        name=name,
+        index=0,
+        geometry=geometry,
+        slots=[Slot(expert=e, format=cast(Format, f)) for e, f in slots],
+        predicted=PREDICTION,
     )
     return Plan(
         tool="test", model="m", model_type="olmoe", fingerprint="f" * 64, calibration_sha256=None, policy="none", target="cpu",
@@ -107,7 +123,7 @@ def compiled(
     return Layer(onnxruntime.InferenceSession(str(folder / "layer.onnx"), options, providers=["CPUExecutionProvider"]))
 
 
-def slot_of_each(ids: np.ndarray, slots: list[tuple[int, str]]) -> list[int]:
+def slot_of_each(ids: np.ndarray, slots: Sequence[tuple[int, str]]) -> list[int]:
     """A direct implementation of the dispatch rule: an expert's tokens go to its slots in turn."""
     copies: dict[int, list[int]] = {}
     for slot, (expert, _) in enumerate(slots):
@@ -139,21 +155,28 @@ def activate(h: np.ndarray, geometry: ExpertGeometry) -> np.ndarray:
 
 
 def reference(
-    x: np.ndarray, ids: np.ndarray, gates: np.ndarray, geometry: ExpertGeometry, slots: list[tuple[int, str]], experts: list
+    x: np.ndarray,
+    ids: np.ndarray,
+    gates: np.ndarray,
+    geometry: ExpertGeometry,
+    slots: Sequence[tuple[int, str]],
+    experts: list[ExpertWeights],
 ) -> np.ndarray:
     y = np.zeros(x.shape)
     chosen = np.array(slot_of_each(ids, slots)).reshape(ids.shape)
     for token, choice in np.ndindex(*ids.shape):
-        expert, format = slots[chosen[token, choice]]
+        expert, format = slots[int(chosen[token, choice])]
         weights = experts[expert]
-        up, down = (stored(w, format, most=geometry.block).astype(np.float64) for w in (weights.up, weights.down))
-        h = up @ x[token].astype(np.float64) + (weights.up_bias if geometry.bias else 0)
-        out = down @ activate(h, geometry) + (weights.down_bias if geometry.bias else 0)
+        up, down = (stored(w, cast(Format, format), most=geometry.block).astype(np.float64) for w in (weights.up, weights.down))
+        h = up @ x[token].astype(np.float64) + (0 if weights.up_bias is None else weights.up_bias)
+        out = down @ activate(h, geometry) + (0 if weights.down_bias is None else weights.down_bias)
         y[token] += gates[token, choice] * out
     return y
 
 
-def batch(geometry: ExpertGeometry, tokens: int, seed: int = 1, only: int | None = None) -> tuple[np.ndarray, ...]:
+def batch(
+    geometry: ExpertGeometry, tokens: int, seed: int = 1, only: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     x = random.standard_normal((tokens, geometry.hidden)).astype(np.float32)
     ids = np.array([random.permutation(geometry.experts)[: geometry.top_k] for _ in range(tokens)], np.int64)

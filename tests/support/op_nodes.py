@@ -4,8 +4,10 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +35,7 @@ OF_GROUPS = tuple(name for group in library.FORMAT_GROUPS for name in tensors_of
 CONSTANTS = {"replicas", *OF_GROUPS, "bias"}
 
 
-def python_with(isa, *arguments):
+def python_with(isa: str | None, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A separate Python process, with the kernels of `isa` (None: the processor's best) and the tested package."""
     # The working directory comes first in its path, and a source tree there would have no op library.
     places = [str(Path(__file__).parent), str(Path(rq_compile.__file__).parent.parent)]
@@ -56,13 +58,20 @@ assert register(None, ctypes.byref(base)) == 1
 """
 
 
-def registered_with_an_old_runtime(library):
+def registered_with_an_old_runtime(library: Path) -> str:
     """The message of RegisterCustomOps to a runtime that knows only version 1, from a child process, which may crash."""
     command = [sys.executable, "-c", OLD_RUNTIME, str(library)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run_op(op, inputs, results, threads=1, version=library.OP_SET_VERSION, **attributes):
+def run_op(
+    op: str,
+    inputs: Mapping[str, np.ndarray | None],
+    results: Mapping[str, int],
+    threads: int = 1,
+    version: int = library.OP_SET_VERSION,
+    **attributes: Any,
+) -> list[np.ndarray]:
     """Run one node; `inputs` maps its input names, in order, to arrays or to None where there is none.
 
     Of version 1 of the op set a node keeps the places of inputs that it leaves out.
@@ -92,12 +101,12 @@ def run_op(op, inputs, results, threads=1, version=library.OP_SET_VERSION, **att
     return session.run(None, feeds)
 
 
-def dispatch(ids, replicas, slots, **options):
+def dispatch(ids: np.ndarray, replicas: Any, slots: int, **options: Any) -> list[np.ndarray]:
     kinds = {"rows": TensorProto.INT32, "offsets": TensorProto.INT32}
     return run_op("Dispatch", {"ids": ids, "replicas": np.asarray(replicas, np.int32)}, kinds, slots=slots, **options)
 
 
-def combine(y, rows, gates, **options):
+def combine(y: np.ndarray, rows: Any, gates: np.ndarray, **options: Any) -> np.ndarray:
     return run_op("Combine", {"y": y, "rows": rows, "gates": gates}, {"out": TensorProto.FLOAT}, **options)[0]
 
 
@@ -105,21 +114,30 @@ def combine(y, rows, gates, **options):
 class Weights:
     """Packed inputs of ExpertGemm and the float64 weights [S, N, K] that they represent; gated: N is twice the outputs."""
 
-    inputs: dict
+    inputs: dict[str, Any]
     formats: list[int]
     exact: np.ndarray
     gated: bool = False
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return self.exact.shape[1] // (1 + self.gated)
 
 
-def pack(rng, formats, rows, columns, float_type=np.float32, *, gated=False, block=None):
+def pack(
+    rng: np.random.Generator,
+    formats: list[int],
+    rows: int,
+    columns: int,
+    float_type: Any = np.float32,
+    *,
+    gated: bool = False,
+    block: int | None = None,
+) -> Weights:
     """Random weights in the layout of the op set; each slot's values are those of its packed form."""
     block = block or block_size(columns)
     blocks, halves = -(-columns // block), 1 + gated
-    stacked = {name: [] for name in OF_GROUPS}
+    stacked: dict[str, list[np.ndarray]] = {name: [] for name in OF_GROUPS}
     exact = []
     for format in formats:
         group = library.FORMAT_GROUPS[format]
@@ -141,17 +159,19 @@ def pack(rng, formats, rows, columns, float_type=np.float32, *, gated=False, blo
     return Weights(inputs, list(formats), np.stack(exact), gated)
 
 
-def expert_gemm(x, rows, offsets, packed, bias=None, **options):
-    inputs = {"x": x, "rows": rows, "offsets": offsets, **packed.inputs, "bias": bias}
-    attributes = {"formats": packed.formats, "outputs": packed.outputs} | options
+def expert_gemm(
+    x: np.ndarray, rows: Any, offsets: np.ndarray, packed: Weights, bias: np.ndarray | None = None, **options: Any
+) -> np.ndarray:
+    inputs: dict[str, Any] = {"x": x, "rows": rows, "offsets": offsets, **packed.inputs, "bias": bias}
+    attributes: dict[str, Any] = {"formats": packed.formats, "outputs": packed.outputs} | options
     return run_op("ExpertGemm", inputs, {"y": TensorProto.FLOAT}, **attributes)[0]
 
 
-def gelu(x):
+def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[float])(x / np.sqrt(2)))
 
 
-def activated(name, z, alpha=1.702, limit=7.0):
+def activated(name: str, z: np.ndarray, alpha: float = 1.702, limit: float = 7.0) -> np.ndarray:
     half = z.shape[-1] // 2
     gate, up = (z[..., :half], z[..., half:]) if name in GATED else (z, z)
     clipped = np.minimum(gate, limit)
@@ -168,7 +188,16 @@ def activated(name, z, alpha=1.702, limit=7.0):
     }[name]()
 
 
-def reference(x, rows, offsets, weights, bias=None, activation="none", gather=0, **attributes):
+def reference(
+    x: np.ndarray,
+    rows: Any,
+    offsets: Any,
+    weights: Weights,
+    bias: np.ndarray | None = None,
+    activation: str = "none",
+    gather: int = 0,
+    **attributes: Any,
+) -> np.ndarray:
     top_k = len(rows) // max(len(x), 1)
     result = []
     for slot in range(len(offsets) - 1):
@@ -178,12 +207,12 @@ def reference(x, rows, offsets, weights, bias=None, activation="none", gather=0,
     return np.array(result)
 
 
-def assert_close(ours, exact):
+def assert_close(ours: np.ndarray, exact: np.ndarray) -> None:
     assert ours.shape == exact.shape
     np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
 
 
-def routed(rng, tokens, top_k, slots):
+def routed(rng: np.random.Generator, tokens: int, top_k: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
     """Random rows and offsets over the slots, as Dispatch would compute them."""
     slot = rng.integers(0, slots, tokens * top_k)
     rows = np.argsort(slot, kind="stable").astype(np.int32)

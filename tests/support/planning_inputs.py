@@ -1,7 +1,8 @@
 """Calibrations for the planner's tests, made from given numbers, and independent computations on plans."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,14 +16,14 @@ INDEX = 3  # the first decoder layer with experts, so that places and indices di
 
 def layer(
     texts: Sequence[Sequence[int]],
-    errors: dict[Format, Sequence[float]],
+    errors: Mapping[Any, Sequence[float]],
     *,
     place: int = 0,
     top_k: int = 1,
     wanda: Sequence[float] | None = None,
     hidden: int = 64,
     intermediate: int = 32,
-    block: Block = 128,
+    block: int = 128,
     batches: Sequence[Sequence[int]] | None = None,
 ) -> LayerCalibration:
     experts = len(texts[0])
@@ -30,7 +31,7 @@ def layer(
     return LayerCalibration(
         name=f"model.layers.{INDEX + place}.mlp.experts",
         index=INDEX + place,
-        geometry=ExpertGeometry(**shape, activation="swiglu", block=block),
+        geometry=ExpertGeometry(**shape, activation="swiglu", block=cast(Block, block)),
         load=np.sum(texts, axis=0).tolist(),
         text_loads=[list(text) for text in texts],
         batch_loads=[list(batch) for batch in (texts if batches is None else batches)],
@@ -39,13 +40,13 @@ def layer(
     )
 
 
-def calibration(layers: list[LayerCalibration], dtype: Format = "bf16") -> Calibration:
+def calibration(layers: list[LayerCalibration], dtype: str = "bf16") -> Calibration:
     return Calibration(
         tool="test",
         model="model",
         model_type="olmoe",
         fingerprint="0123456789abcdef" * 4,
-        dtype=dtype,
+        dtype=cast(Format, dtype),
         texts=[CalibrationText(name=f"{t}.txt", sha256="0" * 64, tokens=1) for t in range(len(layers[0].text_loads))],
         tokens=1,
         measured_tokens=1,
@@ -101,7 +102,7 @@ def plan_bytes(plan: Plan) -> int:
     return sum(slot_bytes(layer.geometry, slot.format) for layer in plan.layers for slot in layer.slots)
 
 
-def slot_bytes(geometry: ExpertGeometry, format: Format) -> int:
+def slot_bytes(geometry: ExpertGeometry, format: str) -> int:
     matrices = [(2 * geometry.intermediate, geometry.hidden), (geometry.hidden, geometry.intermediate)]
     if format in ("fp32", "fp16", "bf16"):
         return sum(rows * columns for rows, columns in matrices) * (4 if format == "fp32" else 2)

@@ -5,7 +5,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,29 +19,29 @@ SANITIZERS = "address,undefined"
 SANITIZED = [f"-DRQ_SANITIZE={SANITIZERS}", "-DCMAKE_BUILD_TYPE=Debug"]
 
 
-def checked(*command, **options):
+def checked(*command: object, **options: Any) -> str:
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
     return result.stdout
 
 
-def compiled(source, output, headers, *options):
+def compiled(source: str, output: Path, headers: Sequence[Path], *options: str) -> Path:
     """A program or library from a source file of the tests."""
     folders = [part for folder in headers for part in ("-isystem", folder)]
     checked("g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *folders, *options, TESTS / source, "-ldl", "-o", output)
     return output
 
 
-def shared_library(source, output, headers, *options):
+def shared_library(source: str, output: Path, headers: Sequence[Path], *options: str) -> Path:
     return compiled(source, output, headers, "-shared", "-fPIC", *options)
 
 
-def stand_in_driver(folder, headers):
+def stand_in_driver(folder: Path, headers: Sequence[Path]) -> Path:
     """A libcuda.so.1; a library that searches for the driver by this name finds it already loaded."""
     return shared_library("cuda_stand_in.cc", folder / "libcuda.so.1", headers, "-Wl,-soname,libcuda.so.1")
 
 
-def library(plugin, name, folder, kernels, *options):
+def library(plugin: str, name: str, folder: Path, kernels: Path, *options: str) -> Path:
     """The library of `plugins/<plugin>`, compiled with warnings as errors."""
     found = [f"-DRQ_KERNELS={kernels}", f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_CXX_FLAGS=-Werror"]
     checked("cmake", "-S", ROOT / "plugins" / plugin, "-B", folder, *found, *options)
@@ -48,7 +50,7 @@ def library(plugin, name, folder, kernels, *options):
 
 
 @pytest.fixture(scope="session")
-def built_kernels(tmp_path_factory):
+def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kernels")
     build = ROOT / "plugins" / "kernels" / "build.py"
     checked(sys.executable, build, "-o", folder, "--sm", "80", "--jobs", "2", "--only", *BUILT)
@@ -61,7 +63,7 @@ def built_kernels(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def described_kernels(tmp_path_factory):
+def described_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """kernels.json with every kernel, and one invalid image: enough for everything but a launch."""
     folder = tmp_path_factory.mktemp("described_kernels")
     (folder / "image").write_bytes(b"none")
@@ -83,26 +85,26 @@ print(json.dumps({"version": 1, "tiles": rule, "kernels": [describe(v, [build | 
 
 
 @pytest.fixture(scope="session")
-def cuda_headers():
+def cuda_headers() -> Path:
     """CUDA's headers, as included in Triton: no toolkit is needed."""
     package = importlib.util.find_spec("triton")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         pytest.skip("no CUDA headers: pip install triton")
     return Path(package.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
 
 
-def cuda_library(folder, headers, kernels, *options):
+def cuda_library(folder: Path, headers: Path, kernels: Path, *options: str) -> Path:
     return library("cuda", "librq_moe_cuda.so", folder, kernels, f"-DCUDA_INCLUDE_DIR={headers}", *options)
 
 
 @pytest.fixture(scope="session")
-def cuda_ops(tmp_path_factory, cuda_headers, built_kernels):
+def cuda_ops(tmp_path_factory: pytest.TempPathFactory, cuda_headers: Path, built_kernels: Path) -> Path:
     """librq_moe_cuda.so."""
     return cuda_library(tmp_path_factory.mktemp("cuda_ops"), cuda_headers, built_kernels)
 
 
 @pytest.fixture(scope="session")
-def cuda_parts(tmp_path_factory, cuda_headers):
+def cuda_parts(tmp_path_factory: pytest.TempPathFactory, cuda_headers: Path) -> dict[str, str]:
     """A library that adds the ops to ONNX Runtime's CPU provider, and a driver for them, by the variables with their paths."""
     folder = tmp_path_factory.mktemp("cuda_parts")
     interface = f"-I{ROOT / 'plugins' / 'onnxruntime' / 'src'}"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 VOCABULARY = 128
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -38,7 +39,7 @@ COMMON = {
     "pad_token_id": 2,
     "tie_word_embeddings": False,
 }
-LATENT = {
+LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 32,
     "n_routed_experts": 8,
@@ -52,6 +53,8 @@ LATENT = {
     "v_head_dim": 8,
 }
 
+DECODER_START: dict[str, Any] = {"decoder_start_token_id": 2}  # of the base class
+
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "olmoe": lambda: OlmoeConfig(**COMMON, num_experts=8),
     "mixtral": lambda: MixtralConfig(**COMMON, num_local_experts=4),
@@ -63,7 +66,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         mlp_only_layers=[0],
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **{**COMMON, "tie_word_embeddings": True}, num_experts=8, moe_intermediate_size=32, head_dim=8, norm_topk_prob=True
+        **{**COMMON, "tie_word_embeddings": True, "head_dim": 8}, num_experts=8, moe_intermediate_size=32, norm_topk_prob=True
     ),
     "phimoe": lambda: PhimoeConfig(**COMMON, num_local_experts=4, attention_bias=True, lm_head_bias=True),
     "deepseek_v2": lambda: DeepseekV2Config(**{**COMMON, **LATENT}, routed_scaling_factor=1.5, topk_method="greedy", n_group=1),
@@ -91,10 +94,10 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         expert_capacity=64,
         eos_token_id=1,
         pad_token_id=2,
-        decoder_start_token_id=2,
+        **DECODER_START,
     ),
 }
-REMOTE_CONFIGS: dict[str, dict[str, object]] = {
+REMOTE_CONFIGS: dict[str, dict[str, Any]] = {
     "llama_moe": {
         **{key: value for key, value in COMMON.items() if key != "num_experts_per_tok"},
         "model_type": "llama_moe",
@@ -135,7 +138,7 @@ REMOTE_CONFIGS: dict[str, dict[str, object]] = {
 FAMILIES = (*CONFIGS, *REMOTE_CONFIGS)
 
 
-def build(family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+def build(family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a tiny checkpoint of ``family`` with a tokenizer into ``directory`` and return it.
 
     ``changes`` replace settings of the config, for a family that transformers supports."""
@@ -145,7 +148,7 @@ def build(family: str, directory: Path, seed: int = 0, dtype: torch.dtype = torc
     else:
         config = CONFIGS[family]()
         config.update(changes)
-        mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+        mapping: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
         model = mapping[type(config)](config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -77,7 +77,7 @@ def _save(tensors: Stored, folder: Path) -> None:
     """In two shards: scales and zero points are in a different shard than the weights."""
     second = {name for name in tensors if re.search(r"scale|zero|_scales$|g_idx", name)}
     shards = ({n: t for n, t in tensors.items() if n not in second}, {n: t for n, t in tensors.items() if n in second})
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-0000{number}-of-00002.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -287,8 +287,8 @@ INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
 STORE_NVFP4 = compressed("nvfp4-pack-quantized", **NVFP4, scale_dtype=FP8)
 FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-MODELOPT = {"quant_method": "modelopt"}
-DEEPSEEK = {"family": "deepseek_v3", "changes": {"hidden_size": 64, "q_lora_rank": 32}}
+MODELOPT: dict[str, Any] = {"quant_method": "modelopt"}
+DEEPSEEK: dict[str, Any] = {"family": "deepseek_v3", "changes": {"hidden_size": 64, "q_lora_rank": 32}}
 
 FORMATS: dict[str, Format] = {
     "fp8": Format(((EXPERTS, fp8((16, 32))), (ATTENTION, fp8((16, 32)))), {**FP8_BLOCKS, "weight_block_size": [16, 32]}),

@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ class Server:
     def __init__(self, repositories: list[Path], log: Path) -> None:
         ports = free_ports(2)
         self.http, self.grpc = (f"127.0.0.1:{port}" for port in ports)
-        words = [SERVER, *(f"--model-repository={path}" for path in repositories), "--model-control-mode=explicit"]
+        words = [str(SERVER), *(f"--model-repository={path}" for path in repositories), "--model-control-mode=explicit"]
         words += ["--load-model=*", "--allow-metrics=false", "--http-address=127.0.0.1", "--grpc-address=127.0.0.1"]
         self.log = log
         with log.open("w") as file:
@@ -90,15 +91,15 @@ class Server:
         except OSError:
             return False
 
-    def post(self, model: str, verb: str, **request: object) -> str:
+    def post(self, model: str, verb: str, **request: Any) -> str:
         url = f"http://{self.http}/v2/models/{model}/{verb}"
         return urllib.request.urlopen(url, json.dumps(request).encode(), timeout=60).read().decode()
 
-    def generate(self, model: str, **request: object) -> tuple[str, list[int]]:
+    def generate(self, model: str, **request: Any) -> tuple[str, list[int]]:
         answer = json.loads(self.post(model, "generate", **request))
         return answer["text_output"], np.ravel(answer["token_ids"]).tolist()
 
-    def stream(self, model: str, **request: object) -> list[tuple[str, list[int]]]:
+    def stream(self, model: str, **request: Any) -> list[tuple[str, list[int]]]:
         """Each token with its text, over gRPC."""
         responses: queue.Queue = queue.Queue()
         with grpc.InferenceServerClient(self.grpc) as client:
@@ -115,12 +116,16 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def tensors(request: dict[str, object]) -> list[grpc.InferInput]:
-    kinds = {"text_input": ("BYTES", np.object_), "input_ids": ("INT64", np.int64), "max_tokens": ("INT32", np.int32)}
+def tensors(request: dict[str, Any]) -> list[grpc.InferInput]:
+    kinds: dict[str, tuple[str, Any]] = {
+        "text_input": ("BYTES", np.object_),
+        "input_ids": ("INT64", np.int64),
+        "max_tokens": ("INT32", np.int32),
+    }
     inputs = []
     for name, value in request.items():
         kind, dtype = kinds.get(name, ("BOOL", np.bool_))
-        array = np.atleast_1d(np.array(value, dtype))
+        array: np.ndarray = np.atleast_1d(np.array(value, dtype))
         inputs.append(grpc.InferInput(name, array.shape, kind))
         inputs[-1].set_data_from_numpy(array)
     return inputs

@@ -53,7 +53,8 @@ def test_new_weights_beside_an_old_manifest_are_no_engine(stages: Path, out: Pat
     for file in stages.glob("model.*"):
         shutil.copy(file, out)
     list_of(out / "model.onnx").write_text('["model.onnx", "model.onnx.data", "model.json"]')
-    arguments = {"generate": ["--prompt", "a"], "package": ["--for", "edge", "-o", out / "edge"]}.get(command, [])
+    options: dict[str, list[object]] = {"generate": ["--prompt", "a"], "package": ["--for", "edge", "-o", out / "edge"]}
+    arguments = options.get(command, [])
     refused(rq_compile(command, out / "model.onnx", *arguments), 2, "is incomplete", "compile it again")
 
 

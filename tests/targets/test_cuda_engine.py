@@ -100,9 +100,9 @@ def test_its_answers_are_those_of_the_native_engine(
     places = {"RQ_LIBRARY": cuda_ops, "RQ_KERNELS": built_kernels, "RQ_ENGINE": wide / "engine.onnx", "RQ_MODEL": wide / "model"}
     for name, value in {**cuda_parts, **places, "RQ_NATIVE": out / "logits.npy", "TRITON_INTERPRET": 1}.items():
         monkeypatch.setenv(name, str(value))
-    arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "interpreted_cuda_engine.py"]
-    result = op_nodes.python_with(None, *arguments)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    words = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "interpreted_cuda_engine.py"]
+    checked = op_nodes.python_with(None, *words)
+    assert checked.returncode == 0, checked.stdout[-5000:] + checked.stderr[-2000:]
 
 
 def test_without_cuda_it_is_refused_in_a_sentence(wide: Path, rq_compile: Run) -> None:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -56,7 +56,7 @@ def test_an_engine_takes_what_was_estimated(
 
 def test_tied_embeddings_in_16_bit(tmp_path: Path, out: Path) -> None:
     checkpoint = Model.open(tiny.build("granitemoe", tmp_path / "model", dtype=torch.bfloat16))
-    settings = {"batch_size": 2, "sequence_length": 32}
+    settings: dict[str, Any] = {"batch_size": 2, "sequence_length": 32}
     calibration, _ = calibrate(checkpoint, TEXT, progress=lambda *_: None, quantizer="nearest", **settings)
     plan = make_plan(calibration, policy="none", memory=1.0, ranks=1, target="cpu")
     exported = export_graph(checkpoint)

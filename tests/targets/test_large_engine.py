@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ from generated_checkpoint import SMALL, Storage, generate
 GIB = 2**30
 
 
-def no_weights(layer: str, expert: int) -> None:
+def no_weights(layer: str, expert: int) -> NoReturn:
     raise AssertionError("a weight was read")
 
 
@@ -34,6 +35,7 @@ def no_weights(layer: str, expert: int) -> None:
 PROGRAM = """
 import json, resource, sys
 from pathlib import Path
+from typing import NoReturn
 from rq_compile.architectures.model import Model
 from rq_compile.export.export import export_graph
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot

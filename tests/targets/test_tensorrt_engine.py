@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import onnx
@@ -79,6 +80,7 @@ def test_an_engine_is_built_without_a_gpu(rq_compile: Callable, model: Path, sta
     manifest = read_document(TensorRTManifest, out / "m.json")
     assert json.loads(result.stdout) == json.loads(manifest.model_dump_json())
     built = manifest.built
+    assert built is not None
     assert built.builder.startswith("tensorrt_rtx ")
     assert built.bytes == (out / "m.plan").stat().st_size > built.weight_bytes
     assert built.compute_capabilities == [89]
@@ -234,7 +236,7 @@ def test_every_format_is_built_with_further_passes(tmp_path: Path) -> None:
     shapes = {name: [[1, n], [8, n], [64, n]] for name, n in (("x", 32), ("ids", 2), ("gates", 2))}
     settings = {"network": "n.onnx", "engine": "n.plan", "builder": "rtx", "compute_capabilities": [120], "profiles": [shapes]}
     (tmp_path / "n.json").write_text(json.dumps(settings))
-    command = [sys.executable, build_engine.__file__, tmp_path / "n.json"]
+    command = [sys.executable, build_engine.__file__, str(tmp_path / "n.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "n.plan.report.json").read_text())
@@ -274,7 +276,7 @@ def test_a_network_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
         "profiles": [{"x": [[1], [1], [1]]}],
     }
     (tmp_path / "n.json").write_text(json.dumps(settings))
-    command = [sys.executable, build_engine.__file__, tmp_path / "n.json"]
+    command = [sys.executable, build_engine.__file__, str(tmp_path / "n.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert re.search(r"^error: tensorrt_rtx .* cannot read n.onnx, at Mystery node: ", done.stderr, re.MULTILINE)
@@ -292,5 +294,6 @@ def test_default_profiles_are_shapes_of_every_input(unbuilt: Path) -> None:
 
 
 def test_the_options_repeat_the_builders_names() -> None:
+    option: Any
     (option,) = (parameter for parameter in compile_command.params if parameter.name == "builder")
     assert set(option.type.choices) == set(build_engine.BUILDERS)

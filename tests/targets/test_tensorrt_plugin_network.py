@@ -6,6 +6,7 @@ import subprocess
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -68,7 +69,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Callable, stages:
 
 def with_copies(layer: LayerPlan, count: int) -> LayerPlan:
     """Replicas of the first ``count`` slots, which share the load with them."""
-    halved = [slot.model_copy(update={"load": slot.load / 2}) for slot in layer.slots[:count]]
+    halved = [slot.model_copy(update={"load": (slot.load or 0) / 2}) for slot in layer.slots[:count]]
     return layer.model_copy(update={"slots": [*halved, *layer.slots[count:], *halved]})
 
 
@@ -182,7 +183,7 @@ def test_the_loads_that_were_planned_for_are_told(unbuilt: Path) -> None:
     model = onnx.load(unbuilt / "m.network.onnx", load_external_data=False)
     plan = read_document(TensorRTManifest, unbuilt / "m.json").plan
     for node, layer in zip(moe_nodes(model), plan.layers, strict=True):
-        np.testing.assert_allclose(attributes_of(node)["shares"], [slot.load for slot in layer.slots], rtol=1e-6)
+        np.testing.assert_allclose(attributes_of(node)["shares"], [slot.load or 0 for slot in layer.slots], rtol=1e-6)
 
 
 def test_without_plugins_it_is_said_and_with_stock_it_is_not(
@@ -273,7 +274,7 @@ class Recorded:
         )
         self.OnnxParser = lambda *_: types.SimpleNamespace(parse_from_file=self._parse)
 
-    def _library(self, logger: object, loads: bool) -> Callable[[str], object]:
+    def _library(self, logger: Any, loads: bool) -> Callable[[str], object]:
         def load(path: str) -> object:
             self.calls.append(("library", path))
             if not loads:

@@ -5,7 +5,10 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,15 +19,15 @@ from hypothesis import strategies as st
 from rq_compile.errors import UserError
 from rq_compile.rewrite.weights import LOCATION, ExternalWeight, Piece, Section
 from rq_compile.targets.in_order import in_order
-from rq_compile.targets.partial_file import Journal, resumable
-from rq_compile.targets.weights_file import ALIGNMENT, layout, locate, write_weights
+from rq_compile.targets.partial_file import Job, Journal, resumable
+from rq_compile.targets.weights_file import ALIGNMENT, WeightsFile, layout, locate, write_weights
 
 
 def section(name: str, *arrays: np.ndarray, pieces: int = 1) -> Section:
     """Weights ``name.0``, ``name.1``, ... with these values; every piece has a part of each."""
     weights = tuple(ExternalWeight(f"{name}.{number}", array.dtype, array.shape) for number, array in enumerate(arrays))
     parts = zip(*(np.array_split(array, pieces) for array in arrays), strict=True)
-    return Section(name, weights, tuple(Piece(weights, lambda part=part: part, 100) for part in parts))
+    return Section(name, weights, tuple(Piece(weights, partial(tuple, part), 100) for part in parts))
 
 
 def arrays_of(sections: list[tuple[np.ndarray, ...]]) -> dict[str, np.ndarray]:
@@ -43,9 +46,12 @@ def test_every_weight_is_found_where_it_is_said_to_be(
     shapes: list[list[tuple[int, int]]], dtypes: list[type], pieces: int, threads: int, memory: int, seed: int
 ) -> None:
     generator, kinds = np.random.default_rng(seed), iter(dtypes)
-    given = [tuple(generator.integers(0, 255, shape).astype(next(kinds)) for shape in some) for some in shapes]
+    given: list[tuple[np.ndarray, ...]] = [
+        tuple(generator.integers(0, 255, shape).astype(next(kinds)) for shape in some) for some in shapes
+    ]
     sections = [section(str(number), *arrays, pieces=pieces) for number, arrays in enumerate(given)]
-    file, reported = io.BytesIO(), []
+    file = io.BytesIO()
+    reported: list[tuple[int, int]] = []
     written = write_weights(sections, file, lambda done, total: reported.append((done, total)), threads=threads, memory=memory)
     content = file.getvalue()
     assert written.bytes == len(content) == layout(sections).bytes
@@ -124,7 +130,12 @@ def test_an_error_of_a_piece_ends_the_work() -> None:
         raise UserError("a weight is not a number")
 
     begun: list[int] = []
-    later = [Piece((), lambda: begun.append(1) or (), 1) for _ in range(100)]
+
+    def begin() -> tuple[()]:
+        begun.append(1)
+        return ()
+
+    later = [Piece((), begin, 1) for _ in range(100)]
     with pytest.raises(UserError, match="not a number"):
         list(in_order([Piece((), fail, 1), *later], 2, 1000))
     assert len(begun) <= 4
@@ -146,24 +157,24 @@ def test_no_thread_goes_on_when_writing_failed() -> None:
 # Interrupted and resumed
 
 VALUES = [np.random.default_rng(number).standard_normal((4, 300 * (number + 1))).astype(np.float32) for number in range(5)]
-JOB = {"plan": "p", "checkpoint": "c"}
+JOB: Job = {"plan": "p", "checkpoint": "c"}
 
 
 class Run:
     """Writes VALUES, a section each, to ``path``; ``computed`` are the sections that were, ``said`` the sentences."""
 
-    def __init__(self, path: Path, stop: int | None = None, error: BaseException | None = None, **options: object) -> None:
+    def __init__(self, path: Path, stop: int | None = None, error: BaseException | None = None, **options: Any) -> None:
         self.computed: list[int] = []
         self.said: list[str] = []
         self.stop, self.error = stop, error
-        self.written = None
+        self.written: WeightsFile | None = None
         with resumable(path, options.pop("job", JOB), say=self.said.append, **options) as journal:
             self.written = write_weights(self._sections(), journal.file, threads=1, memory=0, journal=journal)
 
     def _sections(self) -> Iterator[Section]:
         for number, values in enumerate(VALUES):
             weight = ExternalWeight(str(number), values.dtype, values.shape)
-            yield Section(str(number), (weight,), (Piece((weight,), lambda number=number: self._values(number), 1),))
+            yield Section(str(number), (weight,), (Piece((weight,), partial(self._values, number), 1),))
 
     def _values(self, number: int) -> tuple[np.ndarray, ...]:
         if number == self.stop:
@@ -195,6 +206,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, whole: bytes, stop: int, error:
     assert run.computed == list(range(stop, 5))
     assert run.said == [f"continuing w after {stop - 1}"]
     assert path.read_bytes() == whole
+    assert run.written is not None
     assert (run.written.sha256, run.written.bytes) == (hashlib.sha256(whole).hexdigest(), len(whole))
     assert [file.name for file in tmp_path.iterdir()] == ["w"]
 
@@ -308,5 +320,5 @@ def test_two_do_not_write_one_file(tmp_path: Path) -> None:
         pass
 
 
-def other(path: Path) -> Iterator[Journal]:
+def other(path: Path) -> AbstractContextManager[Journal]:
     return resumable(path, JOB)

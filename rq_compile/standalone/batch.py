@@ -1,0 +1,121 @@
+"""The cache of sequences that take their steps together.
+
+Sequences of different lengths are aligned at their ends: the cache of a shorter one begins with padding, which the attention mask
+excludes. A new token of every sequence is then in the same column, so that a step moves nothing.
+
+The cache lies in two arrays for each of its tensors. A step reads one and writes the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from .step_model import Steps
+
+
+class Batch:
+    """``lengths``: the tokens of each row in the cache, without padding."""
+
+    def __init__(self, model: Steps) -> None:
+        self._model = model
+        self._buffers: list[list[np.ndarray]] = [[], []]  # for each tensor, flat
+        self.past: list[np.ndarray] = []
+        self.lengths: list[int] = []
+        self._longest = 0  # that the rows may become
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def columns(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    def begin(self, longest: int) -> None:
+        """Become the batch of one sequence without tokens, which will have at most ``longest``."""
+        self.lengths, self._longest = [0], longest
+        self.past = self._arrays(1, 0)
+        for array in self.past:
+            array[...] = 0
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """Append ``ids`` int64 ``[rows, new]`` to the rows; logits fp32 ``[rows, vocabulary]`` of the last tokens."""
+        rows, new = ids.shape
+        lengths, columns = np.array(self.lengths), self.columns + new
+        mask = (np.arange(columns) >= columns - new - lengths[:, None]).astype(np.int64)
+        positions = lengths[:, None] + np.arange(new)
+        present = self._arrays(rows, columns)
+        logits = self._model.step(ids, mask, positions, self.past, present)
+        self._written(present)
+        self.lengths = [length + new for length in self.lengths]
+        return logits
+
+    def arrange(self, keep: Sequence[int], joining: Sequence[Batch], longest: int) -> None:
+        """Keep the rows ``keep`` and append those of the batches ``joining``. No row will have more than ``longest`` tokens.
+
+        Copies the cache once; a batch that would only take over another one takes its arrays.
+        """
+        if not keep and not joining:
+            self._buffers, self.past, self.lengths = [[], []], [], []
+            return
+        if not keep and len(joining) == 1:
+            (other,) = joining
+            self._buffers, self.past, self.lengths = other._buffers, other.past, other.lengths
+            self._longest = longest
+            return
+        sources = [(self, row) for row in keep] + [(batch, row) for batch in joining for row in range(len(batch))]
+        lengths = [batch.lengths[row] for batch, row in sources]
+        columns, self._longest = max(lengths), longest
+        arranged = self._arrays(len(sources), columns)
+        for number, (tensor, array) in enumerate(zip(self._model.cache, arranged, strict=True)):
+            by_row, by_token = axes(tensor)
+            target = np.moveaxis(array, by_row, 0)
+            for place, ((batch, row), length) in enumerate(zip(sources, lengths, strict=True)):
+                source = np.moveaxis(batch.past[number], by_row, 0)[row]
+                if by_token is None:
+                    target[place] = source
+                    continue
+                ending, padding = [slice(None)] * source.ndim, [slice(None)] * source.ndim
+                at = by_token - (by_row < by_token)
+                ending[at], padding[at] = slice(batch.columns - length, None), slice(None, columns - length)
+                target[place][tuple(padding)] = 0  # a masked value that is not finite would still spoil a sum
+                padding[at] = slice(columns - length, None)
+                target[place][tuple(padding)] = source[tuple(ending)]
+        self._written(arranged)
+        self.lengths = lengths
+
+    def _arrays(self, rows: int, columns: int) -> list[np.ndarray]:
+        """Arrays for the cache of ``rows`` with ``columns`` tokens, in the buffers that hold no cache now."""
+        spare = self._buffers[1]
+        for number, tensor in enumerate(self._model.cache):
+            needed = prod(shape_of(tensor, rows, max(columns, self._longest)))
+            if number == len(spare):
+                spare.append(np.empty(needed, np.float32))
+            elif spare[number].size < needed:
+                spare[number] = np.empty(needed, np.float32)
+        shapes = [shape_of(tensor, rows, columns) for tensor in self._model.cache]
+        return [flat[: prod(shape)].reshape(shape) for flat, shape in zip(spare, shapes, strict=True)]
+
+    def _written(self, arrays: list[np.ndarray]) -> None:
+        self.past = arrays
+        self._buffers.reverse()
+
+
+def axes(tensor: Mapping[str, Any]) -> tuple[int, int | None]:
+    """The axis of the rows, and that of the tokens; None for a state of a fixed size."""
+    shape = tensor["shape"]
+    return shape.index("batch"), shape.index("past") if "past" in shape else None
+
+
+def shape_of(tensor: Mapping[str, Any], rows: int, columns: int) -> list[int]:
+    sizes = {"batch": rows, "past": columns}
+    return [sizes.get(size, size) for size in tensor["shape"]]
+
+
+def cache_bytes(cache: Sequence[Mapping[str, Any]], rows: int, columns: int) -> int:
+    """Bytes of the cache of ``rows`` sequences with ``columns`` tokens each."""
+    return sum(4 * prod(shape_of(tensor, rows, columns)) for tensor in cache)

@@ -1,0 +1,331 @@
+"""The scheduler with a model whose answers are computed from the tokens alone, so that every mixture of requests can be checked."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rq_compile.standalone.batch import Batch, cache_bytes
+from rq_compile.standalone.sampling import GREEDY, SamplingParams
+from rq_compile.standalone.scheduler import Answer, AnswerFailed, QueueFull, RequestRefused, Scheduler
+
+pytestmark = pytest.mark.quick
+
+VOCABULARY, END = 97, 96
+# Keys, a state of a fixed size, and a cache without heads whose rows are not the first axis.
+CACHE = [
+    {"past": "keys", "present": "keys'", "shape": ["batch", 2, "past", 3]},
+    {"past": "state", "present": "state'", "shape": ["batch", 2]},
+    {"past": "indexer", "present": "indexer'", "shape": ["past", "batch"]},
+]
+
+
+@dataclass
+class SumModel:
+    """The next token follows from sums over a sequence's tokens and positions, and from a state that depends on their order."""
+
+    recomputed_beyond: int | None = None
+    shares_steps: bool = True
+    whole_prompts: bool = False
+    failing: set[int] = field(default_factory=set)  # numbers of steps
+    steps: list[tuple[int, int]] = field(default_factory=list)  # rows and tokens in the cache
+    pieces: list[int] = field(default_factory=list)  # new tokens of each row
+    cache = CACHE
+    vocabulary = VOCABULARY
+    end_of_text = (END,)
+
+    def step(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        (rows, new), before = ids.shape, mask.shape[1] - ids.shape[1]
+        assert [array.shape for array in past] == [(rows, 2, before, 3), (rows, 2), (before, rows)]
+        assert [array.shape for array in present] == [(rows, 2, before + new, 3), (rows, 2), (before + new, rows)]
+        assert rows == 1 or new == 1, "padding would reach the states"
+        np.testing.assert_array_equal(positions[:, -1] + 1, mask.sum(axis=1))
+        self.steps.append((rows, before + new))
+        self.pieces.append(new)
+        if len(self.steps) in self.failing:
+            raise RuntimeError("no luck")
+        keys, state, indexer = present
+        keys[:, :, :before], indexer[:before] = past[0], past[2]
+        keys[:, :, before:] = (ids * 31 + positions * 7)[:, None, :, None] % 101
+        indexer[before:] = ids.T
+        state[:] = past[1]
+        for token in ids.T:
+            state[:, 0] = (state[:, 0] * 3 + token) % 89
+            state[:, 1] += 1
+        np.testing.assert_array_equal(state[:, 1], mask.sum(axis=1))
+        sums = np.einsum("bhpd,bp->b", keys, mask) / 6 + np.einsum("pb,bp->b", indexer, mask) + state[:, 0]
+        # As in the graph of an engine, masked values take part in the sum, times zero.
+        assert np.isfinite(sums).all()
+        logits = np.zeros((rows, VOCABULARY), np.float32)
+        logits[np.arange(rows), np.round(sums).astype(int) % VOCABULARY] = 1
+        return logits
+
+
+def answered(prompt: Sequence[int], most: int) -> list[int]:
+    """What SumModel says to ``prompt``."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + most:
+        state = 0
+        for token in tokens:
+            state = (state * 3 + token) % 89
+        total = sum((token * 31 + place * 7) % 101 for place, token in enumerate(tokens)) + sum(tokens) + state
+        if (following := total % VOCABULARY) == END:
+            break
+        tokens.append(following)
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class Client:
+    prompt: list[int]
+    most: int
+    comes: int  # with this step
+    leaves: int | None  # cancels after so many tokens
+    answer: Answer | None = None
+    got: list[int] = field(default_factory=list)
+    first: int | None = None  # the step that gave the first token
+
+    def listen(self, step: int) -> None:
+        while self.answer is not None:
+            try:
+                choice = self.answer.next(timeout=0)
+            except TimeoutError:
+                return
+            if choice is None:
+                return
+            self.first = step if self.first is None else self.first
+            self.got.append(choice.token)
+            if self.leaves is not None and len(self.got) > self.leaves:
+                self.answer.cancel()
+
+
+@st.composite
+def clients(draw: st.DrawFn) -> list[Client]:
+    number = draw(st.integers(1, 12))
+    comes = sorted(draw(st.lists(st.integers(0, 25), min_size=number, max_size=number)))
+    prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20)
+    leaves = st.one_of(st.none(), st.integers(0, 6))
+    return [Client(draw(prompts), draw(st.integers(1, 15)), step, draw(leaves)) for step in comes]
+
+
+@settings(max_examples=100)
+@given(
+    clients=clients(),
+    slots=st.integers(1, 5),
+    piece=st.integers(1, 24),
+    room=st.integers(35, 120),
+    beyond=st.one_of(st.none(), st.integers(1, 30)),
+    shares=st.booleans(),
+    whole=st.booleans(),
+)
+def test_every_answer_is_the_answer_alone(
+    clients: list[Client], slots: int, piece: int, room: int, beyond: int | None, shares: bool, whole: bool
+) -> None:
+    model = SumModel(beyond, shares, whole)
+    scheduler = Scheduler(model, slots, max_length=35, prompt_piece=piece, cache_tokens=room, max_waiting=12)
+    for step in range(2000):
+        for client in clients:
+            if client.comes == step:
+                client.answer = scheduler.submit(client.prompt, SamplingParams(temperature=0, max_tokens=client.most))
+        scheduler.step()
+        assert scheduler.running <= slots
+        assert sum(len(group.rows) for group in scheduler._groups.values()) <= slots
+        for client in clients:
+            client.listen(step)
+        if not scheduler.busy and step > 25:
+            break
+    assert not scheduler.busy, "an answer does not end"
+    assert (scheduler.running, scheduler.waiting) == (0, 0)
+    for client in clients:
+        expected = answered(client.prompt, client.most)
+        if client.answer.finish_reason == "cancelled":
+            assert client.got == expected[: len(client.got)]
+            assert client.leaves < len(client.got) <= client.leaves + 3  # a step may read a prompt, decode, and read again
+        else:
+            assert client.got == expected
+            assert client.answer.finish_reason == ("length" if len(expected) == client.most else "stop")
+    assert all(rows * tokens <= room for rows, tokens in model.steps)
+    if not shares:
+        assert {rows for rows, _ in model.steps} == {1}
+    if not whole:
+        assert max(model.pieces) <= piece
+    firsts = [client.first for client in clients if client.first is not None]
+    assert firsts == sorted(firsts), "first come, first served"
+
+
+def submitted(scheduler: Scheduler, *prompts: list[int], most: int = 8) -> list[Answer]:
+    return [scheduler.submit(prompt, SamplingParams(temperature=0, max_tokens=most, ignore_eos=False)) for prompt in prompts]
+
+
+def finish(scheduler: Scheduler) -> None:
+    while scheduler.busy:
+        scheduler.step()
+
+
+def test_sequences_in_slots_share_every_step() -> None:
+    model = SumModel()
+    scheduler = Scheduler(model, slots=4, max_length=64)
+    answers = submitted(scheduler, *([number] * (number + 1) for number in range(4)))
+    finish(scheduler)
+    assert [rows for rows, _ in model.steps] == [1] * 4 + [4] * 7
+    assert [[choice.token for choice in answer] for answer in answers] == [answered([n] * (n + 1), 8) for n in range(4)]
+
+
+def test_a_long_prompt_does_not_stop_other_answers() -> None:
+    model = SumModel()
+    scheduler = Scheduler(model, slots=2, max_length=200, prompt_piece=10)
+    (short,) = submitted(scheduler, [5], most=40)
+    scheduler.step()
+    (long,) = submitted(scheduler, [7] * 100)
+    for number in range(9):
+        scheduler.step()
+        assert short.next(timeout=0).token == answered([5], 40)[number]
+    with pytest.raises(TimeoutError):
+        long.next(timeout=0)
+    finish(scheduler)
+    assert [choice.token for choice in long] == answered([7] * 100, 8)
+
+
+def test_short_prompts_are_read_between_the_same_two_steps() -> None:
+    model = SumModel()
+    scheduler = Scheduler(model, slots=8, max_length=64, prompt_piece=16)
+    submitted(scheduler, *([number] * 4 for number in range(8)))
+    scheduler.step()
+    assert [rows for rows, _ in model.steps] == [1, 1, 1, 1, 4]
+    scheduler.step()
+    assert [rows for rows, _ in model.steps][5:] == [1, 1, 1, 1, 8]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "sentence"),
+    [
+        ([], 1, "the prompt is empty"),
+        ([VOCABULARY], 1, r"outside the vocabulary \(0-96\)"),
+        ([-1, 3], 1, "outside the vocabulary"),
+        ([1] * 60, 5, "60 tokens of the prompt and max_tokens 5 exceed the longest sequence, 64"),
+        ([1] * 64, None, "64 tokens of the prompt and max_tokens 1 exceed"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused(prompt: list[int], most: int | None, sentence: str) -> None:
+    scheduler = Scheduler(SumModel(), slots=2, max_length=64)
+    with pytest.raises(RequestRefused, match=sentence):
+        scheduler.submit(prompt, SamplingParams(max_tokens=most))
+    assert not scheduler.busy
+
+
+def test_a_request_that_the_cache_could_never_hold_is_refused_at_once() -> None:
+    scheduler = Scheduler(SumModel(), slots=2, max_length=64, cache_tokens=20)
+    with pytest.raises(RequestRefused, match="exceed the longest sequence, 20"):
+        scheduler.submit([1] * 15, SamplingParams(max_tokens=6))
+
+
+def test_a_full_queue_refuses_and_accepts_again_later() -> None:
+    scheduler = Scheduler(SumModel(), slots=1, max_length=64, max_waiting=2)
+    answers = submitted(scheduler, [1], [2])
+    with pytest.raises(QueueFull, match="2 requests wait already"):
+        scheduler.submit([3], GREEDY)
+    scheduler.step()
+    answers += submitted(scheduler, [3])
+    finish(scheduler)
+    assert [[choice.token for choice in answer] for answer in answers] == [answered([n], 8) for n in (1, 2, 3)]
+
+
+def test_without_max_tokens_an_answer_takes_the_room_that_is_left() -> None:
+    scheduler = Scheduler(SumModel(), slots=1, max_length=30)
+    answer = scheduler.submit([3, 4], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    finish(scheduler)
+    assert len(list(answer)) == 28
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("failing", [1, 3, 5])
+def test_an_error_ends_the_answers_of_its_step_alone(failing: int) -> None:
+    """Step 1 is the first prompt, 3 the first decoding step, 5 the prompt that comes later."""
+    model = SumModel(failing={failing})
+    scheduler = Scheduler(model, slots=3, max_length=64)
+    answers = submitted(scheduler, [1], [2])
+    scheduler.step()
+    scheduler.step()
+    answers += submitted(scheduler, [3])
+    finish(scheduler)
+    failed = {1: [0], 3: [0, 1], 5: [2]}[failing]
+    for number, answer in enumerate(answers):
+        if number in failed:
+            with pytest.raises(AnswerFailed, match="the engine failed: no luck"):
+                list(answer)
+            assert answer.finish_reason == "error"
+        else:
+            assert [choice.token for choice in answer] == answered([number + 1], 8)
+
+
+@pytest.fixture
+def running() -> Iterator[Scheduler]:
+    scheduler = Scheduler(SumModel(), slots=4, max_length=2000, prompt_piece=16)
+    thread = threading.Thread(target=scheduler.run)
+    thread.start()
+    yield scheduler
+    scheduler.close()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_clients_in_threads_get_their_answers(running: Scheduler) -> None:
+    results: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        answer = running.submit([number, 5], SamplingParams(temperature=0, max_tokens=30))
+        if number % 5 == 4:
+            answer.cancel()
+        results[number] = [choice.token for choice in answer]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for number, got in results.items():
+        expected = answered([number, 5], 30)
+        assert got == (expected[: len(got)] if number % 5 == 4 else expected)
+    assert len(results) == 20
+
+
+def test_closing_ends_every_answer_with_an_error(running: Scheduler) -> None:
+    answers = [running.submit([number], SamplingParams(max_tokens=1900, ignore_eos=True)) for number in range(6)]
+    answers[0].next(timeout=20)
+    running.close()
+    for answer in answers:
+        with pytest.raises(AnswerFailed, match="unloaded before the answer was complete"):
+            list(answer)
+    with pytest.raises(AnswerFailed):
+        running.submit([1], GREEDY)
+
+
+def test_closing_a_scheduler_that_does_not_run() -> None:
+    scheduler = Scheduler(SumModel(), slots=1, max_length=64)
+    answers = submitted(scheduler, [1], [2])
+    scheduler.step()
+    scheduler.close()
+    for answer in answers:
+        with pytest.raises(AnswerFailed):
+            list(answer)
+
+
+def test_the_arrays_of_a_batch_are_those_of_its_longest_rows_and_are_given_back() -> None:
+    batch, model = Batch(SumModel()), SumModel()
+    parts = []
+    for length, longest in ((3, 10), (5, 7)):
+        parts.append(Batch(model))
+        parts[-1].begin(longest)
+        parts[-1].step(np.ones((1, length), np.int64))
+    batch.arrange([], parts, 10)
+    batch.step(np.ones((2, 1), np.int64))
+    held = [array.nbytes for side in batch._buffers for array in side]
+    assert sum(held) == 2 * cache_bytes(CACHE, rows=2, columns=10)
+    batch.arrange([], [], 0)
+    assert batch._buffers == [[], []]

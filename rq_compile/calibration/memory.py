@@ -3,7 +3,6 @@ available."""
 
 import math
 import mmap
-import os
 import re
 import resource
 import sys
@@ -17,7 +16,7 @@ from rq_compile.architectures.model import Model
 from rq_compile.calibration.measure import AT_ONCE, ROWS_AT_ONCE
 from rq_compile.errors import UserError
 from rq_compile.processes import on_this_host, world_size
-from rq_compile.standalone.limits import memory_left
+from rq_compile.standalone.limits import free_memory
 
 GIB = 2**30
 # Memory for the model's modules without weights, activations and so on, in addition to what the process already holds: 130 MiB
@@ -104,16 +103,7 @@ def largest_dense_part(model: Model) -> int:
 def available_memory() -> int:
     """Bytes that this process can still allocate without swapping, according to the machine, its control groups and the process's
     own limit; an equal share of them if several processes of a world run on one machine."""
-    machine = Path("/proc/meminfo")
-    if not machine.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    found = re.search(r"MemAvailable: *(\d+) kB", machine.read_text(encoding="utf-8"))
-    available = [int(found[1]) * 1024] if found else []
-    available += memory_left()
-    own = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if own != resource.RLIM_INFINITY:
-        available.append(own - int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * mmap.PAGESIZE)
-    return max(0, min(available)) // on_this_host()
+    return free_memory() // on_this_host()
 
 
 def device_memory(device: str) -> int:

@@ -10,8 +10,11 @@ from rq_compile.engine.library import library_path
 from rq_compile.engine.manifest import Manifest
 from rq_compile.packaging.edge import EXAMPLE, OP_LIBRARY, SHARED
 from rq_compile.packaging.triton_config import TEXT, Tensor, messages, model_config
+from rq_compile.standalone import batch, sampling, scheduler, step_model
 
 MODEL = Path(__file__).parent / "triton_files" / "model.py"
+# Modules that only a server needs.
+SERVING = tuple(Path(module.__file__) for module in (batch, sampling, scheduler, step_model) if module.__file__)
 INT64 = np.dtype(np.int64)
 # The names that the generate extension and other text backends of Triton use.
 INPUTS = (
@@ -21,17 +24,14 @@ INPUTS = (
     Tensor("stream", np.dtype(np.bool_), (1,), optional=True),
 )
 OUTPUTS = (Tensor("text_output", TEXT, (1,)), Tensor("token_ids", INT64, (-1,)))
-CONCURRENT_REQUESTS = 8
-# Used if the engine does not state its context length.
-MAX_SEQUENCE_LENGTH = 4096
 
 
 def write(engine: Path, manifest: Manifest, model: Path, threads: int = 0) -> tuple[Any, list[str]]:
     """Complete ``model`` (the folder with the engine in ``1/``). Returns its ``ModelConfig`` and remarks.
 
-    ``threads``: threads of one step of one request; 0 means ONNX Runtime's choice.
+    ``threads``: threads of one step; 0 means ONNX Runtime's choice.
     """
-    for source in (MODEL, EXAMPLE, *SHARED):
+    for source in (MODEL, EXAMPLE, *SHARED, *SERVING):
         shutil.copyfile(source, model / "1" / source.name)
     if manifest.op_library is not None:
         shutil.copyfile(library_path(), model / "1" / OP_LIBRARY)
@@ -42,8 +42,10 @@ def write(engine: Path, manifest: Manifest, model: Path, threads: int = 0) -> tu
 def config(name: str, threads: int, context_length: int | None) -> Any:
     parameters = {
         "intra_op_thread_count": str(threads),
-        "concurrent_requests": str(CONCURRENT_REQUESTS),
-        "max_sequence_length": str(context_length or MAX_SEQUENCE_LENGTH),
+        "concurrent_requests": str(scheduler.SLOTS),
+        "max_sequence_length": str(context_length or scheduler.MAX_LENGTH),
+        "prompt_piece": str(scheduler.PROMPT_PIECE),
+        "max_cache_bytes": "0",
     }
     config = model_config(name, "python", INPUTS, OUTPUTS, parameters)
     config.instance_group.add(kind=messages().ModelInstanceGroup.KIND_CPU, count=1)

@@ -15,8 +15,11 @@ from rq_compile.errors import UserError, reason
 from rq_compile.lowerings import LOWERINGS
 from rq_compile.runtime.files import read_manifest
 from rq_compile.runtime.graph import loadable_graph
+from rq_compile.standalone.batch import fitting_tokens
 from rq_compile.standalone.decoding import ALL, decode, inputs_of, until_end
-from rq_compile.standalone.limits import session_threads
+from rq_compile.standalone.limits import free_memory, session_threads
+from rq_compile.standalone.scheduler import LEAST_LENGTH, MAX_LENGTH, PROMPT_PIECE, SLOTS, Scheduler
+from rq_compile.standalone.step_model import EngineSteps
 from rq_compile.standalone.text import open_tokenizer
 
 if TYPE_CHECKING:
@@ -134,6 +137,27 @@ class Engine:
             tokens = decode(self._session, said, prompt_ids)
         yield from until_end(tokens, max_tokens, self.manifest.end_of_text if stop else ())
 
+    def scheduler(self, slots: int = SLOTS, max_length: int | None = None, prompt_piece: int = PROMPT_PIECE) -> Scheduler:
+        """A scheduler, whose sequences share the steps of this engine.
+
+        ``slots``: sequences that are answered at the same time. ``max_length``: tokens of a prompt with its answer; default: the
+        model's context length. ``prompt_piece``: tokens of prompts that run between two decoding steps. The cache takes up to
+        half of the memory that is free now.
+
+        Raises:
+            UserError: the engine is an encoder-decoder, or the cache does not fit into the memory.
+        """
+        if self.encoder_decoder:
+            raise UserError(f"{self.path} is an encoder-decoder, which cannot share steps; use a decoder-only engine", 2)
+        steps = EngineSteps(self._session, self.manifest.model_dump())
+        length = max_length or self.manifest.context_length or MAX_LENGTH
+        fitting = fitting_tokens(steps.cache, slots, free_memory() // 2)
+        if fitting < min(length, LEAST_LENGTH):
+            raise UserError(
+                f"there is no memory for the caches of {slots} sequences of {self.path}; use fewer slots, or free some memory"
+            )
+        return Scheduler(steps, slots, length, prompt_piece, cache_tokens=min(fitting, slots * length))
+
     def _decode_without_cache(self, prompt: np.ndarray) -> Iterator[int]:
         decoded = [self.decoder_start or 0]
         while True:
@@ -183,6 +207,8 @@ class Engine:
         model, folder = loadable_graph(self.path, self.manifest, outputs)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Otherwise ONNX Runtime keeps a plan of the memory for every combination of shapes that it has seen.
+        options.enable_mem_pattern = False
         # As bytes, because the folder's name need not be UTF-8.
         options.add_session_config_entry(WEIGHTS_FOLDER, os.fsencode(folder))
         for name, value in LOWERINGS[self.manifest.lowering].session_options.items():

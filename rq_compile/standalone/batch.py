@@ -8,6 +8,7 @@ The cache lies in two arrays for each of its tensors. A step reads one and write
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -114,6 +115,17 @@ def axes(tensor: Mapping[str, Any]) -> tuple[int, int | None]:
 def shape_of(tensor: Mapping[str, Any], rows: int, columns: int) -> list[int]:
     sizes = {"batch": rows, "past": columns}
     return [sizes.get(size, size) for size in tensor["shape"]]
+
+
+def fitting_tokens(cache: Sequence[Mapping[str, Any]], rows: int, memory: int) -> int:
+    """The most tokens, all rows together, whose cache a scheduler with ``rows`` slots can hold in ``memory`` bytes.
+
+    Every row is held twice, and so is one more sequence, whose prompt is being read.
+    """
+    states = cache_bytes(cache, rows + 1, 0)
+    token = cache_bytes(cache, 1, 1) - cache_bytes(cache, 1, 0)
+    room = memory // 2 - states
+    return max(0, room * rows // ((rows + 1) * token)) if token else sys.maxsize
 
 
 def cache_bytes(cache: Sequence[Mapping[str, Any]], rows: int, columns: int) -> int:

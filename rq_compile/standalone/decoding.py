@@ -22,6 +22,8 @@ def open_session(engine: Path, manifest: Mapping[str, Any], op_library: Path, th
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # ONNX Runtime warns of inputs with a default
     options.intra_op_num_threads = threads
+    # Otherwise ONNX Runtime keeps a plan of the memory for every combination of shapes that it has seen.
+    options.enable_mem_pattern = False
     if manifest["lowering"] == "batched":
         # Otherwise, constant folding would keep fp32 copies of the 16-bit weights.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "65536")

@@ -4,13 +4,15 @@ Both versions of control groups are read.
 """
 
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# The folders that describe the process and the CPUs; tests replace them.
+# What describes the process, its CPUs and the machine's memory; tests replace them.
+MACHINE = Path("/proc/meminfo")
 PROCESS = Path("/proc/self")
 CPUS = Path("/sys/devices/system/cpu")
 
@@ -76,6 +78,22 @@ def memory_left() -> list[int]:
             )
             left.append(bound - int((group / used).read_text(encoding="utf-8")) + sum(map(int, cached)))
     return left
+
+
+def free_memory() -> int:
+    """Bytes that this process can still allocate without swapping, according to the machine, its control groups and the process's
+    own limit."""
+    if not MACHINE.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    found = re.search(r"MemAvailable: *(\d+) kB", MACHINE.read_text(encoding="utf-8"))
+    free = [int(found[1]) * 1024] if found else []
+    free += memory_left()
+    import resource  # not on every system
+
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if own != resource.RLIM_INFINITY:
+        free.append(own - int((PROCESS / "statm").read_text(encoding="utf-8").split()[0]) * mmap.PAGESIZE)
+    return max(0, min(free))
 
 
 def control_groups(controller: str) -> Iterator[tuple[int, Path]]:

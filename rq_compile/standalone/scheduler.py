@@ -22,6 +22,10 @@ from .step_model import Steps
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SLOTS = 8
+# Used if a model does not state its context length.
+MAX_LENGTH = 4096
+# A cache that does not hold a sequence of this length is not worth starting with.
+LEAST_LENGTH = 64
 # Tokens of prompts that run between two decoding steps.
 PROMPT_PIECE = 128
 # Requests that wait for a slot, for each slot.
@@ -140,7 +144,7 @@ class Scheduler:
         self,
         model: Steps,
         slots: int = SLOTS,
-        max_length: int = 4096,
+        max_length: int = MAX_LENGTH,
         prompt_piece: int = PROMPT_PIECE,
         cache_tokens: int | None = None,
         max_waiting: int | None = None,

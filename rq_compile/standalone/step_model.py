@@ -48,7 +48,7 @@ class EngineSteps:
         self._inputs = {tensor.name for tensor in (*session.get_inputs(), *session.get_overridable_initializers())}
         self.cache = manifest["cache"]
         self.vocabulary = manifest["vocabulary"]
-        self.end_of_text = frozenset(manifest["end_of_text"])
+        self.end_of_text: Collection[int] = frozenset(manifest["end_of_text"])
         self.recomputed_beyond = manifest.get("recomputed_beyond")
         # Rotary embeddings that depend on the length would take that of the longest sequence in the step.
         self.whole_prompts = manifest.get("prefill_chunk") is None

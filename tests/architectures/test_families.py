@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import alone_and_together
 import fused_counts
 import numpy as np
 import onnxruntime
@@ -90,6 +91,8 @@ def test_a_plan_that_changes_nothing_changes_no_logit(
         np.testing.assert_allclose(engine.logits(ids, **decoder), reference.logits(ids, **decoder), atol=1e-4, rtol=0)
     prompt = tokens(7).tolist()
     assert list(engine.generate(prompt, 12, stop=False)) == list(reference.generate(prompt, 12, stop=False))
+    if lowering == "native" and not engine.encoder_decoder:
+        alone_and_together.check(engine)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import alone_and_together
 import families_table
 import model_types
 import numpy as np
@@ -114,6 +115,7 @@ def test_a_plan_that_changes_nothing_changes_no_logit_and_no_token(
         if engine.manifest.prefill_chunk is not None:
             in_pieces = Engine(engine.path, engine.manifest.model_copy(update={"prefill_chunk": 3}), 1)
             assert list(in_pieces.generate(prompt, 12, stop=False)) == wanted
+    alone_and_together.check(engine)
 
 
 def test_replicated_and_quantized(model: Model, exported: Exported, tmp_path: Path, differences: Differences) -> None:

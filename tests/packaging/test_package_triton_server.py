@@ -29,14 +29,14 @@ from triton_server import (
 )
 from tritonclient.utils import InferenceServerException
 
-from rq_compile.packaging.triton_python import CONCURRENT_REQUESTS
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.scheduler import SLOTS
 
 pytestmark = needs_server
 PROMPTS = ["The hacker", "A jargon file", "hack", "Unix is", "To be", "In the beginning", "foo bar", "he said"]
 STAND_IN = "stand-in"
 ENDLESS = "endless"
-LONGEST = 10**6
+LONGEST = 10**5
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +145,8 @@ def test_a_short_request_does_not_wait_for_long_ones_until_they_take_all_places_
     with grpc.InferenceServerClient(server.grpc) as client:
         client.start_stream(lambda result, error: responses.put(error or result))
         running: set[str] = set()
-        for number in range(CONCURRENT_REQUESTS):
-            if number == CONCURRENT_REQUESTS - 1:
+        for number in range(SLOTS):
+            if number == SLOTS - 1:
                 assert server.generate(ENDLESS, input_ids=[5, 9], max_tokens=12)[1] == tokens
             client.async_stream_infer(ENDLESS, inputs, request_id=str(number))
             while str(number) not in running:
@@ -166,7 +166,7 @@ def test_a_short_request_does_not_wait_for_long_ones_until_they_take_all_places_
         ({"input_ids": [1, 10**6]}, "outside the vocabulary"),
         ({"input_ids": [-1]}, "outside the vocabulary"),
         ({"text_input": "a", "max_tokens": 0}, "max_tokens is 0"),
-        ({"text_input": "a", "max_tokens": 2**30}, "max_sequence_length"),
+        ({"text_input": "a", "max_tokens": 2**30}, "exceed the longest sequence"),
         ({"text_input": ["a", "b"]}, "proper shape"),
         ({"text_input": "a", "max_tokens": "many"}, "integer"),
     ],

@@ -1,4 +1,4 @@
-"""The scheduler with a model whose answers are computed from the tokens alone, so that every mixture of requests can be checked."""
+"""The scheduler with a model whose answers follow from the tokens by a sum, so that every mixture of requests can be checked."""
 
 import threading
 from collections.abc import Iterator, Sequence

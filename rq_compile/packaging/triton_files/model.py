@@ -1,25 +1,40 @@
 """Serves the engine in this folder with Triton's python backend: text in, text out, token by token if requested.
 
-Each request has its own thread and its own KV cache; all requests share one session and its weights.
+All requests share one session and, through the scheduler, each of its steps. A thread for each request sends its answer.
 """
 
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Thread
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as backend
 
-from .decoding import decode, open_session, until_end
-from .limits import session_threads
+from .batch import fitting_tokens
+from .decoding import decode, open_session
+from .limits import free_memory, session_threads
+from .sampling import SamplingParams
+from .scheduler import Answer, AnswerFailed, Scheduler
+from .step_model import EngineSteps
 from .text import TextStream, open_tokenizer
 
 HERE = Path(__file__).absolute().parent
+# Requests that are accepted beside those in slots, so that a slot that becomes free is used at once.
+NEXT = 8
+# Seconds between two looks at whether a client that waits for a slot has gone.
+PATIENCE = 1.0
+# The parameters of config.pbtxt and their values where an older one lacks them.
+PARAMETERS = {
+    "intra_op_thread_count": 0,
+    "concurrent_requests": 8,
+    "max_sequence_length": 4096,
+    "prompt_piece": 128,
+    "max_cache_bytes": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +49,8 @@ class Request:
 class TritonPythonModel:
     def initialize(self, args: dict) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
-        threads, requests, self.longest = (
-            int(parameters[name]["string_value"])
-            for name in ("intra_op_thread_count", "concurrent_requests", "max_sequence_length")
+        threads, slots, longest, piece, cache_bytes = (
+            int(parameters[name]["string_value"]) if name in parameters else default for name, default in PARAMETERS.items()
         )
         engine = next(HERE.glob("*.onnx"))
         self.manifest = json.loads(engine.with_suffix(".json").read_text(encoding="utf-8"))
@@ -45,8 +59,15 @@ class TritonPythonModel:
         self.tokenizer = None if file is None else open_tokenizer(HERE / file["name"])
         # An engine that cannot run must fail to load, not fail at the first request.
         next(decode(self.session, self.manifest, [0]))
-        self.free = BoundedSemaphore(requests)
-        self.workers = ThreadPoolExecutor(requests)
+        steps = EngineSteps(self.session, self.manifest)
+        cache_tokens = min(fitting_tokens(steps.cache, slots, cache_bytes or free_memory() // 2), slots * longest)
+        if cache_tokens == 0:
+            raise MemoryError(f"there is no memory for the caches of {slots} requests; set a lower concurrent_requests")
+        self.scheduler = Scheduler(steps, slots, longest, piece, cache_tokens, max_waiting=slots + NEXT)
+        self.stepping = Thread(target=self.scheduler.run, name="scheduler")
+        self.stepping.start()
+        self.free = BoundedSemaphore(slots + NEXT)
+        self.workers = ThreadPoolExecutor(slots + NEXT)
 
     def execute(self, requests: list) -> None:
         for request in requests:
@@ -61,6 +82,8 @@ class TritonPythonModel:
             self.workers.submit(self.answer, asked, sender)
 
     def finalize(self) -> None:
+        self.scheduler.close()
+        self.stepping.join()
         self.workers.shutdown()
 
     def read(self, request: Any) -> Request:
@@ -81,14 +104,15 @@ class TritonPythonModel:
 
     def answer(self, request: Request, sender: Any) -> None:
         try:
-            prompt = self.prompt_ids(request)
-            tokens = until_end(decode(self.session, self.manifest, prompt), request.max_tokens, self.manifest["end_of_text"])
-            wanted = takewhile(lambda _: not sender.is_cancelled(), tokens)
-            for text, ids in self.pieces(wanted) if request.stream else [self.whole(list(wanted))]:
+            params = SamplingParams(temperature=0, max_tokens=self.most_tokens(request))
+            tokens = wanted(self.scheduler.submit(self.prompt_ids(request), params), sender)
+            for text, ids in self.pieces(tokens) if request.stream else [self.whole(list(tokens))]:
                 sender.send(response(text, ids))
             sender.send(flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except ValueError as error:
             refuse(sender, str(error), backend.TritonError.INVALID_ARG)
+        except AnswerFailed as error:
+            refuse(sender, str(error), backend.TritonError.UNAVAILABLE)
         except Exception as error:  # only the failed request must end
             refuse(sender, f"the engine failed: {error}", backend.TritonError.INTERNAL)
         finally:
@@ -97,23 +121,16 @@ class TritonPythonModel:
     def prompt_ids(self, request: Request) -> list[int]:
         """The prompt's token ids, or a ValueError with a sentence for the client."""
         if isinstance(request.prompt, list):
-            ids = request.prompt
-        elif self.tokenizer is None:
+            return request.prompt
+        if self.tokenizer is None:
             raise ValueError("the engine has no tokenizer; give input_ids instead of text_input")
-        else:
-            ids = self.tokenizer.encode(request.prompt).ids
-        vocabulary = self.manifest["vocabulary"]
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token to continue")
-        if not 0 <= min(ids) <= max(ids) < vocabulary:
-            raise ValueError(f"the prompt has a token outside the vocabulary (0-{vocabulary - 1})")
+        return self.tokenizer.encode(request.prompt).ids
+
+    def most_tokens(self, request: Request) -> int:
+        """``max_tokens``, or a ValueError with a sentence for the client."""
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens is {request.max_tokens}; ask for at least 1")
-        if len(ids) + request.max_tokens > self.longest:
-            raise ValueError(
-                f"{len(ids)} tokens of the prompt and max_tokens {request.max_tokens} exceed max_sequence_length {self.longest}"
-            )
-        return ids
+        return request.max_tokens
 
     def pieces(self, tokens: Iterator[int]) -> Iterator[tuple[str, list[int]]]:
         """Each token with the text that it completes, which is empty while a character is incomplete. Text that is still held
@@ -129,6 +146,21 @@ class TritonPythonModel:
 
     def whole(self, tokens: list[int]) -> tuple[str, list[int]]:
         return "" if self.tokenizer is None else self.tokenizer.decode(tokens), tokens
+
+
+def wanted(answer: Answer, sender: Any) -> Iterator[int]:
+    """The tokens of the answer, as long as its client is there."""
+    while True:
+        try:
+            choice = answer.next(PATIENCE)
+        except TimeoutError:
+            choice = ...
+        if choice is None:
+            return
+        if sender.is_cancelled():
+            answer.cancel()
+        elif choice is not ...:
+            yield choice.token
 
 
 def response(text: str, ids: list[int]) -> Any:

@@ -24,7 +24,6 @@ constexpr FormatGroup kFormatGroups[] = {
 };
 constexpr size_t kGroups = std::size(kFormatGroups);
 
-
 // The most inputs that a node has for them: the tensors of all groups and the bias.
 constexpr size_t most_operands() {
   size_t count = 1;

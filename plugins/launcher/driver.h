@@ -1,5 +1,5 @@
-// The few functions of the CUDA driver that a launch needs. They are looked up in libcuda.so.1 when first used, so that the library,
-// which does not link to the driver, can be loaded on a machine without a GPU.
+// The few functions of the CUDA driver that a launch needs. They are looked up in libcuda.so.1 when first used, so that the
+// library, which does not link to the driver, can be loaded on a machine without a GPU.
 #pragma once
 
 #include <cuda.h>
@@ -17,10 +17,10 @@ struct Driver {
   decltype(&::cuModuleLoadData) cuModuleLoadData;
 };
 
-// Throws std::runtime_error if there is no driver, or one older than CUDA 12.
+// Throws std::runtime_error if there is no driver or if it is older than CUDA 12.
 const Driver& driver();
 
-// Throws std::runtime_error with the driver's message unless `result` is a success. `what`: the operation that `result` is of.
+// Throws std::runtime_error with the driver's message unless `result` is a success. `what` names the operation that returned it.
 void check(CUresult result, const char* what);
 
 }  // namespace rq

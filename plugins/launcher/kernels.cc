@@ -63,7 +63,7 @@ const Build* build_for(const Kernel& kernel, int sm) {
 }
 
 Loaded load(const Kernel& kernel) {
-  // Modules live as long as their context, whose number is never given twice.
+  // A module lives as long as its context. The number of a context is never used again.
   static std::mutex mutex;
   static std::map<std::pair<unsigned long long, const Kernel*>, Loaded> known;
   unsigned long long context;
@@ -82,8 +82,7 @@ void launch(const Loaded& loaded, const Arguments& arguments, CUstream stream) {
     if ((grid[i] = programs(kernel.grid[i], arguments)) == 0) return;
   void* parameters[kMostParameters];
   size_t count = 0;
-  char* base =
-      const_cast<char*>(reinterpret_cast<const char*>(&arguments));  // the driver only reads it, but takes no const pointer
+  char* base = const_cast<char*>(reinterpret_cast<const char*>(&arguments));  // the driver only reads it
   for (uint16_t offset : kernel.parameters) parameters[count++] = base + offset;
   const unsigned threads = kThreadsOfWarp * kernel.warps;
   check(driver().cuLaunchKernel(loaded.function, grid[0], grid[1], grid[2], threads, 1, 1, loaded.shared, stream, parameters,

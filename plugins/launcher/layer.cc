@@ -9,10 +9,10 @@
 namespace rq {
 namespace {
 
-constexpr const char* kActivations[] = {"none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu",
-                                        "relu", "gelu", "relu2"};
-constexpr int64_t kChunk = 128;     // pairs of a program of Dispatch
-constexpr size_t kAlignment = 256;  // of everything in the workspace
+constexpr const char* kActivations[] = {"none",           "swiglu", "geglu", "geglu_tanh", "clamped_swiglu",
+                                        "limited_swiglu", "relu",   "gelu",  "relu2"};
+constexpr int64_t kChunk = 128;     // pairs for each program of Dispatch
+constexpr size_t kAlignment = 256;  // of every buffer in the workspace
 constexpr int64_t kBytesOfFloat = 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
@@ -23,7 +23,7 @@ int64_t pair_count(const Layer& layer, int64_t tokens) {
   return tokens * layer.top_k;
 }
 
-// Where everything lies in the workspace, in bytes from its beginning.
+// The offset of every buffer in the workspace, in bytes.
 struct Workspace {
   size_t counts, offsets, tiles, tile_count, rows, middle, outputs, bytes = 0;
 
@@ -55,8 +55,7 @@ void require(bool condition, const std::string& message) {
 void check_sizes(const Layer& layer) {
   const auto text = [](auto number) { return std::to_string(number); };
   require(!layer.formats.empty(), "a layer has at least one slot");
-  for (int format : layer.formats)
-    require(is_group(format), "format " + text(format) + " is unknown; " + known_groups());
+  for (int format : layer.formats) require(is_group(format), "format " + text(format) + " is unknown; " + known_groups());
   require(layer.shares.empty() || layer.shares.size() == layer.formats.size(),
           "there are " + text(layer.shares.size()) + " shares for " + text(layer.slots()) + " slots; give one for each");
   for (int size : {layer.hidden, layer.intermediate})
@@ -78,7 +77,7 @@ Loaded find(const std::string& name) {
   return Loaded{kernel, 0, nullptr};
 }
 
-// Tiles that step over 128 columns have a variant for blocks of 64.
+// Kernels that step over 128 columns have a variant for blocks of 64 columns.
 Loaded find_product(const std::string& name, int block) {
   const Loaded found = find(name);
   if (block == 0 || block % found.kernel->step == 0) return found;
@@ -86,7 +85,7 @@ Loaded find_product(const std::string& name, int block) {
   return find(name + "_block64");
 }
 
-// The arguments of the kernels that take each group's tensors.
+// The kernel arguments for the tensors of each format group.
 struct GroupArguments {
   CUdeviceptr Arguments::*weights, Arguments::*scales;
 };

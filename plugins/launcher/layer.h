@@ -1,5 +1,5 @@
-// One MoE layer by the built kernels: Dispatch, both products, Combine. docs/kernels.md has the contract.
-// T tokens, k choices a token, P = T * k pairs, E logical experts, S slots.
+// Runs one MoE layer with the built kernels: Dispatch, both products and Combine. docs/kernels.md describes the contract.
+// T tokens, k choices per token, P = T * k pairs, E logical experts, S slots.
 #pragma once
 
 #include <cstddef>
@@ -14,15 +14,15 @@ namespace rq {
 
 enum class Float { kFp16, kBf16 };
 
-// "none", "swiglu", ...: the place in this list is the kernels' code.
-int activation_code(const std::string& name);  // -1: unknown
+// The kernels' code for an activation ("none", "swiglu", ...); -1 if it is unknown.
+int activation_code(const std::string& name);
 bool is_gated(int activation);
 
-// What does not change between batches.
+// The properties of a layer that do not change between batches.
 struct Layer {
   Float dtype = Float::kFp16;
-  std::vector<int> formats;   // [S] places in kFormatGroups
-  std::vector<float> shares;  // [S] calibrated part of all pairs that a slot gets; empty: all alike. Only for speed.
+  std::vector<int> formats;   // [S] indices into kFormatGroups
+  std::vector<float> shares;  // [S] calibrated share of all pairs for each slot; empty: equal shares. Affects only speed.
   int hidden = 0, intermediate = 0, experts = 0, width = 0, top_k = 0;
   int up_block = 0, down_block = 0;  // columns that share a scale; 0 without quantized slots
   int activation = 0;
@@ -32,40 +32,41 @@ struct Layer {
   int slots() const { return static_cast<int>(formats.size()); }
 };
 
-// Device pointers of one projection; null for what the layer has no use for.
+// Device pointers of one projection. A tensor that the layer does not need is null.
 struct Weights {
-  const void* index = nullptr;  // i32 [S]: the place of each slot's matrix in its format's group
+  const void* index = nullptr;  // int32 [S]: the index of each slot's matrix in its format group
   const void *weights[kGroups] = {}, *scales[kGroups] = {};
   const void* bias = nullptr;
 };
 
-// Device pointers, all of them multiples of 16.
+// Device pointers, each aligned to 16 bytes.
 struct Buffers {
   const void *x, *ids, *gates, *replicas, *formats;
   Weights up, down;
   void *out, *workspace;
 };
 
-// Bytes of `workspace` for up to `tokens` tokens, whatever the tiles. Throws std::runtime_error if these are too many.
+// Bytes of `workspace` that suffice for up to `tokens` tokens, with tiles of any size. Throws std::runtime_error if there are too
+// many tokens.
 size_t workspace_bytes(const Layer& layer, int64_t tokens);
 
-// The place in tile_sizes of the cheapest tiles for `pairs` pairs: the rule of rq_kernels/tiles.py.
+// The index in tile_sizes of the cheapest tile size for `pairs` pairs, by the rule of rq_kernels/tiles.py.
 size_t choose_tiles(const Layer& layer, int64_t pairs);
 
-// Row tiles of the worst batch.
+// The most row tiles that any batch of `pairs` pairs needs.
 int64_t most_tiles(int64_t pairs, int64_t slots, int64_t rows_per_tile);
 
 // The kernels of one layer.
 class LayerKernels {
  public:
-  // Finds them; needs no GPU. Throws std::invalid_argument if the sizes are not those of any kernel, or too many, or if this
-  // library was built without one of them.
+  // Finds the kernels; this needs no GPU. Throws std::invalid_argument if no kernel supports the layer's sizes, or if this
+  // library was built without one of the kernels.
   explicit LayerKernels(const Layer& layer);
 
   // Loads them into the current context. Throws std::runtime_error.
   void load();
 
-  // Queues the layer's launches, after load(). Neither allocates nor waits, so it may be captured in a CUDA graph.
+  // Queues the layer's launches; call load() before. It neither allocates nor waits, so a CUDA graph can capture it.
   // Throws std::runtime_error.
   void run(int64_t tokens, const Buffers& buffers, CUstream stream) const;
 

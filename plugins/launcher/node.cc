@@ -10,7 +10,7 @@ namespace {
 using Dims = std::vector<int64_t>;
 
 constexpr const char* kNames[] = {"x", "ids", "gates", "replicas", "formats", "index", nullptr, nullptr, "bias"};
-constexpr int64_t kAny = -1;  // of a dimension that is checked elsewhere, or may be any
+constexpr int64_t kAny = -1;  // a dimension that may have any size, or is checked elsewhere
 constexpr int64_t kMostOfASize = 1 << 24;
 constexpr uintptr_t kAlignment = 16;
 
@@ -42,7 +42,7 @@ int known_size(const Input& input, const Dims& dims, size_t i) {
   return static_cast<int>(dims[i]);
 }
 
-// Columns that share a scale.
+// The number of columns that share a scale.
 int block_of(const Input& input, const Dims& packed, const Dims& scales, int columns) {
   const int bytes = known_size(input, packed, 2), blocks = known_size(input, scales, 2);
   const int filled = bytes * 8 / group_of(input).bits;
@@ -163,7 +163,7 @@ Layer describe_layer(const Fields& fields, const std::vector<TensorDescription>&
         block = found;
         break;
       }
-      default:  // scales were looked at with what they scale
+      default:  // scales were checked together with their weights
         break;
     }
   }

@@ -1,4 +1,4 @@
-// Combine: y[t] = sum over choices c, in that order, of gates[t, c] * (slot output of pair (t, c)).
+// Combine: y[t] = sum over the choices c of gates[t, c] * (slot output of pair (t, c)), added in the order of the choices.
 #include <algorithm>
 
 #include "kernels.h"

@@ -2,7 +2,7 @@
 // Included by kernels_body.h.
 
 void combine(const float* const* rows, const float* gates, int64_t count, int64_t n, float* out) {
-  constexpr int64_t kColumns = 64, kParts = kColumns / kLanes;  // whose sums stay in registers
+  constexpr int64_t kColumns = 64, kParts = kColumns / kLanes;  // whose sums fit into registers
   int64_t i = 0;
   for (; i + kColumns <= n; i += kColumns) {
     Floats sum[kParts];

@@ -1,4 +1,4 @@
-// Dispatch: groups the (token, choice) pairs by slot, a counting sort.
+// Dispatch groups the (token, choice) pairs by slot, with a counting sort.
 #include "op.h"
 
 namespace rq {

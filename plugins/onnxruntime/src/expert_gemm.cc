@@ -1,7 +1,8 @@
-// ExpertGemm: for every slot, its rows of x times its weights, bias and activation fused. DenseGemm: all rows times one matrix.
+// ExpertGemm multiplies the rows of x of every slot by the slot's weights, and applies bias and activation. DenseGemm multiplies
+// all rows by one matrix.
 //
-// The work is cut into tiles over all slots at once, each some panels of one slot times up to kTileRows of its rows; a tile
-// writes its own outputs and no others. README.md draws it.
+// The work of all slots is cut into tiles. A tile is some panels of one slot times up to kTileRows of its rows. No two tiles
+// write the same outputs. README.md has a drawing.
 #include <algorithm>
 #include <cstring>
 #include <thread>
@@ -12,11 +13,11 @@
 namespace rq {
 namespace {
 
-constexpr int64_t kTileRows = 64;         // rows of x that share a pass over a panel
-constexpr int64_t kTilesOfAThread = 16, kMostTiles = 256;  // about as many, where the work has as many panels
-constexpr int64_t kQuantizedAtOnce = 16384;  // numbers of x; less is not worth another thread
+constexpr int64_t kTileRows = 64;                          // rows of x that share a pass over a panel
+constexpr int64_t kTilesOfAThread = 16, kMostTiles = 256;  // fewer if there are fewer panels
+constexpr int64_t kQuantizedAtOnce = 16384;                // numbers of x that are worth another thread
 
-// Enough that no processor waits long for the last tile, and no more: each costs some 0.2 microseconds, in which little is read.
+// Enough tiles that no core waits long for the last one, but not more: each tile has a fixed cost of about 0.2 microseconds.
 int64_t tiles_wanted() {
   static const int64_t threads = std::max(1u, std::thread::hardware_concurrency());
   return std::min(kMostTiles, threads * kTilesOfAThread);
@@ -24,10 +25,10 @@ int64_t tiles_wanted() {
 
 Activation activation_named(const std::string& name) {
   static constexpr std::pair<const char*, Activation> kNames[] = {
-      {"none", Activation::none},       {"swiglu", Activation::swiglu},
-      {"geglu", Activation::geglu},     {"geglu_tanh", Activation::geglu_tanh},
-      {"relu", Activation::relu},       {"clamped_swiglu", Activation::clamped_swiglu},
-      {"gelu", Activation::gelu},       {"limited_swiglu", Activation::limited_swiglu},
+      {"none", Activation::none},   {"swiglu", Activation::swiglu},
+      {"geglu", Activation::geglu}, {"geglu_tanh", Activation::geglu_tanh},
+      {"relu", Activation::relu},   {"clamped_swiglu", Activation::clamped_swiglu},
+      {"gelu", Activation::gelu},   {"limited_swiglu", Activation::limited_swiglu},
       {"relu2", Activation::relu2},
   };
   for (const auto& [known, value] : kNames) {
@@ -51,7 +52,7 @@ struct ExpertGemm {
   Activation activation;
   float alpha, limit;
   bool gather, quantizes;
-  int64_t outputs, parts, groups;  // columns of y; panels that make 16 of them: gate and up; how many times 16
+  int64_t outputs, parts, groups;  // columns of y; panels for 16 of them (2 with a gate); sets of 16 columns
   const Kernels& kernels;
 
   explicit ExpertGemm(const Info& info)
@@ -70,7 +71,7 @@ struct ExpertGemm {
     quantizes = bits == 8;
   }
 
-  // What the tiles of one call share. Row i of x in slot order is floats[i] or, for a quantized slot, quantized[i].
+  // The data that all tiles of one call share. Row i of x in slot order is floats[i] or, for a quantized slot, quantized[i].
   struct Call {
     SlotWeights::Bound bound;
     const int32_t* offsets;
@@ -78,13 +79,14 @@ struct ExpertGemm {
     const float* const* floats;
     const uint8_t* const* quantized;
     QuantizedLayout layout;
-    const int64_t* first_tile;  // of each slot, and their number at the end
+    const int64_t* first_tile;  // of each slot; the last entry is the number of tiles
     int64_t groups_at_once;
     float* out;
   };
 
   void compute(Context& context) const {
-    const Tensor x = context.required(0, "x", 2), rows = context.required(1, "rows", 1), offsets = context.required(2, "offsets", 1);
+    const Tensor x = context.required(0, "x", 2), rows = context.required(1, "rows", 1),
+                 offsets = context.required(2, "offsets", 1);
     const int64_t pairs = rows.dim(0);
     check_offsets(offsets, weights.slots(), pairs);
     const int64_t top_k = pairs_of_a_row(x, pairs);
@@ -101,9 +103,10 @@ struct ExpertGemm {
     int64_t count, columns;
   };
 
-  // Row i in slot order is row `row_of(i)` of x; the node's weights start at the input `first_weights`.
+  // Row i in slot order is row `row_of(i)` of x. The input `first_weights` is the first that holds weights.
   template <typename RowOf>
-  void multiply(const Context& context, const Rows& x, const int32_t* offset, size_t first_weights, float* out, RowOf row_of) const {
+  void multiply(const Context& context, const Rows& x, const int32_t* offset, size_t first_weights, float* out,
+                RowOf row_of) const {
     const int64_t slots = weights.slots(), pairs = offset[slots], columns = x.columns;
     require(columns > 0, "x has no columns");
     const SlotWeights::Bound bound = weights.bind(context, first_weights, groups * parts, columns);
@@ -132,17 +135,25 @@ struct ExpertGemm {
     quantize_rows(context, x, layout, needed.data(), records.data());
 
     const int64_t groups_at_once = cut(offset, slots, first_tile.data());
-    const Call call{bound, offset, bias.present ? bias.as<float>() : nullptr, floats.data(), quantized.data(), layout,
-                    first_tile.data(), groups_at_once, out};
+    const Call call{bound,
+                    offset,
+                    bias.present ? bias.as<float>() : nullptr,
+                    floats.data(),
+                    quantized.data(),
+                    layout,
+                    first_tile.data(),
+                    groups_at_once,
+                    out};
     auto work = [&](size_t index) { tile(call, static_cast<int64_t>(index)); };
     context.parallel(static_cast<size_t>(first_tile.data()[slots]), work);
   }
 
-  // The tiles of each slot; returns how many times 16 outputs one of them has.
+  // Sets the first tile of each slot, and returns how many sets of 16 outputs a tile has.
   int64_t cut(const int32_t* offset, int64_t slots, int64_t* first_tile) const {
-    int64_t strips = 0;  // of up to kTileRows rows
+    int64_t strips = 0;  // each of up to kTileRows rows
     for (int64_t s = 0; s < slots; ++s) strips += (offset[s + 1] - offset[s] + kTileRows - 1) / kTileRows;
-    const int64_t beside = kSideBySide / parts, at_once = std::max<int64_t>(1, strips * groups / tiles_wanted() / beside) * beside;
+    const int64_t beside = kSideBySide / parts,
+                  at_once = std::max<int64_t>(1, strips * groups / tiles_wanted() / beside) * beside;
     int64_t tiles = 0;
     for (int64_t s = 0; s < slots; ++s) {
       first_tile[s] = tiles;
@@ -161,7 +172,7 @@ struct ExpertGemm {
     const Matrix matrix = weights.of(call.bound, slot);
     const float* bias = call.bias ? call.bias + slot * outputs * parts : nullptr;
     alignas(64) float products[kSideBySide * kTileRows * kPanel];
-    const int64_t at_once = kTileRows / rows * kSideBySide;  // panels: the fewer rows, the longer a kernel reads on
+    const int64_t at_once = kTileRows / rows * kSideBySide;  // panels: with fewer rows, more in one stretch
     for (int64_t panel = first * parts; panel < last * parts; panel += at_once) {
       const int64_t panels = std::min(at_once, last * parts - panel);
       if (quantizes && weights.quantized(slot)) {
@@ -175,7 +186,7 @@ struct ExpertGemm {
     }
   }
 
-  // Bias and activation of 16 outputs, whose products are one panel after the other.
+  // Applies bias and activation to 16 outputs. Their products are stored panel by panel.
   void finish(int64_t group, const float* bias, int64_t rows, float* products, float* out) const {
     const int64_t count = std::min(kPanel, outputs - group * kPanel), size = rows * kPanel;
     for (int64_t p = 0; bias && p < parts; ++p) add_bias(bias + p * outputs + group * kPanel, count, rows, products + p * size);
@@ -217,12 +228,13 @@ struct ExpertGemm {
   static void check_offsets(const Tensor& offsets, int64_t slots, int64_t pairs) {
     require(offsets.dim(0) == slots + 1, "offsets has ", offsets.dim(0), " entries for ", slots, " slots");
     const int32_t* offset = offsets.as<int32_t>();
-    require(offset[0] == 0 && offset[slots] == pairs, "offsets run from ", offset[0], " to ", offset[slots], ", not 0 to ", pairs);
+    require(offset[0] == 0 && offset[slots] == pairs, "offsets run from ", offset[0], " to ", offset[slots], ", not 0 to ",
+            pairs);
     for (int64_t s = 0; s < slots; ++s) require(offset[s] <= offset[s + 1], "offsets fall at slot ", s);
   }
 };
 
-// An ExpertGemm of one slot that takes every row of an x of any rank.
+// An ExpertGemm with one slot, to which all rows of x belong. x may have any rank.
 struct DenseGemm : ExpertGemm {
   static constexpr const char* kName = "DenseGemm";
   static constexpr int kInputs[] = {kFloat};

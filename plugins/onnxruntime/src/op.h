@@ -48,12 +48,8 @@ OrtStatus* guarded(const Api& api, const char* op, Work&& work) noexcept {
   } catch (const std::exception& error) {
     try {
       return api.CreateStatus(static_cast<int>(kInvalidArgument), (std::string("rq.moe ") + op + ": " + error.what()).c_str());
-    } catch (...) {
-      return api.CreateStatus(static_cast<int>(kFail), "rq.moe: out of memory");
-    }
-  } catch (...) {
-    return api.CreateStatus(static_cast<int>(kFail), "rq.moe: unknown failure");
-  }
+    } catch (...) { return api.CreateStatus(static_cast<int>(kFail), "rq.moe: out of memory"); }
+  } catch (...) { return api.CreateStatus(static_cast<int>(kFail), "rq.moe: unknown failure"); }
 }
 
 struct Tensor {
@@ -93,7 +89,8 @@ class Info {
   }
   std::string text(const char* name, const char* otherwise) const {
     size_t size = 0;
-    if (absent(api_.KernelInfoGetAttribute_string(info_, name, static_cast<char*>(nullptr), &size)) || size == 0) return otherwise;
+    if (absent(api_.KernelInfoGetAttribute_string(info_, name, static_cast<char*>(nullptr), &size)) || size == 0)
+      return otherwise;
     std::string value(size, '\0');
     check(api_, api_.KernelInfoGetAttribute_string(info_, name, value.data(), &size));
     value.resize(size - 1);  // the size counts the terminating zero

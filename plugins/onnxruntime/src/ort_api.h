@@ -76,11 +76,11 @@ class Api {
  public:
   explicit Api(const OrtApi* table) : table_(reinterpret_cast<void* const*>(table)) {}
 
-#define RQ_ENTRY(index, result, name, ...)                                       \
-  using name##Function = result (*)(__VA_ARGS__);                                \
-  template <typename... A>                                                       \
-  result name(A... a) const {                                                    \
-    return reinterpret_cast<name##Function>(table_[index])(a...);                \
+#define RQ_ENTRY(index, result, name, ...)                        \
+  using name##Function = result (*)(__VA_ARGS__);                 \
+  template <typename... A>                                        \
+  result name(A... a) const {                                     \
+    return reinterpret_cast<name##Function>(table_[index])(a...); \
   }
   RQ_ENTRY(0, OrtStatus*, CreateStatus, int code, const char* message)
   RQ_ENTRY(2, const char*, GetErrorMessage, const OrtStatus*)

@@ -2,7 +2,7 @@
 #include "registration.h"
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                                const OrtApiBase* base) {
+                                                                               const OrtApiBase* base) {
   return rq::register_ops(options, base, "librq_moe.so", rq::kApiVersion,
                           {rq::dispatch_op(), rq::expert_gemm_op(), rq::combine_op(), rq::dense_gemm_op()});
 }

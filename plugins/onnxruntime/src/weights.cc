@@ -7,17 +7,17 @@
 namespace rq {
 namespace {
 
-// How the kernels call each group; that of floats depends on their type.
+// The kernels' name for each format group. That of float weights depends on their type.
 constexpr Storage kStorage[] = {Storage::fp32, Storage::int8, Storage::int4};
 static_assert(std::size(kStorage) == kGroups, "each format group has its kernels");
 
-// The inputs of a node from one on. Those that it leaves out are passed over: nodes of version 1 of the op set leave out the
-// groups that no slot is in.
+// Reads the inputs of a node in order, and skips missing ones: in version 1 of the op set, nodes have empty inputs for formats
+// that no slot has.
 class Operands {
  public:
   Operands(const Context& context, size_t first) : context_(context), next_(first) {}
 
-  // The next one, or a Tensor that is not `present`.
+  // The next input; if there is none, a Tensor that is not `present`.
   Tensor next(const char* name, size_t rank) {
     while (next_ < context_.inputs()) {
       if (const Tensor tensor = context_.input(next_++, name, rank); tensor.present) return tensor;
@@ -57,7 +57,7 @@ Matrix quantized_group(const Tensor& packed, const Tensor& scales, const FormatG
   require(packed.dim(3) == 4 * kPanel, name, " has groups of ", packed.dim(3), " bytes, not ", 4 * kPanel);
   require(scales.dim(0) == packed.dim(0) && scales.dim(1) == packed.dim(1) && scales.dim(3) == kPanel, "the scales of ", name,
           " have other slots or panels");
-  const int64_t blocks = scales.dim(2), padded = packed.dim(2) * 32 / group.bits;  // four bytes of a row stand together
+  const int64_t blocks = scales.dim(2), padded = packed.dim(2) * 32 / group.bits;  // a row is stored in groups of four bytes
   require(blocks > 0 && padded % blocks == 0, name, " has ", padded, " columns for ", blocks, " scales a row");
   const int64_t block = padded / blocks;
   require(block > 0 && block % 16 == 0 && block <= kMaxBlock, name, " has blocks of ", block, ", not a multiple of 16 up to ",

@@ -38,8 +38,11 @@ MAX_RECORDED_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to run, known before any weight is read: the ``tokens`` of each text, of which so many are ``measured``, and
-    ``rows`` of them in the batches, padding included; ``cut`` are the names of texts that have more tokens."""
+    """The work of a calibration, known before any weight is read.
+
+    ``tokens``: those of each text. ``cut``: the names of the texts that have more tokens. ``measured``: the number of tokens
+    whose expert inputs are measured. ``rows``: the number of token rows in all batches, padding included.
+    """
 
     layers: Sequence[MoeLayer]
     tokens: list[np.ndarray]
@@ -127,31 +130,32 @@ def calibrate(
     detail: Callable[[str], None] = lambda text: None,
     kept: InProcess | Unfinished | None = None,
 ) -> tuple[Calibration, dict[str, np.ndarray]]:
-    """Run the model over ``texts`` (name to content) in fp32 and measure every expert in every format, rounded by ``quantizer``
-    in blocks of ``block`` weights, as the engines of this calibration then will be. None: as many as share a scale in the
-    checkpoint where slots can hold what it stores, else 128.
+    """Run the model over ``texts`` (name to content) in fp32, and measure every expert in every format.
 
-    At most so many ``tokens`` are run, from the beginnings of the texts (None: all). A text is cut into sequences of
-    ``sequence_length`` tokens; a batch holds up to ``batch_size`` of one text (None: see ``lengths.py``). An encoder-decoder
-    model reads the first half of a sequence with its encoder and the second with its decoder.
-    ``wanda_fraction`` is the paper's s. ``progress(done, total)`` counts tokens; half of a token's work is
-    running it, half measuring experts on it.
+    Weights are rounded by ``quantizer`` in blocks of ``block`` weights, as in the engines that will use this calibration. If
+    ``block`` is None, it is the checkpoint's own block size where slots can hold the stored weights exactly, otherwise 128.
+
+    At most ``tokens`` tokens are run, from the beginnings of the texts (None: all). A text is cut into sequences of
+    ``sequence_length`` tokens; a batch holds up to ``batch_size`` sequences of one text (None: see ``lengths.py``). An
+    encoder-decoder model reads the first half of a sequence with its encoder and the second half with its decoder.
+    ``wanda_fraction`` is the paper's s. ``progress(done, total)`` counts tokens: running the model counts for half of each token,
+    and measuring experts on it for the other half.
 
     A model that does not fit into ``memory_limit`` bytes (by default: what is available) is run layer by layer (``memory.py``,
-    ``streaming.py``), with the same result to fp32 rounding. ``remark`` is told which way was taken, and whether experts tie.
-    ``device`` is the torch device that runs the model and its experts; the CPU rounds.
+    ``streaming.py``), with the same result to fp32 rounding. ``remark`` receives sentences about how the model runs and whether
+    experts tie. ``device`` is the torch device that runs the model and its experts; the CPU rounds.
 
-    Several processes (see ``processes``) share the batches, then the experts of a layer, and each returns the result. What is
-    ``kept`` is the first one's.
+    Several processes (see ``processes``) share the batches, then the experts of a layer, and each returns the result. Only the
+    first one keeps layers.
 
-    Layers that are measured one by one are ``kept``, so that an interrupted run goes on behind the last of them. ``detail`` is
-    told which layer is measured, and how fast.
+    In a run layer by layer, finished layers are ``kept``, so that an interrupted run continues after the last of them. ``detail``
+    receives the layer that is measured, and the speed.
 
-    The second result are the statistics that ``statistics.py`` describes, by tensor name, mapped from temporary files; none for
-    the quantizer "nearest", which needs none.
+    The second result holds the statistics that ``statistics.py`` describes, by tensor name, mapped from temporary files. It is
+    empty for the quantizer "nearest", which needs no statistics.
 
     Raises:
-        UserError: see ``work_of``; or a layer's routing or output is not what it must be (see ``LayerRecording``).
+        UserError: see ``work_of``; or a layer's routing or output is invalid (see ``LayerRecording``).
     """
     device = device_of_process(device)
     work = work_of(
@@ -245,7 +249,7 @@ def _check_fit(model: Model, sequence_length: int) -> int | None:
 
 
 class _Report:
-    """Tells how much is done: half of it is running the model, the other half measuring experts; and what is under way."""
+    """Reports the progress, of which running the model is one half and measuring experts the other, and the current layer."""
 
     def __init__(
         self, progress: Callable[[int, int], None], detail: Callable[[str], None], tokens: int, layers: int, experts: int

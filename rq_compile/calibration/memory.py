@@ -22,7 +22,7 @@ GIB = 2**30
 # Memory for the model's modules without weights, activations and so on, in addition to what the process already holds: 130 MiB
 # were measured with samples/olmoe.
 PROGRAM = 144 * 2**20
-# Bytes of a model's weights in fp32, up to which there is so little to compute that running it in parts would take longer.
+# Up to this many bytes of weights in fp32, a model has so little to compute that running it layer by layer would take longer.
 LARGEST_WHOLE = GIB
 # Measured: while transformers stacks the experts that a checkpoint has one by one, the weights are held in fp32 twice, beside the
 # mapped files.
@@ -42,8 +42,8 @@ class Way:
 
 
 def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: int | None, device: str) -> Way:
-    """The whole model where it is small and fits into ``limit`` bytes of memory (None: into what is available), else layer by
-    layer: a large model's experts then run once for both, what they give and what they are measured on.
+    """The whole model if it is small and fits into ``limit`` bytes of memory (None: the available memory), otherwise layer by
+    layer. In a large model, an expert then runs once, both for the model's output and for its measurement.
 
     ``rows`` is the number of token rows that the batches have, padding included.
 

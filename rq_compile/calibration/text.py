@@ -51,15 +51,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Tokens:
-    """``of`` each text, the first token ids, int64 ``[tokens]``, without special tokens; ``cut`` are the names of the texts that
-    have more."""
+    """``of``: the first token ids of each text, int64 ``[tokens]``, without special tokens. ``cut``: the names of the texts that
+    have more tokens."""
 
     of: list[np.ndarray]
     cut: list[str]
 
 
 def tokenize(model: Model, texts: Mapping[str, str | Text], most: int | None = None) -> Tokens:
-    """The tokens of ``texts``; ``most`` in all where it is given, of long texts equally many. No more of a text is read.
+    """The tokens of ``texts``, at most ``most`` in total: all of a short text, and equally many of each long one. No more of a
+    text is read than is needed.
 
     Raises:
         UserError: the checkpoint has no readable tokenizer.json, a text has fewer than two tokens or one that the model does not
@@ -92,7 +93,7 @@ def _first(model: Model, name: str, text: Text, most: int | None) -> np.ndarray:
 
 
 def _shares(counts: list[int], most: int) -> list[int]:
-    """How many tokens of texts that have ``counts`` are run: ``most`` in all, if there are so many."""
+    """How many tokens of each text are run, ``most`` in total, if the texts have ``counts`` tokens."""
     shares, left = [0] * len(counts), most
     for done, number in enumerate(sorted(range(len(counts)), key=counts.__getitem__)):
         shares[number] = min(counts[number], left // (len(counts) - done))
@@ -108,12 +109,12 @@ def batches(
     measured_tokens: int,
     decoder_start: int | None = None,
 ) -> Iterator[Batch]:
-    """Cut each text into sequences of ``sequence_length`` tokens, its last one shorter, and these into batches.
+    """Cut each text into sequences of ``sequence_length`` tokens (the last one may be shorter), and group these into batches.
 
-    ``measured_tokens`` of all tokens, evenly spread, are marked as measured (all, where there are no more). With
-    ``decoder_start`` (an encoder-decoder model's first decoder token) the encoder reads the first half of each sequence, and
-    the decoder ``decoder_start`` and the second half without its last token, as in training: the two sides together have as
-    many tokens as the text.
+    ``measured_tokens`` tokens, evenly spread, are marked as measured, or all if there are fewer. With ``decoder_start`` (the
+    first decoder token of an encoder-decoder model), the encoder reads the first half of each sequence. The decoder reads
+    ``decoder_start`` and the second half without its last token, as in training, so both sides together have as many tokens as
+    the text.
     """
     total = sum(len(ids) for ids in texts)
     first = 0

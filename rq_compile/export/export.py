@@ -78,9 +78,9 @@ def export_graph(model: Model) -> Exported:
     """Export without reading a weight.
 
     Inputs: ``input_ids`` and ``position_ids`` int64 ``[batch, sequence]``, ``attention_mask`` int64 ``[batch, past + sequence]``,
-    ``logits_to_keep`` int64 ``[1]`` (of how many last tokens of each row the logits are computed, 0 for all, 1 if it is not
-    given), and the cache's tensors, ``past_key_values.{i}.key`` and ``.value`` fp32 ``[batch, heads, past, dimension]`` among
-    them; outputs: ``logits`` fp32 ``[batch, kept, vocabulary]`` and ``present.{i}.key`` and so on. An encoder-decoder has
+    ``logits_to_keep`` int64 ``[1]`` (the number of last tokens of each row for which logits are computed; 0: all; default 1),
+    and the cache's tensors, such as ``past_key_values.{i}.key`` and ``.value`` fp32 ``[batch, heads, past, dimension]``.
+    Outputs: ``logits`` fp32 ``[batch, kept, vocabulary]``, ``present.{i}.key`` and so on. An encoder-decoder has
     ``input_ids``, ``attention_mask``, ``decoder_input_ids`` and ``logits``, and no cache.
 
     Raises:
@@ -119,7 +119,7 @@ def _traced(module: PreTrainedModel, model: Model) -> onnx_ir.Model:
         free_the_length(module)
         keep_every_group(module)
         inputs = _causal_inputs(module, model)
-    # Folding constants would read weights that a meta model does not have: `folded` does it, around them.
+    # Folding constants here would read weights, which a meta model does not have. `folded` folds the constants around them.
     config = OnnxConfig(dynamic=True, optimize=False, opset_version=OPSET)
     with recurrent_layers_as_nodes(module):
         return OnnxExporter().export(module, inputs, config=config).program

@@ -1,6 +1,6 @@
 """One op for layers without softmax attention: com.microsoft's ``LinearAttention``, which ONNX Runtime computes.
 
-It stands for a whole sequence of a linear recurrence; ``recurrent_layers.py`` writes the layers of transformers' models with it.
+One node computes a linear recurrence over a whole sequence. ``recurrent_layers.py`` expresses the layers of models by it.
 """
 
 from typing import Any
@@ -24,12 +24,13 @@ def linear_attention(
     scale: float,
     rule: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of ``query``, ``key [batch, sequence, heads * dk]``, ``value [batch, sequence, heads * dv]`` and ``state``
-    ``[batch, heads, dk, dv]``.
+    """The outputs ``scale q S [batch, sequence, heads * dv]`` and the last state ``S [batch, heads, dk, dv]``.
+
+    Takes ``query``, ``key [batch, sequence, heads * dk]``, ``value [batch, sequence, heads * dv]`` and the first ``state``.
 
     ``decay`` (its logarithm) is per head, ``[batch, sequence, heads]``, or per key dimension, ``[batch, sequence, heads * dk]``;
-    ``beta`` is per head. The rule "gated" is ``S = exp(decay) S + k v``. "gated_delta" first takes from ``v`` what ``S`` holds
-    for ``k``, and weighs the difference by ``beta``. Gives ``scale q S [batch, sequence, heads * dv]`` and the last state.
+    ``beta`` is per head. The rule "gated" is ``S = exp(decay) S + k v``. "gated_delta" first subtracts from ``v`` the value that
+    ``S`` holds for ``k``, and multiplies the difference by ``beta``.
     """
     raise NotImplementedError("rq_moe::linear_attention stands for a layer in a traced graph; it computes nothing")
 

@@ -1,7 +1,7 @@
 """The graph input ``logits_to_keep``, exported: see ``rewrite/logits_to_keep.py``.
 
 transformers takes a number, which tracing would make a constant, or a tensor of positions, whose rows the graph gathers. It is
-traced with positions, and then made to take a number, which is 1 where it is not given.
+traced with positions, and then rewritten to take a number, by default 1.
 """
 
 import inspect
@@ -26,7 +26,7 @@ def indices_to_trace(model: PreTrainedModel, count: int) -> dict[str, Any]:
 
 
 def take_a_number(model: onnx_ir.Model) -> onnx_ir.Model:
-    """Make the input, traced as positions, int64 ``[1]``: how many of the last ones, by default ``LAST``.
+    """Change the input from the traced positions to int64 ``[1]``: the number of last positions, by default ``LAST``.
 
     Raises:
         ContractError: the graph does not choose positions as torch's exporter is known to write it.

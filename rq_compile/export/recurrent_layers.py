@@ -24,7 +24,7 @@ Result = tuple[torch.Tensor, torch.Tensor]
 def recurrent_layers_as_nodes(model: nn.Module) -> Iterator[None]:
     """Make the layers of ``model`` call the op instead of transformers' reference functions.
 
-    Mamba's function does not receive the state to begin with; a hook on its module notes it.
+    Mamba's function does not receive the initial state, so a hook on its module records it.
     """
     for module in model.modules():
         if type(module).__name__ == "MiniMaxLightningAttention":

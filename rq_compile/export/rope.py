@@ -33,7 +33,7 @@ def free_the_length(model: PreTrainedModel) -> None:
 
 
 class _Complex:
-    """Llama 4's forward, which gives complex frequencies ``[batch, sequence, n]``. Attention adds an axis of heads by indexing,
+    """Llama 4's forward, which returns complex frequencies ``[batch, sequence, n]``. Attention adds an axis of heads by indexing,
     which transformers' exporter cannot translate for complex numbers; it translates ``unsqueeze``."""
 
     def __init__(self, forward: Callable[..., torch.Tensor]) -> None:

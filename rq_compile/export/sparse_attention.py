@@ -20,9 +20,9 @@ def keep_every_group(model: PreTrainedModel) -> None:
 
 
 def _pooled_states(self: Any, packed_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Groups of ``index_kpool`` tokens, counted from the first that is no padding.
+    """Groups of ``index_kpool`` tokens, counted from the first that is not padding.
 
-    ``packed_states [batch, tokens, 2 * head_dim + 1]``: keys, gate scores and whether the token counts. Gives each group's key
+    ``packed_states [batch, tokens, 2 * head_dim + 1]``: keys, gate scores and whether the token counts. Returns each group's key
     ``[batch, groups, head_dim]``, its tokens' places ``[batch, groups, index_kpool]`` (-1 for none) and whether it is complete.
     """
     size, (batch, tokens, _) = self.index_kpool, packed_states.shape

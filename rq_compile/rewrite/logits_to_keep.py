@@ -1,7 +1,7 @@
 """Pass: the graph input ``logits_to_keep`` becomes a constant, for runtimes that do not support default values of inputs.
 
-The input says of how many last tokens of each row the logits are computed; 0: of all. With a vocabulary of 150 000, the logits of
-a prompt of 2000 tokens take 1.2 GB, and generation reads those of the last token alone, so 1 is the input's default
+The input is the number of last tokens of each row for which logits are computed; 0 means all. With a vocabulary of 150 000, the
+logits of a prompt of 2000 tokens take 1.2 GB, and generation reads those of the last token alone, so 1 is the input's default
 (``export/logits_to_keep.py``). The name and the meaning of 0 are those of transformers' ``forward``.
 
 Requires: nothing. Ensures: there is no such input, and the logits' shape says how many positions they have.

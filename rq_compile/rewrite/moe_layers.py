@@ -64,7 +64,7 @@ def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[
 
     op, element = Ops(graph, layer), onnx.helper.np_dtype_to_tensor_dtype(half)
     narrow = op("Cast", x, to=element)
-    # ONNX knows no types of an op of ours.
+    # ONNX does not infer the types of our ops.
     out = gs.Variable(f"{layer}.out", element, [None, geometry.hidden])
     numbers = {"alpha": float(geometry.alpha), "limit": float(geometry.limit), **_shares(plan)}
     attributes = {"formats": formats, "activation": geometry.activation, **numbers, **PLUGIN}

@@ -18,7 +18,7 @@ G_LOGGER.severity = G_LOGGER.ERROR
 def imported(model: onnx.ModelProto) -> gs.Graph:
     """A graph that can be rewritten in place. ``model`` is not changed, although graph surgeon reuses parts of its input.
 
-    An input with a default, which graph surgeon takes for a constant alone, is one among the inputs.
+    An input with a default value stays an input, although graph surgeon reads it as a constant.
     """
     graph = gs.import_onnx(deepcopy(model))
     known = {tensor.name: tensor for tensor in graph.inputs} | graph.tensors()
@@ -27,7 +27,7 @@ def imported(model: onnx.ModelProto) -> gs.Graph:
 
 
 def exported(graph: gs.Graph) -> onnx.ModelProto:
-    """The model, with the version of our op set if it has a node of it; else without the domain, which a runtime may not know."""
+    """The model. It imports our op set only if it has a node of it, because a runtime may not know the domain."""
     model = gs.export_onnx(graph)
     others = [entry for entry in model.opset_import if entry.domain != DOMAIN]
     ours = [onnx.helper.make_opsetid(DOMAIN, OP_SET_VERSION)] if any(node.domain == DOMAIN for node in graph.nodes) else []

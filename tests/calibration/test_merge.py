@@ -196,16 +196,20 @@ def test_weights_are_shares_of_the_traffic(tiny_checkpoint: Tiny) -> None:
         expected = np.stack([np.array(part.load) / sum(part.load) for part in (first, second)])
         np.testing.assert_allclose(np.array(layer.load) / sum(layer.load), [0.75, 0.25] @ expected, atol=1 / sum(layer.load))
         assert layer.text_loads == [*first.text_loads, *second.text_loads]
+        assert layer.sums
+        assert first.sums
+        assert second.sums
         assert layer.sums.pairs == [a + b for a, b in zip(first.sums.pairs, second.sums.pairs, strict=True)]
-        shares = [part.sums.output_square / part.tokens for part in (first, second)]
+        shares = [first.sums.output_square / first.tokens, second.sums.output_square / second.tokens]
         assert layer.sums.output_square / tokens == pytest.approx(0.75 * shares[0] + 0.25 * shares[1])
 
 
 def test_statistics_are_weighted(tiny_checkpoint: Tiny) -> None:
     parts = [calibrated(tiny_checkpoint("olmoe"), name) for name in ("one.txt", "two.txt")]
-    statistics = [Statistics.of(tensors) for _, tensors in parts]
-    layers = parts[0][0].layers
-    found = merge_statistics(layers, list(zip([0.5, 2.0], statistics, strict=True)))
+    first, second = (Statistics.of(tensors) for _, tensors in parts)
+    assert first
+    assert second
+    found = merge_statistics(parts[0][0].layers, [(0.5, first), (2.0, second)])
     for name, moment in found.items():
         np.testing.assert_allclose(moment, 0.5 * parts[0][1][name] + 2 * parts[1][1][name], rtol=1e-5)
 

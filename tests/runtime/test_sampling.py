@@ -45,7 +45,7 @@ def of_transformers(logits: np.ndarray, params: SamplingParams, prompt: list[int
     if params.top_p < 1:
         steps.append(TopPLogitsWarper(params.top_p))
     scores = torch.from_numpy(logits).double()[None]
-    return steps(torch.tensor([prompt]), scores).softmax(-1)[0].numpy()
+    return steps(torch.LongTensor([prompt]), scores).softmax(-1)[0].numpy()
 
 
 def ours(logits: np.ndarray, params: SamplingParams, prompt: list[int]) -> np.ndarray:
@@ -122,7 +122,7 @@ def test_draws_have_the_probabilities(name: str) -> None:
     sampler = Sampler(params, [1, 5])
     if params.penalized:  # otherwise, the answer would change the probabilities
         sampler.choose(logits)
-        counts = Counter()
+        counts: Counter[int] = Counter()
         for _ in range(draws):
             sampler._counts[:] = 0
             counts[sampler.choose(logits).token] += 1
@@ -201,8 +201,8 @@ def test_more_log_probabilities_than_tokens() -> None:
 
 
 def test_ends() -> None:
-    assert SamplingParams(stop_token_ids=[5]).ends([1, 2]) == {1, 2, 5}
-    assert SamplingParams(stop_token_ids=[5], ignore_eos=True).ends([1, 2]) == {5}
+    assert SamplingParams(stop_token_ids=(5,)).ends([1, 2]) == {1, 2, 5}
+    assert SamplingParams(stop_token_ids=(5,), ignore_eos=True).ends([1, 2]) == {5}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -245,12 +245,14 @@ def test_wrong_values_are_named_in_one_sentence(name: str, value: Any) -> None:
 
 
 def test_tokens_outside_the_vocabulary() -> None:
-    SamplingParams(logit_bias={9: 1}, stop_token_ids=[9]).check_tokens(10)
-    for params in (SamplingParams(logit_bias={10: 1}), SamplingParams(stop_token_ids=[10])):
+    SamplingParams(logit_bias={9: 1}, stop_token_ids=(9,)).check_tokens(10)
+    for params in (SamplingParams(logit_bias={10: 1}), SamplingParams(stop_token_ids=(10,))):
         with pytest.raises(SamplingError, match="names the token 10; give tokens of 0 to 9"):
             params.check_tokens(10)
 
 
 def test_numbers_of_numpy_and_of_json_are_taken() -> None:
-    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), logit_bias={"7": 1}, stop="x", stop_token_ids=[2])
-    assert params == SamplingParams(temperature=0.5, top_k=3, logit_bias={7: 1}, stop=["x"], stop_token_ids=(2,))
+    numpy: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(3)}
+    of_json: dict[str, Any] = {"logit_bias": {"7": 1}, "stop": "x", "stop_token_ids": [2]}
+    expected = SamplingParams(temperature=0.5, top_k=3, logit_bias={7: 1}, stop=("x",), stop_token_ids=(2,))
+    assert SamplingParams(**numpy, **of_json) == expected

@@ -1,8 +1,9 @@
 """The scheduler with a model whose answers follow from the tokens by a sum, so that every mixture of requests can be checked."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ pytestmark = pytest.mark.quick
 
 VOCABULARY, END = 97, 96
 # Keys, a state of a fixed size, and a cache without heads whose rows are not the first axis.
-CACHE = [
+CACHE: Sequence[Mapping[str, Any]] = (
     {"past": "keys", "present": "keys'", "shape": ["batch", 2, "past", 3]},
     {"past": "state", "present": "state'", "shape": ["batch", 2]},
     {"past": "indexer", "present": "indexer'", "shape": ["past", "batch"]},
-]
+)
 
 
 @dataclass
@@ -34,9 +35,9 @@ class SumModel:
     failing: set[int] = field(default_factory=set)  # numbers of steps
     steps: list[tuple[int, int]] = field(default_factory=list)  # rows and tokens in the cache
     pieces: list[int] = field(default_factory=list)  # new tokens of each row
-    cache = CACHE
+    cache: Sequence[Mapping[str, Any]] = CACHE
     vocabulary = VOCABULARY
-    end_of_text = (END,)
+    end_of_text: Collection[int] = (END,)
 
     def step(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
@@ -144,8 +145,10 @@ def test_every_answer_is_the_answer_alone(
     assert (scheduler.running, scheduler.waiting) == (0, 0)
     for client in clients:
         expected = answered(client.prompt, client.most)
+        assert client.answer is not None
         if client.answer.finish_reason == "cancelled":
             assert client.got == expected[: len(client.got)]
+            assert client.leaves is not None
             assert client.leaves < len(client.got) <= client.leaves + 3  # a step may read a prompt, decode, and read again
         else:
             assert client.got == expected
@@ -185,7 +188,9 @@ def test_a_long_prompt_does_not_stop_other_answers() -> None:
     (long,) = submitted(scheduler, [7] * 100)
     for number in range(9):
         scheduler.step()
-        assert short.next(timeout=0).token == answered([5], 40)[number]
+        choice = short.next(timeout=0)
+        assert choice is not None
+        assert choice.token == answered([5], 40)[number]
     with pytest.raises(TimeoutError):
         long.next(timeout=0)
     finish(scheduler)

@@ -12,6 +12,7 @@ import plans
 import pytest
 import tiny
 
+from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
 from rq_compile.planning.schema import Slot
@@ -22,7 +23,9 @@ from rq_compile.targets.onnxruntime import compile_engine
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_checkpoint: Callable[[str], Path], export_once: Callable, tmp_path_factory) -> Callable[..., Engine]:
+def compiled(
+    tiny_checkpoint: Callable[[str], Path], export_once: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Engine]:
     """``compiled(slots)``: an engine of the tiny OLMoE with these slots."""
     root, checkpoint = tmp_path_factory.mktemp("shared"), Model.open(tiny_checkpoint("olmoe"))
 
@@ -39,7 +42,7 @@ def test_answers_are_those_alone(compiled: Callable[..., Engine]) -> None:
     alone_and_together.check(compiled(plans.replicated_and_quantized))
 
 
-def mixed(layer: object) -> list[Slot]:
+def mixed(layer: MoeLayer) -> list[Slot]:
     return [Slot(expert=expert, format=format) for expert in range(layer.geometry.experts) for format in ("int4", "fp32")]
 
 

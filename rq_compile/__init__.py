@@ -11,10 +11,10 @@ print("".join(rq.load("olmoe.onnx").stream("And the LORD said unto")))
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rq_compile.api import Engine, calibrate, compile, load, merge, open, plan
+    from rq_compile.api import Engine, SamplingParams, calibrate, compile, load, merge, open, plan
     from rq_compile.errors import UserError
 
-__all__ = ["Engine", "UserError", "calibrate", "compile", "load", "merge", "open", "plan"]
+__all__ = ["Engine", "SamplingParams", "UserError", "calibrate", "compile", "load", "merge", "open", "plan"]
 __version__ = "0.1.0"
 
 

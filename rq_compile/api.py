@@ -17,6 +17,8 @@ from rq_compile.calibration.lengths import TOKENS
 from rq_compile.errors import UserError as UserError
 from rq_compile.quantization.formats import DenseFormat
 from rq_compile.runtime.engine import Engine as _Engine
+from rq_compile.standalone.sampling import Choice
+from rq_compile.standalone.sampling import SamplingParams as SamplingParams
 from rq_compile.texts import Text
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from rq_compile.planning.schema import Plan
     from rq_compile.quantization.formats import Block, Quantizer
     from rq_compile.runtime.language_model import LanguageModel
+    from rq_compile.standalone.chat_template import Messages
 
 File = str | PathLike[str]
 # Names to contents, or files: .txt, .jsonl and .parquet (see ``rq_compile.texts``).
@@ -248,28 +251,78 @@ def load(engine: File, threads: int | None = None) -> Engine:
 
 
 class Engine(_Engine):
-    """A loaded engine: ``logits``, ``generate`` and ``loads`` take token ids, ``stream`` takes text; ``evaluate`` and
-    ``bench``."""
+    """A loaded engine: ``logits``, ``generate`` and ``loads`` take token ids, ``stream`` takes text, and ``chat`` takes a
+    conversation; ``evaluate`` and ``bench``."""
 
-    def stream(self, prompt: str, max_tokens: int = 64, on_token: Callable[[int], None] | None = None) -> Iterator[str]:
-        """Continue ``prompt`` greedily and yield the new text piece by piece; a piece never ends inside a character.
+    def stream(
+        self,
+        prompt: str,
+        max_tokens: int = 64,
+        on_token: Callable[[int], None] | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        on_choice: Callable[[Choice], None] | None = None,
+    ) -> Iterator[str]:
+        """Continue ``prompt`` and yield the new text piece by piece; a piece never ends inside a character.
 
-        ``on_token`` is called with the id of every new token, before its text is yielded.
+        ``sampling``: how tokens are chosen and which strings end the text; by default, as the checkpoint's
+        ``generation_config.json`` says (``default_sampling``). ``on_token`` is called with the id of every new token, before its
+        text is yielded, and ``on_choice`` also with the log probabilities that ``sampling`` asks for.
 
         Raises:
             UserError: the engine has no tokenizer, or the prompt is empty.
+            SamplingError: ``sampling`` names a token outside the vocabulary.
         """
-        from rq_compile.standalone.text import TextStream
-
         ids = self.tokenizer.encode(prompt).ids
         # After a prompt that decodes to itself the continuation does, too: with the space that its first word begins with.
         follows = not self.encoder_decoder and self.tokenizer.decode(ids) == prompt
-        text = TextStream(self.tokenizer, before=ids if follows else ())
-        for token in self.generate(ids, max_tokens):
+
+        def chosen(choice: Choice) -> None:
             if on_token is not None:
-                on_token(token)
-            if piece := text.push(token):
+                on_token(choice.token)
+            if on_choice is not None:
+                on_choice(choice)
+
+        yield from self._stream(ids, ids if follows else (), max_tokens, sampling, chosen)
+
+    def chat(
+        self,
+        messages: Messages,
+        max_tokens: int = 512,
+        *,
+        sampling: SamplingParams | None = None,
+        on_choice: Callable[[Choice], None] | None = None,
+        **variables: Any,
+    ) -> Iterator[str]:
+        """Answer the conversation ``messages`` (``{"role": "user", "content": "..."}``) and yield the answer piece by piece.
+
+        ``variables`` are further variables of the model's chat template, for example ``tools``. The rest is as in ``stream``.
+
+        Raises:
+            UserError: the engine has no tokenizer or no chat template, or the template refuses the conversation.
+            SamplingError: ``sampling`` names a token outside the vocabulary.
+        """
+        ids = self.chat_ids(messages, **variables)
+        yield from self._stream(ids, (), max_tokens, sampling, on_choice or _silent)
+
+    def _stream(
+        self,
+        ids: list[int],
+        before: Sequence[int],
+        max_tokens: int,
+        sampling: SamplingParams | None,
+        on_choice: Callable[[Choice], None],
+    ) -> Iterator[str]:
+        from rq_compile.standalone.text import TextStream
+
+        sampling = sampling or self.default_sampling
+        text = TextStream(self.tokenizer, before, sampling.stop)
+        for choice in self.choices(ids, max_tokens, sampling=sampling):
+            on_choice(choice)
+            if piece := text.push(choice.token):
                 yield piece
+            if text.stopped is not None:
+                return
         if rest := text.end():
             yield rest
 

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from rq_compile.checkpoint.chat_template import chat_template_source, special_tokens
 from rq_compile.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from rq_compile.standalone.chat_template import ChatTemplate
 
 # Fields of a row that are tried, in this order, if no field is named.
 FIELDS = ("text", "messages")
@@ -224,38 +228,21 @@ def chat_template(folder: Path) -> Render:
         UserError: when the function is called: there is no chat template, or it refuses the conversation.
     """
 
-    def render(messages: Messages) -> str:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+    template: ChatTemplate | None = None
 
-        template = _template(folder)
-        if template is None:
-            raise UserError(f"{folder} has no chat template for the messages of --text; name a field of text with --field", 2)
-        settings = _settings(folder)
-        given = {name: settings.get(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        tokens: Any = {name: token["content"] if isinstance(token, dict) else token for name, token in given.items()}
+    def render(messages: Messages) -> str:
+        nonlocal template
+        from rq_compile.standalone.chat_template import ChatTemplate, ChatTemplateError
+
         try:
-            rendered: Any = render_jinja_template([messages], chat_template=template, **tokens)
-        except TemplateError as error:
+            if template is None:
+                if (source := chat_template_source(folder)) is None:
+                    raise UserError(
+                        f"{folder} has no chat template for the messages of --text; name a field of text with --field", 2
+                    )
+                template = ChatTemplate(source, special_tokens(folder))
+            return template.render(messages, add_generation_prompt=False)
+        except ChatTemplateError as error:
             raise UserError(f"the chat template of {folder} refuses a conversation: {reason(error)}; leave it out", 2) from error
-        texts, _ = rendered
-        return texts[0]
 
     return render
-
-
-def _template(folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _settings(folder).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((one["template"] for one in template if one.get("name") == "default"), None)
-    return template
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    from rq_compile.checkpoint.folder import read_json
-
-    file = folder / "tokenizer_config.json"
-    return read_json(file) if file.is_file() else {}

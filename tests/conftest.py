@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner, Result
-from own_engines import engine_of, own_model  # noqa: F401 - fixtures
+from own_engines import chat_engine, engine_of, model_with_chat, own_model  # noqa: F401 - fixtures
 from plugin_builds import built_kernels, cuda_headers, cuda_ops, cuda_parts, described_kernels  # noqa: F401 - fixtures
 
 from rq_compile.architectures.model import Model

@@ -1,4 +1,4 @@
-"""The tokens at which generation begins and ends, as in transformers' ``model.generate``."""
+"""The tokens at which generation begins and ends, and how tokens are chosen, as in transformers' ``model.generate``."""
 
 import math
 from typing import Any
@@ -6,9 +6,12 @@ from typing import Any
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.folder import read_json
 from rq_compile.errors import UserError
+from rq_compile.standalone.sampling import SamplingError, SamplingParams
 
 # Keys under which a config without ``eos_token_id`` may have that of its decoder.
 NESTED = ("decoder", "generator", "text_config")
+# Keys of generation_config.json, which SamplingParams calls by the same names.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def end_of_text(checkpoint: Checkpoint) -> list[int]:
@@ -49,6 +52,24 @@ def context_length(checkpoint: Checkpoint) -> int | None:
     nested: Any = next((checkpoint.config[key] for key in NESTED if isinstance(checkpoint.config.get(key), dict)), {})
     value = checkpoint.config.get("max_position_embeddings", nested.get("max_position_embeddings"))
     return None if value is None else _whole(checkpoint, "max_position_embeddings", value)
+
+
+def sampling(checkpoint: Checkpoint) -> dict[str, float]:
+    """The values of ``SamplingParams`` that ``generation_config.json`` states, and the temperature: 0 without ``do_sample``.
+
+    Raises:
+        UserError: the file cannot be read, or a value is out of range.
+    """
+    said = _generation_config(checkpoint) or {}
+    drawn = said.get("do_sample") is True
+    wanted = ("repetition_penalty", *(SAMPLING if drawn else ()))
+    stated = {"temperature": float(drawn), **{name: said[name] for name in wanted if said.get(name) is not None}}
+    try:
+        SamplingParams(**stated)
+    except SamplingError as error:
+        fault, _, _ = str(error).partition("; ")
+        raise UserError(f"{checkpoint.path}: {fault} in generation_config.json; correct it there", 2) from error
+    return stated
 
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from rq_compile.architectures.layers import (
     moe_layers,
 )
 from rq_compile.architectures.quiet import quiet_transformers
+from rq_compile.checkpoint.chat_template import chat_template_source
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.checkpoint.storage.weight import Plain, Weight
@@ -154,6 +155,24 @@ class Model:
             UserError: see ``generation.end_of_text``.
         """
         return generation.end_of_text(self.checkpoint)
+
+    @cached_property
+    def sampling(self) -> dict[str, float]:
+        """How tokens are chosen, unless a request says otherwise: values of ``SamplingParams``.
+
+        Raises:
+            UserError: see ``generation.sampling``.
+        """
+        return generation.sampling(self.checkpoint)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The source of the chat template; None if there is none, or no tokenizer.
+
+        Raises:
+            UserError: see ``chat_template_source``.
+        """
+        return chat_template_source(self.path) if self.has_tokenizer else None
 
     @cached_property
     def decoder_start(self) -> int | None:

@@ -4,33 +4,48 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import rq_compile as rq
 from rq_compile.cli.options import FILE, threads_option
+from rq_compile.cli.sampling import Given, chosen, sampling_options
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
+
+if TYPE_CHECKING:
+    from rq_compile.standalone.sampling import Choice
 
 
 @click.command("generate")
 @click.argument("engine", type=FILE)
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate.")
+@sampling_options
+@click.option("--logprobs", type=int, help="With --json: log probabilities, also of this many most likely tokens.")
 @threads_option
 @on_screen
-def command(screen: Screen, engine: Path, prompt: str, max_tokens: int, threads: int | None) -> None:
-    """Continue a prompt greedily with ENGINE."""
-    from rq_compile.standalone.text import argument_text
+def command(
+    screen: Screen, engine: Path, prompt: str, max_tokens: int, sampling: Given, logprobs: int | None, threads: int | None
+) -> None:
+    """Continue a prompt with ENGINE.
+
+    Without options, tokens are chosen as the checkpoint's generation_config.json says: greedily, unless it sets do_sample.
+    """
+    from rq_compile.standalone.text import StopStrings, argument_text
 
     try:
         prompt = argument_text(prompt)
     except ValueError as error:
         raise UserError("--prompt is not UTF-8 text; give it in UTF-8", 2) from error
+    if logprobs is not None and not screen.as_json:
+        raise UserError(f"--logprobs {logprobs} has no effect without --json; give --json, or leave it out", 2)
     loaded = rq.load(engine, threads)
+    params = chosen(sampling, loaded.manifest.sampling.model_dump(), loaded.manifest.vocabulary, logprobs=logprobs)
     if not loaded.manifest.end_of_text:
         screen.note(f"the model does not name an end-of-text token, so the text ends after {max_tokens} tokens (--max-tokens)")
-    tokens: list[int] = []
+    choices: list[Choice] = []
     start = monotonic()
 
     def show(text: str) -> None:
@@ -38,11 +53,18 @@ def command(screen: Screen, engine: Path, prompt: str, max_tokens: int, threads:
             click.echo(text, nl=False)
 
     show("" if loaded.encoder_decoder else prompt)
-    for text in loaded.stream(prompt, max_tokens, on_token=tokens.append):
+    for text in loaded.stream(prompt, max_tokens, on_choice=choices.append, sampling=params):
         show(text)
     show("\n")
     seconds = monotonic() - start
-    if screen.as_json:
-        screen.result({"prompt": prompt, "text": loaded.tokenizer.decode(tokens), "tokens": tokens, "seconds": seconds})
-    else:
-        screen.note(f"{len(tokens)} tokens, {len(tokens) / max(seconds, 1e-9):.1f} tokens/s")
+    if not screen.as_json:
+        screen.note(f"{len(choices)} tokens, {len(choices) / max(seconds, 1e-9):.1f} tokens/s")
+        return
+    tokens = [choice.token for choice in choices]
+    stops = StopStrings(params.stop)
+    result = {"prompt": prompt, "text": stops.push(loaded.tokenizer.decode(tokens)) + stops.end(), "tokens": tokens}
+    screen.result({**result, "seconds": seconds} | ({} if logprobs is None else {"logprobs": list(map(_logprobs, choices))}))
+
+
+def _logprobs(choice: Choice) -> dict[str, Any]:
+    return {"token": choice.token, "logprob": choice.logprob, "top": [{"token": token, "logprob": p} for token, p in choice.top]}

@@ -41,6 +41,17 @@ class CacheTensor(Document):
         return np.zeros([size if isinstance(size, int) else sizes[size] for size in self.shape], np.float32)
 
 
+class SamplingDefaults(Document):
+    """How tokens are chosen unless a request says otherwise; the names are those of ``SamplingParams``. Temperature 0 always
+    takes the most likely token."""
+
+    temperature: float = Field(default=0.0, ge=0, le=1e6)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=1e-6, le=1e6)
+
+
 def _with_cache_shapes(content: dict[str, Any]) -> dict[str, Any]:
     """Version 1 had only keys and values, described by heads and dimension."""
     for tensor in content.get("cache") or []:
@@ -73,6 +84,10 @@ class Manifest(Versioned):
         default=[], description="shards of the checkpoint that also hold weights of the engine (--link-weights)"
     )
     tokenizer: EngineFile | None
+    chat_template: EngineFile | None = Field(default=None, description="the template that turns a conversation into a prompt")
+    special_tokens: dict[str, str] = Field(
+        default={}, description="texts of special tokens by the names that the chat template uses, such as bos_token"
+    )
     licences: list[EngineFile] = Field(default=[])
     licence: str | None = None
     op_library: int | None = Field(ge=1, le=1000)
@@ -89,6 +104,7 @@ class Manifest(Versioned):
         default=None, description="the token that the tokenizer names as the beginning of a text"
     )
     end_of_text: list[TokenId]
+    sampling: SamplingDefaults = Field(default=SamplingDefaults(), description="from the checkpoint's generation_config.json")
     context_length: int | None = Field(default=None, ge=1, lt=2**31, description="context length of the model, in positions")
     decoder_start: TokenId | None = None
     prefill_chunk: int | None = Field(
@@ -115,5 +131,5 @@ class Manifest(Versioned):
     @property
     def files(self) -> list[EngineFile]:
         """All files except the manifest itself."""
-        files = (self.graph, self.weights, *self.linked, self.tokenizer, *self.licences)
+        files = (self.graph, self.weights, *self.linked, self.tokenizer, self.chat_template, *self.licences)
         return [file for file in files if file is not None]

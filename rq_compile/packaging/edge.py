@@ -19,12 +19,12 @@ from rq_compile.packaging.op_library import machine, op_library, system_sentence
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.sbom import bill_of_materials
 from rq_compile.runtime.files import manifest_path, read_cpu_manifest, verify
-from rq_compile.standalone import decoding, limits, text
+from rq_compile.standalone import decoding, limits, sampling, text
 
 TEMPLATES = Path(__file__).parent / "edge_files"
 EXAMPLE = TEMPLATES / "generate.py"
 # Modules of this package that do not import other modules of it.
-SHARED = tuple(Path(module.__file__) for module in (decoding, limits, text) if module.__file__)
+SHARED = tuple(Path(module.__file__) for module in (decoding, limits, sampling, text) if module.__file__)
 OP_LIBRARY = "librq_moe.so"
 CHECKSUMS = "SHA256SUMS"
 MATERIALS = "sbom.cdx.json"

@@ -1,12 +1,12 @@
-"""Load an engine in ONNX Runtime: logits, greedy generation with the KV cache, and the rows each slot received."""
+"""Load an engine in ONNX Runtime: logits, generation with the KV cache, and the rows each slot received."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from rq_compile.runtime.graph import loadable_graph
 from rq_compile.standalone.batch import fitting_tokens
 from rq_compile.standalone.decoding import ALL, decode, inputs_of, until_end
 from rq_compile.standalone.limits import free_memory, session_threads
+from rq_compile.standalone.sampling import GREEDY, Choice, Sampler, SamplingParams
 from rq_compile.standalone.scheduler import LEAST_LENGTH, MAX_LENGTH, PROMPT_PIECE, SLOTS, Scheduler
 from rq_compile.standalone.step_model import EngineSteps
 from rq_compile.standalone.text import open_tokenizer
@@ -25,6 +26,8 @@ from rq_compile.standalone.text import open_tokenizer
 if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
+
+    from rq_compile.standalone.chat_template import ChatTemplate, Messages
 
 # The inputs of a graph besides its cache.
 FED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "decoder_input_ids"}
@@ -76,6 +79,46 @@ class Engine:
             raise UserError(f"{self.path} has no tokenizer; compile it from a checkpoint that has a tokenizer.json")
         return open_tokenizer(self.path.parent / self.manifest.tokenizer.name)
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template that turns a conversation into a prompt; None if the checkpoint had none.
+
+        Raises:
+            UserError: the engine's template was damaged.
+        """
+        if self.manifest.chat_template is None:
+            return None
+        from rq_compile.standalone.chat_template import ChatTemplate, ChatTemplateError
+
+        path = self.path.parent / self.manifest.chat_template.name
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), self.manifest.special_tokens)
+        except (ChatTemplateError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a chat template: {reason(error)}; copy it again or compile again", 2) from error
+
+    def chat_ids(self, messages: Messages, **variables: Any) -> list[int]:
+        """The token ids of the prompt for a conversation. ``variables``: see ``ChatTemplate.render``.
+
+        Raises:
+            UserError: the engine has no tokenizer or no chat template, or the template refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise UserError(f"{self.path} has no chat template, as base models have none; use generate --prompt", 2)
+        from rq_compile.standalone.chat_template import ChatTemplateError
+
+        try:
+            prompt = self.chat_template.render(messages, **variables)
+        except ChatTemplateError as error:
+            raise UserError(
+                f"the chat template of {self.path} refuses it: {reason(error)}; correct the conversation", 2
+            ) from error
+        return self.tokenizer.encode(prompt, add_special_tokens=False).ids
+
+    @cached_property
+    def default_sampling(self) -> SamplingParams:
+        """How tokens are chosen unless a request says otherwise, from the checkpoint's ``generation_config.json``."""
+        return SamplingParams(**self.manifest.sampling.model_dump())
+
     def logits(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
     ) -> np.ndarray:
@@ -120,22 +163,50 @@ class Engine:
         """Rows of each slot for these tokens: layer name -> int64 ``[slots]``. Padding counts as rows, so do not pass any."""
         return self.counted_logits(input_ids, attention_mask, decoder_input_ids)[1]
 
-    def generate(self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True) -> Iterator[int]:
-        """Yield up to ``max_tokens`` greedy tokens after ``prompt_ids``, up to but without an end-of-text token.
+    def generate(
+        self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True, sampling: SamplingParams = GREEDY
+    ) -> Iterator[int]:
+        """Yield up to ``max_tokens`` tokens after ``prompt_ids``, up to but without a token that ends the text.
+
+        ``stop``: whether a token can end the text. ``sampling``: how tokens are chosen; by default, the most likely ones. Its
+        ``stop`` strings and its ``max_tokens`` have no effect here.
 
         Raises:
+            SamplingError: ``sampling`` names a token outside the vocabulary.
+            UserError: the prompt is empty or holds an id outside the vocabulary.
+        """
+        for choice in self.choices(prompt_ids, max_tokens, stop=stop, sampling=sampling):
+            yield choice.token
+
+    def choices(
+        self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True, sampling: SamplingParams = GREEDY
+    ) -> Iterator[Choice]:
+        """As ``generate``, with the log probabilities that ``sampling`` asks for.
+
+        Raises:
+            SamplingError: ``sampling`` names a token outside the vocabulary.
             UserError: the prompt is empty or holds an id outside the vocabulary.
         """
         if len(prompt_ids) == 0:
             raise UserError("the prompt is empty (0 tokens); give at least one token to continue", 2)
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.manifest.vocabulary:
             raise UserError(f"the prompt has a token outside the vocabulary; give ids of 0 to {self.manifest.vocabulary - 1}", 2)
+        sampling.check_tokens(self.manifest.vocabulary)
+        sampler = Sampler(sampling, prompt_ids)
+        last = Choice(-1)
+
+        def choose(logits: np.ndarray) -> int:
+            nonlocal last
+            last = sampler.choose(logits)
+            return last.token
+
         if self.encoder_decoder:
-            tokens = self._decode_without_cache(np.asarray([prompt_ids], dtype=np.int64))
+            tokens = self._decode_without_cache(np.asarray([prompt_ids], dtype=np.int64), choose)
         else:
             said = self.manifest.model_dump(include={"cache", "prefill_chunk", "recomputed_beyond"})
-            tokens = decode(self._session, said, prompt_ids)
-        yield from until_end(tokens, max_tokens, self.manifest.end_of_text if stop else ())
+            tokens = decode(self._session, said, prompt_ids, choose)
+        for _ in until_end(tokens, max_tokens, sampling.ends(self.manifest.end_of_text) if stop else ()):
+            yield last
 
     def scheduler(self, slots: int = SLOTS, max_length: int | None = None, prompt_piece: int = PROMPT_PIECE) -> Scheduler:
         """A scheduler, whose sequences share the steps of this engine.
@@ -158,10 +229,10 @@ class Engine:
             )
         return Scheduler(steps, slots, length, prompt_piece, cache_tokens=min(fitting, slots * length))
 
-    def _decode_without_cache(self, prompt: np.ndarray) -> Iterator[int]:
+    def _decode_without_cache(self, prompt: np.ndarray, choose: Callable[[np.ndarray], int]) -> Iterator[int]:
         decoded = [self.decoder_start or 0]
         while True:
-            token = int(self.logits(prompt, decoder_input_ids=np.asarray([decoded], dtype=np.int64))[0, -1].argmax())
+            token = choose(self.logits(prompt, decoder_input_ids=np.asarray([decoded], dtype=np.int64))[0, -1])
             yield token
             decoded.append(token)
 

@@ -1,8 +1,8 @@
-"""Greedy decoding with an engine's KV cache, one sequence at a time."""
+"""Decoding with an engine's KV cache, one sequence at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,17 @@ def until_end(tokens: Iterator[int], most: int, ends: Collection[int]) -> Iterat
         yield token
 
 
-def decode(session: onnxruntime.InferenceSession, manifest: Mapping[str, Any], prompt: Sequence[int]) -> Iterator[int]:
-    """Yield the most likely token after ``prompt``, then the next one, without end.
+def most_likely(logits: np.ndarray) -> int:
+    return int(logits.argmax())
+
+
+def decode(
+    session: onnxruntime.InferenceSession,
+    manifest: Mapping[str, Any],
+    prompt: Sequence[int],
+    choose: Callable[[np.ndarray], int] = most_likely,
+) -> Iterator[int]:
+    """Yield the token after ``prompt`` that ``choose`` takes by its logits ``[vocabulary]``, then the next one, without end.
 
     ``manifest``: the engine's manifest as parsed JSON. A prompt longer than its ``prefill_chunk`` runs in pieces of that many
     tokens, so that attention scores and activations do not grow with the square of its length. Logits are computed only for the
@@ -71,7 +80,7 @@ def decode(session: onnxruntime.InferenceSession, manifest: Mapping[str, Any], p
         past, start = {tensor["past"]: value for tensor, value in zip(cache, present, strict=True)}, end
         if start < len(sequence):
             continue
-        sequence.append(int(logits[0, -1].argmax()))
+        sequence.append(choose(logits[0, -1]))
         yield sequence[-1]
         if start == beyond:
             past, start = empty, 0

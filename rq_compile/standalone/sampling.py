@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 GREEDY_BELOW = 1e-5
 MOST_LOGPROBS = 20
 LARGEST_BIAS = 100.0
+# Parameters that have no effect on a greedy choice.
+DRAWN = {"top_k", "top_p", "min_p", "seed"}
 # Tokens that are sorted first for ``top_p``. All others are only sorted if these are not likely enough.
 HEAD = 1024
 
@@ -113,6 +115,21 @@ class SamplingParams:
         for name in ("logit_bias", "stop_token_ids"):
             if (highest := max(getattr(self, name), default=0)) >= vocabulary:
                 raise SamplingError(f"{name} names the token {highest}; give tokens of 0 to {vocabulary - 1}")
+
+
+def sampling_params(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+    """The parameters of a request: those ``given`` by their names and not None, otherwise the engine's ``defaults`` (``sampling``
+    in its manifest). A request that restricts or seeds a draw without a temperature has temperature 1, even if the engine is
+    greedy.
+
+    Raises:
+        SamplingError: see ``SamplingParams``.
+    """
+    stated = {name: value for name, value in given.items() if value is not None}
+    params = SamplingParams(**{**defaults, **stated})
+    if "temperature" in stated or not params.greedy or not stated.keys() & DRAWN:
+        return params
+    return replace(params, temperature=1.0)
 
 
 class Sampler:

@@ -54,6 +54,8 @@ def engine_estimate(
     outputs[output.with_suffix(".json").name] = MANIFEST + (len(plan.model_dump_json(indent=1)) if plan else 0)
     if model.has_tokenizer:
         outputs[output.with_suffix(".tokenizer.json").name] = len(model.tokenizer.to_str().encode())
+    if model.chat_template is not None:
+        outputs[output.with_suffix(".chat_template.jinja").name] = len(model.chat_template.encode())
     for file in licence_texts(model.path):
         outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
     # Pieces in flight take as much memory as the largest layer; a single dense tensor may take more.

@@ -7,7 +7,9 @@ from rq_compile.engine.appearing import left_over
 from rq_compile.outputs import Recognizes, engine_of
 from rq_compile.targets.licences import licence_texts
 
-# Endings after the engine's stem. Which of them a TensorRT engine has depends on whether it is built on this machine.
+# Endings after the engine's stem.
+OF_ONNX = (".onnx.data", ".tokenizer.json", ".chat_template.jinja")
+# Which of these a TensorRT engine has depends on whether it is built on this machine.
 OF_TENSORRT = (
     ".context.onnx",
     ".tokenizer.json",
@@ -25,7 +27,7 @@ def onnx_outputs(output: Path, model: Path, *, link_weights: bool = False) -> di
     """The files that ``compile_engine`` writes for ``output`` (``.onnx``) and the checkpoint in the folder ``model``."""
     licences = licence_texts(model) if model.is_dir() else []
     shards = sorted(model.glob("*.safetensors")) if link_weights else []
-    return engine_outputs(output, [".onnx.data", ".tokenizer.json", *(f".{path.name}" for path in (*licences, *shards))])
+    return engine_outputs(output, [*OF_ONNX, *(f".{path.name}" for path in (*licences, *shards))])
 
 
 def tensorrt_outputs(output: Path) -> dict[Path, tuple[str, Recognizes]]:

@@ -12,6 +12,7 @@ from rq_compile import __version__
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.rope import recomputed_beyond
 from rq_compile.calibration.statistics import Statistics
+from rq_compile.checkpoint.chat_template import special_tokens
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.engine.appearing import Appearing
 from rq_compile.engine.library import OP_SET_VERSION
@@ -35,7 +36,7 @@ from rq_compile.targets.links import hard_linked, has_hard_links, link_names, li
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
-from rq_compile.targets.vocabulary import remarks, vocabulary
+from rq_compile.targets.vocabulary import has_chat, remarks, vocabulary
 from rq_compile.targets.weights_file import Progress, WeightsFile, compute_weights, locate, write_weights
 
 TOOL = f"rq-compile {__version__}"
@@ -66,8 +67,8 @@ def compile_engine(
     link_weights: bool = False,
     writing: Writing = Writing(),
 ) -> Manifest:
-    """Write ``output`` (``.onnx``) and, beside it, ``output.data``, ``<stem>.tokenizer.json``, ``<stem>.json`` and the licence
-    texts of the checkpoint (``<stem>.LICENSE``).
+    """Write ``output`` (``.onnx``) and, beside it, ``output.data``, ``<stem>.tokenizer.json``, ``<stem>.chat_template.jinja``,
+    ``<stem>.json`` and the licence texts of the checkpoint (``<stem>.LICENSE``).
 
     Weights are streamed: each thread computes one projection of an expert or one dense tensor at a time, and together they take
     at most the memory of the largest layer. Several processes (see ``processes``) share the computation, the first one writes,
@@ -130,6 +131,8 @@ def compile_engine(
             weights=EngineFile(name=f"{output.name}.data", sha256=written.sha256, bytes=written.bytes),
             linked=files.linked,
             tokenizer=files.tokenizer,
+            chat_template=files.chat_template,
+            special_tokens=special_tokens(model.path) if files.chat_template else {},
             licences=files.licences,
             licence=declared_licence(model.path),
             op_library=OP_SET_VERSION if lowering.library else None,
@@ -178,6 +181,7 @@ class _Copies:
     """Files that are copied from the checkpoint to the engine."""
 
     tokenizer: EngineFile | None = None
+    chat_template: EngineFile | None = None
     licences: list[EngineFile] = field(default_factory=list)
     linked: list[EngineFile] = field(default_factory=list)
 
@@ -209,13 +213,18 @@ def _content(
 
 
 def _copies(stack: ExitStack, model: Model, output: Path) -> _Copies:
-    """The tokenizer and the licence texts, which appear when ``stack`` ends."""
+    """The tokenizer, the chat template and the licence texts, which appear when ``stack`` ends."""
     copies = _Copies()
     if model.has_tokenizer:
         tokenizer = output.with_suffix(".tokenizer.json")
         part = stack.enter_context(written_beside(tokenizer))
         part.write_text(model.tokenizer.to_str(), encoding="utf-8")
         copies.tokenizer = _engine_file(tokenizer, part)
+    if has_chat(model):
+        template = output.with_suffix(".chat_template.jinja")
+        part = stack.enter_context(written_beside(template))
+        part.write_text(model.chat_template or "", encoding="utf-8", newline="")
+        copies.chat_template = _engine_file(template, part)
     for path in licence_texts(model.path):
         text = output.with_suffix(f".{path.name}")
         part = stack.enter_context(written_beside(text))

@@ -6,6 +6,8 @@ from rq_compile.architectures.generation import context_length
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.rope import BY_LENGTH
 from rq_compile.checkpoint.folder import read_json
+from rq_compile.engine.manifest import SamplingDefaults
+from rq_compile.standalone.chat_template import ChatTemplate, ChatTemplateError
 
 # Prompt tokens that run in one step. More would not give experts much larger batches, and attention scores would take more
 # memory.
@@ -24,6 +26,7 @@ def vocabulary(model: Model) -> dict[str, Any]:
         # Tokens beyond the vocabulary can never be generated.
         "end_of_text": [token for token in model.end_of_text if 0 <= token < model.text_config.vocab_size],
         "decoder_start": model.decoder_start,
+        "sampling": SamplingDefaults.model_validate(model.sampling),
         "context_length": context_length(model.checkpoint),
         "prefill_chunk": None if model.config.is_encoder_decoder or _rotates_by_length(model) else PREFILL_CHUNK,
     }
@@ -35,7 +38,19 @@ def remarks(model: Model) -> dict[str, int]:
     if model.has_tokenizer:
         beyond = sum(token >= model.text_config.vocab_size for token in model.tokenizer.get_vocab().values())
         counts["tokens of the tokenizer that the model does not know"] = beyond
+    counts["chat templates left out because they are not valid"] = int(model.chat_template is not None and not has_chat(model))
     return counts
+
+
+def has_chat(model: Model) -> bool:
+    """Whether the checkpoint has a chat template that can be used."""
+    if model.chat_template is None:
+        return False
+    try:
+        ChatTemplate(model.chat_template)
+    except ChatTemplateError:
+        return False
+    return True
 
 
 def _start_of_text(model: Model) -> int | None:

@@ -22,7 +22,6 @@ COMPILER = (
     "onnx_graphsurgeon",
     "safetensors",
     "scipy",
-    "jinja2",
     "yaml",
 )
 WITHOUT_COMPILER = f"""

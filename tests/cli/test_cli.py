@@ -24,6 +24,7 @@ from rq_compile.planning.schema import Policy
 from rq_compile.planning.targets import TARGETS, Target
 from rq_compile.quantization.formats import BLOCKS, DenseFormat
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.sampling import Choice
 
 pytestmark = pytest.mark.quick
 
@@ -302,15 +303,15 @@ def test_generate_streams_what_transformers_would_write(
     assert result["text"] == tokenizer.decode(expected)
 
     shown: list[str] = []
-    generate = Engine.generate
+    choices = Engine.choices
 
-    def watched(*arguments: Any) -> Iterator[int]:
-        for token in generate(*arguments):
+    def watched(*arguments: Any, **named: Any) -> Iterator[Choice]:
+        for choice in choices(*arguments, **named):
             shown.append(capsys.readouterr().out)
-            yield token
+            yield choice
         shown.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(Engine, "generate", watched)
+    monkeypatch.setattr(Engine, "choices", watched)
     main(["generate", str(engine), "--prompt", prompt, "--max-tokens", "12", "-q"], standalone_mode=False)
     assert shown[0] == prompt
     assert len([piece for piece in shown[1:] if piece]) > 3

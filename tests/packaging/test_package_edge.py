@@ -11,6 +11,7 @@ import tarfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from rq_compile.files import sha256
 from rq_compile.packaging.archive import write_files
 from rq_compile.packaging.op_library import needed_versions, system_sentence
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.sampling import SamplingParams
 
 Command = Callable[..., Result]
 PROMPT = [5, 9, 17, 3]
@@ -111,7 +113,7 @@ def test_an_engine_of_an_earlier_release(engine: Path, rq_compile: Command, tmp_
     manifest["schema_version"] = 1
     for tensor in manifest["cache"]:
         _, tensor["heads"], _, tensor["dimension"] = tensor.pop("shape")
-    for key in ("prefill_chunk", "recomputed_beyond", "linked", "remarks"):
+    for key in ("prefill_chunk", "recomputed_beyond", "linked", "remarks", "sampling", "chat_template", "special_tokens"):
         del manifest[key]
     (old / "small.json").write_text(json.dumps(manifest))
     result = rq_compile("package", old / "small.onnx", "--for", "edge", "-o", tmp_path / "edge", "-q")
@@ -126,6 +128,28 @@ def test_python_example_continues_a_text(engine: Path, packaged: Path, tmp_path:
     expected = loaded.tokenizer.decode(list(loaded.generate(loaded.tokenizer.encode("The hacker").ids, 5)))
     said = run(sys.executable, packaged / "generate.py", "The", "hacker", "--tokens", 5, cwd=tmp_path)
     assert "\n".join(said) == expected.rstrip("\n")
+
+
+def test_python_example_chooses_tokens_as_the_engine_does(chat_engine: Path, rq_compile: Command, tmp_path: Path) -> None:
+    """With the defaults of the checkpoint, and with options."""
+    assert rq_compile("package", chat_engine, "--for", "edge", "-o", tmp_path / "edge", "-q").exit_code == 0
+    engine, script = Engine.load(chat_engine, threads=1), tmp_path / "edge" / "generate.py"
+    for options, params in (
+        (["--seed", 3], replace(engine.default_sampling, seed=3)),
+        (
+            ["--temperature", 2, "--top-k", 9, "--repetition-penalty", 1.5, "--seed", 1],
+            SamplingParams(2, 9, 0.95, 0, 1.5, seed=1),
+        ),
+    ):
+        said = run(sys.executable, script, "--ids", *PROMPT, "--tokens", 12, *options, cwd=tmp_path)
+        assert [int(token) for token in said] == list(engine.generate(PROMPT, 12, sampling=params))
+    whole = run(sys.executable, script, "The", "--temperature", 0, cwd=tmp_path)[0]
+    assert (
+        run(sys.executable, script, "The", "--temperature", 0, "--stop", whole[5:7], cwd=tmp_path)[0]
+        == whole.split(whole[5:7])[0]
+    )
+    refused = subprocess.run([sys.executable, script, "The", "--top-p", "7"], capture_output=True, text=True)
+    assert refused.stderr.endswith("error: top_p is 7.0; give a number of 0 to 1\n")
 
 
 @pytest.mark.skipif(ONNXRUNTIME is None, reason="ONNXRUNTIME names no ONNX Runtime release with its headers")
@@ -168,6 +192,7 @@ def test_bill_of_materials_follows_the_format_and_names_every_file(packaged: Pat
             "generate.py",
             "decoding.py",
             "limits.py",
+            "sampling.py",
             "text.py",
             "generate.cc",
             "librq_moe.so",

@@ -26,7 +26,7 @@ ACTIONS = re.compile(
 BAD_COPY = re.compile(r"truncated|damaged|incomplete|is not a safetensors file|cannot be read")
 
 # Exceptions of this package, whose texts follow these rules.
-OWN = {"UserError", "BuildError", "ContractError"}
+OWN = {"UserError", "BuildError", "ContractError", "SamplingError"}
 
 # Place where it was raised -> its text, for all messages of this session.
 said: dict[str, str] = {}

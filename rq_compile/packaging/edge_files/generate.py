@@ -16,6 +16,18 @@ sys.dont_write_bytecode = True  # do not write to this folder
 
 from decoding import decode, open_session, until_end  # noqa: E402
 from limits import session_threads  # noqa: E402
+from sampling import Sampler, SamplingError, sampling_params  # noqa: E402
+
+NUMBERS = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+}
 
 
 def main() -> None:
@@ -23,6 +35,10 @@ def main() -> None:
     parser.add_argument("prompt", nargs="+", help="the text, or token ids with --ids")
     parser.add_argument("--ids", action="store_true", help="read and write token ids instead of text")
     parser.add_argument("--tokens", type=int, default=32, help="maximum number of tokens to generate (32)")
+    sampling = parser.add_argument_group("how tokens are chosen", "By default, as the model's generation_config.json says.")
+    for name, kind in NUMBERS.items():
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, help="as in vLLM's SamplingParams")
+    sampling.add_argument("--stop", action="append", help="end before this text; repeatable")
     arguments = parser.parse_args()
 
     engine = next(HERE.glob("*.onnx"))
@@ -47,16 +63,27 @@ def main() -> None:
     if not 0 <= min(prompt) <= max(prompt) < manifest["vocabulary"]:
         parser.error(f"the prompt has a token outside the vocabulary (0-{manifest['vocabulary'] - 1})")
 
+    if arguments.ids and arguments.stop:
+        parser.error("--stop has no effect with --ids; leave one of the two out")
+    try:
+        given = {name: getattr(arguments, name) for name in (*NUMBERS, "stop")}
+        params = sampling_params(given, manifest["sampling"])
+    except SamplingError as error:
+        parser.error(str(error))
+    sampler = Sampler(params, prompt)
     session = open_session(engine, manifest, HERE / "librq_moe.so", session_threads())
-    tokens = until_end(decode(session, manifest, prompt), arguments.tokens, manifest["end_of_text"])
+    tokens = decode(session, manifest, prompt, lambda logits: sampler.choose(logits).token)
+    tokens = until_end(tokens, arguments.tokens, params.ends(manifest["end_of_text"]))
     if arguments.ids:
         for token in tokens:
             print(token, flush=True)
         return
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    stream = TextStream(tokenizer)
+    stream = TextStream(tokenizer, stop=params.stop)
     for token in tokens:
         print(stream.push(token), end="", flush=True)
+        if stream.stopped is not None:
+            break
     print(stream.end())
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from own_engines import CHAT_TEMPLATE
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 import rq_compile as rq
 from rq_compile.errors import UserError
 from rq_compile.runtime.files import read_manifest
-from rq_compile.standalone.sampling import GREEDY, SamplingParams
+from rq_compile.standalone.sampling import GREEDY, Choice, SamplingParams
 
 SAID = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
@@ -31,7 +32,7 @@ def test_the_template_and_its_tokens_are_in_the_engine(chat_engine: Path) -> Non
 
 
 def test_prompts_are_those_of_transformers(engine: rq.Engine, model_with_chat: Path) -> None:
-    theirs = AutoTokenizer.from_pretrained(model_with_chat)
+    theirs: Any = AutoTokenizer.from_pretrained(model_with_chat)
     wanted = theirs.apply_chat_template(SAID, add_generation_prompt=True)["input_ids"]
     assert engine.chat_ids(SAID) == wanted
     assert wanted[0] == 0  # once
@@ -42,7 +43,7 @@ def test_an_answer(engine: rq.Engine) -> None:
     wanted = engine.tokenizer.decode(list(engine.generate(ids, 9)))
     assert "".join(engine.chat(SAID, 9, sampling=GREEDY)) == wanted
     seeded = SamplingParams(temperature=5, seed=1)
-    choices = []
+    choices: list[Choice] = []
     text = "".join(engine.chat(SAID, 9, sampling=seeded, on_choice=choices.append))
     assert engine.tokenizer.decode([choice.token for choice in choices]) == text != wanted
     assert text == "".join(engine.chat(SAID, 9, sampling=seeded))

@@ -37,10 +37,10 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "<é>", "
 VARIABLES: list[dict[str, Any]] = [{}, {"tools": TOOLS}, {"enable_thinking": False, "date_string": "1 Jan"}]
 
 
-def outcome(render: Callable[[], str]) -> str:
+def outcome(render: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     """The prompt, or why there is none."""
     try:
-        return render()
+        return render(*arguments, **options)
     except Exception as error:
         return f"refused: {error}"
 
@@ -54,8 +54,8 @@ def test_prompts_are_those_of_transformers(name: str, said: str) -> None:
     for variables in VARIABLES:
         for prompted in (False, True):
             given = {"add_generation_prompt": prompted, **variables}
-            wanted = outcome(lambda given=given: tokenizer.apply_chat_template(SAY[said], tokenize=False, **given))
-            assert outcome(lambda given=given: template.render(SAY[said], **given)) == wanted
+            wanted = outcome(tokenizer.apply_chat_template, SAY[said], tokenize=False, **given)
+            assert outcome(template.render, SAY[said], **given) == wanted
 
 
 @pytest.mark.parametrize("name", ["marked_turns", "dated", "training"])

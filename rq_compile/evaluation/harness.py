@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,10 +21,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from rq_compile.checkpoint.tokenizer import check_known
-from rq_compile.errors import UserError
+from rq_compile.errors import UserError, reason
 from rq_compile.evaluation.divergence import log_softmax
 from rq_compile.evaluation.windows import MAX_LOGITS
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.sampling import SamplingParams
+from rq_compile.standalone.scheduler import SLOTS, Answer, RequestRefused, Scheduler
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -39,13 +43,13 @@ class EngineLM(TemplateLM):
     """The model arguments of ``--model_args``:
 
     ``engine``: the ``.onnx`` file. ``threads``: by default ONNX Runtime's choice. ``batch_size``: number of sequences that are
-    scored together; "auto" takes as many as keep the logits under 256 MiB. ``max_length``: positions of a sequence; by default
-    the model's context length. ``max_gen_toks``: tokens to generate if a task does not say. ``prefix_token_id``: the token before
-    a text without context; by default the token with which the tokenizer begins a text, otherwise the end-of-text token. The
-    engine runs on the CPU.
+    scored or continued together; "auto" scores as many as keep the logits under 256 MiB, and continues 8. ``max_length``:
+    positions of a sequence; by default the model's context length. ``max_gen_toks``: tokens to generate if a task does not say.
+    ``prefix_token_id``: the token before a text without context; by default the token with which the tokenizer begins a text,
+    otherwise the end-of-text token. The engine runs on the CPU.
 
-    Generation is greedy, one sequence at a time. If the copies of each expert have one format, the scores of a request do not
-    depend on the other requests in its batch, except for rounding.
+    Generation is greedy. If the copies of each expert have one format, the scores of a request do not depend on the other
+    requests in its batch, except for rounding.
 
     Raises:
         UserError: the engine cannot be loaded, is an encoder-decoder or has no tokenizer, or an argument is unknown.
@@ -177,26 +181,34 @@ class EngineLM(TemplateLM):
         Raises:
             UserError: a task asks for sampling, beams or penalties, or for so many tokens that no prompt fits.
         """
-        texts = []
-        for request in tqdm(requests, disable=disable_tqdm, desc="Generating"):
-            context, options = request.args
-            texts.append(self._continuation(context, options))
-            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
-        return texts
+        if not requests:
+            return []
+        scheduler = self._engine.scheduler(self._batch_size or SLOTS, self.max_length, max_waiting=len(requests))
+        continuations = [self._continuation(scheduler, *request.args) for request in requests]
+        running = dict(enumerate(continuations))
+        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Generating")
+        while running:
+            scheduler.step()
+            for number in [number for number, continuation in running.items() if continuation.has_ended()]:
+                text = self._text_of(running.pop(number))
+                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                progress.update()
+        progress.close()
+        return [self._text_of(continuation) for continuation in continuations]
 
-    def _continuation(self, context: str, options: dict[str, Any]) -> str:
+    def _continuation(self, scheduler: Scheduler, context: str, options: dict[str, Any]) -> _Continuation:
         tokens, until = self._greedy_options(options)
         prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - tokens) :]
-        # A stop string spans at most as many tokens as it has bytes. The first tokens of a piece may decode differently in
-        # context.
-        reach = max((len(stop.encode()) for stop in until), default=0) + 2
-        written: list[int] = []
-        for token in self._engine.generate(prompt, tokens):
-            written.append(token)
-            ending = self.tok_decode(written[-reach:], skip_special_tokens=False)
-            if any(stop in ending for stop in until):
-                break
-        return postprocess_generated_text(self.tok_decode(written), until, think_end_token=None)
+        try:
+            answer = scheduler.submit(prompt, SamplingParams(temperature=0, max_tokens=tokens))
+        except RequestRefused as error:
+            raise UserError(
+                f"a request does not fit into the memory ({reason(error)}); give a lower batch_size or max_length in --model_args"
+            ) from error
+        return _Continuation(answer, until, partial(self.tok_decode, skip_special_tokens=False))
+
+    def _text_of(self, continuation: _Continuation) -> str:
+        return postprocess_generated_text(self.tok_decode(continuation.tokens), continuation.until, think_end_token=None)
 
     def _greedy_options(self, options: dict[str, Any]) -> tuple[int, list[str]]:
         """The maximum number of tokens to generate, and the stop strings."""
@@ -235,6 +247,31 @@ class EngineLM(TemplateLM):
         ids = np.asarray([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], np.int64)
         mask = np.asarray([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences], np.int64)
         return self._engine.logits(ids, mask)
+
+
+class _Continuation:
+    """An answer up to the first of the strings ``until``."""
+
+    def __init__(self, answer: Answer, until: list[str], decode: Callable[[list[int]], str]) -> None:
+        self.tokens: list[int] = []
+        self.until = until
+        self._answer = answer
+        self._decode = decode
+        # A stop string spans at most as many tokens as it has bytes. The first tokens of a piece may decode differently in
+        # context.
+        self._reach = max((len(stop.encode()) for stop in until), default=0) + 2
+
+    def has_ended(self) -> bool:
+        """Take the tokens that have come. Whether there will be no more."""
+        with suppress(TimeoutError):
+            while (choice := self._answer.next(timeout=0)) is not None:
+                self.tokens.append(choice.token)
+                ending = self._decode(self.tokens[-self._reach :])
+                if any(stop in ending for stop in self.until):
+                    self._answer.cancel()
+                    return True
+            return True
+        return False
 
 
 def _score(logits: np.ndarray, targets: Sequence[int]) -> Scored:

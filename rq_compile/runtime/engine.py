@@ -208,12 +208,18 @@ class Engine:
         for _ in until_end(tokens, max_tokens, sampling.ends(self.manifest.end_of_text) if stop else ()):
             yield last
 
-    def scheduler(self, slots: int = SLOTS, max_length: int | None = None, prompt_piece: int = PROMPT_PIECE) -> Scheduler:
+    def scheduler(
+        self,
+        slots: int = SLOTS,
+        max_length: int | None = None,
+        prompt_piece: int = PROMPT_PIECE,
+        max_waiting: int | None = None,
+    ) -> Scheduler:
         """A scheduler, whose sequences share the steps of this engine.
 
         ``slots``: sequences that are answered at the same time. ``max_length``: tokens of a prompt with its answer; default: the
-        model's context length. ``prompt_piece``: tokens of prompts that run between two decoding steps. The cache takes up to
-        half of the memory that is free now.
+        model's context length. ``prompt_piece``: tokens of prompts that run between two decoding steps. ``max_waiting``:
+        requests that may wait for a slot. The cache takes up to half of the memory that is free now.
 
         Raises:
             UserError: the engine is an encoder-decoder, or the cache does not fit into the memory.
@@ -227,7 +233,7 @@ class Engine:
             raise UserError(
                 f"there is no memory for the caches of {slots} sequences of {self.path}; use fewer slots, or free some memory"
             )
-        return Scheduler(steps, slots, length, prompt_piece, cache_tokens=min(fitting, slots * length))
+        return Scheduler(steps, slots, length, prompt_piece, min(fitting, slots * length), max_waiting)
 
     def _decode_without_cache(self, prompt: np.ndarray, choose: Callable[[np.ndarray], int]) -> Iterator[int]:
         decoded = [self.decoder_start or 0]

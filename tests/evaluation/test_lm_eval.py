@@ -27,6 +27,8 @@ from rq_compile.errors import UserError
 from rq_compile.evaluation.harness import EngineLM
 from rq_compile.evaluation.lm_eval import main
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.sampling import Choice
+from rq_compile.standalone.scheduler import Answer
 
 DOCUMENTS = 12
 # Float32 logits of two implementations, summed over up to a window of positions.
@@ -210,14 +212,14 @@ def test_an_empty_prompt_follows_the_prefix(engine: Path) -> None:
 
 def test_generation_stops_where_a_stop_string_ends(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = EngineLM(engine, threads=1), []
-    generate = Engine.generate
+    following = Answer.next
 
-    def generated(*arguments: Any) -> Iterator[int]:
-        for token in generate(*arguments):
-            tokens.append(token)
-            yield token
+    def noted(*arguments: Any, **options: Any) -> Choice | None:
+        choice = following(*arguments, **options)
+        tokens.extend([] if choice is None else [choice.token])
+        return choice
 
-    monkeypatch.setattr(Engine, "generate", generated)
+    monkeypatch.setattr(Answer, "next", noted)
 
     def continued(**options: Any) -> str:
         tokens.clear()

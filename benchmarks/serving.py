@@ -1,0 +1,288 @@
+"""How many tokens a second does a server give to 1, 8 and 32 clients, and how long does each of them wait?
+
+Two models, with int8 experts and dense part: the sample (samples/olmoe), and three layers of OLMoE-1B-7B with random weights
+(1.5 GB). The servers, on the same threads and with as many slots as there are clients, at least 8:
+
+rq-compile  the Triton package in a real tritonserver
+before      the same engine and server with the model.py of ``--before COMMIT``: a thread and a cache for each request
+llama.cpp   llama-server of ``benchmarks/llama_cpp/build.py --server``, with the weights in Q8_0, which has as many bits
+
+Each client sends one request after another, with a random prompt of 16 to 256 tokens and an answer of 16 to 128, and reads it
+token by token over HTTP. After ``--warm-up`` seconds, all tokens that come within ``--seconds`` are counted. "first_ms" is the
+time from a request to its first token, "between_ms" that between two tokens of an answer. "memory_mb" is the largest
+proportional set size (PSS) of the server's processes: mapped weights count, too.
+
+    python benchmarks/serving.py --folder /scratch --before 3820b76 --only-make
+    python benchmarks/serving.py --folder /scratch --model sample --server rq-compile --clients 1 8 32
+
+A row is written to benchmarks/results/serving.json, and replaces a row of the same model, server and number of clients.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "benchmarks" / "llama_cpp")]
+
+import numpy as np
+from convert import convert
+from generated_checkpoint import OLMOE_1B_7B, generate
+from plans import plan_of
+from provenance import processor, provenance
+
+from rq_compile.architectures.model import Model
+from rq_compile.cli.main import main as rq_compile
+from rq_compile.lowerings import Native
+from rq_compile.planning.schema import Slot
+from rq_compile.targets.onnxruntime import compile_engine
+
+LLAMA_CPP = ROOT / "build" / "llama_cpp"
+RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
+LARGE = replace(OLMOE_1B_7B, layers=3)
+MODELS = ("sample", "large")
+SERVERS = ("rq-compile", "before", "llama.cpp")
+PROMPTS, ANSWERS = (16, 257), (16, 129)  # tokens
+LONGEST = 512
+THREADS = 2
+SLOTS = 8
+PORT = 8123
+Row = dict[str, Any]
+
+
+def make(name: str, folder: Path, before: str | None, llama_cpp: Path) -> None:
+    """The model's repositories, with and without the scheduler, and its GGUF file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = ROOT / "samples" / "olmoe" if name == "sample" else folder / "checkpoint"
+    if not checkpoint.exists():
+        generate(LARGE, checkpoint)
+    if not (folder / "model.onnx").exists():
+        opened = Model.open(checkpoint)
+        plan = plan_of(opened, lambda layer: [Slot(expert=expert, format="int8") for expert in range(layer.geometry.experts)])
+        plan = plan.model_copy(update={"quantizer": "nearest"})
+        compile_engine(opened, plan, folder / "model.onnx", Native(activation_bits=8, dense_format="int8"))
+    for server in SERVERS[:2]:
+        repository = folder / server
+        if repository.exists():
+            shutil.rmtree(repository)
+        words = ["package", folder / "model.onnx", "--for", "triton", "--threads", THREADS, "-q", "-o", repository]
+        rq_compile([str(word) for word in words], standalone_mode=False)
+        version = repository / "model" / "1"
+        manifest = json.loads((version / "model.json").read_text())
+        (version / "model.json").write_text(json.dumps(manifest | {"end_of_text": []}))  # answers have the tokens asked for
+        if server == "before" and before:
+            for file, source in (("model.py", "packaging/triton_files"), ("decoding.py", "standalone")):
+                command = ["git", "-C", str(ROOT), "show", f"{before}:rq_compile/{source}/{file}"]
+                (version / file).write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+    if not (folder / "model.gguf").exists():
+        config = json.loads((checkpoint / "config.json").read_text())
+        convert(checkpoint, config, folder / "model.gguf", llama_cpp)
+
+
+@dataclass
+class Load:
+    """Clients that ask one after another, until ``stop``; every token's time is noted."""
+
+    server: str
+    vocabulary: int
+    stop: threading.Event = field(default_factory=threading.Event)
+    tokens: list[float] = field(default_factory=list)
+    first: list[tuple[float, float]] = field(default_factory=list)  # when, and seconds since the request
+    between: list[tuple[float, float]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def client(self, number: int) -> None:
+        random = np.random.default_rng([7, number])
+        while not self.stop.is_set():
+            prompt = random.integers(1, self.vocabulary, random.integers(*PROMPTS)).tolist()
+            try:
+                self.ask(prompt, int(random.integers(*ANSWERS)))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                self.failures.append(str(error))
+                return
+
+    def ask(self, prompt: list[int], most: int) -> None:
+        path, body = "/v2/models/model/generate_stream", {"input_ids": prompt, "max_tokens": most, "stream": True}
+        if self.server == "llama.cpp":
+            path = "/completion"
+            body = {
+                "prompt": prompt,
+                "n_predict": most,
+                "stream": True,
+                "temperature": 0,
+                "ignore_eos": True,
+                "cache_prompt": False,
+            }
+        connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=120)
+        begun = last = time.perf_counter()
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ValueError(response.read().decode())
+        count = 0
+        while line := response.readline():
+            if not line.startswith(b"data: ") or (self.server == "llama.cpp" and b'"stop":true' in line):
+                continue
+            now = time.perf_counter()
+            self.tokens.append(now)
+            (self.between if count else self.first).append((now, now - (last if count else begun)))
+            last, count = now, count + 1
+            if self.stop.is_set():
+                break
+        else:
+            if count != most:
+                raise ValueError(f"{count} tokens instead of {most}")
+        connection.close()
+
+
+@contextmanager
+def serving(server: str, folder: Path, slots: int, tritonserver: Path, llama_server: Path) -> Iterator[subprocess.Popen]:
+    """The running server."""
+    if server == "llama.cpp":
+        words = [llama_server, "-m", folder / "model.gguf", "-t", THREADS, "-tb", THREADS, "-np", slots, "-c", slots * LONGEST]
+        words += ["--port", PORT, "--no-webui"]
+        ready = "/health"
+    else:
+        configure(folder / server / "model" / "config.pbtxt", slots)
+        words = [tritonserver, f"--model-repository={folder / server}", "--http-port", PORT, "--grpc-port", PORT + 1]
+        words += ["--allow-metrics=false", "--http-thread-count=40"]
+        ready = "/v2/health/ready"
+    with (folder / f"{server}.log").open("w") as log:
+        process = subprocess.Popen([str(word) for word in words], stdout=log, stderr=subprocess.STDOUT)
+    try:
+        while not answers(ready):
+            if process.poll() is not None:
+                raise SystemExit((folder / f"{server}.log").read_text()[-2000:])
+            time.sleep(0.2)
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def configure(config: Path, slots: int) -> None:
+    """Set the slots, and the length of a sequence to that of the other server."""
+    text = config.read_text()
+    for key, value in (("concurrent_requests", slots), ("max_sequence_length", LONGEST)):
+        text, found = re.subn(rf'(key: "{key}"\s+value \{{\s+string_value: )"\d+"', rf'\1"{value}"', text)
+        assert found == 1, key
+    config.write_text(text)
+
+
+def answers(path: str) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def memory(process: int) -> int:
+    """Bytes (PSS) of the process and all its descendants."""
+    total = 0
+    for member in tree(process):
+        try:
+            found = re.search(r"^Pss: *(\d+) kB", Path(f"/proc/{member}/smaps_rollup").read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        total += int(found[1]) * 1024 if found else 0
+    return total
+
+
+def tree(process: int) -> list[int]:
+    members = [process]
+    for member in members:
+        for thread in Path(f"/proc/{member}/task").glob("*"):
+            members += map(int, (thread / "children").read_text().split())
+    return members
+
+
+def measured(name: str, server: str, clients: int, settings: argparse.Namespace) -> Row:
+    folder, slots = settings.folder / name, max(SLOTS, clients)
+    manifest = json.loads((folder / "model.json").read_text())
+    load = Load(server, manifest["vocabulary"])
+    with serving(server, folder, slots, settings.tritonserver, settings.llama_server) as process:
+        threads = [threading.Thread(target=load.client, args=(number,)) for number in range(clients)]
+        for thread in threads:
+            thread.start()
+        time.sleep(settings.warm_up)
+        begun = time.perf_counter()
+        most = 0
+        while (ended := time.perf_counter()) < begun + settings.seconds:
+            most = max(most, memory(process.pid))
+            time.sleep(1)
+        load.stop.set()
+        for thread in threads:
+            thread.join(60)
+    if load.failures:
+        raise SystemExit(f"{len(load.failures)} requests failed: {load.failures[0]}")
+    first, between = ([1e3 * took for when, took in noted if begun <= when <= ended] for noted in (load.first, load.between))
+    return {
+        "model": name,
+        "server": server,
+        "clients": clients,
+        "tokens_per_s": round(sum(begun <= when <= ended for when in load.tokens) / (ended - begun), 1),
+        "first_ms": round(median(first), 1),
+        "first_p99_ms": round(float(np.percentile(first, 99)), 1),
+        "between_ms": round(median(between), 2),
+        "between_p99_ms": round(float(np.percentile(between, 99)), 2),
+        "memory_mb": round(most / 1e6),
+        "slots": slots,
+        "threads": THREADS,
+        "seconds": round(ended - begun, 1),
+        "requests": len(first),
+        "processor": processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "llama_cpp": "llama-cpp-python 0.3.36",
+        **provenance("rq-compile", "onnxruntime", "numpy"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="folder for models and repositories")
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
+    parser.add_argument("--server", choices=SERVERS, nargs="+", default=SERVERS)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--warm-up", type=float, default=5)
+    parser.add_argument("--before", help="commit whose model.py the server 'before' runs")
+    parser.add_argument("--only-make", action="store_true", help="make models and repositories, and measure nothing")
+    parser.add_argument("--tritonserver", type=Path, default=ROOT / ".venv-triton" / "bin" / "tritonserver")
+    parser.add_argument("--llama-server", type=Path, default=LLAMA_CPP / "server" / "bin" / "llama-server")
+    parser.add_argument("--llama-cpp-sources", type=Path, default=LLAMA_CPP / "llama_cpp_python-0.3.36" / "vendor" / "llama.cpp")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
+    settings = parser.parse_args()
+    for name in settings.model:
+        if settings.only_make:
+            make(name, settings.folder / name, settings.before, settings.llama_cpp_sources)
+            continue
+        for clients in settings.clients:
+            for server in settings.server:
+                row = measured(name, server, clients, settings)
+                print(json.dumps(row), flush=True)
+                known = json.loads(settings.output.read_text()) if settings.output.exists() else []
+                key = ("model", "server", "clients")
+                kept = [other for other in known if [other[part] for part in key] != [row[part] for part in key]]
+                settings.output.write_text(json.dumps([*kept, row], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

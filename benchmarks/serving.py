@@ -43,6 +43,7 @@ import numpy as np
 from convert import convert
 from generated_checkpoint import OLMOE_1B_7B, generate
 from plans import plan_of
+from processes_memory import memory
 from provenance import processor, provenance
 
 from rq_compile.architectures.model import Model
@@ -192,26 +193,6 @@ def answers(path: str) -> bool:
         return False
     finally:
         connection.close()
-
-
-def memory(process: int) -> int:
-    """Bytes (PSS) of the process and all its descendants."""
-    total = 0
-    for member in tree(process):
-        try:
-            found = re.search(r"^Pss: *(\d+) kB", Path(f"/proc/{member}/smaps_rollup").read_text(), re.MULTILINE)
-        except OSError:
-            continue
-        total += int(found[1]) * 1024 if found else 0
-    return total
-
-
-def tree(process: int) -> list[int]:
-    members = [process]
-    for member in members:
-        for thread in Path(f"/proc/{member}/task").glob("*"):
-            members += map(int, (thread / "children").read_text().split())
-    return members
 
 
 def measured(name: str, server: str, clients: int, settings: argparse.Namespace) -> Row:

@@ -249,21 +249,23 @@ class Client:
         self.client = grpc.InferenceServerClient(server.grpc)
         self.cache = Engine.load(engine, threads=1).manifest.cache
 
-    def generate(self, prompt: list[int], count: int) -> list[int]:
+    def generate(self, prompt: list[int], count: int, multiple: int = 1) -> list[int]:
+        """``multiple``: prompts and caches are padded on the left to a multiple of so many tokens, so that requests of different
+        lengths have equal shapes."""
         past = {tensor.past: tensor.empty(1) for tensor in self.cache}
-        ids, length = np.array([prompt], np.int64), 0
+        ids = np.array([[0] * (-len(prompt) % multiple) + prompt], np.int64)
+        length, columns = len(prompt), 0
         tokens: list[int] = []
         while len(tokens) < count:
-            start, length = length, length + ids.shape[1]
-            feeds = {
-                "input_ids": ids,
-                "attention_mask": np.ones((1, length), np.int64),
-                "position_ids": np.arange(start, length, dtype=np.int64)[None],
-            }
+            mask = np.zeros((1, columns + ids.shape[1]), np.int64)
+            mask[:, -length:] = 1
+            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, columns:]
+            feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
             result = self.client.infer(STAND_IN, [self.tensor(*feed) for feed in (feeds | past).items()])
-            past = {tensor.past: result.as_numpy(tensor.present) for tensor in self.cache}
+            columns = -(-length // multiple) * multiple
+            past = {tensor.past: ending(result.as_numpy(tensor.present), columns) for tensor in self.cache}
             tokens.append(int(result.as_numpy("logits")[0, -1].argmax()))
-            ids = np.array([tokens[-1:]], np.int64)
+            ids, length = np.array([tokens[-1:]], np.int64), length + 1
         return tokens
 
     @staticmethod
@@ -273,14 +275,27 @@ class Client:
         return made
 
 
+def ending(keys: np.ndarray, columns: int) -> np.ndarray:
+    """The last ``columns`` tokens of keys or values ``[1, heads, tokens, dimension]``, with zeros before them."""
+    kept = keys[:, :, max(0, keys.shape[2] - columns) :]
+    return np.pad(kept, ((0, 0), (0, 0), (columns - kept.shape[2], 0), (0, 0)))
+
+
+@pytest.mark.parametrize(("lengths", "multiple"), [([5] * 8, 1), ([3, 5, 8, 9, 11, 12, 14, 15], 16)], ids=["equal", "padded"])
 def test_onnxruntime_config_serves_clients_that_hold_the_cache_and_batches_their_equal_shapes(
-    server: Server, engines: dict[str, Path]
+    server: Server, engines: dict[str, Path], lengths: list[int], multiple: int
 ) -> None:
     engine = Engine.load(engines["native"], threads=1)
-    prompts = np.random.default_rng(0).integers(0, engine.manifest.vocabulary, (8, 5)).tolist()
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, engine.manifest.vocabulary, length).tolist() for length in lengths]
+    before = statistics(server)
     with ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda prompt: Client(server, engines["native"]).generate(prompt, 8), prompts))
+        answers = list(clients.map(lambda prompt: Client(server, engines["native"]).generate(prompt, 8, multiple), prompts))
     assert answers == [list(engine.generate(prompt, 8, stop=False)) for prompt in prompts]
-    statistics = http.InferenceServerClient(server.http).get_inference_statistics(STAND_IN)["model_stats"][0]
-    assert statistics["execution_count"] < statistics["inference_count"]
-    assert {batch["batch_size"] for batch in statistics["batch_stats"]} - {1}
+    after = statistics(server)
+    assert after["execution_count"] - before["execution_count"] < after["inference_count"] - before["inference_count"] == 64
+    assert {batch["batch_size"] for batch in after["batch_stats"]} - {1}
+
+
+def statistics(server: Server) -> dict[str, Any]:
+    return http.InferenceServerClient(server.http).get_inference_statistics(STAND_IN)["model_stats"][0]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import BoundedSemaphore, Thread
+from threading import BoundedSemaphore, Event, Thread
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ HERE = Path(__file__).absolute().parent
 NEXT = 8
 # Seconds between two looks at whether a client that waits for a slot has gone.
 PATIENCE = 1.0
+# Seconds between two looks at whether the model is being unloaded.
+WATCH = 1.0
 # The parameters of config.pbtxt and their values where an older one lacks them.
 PARAMETERS = {
     "intra_op_thread_count": 0,
@@ -66,6 +68,9 @@ class TritonPythonModel:
         self.scheduler = Scheduler(steps, slots, longest, piece, cache_tokens, max_waiting=slots + NEXT)
         self.stepping = Thread(target=self.scheduler.run, name="scheduler")
         self.stepping.start()
+        self.ended = Event()
+        self.watching = Thread(target=self.watch, args=(args["model_name"], args["model_version"]), name="watch")
+        self.watching.start()
         self.free = BoundedSemaphore(slots + NEXT)
         self.workers = ThreadPoolExecutor(slots + NEXT)
 
@@ -82,9 +87,19 @@ class TritonPythonModel:
             self.workers.submit(self.answer, asked, sender)
 
     def finalize(self) -> None:
+        self.ended.set()
         self.scheduler.close()
+        self.watching.join()
         self.stepping.join()
         self.workers.shutdown()
+
+    def watch(self, name: str, version: str) -> None:
+        """End all answers when the model is being unloaded: the server waits for them before it calls ``finalize``."""
+        while hasattr(backend, "is_model_ready") and not self.ended.wait(WATCH):
+            # Before the model is ready, no request runs.
+            if self.scheduler.busy and not backend.is_model_ready(name, version):
+                self.scheduler.close()
+                return
 
     def read(self, request: Any) -> Request:
         """The parsed request, or a ValueError with a sentence for the client."""

@@ -136,7 +136,8 @@ class Load:
             raise ValueError(response.read().decode())
         count = 0
         while line := response.readline():
-            if not line.startswith(b"data: ") or (self.server == "llama.cpp" and b'"stop":true' in line):
+            # The last event of an answer has no token: it has text that was held back, or statistics.
+            if not line.startswith(b"data: ") or b'"token_ids":[]' in line or b'"stop":true' in line:
                 continue
             now = time.perf_counter()
             self.tokens.append(now)

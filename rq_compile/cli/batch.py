@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rq_compile.cli.sampling import Given, chosen
 from rq_compile.errors import UserError, reason
 
 if TYPE_CHECKING:
@@ -84,29 +85,50 @@ class Continuation:
         return {"prompt": self.prompt.text, "text": self.text, "tokens": self.tokens, "finish_reason": reason}
 
 
-def continued(engine: Engine, prompts: list[Prompt], params: list[SamplingParams], slots: int) -> Iterator[dict[str, Any]]:
+def _with_settings(options: SamplingParams, prompt: Prompt, vocabulary: int) -> SamplingParams:
+    from rq_compile.standalone.sampling import SamplingError, SamplingParams
+
+    known = {item.name for item in fields(SamplingParams)} - {"logprobs"}
+    for name in prompt.settings.keys() - known:
+        raise UserError(f"{prompt.place} has {name[:40]!r}, which is not a parameter; use {', '.join(sorted(known))}", 2)
+    try:
+        params = replace(options, **prompt.settings)
+        params.check_tokens(vocabulary)
+    except SamplingError as error:
+        raise UserError(f"{prompt.place} has a value out of range: {reason(error)}; correct this line", 2) from error
+    return params
+
+
+def continued(engine: Engine, prompts: list[Prompt], given: Given, max_tokens: int) -> Iterator[dict[str, Any]]:
     """The results, in the order of ``prompts``; each as soon as it and those before it are complete.
 
+    A prompt's own settings take the place of the options ``given`` and ``max_tokens``.
+
     Raises:
-        UserError: a prompt is empty or too long, or the engine failed.
+        UserError: a prompt is empty or too long, a setting is unknown or out of range, or the engine failed.
     """
     from rq_compile.standalone.scheduler import AnswerFailed, RequestRefused
     from rq_compile.standalone.text import TextStream
 
-    scheduler = engine.scheduler(slots, max_waiting=len(prompts))
+    defaults = engine.manifest.sampling.model_dump()
+    options = chosen(given, defaults, engine.manifest.vocabulary, max_tokens=max_tokens)
+    scheduler = engine.scheduler(max_waiting=len(prompts))
     running: list[Continuation] = []
-    for prompt, chosen in zip(prompts, params, strict=True):
+    for prompt in prompts:
+        params = _with_settings(options, prompt, engine.manifest.vocabulary)
         try:
-            answer = scheduler.submit(engine.tokenizer.encode(prompt.text).ids, chosen)
+            answer = scheduler.submit(engine.tokenizer.encode(prompt.text).ids, params)
         except RequestRefused as error:
             raise UserError(f"{prompt.place} cannot be continued: {reason(error)}; change or leave out this line", 2) from error
-        running.append(Continuation(prompt, answer, TextStream(engine.tokenizer, stop=chosen.stop)))
+        running.append(Continuation(prompt, answer, TextStream(engine.tokenizer, stop=params.stop)))
     while running:
         scheduler.step()
         for continuation in running:
             try:
                 continuation.listen()
             except AnswerFailed as error:
-                raise UserError(f"{continuation.prompt.place} was not continued: {reason(error)}; compile the engine again") from error
+                raise UserError(
+                    f"{continuation.prompt.place} was not continued: {reason(error)}; compile the engine again"
+                ) from error
         while running and running[0].ended:
             yield running.pop(0).result

@@ -10,11 +10,11 @@ from rq_compile.engine.library import library_path
 from rq_compile.engine.manifest import Manifest
 from rq_compile.packaging.edge import EXAMPLE, OP_LIBRARY, SHARED
 from rq_compile.packaging.triton_config import TEXT, Tensor, messages, model_config
-from rq_compile.standalone import batch, sampling, scheduler, step_model
+from rq_compile.standalone import batch, scheduler, step_model
 
 MODEL = Path(__file__).parent / "triton_files" / "model.py"
 # Modules that only a server needs.
-SERVING = tuple(Path(module.__file__) for module in (batch, sampling, scheduler, step_model) if module.__file__)
+SERVING = tuple(Path(module.__file__) for module in (batch, scheduler, step_model) if module.__file__)
 INT64 = np.dtype(np.int64)
 # The names that the generate extension and other text backends of Triton use.
 INPUTS = (

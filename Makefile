@@ -4,8 +4,11 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 TRITON := .venv-triton
+AARCH64 := .venv-aarch64
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+PACKAGE = $$($(BIN)/python -P -c "import rq_compile; print(rq_compile.__path__[0])")
 
-.PHONY: help demo test quick sanitize tritonserver kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check tidy format docs schema frozen families wheel installed clean
+.PHONY: help demo test quick sanitize tritonserver aarch64 kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check tidy format docs schema frozen families wheel installed clean
 
 help: ## print this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -39,6 +42,15 @@ $(TRITON)/bin/tritonserver: tests/support/install_tritonserver.py
 	$(TRITON)/bin/pip install --quiet nvidia-pytriton==0.7.0 'numpy<2' 'onnxruntime>=1.23' 'tokenizers>=0.22'
 	$(TRITON)/bin/python $<
 
+# On Debian 12: apt-get install g++-aarch64-linux-gnu qemu-user
+aarch64: $(INSTALLED) $(AARCH64)/bin/python ## build the op library for 64-bit ARM, and install a Python for ARM in .venv-aarch64 to test it in qemu
+	cmake -S plugins/onnxruntime -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(AARCH64_CXX)
+	cmake --build build/aarch64 --parallel 2
+	install -D -t $(PACKAGE)/lib/aarch64 build/aarch64/librq_moe.so
+
+$(AARCH64)/bin/python: tests/support/install_aarch64.py
+	$(PYTHON) $< $(AARCH64)
+
 kernels: $(INSTALLED) ## compile the GPU kernels ahead of time; needs no GPU
 	$(BIN)/python plugins/kernels/build.py -o build/kernels
 
@@ -51,7 +63,7 @@ cuda-ops: kernels ## build the op library of the CUDA provider, with the kernels
 	cmake -S plugins/cuda -B build/cuda -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -DCUDA_INCLUDE_DIR=$$($(BIN)/python -c "import triton; print(triton.__path__[0])")/backends/nvidia/include
 	cmake --build build/cuda --parallel 2
-	install -D -t $$($(BIN)/python -P -c "import rq_compile; print(rq_compile.__path__[0])")/lib build/cuda/librq_moe_cuda.so
+	install -D -t $(PACKAGE)/lib build/cuda/librq_moe_cuda.so
 
 # Needs only torch, Triton and a GPU: no network and none of this project's dependencies.
 gpu-check: ## check the kernels on the GPU of this machine
@@ -103,4 +115,4 @@ installed: ## test the wheel in dist/ in an empty environment, for example with 
 	cd tests && ../build/installed/bin/python -P -m pytest -m quick $$(grep -rl mark.quick --include='test_*.py' .)
 
 clean: ## remove everything that these commands made
-	rm -rf .venv $(TRITON) build demo dist
+	rm -rf .venv $(TRITON) $(AARCH64) build demo dist

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rq_compile.quantization.formats import Format
-from rq_compile.quantization.quantizer import Quantized, whole_numbers
+from rq_compile.quantization.packing import Quantized, whole_numbers
 
 NAMES: dict[str, str] = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # of the formats that llama.cpp also has
 BLOCK = 32

@@ -19,7 +19,8 @@ from rq_compile.engine.library import library_path
 from rq_compile.lowerings import LOWERINGS, with_options
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
 from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, block_size
-from rq_compile.quantization.quantizer import Quantized, quantize
+from rq_compile.quantization.packing import Quantized
+from rq_compile.quantization.quantizer import quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite import slot_weights
 from rq_compile.targets.partial_file import WRITTEN_AT_ONCE

@@ -11,7 +11,8 @@ from rq_compile.architectures.activation import activate
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights, Projection
 from rq_compile.quantization.formats import Block, Format
-from rq_compile.quantization.quantizer import carried, dequantize, stored
+from rq_compile.quantization.packing import dequantize
+from rq_compile.quantization.quantizer import carried, stored
 from rq_compile.quantization.second_moment import block_products
 
 # Outputs of the up projection held at a time: 16 MiB in fp32.

@@ -140,7 +140,8 @@ def library_remark(manifest: Manifest, library: Path | None = None) -> str:
         return "the engine does not need an op library: it runs wherever ONNX Runtime does"
     library = library or library_path()
     built_for = machine(library) or platform.machine()
-    kernels = "chooses its kernels for the processor when it loads" if built_for == "x86_64" else "has no vector kernels there"
+    with_kernels = built_for in ("x86_64", "aarch64")
+    kernels = "chooses its kernels for the processor when it loads" if with_kernels else "has no vector kernels there"
     return f"the op library {OP_LIBRARY} is built for {built_for} and {kernels}; {system_sentence(library)}"
 
 

@@ -1,4 +1,4 @@
-"""The op library of a package: the one for this machine, or one that was built for another instruction set."""
+"""The op library of a package: the one for this machine, or one that was built for another architecture."""
 
 import mmap
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 
-from rq_compile.engine.library import library_path
+import rq_compile
+from rq_compile.engine.library import CPU_LIBRARY, library_path
 from rq_compile.errors import UserError
 
 # The machine field of a 64-bit ELF header, by the names that Linux and its packages use.
@@ -17,22 +18,31 @@ ENTRY = b"RegisterCustomOps\0"  # the symbol that ONNX Runtime looks up
 
 
 def op_library(given: Path | None, architecture: str | None) -> Path:
-    """The library to package: ``given``, or otherwise the one that was built with this package.
+    """The library to package: ``given``, or otherwise the one that was built for ``architecture`` (``make aarch64``) or with this
+    package.
 
     Raises:
         UserError: it is missing, is not an op library, or is not for ``architecture``.
     """
-    path = given or library_path()
+    path = given or built_for_architecture(architecture) or library_path()
     built_for = machine(path)
     if architecture is not None and built_for != architecture:
         raise UserError(
             f"the op library {path} is built for {built_for or 'another system'}, not for {architecture}; "
-            "build it for that (plugins/onnxruntime/README.md) and give it with --library",
+            "build one for it (make aarch64, or as in plugins/onnxruntime/README.md) and give it with --library",
             2,
         )
     if given is not None and not exports_ops(given):
         raise UserError(f"{given} is not an op library, because it lacks RegisterCustomOps; give a librq_moe.so", 2)
     return path
+
+
+def built_for_architecture(architecture: str | None) -> Path | None:
+    """The op library in the package for an architecture other than this machine's; None if there is none."""
+    if architecture is None:
+        return None
+    path = Path(rq_compile.__file__).parent / "lib" / architecture / CPU_LIBRARY
+    return path if path.is_file() else None
 
 
 def machine(library: Path) -> str | None:

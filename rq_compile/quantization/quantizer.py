@@ -1,19 +1,14 @@
-"""Weights in a format: quantized, packed as the engines read them, and decoded again.
-
-``BlockFormat`` defines q and the scales. When packed, q is offset by the format's zero point. The columns of a row follow each
-other bit by bit, with the first in the lowest bits of the first byte, as ONNX Runtime's ``MatMulNBits`` reads them.
-"""
+"""Rounds weights to a format, to the nearest or by GPTQ. ``packing.py`` defines how they are stored."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import reduce
 
 import ml_dtypes
 import numpy as np
 import torch
 
-from rq_compile.quantization.formats import BLOCK_FORMATS, SLOT_FORMATS, Block, Format, block_size
+from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, block_size
 from rq_compile.quantization.gptq import gptq
+from rq_compile.quantization.packing import Quantized, columns_of, packed
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_integers import SourceIntegers
@@ -22,18 +17,10 @@ from rq_compile.quantization.source_integers import SourceIntegers
 NEAREST_TILE = 1 << 19
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """``packed`` uint8 ``[rows, blocks * block * bits / 8]`` and ``scales`` fp32 ``[rows, blocks]``."""
-
-    packed: np.ndarray
-    scales: np.ndarray
-
-
 def carried(integers: SourceIntegers | None, format: Format, most: Block = 128) -> Quantized | None:
     """Integers of the checkpoint, packed unchanged. None if there are none, or if ``format`` cannot hold them."""
     held = integers.in_blocks(format, most) if integers else None
-    return None if held is None else Quantized(_pack(held[0], format), held[1])
+    return None if held is None else Quantized(packed(held[0], format), held[1])
 
 
 def quantize(
@@ -47,10 +34,10 @@ def quantize(
     Raises:
         UserError: a weight is not finite.
     """
-    packed, scales = zip(
-        *((_pack(q, format), scales) for q, scales in _rounded(weights, format, moment, most, threads)), strict=True
+    parts, scales = zip(
+        *((packed(q, format), scales) for q, scales in _rounded(weights, format, moment, most, threads)), strict=True
     )
-    return Quantized(np.concatenate(packed), np.concatenate(scales))
+    return Quantized(np.concatenate(parts), np.concatenate(scales))
 
 
 def stored(
@@ -69,7 +56,7 @@ def stored(
         torch.from_numpy(q) * torch.from_numpy(scales)[..., None]
         for q, scales in _rounded(weights, format, moment, most, threads)
     ]
-    return _columns((values[0] if len(values) == 1 else torch.cat(values)).numpy(), weights.shape[1])
+    return columns_of((values[0] if len(values) == 1 else torch.cat(values)).numpy(), weights.shape[1])
 
 
 def torch_tensor(array: np.ndarray) -> torch.Tensor:
@@ -96,18 +83,6 @@ def _rounded(
         yield nearest(blocks, scales, format), scales
 
 
-def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:
-    """int8 ``[rows, blocks * block]``: the numbers q that ``quantize`` packed, before multiplication by the scale."""
-    kept = BLOCK_FORMATS[format]
-    return (unpacked(quantized.packed, kept.bits) - np.uint8(kept.zero_point)).view(np.int8)
-
-
-def dequantize(quantized: Quantized, format: Format, columns: int) -> np.ndarray:
-    """fp32 ``[rows, columns]``: the values of the weights that ``quantize`` packed."""
-    q = whole_numbers(quantized, format).reshape(*quantized.scales.shape, -1)
-    return _columns(q * quantized.scales[..., None], columns)
-
-
 def _blocks(weights: np.ndarray, most: Block) -> np.ndarray:
     """fp32 ``[rows, blocks, block]``, with the last block of a row padded with zeros."""
     rows, columns = weights.shape
@@ -116,29 +91,3 @@ def _blocks(weights: np.ndarray, most: Block) -> np.ndarray:
     if columns % block:
         values = np.pad(values, ((0, 0), (0, -columns % block)))
     return values.reshape(rows, -1, block)
-
-
-def _pack(q: np.ndarray, format: Format) -> np.ndarray:
-    kept = BLOCK_FORMATS[format]
-    offset = (q.astype(np.int16) + kept.zero_point).astype(np.uint8).reshape(len(q), -1)
-    if 8 % kept.bits:
-        bits = np.unpackbits(offset[..., None], axis=-1, count=kept.bits, bitorder="little")
-        return np.packbits(bits.reshape(len(q), -1), axis=-1, bitorder="little")
-    of_a_byte = 8 // kept.bits
-    parts = [offset[:, place::of_a_byte] << place * kept.bits for place in range(of_a_byte)]
-    return reduce(np.bitwise_or, parts)
-
-
-def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 ``[rows, columns]`` from ``packed [rows, columns * bits / 8]``: the number in each column's bits."""
-    if bits == 8:
-        return packed
-    if 8 % bits:
-        columns = np.unpackbits(packed, axis=-1, bitorder="little").reshape(len(packed), -1, bits)
-        return np.packbits(columns, axis=-1, bitorder="little")[..., 0]
-    parts = [packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)]
-    return np.stack(parts, axis=-1).reshape(len(packed), -1)
-
-
-def _columns(blocks: np.ndarray, columns: int) -> np.ndarray:
-    return np.ascontiguousarray(blocks.reshape(len(blocks), -1)[:, :columns])

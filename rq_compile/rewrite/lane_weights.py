@@ -7,7 +7,7 @@ import numpy as np
 
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import SLOT_FORMATS, block_size
-from rq_compile.quantization.quantizer import whole_numbers
+from rq_compile.quantization.packing import whole_numbers
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, Source, quantized
 from rq_compile.rewrite.weights import ExternalWeight, Piece

@@ -8,7 +8,7 @@ padded with zeros to a multiple of 16 rows.
 import numpy as np
 
 from rq_compile.quantization.formats import BLOCK_FORMATS, Format
-from rq_compile.quantization.quantizer import Quantized, unpacked
+from rq_compile.quantization.packing import Quantized, unpacked
 
 ROWS = 16
 

@@ -10,7 +10,8 @@ from rq_compile.architectures.geometry import GATED
 from rq_compile.engine.library import FORMAT_GROUPS
 from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, SlotFormat, block_size, tensors_of
-from rq_compile.quantization.quantizer import Quantized, carried, quantize
+from rq_compile.quantization.packing import Quantized
+from rq_compile.quantization.quantizer import carried, quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_integers import SourceIntegers
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels

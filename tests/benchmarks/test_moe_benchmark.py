@@ -13,7 +13,8 @@ import moe_layer
 import moe_variants
 
 from rq_compile.quantization.formats import Format
-from rq_compile.quantization.quantizer import dequantize, quantize
+from rq_compile.quantization.packing import dequantize
+from rq_compile.quantization.quantizer import quantize
 from rq_compile.rewrite import slot_weights
 
 

@@ -17,7 +17,8 @@ from rq_compile.checkpoint.storage.packings import INT8
 from rq_compile.errors import UserError
 from rq_compile.quantization import library
 from rq_compile.quantization.formats import BLOCK_FORMATS, BLOCKS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
-from rq_compile.quantization.quantizer import dequantize, quantize, stored
+from rq_compile.quantization.packing import dequantize
+from rq_compile.quantization.quantizer import quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
 
 pytestmark = pytest.mark.quick

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 import rq_compile
 from rq_compile.engine import library
 from rq_compile.quantization.formats import BLOCK_FORMATS, block_size, tensors_of
-from rq_compile.quantization.quantizer import Quantized
+from rq_compile.quantization.packing import Quantized
 from rq_compile.rewrite.panels import float_panels, packed_panels, scale_panels
 
 GATED = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu"}

@@ -4,6 +4,9 @@
 #ifdef RQ_X86
 #include <cpuid.h>
 #endif
+#if defined(RQ_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include <cstdio>
 #include <cstdlib>
@@ -30,6 +33,19 @@ bool has_avx_vnni() {
 }
 #endif
 
+#ifdef RQ_ARM64
+// The bits that Linux documents for AT_HWCAP and AT_HWCAP2; older headers do not define them all.
+bool has_capability(unsigned long type, int bit) {
+#ifdef __linux__
+  return (getauxval(type) >> bit & 1) != 0;
+#else
+  return (void)type, (void)bit, false;
+#endif
+}
+bool has_dotprod() { return has_capability(16, 20); }  // AT_HWCAP, ASIMDDP
+bool has_i8mm() { return has_dotprod() && has_capability(26, 13); }  // AT_HWCAP2, I8MM
+#endif
+
 const Candidate kCandidates[] = {
 #ifdef RQ_X86
     {&kAvx512VnniKernels,
@@ -44,6 +60,11 @@ const Candidate kCandidates[] = {
      }},
     {&kAvxVnniKernels, has_avx_vnni},
     {&kAvx2Kernels, has_avx2},
+#endif
+#ifdef RQ_ARM64
+    {&kNeonI8mmKernels, has_i8mm},
+    {&kNeonDotprodKernels, has_dotprod},
+    {&kNeonKernels, [] { return true; }},
 #endif
     {&kPlainKernels, [] { return true; }},
 };

@@ -52,7 +52,9 @@ struct Kernels {
   void (*combine)(const float* const* rows, const float* gates, int64_t count, int64_t n, float* out);
 };
 
-extern const Kernels kPlainKernels, kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels;
+extern const Kernels kPlainKernels;
+extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels;
+extern const Kernels kNeonKernels, kNeonDotprodKernels, kNeonI8mmKernels;
 
 // The fastest set that this processor supports and that passes its self-check, or the set that RQ_MOE_ISA names. Throws
 // std::runtime_error, which lists the supported sets, if that set is not supported or fails its self-check.

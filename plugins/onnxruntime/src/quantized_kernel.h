@@ -79,9 +79,19 @@ void add_int4_partials(const uint8_t* const* x, const PanelBlock& block, int64_t
   }
 }
 
+#ifdef RQ_MATRIX_PRODUCTS
+#include "matrix_products.h"
+constexpr bool has_matrix_products(int rows) { return rows % 2 == 0; }
+#else
+constexpr bool has_matrix_products(int) { return false; }
+template <Storage storage, typename... Arguments>
+void add_matrix_products(const Arguments&...);
+#endif
+
 template <Storage storage, int R, int P>
 void add_products(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
-  if constexpr (storage == Storage::int8) add_int8_columns(x, block, columns, total);
+  if constexpr (has_matrix_products(R)) add_matrix_products<storage>(x, block, columns, total);
+  else if constexpr (storage == Storage::int8) add_int8_columns(x, block, columns, total);
   else if constexpr (kPartialColumns >= kMaxBlock) add_int4_columns(x, block, 0, columns, total);
   else if (columns % kPartialColumns == 0) add_int4_partials<kPartialColumns>(x, block, columns, total);
   else add_int4_partials<16>(x, block, columns, total);

@@ -1,0 +1,47 @@
+// The vector operations of 64-bit ARM (NEON, which every such processor has), 4 lanes, except for the products of int8. Included by
+// the kernels files.
+#include <arm_neon.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+using Floats = float32x4_t;
+using Ints = int32x4_t;
+constexpr int64_t kLanes = 4, kVectors = 4;
+constexpr int kFloatRows = 6;  // rows of x at a time: their sums take 24 of the 32 registers
+constexpr int float_panels(int rows, bool) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+// No speed was measured on ARM, so prefetching is left to the processor.
+template <int, int>
+inline void prefetch(const uint8_t*) {}
+
+inline Floats load(const float* p) { return vld1q_f32(p); }
+inline void store(float* p, Floats v) { vst1q_f32(p, v); }
+inline Floats set(float x) { return vdupq_n_f32(x); }
+inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
+inline Ints add(Ints a, Ints b) { return vaddq_s32(a, b); }
+inline Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+inline Floats load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline Floats load_bfloat(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+
+inline Ints load_ints(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+inline Ints set(int32_t x) { return vdupq_n_s32(x); }
+inline Ints spread(const uint8_t* four) {
+  int32_t word;
+  memcpy(&word, four, sizeof word);
+  return set(word);
+}
+inline Floats to_floats(Ints v) { return vcvtq_f32_s32(v); }
+// Moves byte j of each word to the top, followed by zeros.
+inline Ints top_byte(Ints v, int j) {
+  static constexpr uint8_t kPlaces[4][16] = {{255, 255, 255, 0, 255, 255, 255, 4, 255, 255, 255, 8, 255, 255, 255, 12},
+                                             {255, 255, 255, 1, 255, 255, 255, 5, 255, 255, 255, 9, 255, 255, 255, 13},
+                                             {255, 255, 255, 2, 255, 255, 255, 6, 255, 255, 255, 10, 255, 255, 255, 14},
+                                             {255, 255, 255, 3, 255, 255, 255, 7, 255, 255, 255, 11, 255, 255, 255, 15}};
+  return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(v), vld1q_u8(kPlaces[j])));
+}
+inline Ints low_nibbles(Ints v) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(v), vdupq_n_u8(15))); }
+inline Ints high_nibbles(Ints v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), 4)); }
+
+}  // namespace

@@ -8,7 +8,7 @@ AARCH64 := .venv-aarch64
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 PACKAGE = $$($(BIN)/python -P -c "import rq_compile; print(rq_compile.__path__[0])")
 
-.PHONY: help demo test quick sanitize tritonserver aarch64 kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check tidy format docs schema frozen families wheel installed clean
+.PHONY: help demo test quick mpi-ops sanitize tritonserver aarch64 kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check tidy format docs schema frozen families wheel installed clean
 
 help: ## print this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml $(SOURCES)
 demo: $(INSTALLED) ## take a sample checkpoint to a running engine
 	$(BIN)/python samples/demo.py
 
-test: $(INSTALLED) ## run all tests
+test: $(INSTALLED) mpi-ops ## run all tests
 	$(BIN)/pytest tests
 
 quick: $(INSTALLED) ## run the tests that need no engine of their own, in under two minutes
@@ -64,6 +64,12 @@ cuda-ops: kernels ## build the op library of the CUDA provider, with the kernels
 	  -DCUDA_INCLUDE_DIR=$$($(BIN)/python -c "import triton; print(triton.__path__[0])")/backends/nvidia/include
 	cmake --build build/cuda --parallel 2
 	install -D -t $(PACKAGE)/lib build/cuda/librq_moe_cuda.so
+
+# MPI is that of `mpicxx` on the path: of the distribution, or of the wheel in the environment.
+mpi-ops: $(INSTALLED) ## build the op library of engines with several ranks; needs MPI
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S plugins/mpi -B build/mpi
+	cmake --build build/mpi --parallel 2
+	install -D -t $(PACKAGE)/lib build/mpi/librq_moe_mpi.so
 
 # Needs only torch, Triton and a GPU: no network and none of this project's dependencies.
 gpu-check: ## check the kernels on the GPU of this machine

@@ -14,7 +14,7 @@ OUTSIDE = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
-    **{f"plugins/{name}.md": f"plugins/{name}/README.md" for name in ("onnxruntime", "quantizer", "tensorrt", "cuda")},
+    **{f"plugins/{name}.md": f"plugins/{name}/README.md" for name in ("onnxruntime", "quantizer", "tensorrt", "cuda", "mpi")},
 }
 PAGES = {source: page for page, source in OUTSIDE.items()}
 REFERENCE = "# API reference\n\n::: rq_compile.api\n"

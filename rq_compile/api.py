@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rq_compile.calibration.lengths import TOKENS
+from rq_compile.engine.paths import manifest_path
 from rq_compile.errors import UserError as UserError
 from rq_compile.quantization.formats import DenseFormat
 from rq_compile.runtime.engine import Engine as _Engine
@@ -199,7 +200,8 @@ def compile(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Compile ``model`` with ``plan`` into an engine for ONNX Runtime: ``output`` (``.onnx``) and the files beside it.
+    """Compile ``model`` with ``plan`` into an engine for ONNX Runtime: ``output`` (``.onnx``) and the files beside it, or the
+    folder ``output`` with a graph for each rank of the plan.
 
     ``statistics``: those of the plan's calibration, by default read from the file that ``plan`` names. ``lowering``: by default
     the lowering for the plan's target. ``activation_bits`` and ``dense_format`` are options of some lowerings. ``link_weights``:
@@ -212,15 +214,11 @@ def compile(
     """
     from rq_compile.lowerings import lowering_for
     from rq_compile.outputs import check_outputs
-    from rq_compile.targets.engine_outputs import onnx_outputs
+    from rq_compile.targets.engine_outputs import check_engine_path, onnx_outputs
     from rq_compile.targets.onnxruntime import Writing, compile_engine
     from rq_compile.targets.preflight import remarks_before
 
     opened, path = _opened(model), Path(output)
-    if path.suffix != ".onnx":
-        raise UserError(f"{path} does not have the extension of an engine for ONNX Runtime; end it in .onnx", 2)
-    outputs = onnx_outputs(path, opened.path, link_weights=link_weights)
-    check_outputs(outputs, [Path(plan)] if _is_file(plan) else [])
     if _is_file(plan):
         from rq_compile.calibration.statistics import Statistics
         from rq_compile.files import read_document
@@ -234,7 +232,11 @@ def compile(
     else:
         document = plan
     options = {"activation_bits": activation_bits, "dense_format": dense_format}
-    realised = _lowering(lowering or lowering_for(document.target).name, options)
+    processes = document.ranks if path.suffix != ".onnx" else 1
+    realised = _lowering(lowering or lowering_for(document.target, processes).name, options)
+    check_engine_path(path, of_ranks=realised.of_ranks, ranks=document.ranks)
+    outputs = onnx_outputs(path, opened.path, link_weights=link_weights, ranks=document.ranks if realised.of_ranks else 0)
+    check_outputs(outputs, [Path(plan)] if _is_file(plan) else [])
     for remark in remarks_before(opened, document, realised):
         _LOG.info(remark)
     writing = Writing(threads, fresh, progress, _LOG.info)
@@ -242,7 +244,8 @@ def compile(
 
 
 def load(engine: File, threads: int | None = None) -> Engine:
-    """Load the engine at ``engine`` (``.onnx``). Needs only the packages of a plain install, neither torch nor transformers.
+    """Load the engine at ``engine``: an ``.onnx`` file, or the folder of an engine of several ranks, which all processes load
+    (docs/ranks.md). Needs only the packages of a plain install, neither torch nor transformers.
 
     Raises:
         UserError: a file of the engine is missing or damaged, or ONNX Runtime cannot run it here.
@@ -356,15 +359,21 @@ class Engine(_Engine):
         rounds: int = 5,
         progress: Progress | None = None,
     ) -> Bench:
-        """Tokens per second of prefill and decoding at batch 1, alternating with ``against``: another engine (``.onnx``), or a
-        checkpoint, which transformers runs in fp32.
+        """Tokens per second of prefill and decoding at batch 1, alternating with ``against``: another engine, or a checkpoint,
+        which transformers runs in fp32. The ranks of an engine run a prompt each, and the speed is that of all together.
 
         Raises:
-            UserError: see ``load`` and ``open``.
+            UserError: see ``load`` and ``open``; or ``against`` does not run in as many processes as the engine.
         """
         from rq_compile.evaluation.bench import bench
 
         other = None if against is None else _language_model(Path(against), self.threads)
+        if other is not None and self.ranks is not getattr(other, "ranks", None):
+            raise UserError(
+                f"{self.path} and {against} cannot be timed together, because only one of them runs in several processes; "
+                "run bench on each by itself",
+                2,
+            )
         return bench(
             self,
             other,
@@ -375,6 +384,7 @@ class Engine(_Engine):
             new_tokens=new_tokens,
             rounds=rounds,
             threads=self.threads,
+            ranks=self.ranks,
             progress=progress,
         )
 
@@ -404,7 +414,7 @@ def _lowering(name: str, options: dict[str, Any]) -> Lowering:
 
 
 def _language_model(path: Path, threads: int | None) -> LanguageModel:
-    if path.suffix == ".onnx":
+    if path.suffix == ".onnx" or manifest_path(path).is_file():
         return Engine.load(path, threads)
     from rq_compile.runtime.reference import Reference
 

@@ -73,10 +73,11 @@ def check_space(output: Path, needed: int) -> None:
             as free.
     """
     partial = output.with_name(f".{output.name}.data.partial")
-    free = shutil.disk_usage(output.parent).free + (partial.stat().st_blocks * 512 if partial.exists() else 0)
+    folder = next(folder for folder in output.parents if folder.is_dir())  # that of an engine of ranks is made later
+    free = shutil.disk_usage(folder).free + (partial.stat().st_blocks * 512 if partial.exists() else 0)
     if free < needed:
         raise UserError(
-            f"the engine takes {needed / GIB:.2f} GiB, but {output.parent} has {free / GIB:.2f} GiB free; "
+            f"the engine takes {needed / GIB:.2f} GiB, but {folder} has {free / GIB:.2f} GiB free; "
             "free space or choose another output with -o",
             2,
         )

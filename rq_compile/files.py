@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
 
@@ -77,6 +77,22 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another output with -o") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def folder_made(path: Path) -> Iterator[None]:
+    """Make the folder ``path`` if it does not exist, and remove it again if it is empty after a failure."""
+    existed = path.is_dir()
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another output with -o", 2) from error
+    try:
+        yield
+    finally:
+        if not existed:
+            with suppress(OSError):  # it has files
+                path.rmdir()
 
 
 def check_new_folder(path: Path) -> None:

@@ -118,6 +118,7 @@ def test_every_lowering_takes_these_formats(kind: type[Lowering]) -> None:
 def test_lowerings_by_name_and_by_target() -> None:
     assert tuple(LOWERINGS) == get_args(LoweringName)
     assert [lowering_for(target).name for target in TARGETS] == ["native", "cuda", "native", "native", "native"]
+    assert [lowering_for(target, 2).name for target in TARGETS] == ["ranks", "cuda", "native", "native", "native"]
     with pytest.raises(KeyError):
         lowering_of("onnx")
 

@@ -32,6 +32,7 @@ def command(
     from rq_compile.cli.tables import bench_tables
 
     loaded = rq.load(engine, threads)
+    screen.mute(loaded.rank)
     with screen.progress("timing", "rounds") as progress:
         result = loaded.bench(against, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, progress=progress)
     screen.result(result, *bench_tables(result))

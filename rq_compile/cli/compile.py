@@ -35,7 +35,7 @@ from rq_compile.errors import UserError
 from rq_compile.lowerings import LOWERINGS, lowering_for, with_options
 from rq_compile.outputs import check_outputs
 from rq_compile.processes import world_size
-from rq_compile.targets.engine_outputs import onnx_outputs, tensorrt_outputs
+from rq_compile.targets.engine_outputs import check_engine_path, onnx_outputs, tensorrt_outputs
 
 if TYPE_CHECKING:
     from rq_compile.architectures.model import Model
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rq_compile.quantization.formats import DenseFormat
 
 MEGABYTE = 10**6
+EXTENSIONS = (".onnx", ".plan")
 log = logging.getLogger(__name__)  # shows a remark once, whichever stages make it
 PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "texts", "tokens", "batch_size", "sequence_length")
 
@@ -52,7 +53,13 @@ PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "text
 @click.argument("folder", metavar="MODEL", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, help="The plan to follow; without it, --text is needed.")
 @text_option
-@click.option("-o", "--output", type=FILE, required=True, help="The engine to write: .onnx, or .plan for TensorRT.")
+@click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    required=True,
+    help="The engine to write: .onnx, .plan for TensorRT, or a folder for a plan with ranks.",
+)
 @click.option(
     "--lowering",
     type=click.Choice(list(LOWERINGS)),
@@ -109,13 +116,18 @@ def command(
     **planning: Any,
 ) -> None:
     """Compile MODEL into an engine (the default command)."""
-    check_extension(output)
+    kind, ranks = engine_kind(output, lowering, plan_path, planning["ranks"])
+    check_extension(output, kind, ranks)
     check_tensorrt_options(output)
     check_processes(output)
     tensorrt = {name: planning.pop(name) for name in OPTIONS}
-    realised = lowering_by(LOWERINGS[lowering], activation_bits, dense_format, f"--lowering {lowering}")
+    realised = lowering_by(kind, activation_bits, dense_format, f"--lowering {kind.name}")
     inputs = [path for path in (plan_path, tensorrt["plugins"], *texts) if path]
-    written = tensorrt_outputs(output) if output.suffix == ".plan" else onnx_outputs(output, folder, link_weights=link_weights)
+    shape: dict[str, Any] = {"link_weights": link_weights, "threads": threads}
+    if output.suffix == ".plan":
+        written = tensorrt_outputs(output)
+    else:
+        written = onnx_outputs(output, folder, link_weights=link_weights, ranks=ranks if kind.of_ranks else 0)
     check_outputs(written, inputs)
     if plan_path is not None:
         refuse_planning_options()
@@ -125,7 +137,6 @@ def command(
 
     contents = open_texts(texts, render=chat_template(folder)) if plan_path is None else {}
     options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies)
-    shape: dict[str, Any] = {"link_weights": link_weights, "threads": threads}
 
     from rq_compile import spill
     from rq_compile.architectures.ties import remarks_on_ties
@@ -141,7 +152,7 @@ def command(
     if plan_path is not None:
         plan = read_document(Plan, plan_path)
         check_same_model(plan, model, plan_path)
-        if settings is None and "lowering" not in given_options():
+        if settings is None and not kind.of_ranks and "lowering" not in given_options():
             kind = lowering_for(plan.target)
             chosen_by = f"--lowering {kind.name}, which {plan_path} for {plan.target} chooses"
             realised = lowering_by(kind, activation_bits, dense_format, chosen_by)
@@ -197,7 +208,12 @@ def command(
             fresh=fresh,
             progress=lambda done, total: progress(done // MEGABYTE, total // MEGABYTE),
         )
-    screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")
+    if manifest.ranks:
+        screen.note(
+            f"wrote {output} for {len(manifest.ranks)} ranks: mpirun -n {len(manifest.ranks)} rq-compile generate {output}"
+        )
+    else:
+        screen.note(f"wrote {output}, {manifest.weights.name} and {output.with_suffix('.json').name}")
     tables = engine_tables(manifest)
     # With --plan the user has already seen the plan.
     screen.result(manifest, *(tables if plan_path is None else tables[:1]), asked_for=False)
@@ -238,13 +254,36 @@ def lowering_by(kind: type[Lowering], activation_bits: str, dense_format: DenseF
     return with_options(kind, activation_bits=int(activation_bits), dense_format=dense_format)
 
 
-def check_extension(output: Path) -> None:
+def engine_kind(output: Path, lowering: str, plan_path: Path | None, ranks: int) -> tuple[type[Lowering], int]:
+    """The lowering that the options and the output choose, and how many ranks the plan has or will have.
+
+    A plan with several ranks becomes an engine of as many processes if the output is a folder.
+
+    Raises:
+        UserError: the plan is not valid.
+    """
+    kind = LOWERINGS[lowering]
+    if output.suffix in EXTENSIONS and not kind.of_ranks:
+        return kind, ranks
+    target: str = kind.planned_for
+    if plan_path is not None and plan_path.is_file():
+        from rq_compile.files import read_document
+        from rq_compile.planning.schema import Plan
+
+        plan = read_document(Plan, plan_path)
+        target, ranks = plan.target, plan.ranks
+    return (kind if "lowering" in given_options() else lowering_for(target, ranks)), ranks
+
+
+def check_extension(output: Path, kind: type[Lowering], ranks: int) -> None:
     """The output's extension selects the kind of engine.
 
     Raises:
-        UserError: the extension is not .onnx or .plan.
+        UserError: the extension is not .onnx or .plan, or is one and the engine has several processes.
     """
-    if output.suffix not in (".onnx", ".plan"):
+    if kind.of_ranks:
+        check_engine_path(output, of_ranks=True, ranks=ranks)
+    elif output.suffix not in EXTENSIONS:
         raise UserError(
             f"{output} does not have the extension of an engine; end it in .onnx (ONNX Runtime) or .plan (TensorRT)", 2
         )

@@ -28,7 +28,9 @@ def command(
 
     from rq_compile.cli.tables import evaluation_tables
 
-    loaded, model = rq.load(engine, threads), rq.open(reference)
+    loaded = rq.load(engine, threads)
+    screen.mute(loaded.rank)
+    model = rq.open(reference)
     with screen.progress("evaluating", "tokens") as progress:
         evaluation = loaded.evaluate(model, contents, sequence_length=sequence_length, progress=progress)
     screen.result(evaluation, *evaluation_tables(evaluation))

@@ -9,6 +9,7 @@ import click
 from rq_compile.cli.options import FILE
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.cli.tensorrt import inspect_plan
+from rq_compile.engine.paths import engine_of, manifest_path
 from rq_compile.errors import UserError
 from rq_compile.outputs import document_kind
 
@@ -19,10 +20,10 @@ from rq_compile.outputs import document_kind
 @on_screen
 def command(screen: Screen, file: Path, verify: bool) -> None:
     """Show a checkpoint, calibration, plan, sweep or engine."""
-    if file.is_dir():
+    if file.is_dir() and not manifest_path(file).is_file():
         inspect_checkpoint(screen, file, verify=verify)
         return
-    kind = "engine" if file.suffix in (".onnx", ".plan") else kind_of(file)
+    kind = "engine" if file.suffix in (".onnx", ".plan") or manifest_path(file).is_file() else kind_of(file)
     if verify and kind != "engine":
         raise UserError(f"--verify checks an engine's files, but {file} is a {kind}; leave --verify out", 2)
 
@@ -47,7 +48,7 @@ def command(screen: Screen, file: Path, verify: bool) -> None:
         sweep = read_document(Sweep, file)
         screen.result(sweep, *tables.sweep_tables(sweep))
     else:
-        engine = file.with_suffix(".onnx")
+        engine = engine_of(file)
         manifest = files.read_manifest(engine)
         if verify:
             files.verify(engine, manifest)

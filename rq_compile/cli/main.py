@@ -14,11 +14,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from typing import Any, NoReturn
 
 import click
 
 from rq_compile import __version__
+from rq_compile.engine import ranks
 from rq_compile.errors import UserError, printable, reason
 from rq_compile.processes import in_contact, lost, on_this_host, rank, speaker
 from rq_compile.standalone.limits import default_threads, restricted
@@ -27,15 +29,27 @@ COMMANDS = ("compile", "calibrate", "merge", "plan", "replan", "inspect", "evalu
 OWN_OPTIONS = ("-h", "--help", "--version")
 INTERRUPTED = 130
 TERMINATED = 143
+FIRST_SPEAKS = 0.5  # seconds
 
 
 def fail(message: str, exit_status: int = 1) -> NoReturn:
     """Print ``error: message`` to stderr and exit. With several processes, each prints only its own errors."""
     if in_contact():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all processes when one has failed
-    if (of := speaker()) is not None:
-        click.echo(f"error: {of}{printable(message)}", err=True)
+    if ranks.in_contact() and ranks.ranks().rank > 0:
+        sleep(FIRST_SPEAKS)  # what all ranks fail at, the first says, and ends the others
+    if (of := speaker()) is not None and (of_rank := ranks.speaker()) is not None:
+        click.echo(f"error: {of}{of_rank}{printable(message)}", err=True)
+    end_ranks(exit_status)
     raise click.exceptions.Exit(exit_status)
+
+
+def end_ranks(exit_status: int) -> None:
+    """End the other ranks of an engine, which would wait for this one."""
+    if ranks.in_contact():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ranks.ranks().abort(exit_status)
 
 
 class Commands(click.Group):
@@ -79,6 +93,7 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             if rank() == 0:
                 click.echo("interrupted", err=True)
+            end_ranks(INTERRUPTED)
             ctx.exit(INTERRUPTED)
         except Exception as error:
             if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno == errno.EPIPE):
@@ -154,6 +169,7 @@ def main() -> None:
 def end(*_: object) -> NoReturn:
     if in_contact():
         raise lost()
+    end_ranks(TERMINATED)
     sys.exit(TERMINATED)
 
 

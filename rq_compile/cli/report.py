@@ -37,16 +37,17 @@ def command(
     """
     from rq_compile.calibration.schema import Calibration
     from rq_compile.cli.tables import facts
+    from rq_compile.engine.paths import manifest_path
     from rq_compile.evaluation.schema import Bench, Evaluation
     from rq_compile.files import read_document, written_beside
     from rq_compile.planning.sweep import Sweep
     from rq_compile.reporting.headline import headline
     from rq_compile.reporting.page import page
     from rq_compile.reporting.same_engine import check_bench, check_calibration, check_evaluation, check_sweep
-    from rq_compile.runtime.files import manifest_path, read_manifest
+    from rq_compile.runtime.files import read_manifest
 
     manifest = read_manifest(engine)
-    parts = (engine.parent / file.name for file in manifest.files)
+    parts = (manifest_path(engine).parent / file.name for file in manifest.files)
     read = [manifest_path(engine), *parts, *(path for path in (evaluation, bench, calibration, sweep) if path)]
     check_outputs({output: REPORT}, read)
     evaluated = timed = swept = calibrated = None

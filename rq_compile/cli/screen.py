@@ -37,6 +37,13 @@ class Screen:
     def __init__(self, quiet: bool, as_json: bool) -> None:
         self.quiet = quiet
         self.as_json = as_json
+        self.muted = False
+
+    def mute(self, rank: int) -> None:
+        """Print nothing from now on, unless ``rank`` is the first of an engine's ranks."""
+        if rank > 0:
+            self.quiet = self.muted = click.get_current_context().meta["quiet"] = True
+            self.as_json = False
 
     @functools.cached_property
     def _stderr(self) -> Console:
@@ -53,7 +60,7 @@ class Screen:
         """Print ``document`` as JSON with --json, otherwise the tables; ``-q`` silences a result that was not asked for."""
         if self.as_json:
             click.echo(json.dumps(json_value(document), indent=1, allow_nan=False))
-        elif (asked_for and rank() == 0) or not self.quiet:
+        elif (asked_for and rank() == 0 and not self.muted) or not self.quiet:
             from rich.console import Console
 
             plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names are shown as they are

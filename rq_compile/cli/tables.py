@@ -312,7 +312,8 @@ def moves_of(change: Change, ranks: int) -> str:
 
 
 def engine_tables(manifest: Manifest) -> list[RenderableType]:
-    files = [manifest.graph, manifest.weights, *([manifest.tokenizer] if manifest.tokenizer else [])]
+    of_ranks = [file for rank in manifest.ranks for file in (rank.graph, rank.weights)]
+    files = [*(of_ranks or [manifest.graph]), manifest.weights, *([manifest.tokenizer] if manifest.tokenizer else [])]
     library = "any ONNX Runtime" if manifest.op_library is None else f"op library rq.moe {manifest.op_library}"
     head = facts(
         "engine",

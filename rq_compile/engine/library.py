@@ -1,4 +1,4 @@
-"""The paths of the custom-op libraries of the lowerings `native` and `cuda`."""
+"""The paths of the custom-op libraries of the lowerings `native`, `ranks` and `cuda`."""
 
 from pathlib import Path
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 import rq_compile
 from rq_compile.errors import UserError
 
-OpLibrary = Literal["librq_moe.so", "librq_moe_cuda.so"]
+OpLibrary = Literal["librq_moe.so", "librq_moe_cuda.so", "librq_moe_mpi.so"]
 OP_SET_VERSION = 2
 # The format groups of the op set. The index of a group is the format code of its slots. A node has as inputs, in this order,
 # the tensors of the groups that its slots are in. New groups are added at the end, so that existing nodes keep their meaning.
@@ -14,10 +14,12 @@ OP_SET_VERSION = 2
 FORMAT_GROUPS = ("float", "int8", "int4")
 CPU_LIBRARY: OpLibrary = "librq_moe.so"
 CUDA_LIBRARY: OpLibrary = "librq_moe_cuda.so"
+MPI_LIBRARY: OpLibrary = "librq_moe_mpi.so"
 # How to get a missing library.
 WAYS_OUT: dict[OpLibrary, str] = {
     CPU_LIBRARY: "run pip install . or use --lowering stock",
     CUDA_LIBRARY: "build it as plugins/cuda/README.md says and put it there",
+    MPI_LIBRARY: "build it where MPI is installed with make mpi-ops, or compile to an .onnx file, which one process runs",
 }
 
 

@@ -5,14 +5,14 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from rq_compile.bounds import Count, FileName, Sha256, TokenId
+from rq_compile.bounds import MOST_RANKS, Count, FileName, Sha256, TokenId
 from rq_compile.engine.library import OpLibrary
 from rq_compile.files import Document
 from rq_compile.planning.schema import Plan
 from rq_compile.quantization.formats import DenseFormat
 from rq_compile.versions import Upgrade, Versioned
 
-LoweringName = Literal["native", "stock", "batched", "cuda"]
+LoweringName = Literal["native", "stock", "batched", "ranks", "cuda"]
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
 
 
@@ -52,6 +52,13 @@ class SamplingDefaults(Document):
     repetition_penalty: float = Field(default=1.0, ge=1e-6, le=1e6)
 
 
+class RankFiles(Document):
+    """The graph of one rank, and the weights of its experts."""
+
+    graph: EngineFile
+    weights: EngineFile
+
+
 def _with_cache_shapes(content: dict[str, Any]) -> dict[str, Any]:
     """Version 1 had only keys and values, described by heads and dimension."""
     for tensor in content.get("cache") or []:
@@ -65,8 +72,9 @@ class Manifest(Versioned):
     ``op_library_name``: the name of that library; None in older engines, which need that of the CPU.
 
     ``slot_offsets[layer name]`` is the graph's int32 ``[slots + 1]`` tensor with the cumulative rows per slot, from which the
-    load of the engine can be read; the lowering cuda has none. ``replaced`` counts what was skipped, padded or replaced, by
-    reason. ``licences`` are the licence texts from the checkpoint's folder; ``licence`` is what its model card declares.
+    load of the engine can be read; the lowering cuda has none, and with the lowering ranks it has the slots of one rank.
+    ``replaced`` counts what was skipped, padded or replaced, by reason. ``licences`` are the licence texts from the checkpoint's
+    folder; ``licence`` is what its model card declares.
     """
 
     called: ClassVar[str] = "manifest of an engine"
@@ -80,6 +88,12 @@ class Manifest(Versioned):
     lowering: LoweringName
     graph: EngineFile
     weights: EngineFile
+    ranks: list[RankFiles] = Field(
+        default=[],
+        max_length=MOST_RANKS,
+        description="the files of each rank of an engine of several processes; graph is then that of rank 0, and weights are the "
+        "non-expert weights, which all ranks read",
+    )
     linked: list[EngineFile] = Field(
         default=[], description="shards of the checkpoint that also hold weights of the engine (--link-weights)"
     )
@@ -128,8 +142,15 @@ class Manifest(Versioned):
             raise ValueError(f"slot_offsets and the layers of the plan differ in {min(uneven)}")
         return self
 
+    @model_validator(mode="after")
+    def _has_all_ranks_or_none(self) -> Self:
+        if self.ranks and len(self.ranks) != self.plan.ranks:
+            raise ValueError(f"the files of {len(self.ranks)} ranks do not fit the {self.plan.ranks} ranks of the plan")
+        return self
+
     @property
     def files(self) -> list[EngineFile]:
         """All files except the manifest itself."""
-        files = (self.graph, self.weights, *self.linked, self.tokenizer, self.chat_template, *self.licences)
+        of_ranks = [file for rank in self.ranks for file in (rank.graph, rank.weights) if file != self.graph]
+        files = (self.graph, self.weights, *of_ranks, *self.linked, self.tokenizer, self.chat_template, *self.licences)
         return [file for file in files if file is not None]

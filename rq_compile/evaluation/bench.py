@@ -6,6 +6,7 @@ from time import perf_counter, sleep
 
 import numpy as np
 
+from rq_compile.engine.ranks import Ranks
 from rq_compile.evaluation.machine import describe_machine
 from rq_compile.evaluation.schema import Bench, Speed
 from rq_compile.runtime.language_model import LanguageModel
@@ -41,18 +42,23 @@ def bench(
     new_tokens: int = 32,
     rounds: int = 5,
     threads: int | None = None,
+    ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
     """Time ``engine`` and ``other`` on the same random prompt (fixed seed) with batch 1. One warm-up round is not recorded.
 
+    ``ranks``: the processes that run both. Each has a prompt of its own, and the speed is that of all together.
     ``weights_sha256`` identifies the engine, together with its name. ``threads``: number of threads of the models.
     """
-    prompt = np.random.default_rng(0).integers(0, vocabulary, prompt_tokens).tolist()
+    prompt = np.random.default_rng(ranks.rank if ranks else 0).integers(0, vocabulary, prompt_tokens).tolist()
     models = [engine] if other is None else [engine, other]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for round in range(rounds + 1):
         for model, recorded in zip(models, times, strict=True):
             speed = time_round(model, prompt, new_tokens)
+            if ranks is not None:
+                prefill, decode = zip(*ranks.gather(speed), strict=True)
+                speed = sum(prefill), sum(decode)
             if round > 0:
                 recorded.append(speed)
         if progress is not None:

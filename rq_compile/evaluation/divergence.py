@@ -1,5 +1,6 @@
 """The difference between the next-token distributions of an engine and the reference, accumulated window by window."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,13 @@ class Divergence:
         self.loss_engine -= float(log_q[rows, targets].sum())
         self.agreements += int((reference.argmax(axis=-1) == engine.argmax(axis=-1)).sum())
         self.kl_sum += float((np.exp(log_p) * (log_p - log_q)).sum())
+
+    @classmethod
+    def sum(cls, parts: "Iterable[Divergence]") -> "Divergence":
+        whole = cls()
+        for part in parts:
+            whole.merge(part)
+        return whole
 
     def merge(self, other: "Divergence") -> None:
         self.predictions += other.predictions

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 
@@ -27,6 +28,8 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of both sides, top-1 agreement, mean KL, and LIS before and after, for each text and over all texts.
 
+    The ranks of an engine share the batches of each text, and all get the result.
+
     An encoder-decoder model reads the first half of a window and predicts the second. An engine that does not count the rows of
     its slots gets no LIS.
 
@@ -35,16 +38,20 @@ def evaluate(
     """
     plan = engine.manifest.plan
     total_tokens = sum(text.ids.size for text in texts)
-    done = 0
+    done, ranks = 0, engine.ranks
     all_divergence, all_loads = Divergence(), _no_loads(engine)
     results = []
     for text in texts:
         divergence, loads = Divergence(), _no_loads(engine)
-        for batch in text.batches(engine.manifest.vocabulary):
-            _compare(engine, reference, batch, divergence, loads)
-            done += batch.size
+        batches = text.batches(engine.manifest.vocabulary)
+        while together := list(islice(batches, ranks.size if ranks else 1)):
+            own = together[engine.rank] if engine.rank < len(together) else together[0][:0]
+            _compare(engine, reference, own, divergence, loads)
+            done += sum(batch.size for batch in together)
             if progress is not None:
                 progress(done, total_tokens)
+        if ranks:
+            divergence = Divergence.sum(ranks.gather(divergence))
         results.append(_summary(text.name, text.ids.size, divergence, _balance(plan, loads)))
         all_divergence.merge(divergence)
         for layer, rows in loads.items():
@@ -80,6 +87,10 @@ def _compare(engine: Engine, reference: LanguageModel, batch: np.ndarray, diverg
         ours, rows = engine.counted_logits(inputs, decoder_input_ids=decoder)
     else:
         ours, rows = engine.logits(inputs, decoder_input_ids=decoder), {}
+    for layer, counts in rows.items():
+        loads[layer] += counts
+    if not batch.size:
+        return  # the batches of the other ranks
     theirs = reference.logits(inputs, decoder_input_ids=decoder)
     if ours.shape[-1] != theirs.shape[-1]:
         raise UserError(
@@ -90,8 +101,6 @@ def _compare(engine: Engine, reference: LanguageModel, batch: np.ndarray, diverg
     for window in range(len(batch)):  # one window at a time keeps the float64 copies small
         positions = targets.shape[1]
         divergence.add(theirs[window, :positions], ours[window, :positions], targets[window])
-    for layer, counts in rows.items():
-        loads[layer] += counts
 
 
 def _summary(name: str, tokens: int, divergence: Divergence, layers: list[LayerBalance]) -> TextEvaluation:

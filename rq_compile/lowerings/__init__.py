@@ -11,11 +11,12 @@ from rq_compile.lowerings.cuda import Cuda
 from rq_compile.lowerings.lowering import Lowering
 from rq_compile.lowerings.native import Native
 from rq_compile.lowerings.plugins import Plugins
+from rq_compile.lowerings.ranks import Ranks
 from rq_compile.lowerings.stock import Stock
 from rq_compile.lowerings.tensorrt_lanes import TensorRTLanes
 
 # Lowerings of ONNX Runtime engines, by name.
-LOWERINGS: dict[str, type[Lowering]] = {kind.name: kind for kind in (Native, Stock, Batched, Cuda)}
+LOWERINGS: dict[str, type[Lowering]] = {kind.name: kind for kind in (Native, Stock, Batched, Ranks, Cuda)}
 # Lowerings of TensorRT engines, by name.
 TENSORRT_LOWERINGS: dict[str, type[Lowering]] = {kind.name: kind for kind in (TensorRTLanes, Plugins)}
 
@@ -34,6 +35,8 @@ def with_options(kind: type[Lowering], **options: Any) -> Lowering:
     return kind(**{name: options[name] for name in kind.options})
 
 
-def lowering_for(target: str) -> type[Lowering]:
-    """The default lowering of a plan for ``target``."""
-    return next((kind for kind in LOWERINGS.values() if target in kind.default_for), Native)
+def lowering_for(target: str, ranks: int = 1) -> type[Lowering]:
+    """The default lowering of a plan for ``target`` whose engine has as many processes as the plan has ``ranks``."""
+    if ranks > 1 and target in Ranks.default_for:
+        return Ranks
+    return next((kind for kind in LOWERINGS.values() if target in kind.default_for and not kind.of_ranks), Native)

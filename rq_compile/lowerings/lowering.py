@@ -61,6 +61,7 @@ class Lowering(ABC):
     session_options: ClassVar[Mapping[str, str]] = {}  # entries for ONNX Runtime's session options
     carries_code: ClassVar[bool] = False  # whether a TensorRT engine holds the code of its MoE layers
     counts_rows: ClassVar[bool] = True  # whether the graph has each layer's tensor slot_offsets
+    of_ranks: ClassVar[bool] = False  # whether the engine is a folder with a graph for each rank of the plan
     # Bits of the activations of quantized weights, and the format of non-expert matrices; options of some kinds.
     activation_bits: int = 32
     dense_format: DenseFormat = "fp32"
@@ -96,6 +97,10 @@ class Lowering(ABC):
             UserError: the layers of the plan and of the model differ.
             ContractError: a pass has an error.
         """
+
+    def graphs(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> list[Lowered]:
+        """As ``lower``: the graph of every process that runs the engine. All have the same non-expert weights."""
+        return [self.lower(model, plan, source, dense)]
 
     @abstractmethod
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:

@@ -10,6 +10,7 @@ from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unre
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_graphsurgeon as gs
 
     from rq_compile.engine.library import OpLibrary
     from rq_compile.planning.schema import LayerPlan, Plan
@@ -40,7 +41,6 @@ class Native(Lowering):
         from rq_compile.rewrite.attention import attention
         from rq_compile.rewrite.dense_gemms import dense_gemms
         from rq_compile.rewrite.embedding_tables import embedding_tables
-        from rq_compile.rewrite.experts_to_slots import experts_to_slots
         from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.rms_norms import rms_norms
         from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
@@ -52,9 +52,15 @@ class Native(Lowering):
             reports.append(embedding_tables(graph, dense.dtype_of))
             matrices, multiplied = dense_gemms(graph, self.dense_format, dense, self.activation_bits)
             reports.append(multiplied)
-        experts, rewritten = experts_to_slots(graph, plan.layers, source, activation_bits=self.activation_bits)
+        experts, rewritten = self.moe_layers(graph, plan, source)
         reports += [rewritten, rms_norms(graph), rotary_embeddings(graph), attention(graph)]
         return Lowered(exported(graph), experts, matrices, reports, counts(plan))
+
+    def moe_layers(self, graph: gs.Graph, plan: Plan, source: Source) -> tuple[list[Section], PassReport]:
+        """Replace the Experts nodes of ``graph`` and return the weights of the slots."""
+        from rq_compile.rewrite.experts_to_slots import experts_to_slots
+
+        return experts_to_slots(graph, plan.layers, source, activation_bits=self.activation_bits)
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.slot_weights import slot_weights

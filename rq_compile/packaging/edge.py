@@ -10,6 +10,7 @@ from string import Template
 from rq_compile import spill
 from rq_compile.engine.library import library_path
 from rq_compile.engine.manifest import Manifest
+from rq_compile.engine.paths import manifest_path
 from rq_compile.errors import UserError
 from rq_compile.files import sha256, write_document
 from rq_compile.lowerings import LOWERINGS
@@ -18,7 +19,7 @@ from rq_compile.packaging.archive import Files, archive_writer, check_package, w
 from rq_compile.packaging.op_library import machine, op_library, system_sentence
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.sbom import bill_of_materials
-from rq_compile.runtime.files import manifest_path, read_cpu_manifest, verify
+from rq_compile.runtime.files import read_cpu_manifest, verify
 from rq_compile.standalone import decoding, limits, sampling, text
 
 TEMPLATES = Path(__file__).parent / "edge_files"

@@ -8,12 +8,13 @@ from typing import Any
 
 from rq_compile.engine.library import library_path
 from rq_compile.engine.manifest import CacheTensor, EngineFile, Manifest
+from rq_compile.engine.paths import manifest_path
 from rq_compile.errors import UserError
 from rq_compile.files import folder_written_beside, sha256, write_document
 from rq_compile.lowerings import LOWERINGS
 from rq_compile.packaging.edge import OP_LIBRARY, cache_remarks, library_remark, licence_remark
 from rq_compile.packaging.package import Package
-from rq_compile.runtime.files import manifest_path, read_cpu_manifest, verify
+from rq_compile.runtime.files import read_cpu_manifest, verify
 from rq_compile.standalone.decoding import ALL
 from rq_compile.standalone.text import open_tokenizer
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rq_compile.engine.manifest import Manifest
+from rq_compile.engine.paths import manifest_path
 from rq_compile.errors import UserError
 from rq_compile.files import folder_written_beside, sha256, write_document
 from rq_compile.packaging import triton_onnxruntime, triton_python, triton_tensorrt
 from rq_compile.packaging.edge import CHECKSUMS, engine_parts, library_remark, licence, licence_remark
 from rq_compile.packaging.package import Package
 from rq_compile.packaging.triton_config import as_text, messages
-from rq_compile.runtime.files import manifest_path, read_cpu_manifest, verify
+from rq_compile.runtime.files import read_cpu_manifest, verify
 from rq_compile.targets.tensorrt.manifest import TensorRTManifest
 
 Flavour = Literal["python", "onnxruntime", "tensorrt"]

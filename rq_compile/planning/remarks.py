@@ -86,10 +86,15 @@ def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
     return f"{what} falls from {before:.3f} to {after:.3f}, {100 * removed:.1f} % of the excess; {time}."
 
 
-def lost_with_lowering(plan: Plan, lowering: str, *, batched: bool) -> str:
-    """What a plan for one rank loses if it is compiled with a ``lowering`` that waits for something else than the plan's target.
-    Empty if it loses nothing. ``batched``: whether the lowering is batched."""
-    if plan.ranks > 1 or TARGETS[plan.target].batched == batched:
+def lost_with_lowering(plan: Plan, lowering: str, *, batched: bool, of_ranks: bool) -> str:
+    """What a plan loses if it is compiled with a ``lowering`` that waits for something else than the plan's target. Empty if it
+    loses nothing. ``batched``: whether the lowering is batched; ``of_ranks``: whether each rank of the plan is a process."""
+    if plan.ranks > 1 and not of_ranks:
+        return (
+            f"The plan balances {plan.ranks} ranks, but --lowering {lowering} puts all slots on one device, where balanced ranks "
+            "save no time; compile it to a folder with --lowering ranks, or plan without --ranks."
+        )
+    if of_ranks or TARGETS[plan.target].batched == batched:
         return ""
     replicas = sum(len(layer.slots) - layer.geometry.experts for layer in plan.layers)
     if batched:

@@ -5,6 +5,7 @@ Ensures: no Experts node is left, and each layer's tensor ``{layer}.slot_offsets
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -70,10 +71,9 @@ def experts_to_slots(
     """
     sections, report = [], PassReport(*EXPERTS_NODES)
     for plan, node in experts_nodes(graph, plans):
-        projections = [slot_weights(plan, p, source, panels=panels) for p in PROJECTIONS] if source else []
-        _replace(graph, node, plan, projections, activation_bits)
-        weights, pieces = ([held for p in projections for held in getattr(p, what)] for what in ("inputs", "pieces"))
-        sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
+        layer = SlotNodes(graph, plan, source, panels=panels, activation_bits=activation_bits)
+        _replace(layer, node)
+        sections.append(layer.section)
         report.changed += 1
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")
@@ -81,30 +81,69 @@ def experts_to_slots(
     return sections, report
 
 
-def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[SlotWeights], activation_bits: int) -> None:
+class SlotNodes:
+    """Adds the nodes of one layer to ``graph``. ``plan.slots`` are those that the graph holds. See ``experts_to_slots`` for the
+    other arguments."""
+
+    def __init__(
+        self, graph: gs.Graph, plan: LayerPlan, source: Source | None, *, panels: bool = True, activation_bits: int = 32
+    ) -> None:
+        self.graph, self.plan, self.activation_bits = graph, plan, activation_bits
+        self._weights: dict[str, SlotWeights] = {}
+        if source and plan.slots:
+            self._weights = {name: slot_weights(plan, name, source, panels=panels) for name in PROJECTIONS}
+
+    @property
+    def section(self) -> Section:
+        """The weights that the nodes refer to."""
+        held = self._weights.values()
+        weights, pieces = ([part for projection in held for part in getattr(projection, what)] for what in ("inputs", "pieces"))
+        return Section(self.plan.name, tuple(weights), tuple(pieces))
+
+    def tensor(self, name: str, dtype: type, shape: Sequence[int | str] | None = None) -> gs.Variable:
+        return gs.Variable(f"{self.plan.name}.{name}", np.dtype(dtype), shape)
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[gs.Tensor],
+        results: Sequence[gs.Tensor],
+        name: str,
+        domain: str = DOMAIN,
+        **attributes: Any,
+    ) -> None:
+        node = gs.Node(op, f"{self.plan.name}.{name}", attributes, list(inputs), list(results), domain=domain)
+        self.graph.nodes.append(node)
+
+    def products(self, x: gs.Tensor, rows: gs.Tensor, offsets: gs.Tensor) -> gs.Tensor:
+        """Both ExpertGemms: float ``[rows, hidden]`` in the order of slots, of the rows of ``x`` that ``rows`` names."""
+        geometry = self.plan.geometry
+        middle, out = self.tensor("intermediate", np.float32), self.tensor("slot_outputs", np.float32)
+        self._gemm([x, rows, offsets], middle, "up", activation=geometry.activation, outputs=geometry.intermediate, gather=1)
+        self._gemm([middle, rows, offsets], out, "down", activation="none", outputs=geometry.hidden, gather=0)
+        return out
+
+    def _gemm(self, inputs: list[gs.Tensor], output: gs.Tensor, projection: str, **attributes: Any) -> None:
+        if weights := self._weights.get(projection):
+            inputs = inputs + [constant(weight) for weight in weights.inputs]
+            formats = [group_of(slot.format) for slot in self.plan.slots]
+            attributes = {"formats": formats, "weights": list(weights.index), **attributes}
+        geometry = self.plan.geometry
+        numbers: dict[str, Any] = {
+            "alpha": float(geometry.alpha),
+            "limit": float(geometry.limit),
+            "activation_bits": self.activation_bits,
+        }
+        self.add("ExpertGemm", inputs, [output], projection, **attributes, **numbers)
+
+
+def _replace(layer: SlotNodes, node: gs.Node) -> None:
     x, ids, gates = node.inputs
     (y,) = node.outputs
     node.outputs.clear()
-    layer, geometry, slots = plan.name, plan.geometry, len(plan.slots)
-    rows = gs.Variable(f"{layer}.rows", np.dtype(np.int32))
-    offsets = gs.Variable(offsets_name(layer), np.dtype(np.int32), [slots + 1])
-    middle = gs.Variable(f"{layer}.intermediate", np.dtype(np.float32))
-    out = gs.Variable(f"{layer}.slot_outputs", np.dtype(np.float32))
-    replicas = gs.Constant(f"{layer}.replicas", replica_table(plan))
-
-    def add(op: str, inputs: list[gs.Tensor], results: list[gs.Tensor], suffix: str, **attributes: object) -> None:
-        graph.nodes.append(gs.Node(op, f"{layer}.{suffix}", attributes, inputs, results, domain=DOMAIN))
-
-    def gemm(inputs: list[gs.Tensor], output: gs.Tensor, suffix: str, **attributes: object) -> None:
-        if projections:
-            weights = projections[PROJECTIONS.index(suffix)]
-            inputs = inputs + [constant(weight) for weight in weights.inputs]
-            formats = [group_of(slot.format) for slot in plan.slots]
-            attributes = {"formats": formats, "weights": list(weights.index), **attributes}
-        add("ExpertGemm", inputs, [output], suffix, **attributes)
-
-    numbers = {"alpha": float(geometry.alpha), "limit": float(geometry.limit), "activation_bits": activation_bits}
-    add("Dispatch", [ids, replicas], [rows, offsets], "dispatch", slots=slots)
-    gemm([x, rows, offsets], middle, "up", activation=geometry.activation, outputs=geometry.intermediate, gather=1, **numbers)
-    gemm([middle, rows, offsets], out, "down", activation="none", outputs=geometry.hidden, gather=0, **numbers)
-    add("Combine", [out, rows, gates], [y], "combine")
+    plan, slots = layer.plan, len(layer.plan.slots)
+    rows, offsets = layer.tensor("rows", np.int32), gs.Variable(offsets_name(plan.name), np.dtype(np.int32), [slots + 1])
+    layer.add(
+        "Dispatch", [ids, gs.Constant(f"{plan.name}.replicas", replica_table(plan))], [rows, offsets], "dispatch", slots=slots
+    )
+    layer.add("Combine", [layer.products(x, rows, offsets), rows, gates], [y], "combine")

@@ -9,6 +9,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from rq_compile.engine.library import OP_SET_VERSION
 from rq_compile.planning.schema import Plan
+from rq_compile.rewrite.exchange import EXCHANGE_DOMAIN
 from rq_compile.rewrite.experts_to_slots import DOMAIN
 
 # Graph surgeon warns on stderr about bf16, whose values it never has to read here.
@@ -27,10 +28,12 @@ def imported(model: onnx.ModelProto) -> gs.Graph:
 
 
 def exported(graph: gs.Graph) -> onnx.ModelProto:
-    """The model. It imports our op set only if it has a node of it, because a runtime may not know the domain."""
+    """The model. It imports our op sets only if it has a node of them, because a runtime may not know the domains."""
     model = gs.export_onnx(graph)
-    others = [entry for entry in model.opset_import if entry.domain != DOMAIN]
-    ours = [onnx.helper.make_opsetid(DOMAIN, OP_SET_VERSION)] if any(node.domain == DOMAIN for node in graph.nodes) else []
+    known = (DOMAIN, EXCHANGE_DOMAIN)
+    others = [entry for entry in model.opset_import if entry.domain not in known]
+    used = {node.domain for node in graph.nodes}
+    ours = [onnx.helper.make_opsetid(domain, OP_SET_VERSION) for domain in known if domain in used]
     del model.opset_import[:]
     model.opset_import.extend([*others, *ours])
     return model

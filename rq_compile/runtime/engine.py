@@ -1,4 +1,8 @@
-"""Load an engine in ONNX Runtime: logits, generation with the KV cache, and the rows each slot received."""
+"""Load an engine in ONNX Runtime: logits, generation with the KV cache, and the rows each slot received.
+
+In an engine of several ranks, all ranks call the same method at the same time, each with its own sequences, of which a rank may
+have none.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
 from rq_compile.engine.manifest import Manifest
+from rq_compile.engine.paths import graph_of_rank, stem_of
+from rq_compile.engine.ranks import IDLE
 from rq_compile.errors import UserError, reason
 from rq_compile.lowerings import LOWERINGS
 from rq_compile.runtime.files import read_manifest
 from rq_compile.runtime.graph import loadable_graph
+from rq_compile.runtime.rank_session import RankSession, met, threads_of_a_rank
 from rq_compile.standalone.batch import fitting_tokens
 from rq_compile.standalone.decoding import ALL, decode, inputs_of, until_end
 from rq_compile.standalone.limits import free_memory, session_threads
@@ -27,10 +34,13 @@ if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
 
+    from rq_compile.planning.schema import LayerPlan
     from rq_compile.standalone.chat_template import ChatTemplate, Messages
 
+    Session: TypeAlias = onnxruntime.InferenceSession | RankSession
+
 # The inputs of a graph besides its cache.
-FED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "decoder_input_ids"}
+FED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "decoder_input_ids", IDLE}
 # The folder of the weights of a graph that is given as bytes.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -41,19 +51,25 @@ class Engine:
     def __init__(self, path: Path, manifest: Manifest, threads: int | None) -> None:
         self.path = path
         self.manifest = manifest
-        self.threads = threads
+        self.ranks = met(path, manifest)
+        self.threads = threads or (threads_of_a_rank(self.ranks) if self.ranks else None)
 
     @classmethod
     def load(cls, path: Path, threads: int | None = None) -> Self:
-        """Load the engine at ``path`` (``.onnx``) to run on ``threads`` threads; default: see ``session_threads``.
+        """Load the engine at ``path`` to run on ``threads`` threads; default: see ``session_threads`` and ``threads_of_a_rank``.
 
         Raises:
             UserError: a file of the engine is missing or has another size than its manifest says, or ONNX Runtime does not have
-                the engine's execution provider or refuses the graph.
+                the engine's execution provider or refuses the graph, or the engine needs other processes than there are.
         """
         engine = cls(path, read_manifest(path), threads)
         engine._session  # noqa: B018 - a graph that does not load must be reported here, not at the first token
         return engine
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that run the engine; the first, 0, prints."""
+        return self.ranks.rank if self.ranks else 0
 
     @property
     def encoder_decoder(self) -> bool:
@@ -77,7 +93,7 @@ class Engine:
         """
         if self.manifest.tokenizer is None:
             raise UserError(f"{self.path} has no tokenizer; compile it from a checkpoint that has a tokenizer.json")
-        return open_tokenizer(self.path.parent / self.manifest.tokenizer.name)
+        return open_tokenizer(stem_of(self.path).parent / self.manifest.tokenizer.name)
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -90,7 +106,7 @@ class Engine:
             return None
         from rq_compile.standalone.chat_template import ChatTemplate, ChatTemplateError
 
-        path = self.path.parent / self.manifest.chat_template.name
+        path = stem_of(self.path).parent / self.manifest.chat_template.name
         try:
             return ChatTemplate(path.read_text(encoding="utf-8"), self.manifest.special_tokens)
         except (ChatTemplateError, UnicodeDecodeError) as error:
@@ -125,15 +141,16 @@ class Engine:
         """Logits fp32 ``[batch, sequence, vocabulary]`` of int64 ids ``[batch, sequence]``.
 
         ``attention_mask`` (int64, 1 = token, 0 = padding) defaults to all ones. An encoder-decoder engine returns the
-        logits of ``decoder_input_ids``.
+        logits of ``decoder_input_ids``. A rank among several may have an empty batch.
         """
         feeds = self._feeds(input_ids, attention_mask, decoder_input_ids)
-        return self._session.run(["logits"], self._accepted(self._session, feeds))[0]
+        return self._run(self._session, ["logits"], feeds)[0]
 
     def counted_logits(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, decoder_input_ids: np.ndarray | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As :meth:`logits`, and the rows of each slot: layer name -> int64 ``[slots]``. Padding counts as rows.
+        """As :meth:`logits`, and the rows of each slot, from the tokens of all ranks: layer name -> int64 ``[slots]``. Padding
+        counts as rows.
 
         Raises:
             UserError: the engine's lowering does not count them, or its graph has other slots than its manifest's plan.
@@ -146,8 +163,10 @@ class Engine:
             )
         feeds = self._feeds(input_ids, attention_mask, decoder_input_ids)
         layers = self.manifest.slot_offsets
-        outputs = self._counting_session.run(["logits", *layers.values()], self._accepted(self._counting_session, feeds))
+        outputs = self._run(self._counting_session, ["logits", *layers.values()], feeds)
         rows = {layer: np.diff(offsets.astype(np.int64)) for layer, offsets in zip(layers, outputs[1:], strict=True)}
+        if self.ranks:
+            rows = self._of_all_slots(self.ranks.gather(rows))
         for layer in self.manifest.plan.layers:
             if len(rows[layer.name]) != len(layer.slots):
                 raise UserError(
@@ -205,8 +224,17 @@ class Engine:
         else:
             said = self.manifest.model_dump(include={"cache", "prefill_chunk", "recomputed_beyond"})
             tokens = decode(self._session, said, prompt_ids, choose)
-        for _ in until_end(tokens, max_tokens, sampling.ends(self.manifest.end_of_text) if stop else ()):
-            yield last
+        try:
+            for _ in until_end(tokens, max_tokens, sampling.ends(self.manifest.end_of_text) if stop else ()):
+                yield last
+        finally:
+            self.wait()
+
+    def wait(self) -> None:
+        """Take part in the steps of the other ranks until none has tokens left. For a rank that has nothing to generate while
+        others have; alone, this does nothing."""
+        if isinstance(self._session, RankSession):
+            self._session.wait()
 
     def scheduler(
         self,
@@ -222,10 +250,16 @@ class Engine:
         requests that may wait for a slot. The cache takes up to half of the memory that is free now.
 
         Raises:
-            UserError: the engine is an encoder-decoder, or the cache does not fit into the memory.
+            UserError: the engine is an encoder-decoder or has several ranks, or the cache does not fit into the memory.
         """
         if self.encoder_decoder:
             raise UserError(f"{self.path} is an encoder-decoder, which cannot share steps; use a decoder-only engine", 2)
+        if isinstance(self._session, RankSession):
+            raise UserError(
+                f"{self.path} runs in {len(self.manifest.ranks)} processes, which cannot share a scheduler; use an engine of one "
+                "process, or generate on every rank",
+                2,
+            )
         steps = EngineSteps(self._session, self.manifest.model_dump())
         length = max_length or self.manifest.context_length or MAX_LENGTH
         fitting = fitting_tokens(steps.cache, slots, free_memory() // 2)
@@ -256,21 +290,45 @@ class Engine:
         past = {tensor.past: tensor.empty(batch) for tensor in self.manifest.cache}
         return {**feeds, "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0), **past}
 
+    def _run(self, session: Session, outputs: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """One step; a rank without tokens takes part in that of the others."""
+        scored = feeds.get("decoder_input_ids", feeds["input_ids"])
+        if isinstance(session, RankSession) and not scored.size:
+            nothing = np.zeros((*scored.shape, self.manifest.vocabulary), np.float32)
+            _, *counted = session.stand_by(outputs) or [nothing, *self._no_offsets(outputs[1:])]
+            return [nothing, *counted]
+        return session.run(outputs, self._accepted(session, feeds))
+
     @staticmethod
-    def _accepted(session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _accepted(session: Session, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """``feeds`` without inputs that the exported graph does not use (for example, of a model without position ids)."""
         names = inputs_of(session)
         return {name: value for name, value in feeds.items() if name in names}
 
+    def _no_offsets(self, outputs: Sequence[str]) -> list[np.ndarray]:
+        slots = {self.manifest.slot_offsets[layer.name]: self._own_slots(layer).sum() for layer in self.manifest.plan.layers}
+        return [np.zeros(slots[name] + 1, np.int32) for name in outputs]
+
+    def _own_slots(self, layer: LayerPlan, rank: int | None = None) -> np.ndarray:
+        """bool ``[slots]``: which slots of the layer are on ``rank``, by default this one."""
+        return np.array([slot.rank for slot in layer.slots]) == (self.rank if rank is None else rank)
+
+    def _of_all_slots(self, of_ranks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        rows = {layer.name: np.zeros(len(layer.slots), np.int64) for layer in self.manifest.plan.layers}
+        for layer in self.manifest.plan.layers:
+            for rank, counted in enumerate(of_ranks):
+                rows[layer.name][self._own_slots(layer, rank)] = counted[layer.name]
+        return rows
+
     @cached_property
-    def _session(self) -> onnxruntime.InferenceSession:
+    def _session(self) -> Session:
         return self._open()
 
     @cached_property
-    def _counting_session(self) -> onnxruntime.InferenceSession:
+    def _counting_session(self) -> Session:
         return self._open(list(self.manifest.slot_offsets.values()))
 
-    def _open(self, outputs: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+    def _open(self, outputs: Sequence[str] = ()) -> Session:
         """Open a session with ``outputs`` in addition to those of the graph."""
         import onnxruntime
 
@@ -281,7 +339,8 @@ class Engine:
                 "install onnxruntime-gpu on a machine with a GPU, or compile with --lowering native",
                 2,
             )
-        model, folder = loadable_graph(self.path, self.manifest, outputs)
+        graph = graph_of_rank(self.path, self.ranks.rank) if self.ranks else self.path
+        model, folder = loadable_graph(graph, self.manifest, outputs)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Otherwise ONNX Runtime keeps a plan of the memory for every combination of shapes that it has seen.
@@ -292,16 +351,17 @@ class Engine:
             options.add_session_config_entry(name, value)
         options.intra_op_num_threads = session_threads(self.threads)
         if self.manifest.op_library is not None:
-            from rq_compile.engine.library import CPU_LIBRARY, library_path
+            from rq_compile.engine.library import CPU_LIBRARY, MPI_LIBRARY, library_path
 
-            library = library_path(self.manifest.op_library_name or CPU_LIBRARY)
-            try:
-                options.register_custom_ops_library(os.fsencode(library))
-            except Exception as error:  # ONNX Runtime's exceptions share no base class
-                raise UserError(
-                    f"ONNX Runtime {onnxruntime.__version__} cannot load {library}: {reason(error)}; "
-                    "build it on this system with pip install --force-reinstall rq-compile, or compile with --lowering stock"
-                ) from error
+            names = [self.manifest.op_library_name or CPU_LIBRARY, *([MPI_LIBRARY] if self.ranks else [])]
+            for library in map(library_path, names):
+                try:
+                    options.register_custom_ops_library(os.fsencode(library))
+                except Exception as error:  # ONNX Runtime's exceptions share no base class
+                    raise UserError(
+                        f"ONNX Runtime {onnxruntime.__version__} cannot load {library}: {reason(error)}; "
+                        "build it on this system with pip install --force-reinstall rq-compile, or compile with --lowering stock"
+                    ) from error
         # ONNX Runtime runs ops without a GPU kernel on the CPU.
         providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
         try:
@@ -314,7 +374,7 @@ class Engine:
             ) from error
         if (unlike := _unlike(self.manifest, session)) is not None:
             raise UserError(f"{self.path} and its manifest differ in {unlike}; copy both again or compile again", 2)
-        return session
+        return RankSession(session, self.manifest, self.ranks) if self.ranks else session
 
 
 def _unlike(manifest: Manifest, session: onnxruntime.InferenceSession) -> str | None:

@@ -23,7 +23,8 @@ def loadable_graph(engine: Path, manifest: Manifest, outputs: Iterable[str] = ()
         UserError: the graph cannot be read, or names weights that it cannot reach.
     """
     folder = engine.parent.resolve()
-    weights = [engine.parent / file.name for file in (manifest.weights, *manifest.linked)]
+    of_ranks = [rank.weights for rank in manifest.ranks if rank.graph.name == engine.name]
+    weights = [engine.parent / file.name for file in (manifest.weights, *of_ranks, *manifest.linked)]
     scattered = any(file.resolve().parent != folder for file in (engine, *weights))
     if not scattered and not outputs:
         # ONNX Runtime does not accept paths that are not UTF-8.

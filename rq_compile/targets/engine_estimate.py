@@ -9,12 +9,14 @@ from torch import nn
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.stored import block_of
+from rq_compile.engine.paths import graph_of_rank, manifest_path, stem_of, weights_of
 from rq_compile.estimates import RATES, Estimate
 from rq_compile.lowerings import Lowering, lowering_of
 from rq_compile.planning.budget import enough_for
 from rq_compile.planning.capacity import lane_groups
 from rq_compile.planning.schema import Plan
 from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, SCALE_BYTES, SLOT_FORMATS, DenseFormat, Format, block_size
+from rq_compile.rewrite.exchange import slots_of
 from rq_compile.rewrite.panels import ROWS, panel_count
 from rq_compile.standalone.limits import usable_cpus
 from rq_compile.targets.licences import licence_texts
@@ -46,18 +48,26 @@ def engine_estimate(
     dense = _dense_sizes(model, lowering.dense_format, link_weights)
     experts = [weight.bytes for layer in plan.layers for weight in lowering.expert_weights(layer)] if plan else []
     data = sum(size + -size % ALIGNMENT for size in dense + experts)
+    processes = plan.ranks if plan and lowering.of_ranks else 1
     if memory is None:
         memory = max(1.0, enough_for(sum(_least_bytes(model, layer) for layer in model.layers), model.expert_bytes))
     if plan is None:
         data += int(memory * model.expert_bytes)
-    outputs = {output.name: _graph_bytes(layers, plan, lowering), f"{output.name}.data": data}
-    outputs[output.with_suffix(".json").name] = MANIFEST + (len(plan.model_dump_json(indent=1)) if plan else 0)
+    stem = stem_of(output)
+    outputs = {weights_of(stem).name: data}
+    for rank in range(processes):
+        graph = graph_of_rank(output, rank) if lowering.of_ranks else stem
+        outputs[graph.name] = _graph_bytes(layers, plan, lowering)
+    if plan and lowering.of_ranks:
+        outputs |= {weights_of(graph_of_rank(output, rank)).name: size for rank, size in enumerate(_of_ranks(plan, lowering))}
+        outputs[weights_of(stem).name] -= sum(_of_ranks(plan, lowering))
+    outputs[manifest_path(output).name] = MANIFEST + (len(plan.model_dump_json(indent=1)) if plan else 0)
     if model.has_tokenizer:
-        outputs[output.with_suffix(".tokenizer.json").name] = len(model.tokenizer.to_str().encode())
+        outputs[stem.with_suffix(".tokenizer.json").name] = len(model.tokenizer.to_str().encode())
     if model.chat_template is not None:
-        outputs[output.with_suffix(".chat_template.jinja").name] = len(model.chat_template.encode())
+        outputs[stem.with_suffix(".chat_template.jinja").name] = len(model.chat_template.encode())
     for file in licence_texts(model.path):
-        outputs[output.with_suffix(f".{file.name}").name] = file.stat().st_size
+        outputs[stem.with_suffix(f".{file.name}").name] = file.stat().st_size
     # Pieces in flight take as much memory as the largest layer; a single dense tensor may take more.
     threads = threads or usable_cpus()
     return Estimate(
@@ -68,6 +78,18 @@ def engine_estimate(
         seconds=RATES.start + RATES.export * len(layers) + data / RATES.read + _quantizing_seconds(layers, plan) / threads,
         remarks=[] if plan else [f"there is no plan yet: the experts are assumed to fill --memory {memory:g}"],
     )
+
+
+def _of_ranks(plan: Plan, lowering: Lowering) -> list[int]:
+    """Bytes of the experts of each rank, as they lie in the file."""
+    return [
+        sum(
+            weight.bytes + -weight.bytes % ALIGNMENT
+            for layer in plan.layers
+            for weight in lowering.expert_weights(slots_of(layer, rank))
+        )
+        for rank in range(plan.ranks)
+    ]
 
 
 def _least_bytes(model: Model, layer: MoeLayer) -> int:

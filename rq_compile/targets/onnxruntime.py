@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: graph, weights file, tokenizer and manifest, which appear together or not at all."""
+"""The ONNX Runtime engine: graphs, weights files, tokenizer and manifest, which appear together or not at all."""
 
 import hashlib
 import shutil
@@ -16,11 +16,12 @@ from rq_compile.checkpoint.chat_template import special_tokens
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.engine.appearing import Appearing
 from rq_compile.engine.library import OP_SET_VERSION
-from rq_compile.engine.manifest import EngineFile, Manifest
+from rq_compile.engine.manifest import EngineFile, Manifest, RankFiles
+from rq_compile.engine.paths import graph_of_rank, manifest_path, stem_of, weights_of
 from rq_compile.errors import UserError
 from rq_compile.estimates import check_space
 from rq_compile.export.export import Exported, export_graph
-from rq_compile.files import sha256, write_document, written_beside
+from rq_compile.files import folder_made, sha256, write_document, written_beside
 from rq_compile.lowerings import Lowering, lowering_of
 from rq_compile.lowerings.lowering import Lowered
 from rq_compile.outputs import check_outputs
@@ -37,7 +38,7 @@ from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
 from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
 from rq_compile.targets.vocabulary import has_chat, remarks, vocabulary
-from rq_compile.targets.weights_file import Progress, WeightsFile, compute_weights, locate, write_weights
+from rq_compile.targets.weights_file import Progress, WeightsFile, compute_weights, layout, locate, write_weights
 
 TOOL = f"rq-compile {__version__}"
 
@@ -68,7 +69,8 @@ def compile_engine(
     writing: Writing = Writing(),
 ) -> Manifest:
     """Write ``output`` (``.onnx``) and, beside it, ``output.data``, ``<stem>.tokenizer.json``, ``<stem>.chat_template.jinja``,
-    ``<stem>.json`` and the licence texts of the checkpoint (``<stem>.LICENSE``).
+    ``<stem>.json`` and the licence texts of the checkpoint (``<stem>.LICENSE``). With the lowering ``ranks``, ``output`` is a
+    folder: see ``engine.paths``.
 
     Weights are streamed: each thread computes one projection of an expert or one dense tensor at a time, and together they take
     at most the memory of the largest layer. Several processes (see ``processes``) share the computation, the first one writes,
@@ -82,11 +84,12 @@ def compile_engine(
         UserError: the plan does not fit the checkpoint or the lowering, or the output cannot be written.
     """
     lowering = lowering_of(lowering).for_checkpoint(model.dtype)
-    check_outputs(onnx_outputs(output, model.path, link_weights=link_weights))
+    check_outputs(onnx_outputs(output, model.path, link_weights=link_weights, ranks=plan.ranks if lowering.of_ranks else 0))
+    stem = stem_of(output)
     link_weights = link_weights and has_hard_links(output.parent)
     preflight(model, plan, lowering)
     statistics = _needed(statistics, plan)
-    check_space(output, engine_estimate(model, output, lowering, plan=plan, link_weights=link_weights).output_bytes)
+    check_space(stem, engine_estimate(model, output, lowering, plan=plan, link_weights=link_weights).output_bytes)
     tokens = vocabulary(model)
     exported = exported or export_graph(model)
     content = _content(model, plan, lowering, statistics, exported, link_weights)
@@ -103,32 +106,44 @@ def compile_engine(
     }
 
     if world().rank > 0:
-        compute_weights(content.sections, threads=writing.threads, memory=model.largest_layer_bytes)
+        for sections in content.weights_files(stem).values():
+            compute_weights(sections, threads=writing.threads, memory=model.largest_layer_bytes)
         return world().from_first(cast("Manifest", None))
 
     # The contexts end in reverse order, so that the manifest, by which an engine is loaded, appears last.
     with ExitStack() as stack:
-        appearing = stack.enter_context(Appearing(output))
-        document = stack.enter_context(written_beside(output.with_suffix(".json")))
-        files = _copies(stack, model, output)
-        links = link_names(content.linked, output)
+        if lowering.of_ranks:
+            stack.enter_context(folder_made(output))
+        appearing = stack.enter_context(Appearing(stem))
+        document = stack.enter_context(written_beside(manifest_path(output)))
+        files = _copies(stack, model, stem)
+        links = link_names(content.linked, stem)
         for shard, link in links.items():
             stack.enter_context(hard_linked(shard, link))
             files.linked.append(_engine_file(link, shard))
         if link_weights:
             writing.say(linked_sentence(content.linked.values(), content.dense_bytes, model.dtype))
-        graph = stack.enter_context(written_beside(output))
-        written = _write_weights(stack, model, content, Path(f"{output}.data"), job, writing)
-        starts = written.starts | {alias: written.starts[name] for alias, name in content.aliases.items()}
-        elsewhere = {name: (links[tensor.file].name, tensor.offset) for name, tensor in content.linked.items()}
-        locate(content.lowered.model, starts, f"{output.name}.data", elsewhere)
-        graph.write_bytes(content.lowered.model.SerializeToString(deterministic=True))
+        written = _write_weights(stack, model, content.weights_files(stem), job, writing)
+        shared = written[weights_of(stem)]
+        starts = shared.starts | {alias: shared.starts[name] for alias, name in content.aliases.items()}
+        elsewhere = {name: (weights_of(stem).name, start) for name, start in starts.items()}
+        elsewhere |= {name: (links[tensor.file].name, tensor.offset) for name, tensor in content.linked.items()}
+        graphs: list[EngineFile] = []
+        for path, lowered in content.graphs(stem).items():
+            own = written[weights_of(path)]
+            part = stack.enter_context(written_beside(path))
+            locate(lowered.model, own.starts, weights_of(path).name, elsewhere)
+            part.write_bytes(lowered.model.SerializeToString(deterministic=True))
+            graphs.append(_engine_file(path, part))
+        weights = {path.name: file.described(path) for path, file in written.items()}
+        of_ranks = [RankFiles(graph=graph, weights=weights[weights_of(Path(graph.name)).name]) for graph in graphs]
         manifest = Manifest(
             tool=TOOL,
             target=lowering.device,
             lowering=lowering.name,
-            graph=_engine_file(output, graph),
-            weights=EngineFile(name=f"{output.name}.data", sha256=written.sha256, bytes=written.bytes),
+            graph=graphs[0],
+            weights=weights[weights_of(stem).name],
+            ranks=of_ranks if lowering.of_ranks else [],
             linked=files.linked,
             tokenizer=files.tokenizer,
             chat_template=files.chat_template,
@@ -146,30 +161,39 @@ def compile_engine(
             recomputed_beyond=recomputed_beyond(model.config),
             slot_offsets={layer.name: offsets_name(layer.name) for layer in plan.layers} if lowering.counts_rows else {},
             dense_bytes=content.dense_bytes,
-            expert_bytes=sum(section.bytes for section in content.lowered.experts),
+            expert_bytes=sum(section.bytes for lowered in content.lowered for section in lowered.experts),
             replaced=_replaced(model, plan, content),
             remarks=list(model.remarks),
             plan=plan,
             **tokens,
         )
         write_document(manifest, document)
-        appearing.begin([output.with_suffix(".json").name, *(file.name for file in manifest.files)])
+        appearing.begin([manifest_path(output).name, *(file.name for file in manifest.files)])
     return world().from_first(manifest)
 
 
 @dataclass(frozen=True)
 class _Content:
-    """The engine before its weights are read. Non-expert weights are in ``dense``, are ``aliases`` of one of these, or
-    ``linked``."""
+    """The engine before its weights are read. ``lowered``: its graph, or one for each rank if ``of_ranks``. Non-expert weights
+    are in ``dense``, are ``aliases`` of one of these, or ``linked``."""
 
-    lowered: Lowered
+    lowered: list[Lowered]
+    of_ranks: bool
     dense: list[Section]
     aliases: dict[str, str]
     linked: dict[str, StoredTensor]
 
-    @property
-    def sections(self) -> list[Section]:
-        return [*self.dense, *self.lowered.experts]
+    def graphs(self, stem: Path) -> dict[Path, Lowered]:
+        if not self.of_ranks:
+            return {stem: self.lowered[0]}
+        return {graph_of_rank(stem, rank): lowered for rank, lowered in enumerate(self.lowered)}
+
+    def weights_files(self, stem: Path) -> dict[Path, list[Section]]:
+        """What is in each file: the experts of a graph beside it, and the non-expert weights in the first file."""
+        files = {weights_of(stem): list(self.dense)}
+        for path, lowered in self.graphs(stem).items():
+            files.setdefault(weights_of(path), []).extend(lowered.experts)
+        return files
 
     @property
     def dense_bytes(self) -> int:
@@ -202,58 +226,69 @@ def _content(
     model: Model, plan: Plan, lowering: Lowering, statistics: Statistics | None, exported: Exported, link_weights: bool
 ) -> _Content:
     layers = {layer.name: layer for layer in model.layers}
-    lowered = lowering.lower(
+    lowered = lowering.graphs(
         exported.model,
         plan,
         lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics),
         stored_weights(model, exported.parameters),
     )
-    dense, aliases, linked = dense_weights(model, lowered.model.graph, exported.parameters, link=link_weights)
-    return _Content(lowered, dense + lowered.matrices, aliases, linked)
+    dense, aliases, linked = dense_weights(model, lowered[0].model.graph, exported.parameters, link=link_weights)
+    return _Content(lowered, lowering.of_ranks, dense + lowered[0].matrices, aliases, linked)
 
 
-def _copies(stack: ExitStack, model: Model, output: Path) -> _Copies:
+def _copies(stack: ExitStack, model: Model, stem: Path) -> _Copies:
     """The tokenizer, the chat template and the licence texts, which appear when ``stack`` ends."""
     copies = _Copies()
     if model.has_tokenizer:
-        tokenizer = output.with_suffix(".tokenizer.json")
+        tokenizer = stem.with_suffix(".tokenizer.json")
         part = stack.enter_context(written_beside(tokenizer))
         part.write_text(model.tokenizer.to_str(), encoding="utf-8")
         copies.tokenizer = _engine_file(tokenizer, part)
     if has_chat(model):
-        template = output.with_suffix(".chat_template.jinja")
+        template = stem.with_suffix(".chat_template.jinja")
         part = stack.enter_context(written_beside(template))
         part.write_text(model.chat_template or "", encoding="utf-8", newline="")
         copies.chat_template = _engine_file(template, part)
     for path in licence_texts(model.path):
-        text = output.with_suffix(f".{path.name}")
+        text = stem.with_suffix(f".{path.name}")
         part = stack.enter_context(written_beside(text))
         shutil.copyfile(path, part)
         copies.licences.append(_engine_file(text, part))
     return copies
 
 
-def _write_weights(stack: ExitStack, model: Model, content: _Content, data: Path, job: Job, writing: Writing) -> WeightsFile:
-    journal = stack.enter_context(resumable(data, job, fresh=writing.fresh, say=writing.say))
-    began = monotonic()
-    written = write_weights(
-        content.sections,
-        journal.file,
-        writing.progress,
-        threads=writing.threads,
-        memory=model.largest_layer_bytes,
-        journal=journal,
-    )
-    new, seconds = (written.bytes - written.resumed) / 1e9, monotonic() - began
+def _write_weights(
+    stack: ExitStack, model: Model, files: dict[Path, list[Section]], job: Job, writing: Writing
+) -> dict[Path, WeightsFile]:
+    began, before, written = monotonic(), 0, {}
+    total = sum(layout(sections).bytes for sections in files.values())
+    for path, sections in files.items():
+        journal = stack.enter_context(resumable(path, job, fresh=writing.fresh, say=writing.say))
+        written[path] = write_weights(
+            sections,
+            journal.file,
+            _shifted(writing.progress, before, total),
+            threads=writing.threads,
+            memory=model.largest_layer_bytes,
+            journal=journal,
+        )
+        before += written[path].bytes
+    new, seconds = sum(file.bytes - file.resumed for file in written.values()) / 1e9, monotonic() - began
     writing.say(f"wrote {new:.3g} GB of weights in {seconds:.3g} s, {new / seconds:.3g} GB/s")
     return written
 
 
+def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """``progress`` over several files, for a file that begins when ``before`` bytes are written."""
+    return progress and (lambda done, _: progress(before + done, total))
+
+
 def _replaced(model: Model, plan: Plan, content: _Content) -> dict[str, int]:
-    counts = content.lowered.replaced | remarks(model)
+    lowered = content.lowered[0]
+    counts = lowered.replaced | remarks(model)
     counts["equal tensors written once"] = len(content.aliases)
-    counts["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 else 0
-    return counts_of(content.lowered.reports) | {reason: count for reason, count in counts.items() if count}
+    counts["ranks of the plan put on one device"] = plan.ranks if plan.ranks > 1 and not content.of_ranks else 0
+    return counts_of(lowered.reports) | {reason: count for reason, count in counts.items() if count}
 
 
 def _engine_file(final: Path, part: Path) -> EngineFile:

@@ -32,7 +32,7 @@ def check_same_model(plan: Plan, model: Model, path: Path) -> None:
 def remarks_before(model: Model, plan: Plan, lowering: Lowering) -> Iterator[str]:
     """What a user should know before a compilation: experts that tie, and what the plan loses with this lowering."""
     yield from remarks_on_ties(model)
-    if lost := lost_with_lowering(plan, lowering.name, batched=lowering.is_batched()):
+    if lost := lost_with_lowering(plan, lowering.name, batched=lowering.is_batched(), of_ranks=lowering.of_ranks):
         yield lost
 
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import onnx
 
+from rq_compile.engine.manifest import EngineFile
 from rq_compile.processes import on_this_host, world
 from rq_compile.rewrite.weights import (
     ExternalWeight,
@@ -54,6 +56,9 @@ class WeightsFile:
     bytes: int
     sha256: str
     resumed: int
+
+    def described(self, path: Path) -> EngineFile:
+        return EngineFile(name=path.name, sha256=self.sha256, bytes=self.bytes)
 
 
 def layout(sections: Iterable[Section]) -> Layout:

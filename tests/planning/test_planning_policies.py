@@ -298,7 +298,7 @@ def test_a_plan_says_when_it_balances_nothing() -> None:
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_plan_says_what_another_lowering_loses_of_it(target: str, lowering: str) -> None:
     plan = make_plan(inputs.skewed(), policy="optimal", memory=0.7, ranks=1, target=target)
-    lost = lost_with_lowering(plan, lowering, batched=LOWERINGS[lowering].is_batched())
+    lost = lost_with_lowering(plan, lowering, batched=LOWERINGS[lowering].is_batched(), of_ranks=False)
     waits = target in ("batched", "tensorrt-rtx")
     if waits and lowering != "batched":
         replicas = sum(len(layer.slots) for layer in plan.layers) - 64
@@ -311,11 +311,14 @@ def test_a_plan_says_what_another_lowering_loses_of_it(target: str, lowering: st
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_ranks_and_plans_without_replicas_lose_nothing(lowering: str) -> None:
+def test_ranks_are_lost_on_one_device_and_plans_without_replicas_lose_nothing(lowering: str) -> None:
+    kind = LOWERINGS[lowering]
     ranks = make_plan(inputs.skewed(), policy="optimal", memory=1.0, ranks=2, target="batched")
-    assert lost_with_lowering(ranks, lowering, batched=LOWERINGS[lowering].is_batched()) == ""
+    lost = lost_with_lowering(ranks, lowering, batched=kind.is_batched(), of_ranks=kind.of_ranks)
+    on_one_device = f"balances 2 ranks, but --lowering {lowering} puts all slots on one device"
+    assert lost == "" if kind.of_ranks else on_one_device in lost
     none = make_plan(inputs.skewed(), policy="none", memory=1.0, ranks=1, target="batched")
-    assert lost_with_lowering(none, lowering, batched=LOWERINGS[lowering].is_batched()) == ""
+    assert lost_with_lowering(none, lowering, batched=kind.is_batched(), of_ranks=False) == ""
 
 
 @pytest.mark.parametrize("policy", POLICIES)

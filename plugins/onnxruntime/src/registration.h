@@ -8,9 +8,9 @@
 
 namespace rq {
 
-// Adds `ops` to the session as domain rq.moe, if ONNX Runtime has version `needed` of its interface.
+// Adds `ops` to the session as domain `domain_name`, if ONNX Runtime has version `needed` of its interface.
 inline OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* base, const char* library, uint32_t needed,
-                               const std::vector<const OrtCustomOp*>& ops) {
+                               const std::vector<const OrtCustomOp*>& ops, const char* domain_name = "rq.moe") {
   const OrtApi* table = base->GetApi(needed);
   if (!table) {
     // Version 1 of the table exists in every ONNX Runtime and suffices to report the error.
@@ -24,7 +24,7 @@ inline OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* bas
   return guarded(api, "registration", [&] {
     // The session keeps a reference to the domain, so it lives as long as the process.
     OrtCustomOpDomain* domain = nullptr;
-    check(api, api.CreateCustomOpDomain("rq.moe", &domain));
+    check(api, api.CreateCustomOpDomain(domain_name, &domain));
     for (const OrtCustomOp* op : ops) check(api, api.CustomOpDomain_Add(domain, op));
     check(api, api.AddCustomOpDomain(options, domain));
   });

@@ -1,0 +1,47 @@
+"""Runs the processes of an engine of several ranks: oversubscribed, with one thread each."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command_line import PACKAGED_IN, safe_path
+
+from rq_compile.engine.library import MPI_LIBRARY
+from rq_compile.planning.schema import LayerPlan, Plan, Slot
+
+# Of the MPI that the library was built with: that of the environment comes before one of the system.
+MPIRUN = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+BUILT = (PACKAGED_IN / "rq_compile" / "lib" / MPI_LIBRARY).is_file()
+
+needs_mpi = pytest.mark.skipif(
+    not (BUILT and MPIRUN), reason="librq_moe_mpi.so is not built (make mpi-ops) or there is no mpiexec"
+)
+
+
+def mpirun(ranks: int, *arguments: object, limit: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` on as many processes, ended after ``limit`` seconds."""
+    program = [sys.executable, *safe_path(str(arguments[0])), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGED_IN), "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(
+        [MPIRUN or "mpiexec", "-n", str(ranks), *program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        check=False,
+    )
+
+
+def spread(plan: Plan, ranks: int, rank_of: Callable[[LayerPlan, int, Slot], int]) -> Plan:
+    """The plan with each slot on the rank ``rank_of(layer, slot number, slot)``."""
+    layers = [
+        layer.model_copy(
+            update={"slots": [slot.model_copy(update={"rank": rank_of(layer, i, slot)}) for i, slot in enumerate(layer.slots)]}
+        )
+        for layer in plan.layers
+    ]
+    return plan.model_copy(update={"ranks": ranks, "layers": layers})

@@ -34,7 +34,7 @@ FLOORS = (
     ("export", "lowerings"),
     ("runtime", "targets"),
     ("evaluation", "inspection"),
-    ("packaging", "reporting"),
+    ("packaging", "reporting", "serving"),
     ("api", "schemas"),
     ("__init__",),
     ("cli",),

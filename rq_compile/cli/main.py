@@ -25,7 +25,21 @@ from rq_compile.errors import UserError, printable, reason
 from rq_compile.processes import in_contact, lost, on_this_host, rank, speaker
 from rq_compile.standalone.limits import default_threads, restricted
 
-COMMANDS = ("compile", "calibrate", "merge", "plan", "replan", "inspect", "evaluate", "bench", "generate", "package", "report")
+COMMANDS = (
+    "compile",
+    "calibrate",
+    "merge",
+    "plan",
+    "replan",
+    "inspect",
+    "evaluate",
+    "bench",
+    "generate",
+    "chat",
+    "serve",
+    "package",
+    "report",
+)
 OWN_OPTIONS = ("-h", "--help", "--version")
 INTERRUPTED = 130
 TERMINATED = 143

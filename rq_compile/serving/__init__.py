@@ -1,0 +1,1 @@
+"""An HTTP server for one engine with the endpoints of OpenAI's API: completions, chat completions and models."""

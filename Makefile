@@ -8,7 +8,7 @@ AARCH64 := .venv-aarch64
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 PACKAGE = $$($(BIN)/python -P -c "import rq_compile; print(rq_compile.__path__[0])")
 
-.PHONY: help demo test quick mpi-ops sanitize tritonserver aarch64 kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check tidy format docs schema frozen families wheel installed clean
+.PHONY: help demo test quick mpi-ops sanitize tritonserver aarch64 kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check types tidy format docs schema frozen families wheel installed oldest newest clean
 
 help: ## print this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -79,9 +79,11 @@ gpu-check: ## check the kernels on the GPU of this machine
 cuda-ops-check: ## check the op library on the GPU of this machine
 	$(PYTHON) plugins/cuda/check_in_onnxruntime.py build/cuda/librq_moe_cuda.so
 
-check: $(INSTALLED) ## run ruff and mypy
+check: types ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## run mypy on the package, the plugins, the tests, the benchmarks and the samples
 	$(BIN)/mypy rq_compile tests
 	MYPYPATH=benchmarks $(BIN)/mypy benchmarks samples docs
 	for folder in kernels cuda launcher; do $(BIN)/mypy plugins/$$folder || exit 1; done
@@ -111,14 +113,27 @@ wheel: $(INSTALLED) ## build the sdist and a manylinux wheel in dist/, and test 
 	cp build/dist/*.tar.gz dist
 	$(MAKE) installed
 
-# Without extras first: running an engine must not need the compiler. The tests run away from the source.
 installed: ## test the wheel in dist/ in an empty environment, for example with PYTHON=python3.13
-	rm -rf build/installed
-	$(PYTHON) -m venv build/installed
-	build/installed/bin/pip install --quiet dist/*.whl
-	build/installed/bin/rq-compile --version
-	build/installed/bin/pip install --quiet "$$(echo dist/*.whl)[compile]" 'pytest>=8' 'hypothesis>=6' 'jsonschema>=4' 'tritonclient[grpc]>=2.49'
-	cd tests && ../build/installed/bin/python -P -m pytest -m quick $$(grep -rl mark.quick --include='test_*.py' .)
+	tests/support/quick_installed.sh $(PYTHON) build/installed dist/*.whl
+
+# What the quick tests leave out of the oldest ONNX Runtime and transformers: the ops, the fused ops, the names that we use of
+# transformers, and the engines of a family.
+ON_OLDEST := plugins/test_ops.py rewrite/test_fused_ops.py architectures/test_transformers_names.py architectures/test_families.py \
+  -k 'not lesser and (olmoe or not families)'
+
+# One wheel serves both: its libraries are not tied to a version of Python.
+build/wheel/built: $(INSTALLED)
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	touch $@
+
+oldest: build/wheel/built ## test on Python 3.11 with the oldest packages that pyproject.toml allows
+	$(BIN)/python tests/support/oldest_versions.py > build/oldest.txt
+	tests/support/quick_installed.sh python3.11 .venv-oldest build/wheel/*.whl --constraint build/oldest.txt
+	test ! -d .venv-oldest || (cd tests && ../.venv-oldest/bin/python -P -m pytest $(ON_OLDEST))
+
+newest: build/wheel/built ## test on Python 3.13 with the newest packages
+	tests/support/quick_installed.sh python3.13 .venv-newest build/wheel/*.whl
 
 clean: ## remove everything that these commands made
-	rm -rf .venv $(TRITON) $(AARCH64) build demo dist
+	rm -rf .venv .venv-oldest .venv-newest $(TRITON) $(AARCH64) build demo dist

@@ -7,6 +7,7 @@ from pydantic import Field
 from rq_compile.architectures.geometry import Activation
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.without_engine import why_no_engine
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.storage.weight import Plain
 from rq_compile.errors import UserError
@@ -32,8 +33,8 @@ class CheckpointFound(Document):
     """``dtypes``: bytes of the tensors by their type in the files. ``formats``: bytes of the weights by storage format.
 
     ``tied``: a weight without its own tensor -> the weight that it is tied to. ``unused``: tensors that an engine does not need,
-    or that only the index lists. ``why_not``: a sentence, if the checkpoint cannot be compiled. In this case, there are no
-    layers, and the properties of the model are unknown.
+    or that only the index lists. ``why_not``: a sentence, if the checkpoint cannot be compiled. If it cannot be opened
+    either, there are no layers, and the properties of the model are unknown.
     """
 
     kind: Literal["checkpoint"] = "checkpoint"
@@ -84,6 +85,7 @@ def inspected(checkpoint: Checkpoint) -> CheckpointFound:
         told = vocabulary(model)
     except UserError as error:
         return found.model_copy(update={"why_not": str(error)})
+    no_engine = why_no_engine(model)
     layers = [
         LayerFound(
             index=layer.index,
@@ -98,7 +100,8 @@ def inspected(checkpoint: Checkpoint) -> CheckpointFound:
     active = sum(layer.geometry.top_k * layer.geometry.expert_weights for layer in model.layers)
     return found.model_copy(
         update={
-            "compiles": True,
+            "compiles": no_engine is None,
+            "why_not": no_engine,
             "encoder_decoder": bool(model.config.is_encoder_decoder),
             "layers": layers,
             "expert_bytes": sum(layer.bytes for layer in layers),

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rq_compile"
 # From the bottom. A package imports only from lower floors, and never from another package on its own floor.
 FLOORS = (
-    ("bounds", "errors"),
+    ("bounds", "errors", "standalone"),
     ("processes",),
-    ("file_systems", "quantization", "spill", "standalone", "violations"),
+    ("file_systems", "quantization", "spill", "violations"),
     ("checkpoint", "files"),
     ("estimates", "outputs", "texts", "versions"),
     ("architectures",),

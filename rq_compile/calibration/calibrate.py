@@ -12,12 +12,14 @@ from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.load import torch_threads
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import remarks_on_ties
+from rq_compile.architectures.without_engine import remarks_without_engine
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.lengths import batch_size_for, sequence_length_for
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.memory import Way, choose_way
 from rq_compile.calibration.recording import LayerRecording, record_whole_model
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
+from rq_compile.calibration.scratch import return_freed
 from rq_compile.calibration.split import Split
 from rq_compile.calibration.statistics import tensors_of
 from rq_compile.calibration.stored import layers_to_measure, lossless_format, stored_layer
@@ -167,7 +169,7 @@ def calibrate(
         memory_limit=memory_limit,
         device=device,
     )
-    for text in (*work.remarks, *remarks_on_ties(model)):
+    for text in (*remarks_without_engine(model), *work.remarks, *remarks_on_ties(model)):
         remark(text)
     layers = layers_to_measure(model, block)
     report = _Report(progress, detail, work.total, len(layers), sum(layer.geometry.experts for layer in layers))
@@ -206,6 +208,7 @@ def calibrate(
         recording = split.all_of(own)
         with split.all_outputs(recording, own_output, in_memory=work.way.states_in_memory) as output:
             measurement = _measure(recording, report.layer(read_expert), output, quantizer, wanda_fraction, device)
+        return_freed()
         report.measured()
         moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
         measured = _layer_calibration(model, recording, measurement), moments if quantizer == "gptq" else {}

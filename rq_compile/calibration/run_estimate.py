@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
+from rq_compile.architectures.without_engine import remarks_without_engine
 from rq_compile.calibration.calibrate import work_of
 from rq_compile.calibration.measure import MAX_PAIRS
 from rq_compile.calibration.memory import used_memory
@@ -58,7 +59,7 @@ def calibration_estimate(
         memory_bytes=used_memory() + way.memory,
         cores=usable_cpus(),
         seconds=_calibration_seconds(model, layers, work.rows, work.measured, quantizer),
-        remarks=work.remarks,
+        remarks=[*remarks_without_engine(model), *work.remarks],
     )
 
 

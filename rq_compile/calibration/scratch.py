@@ -1,5 +1,6 @@
-"""Working arrays that may be larger than memory."""
+"""Working arrays that may be larger than memory, and memory that is not needed any more."""
 
+import ctypes
 import math
 import mmap
 import os
@@ -39,6 +40,14 @@ def release(array: np.ndarray) -> None:
     """Let the system evict the resident pages of a mapped array when it needs the memory."""
     if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
         array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
+def return_freed() -> None:
+    """Return the memory of freed arrays to the system. glibc keeps what lies between arrays in use; without this, a process grows
+    from layer to layer. Does nothing with another C library."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def on_disk(array: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def checkpoint_tables(found: CheckpointFound) -> list[RenderableType]:
         "compiles": "yes" if found.compiles else f"no: {found.why_not}",
     }
     made = []
-    if found.compiles:
+    if found.layers:
         rows |= {
             "weights": f"{found.parameters:,}, {found.active_parameters:,} active; experts {megabytes(found.expert_bytes or 0)}",
             "tied": ", ".join(f"{weight} = {other}" for weight, other in found.tied.items()) or "nothing",

@@ -140,12 +140,14 @@ def command(
 
     from rq_compile import spill
     from rq_compile.architectures.ties import remarks_on_ties
+    from rq_compile.architectures.without_engine import check_engine
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
     from rq_compile.planning.schema import Plan
     from rq_compile.targets.preflight import check_same_model, preflight, remarks_before
 
     model = rq.open(folder)
+    check_engine(model)
     settings = None
     if output.suffix == ".plan":
         settings = checked_settings(tensorrt, model, (batch_size or BATCH, sequence_length or SEQUENCE))

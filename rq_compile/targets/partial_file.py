@@ -27,7 +27,8 @@ Say = Callable[[str], None]
 
 
 class Record(Document):
-    """A complete section, from the end of the previous one to ``end``, in bytes of the file."""
+    """A complete section, from the end of the previous one to ``end``, in bytes of the file; ``sha256`` is that of all bytes up
+    to there."""
 
     section: str
     end: int

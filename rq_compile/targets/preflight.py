@@ -6,6 +6,7 @@ from pathlib import Path
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import remarks_on_ties
+from rq_compile.architectures.without_engine import check_engine
 from rq_compile.errors import UserError
 from rq_compile.lowerings import LOWERINGS, Lowering, lowering_of
 from rq_compile.planning.remarks import lost_with_lowering
@@ -56,6 +57,7 @@ def check_plan(model: Model, plan: Plan, lowering: Lowering) -> None:
     Raises:
         UserError: the first thing that does not fit, named with its layer and value.
     """
+    check_engine(model)
     planned = {layer.name: layer for layer in plan.layers}
     for layer in model.layers:
         if layer.name in planned:

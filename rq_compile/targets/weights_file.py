@@ -107,8 +107,7 @@ def write_weights(
                     progress(writer.position, places.bytes)
             if journal:
                 file.flush()
-                journal.add(Record(section=section.name, end=end, sha256=writer.section.hexdigest()))
-            writer.section = hashlib.sha256()
+                journal.add(Record(section=section.name, end=end, sha256=writer.whole.hexdigest()))
     return WeightsFile(places.starts, places.bytes, writer.whole.hexdigest(), resumed)
 
 
@@ -134,12 +133,12 @@ def _computed(sections: Sequence[Section], threads: int | None, memory: int) -> 
 
 
 class _Writer:
-    """The current end of the file, and the hashes of everything before it and of the section that is being written."""
+    """The current end of the file, and the hash of everything before it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.position = 0
-        self.whole, self.section = hashlib.sha256(), hashlib.sha256()
+        self.whole = hashlib.sha256()
 
     def put(self, data: bytes | memoryview) -> None:
         self.file.write(data)
@@ -147,7 +146,6 @@ class _Writer:
 
     def took(self, data: bytes | memoryview) -> None:
         self.whole.update(data)
-        self.section.update(data)
         self.position += len(data)
 
     def fill_up(self, start: int) -> None:
@@ -186,9 +184,7 @@ def _verified(sections: Sequence[Section], places: Layout, writer: _Writer, jour
         writer.file.seek(start)
         while writer.position < record.end and (data := writer.file.read(min(READ_AT_ONCE, record.end - writer.position))):
             writer.took(data)
-        same = writer.section.hexdigest() == record.sha256
-        writer.section = hashlib.sha256()
-        if not same:
+        if writer.whole.hexdigest() != record.sha256:
             writer.whole, writer.position = before, start
             journal.distrust(number)
             return number

@@ -5,6 +5,7 @@ All of them take half an hour. A run takes the popular ones and some others, ano
 """
 
 import datetime
+import json
 import os
 import random
 import re
@@ -18,14 +19,17 @@ import model_types
 import numpy as np
 import plans
 import pytest
+import tiny
 import tiny_storage
 import torch
 from calibrated import LENGTH, TEXTS, same
+from conftest import run_command
 from transformers import AutoConfig
 
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.probe import experts_geometry
+from rq_compile.architectures.without_engine import WITHOUT_ENGINE
 from rq_compile.calibration import calibrate as calibrate_module
 from rq_compile.calibration.memory import Way
 from rq_compile.errors import UserError
@@ -162,6 +166,26 @@ def test_in_the_storage_formats_of_published_checkpoints(model_type: str, format
 def test_what_cannot_be_compiled_is_refused(model_type: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=model_types.REFUSED[model_type]):
         export_graph(Model.open(model_types.build(model_type, tmp_path / model_type)))
+
+
+@pytest.mark.parametrize("model_type", WITHOUT_ENGINE)
+def test_it_is_said_before_any_work(model_type: str, tmp_path: Path) -> None:
+    """Of those that are refused only when they are exported."""
+    folder = model_types.build(model_type, tmp_path / model_type)
+    tiny.tokenizer().save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("a b c " * 40)
+    sentence = f"no engine can be made of a {model_type}: {WITHOUT_ENGINE[model_type]}"
+    found = json.loads(run_command("inspect", folder, "--json").stdout)
+    assert (found["compiles"], found["why_not"]) == (False, sentence)
+    assert found["layers"]
+    text = ("--text", tmp_path / "text.txt")
+    calibration = run_command(
+        "calibrate", folder, *text, "-o", tmp_path / "c.json", "--dry-run", "--json", "--sequence-length", 16
+    )
+    assert sentence in json.loads(calibration.stdout)["remarks"][0], calibration.stderr
+    compilation = run_command("compile", folder, *text, "-o", tmp_path / "e.onnx")
+    assert (compilation.exit_code, compilation.stdout) == (1, "")
+    assert compilation.stderr.endswith(f"error: {folder}: {sentence}; use a family of docs/families.md\n")
 
 
 def test_experts_that_compute_something_else_are_refused() -> None:

@@ -39,7 +39,7 @@ tritonserver: $(TRITON)/bin/tritonserver ## install Triton Inference Server in .
 # The server comes from a wheel for the CPU, without a container. The other packages are needed by a packaged model.py.
 $(TRITON)/bin/tritonserver: tests/support/install_tritonserver.py
 	$(PYTHON) -m venv $(TRITON)
-	$(TRITON)/bin/pip install --quiet nvidia-pytriton==0.7.0 'numpy<2' 'onnxruntime>=1.23' 'tokenizers>=0.22'
+	$(TRITON)/bin/pip install --quiet nvidia-pytriton==0.7.0 'numpy<2' 'onnxruntime>=1.23' 'tokenizers>=0.22' 'jinja2>=3.1.6'
 	$(TRITON)/bin/python $<
 
 # On Debian 12: apt-get install g++-aarch64-linux-gnu qemu-user

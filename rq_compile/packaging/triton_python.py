@@ -10,11 +10,13 @@ from rq_compile.engine.library import library_path
 from rq_compile.engine.manifest import Manifest
 from rq_compile.packaging.edge import EXAMPLE, OP_LIBRARY, SHARED
 from rq_compile.packaging.triton_config import TEXT, Tensor, messages, model_config
-from rq_compile.standalone import batch, scheduler, step_model
+from rq_compile.standalone import batch, chat_template, request_parameters, scheduler, step_model
 
 MODEL = Path(__file__).parent / "triton_files" / "model.py"
 # Modules that only a server needs.
-SERVING = tuple(Path(module.__file__) for module in (batch, scheduler, step_model) if module.__file__)
+SERVING = tuple(
+    Path(module.__file__) for module in (batch, chat_template, request_parameters, scheduler, step_model) if module.__file__
+)
 INT64 = np.dtype(np.int64)
 # The names that the generate extension and other text backends of Triton use.
 INPUTS = (
@@ -22,8 +24,10 @@ INPUTS = (
     Tensor("input_ids", INT64, (-1,), optional=True),
     Tensor("max_tokens", np.dtype(np.int32), (1,), optional=True),
     Tensor("stream", np.dtype(np.bool_), (1,), optional=True),
+    Tensor("messages", TEXT, (1,), optional=True),
+    *(Tensor(name, np.dtype(kind), (count,), optional=True) for name, (kind, count) in request_parameters.PARAMETERS.items()),
 )
-OUTPUTS = (Tensor("text_output", TEXT, (1,)), Tensor("token_ids", INT64, (-1,)))
+OUTPUTS = (Tensor("text_output", TEXT, (1,)), Tensor("token_ids", INT64, (-1,)), Tensor("logprobs", TEXT, (1,)))
 
 
 def write(engine: Path, manifest: Manifest, model: Path, threads: int = 0) -> tuple[Any, list[str]]:
@@ -35,7 +39,8 @@ def write(engine: Path, manifest: Manifest, model: Path, threads: int = 0) -> tu
         shutil.copyfile(source, model / "1" / source.name)
     if manifest.op_library is not None:
         shutil.copyfile(library_path(), model / "1" / OP_LIBRARY)
-    remark = "the server's Python needs onnxruntime and tokenizers: pip install onnxruntime tokenizers"
+    needed = ["onnxruntime", "tokenizers", *(["jinja2"] if manifest.chat_template is not None else [])]
+    remark = f"the server's Python needs {' and '.join(needed)}: pip install {' '.join(needed)}"
     return config(model.name, threads, manifest.context_length), [remark]
 
 

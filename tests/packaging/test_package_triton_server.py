@@ -7,6 +7,7 @@ import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,17 @@ from triton_server import (
 )
 from tritonclient.utils import InferenceServerException
 
+import rq_compile as rq
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.sampling import GREEDY, sampling_params
 from rq_compile.standalone.scheduler import SLOTS
 
 pytestmark = needs_server
 PROMPTS = ["The hacker", "A jargon file", "hack", "Unix is", "To be", "In the beginning", "foo bar", "he said"]
 STAND_IN = "stand-in"
 ENDLESS = "endless"
+TALK = "talk"
+SAID = [{"role": "user", "content": "Hello"}]
 LONGEST = 10**5
 
 
@@ -49,9 +54,11 @@ def engines(
 
 
 @pytest.fixture(scope="module")
-def repositories(rq_compile: Command, engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def repositories(
+    rq_compile: Command, engines: dict[str, Path], chat_engine: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
     """Both engines in the python flavour, one of them also without end-of-text tokens, and in the onnxruntime flavour with a
-    stand-in for the backend."""
+    stand-in for the backend; and an engine with a chat template."""
     root = tmp_path_factory.mktemp("repositories")
     for name, engine in engines.items():
         succeed(rq_compile("package", engine, "--for", "triton", "--threads", 1, "-o", root / name, "-q"))
@@ -62,7 +69,8 @@ def repositories(rq_compile: Command, engines: dict[str, Path], tmp_path_factory
     flavour = ("--flavour", "onnxruntime", "--mount", root / STAND_IN, "--name", STAND_IN, "--threads", 1)
     succeed(rq_compile("package", engines["native"], "--for", "triton", *flavour, "-o", root / STAND_IN, "-q"))
     replace_backend(root / STAND_IN / STAND_IN)
-    return [root / name for name in (*engines, ENDLESS, STAND_IN)]
+    succeed(rq_compile("package", chat_engine, "--for", "triton", "--name", TALK, "--threads", 1, "-o", root / TALK, "-q"))
+    return [root / name for name in (*engines, ENDLESS, STAND_IN, TALK)]
 
 
 def replace_backend(model: Path) -> None:
@@ -155,6 +163,56 @@ def test_a_short_request_does_not_wait_for_long_ones_until_they_take_all_places_
     with pytest.raises(InferenceServerException, match="cancelled"):
         list(pieces(responses))
     assert server.generate(ENDLESS, input_ids=[5, 9], max_tokens=12)[1] == tokens
+
+
+def test_tokens_are_chosen_as_the_engine_does(server: Server, chat_engine: Path) -> None:
+    engine = rq.load(chat_engine, threads=1)
+    ids = engine.tokenizer.encode("Once").ids
+    options = {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.2}
+    penalties = {"presence_penalty": 0.4, "frequency_penalty": 0.2, "seed": 5, "ignore_eos": True, "stop_token_ids": [77]}
+    for given in ({"seed": 3}, {"temperature": 0}, options | {"seed": 1}, options | penalties):
+        params = sampling_params(given, engine.manifest.sampling.model_dump())
+        tokens = list(engine.generate(ids, 12, sampling=params))
+        wanted = (engine.tokenizer.decode(tokens), tokens)
+        assert server.generate(TALK, text_input="Once", max_tokens=12, **given) == wanted
+    stop = "".join(engine.stream("Once", 12, sampling=GREEDY))[5:8]
+    text = "".join(engine.stream("Once", 12, sampling=replace(GREEDY, stop=(stop,))))
+    assert server.generate(TALK, text_input="Once", max_tokens=12, temperature=0, stop=[stop, "never"])[0] == text
+    for verb in ("generate", "generate_stream"):
+        said = server.post(TALK, verb, text_input="Once", max_tokens=2, temperature=0, logit_bias='{"9": 100}', logprobs=2)
+        answer = json.loads(said.removeprefix("data: "))
+        choices = list(engine.choices(ids, 2, sampling=replace(GREEDY, logit_bias={9: 100}, logprobs=2)))
+        for one, choice in zip(json.loads(answer["logprobs"]), choices, strict=True):
+            assert one["token"] == choice.token == 9
+            assert one["logprob"] == pytest.approx(choice.logprob, abs=1e-4)
+            assert [token for token, _ in one["top"]] == [token for token, _ in choice.top]
+
+
+def test_conversations(server: Server, chat_engine: Path) -> None:
+    wanted = "".join(rq.load(chat_engine, threads=1).chat(SAID, 12, sampling=GREEDY))
+    assert server.generate(TALK, messages=json.dumps(SAID), max_tokens=12, temperature=0)[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "request_", "word"),
+    [
+        (TALK, {"text_input": "a", "temperature": -1}, "temperature is -1"),
+        (TALK, {"text_input": "a", "top_p": 2}, "top_p is 2"),
+        (TALK, {"text_input": "a", "stop": [""]}, "stop is"),
+        (TALK, {"text_input": "a", "logit_bias": "{"}, "logit_bias is not JSON"),
+        (TALK, {"text_input": "a", "logit_bias": '{"500": 1}'}, "names the token 500"),
+        (TALK, {"messages": "Hello"}, "messages is not a conversation"),
+        (TALK, {"messages": "[]"}, "messages is not a conversation"),
+        (TALK, {"messages": '[{"role": "robot"}]'}, "unknown role robot"),
+        (TALK, {"text_input": "a", "messages": json.dumps(SAID)}, "or messages"),
+        ("native", {"messages": json.dumps(SAID)}, "has no chat template"),
+    ],
+)
+def test_bad_parameters_get_an_error(server: Server, model: str, request_: dict[str, Any], word: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as failure:
+        server.post(model, "generate", **({"max_tokens": 4} | request_))
+    assert failure.value.code == 400
+    assert word in failure.value.read().decode()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ All requests share one session and, through the scheduler, each of its steps. A 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ import triton_python_backend_utils as backend
 from .batch import fitting_tokens
 from .decoding import decode, open_session
 from .limits import free_memory, session_threads
-from .sampling import SamplingParams
+from .request_parameters import PARAMETERS as SAMPLING
+from .request_parameters import messages_of, request_params
+from .sampling import Choice, SamplingParams
 from .scheduler import Answer, AnswerFailed, Scheduler
 from .step_model import EngineSteps
 from .text import TextStream, open_tokenizer
@@ -41,10 +43,11 @@ PARAMETERS = {
 
 @dataclass(frozen=True)
 class Request:
-    """``prompt``: text, or token ids."""
+    """``prompt``: text, token ids, or the messages of a conversation as JSON, if ``chat``."""
 
     prompt: str | list[int]
-    max_tokens: int
+    chat: bool
+    params: SamplingParams
     stream: bool
 
 
@@ -59,6 +62,7 @@ class TritonPythonModel:
         self.session = open_session(engine, self.manifest, HERE / "librq_moe.so", session_threads(threads))
         file = self.manifest["tokenizer"]
         self.tokenizer = None if file is None else open_tokenizer(HERE / file["name"])
+        self.chat_template = self.read_chat_template()
         # An engine that cannot run must fail to load, not fail at the first request.
         next(decode(self.session, self.manifest, [0]))
         steps = EngineSteps(self.session, self.manifest)
@@ -73,6 +77,14 @@ class TritonPythonModel:
         self.watching.start()
         self.free = BoundedSemaphore(slots + NEXT)
         self.workers = ThreadPoolExecutor(slots + NEXT)
+
+    def read_chat_template(self) -> Any:
+        if self.manifest["chat_template"] is None:
+            return None
+        from .chat_template import ChatTemplate  # it needs jinja2, as only conversations do
+
+        source = (HERE / self.manifest["chat_template"]["name"]).read_text(encoding="utf-8")
+        return ChatTemplate(source, self.manifest["special_tokens"])
 
     def execute(self, requests: list) -> None:
         for request in requests:
@@ -108,21 +120,28 @@ class TritonPythonModel:
             tensor = backend.get_input_tensor_by_name(request, name)
             return None if tensor is None else tensor.as_numpy().ravel()
 
-        text, ids, max_tokens, stream = map(given, ("text_input", "input_ids", "max_tokens", "stream"))
-        if (text is None) == (ids is None):
-            raise ValueError("give either text_input or input_ids")
-        try:
-            prompt = text[0].decode() if text is not None else ids.tolist()
-        except UnicodeDecodeError:
-            raise ValueError("text_input is not UTF-8") from None
-        return Request(prompt, 64 if max_tokens is None else int(max_tokens[0]), stream is not None and bool(stream[0]))
+        text, messages, ids, max_tokens, stream = map(given, ("text_input", "messages", "input_ids", "max_tokens", "stream"))
+        if sum(prompt is not None for prompt in (text, messages, ids)) != 1:
+            raise ValueError("give either text_input or input_ids, or messages")
+        if ids is None:
+            name, array = ("text_input", text) if text is not None else ("messages", messages)
+            try:
+                prompt = array[0].decode()
+            except UnicodeDecodeError:
+                raise ValueError(f"{name} is not UTF-8") from None
+        else:
+            prompt = ids.tolist()
+        sampling = {name: given(name) for name in SAMPLING}
+        params = request_params(sampling, self.manifest["sampling"], 64 if max_tokens is None else int(max_tokens[0]))
+        params.check_tokens(self.manifest["vocabulary"])
+        return Request(prompt, messages is not None, params, stream is not None and bool(stream[0]))
 
     def answer(self, request: Request, sender: Any) -> None:
         try:
-            params = SamplingParams(temperature=0, max_tokens=self.most_tokens(request))
-            tokens = wanted(self.scheduler.submit(self.prompt_ids(request), params), sender)
-            for text, ids in self.pieces(tokens) if request.stream else [self.whole(list(tokens))]:
-                sender.send(response(text, ids))
+            choices = wanted(self.scheduler.submit(self.prompt_ids(request), request.params), sender)
+            pieces = self.pieces(choices, request.params.stop)
+            for text, chosen in pieces if request.stream else [whole(list(pieces))]:
+                sender.send(response(text, chosen, request.params.logprobs is not None))
             sender.send(flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except ValueError as error:
             refuse(sender, str(error), backend.TritonError.INVALID_ARG)
@@ -138,53 +157,60 @@ class TritonPythonModel:
         if isinstance(request.prompt, list):
             return request.prompt
         if self.tokenizer is None:
-            raise ValueError("the engine has no tokenizer; give input_ids instead of text_input")
-        return self.tokenizer.encode(request.prompt).ids
+            raise ValueError("the engine has no tokenizer; give input_ids instead of text")
+        if not request.chat:
+            return self.tokenizer.encode(request.prompt).ids
+        if self.chat_template is None:
+            raise ValueError("the engine has no chat template; give text_input instead of messages")
+        prompt = self.chat_template.render(messages_of(request.prompt))
+        return self.tokenizer.encode(prompt, add_special_tokens=False).ids
 
-    def most_tokens(self, request: Request) -> int:
-        """``max_tokens``, or a ValueError with a sentence for the client."""
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens is {request.max_tokens}; ask for at least 1")
-        return request.max_tokens
-
-    def pieces(self, tokens: Iterator[int]) -> Iterator[tuple[str, list[int]]]:
+    def pieces(self, choices: Iterator[Choice], stop: Sequence[str]) -> Iterator[tuple[str, list[Choice]]]:
         """Each token with the text that it completes, which is empty while a character is incomplete. Text that is still held
-        back comes last, without a token."""
+        back comes last, without a token. Without a tokenizer, there is no text, and stop strings have no effect."""
         if self.tokenizer is None:
-            yield from (("", [token]) for token in tokens)
+            yield from (("", [choice]) for choice in choices)
             return
-        stream = TextStream(self.tokenizer)
-        for token in tokens:
-            yield stream.push(token), [token]
+        stream = TextStream(self.tokenizer, stop=stop)
+        for choice in choices:
+            yield stream.push(choice.token), [choice]
+            if stream.stopped is not None:
+                return
         if held := stream.end():
             yield held, []
 
-    def whole(self, tokens: list[int]) -> tuple[str, list[int]]:
-        return "" if self.tokenizer is None else self.tokenizer.decode(tokens), tokens
+
+def whole(pieces: list[tuple[str, list[Choice]]]) -> tuple[str, list[Choice]]:
+    return "".join(text for text, _ in pieces), [choice for _, choices in pieces for choice in choices]
 
 
-def wanted(answer: Answer, sender: Any) -> Iterator[int]:
+def wanted(answer: Answer, sender: Any) -> Iterator[Choice]:
     """The tokens of the answer, as long as its client is there."""
-    while True:
-        try:
-            choice = answer.next(PATIENCE)
-        except TimeoutError:
-            choice = ...
-        if choice is None:
-            return
-        if sender.is_cancelled():
-            answer.cancel()
-        elif choice is not ...:
-            yield choice.token
+    try:
+        while True:
+            try:
+                choice = answer.next(PATIENCE)
+            except TimeoutError:
+                choice = ...
+            if choice is None:
+                return
+            if sender.is_cancelled():
+                answer.cancel()
+            elif choice is not ...:
+                yield choice
+    finally:
+        answer.cancel()
 
 
-def response(text: str, ids: list[int]) -> Any:
-    return backend.InferenceResponse(
-        [
-            backend.Tensor("text_output", np.array([text.encode()], np.object_)),
-            backend.Tensor("token_ids", np.array(ids, np.int64)),
-        ]
-    )
+def response(text: str, choices: list[Choice], logprobs: bool) -> Any:
+    tensors = [
+        backend.Tensor("text_output", np.array([text.encode()], np.object_)),
+        backend.Tensor("token_ids", np.array([choice.token for choice in choices], np.int64)),
+    ]
+    if logprobs:
+        said = [{"token": choice.token, "logprob": choice.logprob, "top": choice.top} for choice in choices]
+        tensors.append(backend.Tensor("logprobs", np.array([json.dumps(said).encode()], np.object_)))
+    return backend.InferenceResponse(tensors)
 
 
 def refuse(sender: Any, message: str, code: int) -> None:

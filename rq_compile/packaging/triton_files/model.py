@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Event, Thread
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ from .text import TextStream, open_tokenizer
 HERE = Path(__file__).absolute().parent
 # Requests that are accepted beside those in slots, so that a slot that becomes free is used at once.
 NEXT = 8
-# Seconds between two looks at whether a client that waits for a slot has gone.
-PATIENCE = 1.0
+# Seconds between two looks at whether a client has gone. Each asks the server, which takes as long as to send a token.
+PATIENCE = 0.2
 # Seconds between two looks at whether the model is being unloaded.
 WATCH = 1.0
 # The parameters of config.pbtxt and their values where an older one lacks them.
@@ -186,17 +187,20 @@ def whole(pieces: list[tuple[str, list[Choice]]]) -> tuple[str, list[Choice]]:
 
 def wanted(answer: Answer, sender: Any) -> Iterator[Choice]:
     """The tokens of the answer, as long as its client is there."""
+    looked = monotonic()
     try:
         while True:
+            choice: Choice | None = None
             try:
-                choice = answer.next(PATIENCE)
+                if (choice := answer.next(PATIENCE)) is None:
+                    return
             except TimeoutError:
-                choice = ...
-            if choice is None:
-                return
-            if sender.is_cancelled():
-                answer.cancel()
-            elif choice is not ...:
+                pass  # it waits for a slot
+            if (now := monotonic()) > looked + PATIENCE:
+                looked = now
+                if sender.is_cancelled():
+                    answer.cancel()
+            if choice is not None and not answer.cancelled:
                 yield choice
     finally:
         answer.cancel()

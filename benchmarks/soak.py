@@ -4,7 +4,7 @@ A real tritonserver serves two models, each from its own folder. Clients of rand
 as a whole or token by token, cancel over gRPC, close the connection in the middle, send requests that make no sense, prompts of
 many scripts, and prompts of hundreds of tokens. Every answer that is not refused or abandoned must be the one that the same
 request got before, whoever shares its steps. Half-way the second model is unloaded while it streams, and loaded again; at the
-end the server is killed (SIGKILL) and started again.
+end the server is killed (SIGKILL), which all of its processes must follow, and started again.
 
     python benchmarks/soak.py --model DIR --model DIR --minutes 20 --clients 8 32
 
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import numpy as np
 import tritonclient.grpc as grpc
-from processes_memory import memory
+from processes_memory import family, memory
 from provenance import processor, provenance
 from triton_server import Server, pieces, read_config, tensors, write_config
 
@@ -171,6 +171,15 @@ class Soak:
         return took
 
 
+def all_gone(members: list[int], within: float) -> bool:
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        if not any(Path(f"/proc/{member}").exists() for member in members):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def endless(package: Path, repository: Path) -> list[str]:
     """Copy a package so that its answers are as long as asked for. Returns the names of its models."""
     shutil.copytree(package, repository)
@@ -208,8 +217,11 @@ def soak(folders: Sequence[Path], seconds: float, clients: Sequence[int], scratc
                 thread.join(180)
                 if thread.is_alive():
                     state.faults.append("a client waits for an answer that does not come")
+        members = family(server.process.pid)
         server.process.send_signal(signal.SIGKILL)
         server.process.wait(60)
+        if not all_gone(members, within=10):
+            state.faults.append("a process of the server outlives it")
     with Server(repositories, scratch / "again.log") as server:
         state.server = server
         for (model, text, most), tokens in list(state.known.items())[:20]:

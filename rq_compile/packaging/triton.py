@@ -50,7 +50,7 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
         raise UserError(
             f"{name!r} cannot be the name of a model in Triton; give --name letters and digits, with dots and dashes between", 2
         )
-    if name in ("LICENSE", CHECKSUMS):
+    if name in ("LICENSE", "README.md", CHECKSUMS):
         raise UserError(f"the package has a file called {name}, so the model needs another name; give another --name", 2)
     flavour = flavour or ("tensorrt" if source.suffix == ".plan" else "python")
     if (flavour == "tensorrt") != (source.suffix == ".plan"):
@@ -73,6 +73,8 @@ def package(source: Path, output: Path, flavour: Flavour | None = None, name: st
         config, remarks = WRITERS[flavour](source, manifest, model, **options)
         (model / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
         (repository / "LICENSE").write_text(licence(), encoding="utf-8")
+        if onnx_engine is not None and flavour == "python":
+            (repository / "README.md").write_text(triton_python.readme(name, onnx_engine), encoding="utf-8")
         files = sorted(path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file())
         (repository / CHECKSUMS).write_text("".join(f"{sha256(repository / file)}  {file}\n" for file in files), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rq_compile.packaging.triton_config import TEXT, Tensor, messages, model_con
 from rq_compile.standalone import batch, chat_template, request_parameters, scheduler, step_model
 
 MODEL = Path(__file__).parent / "triton_files" / "model.py"
+README = MODEL.with_name("README.md")
 # Modules that only a server needs.
 SERVING = tuple(
     Path(module.__file__) for module in (batch, chat_template, request_parameters, scheduler, step_model) if module.__file__
@@ -42,6 +44,11 @@ def write(engine: Path, manifest: Manifest, model: Path, threads: int = 0) -> tu
     needed = ["onnxruntime", "tokenizers", *(["jinja2"] if manifest.chat_template is not None else [])]
     remark = f"the server's Python needs {' and '.join(needed)}: pip install {' '.join(needed)}"
     return config(model.name, threads, manifest.context_length), [remark]
+
+
+def readme(name: str, manifest: Manifest) -> str:
+    asked = '"input_ids": [1, 2, 3]' if manifest.tokenizer is None else '"text_input": "Once upon a time"'
+    return Template(README.read_text(encoding="utf-8")).substitute(name=name, tool=manifest.tool, asked=asked)
 
 
 def config(name: str, threads: int, context_length: int | None) -> Any:

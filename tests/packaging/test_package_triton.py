@@ -251,7 +251,7 @@ def test_a_missing_tritonclient_is_named(
     refused(rq_compile("package", stages / "model.onnx", "--for", "triton", "-o", tmp_path / "out"), 2, "pip install")
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "SHA256SUMS"])
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "SHA256SUMS"])
 def test_a_model_called_as_a_file_of_the_package(rq_compile: Command, stages: Path, tmp_path: Path, name: str) -> None:
     result = rq_compile("package", stages / "model.onnx", "--for", "triton", "--name", name, "-o", tmp_path / "triton")
     refused(result, 2, name, "give another --name")

@@ -7,7 +7,7 @@ from pathlib import Path
 def memory(process: int) -> int:
     """Proportional set size in bytes: pages that several processes share, mapped files among them, count once."""
     total = 0
-    for member in _tree(process):
+    for member in family(process):
         try:
             found = re.search(r"^Pss: *(\d+) kB", Path(f"/proc/{member}/smaps_rollup").read_text(), re.MULTILINE)
         except OSError:  # it has just ended
@@ -16,7 +16,8 @@ def memory(process: int) -> int:
     return total
 
 
-def _tree(process: int) -> list[int]:
+def family(process: int) -> list[int]:
+    """The process and all its descendants."""
     members = [process]
     for member in members:
         for children in Path(f"/proc/{member}/task").glob("*/children"):

@@ -70,11 +70,13 @@ class TritonPythonModel:
         cache_tokens = min(fitting_tokens(steps.cache, slots, cache_bytes or free_memory() // 2), slots * longest)
         if cache_tokens == 0:
             raise MemoryError(f"there is no memory for the caches of {slots} requests; set a lower concurrent_requests")
+        # Daemons, so that the process also ends when its server was killed, without a call of finalize.
         self.scheduler = Scheduler(steps, slots, longest, piece, cache_tokens, max_waiting=slots + NEXT)
-        self.stepping = Thread(target=self.scheduler.run, name="scheduler")
+        self.stepping = Thread(target=self.scheduler.run, name="scheduler", daemon=True)
         self.stepping.start()
         self.ended = Event()
-        self.watching = Thread(target=self.watch, args=(args["model_name"], args["model_version"]), name="watch")
+        watched = args["model_name"], args["model_version"]
+        self.watching = Thread(target=self.watch, args=watched, name="watch", daemon=True)
         self.watching.start()
         self.free = BoundedSemaphore(slots + NEXT)
         self.workers = ThreadPoolExecutor(slots + NEXT)

@@ -5,7 +5,6 @@ Two models, with int8 experts and dense part: the sample (samples/olmoe), and th
 
 rq-compile  the Triton package in a real tritonserver
 before      the same engine and server with the model.py of ``--before COMMIT``: a thread and a cache for each request
-llama.cpp   llama-server of ``benchmarks/llama_cpp/build.py --server``, with the weights in Q8_0, which has as many bits
 
 Each client sends one request after another, with a random prompt of 16 to 256 tokens and an answer of 16 to 128, and reads it
 token by token over HTTP. After ``--warm-up`` seconds, all tokens that come within ``--seconds`` are counted. "first_ms" is the
@@ -37,10 +36,9 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "benchmarks" / "llama_cpp")]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import numpy as np
-from convert import convert
 from generated_checkpoint import OLMOE_1B_7B, generate
 from plans import plan_of
 from processes_memory import memory
@@ -52,11 +50,10 @@ from rq_compile.lowerings import Native
 from rq_compile.planning.schema import Slot
 from rq_compile.targets.onnxruntime import compile_engine
 
-LLAMA_CPP = ROOT / "build" / "llama_cpp"
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 LARGE = replace(OLMOE_1B_7B, layers=3)
 MODELS = ("sample", "large")
-SERVERS = ("rq-compile", "before", "llama.cpp")
+SERVERS = ("rq-compile", "before")
 PROMPTS, ANSWERS = (16, 257), (16, 129)  # tokens
 LONGEST = 512
 THREADS = 2
@@ -65,8 +62,8 @@ PORT = 8123
 Row = dict[str, Any]
 
 
-def make(name: str, folder: Path, before: str | None, llama_cpp: Path) -> None:
-    """The model's repositories, with and without the scheduler, and its GGUF file."""
+def make(name: str, folder: Path, before: str | None) -> None:
+    """The model's repositories, with and without the scheduler."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = ROOT / "samples" / "olmoe" if name == "sample" else folder / "checkpoint"
     if not checkpoint.exists():
@@ -76,7 +73,7 @@ def make(name: str, folder: Path, before: str | None, llama_cpp: Path) -> None:
         plan = plan_of(opened, lambda layer: [Slot(expert=expert, format="int8") for expert in range(layer.geometry.experts)])
         plan = plan.model_copy(update={"quantizer": "nearest"})
         compile_engine(opened, plan, folder / "model.onnx", Native(activation_bits=8, dense_format="int8"))
-    for server in SERVERS[:2]:
+    for server in SERVERS:
         repository = folder / server
         if repository.exists():
             shutil.rmtree(repository)
@@ -89,16 +86,12 @@ def make(name: str, folder: Path, before: str | None, llama_cpp: Path) -> None:
             for file, source in (("model.py", "packaging/triton_files"), ("decoding.py", "standalone")):
                 command = ["git", "-C", str(ROOT), "show", f"{before}:rq_compile/{source}/{file}"]
                 (version / file).write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
-    if not (folder / "model.gguf").exists():
-        config = json.loads((checkpoint / "config.json").read_text())
-        convert(checkpoint, config, folder / "model.gguf", llama_cpp)
 
 
 @dataclass
 class Load:
     """Clients that ask one after another, until ``stop``; every token's time is noted."""
 
-    server: str
     vocabulary: int
     stop: threading.Event = field(default_factory=threading.Event)
     tokens: list[float] = field(default_factory=list)
@@ -118,16 +111,6 @@ class Load:
 
     def ask(self, prompt: list[int], most: int) -> None:
         path, body = "/v2/models/model/generate_stream", {"input_ids": prompt, "max_tokens": most, "stream": True}
-        if self.server == "llama.cpp":
-            path = "/completion"
-            body = {
-                "prompt": prompt,
-                "n_predict": most,
-                "stream": True,
-                "temperature": 0,
-                "ignore_eos": True,
-                "cache_prompt": False,
-            }
         connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=120)
         begun = last = time.perf_counter()
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
@@ -136,8 +119,8 @@ class Load:
             raise ValueError(response.read().decode())
         count = 0
         while line := response.readline():
-            # The last event of an answer has no token: it has text that was held back, or statistics.
-            if not line.startswith(b"data: ") or b'"token_ids":[]' in line or b'"stop":true' in line:
+            # The last event of an answer may have text that was held back, and no token.
+            if not line.startswith(b"data: ") or b'"token_ids":[]' in line:
                 continue
             now = time.perf_counter()
             self.tokens.append(now)
@@ -152,21 +135,15 @@ class Load:
 
 
 @contextmanager
-def serving(server: str, folder: Path, slots: int, tritonserver: Path, llama_server: Path) -> Iterator[subprocess.Popen]:
+def serving(server: str, folder: Path, slots: int, tritonserver: Path) -> Iterator[subprocess.Popen]:
     """The running server."""
-    if server == "llama.cpp":
-        words = [llama_server, "-m", folder / "model.gguf", "-t", THREADS, "-tb", THREADS, "-np", slots, "-c", slots * LONGEST]
-        words += ["--port", PORT, "--no-webui"]
-        ready = "/health"
-    else:
-        configure(folder / server / "model" / "config.pbtxt", slots)
-        words = [tritonserver, f"--model-repository={folder / server}", "--http-port", PORT, "--grpc-port", PORT + 1]
-        words += ["--allow-metrics=false", "--http-thread-count=40"]
-        ready = "/v2/health/ready"
+    configure(folder / server / "model" / "config.pbtxt", slots)
+    words = [tritonserver, f"--model-repository={folder / server}", "--http-port", PORT, "--grpc-port", PORT + 1]
+    words += ["--allow-metrics=false", "--http-thread-count=40"]
     with (folder / f"{server}.log").open("w") as log:
         process = subprocess.Popen([str(word) for word in words], stdout=log, stderr=subprocess.STDOUT)
     try:
-        while not answers(ready):
+        while not answers("/v2/health/ready"):
             if process.poll() is not None:
                 raise SystemExit((folder / f"{server}.log").read_text()[-2000:])
             time.sleep(0.2)
@@ -177,7 +154,7 @@ def serving(server: str, folder: Path, slots: int, tritonserver: Path, llama_ser
 
 
 def configure(config: Path, slots: int) -> None:
-    """Set the slots, and the length of a sequence to that of the other server."""
+    """Set the slots and the length of a sequence."""
     text = config.read_text()
     for key, value in (("concurrent_requests", slots), ("max_sequence_length", LONGEST)):
         text, found = re.subn(rf'(key: "{key}"\s+value \{{\s+string_value: )"\d+"', rf'\1"{value}"', text)
@@ -199,8 +176,8 @@ def answers(path: str) -> bool:
 def measured(name: str, server: str, clients: int, settings: argparse.Namespace) -> Row:
     folder, slots = settings.folder / name, max(SLOTS, clients)
     manifest = json.loads((folder / "model.json").read_text())
-    load = Load(server, manifest["vocabulary"])
-    with serving(server, folder, slots, settings.tritonserver, settings.llama_server) as process:
+    load = Load(manifest["vocabulary"])
+    with serving(server, folder, slots, settings.tritonserver) as process:
         threads = [threading.Thread(target=load.client, args=(number,)) for number in range(clients)]
         for thread in threads:
             thread.start()
@@ -232,7 +209,6 @@ def measured(name: str, server: str, clients: int, settings: argparse.Namespace)
         "requests": len(first),
         "processor": processor(),
         "cpus": len(os.sched_getaffinity(0)),
-        "llama_cpp": "llama-cpp-python 0.3.36",
         **provenance("rq-compile", "onnxruntime", "numpy"),
     }
 
@@ -248,13 +224,11 @@ def main() -> None:
     parser.add_argument("--before", help="commit whose model.py the server 'before' runs")
     parser.add_argument("--only-make", action="store_true", help="make models and repositories, and measure nothing")
     parser.add_argument("--tritonserver", type=Path, default=ROOT / ".venv-triton" / "bin" / "tritonserver")
-    parser.add_argument("--llama-server", type=Path, default=LLAMA_CPP / "server" / "bin" / "llama-server")
-    parser.add_argument("--llama-cpp-sources", type=Path, default=LLAMA_CPP / "llama_cpp_python-0.3.36" / "vendor" / "llama.cpp")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     settings = parser.parse_args()
     for name in settings.model:
         if settings.only_make:
-            make(name, settings.folder / name, settings.before, settings.llama_cpp_sources)
+            make(name, settings.folder / name, settings.before)
             continue
         for clients in settings.clients:
             for server in settings.server:

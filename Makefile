@@ -91,8 +91,13 @@ types: $(INSTALLED) ## run mypy on the package, the plugins, the tests, the benc
 docs: $(INSTALLED) ## build the documentation as a site in build/site and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-tidy: $(INSTALLED) ## run clang-tidy on the C++ of the CPU ops
-	$(BIN)/clang-tidy --quiet plugins/onnxruntime/src/*.cc -- -std=c++17 -DRQ_X86 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mavxvnni
+CPU_SOURCES = $(filter-out plugins/onnxruntime/src/kernels_neon%,$(wildcard plugins/onnxruntime/src/*.cc)) $(wildcard plugins/quantizer/src/*.cc)
+X86 := -DRQ_X86 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c -mavxvnni
+
+tidy: $(INSTALLED) ## run clang-tidy on the C++ of the CPU ops, the quantizer and the launcher
+	$(BIN)/clang-tidy --quiet $(CPU_SOURCES) -- -std=c++17 $(X86)
+	$(BIN)/clang-tidy --quiet plugins/launcher/*.cc -- -std=c++17 \
+	  -I$$($(BIN)/python -c "import triton; print(triton.__path__[0])")/backends/nvidia/include
 
 format: $(INSTALLED) ## apply the fixes of ruff and clang-format
 	$(BIN)/ruff check --fix .

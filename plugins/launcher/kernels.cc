@@ -78,8 +78,10 @@ Loaded load(const Kernel& kernel) {
 void launch(const Loaded& loaded, const Arguments& arguments, CUstream stream) {
   const Kernel& kernel = *loaded.kernel;
   unsigned grid[3];
-  for (int i = 0; i < 3; ++i)
-    if ((grid[i] = programs(kernel.grid[i], arguments)) == 0) return;
+  for (int i = 0; i < 3; ++i) {
+    grid[i] = programs(kernel.grid[i], arguments);
+    if (grid[i] == 0) return;
+  }
   void* parameters[kMostParameters];
   size_t count = 0;
   char* base = const_cast<char*>(reinterpret_cast<const char*>(&arguments));  // the driver only reads it

@@ -15,9 +15,9 @@ namespace rq {
 inline void prefer_huge_pages(const void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const size_t skipped = (kPage - reinterpret_cast<uintptr_t>(data) % kPage) % kPage;
+  const size_t whole = skipped < bytes ? (bytes - skipped) / kPage * kPage : 0;
+  if (whole > 0) (void)madvise(static_cast<char*>(const_cast<void*>(data)) + skipped, whole, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif

@@ -5,7 +5,7 @@
 
 namespace {
 
-const Code kPlain = {"plain", round_tile_plain, decode_plain, [] { return true; }};
+constexpr Code kPlain = {"plain", round_tile_plain, decode_plain, [] { return true; }};
 
 #ifdef RQ_X86
 bool has_avx512() {
@@ -14,7 +14,7 @@ bool has_avx512() {
 }
 #endif
 
-const Code kVectorized[] = {
+constexpr Code kVectorized[] = {
 #ifdef RQ_X86
     {"avx512_bf16", round_tile_avx512_bf16, decode_avx512, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
     {"avx512", round_tile_avx512, decode_avx512, has_avx512},

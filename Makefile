@@ -68,7 +68,7 @@ cuda-ops: kernels ## build the op library of the CUDA provider, with the kernels
 # MPI is that of `mpicxx` on the path: of the distribution, or of the wheel in the environment.
 mpi-ops: $(INSTALLED) ## build the op library of engines with several ranks; needs MPI
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S plugins/mpi -B build/mpi
-	cmake --build build/mpi --parallel 2
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/mpi --parallel 2
 	install -D -t $(PACKAGE)/lib build/mpi/librq_moe_mpi.so
 
 # Needs only torch, Triton and a GPU: no network and none of this project's dependencies.

@@ -57,7 +57,7 @@ def read_placement(path: Path, extra_layers: int = 0, first: int | None = None) 
     Raises:
         UserError: the file cannot be read, or ``placement_of`` refuses its plan.
     """
-    plan = read_manifest(path).plan if path.suffix == ".onnx" else read_document(Plan, path)
+    plan = read_manifest(path).plan if path.suffix == ".onnx" or path.is_dir() else read_document(Plan, path)
     placement = placement_of(plan, str(path))
     if extra_layers:
         return _with_extra_layers(placement, extra_layers, placement.index[-1] + 1 if first is None else first)

@@ -4,10 +4,12 @@
   replica is an alias, and the time depends on the rows and on the bytes that are read.
 - *batched* lowerings (``batched``, ``tensorrt-rtx``) make every slot a lane as wide as the busiest slot of its format and
   capacity class, and read the weights of all slots. The busiest slots determine the time.
-- With several ranks, the busiest rank determines the time, whatever its kernels.
+- With several ranks, the busiest rank determines the time, whatever its kernels. The exchange adds to it: every rank sends each
+  row whose slot is elsewhere, and gets its result back.
 """
 
 from dataclasses import dataclass
+from math import ceil, log2
 from typing import Literal
 
 import numpy as np
@@ -17,6 +19,7 @@ from rq_compile.planning.metrics import padded_work, rank_loads
 from rq_compile.planning.schema import Slot
 from rq_compile.planning.targets import TARGETS, Target
 
+BYTES_OF_A_NUMBER = 4  # rows are exchanged in fp32
 Busiest = Literal["slot", "rank", "nothing"]
 
 
@@ -30,6 +33,11 @@ class CostModel:
     @property
     def batched(self) -> bool:
         return TARGETS[self.target].batched
+
+    @property
+    def exchange_known(self) -> bool:
+        """Whether the exchange between ranks was measured on this target."""
+        return TARGETS[self.target].message_seconds > 0
 
     @property
     def busiest(self) -> Busiest:
@@ -60,7 +68,20 @@ class CostModel:
                     computed[rank] *= padded_work(rows[mine], lanes[mine])
         flops = 2 * (geometry.up_rows * geometry.hidden + geometry.hidden * geometry.intermediate)
         read = rank_loads(bytes_read, of_rank, self.ranks)
-        return float((computed * flops / machine.flops + read / machine.bytes_per_second).max())
+        exchange = self._exchange_time(geometry, rank_loads(rows, of_rank, self.ranks))
+        return float((computed * flops / machine.flops + read / machine.bytes_per_second + exchange).max())
+
+    def _exchange_time(self, geometry: ExpertGeometry, rows: np.ndarray) -> np.ndarray:
+        """Seconds that each rank, which computes ``rows [R]``, spends on rows that leave or reach it, and on messages.
+
+        Every rank has an equal share of the tokens, and as many of each rank's rows come from every rank.
+        """
+        machine = TARGETS[self.target]
+        arriving = rows * (self.ranks - 1) / self.ranks
+        leaving = (rows.sum() - rows) / self.ranks
+        row_bytes = 2 * geometry.hidden * BYTES_OF_A_NUMBER  # there and back
+        messages = 2 * (self.ranks - 1) + ceil(log2(self.ranks))  # rows there, rows back, and the counts
+        return (arriving + leaving) * row_bytes / machine.exchanged_per_second + messages * machine.message_seconds
 
     def _bytes_read(self, geometry: ExpertGeometry, slots: list[Slot], share: np.ndarray, tokens: int) -> np.ndarray:
         """Bytes that each slot is expected to read, float ``[S]``. With ragged kernels, copies of an expert with the same format

@@ -56,14 +56,20 @@ def make_plan(
     """
     common, own = check_arguments(policy=policy, memory=memory, ranks=ranks, target=target, options=options)
     module = importlib.import_module(f"rq_compile.planning.policies.{policy}")
-    problem = problem_of(calibration, target=cast(Target, target), ranks=ranks, memory=memory or 1.0, smoothing=common.smoothing)
+    problem = problem_of(
+        calibration,
+        target=cast(Target, target),
+        ranks=ranks,
+        memory=memory or 1.0,
+        smoothing=common.smoothing,
+        tokens=common.tokens,
+    )
     if memory is None:
         memory = least_memory(problem, policy)
         problem = replace(problem, memory=memory)
     decision: Decision = module.decide(problem, own)
-    tokens = common.tokens or calibration.batch_size * calibration.sequence_length
     layers = [
-        layer_plan(problem, layer.calibration, slots, calibration.batch_size, tokens)
+        layer_plan(problem, layer.calibration, slots, calibration.batch_size, problem.tokens)
         for layer, slots in zip(problem.layers, decision.slots, strict=True)
     ]
     taken = sum(layer.predicted.bytes_after for layer in layers)

@@ -56,12 +56,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Problem:
-    """A model's layers, the bytes that its experts may take, and the target of the plan."""
+    """A model's layers, the bytes that its experts may take, and the target of the plan. ``tokens``: those of the step whose time
+    is predicted."""
 
     layers: tuple[Layer, ...]
     dtype: Format
     memory: float
     cost: CostModel
+    tokens: int
 
     @property
     def ranks(self) -> int:
@@ -86,9 +88,13 @@ class Decision:
     remarks: list[str] = field(default_factory=list)
 
 
-def problem_of(calibration: Calibration, *, target: Target, ranks: int, memory: float, smoothing: float) -> Problem:
+def problem_of(
+    calibration: Calibration, *, target: Target, ranks: int, memory: float, smoothing: float, tokens: int = 0
+) -> Problem:
+    """``tokens``: 0 means one calibration batch."""
     layers = tuple(_layer(layer, calibration.dtype, smoothing) for layer in calibration.layers)
-    return Problem(layers, calibration.dtype, memory, CostModel(target, ranks))
+    tokens = tokens or calibration.batch_size * calibration.sequence_length
+    return Problem(layers, calibration.dtype, memory, CostModel(target, ranks), tokens)
 
 
 def _layer(layer: LayerCalibration, dtype: Format, smoothing: float) -> Layer:

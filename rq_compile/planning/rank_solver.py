@@ -36,8 +36,11 @@ class _LayerSequence:
     missed: np.ndarray
 
 
-def solve_on_ranks(problem: Problem, objective: Objective, budget: int) -> Solution | None:
-    """The solution with the least objective found within ``budget`` bytes; None if the budget does not hold every expert once."""
+def solve_on_ranks(problem: Problem, objective: Objective, budget: int, *, most_replicas: int | None = None) -> Solution | None:
+    """The solution with the least objective found within ``budget`` bytes; None if the budget does not hold every expert once.
+
+    ``most_replicas``: of a layer. The bound is then that of all solutions nevertheless.
+    """
     sequences = _sequences(problem, objective)
     choices = [sequence.choices for sequence in sequences]
     most = min(len(choice.sequence.expert) for choice in choices)
@@ -51,7 +54,8 @@ def solve_on_ranks(problem: Problem, objective: Objective, budget: int) -> Solut
         # Any price bounds the optimum. The price of the formats is good if the copies are; a price of 0 is if memory is plenty.
         dual = max(_bound(choices, number, problem.ranks, price, budget) for price in (allocation.price, 0.0))
         bound = min(bound, least[number] + dual)
-    for number in sorted(relaxed, key=lambda number: relaxed[number].value + least[number]):
+    tried = [number for number in relaxed if most_replicas is None or number <= most_replicas]
+    for number in sorted(tried, key=lambda number: relaxed[number].value + least[number]):
         if best is not None and relaxed[number].bound + least[number] >= best.value:
             break
         for solution in _packed(problem, sequences, relaxed[number], objective, budget):

@@ -76,8 +76,14 @@ def replan(
     _check_same_model(plan, calibration)
     _check_same_quantization(plan, calibration)
     common = _common_options(plan)
-    problem = problem_of(calibration, target=plan.target, ranks=plan.ranks, memory=plan.memory, smoothing=common.smoothing)
-    tokens = common.tokens or calibration.batch_size * calibration.sequence_length
+    problem = problem_of(
+        calibration,
+        target=plan.target,
+        ranks=plan.ranks,
+        memory=plan.memory,
+        smoothing=common.smoothing,
+        tokens=common.tokens,
+    )
     taken = sum(layer.geometry.expert_bytes(slot.format) for layer in plan.layers for slot in layer.slots)
     room = problem.budget - taken
     if room < 0:
@@ -85,7 +91,7 @@ def replan(
     layers, changed = [], []
     for layer, old in zip(problem.layers, plan.layers, strict=True):
         slots = _replanned(problem, layer, old, 1 + tolerance, room)
-        layers.append(layer_plan(problem, layer.calibration, slots, calibration.batch_size, tokens))
+        layers.append(layer_plan(problem, layer.calibration, slots, calibration.batch_size, problem.tokens))
         changed.append(_changes(problem, layer, old, slots))
         room -= layers[-1].predicted.bytes_after - old.predicted.bytes_after
     changes = Changes(tolerance=tolerance, slots=sum(len(layer.slots) for layer in plan.layers), layers=changed)

@@ -1,6 +1,7 @@
 """The targets of a plan and the costs of a step there. This module does not need numpy."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "batched"]
@@ -11,15 +12,19 @@ class Costs:
     """Nominal rates that turn rows and bytes into one unit. A prediction is only ever shown as a ratio of two times.
 
     ``batched``: every slot is a lane as wide as the busiest slot of its format and capacity class; otherwise, kernels are ragged.
+    ``message_seconds`` and ``exchanged_per_second``: what several ranks add to each layer, a time for each message and bytes per
+    second of the rows that leave or reach a rank. Only those of ``cpu`` are measured (benchmarks/ranks.py); others are left out.
     """
 
     flops: float
     bytes_per_second: float
     batched: bool = False
+    message_seconds: float = 0.0
+    exchanged_per_second: float = inf
 
 
 TARGETS: dict[Target, Costs] = {
-    "cpu": Costs(200e9, 33e9),
+    "cpu": Costs(200e9, 33e9, message_seconds=13e-6, exchanged_per_second=3.9e9),
     "cuda": Costs(800e12, 3.3e12),
     "tensorrt": Costs(800e12, 3.3e12),
     "tensorrt-rtx": Costs(150e12, 1.0e12, batched=True),

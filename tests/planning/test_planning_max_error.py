@@ -162,11 +162,11 @@ def test_more_formats_never_make_a_plan_worse(
     # The float formats are complete alternatives, so this holds for any solution that the solver finds.
     many = planned(calibration, [format for format in FORMATS if format in some or format in FLOATS], **arguments)
     assert many is not None
-    assert few.optimality is not None
-    assert many.optimality is not None
     if target == "cpu":
         assert many.bytes_after <= few.bytes_after
     else:
+        assert few.optimality is not None
+        assert many.optimality is not None
         assert many.optimality.objective <= few.optimality.objective + 1e-9
 
 

@@ -1,17 +1,21 @@
 """The definitions of balance, compared with counting by hand and token by token."""
 
+from dataclasses import replace
+
 import numpy as np
 import planning_inputs as inputs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.evaluation.balance import balance
 from rq_compile.planning import metrics
 from rq_compile.planning.costs import CostModel
 from rq_compile.planning.demand import demand, drift_gain
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.schema import Slot
+from rq_compile.planning.targets import TARGETS
 
 pytestmark = pytest.mark.quick
 
@@ -146,3 +150,23 @@ def test_several_ranks_wait_for_the_busiest(rows: list[int]) -> None:
     alone = [cost.step_time(geometry, slots, np.where(np.arange(4) // 2 == rank, rows, 0), 100, np.zeros(4)) for rank in (0, 1)]
     assert cost.busiest == "rank"
     assert together <= max(alone) * (1 + 1e-9) or sum(rows) == 0
+
+
+def test_the_exchange_costs_bytes_and_messages_where_it_was_measured() -> None:
+    """Two ranks with four experts each get rows in the ratio 3 : 1, and share the tokens equally."""
+    geometry = ExpertGeometry(experts=2, top_k=1, hidden=64, intermediate=32, activation="swiglu")
+    slots = [Slot(expert=expert, format="bf16", rank=expert) for expert in range(2)]
+    together_on_one = [slot.model_copy(update={"rank": 0}) for slot in slots]
+    rows, tokens, lanes = np.array([3, 1]), 4000, np.zeros(2)
+    costs, alone = TARGETS["cpu"], replace(TARGETS["cpu"], message_seconds=0.0, exchanged_per_second=np.inf)
+    with pytest.MonkeyPatch.context() as patch:
+        together = CostModel("cpu", 2).step_time(geometry, slots, rows, tokens, lanes)
+        patch.setitem(TARGETS, "cpu", alone)
+        without = CostModel("cpu", 2).step_time(geometry, slots, rows, tokens, lanes)
+        on_one = CostModel("cpu", 1).step_time(geometry, together_on_one, rows, tokens, lanes)
+    arriving, leaving = 1500, 500  # half of each rank's rows; of its own 2000, 500 are for the other
+    assert together - without == pytest.approx(
+        3 * costs.message_seconds + (arriving + leaving) * 2 * 64 * 4 / costs.exchanged_per_second
+    )
+    assert CostModel("cpu", 1).step_time(geometry, together_on_one, rows, tokens, lanes) == on_one
+    assert not CostModel("cuda", 2).exchange_known

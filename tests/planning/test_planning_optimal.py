@@ -16,6 +16,7 @@ from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.planning.budget import allowed
 from rq_compile.planning.copies import copy_sequence
+from rq_compile.planning.costs import CostModel
 from rq_compile.planning.demand import demand
 from rq_compile.planning.knapsack import choose_formats
 from rq_compile.planning.metrics import excess_removed
@@ -447,3 +448,25 @@ def test_a_large_model_is_planned_in_reasonable_time() -> None:
     assert seconds < 120
     assert optimality(plan).gap < 0.2
     assert max(predicted(layer).rank_imbalance_after for layer in plan.layers) < 1.02
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_experts_are_copied_on_ranks_only_if_the_step_is_then_shorter(target: str) -> None:
+    """A small batch reads most experts, and copies are more to read; a large one waits for the busiest rank."""
+    errors: dict[Format, list[float]] = {"int8": [1e-5] * 8, "int4": [1e-3] * 8}
+    layer = inputs.layer([[300, *[100] * 7]], errors, top_k=2, hidden=1024, intermediate=1024)
+    given: dict[str, Any] = {"ranks": 2, "memory": 1.5, "target": target}
+    small, large = (optimal(inputs.calibration([layer]), tokens=tokens, **given) for tokens in (16, 8192))
+    said = "Replicas would not shorten a step of 16 tokens on these ranks"
+    assert len(large.layers[0].slots) == 10
+    assert len(small.layers[0].slots) == (8 if target == "cpu" else 10)
+    assert any(said in remark for remark in small.remarks) == (target == "cpu")
+    placed, copied = (step_of_16(plan) for plan in (small, large))
+    assert placed < copied if target == "cpu" else placed == copied
+
+
+def step_of_16(plan: Plan) -> float:
+    """Seconds on two ranks of the CPU, with the loads that the plan expects."""
+    (layer,) = plan.layers
+    loads = np.array([slot.load for slot in layer.slots])
+    return CostModel("cpu", 2).step_time(layer.geometry, layer.slots, loads, 16, np.zeros(len(loads)))

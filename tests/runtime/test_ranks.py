@@ -177,6 +177,15 @@ def test_a_mistake_of_one_rank_ends_all_with_its_sentence(engine: Path) -> None:
     assert "error: rank 1: the prompt is empty" in ran.stderr
 
 
+@needs_mpi
+def test_ranks_have_no_scheduler(engine: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n")
+    ran = mpirun(2, "-m", "rq_compile", "generate", engine, "--batch", prompts)
+    assert ran.returncode == 2
+    assert "runs in 2 processes, which cannot share a scheduler" in ran.stderr
+
+
 def test_without_the_library(engine: Path, rq_compile: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Path:
         raise UserError(f"the custom-op library {name} is missing; build it", 2)

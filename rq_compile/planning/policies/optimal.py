@@ -24,6 +24,8 @@ that does not wait, the plan with ``max_error`` takes the fewest bytes within th
 then states no objective.
 
 With several ranks, every layer gets the same number of slots and every rank an equal share of them, as serving systems require.
+A replica on a second rank is one more expert that a small batch reads. Where the exchange between ranks was measured (``cpu``),
+experts are therefore only copied if the predicted step is then shorter than with the best placement without copies.
 The bound in the plan proves how close the plan is to the optimum. For one rank, the optimum is usually reached (``allocation``,
 ``exact``); for several, the packing leaves a gap (``rank_solver``).
 """
@@ -40,6 +42,7 @@ from rq_compile.planning.allocation import slot_experts
 from rq_compile.planning.budget import over_budget
 from rq_compile.planning.knapsack import smallest_formats
 from rq_compile.planning.max_error import fewest_bytes, least_objective
+from rq_compile.planning.metrics import slot_loads
 from rq_compile.planning.problem import Decision, Layer, Problem
 from rq_compile.planning.rank_solver import solve_on_ranks
 from rq_compile.planning.schema import Optimality, Slot
@@ -70,12 +73,7 @@ def decide(problem: Problem, options: Options) -> Decision:
     """
     allowed = _allowed_formats(problem, options.formats)
     _check_budget(_with_formats(problem, allowed))
-    # An engine holds one float format, so each float format that is smaller than the checkpoint's own is an alternative to it.
-    floats = [format for format in FLOAT_FORMATS if format in allowed]
-    solutions = [
-        _solution(_with_formats(problem, [format for format in allowed if format == one or format not in floats]), options)
-        for one in floats or allowed[:1]
-    ]
+    solutions = [_solution(_with_formats(problem, formats), options) for formats in _float_choices(allowed)]
     found = [solution for solution in solutions if solution is not None and np.isfinite(solution.value)]
     if not found:
         raise UserError(
@@ -86,8 +84,42 @@ def decide(problem: Problem, options: Options) -> Decision:
         fewest = min(found, key=lambda solution: (solution.bytes, solution.mean_error))
         return Decision(_slots(problem, fewest))
     best = min(found, key=lambda solution: solution.value)
+    placed = _without_replicas(problem, options, allowed, best)
+    if placed is not None:
+        remark = (
+            f"Replicas would not shorten a step of {problem.tokens} tokens on these ranks, so experts are placed and not copied; "
+            "--option tokens plans for steps of another size."
+        )
+        bound = min(solution.bound for solution in found)
+        return Decision(_slots(problem, placed), Optimality(objective=placed.value, bound=bound), [remark])
     optimality = Optimality(objective=best.value, bound=min(solution.bound for solution in found))
     return Decision(_slots(problem, best), optimality, _unbalanced(problem, best, options))
+
+
+def _without_replicas(problem: Problem, options: Options, allowed: list[Format], best: Solution) -> Solution | None:
+    """A solution without replicas whose predicted step is not longer than that of ``best``; None if there is none."""
+    replicas = sum(len(solved.ranks) - layer.experts for layer, solved in zip(problem.layers, best.layers, strict=True))
+    even = all(layer.experts % problem.ranks == 0 for layer in problem.layers)
+    if not (replicas and even and problem.cost.exchange_known) or options.max_error:
+        return None
+    objective = _objective(options)
+    solutions = [
+        solve_on_ranks(_with_formats(problem, formats), objective, problem.budget, most_replicas=0)
+        for formats in _float_choices(allowed)
+    ]
+    found = [solution for solution in solutions if solution is not None and np.isfinite(solution.value)]
+    placed = min(found, key=lambda solution: solution.value, default=None)
+    if placed is None or _step_time(problem, placed) > _step_time(problem, best):
+        return None
+    return placed
+
+
+def _step_time(problem: Problem, solution: Solution) -> float:
+    total = 0.0
+    for layer, slots in zip(problem.layers, _slots(problem, solution), strict=True):
+        rows = slot_loads(np.asarray(layer.calibration.load), [slot.expert for slot in slots])
+        total += problem.cost.step_time(layer.geometry, slots, rows, problem.tokens, np.zeros(len(slots)))
+    return total
 
 
 def _slots(problem: Problem, solution: Solution) -> list[list[Slot]]:
@@ -128,6 +160,13 @@ def _allowed_formats(problem: Problem, names: str) -> list[Format]:
     return [format for format in measured if format in wanted]
 
 
+def _float_choices(allowed: list[Format]) -> list[list[Format]]:
+    """``allowed`` with one float format at a time. An engine holds one, so each that is smaller than the checkpoint's own is an
+    alternative to it."""
+    floats = [format for format in FLOAT_FORMATS if format in allowed]
+    return [[format for format in allowed if format == one or format not in floats] for one in floats or allowed[:1]]
+
+
 def _with_formats(problem: Problem, allowed: list[Format]) -> Problem:
     """``problem`` with every other format made impossible."""
 
@@ -155,9 +194,13 @@ def _check_budget(problem: Problem) -> None:
         raise over_budget(least, problem.memory, problem.bytes_before, "one slot per expert in its smallest format")
 
 
+def _objective(options: Options) -> Objective:
+    return Objective(1 + options.tolerance, options.balance, options.drift, options.hedge, options.mixed_copies)
+
+
 def _solution(problem: Problem, options: Options) -> Solution | None:
     """The best solution within ``max_error``; None if there is none."""
-    objective = Objective(1 + options.tolerance, options.balance, options.drift, options.hedge, options.mixed_copies)
+    objective = _objective(options)
     solve = solve_on_ranks if problem.ranks > 1 else solve_on_one_rank
     if not options.max_error:
         return solve(problem, objective, problem.budget)

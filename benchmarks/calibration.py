@@ -7,7 +7,8 @@ tensor of the checkpoint once, as stored. "calibrate" is all of `rq_compile.cali
 whole model in memory ("whole") or layer by layer ("layers"). "expert" is the CPU seconds of the measurements for an expert of 6.3
 million weights, including GPTQ for int8 and int4, without the products of the expert's tokens with its original weights, which
 every forward pass computes. "ratio" is the seconds of the calibration divided by those of its goal, three forward passes and one
-read. The profile lists the functions that took most of the main thread's time, in a separate run.
+read. Forward passes and calibrations take turns for `--rounds` rounds, because the speed of a shared machine drifts; figures are
+means over the rounds. The profile lists the functions that took most of the main thread's time, in a separate run.
 
 A row is written to benchmarks/results/calibration.json, and replaces a row of the same shape, tokens, way and experts.
 """
@@ -18,7 +19,7 @@ import json
 import platform
 import pstats
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +38,7 @@ from rq_compile.calibration import calibrate as calibration
 from rq_compile.calibration import measure
 from rq_compile.calibration.memory import Way
 from rq_compile.calibration.recording import model_arguments
-from rq_compile.calibration.text import tokenize
+from rq_compile.calibration.text import Batch, tokenize
 from rq_compile.quantization.formats import Quantizer
 
 RESULTS = ROOT / "benchmarks" / "results" / "calibration.json"
@@ -98,8 +99,8 @@ class Clock:
         self.cpu += process_time() - self._began[0]
         self.wall += perf_counter() - self._began[1]
 
-    def row(self, name: str) -> dict[str, float]:
-        return {f"{name}_cpu_s": round(self.cpu, 3), f"{name}_s": round(self.wall, 3)}
+    def row(self, name: str, rounds: int) -> dict[str, float]:
+        return {f"{name}_cpu_s": round(self.cpu / rounds, 3), f"{name}_s": round(self.wall / rounds, 3)}
 
 
 def checkpoint(shape: str, experts: int | None, folder: Path) -> Path:
@@ -137,7 +138,7 @@ def timed_in(module: Any, name: str, clock: Clock) -> Callable[[], None]:
 
 
 def row(
-    shape: str, tokens: int, way: str, experts: int | None, folder: Path, quantizer: Quantizer, with_profile: bool
+    shape: str, tokens: int, way: str, experts: int | None, folder: Path, quantizer: Quantizer, rounds: int, with_profile: bool
 ) -> dict[str, Any]:
     model = Model.open(checkpoint(shape, experts, folder))
     texts = text(model, tokens)
@@ -148,17 +149,14 @@ def row(
 
     read, forward, calibrate, measuring = (Clock() for _ in range(4))
     own_cpu: list[float] = []
-    with read:
-        for name in model.names:
-            model.read(name)
     loaded = load_model(model)
-    with torch.inference_mode():
-        loaded.base_model(**model_arguments(work.batches[-1], "cpu"))
-        with forward:
-            for batch in work.batches:
-                loaded.base_model(**model_arguments(batch, "cpu"))
-    del loaded
 
+    def pass_over(batches: Sequence[Batch]) -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                loaded.base_model(**model_arguments(batch, "cpu"))
+
+    pass_over(work.batches[-1:])
     undo = timed_in(calibration, "measure_layer", measuring)
     products = measure.expert_outputs
 
@@ -172,8 +170,14 @@ def row(
 
     measure.expert_outputs = expert_outputs  # type: ignore[assignment]  # one function for two overloads
     run = partial(calibration.calibrate, model, texts, **given, quantizer=quantizer, progress=lambda *_: None)
-    with calibrate:
-        run()
+    for _ in range(rounds):
+        with forward:
+            pass_over(work.batches)
+        with read:
+            for name in model.checkpoint.names:
+                model.checkpoint.read(name)
+        with calibrate:
+            run()
     undo()
     measure.expert_outputs = products
 
@@ -185,10 +189,11 @@ def row(
         "way": way,
         "quantizer": quantizer,
         "tokens": work.total,
-        **forward.row("forward"),
-        **read.row("read"),
-        **calibrate.row("calibrate"),
-        "expert_cpu_s": round((measuring.cpu - sum(own_cpu)) * scale, 3),
+        "rounds": rounds,
+        **forward.row("forward", rounds),
+        **read.row("read", rounds),
+        **calibrate.row("calibrate", rounds),
+        "expert_cpu_s": round((measuring.cpu - sum(own_cpu)) * scale / rounds, 3),
         "ratio": round(calibrate.wall / (3 * forward.wall + read.wall), 3),
         **environment(),
         **({"profile": profile(run)} if with_profile else {}),
@@ -229,6 +234,7 @@ def main() -> None:
     parser.add_argument("--quantizer", choices=("gptq", "nearest"), default="gptq")
     parser.add_argument("--experts", type=int, help="number of experts, if fewer than the model has")
     parser.add_argument("--folder", type=Path, required=True, help="folder where checkpoints are made and kept")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="calibrate once more with a profiler")
     parser.add_argument("--only-make", action="store_true", help="make the checkpoint and measure nothing")
     arguments = parser.parse_args()
@@ -237,7 +243,7 @@ def main() -> None:
         checkpoint(arguments.shape, arguments.experts, arguments.folder)
         return
     shape, tokens, way, experts = arguments.shape, arguments.tokens, arguments.way, arguments.experts
-    found = row(shape, tokens, way, experts, arguments.folder, arguments.quantizer, arguments.profile)
+    found = row(shape, tokens, way, experts, arguments.folder, arguments.quantizer, arguments.rounds, arguments.profile)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     key = ("shape", "experts", "way", "quantizer", "tokens")
     kept = [other for other in known if [other[name] for name in key] != [found[name] for name in key]]

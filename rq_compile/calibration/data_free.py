@@ -16,7 +16,7 @@ from rq_compile import __version__
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import layers_to_measure, legible, lossless_format, stored_layer
-from rq_compile.calibration.expert import in_format, weight_error, weight_squares
+from rq_compile.calibration.expert import in_format, in_fp32, weight_squares
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
 from rq_compile.quantization.formats import FORMATS, Block
@@ -82,9 +82,9 @@ def _experts(model: Model, layer: MoeLayer, wanda_fraction: float) -> Iterator[t
 
 def _measured(model: Model, layer: MoeLayer, wanda_fraction: float, expert: int) -> tuple[list[float], float]:
     weights: ExpertWeights = model.expert(layer, expert)
-    original = in_format(weights, "fp32")
+    original = in_fp32(weights)
     squares = weight_squares(original)
-    errors = [weight_error(in_format(original, format, layer.geometry.block), original, squares) for format in FORMATS]
+    errors = [in_format(original, squares, format, layer.geometry.block)[1] for format in FORMATS]
     matrices = [(matrix, np.ones(matrix.shape[1], np.float32)) for matrix in (original.up, original.down)]
     return errors, wanda_score(matrices, wanda_fraction)
 

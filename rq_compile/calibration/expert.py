@@ -10,47 +10,67 @@ from torch.nn import functional as F
 from rq_compile.architectures.activation import activate
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights, Projection
-from rq_compile.quantization.formats import Block, Format
+from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format
 from rq_compile.quantization.packing import dequantize
-from rq_compile.quantization.quantizer import carried, stored
+from rq_compile.quantization.quantizer import carried, stored, stored_by_moment
 from rq_compile.quantization.second_moment import block_products
+from rq_compile.quantization.weight_sums import squared_difference
 
 # Outputs of the up projection held at a time: 16 MiB in fp32.
 CHUNK = 2**22
-# Rows of a matrix that are compared at a time, so that their difference stays in a cache.
-ROWS_COMPARED = 256
+# Rows of a matrix that are cast at a time, so that they stay in a cache.
+ROWS_CAST = 128
+# Of the up and of the down matrix.
+Squares = tuple[float, float]
 
 
-def in_format(weights: ExpertWeights, format: Format, most: Block = 128, *, threads: int = 1) -> ExpertWeights:
-    """The expert with the fp32 values that its matrices have after they were stored in ``format``: exactly as the checkpoint
-    stores them if the format can hold that, else rounded, with its moments if it has any. Biases stay unchanged. ``most``,
-    ``threads``: see ``quantize``."""
-
-    def matrix(projection: Projection) -> np.ndarray:
-        weights_of: np.ndarray = getattr(weights, projection)
-        held = carried(getattr(weights, f"{projection}_integers"), format, most)
-        if held is not None:
-            return dequantize(held, format, weights_of.shape[1])
-        return stored(weights_of, format, getattr(weights, f"{projection}_moment"), most, threads=threads)
-
-    with np.errstate(over="ignore"):  # beyond fp16's range is infinity, which `weight_error` reports
-        return replace(weights, up=matrix("up"), down=matrix("down"))
+def in_fp32(weights: ExpertWeights) -> ExpertWeights:
+    return replace(weights, up=stored(weights.up, "fp32"), down=stored(weights.down, "fp32"))
 
 
-def weight_squares(weights: ExpertWeights) -> tuple[float, float]:
+def in_format(
+    original: ExpertWeights, squares: Squares, format: Format, most: Block = 128, *, threads: int = 1
+) -> tuple[ExpertWeights, float]:
+    """The expert with the fp32 values that its matrices have after they were stored in ``format``, and its ``weight_error``.
+
+    The values are exactly as the checkpoint stores them if the format can hold that. Otherwise they are rounded, with the
+    expert's moments if it has any. Biases stay unchanged. ``squares`` are ``weight_squares(original)``. For ``most`` and
+    ``threads``, see ``quantize``.
+    """
+
+    def matrix(projection: Projection) -> tuple[np.ndarray, float]:
+        weights: np.ndarray = getattr(original, projection)
+        moment = getattr(original, f"{projection}_moment")
+        held = carried(getattr(original, f"{projection}_integers"), format, most)
+        if held is None and moment is not None and SLOT_FORMATS[format].quantized:
+            return stored_by_moment(weights, format, moment, most, threads=threads)
+        values = stored(weights, format, None, most) if held is None else dequantize(held, format, weights.shape[1])
+        return values, squared_difference(values, weights, threads)
+
+    with np.errstate(over="ignore"):  # beyond fp16's range is infinity
+        (up, changed_up), (down, changed_down) = matrix("up"), matrix("down")
+    return replace(original, up=up, down=down), weight_error((changed_up, changed_down), squares)
+
+
+def cast_error(original: ExpertWeights, squares: Squares, format: Format) -> float:
+    """The ``weight_error`` of ``in_format`` for a ``format`` that is not quantized, without holding the values."""
+
+    def change(matrix: np.ndarray) -> float:
+        pieces = (matrix[start : start + ROWS_CAST] for start in range(0, len(matrix), ROWS_CAST))
+        return sum(squared_difference(stored(piece, format), piece) for piece in pieces)
+
+    return weight_error((change(original.up), change(original.down)), squares)
+
+
+def weight_squares(weights: ExpertWeights, threads: int = 1) -> Squares:
     """Sums of squares of the up and of the down matrix, in fp32."""
-    return _square(torch.from_numpy(weights.up)), _square(torch.from_numpy(weights.down))
+    return squared_difference(weights.up, threads=threads), squared_difference(weights.down, threads=threads)
 
 
-def weight_error(changed: ExpertWeights, original: ExpertWeights, squares: tuple[float, float]) -> float:
-    """``||W' - W||**2 / ||W||**2`` of the up plus that of the down matrix; 0 exactly where nothing changed, infinite where a
-    weight of ``changed`` is. Both in fp32; ``squares`` are ``weight_squares(original)``."""
-    total = 0.0
-    for new, old, square in zip((changed.up, changed.down), (original.up, original.down), squares, strict=True):
-        pairs = zip(torch.from_numpy(new).split(ROWS_COMPARED), torch.from_numpy(old).split(ROWS_COMPARED), strict=True)
-        changes = sum(_square(some - others) for some, others in pairs)
-        if changes:
-            total += changes / square
+def weight_error(changes: Squares, squares: Squares) -> float:
+    """``||W' - W||**2 / ||W||**2`` of the up plus that of the down matrix, from sums of squares of both. It is 0 exactly where
+    nothing changed, and infinite where a changed weight is."""
+    total = sum(change / square for change, square in zip(changes, squares, strict=True) if change)
     return total if math.isfinite(total) else math.inf
 
 
@@ -73,11 +93,3 @@ def expert_outputs(
             products += block_products(intermediate.cpu().numpy(), products.shape[-1])
         into.copy_(F.linear(intermediate, down, down_bias))
     return outputs
-
-
-def _square(matrix: torch.Tensor) -> float:
-    """Sum of squares. fp32's range has no room for those of very small or very large values."""
-    rows = torch.linalg.vector_norm(matrix, dim=1)
-    if not (rows.isfinite().all() and (rows > 2.0**-60).any()):
-        rows = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64)
-    return float(rows.double().square().sum())

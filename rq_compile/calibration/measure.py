@@ -14,7 +14,7 @@ import torch
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
-from rq_compile.calibration.expert import expert_outputs, in_format, weight_error, weight_squares
+from rq_compile.calibration.expert import cast_error, expert_outputs, in_format, in_fp32, weight_squares
 from rq_compile.calibration.schema import LayerSums
 from rq_compile.calibration.scratch import release
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
@@ -222,7 +222,7 @@ class _Measure:
     def run(self, weights: ExpertWeights, tokens: np.ndarray, gate: np.ndarray) -> _Run:
         """Run an expert on the pairs of ``tokens [n]``, by number, and ``gate [n]``, as the checkpoint has it."""
         geometry = self.geometry
-        original = in_format(weights, "fp32")
+        original = in_fp32(weights)
         block = block_size(geometry.intermediate)
         products = np.zeros((-(-geometry.intermediate // block), block, block), np.float32)
         squares = np.zeros(geometry.hidden, np.float64)
@@ -254,21 +254,25 @@ class _Measure:
         weight_errors: dict[Format, float] = {}
         errors: dict[Format, float] = {}
         exact = {"fp32", *(name for name in FLOAT_FORMATS if weights.up.dtype == weights.down.dtype == SLOT_FORMATS[name].dtype)}
-        of_weights = weight_squares(original)
+        threads = torch.get_num_threads()
+        squares = weight_squares(original, threads)
         for format in self.formats:
             if format in exact:
                 weight_errors[format] = errors[format] = 0.0
                 continue
-            stored = in_format(changed, format, geometry.block, threads=torch.get_num_threads())
-            weight_errors[format] = weight_error(stored, original, of_weights)
+            if not SLOT_FORMATS[format].quantized and (error := cast_error(original, squares, format)) < ROUNDING:
+                weight_errors[format], errors[format] = error, error * run.energy
+                continue
+            stored, weight_errors[format] = in_format(changed, squares, format, geometry.block, threads=threads)
             errors[format] = run.on_sample.error(stored, weight_errors[format], geometry)
         norms = _diagonal(run.products)[: geometry.intermediate]
+        matrices = [(original.up, run.squares.astype(np.float32)), (original.down, norms)]
         return ExpertMeasurement(
             pairs=run.pairs,
             energy=run.energy,
             error=errors,
             weight_error=weight_errors,
-            wanda=wanda_score([(original.up, run.squares.astype(np.float32)), (original.down, norms)], self.wanda_fraction),
+            wanda=wanda_score(matrices, self.wanda_fraction),
             intermediate_moment=run.products,
         )
 

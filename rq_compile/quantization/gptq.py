@@ -29,26 +29,53 @@ def gptq(
         UserError: a weight is not finite, or the quantizer's library is missing.
     """
     rows, columns = weights.shape
+    q = np.empty((rows, moment.feedback(block).blocks, block), np.int8)
+    scales = _round(weights, format, moment, block, threads, q=q)
+    needed = -(-columns // block)  # a moment may be padded to more
+    return q[:, :needed], scales[:, :needed]
+
+
+def gptq_values(
+    weights: np.ndarray, format: Format, moment: SecondMoment, block: int, threads: int = 1
+) -> tuple[np.ndarray, float]:
+    """The values, fp32 ``[rows, columns]``, of the weights that ``gptq`` rounds, with the same arguments and errors; and the sum
+    of their squared changes."""
+    values, changes = np.empty(weights.shape, np.float32), np.zeros(len(weights), np.float64)
+    _round(weights, format, moment, block, threads, values=values, changes=changes)
+    return values, float(changes.sum())
+
+
+def _round(
+    weights: np.ndarray,
+    format: Format,
+    moment: SecondMoment,
+    block: int,
+    threads: int,
+    *,
+    q: np.ndarray | None = None,
+    values: np.ndarray | None = None,
+    changes: np.ndarray | None = None,
+) -> np.ndarray:
+    """Write ``q``, or ``values`` and ``changes [rows]``, and return the scales."""
+    rows, columns = weights.shape
     weights = np.ascontiguousarray(weights, np.float32)
     feedback = moment.feedback(block)
-    parts, blocks_of_part = feedback.across.shape[:2]
-    blocks = parts * blocks_of_part
-    q, scales = np.empty((rows, blocks, block), np.int8), np.empty((rows, blocks), np.float32)
+    parts = len(feedback.across)
+    scales = np.empty((rows, feedback.blocks), np.float32)
     kept = BLOCK_FORMATS[format]
     fractions = np.linspace(1.0, kept.smallest, kept.fractions, dtype=np.float32)
     matrix = _Matrix(
-        *(weights.ctypes.data, rows, columns, parts, blocks_of_part * block, block),
+        *(weights.ctypes.data, rows, columns, parts, feedback.blocks // parts * block, block),
         *(feedback.within.ctypes.data, feedback.across.ctypes.data, feedback.importance.ctypes.data),
         *(fractions.ctypes.data, len(fractions), kept.least, kept.greatest),
-        *(q.ctypes.data, scales.ctypes.data),
+        *(None if array is None else array.ctypes.data for array in (q, scales, values, changes)),
     )
-    status = quantizer_function("rq_gptq")(ctypes.byref(matrix), threads)
+    status = quantizer_function("rq_gptq_round")(ctypes.byref(matrix), threads)
     if status == 1:
         raise UserError(NOT_FINITE)
     if status:
         raise MemoryError
-    needed = -(-columns // block)  # a moment may be padded to more
-    return (q, scales) if needed == blocks else (q[:, :needed], scales[:, :needed])
+    return scales
 
 
 class _Matrix(ctypes.Structure):
@@ -60,5 +87,5 @@ class _Matrix(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("within", "across", "importance", "fractions")),
         ("fraction_count", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("least", "greatest")),
-        *((name, ctypes.c_void_p) for name in ("q", "scales")),
+        *((name, ctypes.c_void_p) for name in ("q", "scales", "values", "changes")),
     )

@@ -1,4 +1,5 @@
-"""``librq_quantizer.so``, which ``plugins/quantizer`` builds: rounding by GPTQ, and the decoding of quantized weights."""
+"""``librq_quantizer.so``, which ``plugins/quantizer`` builds: rounding by GPTQ, the decoding of quantized weights, and sums
+over weights."""
 
 import ctypes
 from functools import cache

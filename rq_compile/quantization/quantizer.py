@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, block_size
-from rq_compile.quantization.gptq import gptq
+from rq_compile.quantization.gptq import gptq, gptq_values
 from rq_compile.quantization.packing import Quantized, columns_of, packed
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
@@ -52,11 +52,24 @@ def stored(
     kept = SLOT_FORMATS[format]
     if not kept.quantized:
         return torch_tensor(weights).to(getattr(torch, kept.element)).float().numpy()
+    if moment is not None:
+        return stored_by_moment(weights, format, moment, most, threads=threads)[0]
     values = [
         torch.from_numpy(q) * torch.from_numpy(scales)[..., None]
         for q, scales in _rounded(weights, format, moment, most, threads)
     ]
     return columns_of((values[0] if len(values) == 1 else torch.cat(values)).numpy(), weights.shape[1])
+
+
+def stored_by_moment(
+    weights: np.ndarray, format: Format, moment: SecondMoment, most: Block = 128, *, threads: int = 1
+) -> tuple[np.ndarray, float]:
+    """``stored`` in a quantized format, and the sum of the squared changes, which costs little while weights are rounded.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
+    return gptq_values(torch_tensor(weights).float().numpy(), format, moment, block_size(weights.shape[1], most), threads)
 
 
 def torch_tensor(array: np.ndarray) -> torch.Tensor:

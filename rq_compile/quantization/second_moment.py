@@ -2,6 +2,7 @@
 sum."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -9,7 +10,8 @@ from threading import Lock
 import numpy as np
 import torch
 
-from rq_compile.processes import world
+from rq_compile.processes import on_this_host, world
+from rq_compile.standalone.limits import default_threads
 
 # Fraction of the mean diagonal that is added to it, so that directions with few calibration tokens do not count as free of error.
 DAMPING = 0.01
@@ -33,6 +35,12 @@ class Feedback:
     within: np.ndarray
     across: np.ndarray
     importance: np.ndarray
+
+    @property
+    def blocks(self) -> int:
+        """The blocks of all parts."""
+        parts, blocks = self.across.shape[:2]
+        return int(parts * blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +97,20 @@ class SecondMoment:
 def _inverse(factor: torch.Tensor) -> torch.Tensor:
     """Of upper triangular ``factor [parts, columns, columns]``, whose inverse is too: nothing is computed of its lower half."""
     columns, inverse = factor.shape[-1], torch.zeros_like(factor)
-    for start in range(0, columns, INVERTED_AT_ONCE):
+
+    def invert(start: int) -> None:
         end = min(start + INVERTED_AT_ONCE, columns)
         unit = torch.eye(end, dtype=factor.dtype)[:, start:]
         inverse[:, :end, start:end] = torch.linalg.solve_triangular(factor[:, :end, :end], unit, upper=True)
+
+    # The last columns take longest.
+    starts = range(0, columns, INVERTED_AT_ONCE)[::-1]
+    if len(starts) == 1:
+        invert(0)
+    else:
+        threads = max(1, default_threads() // on_this_host())
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(invert, starts))
     return inverse
 
 
@@ -121,9 +139,10 @@ def whole_moment(inputs: np.ndarray) -> SecondMoment:
 
 def block_products(inputs: np.ndarray, block: int) -> np.ndarray:
     """Sum of ``x x^T`` over ``inputs [n, columns]`` within blocks of columns, the last one padded: ``[blocks, block, block]``."""
-    filled = torch.nn.functional.pad(torch.from_numpy(inputs), (0, -inputs.shape[1] % block))
+    tokens, columns = inputs.shape
+    filled = torch.nn.functional.pad(torch.from_numpy(inputs), (0, -columns % block))
     # With torch's threads, like the steps before and after. numpy's threads would keep the cores busy while they wait.
-    blocks = filled.reshape(len(inputs), -1, block).transpose(0, 1)
+    blocks = filled.reshape(tokens, -(-columns // block), block).transpose(0, 1)
     return torch.bmm(blocks.mT, blocks).numpy()
 
 

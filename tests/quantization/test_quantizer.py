@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from command_line import python
+from gptq_in_float64 import gptq_in_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -16,7 +17,7 @@ from rq_compile.checkpoint.storage.decoding import Codes, differences
 from rq_compile.checkpoint.storage.packings import INT8
 from rq_compile.errors import UserError
 from rq_compile.quantization import library
-from rq_compile.quantization.formats import BLOCK_FORMATS, BLOCKS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
+from rq_compile.quantization.formats import BLOCKS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
 from rq_compile.quantization.packing import dequantize
 from rq_compile.quantization.quantizer import quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
@@ -152,32 +153,6 @@ def test_moments() -> None:
     assert not whole_moment(np.zeros((0, 5), np.float32)).values.any()
 
 
-def plainly(weights: np.ndarray, format: Format, moment: np.ndarray, block: int) -> np.ndarray:
-    """Algorithm 1 of the paper for ``weights [rows, columns]``, column by column in float64, with the scales of ``gptq``."""
-    damped = moment + 0.01 * moment.diagonal().mean() * np.eye(len(moment))
-    factor = np.linalg.cholesky(np.linalg.inv(damped), upper=True)
-    left, kept = weights.astype(np.float64), np.empty(weights.shape)
-    rule = BLOCK_FORMATS[format]
-    low, high, fractions = rule.least, rule.greatest, np.linspace(1.0, rule.smallest, rule.fractions)
-    for column in range(weights.shape[1]):
-        if column % block == 0:
-            part = left[:, column : column + block]
-            largest, smallest = part.max(1), part.min(1)
-            end = (
-                np.maximum(largest, -smallest) / 127
-                if format == "int8"
-                else np.where(largest > -smallest, largest, smallest) / -8
-            )
-            scales = end[:, None] * fractions
-            tried = np.clip(np.rint(part[:, None] / scales[..., None]), low, high) * scales[..., None] - part[:, None]
-            best = (tried**2 @ damped.diagonal()[column : column + block]).argmin(1)
-            scale = scales[range(len(scales)), best]
-        kept[:, column] = np.clip(np.rint(left[:, column] / scale), low, high) * scale
-        error = (left[:, column] - kept[:, column]) / factor[column, column]
-        left[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
-    return kept
-
-
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)
 @pytest.mark.parametrize(("rows", "columns", "block"), [(1, 16, 16), (70, 96, 32), (130, 384, 128)])
 def test_gptq_is_the_paper_s_algorithm(rows: int, columns: int, block: int, format: Format) -> None:
@@ -185,7 +160,7 @@ def test_gptq_is_the_paper_s_algorithm(rows: int, columns: int, block: int, form
     handed on in bf16, so that later weights may be rounded the other way."""
     weights, inputs = normal(rows, columns), correlated(700, columns)
     moment = whole_moment(inputs)
-    expected = plainly(weights, format, moment.values.astype(np.float64), block)
+    expected = gptq_in_float64(weights, format, moment.values.astype(np.float64), block)
     found = stored(weights, format, moment, 128 if block == 128 else 32)
     np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.02)
     alike = np.isclose(found, expected, rtol=1e-4, atol=1e-6)

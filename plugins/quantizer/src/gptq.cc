@@ -1,14 +1,12 @@
 // Distributes tiles of rows over threads.
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <thread>
-#include <vector>
 
 #include "processor.h"
+#include "threads.h"
 
 // Returns 0; 1 if a weight is not finite; 2 if there is no memory for the tiles.
-extern "C" __attribute__((visibility("default"))) int rq_gptq(const Matrix* matrix, int threads) {
+extern "C" __attribute__((visibility("default"))) int rq_gptq_round(const Matrix* matrix, int threads) {
   const RoundTile round_tile = code_for_this_processor().round_tile;
   const int64_t tiles = (matrix->rows + kTileRows - 1) / kTileRows;
   std::atomic<int64_t> next{0};
@@ -21,9 +19,6 @@ extern "C" __attribute__((visibility("default"))) int rq_gptq(const Matrix* matr
       if (!round_tile(*matrix, tile * kTileRows, memory)) status = 1;
     std::free(memory);
   };
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < std::min<int64_t>(threads, tiles); ++i) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
+  on_threads(threads, tiles, work);
   return status;
 }

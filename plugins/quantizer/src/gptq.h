@@ -18,8 +18,10 @@ struct Matrix {
   const float* fractions;   // [fraction_count]: the scales to try, relative to the one that just holds the largest weight
   int64_t fraction_count;
   int32_t least, greatest;  // of a whole number
-  int8_t* q;                // [rows, parts * known]
+  int8_t* q;                // [rows, parts * known], or null
   float* scales;            // [rows, parts * known / block]
+  float* values;            // [rows, columns]: q * scale, or null
+  double* changes;          // [rows]: with `values`, the sum of (value - weight)**2 is added
 };
 
 // Columns that a product computes at a time; divides every block.

@@ -10,6 +10,7 @@
 #endif
 
 #include "gptq.h"
+#include "transpose.h"
 
 namespace {
 
@@ -18,7 +19,11 @@ typedef float Vector __attribute__((vector_size(RQ_VECTOR_BYTES)));
 typedef uint32_t Pair __attribute__((vector_size(RQ_VECTOR_BYTES)));
 typedef int32_t Whole __attribute__((vector_size(RQ_VECTOR_BYTES)));
 constexpr int kLanes = RQ_VECTOR_BYTES / sizeof(float);
+typedef double Doubles __attribute__((vector_size(2 * RQ_VECTOR_BYTES)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+// Whole numbers of 16 columns, of which every block is a multiple.
+typedef int8_t Line __attribute__((vector_size(16)));
+constexpr int kLine = sizeof(Line);
 constexpr int kVectors = RQ_VECTORS;
 constexpr int kTileVectors = kTileRows / kLanes;
 // Pairs of earlier columns that a product goes through at a time, so that their errors stay in the first cache.
@@ -72,21 +77,25 @@ struct Tile {
 
   // False where a weight is not finite.
   bool load(int64_t row) {
-    float* to = reinterpret_cast<float*>(values);
-    std::fill(to, to + width * kTileRows, 0.0f);
-    bool finite = true;
-    constexpr int64_t kAtOnce = 64;  // so many lines of a row that the processor fetches them ahead
-    for (int64_t first = 0; first < matrix.columns; first += kAtOnce) {
-      const int64_t last = std::min(first + kAtOnce, matrix.columns);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* from = matrix.weights + (row + r) * matrix.columns;
-        for (int64_t c = first; c < last; ++c) {
-          to[c * kTileRows + r] = from[c];
-          finite &= std::fabs(from[c]) <= std::numeric_limits<float>::max();
+    constexpr int64_t kAtOnce = 64;  // so many columns of a row that the processor fetches them ahead
+    const float* from = matrix.weights + row * matrix.columns;
+    Vector zeros = {};  // NaN once a weight is not finite
+    for (int64_t first = 0; first < width; first += kAtOnce)
+      for (int v = 0; v < kTileVectors; ++v)
+        for (int64_t c = first; c < std::min(first + kAtOnce, width); c += kLanes) {
+          Vector square[kLanes] = {};
+          for (int64_t r = v * kLanes; r < std::min<int64_t>((v + 1) * kLanes, rows); ++r)
+            if (const int64_t count = std::min<int64_t>(kLanes, matrix.columns - c); count == kLanes)
+              std::memcpy(&square[r % kLanes], from + r * matrix.columns + c, sizeof(Vector));
+            else if (count > 0)
+              std::memcpy(&square[r % kLanes], from + r * matrix.columns + c, count * sizeof(float));
+          for (const Vector& weights : square) zeros += weights * 0.0f;
+          transpose<kLanes>(square);
+          for (int64_t i = 0; i < kLanes; ++i) values[(c + i) * kTileVectors + v] = square[i];
         }
-      }
-    }
-    return finite;
+    for (int i = 0; i < kLanes; ++i)
+      if (std::isnan(zeros[i])) return false;
+    return true;
   }
 
   // Takes what was rounded away of the pairs [from, to) of columns of earlier blocks of a part out of kColumns columns;
@@ -202,12 +211,47 @@ struct Tile {
     if (start + matrix.block < matrix.known) pair_up(part, start);
   }
 
+  // In double, because squares of very small and very large weights are outside of the range of float.
+  void dequantize(int64_t row, int64_t start, int64_t columns, const int8_t* numbers, float scale) const {
+    const float* weights = matrix.weights + row * matrix.columns + start;
+    float* to = matrix.values + row * matrix.columns + start;
+    Doubles squares = {};
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+      Bytes bytes;
+      Vector before;
+      std::memcpy(&bytes, numbers + c, sizeof bytes);
+      std::memcpy(&before, weights + c, sizeof before);
+      const Vector value = __builtin_convertvector(__builtin_convertvector(bytes, Whole), Vector) * scale;
+      std::memcpy(to + c, &value, sizeof value);
+      const Doubles change = __builtin_convertvector(value - before, Doubles);
+      squares += change * change;
+    }
+    double total = 0;
+    for (int i = 0; i < kLanes; ++i) total += squares[i];
+    for (; c < columns; ++c) {
+      to[c] = static_cast<float>(numbers[c]) * scale;
+      const double change = to[c] - weights[c];
+      total += change * change;
+    }
+    matrix.changes[row] += total;
+  }
+
   void store(int64_t row, int64_t start) const {
     const float* scale = reinterpret_cast<const float*>(scales);
+    int8_t numbers[kTileRows][kLargestBlock];
+    for (int64_t c = 0; c < matrix.block; c += kLine)
+      for (int64_t r = 0; r < rows; r += kLine) {
+        Line square[kLine];
+        for (int64_t i = 0; i < kLine; ++i) std::memcpy(&square[i], q + (c + i) * kTileRows + r, kLine);
+        transpose<kLine>(square);
+        for (int64_t i = 0; i < kLine; ++i) std::memcpy(numbers[r + i] + c, &square[i], kLine);
+      }
+    const int64_t columns = std::min(matrix.block, matrix.columns - start);
     for (int64_t r = 0; r < rows; ++r) {
-      int8_t* to = matrix.q + (row + r) * width + start;
-      for (int64_t c = 0; c < matrix.block; ++c) to[c] = q[c * kTileRows + r];
       matrix.scales[((row + r) * width + start) / matrix.block] = scale[r];
+      if (matrix.q) std::memcpy(matrix.q + (row + r) * width + start, numbers[r], matrix.block);
+      if (matrix.values) dequantize(row + r, start, columns, numbers[r], scale[r]);
     }
   }
 };

@@ -5,7 +5,7 @@
 #include "processor.h"
 #include "threads.h"
 
-// Returns 0; 1 if a weight is not finite; 2 if there is no memory for the tiles.
+// Returns 0 on success, 1 if a weight is not finite, and 2 if there is not enough memory for the tiles.
 extern "C" __attribute__((visibility("default"))) int rq_gptq_round(const Matrix* matrix, int threads) {
   const RoundTile round_tile = code_for_this_processor().round_tile;
   const int64_t tiles = (matrix->rows + kTileRows - 1) / kTileRows;

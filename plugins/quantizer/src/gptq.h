@@ -1,37 +1,37 @@
-// GPTQ (Frantar et al., arXiv 2210.17323) of one matrix. A row of weights is rounded for itself, column after column, so rows
-// are the lanes of vectors and the work of threads, and no result depends on how many there are of either.
+// GPTQ (Frantar et al., arXiv 2210.17323) of one matrix. Each row of weights is rounded independently, one column after another.
+// Rows are the lanes of vectors and are shared among threads, so no result depends on the number of lanes or threads.
 #pragma once
 
 #include <cstdint>
 
-// Columns come in parts of `known` columns, which are rounded with a look at each other, and parts in blocks of `block` columns,
-// which share a scale in every row. Columns beyond `columns` are zeros.
+// The columns form parts of `known` columns; the errors of a column are compensated only in its part. A part consists of blocks
+// of `block` columns, which share a scale in every row. Columns beyond `columns` are zeros.
 struct Matrix {
   const float* weights;  // [rows, columns]
   int64_t rows, columns, parts, known, block;
-  // What is rounded away of column j is taken out, times feedback, of column k > j. In the same block of columns:
-  // [parts * known / block, block, block], for each j all k. In later blocks of the part: [parts, known / block,
-  // block / kColumns, known / 2, kColumns], for each k that of two neighbouring columns j and j + 1 in bf16, of j in the lower half.
+  // The rounding error of column j times a factor is subtracted from each later column k. Factors within a block of columns:
+  // [parts * known / block, block, block], indexed by j and k. Factors for later blocks of the part: [parts, known / block,
+  // block / kColumns, known / 2, kColumns]. Each entry holds the factors of columns j and j + 1 in bf16, j in the lower half.
   const float* within;
   const uint32_t* across;
-  const float* importance;  // [parts * known]: how much a squared error of the column counts in the choice of scales
-  const float* fractions;   // [fraction_count]: the scales to try, relative to the one that just holds the largest weight
+  const float* importance;  // [parts * known]: the weight of each column's squared error in the choice of scales
+  const float* fractions;   // [fraction_count]: the scales to try, as fractions of the scale that just holds the largest weight
   int64_t fraction_count;
-  int32_t least, greatest;  // of a whole number
+  int32_t least, greatest;  // the range of rounded weights
   int8_t* q;                // [rows, parts * known], or null
   float* scales;            // [rows, parts * known / block]
   float* values;            // [rows, columns]: q * scale, or null
   double* changes;          // [rows]: with `values`, the sum of (value - weight)**2 is added
 };
 
-// Columns that a product computes at a time; divides every block.
+// The number of columns that a product computes at a time. Every block is a multiple of it.
 constexpr int kColumns = 4;
 
-// Rows that are rounded together; their weights take 256 bytes a column and stay in the cache of a core.
+// The number of rows that are rounded together. Their weights take 256 bytes per column and stay in the cache of a core.
 constexpr int64_t kTileRows = 64;
 
-// Rounds the rows from `row` on, `kTileRows` of them or those that are left. `tile` has room for kTileRows * parts * known
-// floats, aligned to 64 bytes. False where a weight is not finite.
+// Rounds up to kTileRows rows, from `row` on. `tile` has room for kTileRows * parts * known floats, aligned to 64 bytes. Returns
+// false if a weight is not finite.
 using RoundTile = bool (*)(const Matrix& matrix, int64_t row, float* tile);
 
 bool round_tile_plain(const Matrix& matrix, int64_t row, float* tile);

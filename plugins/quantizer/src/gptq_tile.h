@@ -1,5 +1,5 @@
-// One tile of rows, written once over vectors of RQ_VECTOR_BYTES; the including file names the function (RQ_ROUND_TILE) and says
-// how many vectors of rows a product holds in registers (RQ_VECTORS).
+// Rounds one tile of rows, with vectors of RQ_VECTOR_BYTES. The including file defines the name of the function (RQ_ROUND_TILE)
+// and how many vectors of rows a product holds in registers (RQ_VECTORS).
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -15,18 +15,18 @@
 namespace {
 
 typedef float Vector __attribute__((vector_size(RQ_VECTOR_BYTES)));
-// Of each lane, two neighbouring columns in bf16, the first in the lower half.
+// Two neighbouring columns of each lane in bf16, the first in the lower half.
 typedef uint32_t Pair __attribute__((vector_size(RQ_VECTOR_BYTES)));
 typedef int32_t Whole __attribute__((vector_size(RQ_VECTOR_BYTES)));
 constexpr int kLanes = RQ_VECTOR_BYTES / sizeof(float);
 typedef double Doubles __attribute__((vector_size(2 * RQ_VECTOR_BYTES)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-// Whole numbers of 16 columns, of which every block is a multiple.
+// The integers of 16 columns; every block is a multiple of 16 columns.
 typedef int8_t Line __attribute__((vector_size(16)));
 constexpr int kLine = sizeof(Line);
 constexpr int kVectors = RQ_VECTORS;
 constexpr int kTileVectors = kTileRows / kLanes;
-// Pairs of earlier columns that a product goes through at a time, so that their errors stay in the first cache.
+// The number of pairs of earlier columns that a product reads at a time. Their errors fit into the L1 cache.
 constexpr int64_t kDepth = 128;
 constexpr int64_t kLargestBlock = 128;
 
@@ -36,7 +36,7 @@ inline Vector larger(Vector x, Vector y) { return x > y ? x : y; }
 inline Vector smaller(Vector x, Vector y) { return x < y ? x : y; }
 inline Vector clamp(Vector x, Vector low, Vector high) { return smaller(larger(x, low), high); }
 
-// Of two finite columns; rounded to the nearest, ties to even.
+// Packs two columns of finite values, rounded to the nearest bf16, ties to even.
 inline Pair pair(Vector first, Vector second) {
   const auto rounded = [](Vector x) {
     const Pair bits = reinterpret_cast<Pair>(x);
@@ -45,7 +45,7 @@ inline Pair pair(Vector first, Vector second) {
   return rounded(first) >> 16 | (rounded(second) & 0xffff0000);
 }
 
-// sum + what each of a pair of columns is times its factor.
+// sum + the first column of each pair * its factor + the second column * its factor.
 inline Vector add_products(Vector sum, Pair columns, uint32_t factors) {
 #ifdef RQ_BF16_PRODUCTS
   return _mm512_dpbf16_ps(sum, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(factors));
@@ -59,7 +59,7 @@ inline Vector add_products(Vector sum, Pair columns, uint32_t factors) {
 #endif
 }
 
-// To the nearest whole number, ties to the even one, of |x| < 2**22.
+// Rounds to the nearest integer, ties to even. |x| must be below 2**22.
 inline Vector nearest(Vector x) {
   const Vector shift = splat(12582912.0f);  // 1.5 * 2**23: the sum has no fraction bits
   return (x + shift) - shift;
@@ -67,15 +67,15 @@ inline Vector nearest(Vector x) {
 
 struct Tile {
   const Matrix& matrix;
-  int64_t rows;      // of kTileRows
-  int64_t width;     // columns, filled up
-  // [width, kTileVectors]: weights; once a column is rounded, what was rounded away of it; and once its block is, that of pairs
-  // of columns, negative, from the beginning of the part.
+  int64_t rows;   // up to kTileRows
+  int64_t width;  // columns, padded to whole parts
+  // [width, kTileVectors]: the weights. A rounded column is replaced by its rounding errors. When its block is finished, the
+  // errors are negated and packed into pairs of columns, from the beginning of the part on.
   Vector* values;
   Vector scales[kTileVectors], inverses[kTileVectors];
   int8_t q[kLargestBlock * kTileRows];
 
-  // False where a weight is not finite.
+  // Returns false if a weight is not finite.
   bool load(int64_t row) {
     constexpr int64_t kAtOnce = 64;  // so many columns of a row that the processor fetches them ahead
     const float* from = matrix.weights + row * matrix.columns;
@@ -87,8 +87,7 @@ struct Tile {
           for (int64_t r = v * kLanes; r < std::min<int64_t>((v + 1) * kLanes, rows); ++r)
             if (const int64_t count = std::min<int64_t>(kLanes, matrix.columns - c); count == kLanes)
               std::memcpy(&square[r % kLanes], from + r * matrix.columns + c, sizeof(Vector));
-            else if (count > 0)
-              std::memcpy(&square[r % kLanes], from + r * matrix.columns + c, count * sizeof(float));
+            else if (count > 0) std::memcpy(&square[r % kLanes], from + r * matrix.columns + c, count * sizeof(float));
           for (const Vector& weights : square) zeros += weights * 0.0f;
           transpose<kLanes>(square);
           for (int64_t i = 0; i < kLanes; ++i) values[(c + i) * kTileVectors + v] = square[i];
@@ -98,8 +97,8 @@ struct Tile {
     return true;
   }
 
-  // Takes what was rounded away of the pairs [from, to) of columns of earlier blocks of a part out of kColumns columns;
-  // `factors [pairs, kColumns]` are those for them.
+  // Subtracts from kColumns columns the errors of the pairs [from, to) of columns, which are in earlier blocks of the part, times
+  // `factors [pairs, kColumns]`.
   void subtract_pairs(const Pair* part, int64_t from, int64_t to, Vector* columns, const uint32_t* factors) const {
     for (int first = 0; first < kTileVectors; first += kVectors) {
       Vector sums[kColumns][kVectors];
@@ -115,7 +114,7 @@ struct Tile {
     }
   }
 
-  // The same of the `count` earlier columns of the block that the columns are in; rows of `factors` are a block apart.
+  // The same for the `count` earlier columns of the block that the columns belong to. Rows of `factors` are a block apart.
   void subtract(const Vector* block, int64_t count, Vector* columns, const float* factors) const {
     for (int first = 0; first < kTileVectors; first += kVectors) {
       Vector sums[kColumns][kVectors];
@@ -131,7 +130,7 @@ struct Tile {
     }
   }
 
-  // What was rounded away of the block's columns becomes pairs, whose place is that of earlier blocks.
+  // Packs the errors of the block's columns into pairs, after those of the earlier blocks.
   void pair_up(Vector* part, int64_t start) const {
     Pair* pairs = reinterpret_cast<Pair*>(part) + start / 2 * kTileVectors;
     const Vector* columns = part + start * kTileVectors;
@@ -140,8 +139,8 @@ struct Tile {
         pairs[c * kTileVectors + v] = pair(-columns[2 * c * kTileVectors + v], -columns[(2 * c + 1) * kTileVectors + v]);
   }
 
-  // The scale of every row: of the fractions of the one that just holds its largest weight, that of least squared error. Errors
-  // are counted in units of that scale, so that none overflows.
+  // Chooses the scale of every row: the scale that just holds its largest weight, times the fraction with the least squared
+  // error. Errors are measured in units of that scale, so that they do not overflow.
   void choose_scales(const Vector* block, const float* importance) {
     const Vector least = splat(matrix.least), greatest = splat(matrix.greatest);
     for (int v = 0; v < kTileVectors; ++v) {
@@ -151,9 +150,9 @@ struct Tile {
         low = smaller(x, low);
         high = larger(x, high);
       }
-      // A range with one value more on the negative side has it take the largest weight, whatever its sign.
-      const Vector holding = matrix.least == -matrix.greatest ? (high > -low ? high : -low) / greatest
-                                                               : (high > -low ? high : low) / least;
+      // If the range has one more value on the negative side, that value represents the largest weight, whatever its sign.
+      const Vector holding =
+          matrix.least == -matrix.greatest ? (high > -low ? high : -low) / greatest : (high > -low ? high : low) / least;
       const Vector unit = inverse(holding);
       Vector best = splat(1.0f), best_error = splat(std::numeric_limits<float>::infinity());
       for (int64_t f = 0; f < matrix.fraction_count; ++f) {
@@ -173,13 +172,13 @@ struct Tile {
     }
   }
 
-  // 0 where the scale is 0, or so small that its inverse is infinite.
+  // 1 / scale; 0 if the scale is 0, or so small that its inverse is infinite.
   static Vector inverse(Vector scale) {
     const Vector inverse = 1.0f / scale, magnitude = inverse < 0 ? -inverse : inverse;
     return magnitude <= splat(std::numeric_limits<float>::max()) ? inverse : Vector{};
   }
 
-  // Rounds the column, number `c` of its block, and leaves in its place what was rounded away.
+  // Rounds the column with index `c` in its block, and replaces it by its rounding errors.
   void round(Vector* column, int64_t c) {
     const Vector least = splat(matrix.least), greatest = splat(matrix.greatest);
     for (int v = 0; v < kTileVectors; ++v) {
@@ -190,7 +189,7 @@ struct Tile {
     }
   }
 
-  // Columns of the part from `start` on; `across` and `within` are the feedback to them.
+  // Rounds the block of the part that begins at column `start`. `across` and `within` are the factors for its columns.
   void round_block(Vector* part, int64_t start, const uint32_t* across, const float* within, const float* importance) {
     Vector* block = part + start * kTileVectors;
     for (int64_t depth = 0; depth < start / 2; depth += kDepth)

@@ -25,7 +25,7 @@ inline double sum(const Vector& lanes) {
   return total;
 }
 
-// Up to kLanes values; the others are `filling`.
+// Loads up to kLanes values; the remaining lanes are `filling`.
 inline Floats load(const float* values, int64_t count, float filling = 0) {
   Floats lanes;
   if (count < kLanes) lanes = filling - Floats{};
@@ -46,14 +46,14 @@ double squared_difference(const float* some, const float* others, int64_t count)
   return sum(total);
 }
 
-// Of the scores of a row: how many are below `low`, their sum, and how many are from `low` to `high`.
+// For the scores of a row: the number and the sum of those below `low`, and the number of those from `low` to `high`.
 struct Lowest {
   int64_t below;
   double sum;
   int64_t between;
 };
 
-// The bits of numbers that are not negative are in the order of the numbers.
+// The bits of non-negative floats, read as integers, have the same order as the floats.
 inline uint32_t bits(float number) {
   uint32_t bits;
   std::memcpy(&bits, &number, sizeof bits);
@@ -98,10 +98,10 @@ RQ_EXPORTED void rq_squared_differences(const float* some, const float* others, 
   });
 }
 
-// Of the scores |weight| * norm of `weights [rows, columns]` and `norms [columns]`: how many are below `low`, and their sum. Returns
-// how many are from `low` to `high`; `between` has room for all.
-RQ_EXPORTED int64_t rq_lowest_scores(const float* weights, const float* norms, int64_t rows, int64_t columns, float low, float high,
-                                     float* between, int64_t* below, double* sum) {
+// For the scores |weight| * norm of `weights [rows, columns]` and `norms [columns]`: the number and the sum of those below `low`.
+// Returns the number of those from `low` to `high`; `between` has room for all scores.
+RQ_EXPORTED int64_t rq_lowest_scores(const float* weights, const float* norms, int64_t rows, int64_t columns, float low,
+                                     float high, float* between, int64_t* below, double* sum) {
   int64_t found = 0;
   *below = 0;
   *sum = 0;

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lm_eval.api.model import TemplateLM
@@ -78,6 +78,7 @@ class EngineLM(TemplateLM):
         self._batch_size = _sequences(batch_size)
         self._max_gen_toks = int(max_gen_toks)
         self._max_length = int(max_length or manifest.context_length or DEFAULT_MAX_LENGTH)
+        self._in_chat = False
         self._prefix = manifest.start_of_text if prefix_token_id is None else int(prefix_token_id)
 
     @property
@@ -108,10 +109,11 @@ class EngineLM(TemplateLM):
         return self._batch_size or "auto"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids. By default, they include the tokens around a text, unless the text itself begins with these."""
+        """Token ids. By default, they include the tokens around a text, unless the text itself begins with these or a chat
+        template has written it."""
         if add_special_tokens is None:
             prefix = self._text(self.prefix_token_id)
-            add_special_tokens = not (prefix and string.startswith(prefix))
+            add_special_tokens = not self._in_chat and not (prefix and string.startswith(prefix))
         ids = self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
         check_known(repr(string[:40]), np.asarray(ids), self._engine.manifest.vocabulary)
         return ids
@@ -119,8 +121,34 @@ class EngineLM(TemplateLM):
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
-    def chat_template(self, chat_template: bool | str = False) -> NoReturn:
-        raise UserError("an engine has no chat template; leave --apply_chat_template out", 2)
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells tokenizers apart in the harness's cache of requests."""
+        tokenizer = self._engine.manifest.tokenizer
+        return "" if tokenizer is None else tokenizer.sha256
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """
+        Raises:
+            UserError: the engine has none, or another one is named.
+        """
+        if not chat_template:
+            return ""
+        if isinstance(chat_template, str):
+            raise UserError(f"an engine has one chat template and no {chat_template!r}; leave the name out", 2)
+        if self._engine.manifest.chat_template is None:
+            raise UserError(f"{self._engine.path} has no chat template; leave --apply_chat_template out", 2)
+        self._in_chat = True
+        return (self._engine.path.parent / self._engine.manifest.chat_template.name).read_text(encoding="utf-8")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt for a conversation. Without ``add_generation_prompt``, it ends within the last message.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        last = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return self._engine.chat_prompt(chat_history, **last)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any

@@ -113,22 +113,29 @@ class Engine:
             raise UserError(f"{path} is not a chat template: {reason(error)}; copy it again or compile again", 2) from error
 
     def chat_ids(self, messages: Messages, **variables: Any) -> list[int]:
-        """The token ids of the prompt for a conversation. ``variables``: see ``ChatTemplate.render``.
+        """The token ids of ``chat_prompt``.
 
         Raises:
-            UserError: the engine has no tokenizer or no chat template, or the template refuses the conversation.
+            UserError: also if the engine has no tokenizer.
+        """
+        return self.tokenizer.encode(self.chat_prompt(messages, **variables), add_special_tokens=False).ids
+
+    def chat_prompt(self, messages: Messages, **variables: Any) -> str:
+        """The prompt for a conversation, with its special tokens. ``variables``: see ``ChatTemplate.render``.
+
+        Raises:
+            UserError: the engine has no chat template, or the template refuses the conversation.
         """
         if self.chat_template is None:
             raise UserError(f"{self.path} has no chat template, as base models have none; use generate --prompt", 2)
         from rq_compile.standalone.chat_template import ChatTemplateError
 
         try:
-            prompt = self.chat_template.render(messages, **variables)
+            return self.chat_template.render(messages, **variables)
         except ChatTemplateError as error:
             raise UserError(
                 f"the chat template of {self.path} refuses it: {reason(error)}; correct the conversation", 2
             ) from error
-        return self.tokenizer.encode(prompt, add_special_tokens=False).ids
 
     @cached_property
     def default_sampling(self) -> SamplingParams:

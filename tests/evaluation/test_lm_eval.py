@@ -283,6 +283,37 @@ def test_an_encoder_decoder_is_refused(stages: Path, tmp_path: Path) -> None:
         EngineLM(tmp_path / "model.onnx", threads=1)
 
 
+@pytest.mark.parametrize("fewshot", [0, 2])
+def test_chat_templates_give_the_prompts_of_transformers(
+    chat_engine: Path, model_with_chat: Path, tasks: Path, fewshot: int
+) -> None:
+    pytest.importorskip("accelerate", reason="the harness needs accelerate to run transformers' models")
+    from lm_eval.models.huggingface import HFLM
+
+    ours, theirs = EngineLM(chat_engine, threads=1), HFLM(pretrained=str(model_with_chat), device="cpu", dtype="float32")
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    prompts = []
+    for model in (ours, theirs):
+        found = evaluator.simple_evaluate(
+            model,
+            tasks=["heldout_choice"],
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=True,
+            limit=2,
+            num_fewshot=fewshot,
+            apply_chat_template=True,
+            fewshot_as_multiturn=fewshot > 0,
+        )
+        prompts.append([sample["arguments"] for sample in found["samples"]["heldout_choice"]])
+    assert prompts[0] == prompts[1]
+    assert str(prompts[0]).count("<user>") == (1 + fewshot) * 2 * 4
+    text = ours.apply_chat_template([{"role": "user", "content": "a"}])
+    assert ours.tok_encode(text) == theirs.tok_encode(text)
+    with pytest.raises(UserError, match="one chat template and no 'tools'"):
+        ours.chat_template("tools")
+
+
 def command_line(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["lm-eval", *map(str, arguments)])
     # Reading the thousands of task files of the harness would take as long as all these tests.

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-KINDS = ("fp32", "int8", "int4")
+KINDS = ("fp32", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes/s read from memory, and multiply-adds/s of fp32, int8 times int8 and int4 times int8: ``peaks[kind]``."""
+    """Bytes/s read from memory, and multiply-adds/s of fp32, bf16, int8 times int8 and int4 times int8: ``peaks[kind]``."""
 
     bandwidth: float
     peaks: dict[str, float]

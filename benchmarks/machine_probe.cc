@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -94,6 +95,18 @@ double fp32_macs() {
 #endif
 }
 
+#ifdef __AVX512BF16__
+double bf16_macs() {
+  const __m512i x = _mm512_set1_epi16(0x3f00);
+  const auto step = [=](__m512 sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(x));
+  };
+  return chains(32, _mm512_setzero_ps(), step);
+}
+#else
+double bf16_macs() { return fp32_macs(); }
+#endif
+
 #ifdef __AVX512VNNI__
 double int8_macs() {
   const __m512i x = _mm512_set1_epi8(3);
@@ -135,9 +148,10 @@ double read_bandwidth(int threads) {
   return best;
 }
 
-// Multiply-adds per second; kind 0: fp32, 1: int8 times int8, 2: int4 times int8.
+// Multiply-adds per second; kind 0: fp32, 1: bf16 (fp32 if there is no instruction for it), 2: int8 times int8, 3: int4 times
+// int8.
 double peak(int kind, int threads) {
-  double (*macs)() = kind == 0 ? fp32_macs : kind == 1 ? int8_macs : int4_macs;
+  double (*const macs)() = std::array{fp32_macs, bf16_macs, int8_macs, int4_macs}[kind];
   std::vector<double> done(threads);
   const double seconds = seconds_of(threads, [&](int thread) { done[thread] = macs(); });
   double total = 0;

@@ -8,12 +8,13 @@ different experts, and before all runs there is an untimed run on each batch.
 the time taken. The bytes are those of our formats, even if a variant's formats take slightly more (llama.cpp's: see
 llama_cpp_layer.py).
 
-Without --full, the following is measured: uniform routing with one thread in all formats, and with two in all but fp32; the other
-routings at 16 and 256 tokens, skewed for int4 and mixed, even for int4; Mixtral's shape up to 64 tokens, at 8 and at 4 bits; no
-layer of more than 1.7 GB, since every variant holds it once, which takes 8 GB; and neither our kernels with fp32 activations nor
-MatMulNBits that multiplies in fp32, which is never the best stock variant. The rows are written after each cell; an interrupt
-ends with the summary of the rows so far. Rows of other processors and of cells not measured stay in the file, so that it can be
-measured in parts: --shapes, --formats, --tokens, --threads.
+Without --full, the following is measured: uniform routing with one thread in all formats, and with two in all but fp32; the
+other routings at 16 and 256 tokens, skewed for int4 and mixed, even for int4; Mixtral's shape up to 64 tokens, at 8 and at 4
+bits; no layer of more than 1.7 GB, since every variant holds it once, which takes 8 GB; and, for quantized weights, neither our
+kernels with fp32 activations nor MatMulNBits that multiplies in fp32, which is never the best stock variant. Without "fp32
+activations", our kernels round x to int8 for quantized weights and to bf16 for bf16, in which torch computes as well. The rows
+are written after each cell; an interrupt ends with the summary of the rows so far. Rows of other processors and of cells not
+measured stay in the file, so that it can be measured in parts: --shapes, --formats, --tokens, --threads.
 
     python benchmarks/llama_cpp/build.py
     python benchmarks/moe_layer.py --quick
@@ -110,8 +111,9 @@ def variants(builder: Builder, format: str, threads: int, llama_cpp: ctypes.CDLL
         built["MoE"] = builder.fused(format, threads)
     if format not in FLOATS:
         built["MatMulNBits in If, accuracy 4"] = builder.rewritten(format, "stock", 8, threads)
-    if full and format not in FLOATS:
+    if format == "bf16" or (full and format not in FLOATS):
         built[f"{OURS} fp32 activations"] = builder.rewritten(format, "native", 32, threads)
+    if full and format not in FLOATS:
         built["MatMulNBits in If, accuracy 0"] = builder.rewritten(format, "stock", 32, threads)
     if format in ("int8", "int4"):
         built["QMoE"] = builder.fused(format, threads)
@@ -165,7 +167,7 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
     """For a median batch: bytes of the weights that it touches, and multiply-adds, by the peak that limits them."""
     formats = formats_of(shape, format)
     touched, macs = [], []
-    kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "bf16": "fp32", "int8": "int8", "int4": "int4"}
+    kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int4"}
     for _, ids, _, _ in batches:
         load = np.bincount(ids.reshape(-1), minlength=shape.experts)
         touched.append(sum(shape.geometry.expert_bytes(f) for f, n in zip(formats, load, strict=True) if n))

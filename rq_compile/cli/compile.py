@@ -72,7 +72,8 @@ PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "text
     type=click.Choice(["8", "32"]),
     default="32",
     show_default=True,
-    help="Activations that native and stock multiply by quantized weights: kept in fp32, or rounded to int8, which is faster.",
+    help="Activations that native and stock multiply by quantized weights: kept in fp32, or rounded to int8, which is faster. "
+    "With 8, native also rounds those of bf16 weights to bf16.",
 )
 @click.option(
     "--dense-format",

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Native(Lowering):
-    """``activation_bits``: 8 rounds the inputs of quantized weights to int8, 32 keeps them in fp32. ``dense_format``: see
-    ``dense_gemms``."""
+    """``activation_bits``: 8 rounds the inputs of quantized weights to int8 and those of bf16 weights to bf16, 32 keeps them in
+    fp32. ``dense_format``: see ``dense_gemms``."""
 
     activation_bits: int = 32
     dense_format: DenseFormat = "stored"

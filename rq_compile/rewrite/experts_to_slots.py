@@ -64,7 +64,8 @@ def experts_to_slots(
     """Rewrite ``graph`` in place and return the weights it now refers to, a section for each layer, unread.
 
     Without a ``source``, the products have no weights, for a pass that replaces them. ``panels``: see ``slot_weights``.
-    ``activation_bits`` is ExpertGemm's: 8 rounds the values multiplied with quantized weights to int8, 32 keeps them in fp32.
+    ``activation_bits`` is ExpertGemm's: 8 rounds the values multiplied with quantized weights to int8 and, with ``panels``,
+    those multiplied with bf16 weights to bf16; 32 keeps them in fp32.
 
     Raises:
         UserError: a layer of the model is missing from the plan, or the other way round (the layer is named).

@@ -1,7 +1,8 @@
-"""ExpertGemm with activations rounded to int8: exact products of the rounded numbers, and their distance from fp32's."""
+"""ExpertGemm with rounded activations: exact products of the rounded numbers, and their distance from those of fp32."""
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from op_nodes import GATED, Weights, assert_close, expert_gemm, pack, python_with, reference, routed
@@ -35,8 +36,10 @@ def rounded_reference(
     gather: int = 0,
     **attributes: Any,
 ) -> np.ndarray:
-    """Float slots leave x unchanged."""
-    exact = reference(x, rows, offsets, weights, bias, gather=gather, **attributes)
+    """Slots of bf16 round x to bf16, those of other floats leave it unchanged."""
+    floats = weights.inputs["float_weights"]
+    as_floats = x.astype(floats.dtype).astype(np.float32) if floats is not None and floats.dtype == ml_dtypes.bfloat16 else x
+    exact = reference(as_floats, rows, offsets, weights, bias, gather=gather, **attributes)
     coarse = reference(rounded(x, block), rows, offsets, weights, bias, gather=gather, **attributes)
     for slot, format in enumerate(weights.formats):
         if format == 0:
@@ -46,9 +49,10 @@ def rounded_reference(
 
 @pytest.mark.parametrize("columns", [128, 48, 40, 37, 3, 300])
 @pytest.mark.parametrize("gather", [0, 1])
-@pytest.mark.parametrize("formats", [[1, 1], [2, 2], [0, 1, 2, 1, 0, 2]])
-def test_every_format_rounded(rng: np.random.Generator, columns: int, gather: int, formats: list[int]) -> None:
-    weights = pack(rng, formats, 35, columns)
+@pytest.mark.parametrize("formats", [[1, 1], [2, 2], [0, 1, 2, 1, 0, 2], [0, 0]])
+@pytest.mark.parametrize("float_type", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_every_format_rounded(rng: np.random.Generator, columns: int, gather: int, formats: list[int], float_type: Any) -> None:
+    weights = pack(rng, formats, 35, columns, float_type)
     rows, offsets = routed(rng, 29, 2, len(formats))
     x = rng.normal(size=(29 if gather else 58, columns)).astype(np.float32)
     y = expert_gemm(x, rows, offsets, weights, gather=gather, activation_bits=8)
@@ -94,6 +98,16 @@ def test_bias_and_activation_rounded(rng: np.random.Generator, activation: str) 
     assert_close(y, rounded_reference(x, rows, offsets, weights, bias, block=64, activation=activation, gather=1))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 17, 64, 71])
+@pytest.mark.parametrize("columns", [1, 2, 255, 256, 257, 600])
+def test_bf16_of_any_number_of_rows(rng: np.random.Generator, tokens: int, columns: int) -> None:
+    weights = pack(rng, [0, 0, 0], 105, columns, ml_dtypes.bfloat16)
+    rows, offsets = np.arange(tokens, dtype=np.int32), np.array([0, 0, tokens, tokens], np.int32)
+    x = rng.normal(size=(tokens, columns)).astype(np.float32)
+    y = expert_gemm(x, rows, offsets, weights, activation_bits=8)
+    assert_close(y, rounded_reference(x, rows, offsets, weights, block=16))
+
+
 def test_error_of_both(rng: np.random.Generator) -> None:
     """The error of rounding activations: less than 1 % of the output's norm at block 128; with fp32 there is none."""
     weights = pack(rng, [1, 2], 64, 1024)
@@ -105,19 +119,42 @@ def test_error_of_both(rng: np.random.Generator) -> None:
         assert error < limit, f"{bits} bits: {error}"
 
 
-def test_threads_and_batch_mates_do_not_change_a_bit_rounded(rng: np.random.Generator) -> None:
-    weights = pack(rng, [0, 1, 2, 2], 70, 272, gated=True)
+def test_error_of_bf16(rng: np.random.Generator) -> None:
+    """The error of rounding activations to bf16: less than 0.2 % of the output's norm; with fp32 there is none."""
+    weights = pack(rng, [0, 0], 64, 1024, ml_dtypes.bfloat16)
+    rows, offsets = routed(rng, 64, 1, 2)
+    x = rng.normal(size=(64, 1024)).astype(np.float32)
+    exact = reference(x, rows, offsets, weights)
+    for bits, limit in ((8, 0.002), (32, 1e-6)):
+        error = np.linalg.norm(expert_gemm(x, rows, offsets, weights, activation_bits=bits) - exact) / np.linalg.norm(exact)
+        assert error < limit, f"{bits} bits: {error}"
+
+
+@pytest.mark.parametrize("float_type", [np.float32, ml_dtypes.bfloat16])
+def test_threads_and_batch_mates_do_not_change_a_bit_rounded(rng: np.random.Generator, float_type: Any) -> None:
+    weights = pack(rng, [0, 1, 2, 2], 70, 272, float_type, gated=True)
     rows, offsets = routed(rng, 150, 2, 4)
     x = rng.normal(size=(300, 272)).astype(np.float32)
     options: dict[str, Any] = {"activation": "swiglu", "activation_bits": 8}
     one = expert_gemm(x, rows, offsets, weights, **options)
     assert one.tobytes() == expert_gemm(x, rows, offsets, weights, threads=2, **options).tobytes()
     for slot in range(4):
-        for count in (1, 2, 3, 5):
+        for count in (1, 2, 3, 5, 9, 13):
             begin = offsets[slot]
             alone = np.array([0] * (slot + 1) + [count] * (4 - slot), np.int32)
             few = expert_gemm(x[begin : begin + count], np.arange(count, dtype=np.int32), alone, weights, **options)
             assert few.tobytes() == one[begin : begin + count].tobytes()
+
+
+def test_strange_rows_stay_alone_in_bf16(rng: np.random.Generator) -> None:
+    weights = pack(rng, [0], 16, 64, ml_dtypes.bfloat16)
+    x = rng.normal(size=(8, 64)).astype(np.float32)
+    x[1, 5], x[3, 7], x[5], x[6] = np.nan, np.inf, 0, 1e-42
+    y = expert_gemm(x, np.arange(8, dtype=np.int32), np.array([0, 8], np.int32), weights, activation_bits=8)
+    assert np.isnan(y[1]).all()
+    assert not np.isfinite(y[3]).any()
+    assert np.isfinite(y[[0, 2, 4, 5, 6, 7]]).all()
+    assert (np.abs(y[5:7]) < 1e-35).all()
 
 
 def test_strange_rows_stay_alone(rng: np.random.Generator) -> None:
@@ -141,6 +178,24 @@ x = (3 * rng.normal(size=(60, 300))).astype(np.float32)
 y = [expert_gemm(x, rows, offsets, weights, activation=a, gather=1, activation_bits=8) for a in ("swiglu", "geglu_tanh")]
 print(hashlib.sha256(b"".join(map(np.ndarray.tobytes, y))).hexdigest())
 """
+
+
+CHECK_BF16 = """
+import ml_dtypes, numpy as np
+from op_nodes import assert_close, expert_gemm, pack, reference, routed
+rng = np.random.default_rng(3)
+weights = pack(rng, [0, 0, 0], 40, 301, ml_dtypes.bfloat16)
+x = rng.normal(size=(60, 301)).astype(np.float32)
+rows, offsets = routed(rng, 60, 1, 3)
+y = expert_gemm(x, rows, offsets, weights, activation_bits=8)
+assert_close(y, reference(x.astype(ml_dtypes.bfloat16).astype(np.float32), rows, offsets, weights))
+"""
+
+
+@pytest.mark.parametrize("isa", [None, "plain", "avx2"])
+def test_every_instruction_set_rounds_x_to_bf16(isa: str | None) -> None:
+    result = python_with(isa, "-c", CHECK_BF16)
+    assert result.returncode == 0, result.stderr
 
 
 def test_every_instruction_set_gives_the_same_bits() -> None:

@@ -30,6 +30,6 @@ def test_avx_vnni(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SIMDE.is_file(), reason="AVX-512 is emulated by SIMDe, which is not installed (Debian: libsimde-dev)")
 def test_avx512(tmp_path: Path) -> None:
-    kernels = (SOURCES / "kernels_avx512.cc", SOURCES / "kernels_avx512vnni.cc")
+    kernels = [SOURCES / f"kernels_{name}.cc" for name in ("avx512", "avx512vnni", "avx512bf16")]
     program = built(tmp_path / "avx512", "-I", EMULATED / "simde", *kernels, EMULATED / "avx512.cc")
     assert subprocess.run([program]).returncode == 0

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int64_t kTileRows = 64;                          // rows of x that share a pass over a panel
 constexpr int64_t kTilesOfAThread = 16, kMostTiles = 256;  // fewer if there are fewer panels
-constexpr int64_t kQuantizedAtOnce = 16384;                // numbers of x that are worth another thread
+constexpr int64_t kRoundedAtOnce = 16384;                  // numbers of x that are worth another thread
+constexpr int64_t kApart = 16;  // floats between rounded rows, which would otherwise often start in the same set of a cache
 
 // Enough tiles that no core waits long for the last one, but not more: each tile has a fixed cost of about 0.2 microseconds.
 int64_t tiles_wanted() {
@@ -51,7 +52,7 @@ struct ExpertGemm {
   SlotWeights weights;
   Activation activation;
   float alpha, limit;
-  bool gather, quantizes;
+  bool gather, rounds;
   int64_t outputs, parts, groups;  // columns of y; panels for 16 of them (2 with a gate); sets of 16 columns
   const Kernels& kernels;
 
@@ -68,16 +69,25 @@ struct ExpertGemm {
     require(outputs > 0, "attribute outputs is ", outputs, ", not a positive number of columns");
     const int64_t bits = info.integer("activation_bits", 32);
     require(bits == 8 || bits == 32, "attribute activation_bits is ", bits, ", not 8 or 32");
-    quantizes = bits == 8;
+    rounds = bits == 8;
   }
 
-  // The data that all tiles of one call share. Row i of x in slot order is floats[i] or, for a quantized slot, quantized[i].
+  // The form in which rows of x are multiplied by a slot's weights.
+  enum Form : uint8_t { floats = 0, bfloats = 1, quantized = 2 };
+
+  Form form_of(const SlotWeights::Bound& bound, int64_t slot) const {
+    if (!rounds) return floats;
+    if (weights.quantized(slot)) return quantized;
+    return weights.of(bound, slot).storage == Storage::bf16 ? bfloats : floats;
+  }
+
+  // The data that all tiles of one call share. Row i of x in slot order is rows[i] or, for a quantized slot, records[i].
   struct Call {
     SlotWeights::Bound bound;
     const int32_t* offsets;
     const float* bias;
-    const float* const* floats;
-    const uint8_t* const* quantized;
+    const float* const* rows;
+    const uint8_t* const* records;
     QuantizedLayout layout;
     const int64_t* first_tile;  // of each slot; the last entry is the number of tiles
     int64_t groups_at_once;
@@ -115,35 +125,32 @@ struct ExpertGemm {
             outputs * parts, "]");
 
     const QuantizedLayout layout = layout_of(bound, columns);
+    const bool has_bfloats = rounds && bound.holds(Storage::bf16);
     Arena arena;
-    const auto floats = arena.reserve<const float*>(pairs);
-    const auto quantized = arena.reserve<const uint8_t*>(pairs);
+    const auto rows = arena.reserve<const float*>(pairs);
+    const auto records = arena.reserve<const uint8_t*>(pairs);
     const auto first_tile = arena.reserve<int64_t>(slots + 1);
     const auto needed = arena.reserve<uint8_t>(x.count);
-    const auto records = arena.reserve<uint8_t>(x.count * layout.row_bytes);
+    const auto as_bfloats = arena.reserve<float>(has_bfloats ? x.count * (columns + kApart) : 0);
+    const auto as_records = arena.reserve<uint8_t>(x.count * layout.row_bytes);
     arena.allocate();
 
     std::memset(needed.data(), 0, static_cast<size_t>(x.count));
     for (int64_t s = 0; s < slots; ++s) {
+      const Form form = form_of(bound, s);
       for (int64_t i = offset[s]; i < offset[s + 1]; ++i) {
         const int64_t row = row_of(i);
-        floats.data()[i] = x.x + row * columns;
-        quantized.data()[i] = records.data() + row * layout.row_bytes;
-        if (quantizes && weights.quantized(s)) needed.data()[row] = 1;
+        rows.data()[i] = form == bfloats ? as_bfloats.data() + row * (columns + kApart) : x.x + row * columns;
+        records.data()[i] = as_records.data() + row * layout.row_bytes;
+        needed.data()[row] |= form;
       }
     }
-    quantize_rows(context, x, layout, needed.data(), records.data());
+    if (has_bfloats || layout.blocks) round_rows(context, x, needed.data(), as_bfloats.data(), layout, as_records.data());
 
     const int64_t groups_at_once = cut(offset, slots, first_tile.data());
-    const Call call{bound,
-                    offset,
-                    bias.present ? bias.as<float>() : nullptr,
-                    floats.data(),
-                    quantized.data(),
-                    layout,
-                    first_tile.data(),
-                    groups_at_once,
-                    out};
+    const Call call{
+        bound,          offset, bias.present ? bias.as<float>() : nullptr, rows.data(), records.data(), layout, first_tile.data(),
+        groups_at_once, out};
     auto work = [&](size_t index) { tile(call, static_cast<int64_t>(index)); };
     context.parallel(static_cast<size_t>(first_tile.data()[slots]), work);
   }
@@ -170,15 +177,17 @@ struct ExpertGemm {
     const int64_t begin = first_row + place % strips * kTileRows, rows = std::min(kTileRows, first_row + rows_here - begin);
     const int64_t first = place / strips * call.groups_at_once, last = std::min(groups, first + call.groups_at_once);
     const Matrix matrix = weights.of(call.bound, slot);
+    const Form form = form_of(call.bound, slot);
+    const auto multiply_floats = form == bfloats ? kernels.multiply_bfloats : kernels.multiply_floats;
     const float* bias = call.bias ? call.bias + slot * outputs * parts : nullptr;
     alignas(64) float products[kSideBySide * kTileRows * kPanel];
     const int64_t at_once = kTileRows / rows * kSideBySide;  // panels: with fewer rows, more in one stretch
     for (int64_t panel = first * parts; panel < last * parts; panel += at_once) {
       const int64_t panels = std::min(at_once, last * parts - panel);
-      if (quantizes && weights.quantized(slot)) {
-        kernels.multiply_quantized(call.quantized + begin, rows, call.layout, matrix, panel, panels, products);
+      if (form == quantized) {
+        kernels.multiply_quantized(call.records + begin, rows, call.layout, matrix, panel, panels, products);
       } else {
-        kernels.multiply_floats(call.floats + begin, rows, matrix, panel, panels, products);
+        multiply_floats(call.rows + begin, rows, matrix, panel, panels, products);
       }
       for (int64_t p = 0; p < panels; p += parts) {
         finish((panel + p) / parts, bias, rows, products + p * rows * kPanel, call.out + begin * outputs);
@@ -201,18 +210,20 @@ struct ExpertGemm {
   }
 
   QuantizedLayout layout_of(const SlotWeights::Bound& bound, int64_t columns) const {
-    if (!quantizes || !bound.block) return quantized_layout(0, 0);
+    if (!rounds || !bound.block) return quantized_layout(0, 0);
     return quantized_layout(bound.block, (columns + bound.block - 1) / bound.block);
   }
 
-  void quantize_rows(const Context& context, const Rows& x, const QuantizedLayout& layout, const uint8_t* needed,
-                     uint8_t* records) const {
-    if (layout.blocks == 0) return;
-    const int64_t rows = x.count, columns = x.columns, at_once = std::max<int64_t>(1, kQuantizedAtOnce / columns);
+  // Rounds every row to the forms in which it is needed.
+  void round_rows(const Context& context, const Rows& x, const uint8_t* needed, float* as_bfloats, const QuantizedLayout& layout,
+                  uint8_t* records) const {
+    const int64_t rows = x.count, columns = x.columns, at_once = std::max<int64_t>(1, kRoundedAtOnce / columns);
     auto work = [&](size_t index) {
       const int64_t begin = static_cast<int64_t>(index) * at_once, end = std::min(rows, begin + at_once);
       for (int64_t i = begin; i < end; ++i) {
-        if (needed[i]) kernels.quantize(x.x + i * columns, columns, layout, records + i * layout.row_bytes);
+        const float* row = x.x + i * columns;
+        if (needed[i] & bfloats) kernels.round_to_bfloat(row, columns, as_bfloats + i * (columns + kApart));
+        if (needed[i] & quantized) kernels.quantize(row, columns, layout, records + i * layout.row_bytes);
       }
     };
     context.parallel(static_cast<size_t>((rows + at_once - 1) / at_once), work);

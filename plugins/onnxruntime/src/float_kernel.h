@@ -1,5 +1,5 @@
-// fp32 rows of x times panels, chunk by chunk. Weights are converted to fp32 in registers or, for many rows, once into a buffer.
-// Included by kernels_body.h.
+// fp32 rows of x times panels, chunk by chunk. Weights are converted to fp32 in registers. If there are more rows than fit into
+// registers, the first of them leave the converted weights in a buffer for the others. Included by kernels_body.h.
 
 constexpr int64_t kChunk = 256;  // columns of a panel per chunk: 16 KiB in fp32
 
@@ -7,8 +7,8 @@ constexpr bool is_quantized(Storage storage) { return storage == Storage::int8 |
 // Columns that a panel stores together, and their bytes.
 constexpr int columns_of(Storage storage) { return storage == Storage::int8 ? 4 : storage == Storage::int4 ? 8 : 1; }
 constexpr int64_t bytes_of(Storage storage) { return kPanel * (storage == Storage::fp16 || storage == Storage::bf16 ? 2 : 4); }
-// With more rows than this, a buffer is faster.
-constexpr int direct_rows(Storage storage) { return is_quantized(storage) ? 4 : kFloatRows; }
+// With more rows than this at once, converting all weights into a buffer first is faster.
+constexpr int direct_rows(Storage storage) { return is_quantized(storage) ? kUnpackingRows : kFloatRows; }
 // Panels that this number of rows reads side by side; converting weights to fp32 in registers needs some of the registers.
 constexpr int panels_of(Storage storage, int rows) {
   const int64_t most = is_quantized(storage) && rows <= direct_rows(storage) ? (rows <= 2 ? 2 : 1) : kSideBySide;
@@ -53,29 +53,33 @@ struct Chunk {
   const float* scales;
   int64_t scales_stride;
   float unit;
+  float* converted;  // for the rows that follow: kChunk columns of each panel
 };
 
 // Adds column j and the following columns of a group, whose x is at x[i] + c. If it is not inlined, its sums are kept in memory.
-template <Storage storage, int j, int R, int P>
+template <Storage storage, bool keeps, int j, int R, int P>
 __attribute__((always_inline)) inline void add_columns(const float* const* x, int64_t c, const uint8_t* group, int64_t stride,
-                                                       Floats (&total)[R][P][kVectors]) {
+                                                       float* converted, Floats (&total)[R][P][kVectors]) {
   for (int p = 0; p < P; ++p) {
     Floats w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = weights_at<storage>(group + p * stride, v, j);
+    for (int v = 0; v < kVectors; ++v) {
+      w[v] = weights_at<storage>(group + p * stride, v, j);
+      if (keeps) store(converted + (p * kChunk + j) * kPanel + v * kLanes, w[v]);
+    }
     for (int i = 0; i < R; ++i) {
       const Floats value = set(x[i][c + j]);
       for (int v = 0; v < kVectors; ++v) total[i][p][v] = multiply_add(value, w[v], total[i][p][v]);
     }
   }
-  if constexpr (j + 1 < columns_of(storage)) add_columns<storage, j + 1>(x, c, group, stride, total);
+  if constexpr (j + 1 < columns_of(storage)) add_columns<storage, keeps, j + 1>(x, c, group, stride, converted, total);
 }
 
 // Multiply-adds per row and panel for 64 bytes of the panel.
 constexpr int instructions_of_floats(Storage storage) { return static_cast<int>(64 * columns_of(storage) / bytes_of(storage)); }
 
-// Adds R rows times P panels to out[row][16] of each panel, which are `out_stride` apart.
-template <Storage storage, int R, int P>
-void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t out_stride, float* out) {
+// Adds R rows times P panels to out[row][16] of each panel, which are `out_stride` apart; `keeps`: and fills chunk.converted.
+template <Storage storage, bool keeps, int R, int P>
+RQ_OWN_REGISTERS void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t out_stride, float* out) {
   const uint8_t* group = chunk.weights;
   const int64_t stride = chunk.stride, end = chunk.begin + chunk.count;
   Floats total[R][P][kVectors];
@@ -84,9 +88,11 @@ void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t out_strid
       for (int v = 0; v < kVectors; ++v) total[i][p][v] = set(0.0f);
     }
   }
+  float* converted = chunk.converted;
   for (int64_t c = chunk.begin; c < end; c += columns_of(storage), group += bytes_of(storage)) {
     for (int p = 0; p < P; ++p) prefetch<P, R * instructions_of_floats(storage)>(group + p * stride);
-    add_columns<storage, 0>(x, c, group, stride, total);
+    add_columns<storage, keeps, 0>(x, c, group, stride, converted, total);
+    if (keeps) converted += columns_of(storage) * kPanel;
   }
   for (int p = 0; p < P; ++p) {
     for (int i = 0; i < R; ++i) {
@@ -100,22 +106,15 @@ void multiply_chunk(const float* const* x, const Chunk& chunk, int64_t out_strid
   }
 }
 
-// The first `count` rows, R at a time.
-template <Storage storage, int R, int P>
-void multiply_rows(const float* const* x, int64_t count, const Chunk& chunk, int64_t out_stride, float* out) {
-  for (; count >= R; count -= R, x += R, out += R * kPanel) multiply_chunk<storage, R, P>(x, chunk, out_stride, out);
-  if constexpr (R > 1) {
-    if (count > 0) multiply_rows<storage, R - 1, P>(x, count, chunk, out_stride, out);
-  }
-}
-
 // All rows, R at a time, times P panels: panel `first`, and further panels at distances of `apart`.
 template <Storage storage, int R, int P>
 void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t apart, float* out) {
   const int64_t panel_bytes = static_cast<int64_t>(weights.panel_bytes), out_stride = apart * rows * kPanel;
   const uint8_t* data = weights.data + first * panel_bytes;
-  Chunk chunk{0, 0, data, apart * panel_bytes, nullptr, apart * weights.blocks * kPanel, unit_of(storage)};
-  alignas(64) float unpacked[P][kChunk * kPanel];
+  Chunk chunk{0, 0, data, apart * panel_bytes, nullptr, apart * weights.blocks * kPanel, unit_of(storage), nullptr};
+  const Parts<R> parts(rows);
+  alignas(64) float converted[P][kChunk * kPanel];
+  chunk.converted = converted[0];
   for (int p = 0; p < P; ++p) memset(out + p * out_stride, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
   for (; chunk.begin < weights.columns; chunk.begin += chunk.count) {
     const int64_t left = weights.columns - chunk.begin;
@@ -126,37 +125,32 @@ void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights,
       chunk.scales = weights.scales + (first * weights.blocks + chunk.begin / weights.block) * kPanel;
     }
     chunk.weights = data + chunk.begin / columns_of(storage) * bytes_of(storage);
+    Chunk floats = chunk;
+    floats.weights = reinterpret_cast<const uint8_t*>(converted);
+    floats.stride = sizeof converted[0];
     // If the last group extends beyond x, that part of x must not be read.
-    if (storage != Storage::fp32 && (rows > direct_rows(storage) || chunk.count % columns_of(storage) != 0)) {
-      for (int p = 0; p < P; ++p) unpack<storage>(chunk.weights + p * chunk.stride, chunk.count, unpacked[p]);
-      Chunk floats = chunk;
-      floats.weights = reinterpret_cast<const uint8_t*>(unpacked);
-      floats.stride = sizeof unpacked[0];
-      multiply_rows<Storage::fp32, R, P>(x, rows, floats, out_stride, out);
-    } else {
-      multiply_rows<storage, R, P>(x, rows, chunk, out_stride, out);
+    const bool unpacks = R > direct_rows(storage) || chunk.count % columns_of(storage) != 0;
+    if (unpacks) {
+      for (int p = 0; p < P; ++p) unpack<storage>(chunk.weights + p * chunk.stride, chunk.count, converted[p]);
     }
-  }
-}
-
-// `count` panels in P stretches of equal length, side by side, each read from its first panel to its last; the rest one by one.
-template <Storage storage, int R, int P>
-void multiply_stretches(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {
-  const int64_t stretch = count / P, size = rows * kPanel;
-  for (int64_t i = 0; i < stretch; ++i) multiply_chunks<storage, R, P>(x, rows, weights, first + i, stretch, out + i * size);
-  if constexpr (P > 1) {
-    const int64_t done = P * stretch;
-    multiply_stretches<storage, R, 1>(x, rows, weights, first + done, count - done, out + done * size);
+    parts.each([&](auto count, int64_t row) {
+      float* sums = out + row * kPanel;
+      if constexpr (storage == Storage::fp32) multiply_chunk<storage, false, count, P>(x + row, chunk, out_stride, sums);
+      else if (unpacks || row > 0) multiply_chunk<Storage::fp32, false, count, P>(x + row, floats, out_stride, sums);
+      else if (count == rows) multiply_chunk<storage, false, count, P>(x, chunk, out_stride, sums);
+      else multiply_chunk<storage, true, count, P>(x, chunk, out_stride, sums);
+    });
   }
 }
 
 // As many rows at a time as fit into registers, and as many panels side by side as the remaining registers allow.
-template <Storage storage, int R = 1>
+template <Storage storage>
 void multiply_panels(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {
-  if constexpr (R < kFloatRows) {
-    if (rows > R) return multiply_panels<storage, R + 1>(x, rows, weights, first, count, out);
-  }
-  multiply_stretches<storage, R, panels_of(storage, R)>(x, rows, weights, first, count, out);
+  with_rows<kFloatRows>(rows, [&](auto R) {
+    in_stretches<panels_of(storage, R)>(count, [&](auto P, int64_t panel, int64_t apart) {
+      multiply_chunks<storage, R, P>(x, rows, weights, first + panel, apart, out + panel * rows * kPanel);
+    });
+  });
 }
 
 void multiply_floats(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t count, float* out) {

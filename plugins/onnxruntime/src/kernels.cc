@@ -31,6 +31,11 @@ bool has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
 }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
 #ifdef RQ_ARM64
@@ -42,22 +47,15 @@ bool has_capability(unsigned long type, int bit) {
   return (void)type, (void)bit, false;
 #endif
 }
-bool has_dotprod() { return has_capability(16, 20); }  // AT_HWCAP, ASIMDDP
+bool has_dotprod() { return has_capability(16, 20); }                // AT_HWCAP, ASIMDDP
 bool has_i8mm() { return has_dotprod() && has_capability(26, 13); }  // AT_HWCAP2, I8MM
 #endif
 
 const Candidate kCandidates[] = {
 #ifdef RQ_X86
-    {&kAvx512VnniKernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-     }},
-    {&kAvx512Kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512dq");
-     }},
+    {&kAvx512Bf16Kernels, [] { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }},
+    {&kAvx512VnniKernels, has_avx512_vnni},
+    {&kAvx512Kernels, has_avx512},
     {&kAvxVnniKernels, has_avx_vnni},
     {&kAvx2Kernels, has_avx2},
 #endif

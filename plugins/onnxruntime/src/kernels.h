@@ -10,8 +10,8 @@ namespace rq {
 enum class Storage { fp32, fp16, bf16, int8, int4 };
 enum class Activation { none, swiglu, geglu, geglu_tanh, clamped_swiglu, limited_swiglu, relu, gelu, relu2 };
 
-constexpr int64_t kPanel = 16;  // weight rows of a panel: the lanes of a kernel
-constexpr int64_t kSideBySide = 4;  // the most panels that a kernel processes at once
+constexpr int64_t kPanel = 16;       // weight rows of a panel: the lanes of a kernel
+constexpr int64_t kSideBySide = 4;   // the most panels that a kernel processes at once
 constexpr int64_t kMaxBlock = 1024;  // dot products of int8 blocks up to here are exact in fp32
 
 // The weights of one slot, in panels of 16 rows: see README.md for the layout. `scales` holds 16 numbers for each panel and
@@ -41,10 +41,13 @@ struct Kernels {
   const char* name;
   // out[(p * rows + i) * kPanel + j] = dot(x[i], row j of panel first + p) for i < rows and p < panels.
   void (*multiply_floats)(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t panels, float* out);
-  // The same for rows of x that `quantize` rounded.
+  // The same for bf16 weights and rows of x that `round_to_bfloat` rounded.
+  void (*multiply_bfloats)(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t panels, float* out);
+  // The same for quantized weights and rows of x that `quantize` rounded.
   void (*multiply_quantized)(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
                              int64_t first, int64_t panels, float* out);
-  // Rounds a row of x.
+  // Round a row of x. `out` of round_to_bfloat has as many bytes as x, and a content that its instruction set chooses.
+  void (*round_to_bfloat)(const float* x, int64_t columns, float* out);
   void (*quantize)(const float* x, int64_t columns, const QuantizedLayout& layout, uint8_t* out);
   // gate[i] = activation(gate[i], up[i]) for i < n; an activation without a gate does not read `up`.
   void (*activate)(Activation activation, float alpha, float limit, const float* up, float* gate, int64_t n);
@@ -53,7 +56,7 @@ struct Kernels {
 };
 
 extern const Kernels kPlainKernels;
-extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels;
+extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels, kAvx512Bf16Kernels;
 extern const Kernels kNeonKernels, kNeonDotprodKernels, kNeonI8mmKernels;
 
 // The fastest set that this processor supports and that passes its self-check, or the set that RQ_MOE_ISA names. Throws

@@ -1,9 +1,11 @@
 // The kernels, written once over the vector operations that the including file defines for its instruction set: Floats and
 // Ints of kLanes numbers, kVectors of them to a panel; a word of Ints holds four bytes, two 16-bit numbers or one of 32 bits.
 // It also defines the best sizes for its registers and caches: how many rows are multiplied at once (kFloatRows,
-// kQuantizedRows), how many panels such a block of rows reads side by side (float_panels, quantized_panels; at most kSideBySide),
+// kQuantizedRows; kUnpackingRows: with how many of them quantized weights are converted to fp32 in registers), how many panels
+// such a block of rows reads side by side (float_panels, bfloat_panels, quantized_panels; at most kSideBySide),
 // what is prefetched per 64 bytes of a panel, depending on the number of panels and of instructions per 64 bytes (prefetch,
-// kDotInstructions), and for how many columns a Partial can hold the products (kPartialColumns).
+// kDotInstructions), and for how many columns a Partial can hold the products (kPartialColumns). RQ_BFLOAT_PRODUCTS says that it
+// has an instruction for products of bf16 (dot_pair).
 #include "kernels.h"
 
 namespace rq {
@@ -14,13 +16,20 @@ inline Ints set_bytes(uint32_t byte) { return set(static_cast<int32_t>(byte * 0x
 
 #include "activation_kernel.h"
 #include "combine_kernel.h"
+#include "loops.h"
 #include "float_kernel.h"
-#include "quantize.h"
+#include "round.h"
+#ifdef RQ_BFLOAT_PRODUCTS
+#include "bfloat_kernel.h"
+#else
+#include "bfloat_as_float.h"
+#endif
 #include "quantized_kernel.h"
 
 }  // namespace
 
 extern const Kernels RQ_KERNELS;
-const Kernels RQ_KERNELS = {RQ_KERNELS_NAME, multiply_floats, multiply_quantized, quantize, activate, combine};
+const Kernels RQ_KERNELS = {RQ_KERNELS_NAME, multiply_floats, multiply_bfloats, multiply_quantized,
+                            round_to_bfloat, quantize,        activate,         combine};
 
 }  // namespace rq

@@ -7,12 +7,14 @@ namespace {
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 4, kVectors = 4;
-constexpr int kFloatRows = 2, kQuantizedRows = 2;
+constexpr int kFloatRows = 2, kUnpackingRows = 2, kQuantizedRows = 2;
 constexpr int float_panels(int rows, bool) { return rows == 1 ? 2 : 1; }
 constexpr int kDotInstructions = 1;  // does not matter: see prefetch
 constexpr int quantized_panels(int, int) { return 1; }
 template <int, int>
-inline void prefetch(const uint8_t* line) { __builtin_prefetch(line + 4096); }
+inline void prefetch(const uint8_t* line) {
+  __builtin_prefetch(line + 4096);
+}
 constexpr int32_t kInt8Offset = 128;
 inline Floats load(const float* p) {
   Floats v;

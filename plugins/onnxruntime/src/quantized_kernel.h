@@ -99,8 +99,8 @@ void add_products(const uint8_t* const* x, const PanelBlock& block, int64_t colu
 
 // Adds block `b` of R rows of x times P panels to out[row][16] of each panel, which are `out_stride` apart.
 template <Storage storage, int R, int P>
-void multiply_block(const uint8_t* const* x, int64_t b, const QuantizedLayout& layout, const PanelBlock& block, int64_t out_stride,
-                    float* out) {
+RQ_OWN_REGISTERS void multiply_block(const uint8_t* const* x, int64_t b, const QuantizedLayout& layout, const PanelBlock& block,
+                                     int64_t out_stride, float* out) {
   constexpr int32_t kOffset = storage == Storage::int8 ? kInt8Offset : 8;
   QuantizedBlock header[R];
   const uint8_t* numbers[R];
@@ -129,18 +129,6 @@ void multiply_block(const uint8_t* const* x, int64_t b, const QuantizedLayout& l
   }
 }
 
-// The first `count` rows, R at a time.
-template <Storage storage, int R, int P>
-void multiply_block_rows(const uint8_t* const* x, int64_t count, int64_t b, const QuantizedLayout& layout, const PanelBlock& block,
-                         int64_t out_stride, float* out) {
-  for (; count >= R; count -= R, x += R, out += R * kPanel) {
-    multiply_block<storage, R, P>(x, b, layout, block, out_stride, out);
-  }
-  if constexpr (R > 1) {
-    if (count > 0) multiply_block_rows<storage, R - 1, P>(x, count, b, layout, block, out_stride, out);
-  }
-}
-
 // All rows, R at a time, times P panels: panel `first`, and further panels at distances of `apart`.
 template <Storage storage, int R, int P>
 void multiply_blocks(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights, int64_t first,
@@ -149,35 +137,25 @@ void multiply_blocks(const uint8_t* const* x, int64_t rows, const QuantizedLayou
   const int64_t panel_bytes = static_cast<int64_t>(weights.panel_bytes), scales = weights.blocks * kPanel;
   PanelBlock block{weights.data + first * panel_bytes, apart * panel_bytes, weights.scales + first * scales, apart * scales};
   const int64_t out_stride = apart * rows * kPanel;
+  const Parts<R> parts(rows);
   for (int p = 0; p < P; ++p) memset(out + p * out_stride, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
   for (int64_t b = 0; b < weights.blocks; ++b, block.weights += panel_bytes / weights.blocks, block.scales += kPanel) {
     for (int p = 0; p < P; ++p) __builtin_prefetch(block.scales + p * block.scales_stride + kScalesAhead * kPanel);
-    multiply_block_rows<storage, R, P>(x, rows, b, layout, block, out_stride, out);
-  }
-}
-
-// `count` panels in P stretches of equal length, side by side, each read from its first panel to its last; the rest one by one.
-template <Storage storage, int R, int P>
-void multiply_stretches(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights, int64_t first,
-                        int64_t count, float* out) {
-  const int64_t stretch = count / P, size = rows * kPanel;
-  for (int64_t i = 0; i < stretch; ++i) {
-    multiply_blocks<storage, R, P>(x, rows, layout, weights, first + i, stretch, out + i * size);
-  }
-  if constexpr (P > 1) {
-    const int64_t done = P * stretch;
-    multiply_stretches<storage, R, 1>(x, rows, layout, weights, first + done, count - done, out + done * size);
+    parts.each([&](auto count, int64_t row) {
+      multiply_block<storage, count, P>(x + row, b, layout, block, out_stride, out + row * kPanel);
+    });
   }
 }
 
 // As many rows at a time as fit into registers, and as many panels side by side as the remaining registers allow.
-template <Storage storage, int R = 1>
+template <Storage storage>
 void multiply_panels(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights, int64_t first,
                      int64_t count, float* out) {
-  if constexpr (R < kQuantizedRows) {
-    if (rows > R) return multiply_panels<storage, R + 1>(x, rows, layout, weights, first, count, out);
-  }
-  multiply_stretches<storage, R, quantized_panels(R, R * instructions_of(storage))>(x, rows, layout, weights, first, count, out);
+  with_rows<kQuantizedRows>(rows, [&](auto R) {
+    in_stretches<quantized_panels(R, R * instructions_of(storage))>(count, [&](auto P, int64_t panel, int64_t apart) {
+      multiply_blocks<storage, R, P>(x, rows, layout, weights, first + panel, apart, out + panel * rows * kPanel);
+    });
+  });
 }
 
 void multiply_quantized(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,

@@ -8,7 +8,7 @@ namespace {
 using Floats = __m512;
 using Ints = __m512i;
 constexpr int64_t kLanes = 16, kVectors = 1;
-constexpr int kFloatRows = 8;
+constexpr int kFloatRows = 8, kUnpackingRows = 8;
 constexpr int float_panels(int rows, bool) { return rows <= 4 ? 4 : 2; }
 // Measured on Zen 4: the processor's prefetcher is best as long as 64 bytes need few instructions. It stops at the end
 // of a 4 KiB page, so the beginning of the page after the next one is prefetched.

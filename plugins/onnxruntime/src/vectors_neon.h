@@ -10,6 +10,7 @@ using Floats = float32x4_t;
 using Ints = int32x4_t;
 constexpr int64_t kLanes = 4, kVectors = 4;
 constexpr int kFloatRows = 6;  // rows of x at a time: their sums take 24 of the 32 registers
+constexpr int kUnpackingRows = 4;
 constexpr int float_panels(int rows, bool) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 // No speed was measured on ARM, so prefetching is left to the processor.
 template <int, int>

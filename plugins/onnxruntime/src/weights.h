@@ -1,7 +1,9 @@
 // The weights of ExpertGemm: the tensors of each format group, and the place of each slot in them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 
 #include "../../format_groups.h"
 #include "kernels.h"
@@ -24,6 +26,10 @@ class SlotWeights {
     int64_t panels = 0;  // in each slot
     int64_t block = 0;   // of the quantized groups; 0 if there are none
     Tensor bias;
+
+    bool holds(Storage storage) const {
+      return std::any_of(std::begin(groups), std::end(groups), [=](const Matrix& g) { return g.data && g.storage == storage; });
+    }
   };
   // Throws Error unless the inputs from `first` on hold `panels` panels of `columns` columns for every slot, optionally with a
   // bias.

@@ -8,7 +8,7 @@ AARCH64 := .venv-aarch64
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 PACKAGE = $$($(BIN)/python -P -c "import rq_compile; print(rq_compile.__path__[0])")
 
-.PHONY: help demo test quick mpi-ops sanitize tritonserver aarch64 kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check types tidy format docs schema frozen families wheel installed oldest newest clean
+.PHONY: help demo test quick mpi-ops sanitize tritonserver aarch64 kernels tensorrt-plugin cuda-ops gpu-check cuda-ops-check check types tidy format docs schema frozen families passes wheel installed oldest newest clean
 
 help: ## print this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +30,11 @@ quick: $(INSTALLED) ## run the tests that need no engine of their own, in under 
 families: $(INSTALLED) ## test all supported model types of transformers and write the table in docs/families.md: half an hour
 	RQ_MODEL_TYPES=all $(BIN)/pytest tests/architectures/test_model_types.py -o junit_family=xunit1 --junitxml=build/families.xml; \
 	  $(BIN)/python tests/support/families_table.py docs/families.md build/families.xml
+
+passes: $(INSTALLED) ## write tests/support/pass_counts.json, for all model types or for those in RQ_MODEL_TYPES: a quarter of an hour
+	RQ_MODEL_TYPES=$(or $(RQ_MODEL_TYPES),all) $(BIN)/pytest tests/architectures/test_model_types.py -k passes_change \
+	  -o junit_family=xunit1 --junitxml=build/passes.xml; \
+	  $(BIN)/python tests/support/pass_counts.py build/passes.xml
 
 sanitize: $(INSTALLED) ## test the CPU's ops under AddressSanitizer and UBSan
 	PYTHON=$(BIN)/python plugins/onnxruntime/sanitize.sh

@@ -17,6 +17,7 @@ import alone_and_together
 import families_table
 import model_types
 import numpy as np
+import pass_counts
 import plans
 import pytest
 import tiny
@@ -63,6 +64,15 @@ def exported(model: Model) -> Exported:
 
 
 @pytest.fixture(scope="module")
+def engines(model: Model, exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Engine]:
+    """With a plan that changes nothing, by lowering."""
+    folder, plan = tmp_path_factory.mktemp("engines"), plans.plan_of(model, plans.unchanged)
+    for lowering in LOWERINGS:
+        target.compile_engine(model, plan, folder / f"{lowering}.onnx", lowering, exported=exported)
+    return {lowering: Engine.load(folder / f"{lowering}.onnx", threads=1) for lowering in LOWERINGS}
+
+
+@pytest.fixture(scope="module")
 def reference(model: Model) -> Reference:
     return Reference.load(model)
 
@@ -102,14 +112,10 @@ def quantized_in_place(model: Model) -> Reference:
 
 
 def test_a_plan_that_changes_nothing_changes_no_logit_and_no_token(
-    model: Model, exported: Exported, reference: Reference, tmp_path: Path, differences: Differences
+    engines: dict[str, Engine], reference: Reference, differences: Differences
 ) -> None:
     """Prompts that are shorter and longer than sliding windows, and decoding with the cache."""
-    for lowering in LOWERINGS:
-        target.compile_engine(
-            model, plans.plan_of(model, plans.unchanged), tmp_path / f"{lowering}.onnx", lowering, exported=exported
-        )
-        engine = Engine.load(tmp_path / f"{lowering}.onnx", threads=1)
+    for engine in engines.values():
         for batch, length in ((1, 1), (2, 9), (1, 70)):
             ids = plans.tokens(batch, length)
             differences.compare(engine.logits(ids), reference.logits(ids))
@@ -120,6 +126,17 @@ def test_a_plan_that_changes_nothing_changes_no_logit_and_no_token(
             in_pieces = Engine(engine.path, engine.manifest.model_copy(update={"prefill_chunk": 3}), 1)
             assert list(in_pieces.generate(prompt, 12, stop=False)) == wanted
     alone_and_together.check(engine)
+
+
+def test_the_passes_change_what_they_changed(
+    model: Model, engines: dict[str, Engine], record_property: Callable[[str, object], None]
+) -> None:
+    model_type = model.path.name
+    found = {f"{model_type}, {lowering}": engine.manifest.replaced for lowering, engine in engines.items()}
+    changes = pass_counts.changes(found, record_property)
+    if model_type in pass_counts.NOT_COUNTED:
+        pytest.skip(f"the counts of {model_type} are not in the table yet: make passes RQ_MODEL_TYPES={model_type}")
+    assert not changes, "\n".join([*changes, "If this is intended, run make passes."])
 
 
 def test_replicated_and_quantized(model: Model, exported: Exported, tmp_path: Path, differences: Differences) -> None:
@@ -230,6 +247,22 @@ def test_every_moe_type_of_transformers_is_listed(tmp_path: Path) -> None:
     known = {*model_types.SUPPORTED, *model_types.REFUSED, *model_types.NOT_TRIED}
     missing = {folder for folder in folders & language if folder not in known and f"{folder}_text" not in known}
     assert missing == set()
+
+
+def test_the_table_of_passes_has_every_type_and_names_what_changed() -> None:
+    rows = pass_counts.table()
+    expected = {f"{model_type}, {lowering}" for model_type in model_types.SUPPORTED for lowering in LOWERINGS}
+    assert set(rows) == {row for row in expected if row.partition(",")[0] not in pass_counts.NOT_COUNTED}
+    assert pass_counts.NOT_COUNTED.isdisjoint(POPULAR)
+    row, counts = "glm4_moe, native", rows["glm4_moe, native"]
+    assert counts["norms fused"] > 0
+    changed = {**counts, "norms fused": 0, "norms not fused: because": 3}
+    assert pass_counts.differences(row, counts, counts) == []
+    assert pass_counts.differences(row, counts, changed) == [
+        f"glm4_moe, native: norms fused: {counts['norms fused']} in the table, 0 in the engine",
+        "glm4_moe, native: norms not fused: because: not in the table, 3 in the engine",
+    ]
+    assert pass_counts.differences(row, changed, counts)[-1].endswith("3 in the table, not in the engine")
 
 
 def test_the_table_of_families_has_what_is_tested() -> None:

@@ -16,7 +16,7 @@ MOST_LOGPROBS = 20
 LARGEST_BIAS = 100.0
 # Parameters that have no effect on a greedy choice.
 DRAWN = {"top_k", "top_p", "min_p", "seed"}
-# Tokens that are sorted first for ``top_p``. All others are only sorted if these are not likely enough.
+# Tokens that are sorted first for ``top_p``. More are only sorted if these are not likely enough.
 HEAD = 1024
 
 
@@ -205,7 +205,7 @@ def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 
 def _nucleus(weights: np.ndarray, share: float) -> np.ndarray:
     """The places of the fewest largest ``weights`` that sum to at least ``share``, ascending."""
-    for count in (HEAD, len(weights)):
+    for count in (HEAD, 16 * HEAD, len(weights)):
         largest = np.argpartition(weights, -count)[-count:] if count < len(weights) else np.arange(len(weights))
         largest = largest[np.argsort(-weights[largest], kind="stable")]
         before = np.concatenate([[0.0], weights[largest].cumsum()[:-1]])

@@ -80,7 +80,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("size", [50, 4 * HEAD])
+@pytest.mark.parametrize("size", [50, 4 * HEAD, 40 * HEAD])
 def test_probabilities_are_those_of_transformers(name: str, size: int) -> None:
     for seed in range(5):
         agree(logits_of(seed, size), SamplingParams(**SETTINGS[name]), [1, 5, 5, 9])

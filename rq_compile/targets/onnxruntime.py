@@ -123,6 +123,7 @@ def compile_engine(
             files.linked.append(_engine_file(link, shard))
         if link_weights:
             writing.say(linked_sentence(content.linked.values(), content.dense_bytes, model.dtype))
+        parts = {path: stack.enter_context(written_beside(path)) for path in content.graphs(stem)}
         written = _write_weights(stack, model, content.weights_files(stem), job, writing)
         shared = written[weights_of(stem)]
         starts = shared.starts | {alias: shared.starts[name] for alias, name in content.aliases.items()}
@@ -131,10 +132,9 @@ def compile_engine(
         graphs: list[EngineFile] = []
         for path, lowered in content.graphs(stem).items():
             own = written[weights_of(path)]
-            part = stack.enter_context(written_beside(path))
             locate(lowered.model, own.starts, weights_of(path).name, elsewhere)
-            part.write_bytes(lowered.model.SerializeToString(deterministic=True))
-            graphs.append(_engine_file(path, part))
+            parts[path].write_bytes(lowered.model.SerializeToString(deterministic=True))
+            graphs.append(_engine_file(path, parts[path]))
         weights = {path.name: file.described(path) for path, file in written.items()}
         of_ranks = [RankFiles(graph=graph, weights=weights[weights_of(Path(graph.name)).name]) for graph in graphs]
         manifest = Manifest(

@@ -126,12 +126,9 @@ class Load:
             self.tokens.append(now)
             (self.between if count else self.first).append((now, now - (last if count else begun)))
             last, count = now, count + 1
-            if self.stop.is_set():
-                break
-        else:
-            if count != most:
-                raise ValueError(f"{count} tokens instead of {most}")
         connection.close()
+        if count != most:
+            raise ValueError(f"{count} tokens instead of {most}")
 
 
 @contextmanager

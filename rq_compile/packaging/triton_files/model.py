@@ -112,7 +112,11 @@ class TritonPythonModel:
         """End all answers when the model is being unloaded: the server waits for them before it calls ``finalize``."""
         while hasattr(backend, "is_model_ready") and not self.ended.wait(WATCH):
             # Before the model is ready, no request runs.
-            if self.scheduler.busy and not backend.is_model_ready(name, version):
+            try:
+                unloaded = self.scheduler.busy and not backend.is_model_ready(name, version)
+            except Exception:  # the server is being stopped, and waits for the answers itself
+                return
+            if unloaded:
                 self.scheduler.close()
                 return
 

@@ -88,11 +88,12 @@ class Soak:
         )
         while not self.stop.is_set():
             habit, model = chance.choice(habits), chance.choice(self.models)
+            away = model in self.resting
             try:
                 habit(chance, model)
                 self.done[habit.__name__] += 1
             except Exception as error:  # every error is a fault, unless the model is away
-                if model not in self.resting and not self.stop.is_set():
+                if not away and model not in self.resting and not self.stop.is_set():
                     self.faults.append(f"{habit.__name__} of {model}: {type(error).__name__} {error}"[:300])
 
     def request(self, chance: random.Random) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Slots in use."""
+        """Slots in use. Ask in the thread that takes the steps."""
         return len(self._in_slots())
 
     @property

@@ -28,7 +28,9 @@ Scratch& scratch() {
   return shared;
 }
 
-void copy_row(const float* from, int64_t columns, float* to) { std::memcpy(to, from, static_cast<size_t>(columns) * sizeof(float)); }
+void copy_row(const float* from, int64_t columns, float* to) {
+  std::memcpy(to, from, static_cast<size_t>(columns) * sizeof(float));
+}
 
 // How many of the first `arrivals` of an expert with `copies` go to copy `number`.
 int32_t taken(int32_t arrivals, int32_t number, int32_t copies) { return (arrivals + copies - 1 - number) / copies; }

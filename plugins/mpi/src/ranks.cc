@@ -126,9 +126,7 @@ int guarded(char* error, Work&& work) noexcept {
     const std::lock_guard<std::mutex> turn(ranks.turn());
     work(ranks);
     return 0;
-  } catch (const std::exception& failure) {
-    std::snprintf(error, kErrorSize, "%s", failure.what());
-  } catch (...) {
+  } catch (const std::exception& failure) { std::snprintf(error, kErrorSize, "%s", failure.what()); } catch (...) {
     std::snprintf(error, kErrorSize, "unknown failure");
   }
   return 1;

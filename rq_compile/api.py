@@ -220,15 +220,12 @@ def compile(
 
     opened, path = _opened(model), Path(output)
     if _is_file(plan):
-        from rq_compile.calibration.statistics import Statistics
         from rq_compile.files import read_document
         from rq_compile.planning.schema import Plan
         from rq_compile.targets.preflight import check_same_model
 
         document = read_document(Plan, Path(plan))
         check_same_model(document, opened, Path(plan))
-        if statistics is None and document.statistics is not None:
-            statistics = Statistics.beside(Path(plan).parent, document.statistics)
     else:
         document = plan
     options = {"activation_bits": activation_bits, "dense_format": dense_format}
@@ -237,6 +234,10 @@ def compile(
     check_engine_path(path, of_ranks=realised.of_ranks, ranks=document.ranks)
     outputs = onnx_outputs(path, opened.path, link_weights=link_weights, ranks=document.ranks if realised.of_ranks else 0)
     check_outputs(outputs, [Path(plan)] if _is_file(plan) else [])
+    if _is_file(plan) and statistics is None and document.statistics is not None:
+        from rq_compile.calibration.statistics import Statistics
+
+        statistics = Statistics.beside(Path(plan).parent, document.statistics)
     for remark in remarks_before(opened, document, realised):
         _LOG.info(remark)
     writing = Writing(threads, fresh, progress, _LOG.info)

@@ -15,38 +15,6 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_suffix(".json")
 PROPERTY = "pass counts of "
-# Model types without rows, until make passes has run for them.
-NOT_COUNTED = frozenset(
-    [
-        "kimi_k25",
-        "kimi_linear",
-        "kolibri1",
-        "laguna",
-        "lara_mini",
-        "llama4",
-        "llama4_text",
-        "mellum",
-        "mimo_v2_flash",
-        "minimax",
-        "minimax_m2",
-        "minimax_m3_vl",
-        "minimax_m3_vl_text",
-        "mistral4",
-        "mistral_large4",
-        "mixtral",
-        "olmoe",
-        "phimoe",
-        "qwen2_moe",
-        "qwen3_5_moe_text",
-        "qwen3_moe",
-        "qwen3_vl_moe",
-        "sarvam_mla",
-        "sarvam_moe",
-        "solar_open",
-        "step3p7",
-        "zaya",
-    ]
-)
 Counts = dict[str, int]
 
 

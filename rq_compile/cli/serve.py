@@ -33,7 +33,9 @@ def command(
     max_waiting: int,
     threads: int | None,
 ) -> None:
-    """Serve ENGINE over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics.
+    """Serve ENGINE over HTTP with OpenAI's API.
+
+    The endpoints are /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics.
 
     There is no authentication, so the server listens on this machine only, unless --host says otherwise. It ends on Ctrl-C or
     SIGTERM.

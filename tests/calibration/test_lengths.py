@@ -89,7 +89,7 @@ def test_a_default_is_stated_where_a_user_looks() -> None:
 def test_pipes_are_read_once(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXTS["first.txt"])
     calibrating = f"-m rq_compile calibrate {tiny_checkpoint('olmoe')} --quantizer nearest -o {tmp_path}/c.json"
-    command = f"{sys.executable} {calibrating} --text <(cat {tmp_path}/a.txt)"
+    command = f"{sys.executable} -P {calibrating} --text <(cat {tmp_path}/a.txt)"
     subprocess.run(["bash", "-c", command], check=True)
     assert json.loads((tmp_path / "c.json").read_text())["tokens"] == len(TEXTS["first.txt"])
 

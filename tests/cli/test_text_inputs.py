@@ -106,8 +106,9 @@ def test_a_triton_stream_recovers_from_bytes_that_are_no_character(
     model = TritonPythonModel()
     model.tokenizer = text_tokenizers.byte_fallback()
     tokens = [model.tokenizer.token_to_id(token) for token in ("<0x0A>", "<0xF0>", "<0x9F>", "▁the", "<0xC3>")]
-    pieces = list(model.pieces(iter(tokens)))
-    assert [token for _, numbers in pieces for token in numbers] == tokens
+    choices = [Choice(token) for token in tokens]
+    pieces = list(model.pieces(iter(choices), ()))
+    assert [choice for _, chosen in pieces for choice in chosen] == choices
     assert [text for text, _ in pieces] == ["\n", "", "", "\ufffd\ufffd the", "", "\ufffd"]
     model.tokenizer = None
-    assert list(model.pieces(iter(tokens))) == [("", [token]) for token in tokens]
+    assert list(model.pieces(iter(choices), ())) == [("", [choice]) for choice in choices]

@@ -16,6 +16,8 @@ from command_line import PACKAGED_IN, refused
 from own_engines import change
 from tokenizers import AddedToken
 
+from rq_compile.standalone.sampling import Choice
+
 Command = Callable[..., Result]
 
 

@@ -124,6 +124,11 @@ class Manifest(Versioned):
     prefill_chunk: int | None = Field(
         default=None, ge=1, lt=2**31, description="tokens of a prompt that run in one step; null: the whole prompt"
     )
+    padding_changes_logits: bool = Field(
+        default=False,
+        description="whether the logits of a sequence depend on the padding before it, so that sequences of different lengths "
+        "cannot share a step",
+    )
     cache: list[CacheTensor]
     recomputed_beyond: Count | None = Field(
         default=None, description="a cache of up to this many tokens is not continued beyond them: all tokens are computed again"

@@ -52,7 +52,8 @@ class EngineSteps:
         self.recomputed_beyond = manifest.get("recomputed_beyond")
         # Rotary embeddings that depend on the length would take that of the longest sequence in the step.
         self.whole_prompts = manifest.get("prefill_chunk") is None
-        self.shares_steps = not self.whole_prompts and not mixed_copies(manifest)
+        alone = self.whole_prompts or mixed_copies(manifest) or manifest.get("padding_changes_logits", False)
+        self.shares_steps = not alone
 
     def step(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]

@@ -15,7 +15,8 @@ PREFILL_CHUNK = 512
 
 
 def vocabulary(model: Model) -> dict[str, Any]:
-    """Fields of ``Manifest``: the number of tokens, the tokens that start and end a text, and the context length.
+    """Fields of ``Manifest``: the number of tokens, the tokens that start and end a text, the context length, and how prompts
+    may run.
 
     Raises:
         UserError: config.json or generation_config.json cannot be read, or a token id is not an integer.
@@ -29,6 +30,8 @@ def vocabulary(model: Model) -> dict[str, Any]:
         "sampling": SamplingDefaults.model_validate(model.sampling),
         "context_length": context_length(model.checkpoint),
         "prefill_chunk": None if model.config.is_encoder_decoder or _rotates_by_length(model) else PREFILL_CHUNK,
+        # Llama 4 scales attention by a token's place in the cache, which padding moves, not by its position.
+        "padding_changes_logits": bool(getattr(model.text_config, "attn_temperature_tuning", False)),
     }
 
 

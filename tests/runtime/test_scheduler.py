@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rq_compile.standalone.batch import Batch, cache_bytes
 from rq_compile.standalone.sampling import GREEDY, SamplingParams
 from rq_compile.standalone.scheduler import Answer, AnswerFailed, QueueFull, RequestRefused, Scheduler
+from rq_compile.standalone.step_model import EngineSteps
 
 pytestmark = pytest.mark.quick
 
@@ -334,3 +335,27 @@ def test_the_arrays_of_a_batch_are_those_of_its_longest_rows_and_are_given_back(
     assert sum(held) == 2 * cache_bytes(CACHE, rows=2, columns=10)
     batch.arrange([], [], 0)
     assert batch._buffers == [[], []]
+
+
+class NoInputs:
+    def get_inputs(self) -> list[Any]:
+        return []
+
+    get_overridable_initializers = get_inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "shares"),
+    [
+        ({}, True),
+        ({"padding_changes_logits": False}, True),
+        ({"padding_changes_logits": True}, False),
+        ({"prefill_chunk": None}, False),
+        ({"plan": {"layers": [{"slots": [{"expert": 0, "format": "int8"}, {"expert": 0, "format": "int4"}]}]}}, False),
+    ],
+)
+def test_engines_whose_answers_would_depend_on_others_take_steps_alone(change: dict[str, Any], shares: bool) -> None:
+    slots = [{"expert": 0, "format": "int8"}, {"expert": 0, "format": "int8"}]
+    manifest = {"cache": [], "vocabulary": 8, "end_of_text": [], "prefill_chunk": 512, "plan": {"layers": [{"slots": slots}]}}
+    session: Any = NoInputs()
+    assert EngineSteps(session, manifest | change).shares_steps == shares

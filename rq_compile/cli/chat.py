@@ -35,6 +35,9 @@ def command(screen: Screen, engine: Path, system: str | None, max_tokens: int, s
 
     Tokens are chosen as the checkpoint's generation_config.json says, unless options say otherwise.
     """
+    from rq_compile.runtime.files import check_one_process
+
+    check_one_process(engine, "chat")
     loaded = rq.load(engine, threads)
     params = chosen(sampling, loaded.manifest.sampling.model_dump(), loaded.manifest.vocabulary)
     begin: Messages = [] if system is None else [{"role": "system", "content": system}]

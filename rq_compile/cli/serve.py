@@ -51,6 +51,9 @@ def command(
             f"serve needs {error.name}, which is not installed; run pip install '.[serve]' in the sources", 2
         ) from error
 
+    from rq_compile.runtime.files import check_one_process
+
+    check_one_process(engine, "serve")
     with listening(host, port) as listener:
         name = served_model_name or engine.stem
         model = ServedModel(rq.load(engine, threads), name, slots=slots, max_length=max_length, max_waiting=max_waiting)

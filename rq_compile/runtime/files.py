@@ -56,6 +56,18 @@ def _read(engine: Path) -> Manifest:
     return manifest
 
 
+def check_one_process(engine: Path, command: str) -> None:
+    """
+    Raises:
+        UserError: the manifest cannot be read, or ``engine`` has several ranks, which ``command`` cannot run: its processes would
+            wait for each other.
+    """
+    if ranks := read_manifest(engine).ranks:
+        raise UserError(
+            f"{command} runs engines of one process, but {engine} has {len(ranks)}; compile the plan with -o engine.onnx", 2
+        )
+
+
 def read_cpu_manifest(engine: Path) -> Manifest:
     """``read_manifest`` for packagers, which support CPU engines only.
 

@@ -186,6 +186,12 @@ def test_ranks_have_no_scheduler(engine: Path, tmp_path: Path) -> None:
     assert "runs in 2 processes, which cannot share a scheduler" in ran.stderr
 
 
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_commands_for_one_process_refuse_ranks(engine: Path, rq_compile: Run, command: str) -> None:
+    """Before they meet: under mpirun, the processes would wait for each other for ever."""
+    refused(rq_compile(command, engine), 2, f"{command} runs engines of one process, but {engine} has 2", "-o engine.onnx")
+
+
 def test_without_the_library(engine: Path, rq_compile: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Path:
         raise UserError(f"the custom-op library {name} is missing; build it", 2)

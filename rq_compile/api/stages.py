@@ -1,51 +1,30 @@
-"""The Python API, ``import rq_compile as rq``: ``open``, ``calibrate``, ``merge``, ``plan``, ``compile`` and ``load``.
-
-Each stage reads and writes the same files as the command of the same name, so a program and the command line can take turns.
-Remarks go to the logger ``rq_compile``; nothing is printed. Mistakes of the user raise ``UserError``.
-"""
+"""The stages: each reads and writes the same files as the command of the same name."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from rq_compile.api.arguments import LOG, File, Progress, Texts, contents, files, is_file, opened, silent
+from rq_compile.api.engine import Engine
 from rq_compile.calibration.lengths import TOKENS
-from rq_compile.engine.paths import manifest_path
-from rq_compile.errors import UserError as UserError
+from rq_compile.errors import UserError
 from rq_compile.quantization.formats import DenseFormat
-from rq_compile.runtime.engine import Engine as _Engine
-from rq_compile.standalone.sampling import Choice
-from rq_compile.standalone.sampling import SamplingParams as SamplingParams
-from rq_compile.texts import Text
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
     from rq_compile.architectures.model import Model
     from rq_compile.calibration.schema import Calibration
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.engine.manifest import LoweringName, Manifest
-    from rq_compile.evaluation.schema import Bench, Evaluation
     from rq_compile.lowerings import Lowering
     from rq_compile.planning.schema import Plan
     from rq_compile.quantization.formats import Block, Quantizer
-    from rq_compile.runtime.language_model import LanguageModel
-    from rq_compile.standalone.chat_template import Messages
 
-File = str | PathLike[str]
-# Names to contents, or files: .txt, .jsonl and .parquet (see ``rq_compile.texts``).
-Texts = Mapping[str, str | Text] | File | Sequence[File]
-# Called with the amount done and the total.
-Progress = Callable[[int, int], None]
 ActivationBits = Literal[8, 32]
 # Options of lowerings, and their possible values.
 OPTIONS: dict[str, Any] = {"activation_bits": ActivationBits, "dense_format": DenseFormat}
-
-_LOG = logging.getLogger("rq_compile")
 
 
 def open(checkpoint: File) -> Model:
@@ -54,12 +33,7 @@ def open(checkpoint: File) -> Model:
     Raises:
         UserError: the folder is not a sparse MoE model of a supported family and storage format, or its files disagree.
     """
-    from rq_compile.architectures.model import Model
-
-    model = Model.open(Path(checkpoint))
-    for remark in model.remarks:
-        _LOG.info(remark)
-    return model
+    return opened(checkpoint)
 
 
 def calibrate(
@@ -96,19 +70,19 @@ def calibrate(
     from rq_compile.outputs import check_calibration
 
     path = Path(output)
-    check_calibration(path, _files(texts), statistics=quantizer == "gptq")
-    opened = _opened(model)
+    check_calibration(path, files(texts), statistics=quantizer == "gptq")
+    source = opened(model)
     return calibrated_into(
         path,
-        opened,
-        _contents(texts, opened),
+        source,
+        contents(texts, source),
         fresh=fresh,
-        remark=_LOG.info,
+        remark=LOG.info,
         tokens=tokens,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        progress=progress or _silent,
-        detail=detail or _silent,
+        progress=progress or silent,
+        detail=detail or silent,
         quantizer=quantizer,
         block=block,
         wanda_fraction=wanda_fraction,
@@ -145,15 +119,15 @@ def plan(
 
     path = Path(output)
     how: dict[str, Any] = {"policy": policy, "memory": memory, "ranks": ranks, "target": target}
-    source = Path(calibration) if _is_file(calibration) else calibration.path
+    source = Path(calibration) if is_file(calibration) else calibration.path
     check_outputs({path: document("plan")}, [source])
     check_arguments(**how, options=options)
-    if _is_file(calibration):
+    if is_file(calibration):
         made = make_plan(read_document(Calibration, source), **how, calibration_sha256=sha256(source), **options)
     else:
         from rq_compile.calibration.data_free import data_free
 
-        made = make_plan(data_free(calibration, progress=progress or _silent), **how, **options)
+        made = make_plan(data_free(calibration, progress=progress or silent), **how, **options)
     if made.statistics:
         made = made.model_copy(update={"statistics": made.statistics.named_from(source.parent, path)})
     write_document(made, path)
@@ -218,30 +192,30 @@ def compile(
     from rq_compile.targets.onnxruntime import Writing, compile_engine
     from rq_compile.targets.preflight import remarks_before
 
-    opened, path = _opened(model), Path(output)
-    if _is_file(plan):
+    source, path = opened(model), Path(output)
+    if is_file(plan):
         from rq_compile.files import read_document
         from rq_compile.planning.schema import Plan
         from rq_compile.targets.preflight import check_same_model
 
         document = read_document(Plan, Path(plan))
-        check_same_model(document, opened, Path(plan))
+        check_same_model(document, source, Path(plan))
     else:
         document = plan
     options = {"activation_bits": activation_bits, "dense_format": dense_format}
     processes = document.ranks if path.suffix != ".onnx" else 1
     realised = _lowering(lowering or lowering_for(document.target, processes).name, options)
     check_engine_path(path, of_ranks=realised.of_ranks, ranks=document.ranks)
-    outputs = onnx_outputs(path, opened.path, link_weights=link_weights, ranks=document.ranks if realised.of_ranks else 0)
-    check_outputs(outputs, [Path(plan)] if _is_file(plan) else [])
-    if _is_file(plan) and statistics is None and document.statistics is not None:
+    outputs = onnx_outputs(path, source.path, link_weights=link_weights, ranks=document.ranks if realised.of_ranks else 0)
+    check_outputs(outputs, [Path(plan)] if is_file(plan) else [])
+    if is_file(plan) and statistics is None and document.statistics is not None:
         from rq_compile.calibration.statistics import Statistics
 
         statistics = Statistics.beside(Path(plan).parent, document.statistics)
-    for remark in remarks_before(opened, document, realised):
-        _LOG.info(remark)
-    writing = Writing(threads, fresh, progress, _LOG.info)
-    return compile_engine(opened, document, path, realised, statistics, link_weights=link_weights, writing=writing)
+    for remark in remarks_before(source, document, realised):
+        LOG.info(remark)
+    writing = Writing(threads, fresh, progress, LOG.info)
+    return compile_engine(source, document, path, realised, statistics, link_weights=link_weights, writing=writing)
 
 
 def load(engine: File, threads: int | None = None) -> Engine:
@@ -252,150 +226,6 @@ def load(engine: File, threads: int | None = None) -> Engine:
         UserError: a file of the engine is missing or damaged, or ONNX Runtime cannot run it here.
     """
     return Engine.load(Path(engine), threads)
-
-
-class Engine(_Engine):
-    """A loaded engine: ``logits``, ``generate`` and ``loads`` take token ids, ``stream`` takes text, and ``chat`` takes a
-    conversation; ``evaluate`` and ``bench``."""
-
-    def stream(
-        self,
-        prompt: str,
-        max_tokens: int = 64,
-        on_token: Callable[[int], None] | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        on_choice: Callable[[Choice], None] | None = None,
-    ) -> Iterator[str]:
-        """Continue ``prompt`` and yield the new text piece by piece; a piece never ends inside a character.
-
-        ``sampling``: how tokens are chosen and which strings end the text; by default, as the checkpoint's
-        ``generation_config.json`` says (``default_sampling``). ``on_token`` is called with the id of every new token, before its
-        text is yielded, and ``on_choice`` also with the log probabilities that ``sampling`` asks for.
-
-        Raises:
-            UserError: the engine has no tokenizer, or the prompt is empty.
-            SamplingError: ``sampling`` names a token outside the vocabulary.
-        """
-        ids = self.tokenizer.encode(prompt).ids
-        # After a prompt that decodes to itself the continuation does, too: with the space that its first word begins with.
-        follows = not self.encoder_decoder and self.tokenizer.decode(ids) == prompt
-
-        def chosen(choice: Choice) -> None:
-            if on_token is not None:
-                on_token(choice.token)
-            if on_choice is not None:
-                on_choice(choice)
-
-        yield from self._stream(ids, ids if follows else (), max_tokens, sampling, chosen)
-
-    def chat(
-        self,
-        messages: Messages,
-        max_tokens: int = 512,
-        *,
-        sampling: SamplingParams | None = None,
-        on_choice: Callable[[Choice], None] | None = None,
-        **variables: Any,
-    ) -> Iterator[str]:
-        """Answer the conversation ``messages`` (``{"role": "user", "content": "..."}``) and yield the answer piece by piece.
-
-        ``variables`` are further variables of the model's chat template, for example ``tools``. The rest is as in ``stream``.
-
-        Raises:
-            UserError: the engine has no tokenizer or no chat template, or the template refuses the conversation.
-            SamplingError: ``sampling`` names a token outside the vocabulary.
-        """
-        ids = self.chat_ids(messages, **variables)
-        yield from self._stream(ids, (), max_tokens, sampling, on_choice or _silent)
-
-    def _stream(
-        self,
-        ids: list[int],
-        before: Sequence[int],
-        max_tokens: int,
-        sampling: SamplingParams | None,
-        on_choice: Callable[[Choice], None],
-    ) -> Iterator[str]:
-        from rq_compile.standalone.text import TextStream
-
-        sampling = sampling or self.default_sampling
-        text = TextStream(self.tokenizer, before, sampling.stop)
-        for choice in self.choices(ids, max_tokens, sampling=sampling):
-            on_choice(choice)
-            if piece := text.push(choice.token):
-                yield piece
-            if text.stopped is not None:
-                return
-        if rest := text.end():
-            yield rest
-
-    def evaluate(
-        self, reference: Model | File, texts: Texts, *, sequence_length: int = 256, progress: Progress | None = None
-    ) -> Evaluation:
-        """Perplexity, agreement, KL and LIS on held-out ``texts``, compared with the checkpoint ``reference`` in transformers.
-
-        Raises:
-            UserError: the engine was not compiled from the reference, or a text is too short.
-        """
-        from rq_compile.evaluation.evaluate import evaluate
-        from rq_compile.evaluation.windows import cut
-        from rq_compile.runtime.reference import Reference
-        from rq_compile.targets.preflight import check_same_model
-
-        model = _opened(reference)
-        check_same_model(self.manifest.plan, model, self.path)
-        windows = [
-            cut(name, text.read(), self.tokenizer, sequence_length, self.manifest.vocabulary)
-            for name, text in _contents(texts, model).items()
-        ]
-        return evaluate(self, Reference.load(model, self.threads), windows, reference_name=model.name, progress=progress)
-
-    def bench(
-        self,
-        against: File | None = None,
-        *,
-        prompt_tokens: int = 128,
-        new_tokens: int = 32,
-        rounds: int = 5,
-        progress: Progress | None = None,
-    ) -> Bench:
-        """Tokens per second of prefill and decoding at batch 1, alternating with ``against``: another engine, or a checkpoint,
-        which transformers runs in fp32. The ranks of an engine run a prompt each, and the speed is that of all together.
-
-        Raises:
-            UserError: see ``load`` and ``open``; or ``against`` does not run in as many processes as the engine.
-        """
-        from rq_compile.evaluation.bench import bench
-
-        other = None if against is None else _language_model(Path(against), self.threads)
-        if other is not None and self.ranks is not getattr(other, "ranks", None):
-            raise UserError(
-                f"{self.path} and {against} cannot be timed together, because only one of them runs in several processes; "
-                "run bench on each by itself",
-                2,
-            )
-        return bench(
-            self,
-            other,
-            names=(self.path.name, Path(against).name if against is not None else ""),
-            weights_sha256=self.manifest.weights.sha256,
-            vocabulary=self.manifest.vocabulary,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            rounds=rounds,
-            threads=self.threads,
-            ranks=self.ranks,
-            progress=progress,
-        )
-
-
-def _is_file(given: object) -> TypeIs[File]:
-    return isinstance(given, str | PathLike)
-
-
-def _opened(model: Model | File) -> Model:
-    return open(model) if _is_file(model) else model
 
 
 def _lowering(name: str, options: dict[str, Any]) -> Lowering:
@@ -412,29 +242,3 @@ def _lowering(name: str, options: dict[str, Any]) -> Lowering:
         if (known := get_args(OPTIONS[option])) and value not in known:
             raise UserError(f"{option} cannot be {value}; choose one of {', '.join(map(str, known))}", 2)
     return kind(**given)
-
-
-def _language_model(path: Path, threads: int | None) -> LanguageModel:
-    if path.suffix == ".onnx" or manifest_path(path).is_file():
-        return Engine.load(path, threads)
-    from rq_compile.runtime.reference import Reference
-
-    return Reference.load(open(path), threads)
-
-
-def _contents(texts: Texts, model: Model) -> dict[str, Text]:
-    from rq_compile.texts import chat_template, open_texts
-
-    if isinstance(texts, Mapping):
-        return {name: Text.of(text) for name, text in texts.items()}
-    return open_texts(_files(texts), render=chat_template(model.path))
-
-
-def _files(texts: Texts) -> list[Path]:
-    if isinstance(texts, Mapping):
-        return []
-    return [Path(file) for file in ([texts] if _is_file(texts) else texts)]
-
-
-def _silent(*told: object) -> None:
-    pass

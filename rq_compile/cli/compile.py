@@ -80,7 +80,8 @@ PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "text
     type=click.Choice(DENSE_FORMATS),
     default="stored",
     show_default=True,
-    help="Format of non-expert weights (native only): 16 bits as stored, rounded to int8, or widened to fp32.",
+    help="Format of non-expert weights (native only): 16 bits as stored, rounded to int8, to int4 (but the head to int8), "
+    "or widened to fp32.",
 )
 @click.option(
     "--link-weights",

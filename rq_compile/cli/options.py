@@ -20,7 +20,7 @@ from rq_compile.errors import UserError
 POLICIES = ("none", "paper", "eplb", "craft", "place", "uniform", "frequency", "random", "optimal")
 QUANTIZERS = ("gptq", "nearest")
 BLOCKS = ("auto", "128", "64", "32", "16")
-DENSE_FORMATS = ("stored", "int8", "fp32")
+DENSE_FORMATS = ("stored", "int8", "int4", "fp32")
 
 FILE = click.Path(path_type=Path)
 

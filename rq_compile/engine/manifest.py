@@ -110,7 +110,9 @@ class Manifest(Versioned):
     activation_bits: Literal[8, 16, 32] = Field(
         default=32, description="bits of the activations of quantized weights: 8, or 16 or 32 for floats"
     )
-    dense_format: DenseFormat = Field(default="fp32", description="format of non-expert matrices: as stored, int8 or fp32")
+    dense_format: DenseFormat = Field(
+        default="fp32", description="format of non-expert matrices: as stored, int8, int4 (the head: int8) or fp32"
+    )
     opset: int = Field(ge=1, le=1000)
     encoder_decoder: bool
     vocabulary: int = Field(ge=1, lt=2**31)

@@ -1,8 +1,8 @@
-"""Pass: products with the dense weights become DenseGemm, which reads a matrix as it is stored, in 16 bits or int8.
+"""Pass: products with the dense weights become DenseGemm, which reads a matrix in 16 bits as stored, or in int8 or int4.
 
 Most of the weights that one token reads are not experts but attention, shared experts and the head. On the CPU, ONNX Runtime
 multiplies only in fp32, so that a bf16 matrix would take twice its bytes; DenseGemm widens 16-bit weights in registers without
-loss, and reads int8 in panels as ExpertGemm does.
+loss, and reads int8 and int4 in panels as ExpertGemm does.
 
 Requires: the Experts nodes, by which routers are known: their matrices stay as they are, since rounding them changes routing.
 Ensures: every other product by a weight matrix of 16 rows or more is a DenseGemm, unless the matrix is stored in fp32.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from rq_compile.quantization.formats import SLOT_FORMATS, DenseFormat, Format, block_size
+from rq_compile.quantization.formats import QUANTIZED_FORMATS, SLOT_FORMATS, DenseFormat, Format, block_size
 from rq_compile.quantization.quantizer import quantize
 from rq_compile.rewrite.contract import requires
 from rq_compile.rewrite.experts_to_slots import DOMAIN
@@ -51,19 +51,22 @@ def dense_gemms(
 ) -> tuple[list[Section], PassReport]:
     """Rewrite ``graph`` in place and return the weights that its DenseGemm nodes refer to, unread.
 
-    "stored" keeps 16 bit as they are, "int8" rounds each block of a row to the nearest. ``activation_bits`` is DenseGemm's, see
-    ``experts_to_slots``.
+    "stored" keeps 16 bit as they are, "int8" and "int4" round each block of a row to the nearest. With "int4", the head is
+    int8, because its rounding error reaches the logits directly. ``activation_bits`` is DenseGemm's, see ``experts_to_slots``.
     """
     experts = [node for node in graph.nodes if node.op == "Experts" and node.domain == DOMAIN]
     requires(NAME, bool(experts), "the Experts nodes")
     routers = {id(router) for node in experts for router in _routers(node)}
-    report = PassReport("dense products", f"read {'in int8' if format == 'int8' else 'as stored'}")
+    head = _head(graph)
+    report = PassReport("dense products", f"read {f'in {format}' if format in QUANTIZED_FORMATS else 'as stored'}")
     sections: list[Section] = []
     for matrix in [matrix for node in graph.nodes if (matrix := _matrix(node))]:
         if isinstance(matrix, NearMatch):
             report.leave(matrix.why)
             continue
-        kept: Format | None = "int8" if format == "int8" else _float_format(dense.dtype_of(matrix.name))
+        kept: Format | None = _float_format(dense.dtype_of(matrix.name))
+        if format in QUANTIZED_FORMATS:
+            kept = "int8" if matrix.node is head else format
         if id(matrix.node) in routers:
             report.leave("they choose experts")
         elif matrix.rows < ROWS:
@@ -92,6 +95,17 @@ def _routers(experts: gs.Node) -> Iterator[gs.Node]:
                 yield node
             else:
                 pending += node.inputs
+
+
+def _head(graph: gs.Graph) -> gs.Node | None:
+    """The product that the logits are computed from, if there is one."""
+    tensor = next((output for output in graph.outputs if output.name == "logits"), None)
+    while tensor is not None and tensor.inputs:
+        (node,) = tensor.inputs
+        if isinstance(_matrix(node), Matrix):
+            return node
+        tensor = next((given for given in node.inputs if given.inputs), None)
+    return None
 
 
 def _matrix(node: gs.Node) -> Matrix | NearMatch | None:

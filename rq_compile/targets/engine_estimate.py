@@ -106,13 +106,16 @@ def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) ->
         {f"{name}.weight" for name, module in empty.named_modules() if isinstance(module, kind)}
         for kind in (nn.Linear, nn.Embedding)
     )
+    head = next((f"{name}.weight" for name, module in empty.named_modules() if module is empty.get_output_embeddings()), None)
     sizes: dict[tuple[str, bool], tuple[int, ...]] = {}
     for name in model.names:
         shape, dtype = model.shape(name), model.dtype_of(name)
         halved = dense_format != "fp32" and dtype.itemsize == 2
         size: tuple[int, ...] = (math.prod(shape) * (2 if halved and name in tables else 4),)
-        if name in matrices and shape[0] >= ROWS and (halved or dense_format == "int8"):
-            format: Format = "int8" if dense_format == "int8" else "bf16"
+        if name in matrices and shape[0] >= ROWS and (halved or dense_format in QUANTIZED_FORMATS):
+            format: Format = "bf16"
+            if dense_format in QUANTIZED_FORMATS:
+                format = "int8" if name == head else dense_format
             rows, columns = ROWS * panel_count(shape[0], 1), shape[1]
             scales = SCALE_BYTES * rows * -(-columns // block_size(columns)) if SLOT_FORMATS[format].quantized else 0
             size = (SLOT_FORMATS[format].matrix_bytes(rows, columns) - scales, scales)

@@ -1,4 +1,4 @@
-"""The weights outside of the experts, as stored or in int8: the op compared with float64, engines compared with transformers."""
+"""Non-expert weights as stored, in int8 or in int4: the op compared with float64, engines compared with transformers."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from rq_compile.engine.manifest import Manifest
 from rq_compile.export.export import export_graph
 from rq_compile.lowerings import Native
 from rq_compile.planning.schema import Slot
-from rq_compile.quantization.formats import DenseFormat
+from rq_compile.quantization.formats import DenseFormat, Format
 from rq_compile.quantization.quantizer import stored
 from rq_compile.rewrite.dense_gemms import DenseWeights, dense_gemms
 from rq_compile.rewrite.embedding_tables import embedding_tables
@@ -33,6 +33,7 @@ from rq_compile.rewrite.weights import ExternalWeight, constant
 from rq_compile.runtime.engine import Engine
 from rq_compile.targets.onnxruntime import compile_engine
 
+QUANTIZED: tuple[Format, ...] = ("int8", "int4")
 FAMILIES = ["qwen2_moe", "deepseek_v2", "gpt_oss"]
 
 
@@ -90,7 +91,7 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     checkpoint = Model.open(tiny.build(request.param, folder / "checkpoint", dtype=torch.bfloat16))
     exported = export_graph(checkpoint)
     plan = plan_of(checkpoint, lambda layer: [Slot(expert=slot.expert, format="bf16") for slot in unchanged(layer)])
-    formats: tuple[DenseFormat, ...] = ("fp32", "stored", "int8")
+    formats: tuple[DenseFormat, ...] = ("fp32", "stored", "int8", "int4")
     for format in formats:
         compile_engine(checkpoint, plan, folder / f"{format}.onnx", Native(dense_format=format), exported=exported)
     return checkpoint, {format: folder / f"{format}.onnx" for format in formats}
@@ -113,14 +114,14 @@ def test_kept_as_stored_nothing_is_lost(engines: tuple[Model, dict[str, Path]]) 
     np.testing.assert_allclose(logits(paths["stored"]), logits(paths["fp32"]), rtol=0, atol=1e-5)
     sizes = {format: Manifest.model_validate_json(path.with_suffix(".json").read_bytes()) for format, path in paths.items()}
     assert sizes["stored"].dense_format == "stored"
-    assert sizes["int8"].dense_bytes < sizes["stored"].dense_bytes < 0.7 * sizes["fp32"].dense_bytes
+    assert sizes["int4"].dense_bytes < sizes["int8"].dense_bytes < sizes["stored"].dense_bytes < 0.7 * sizes["fp32"].dense_bytes
 
 
 def test_every_product_is_counted(engines: tuple[Model, dict[str, Path]]) -> None:
     """Those that are read as stored or in int8, and the others by reason."""
     checkpoint, paths = engines
     shared_experts_gates = {"qwen2_moe": len(checkpoint.layers)}.get(checkpoint.model_type, 0)
-    for format, how in (("stored", "as stored"), ("int8", "in int8")):
+    for format, how in (("stored", "as stored"), ("int8", "in int8"), ("int4", "in int4")):
         counts = Manifest.model_validate_json(paths[format].with_suffix(".json").read_bytes()).replaced
         graph = onnx.load(paths[format], load_external_data=False).graph
         ops = Counter(node.op_type for node in graph.node)
@@ -157,21 +158,24 @@ def test_a_table_that_is_a_matrix_too_is_left_and_says_so() -> None:
     assert [node.op for node in graph.nodes] == ["Gather", "MatMul"]
 
 
-def test_in_int8_it_is_the_model_with_rounded_matrices(engines: tuple[Model, dict[str, Path]]) -> None:
+@pytest.mark.parametrize("dense_format", ["int8", "int4"])
+def test_rounded_it_is_the_model_with_rounded_matrices(engines: tuple[Model, dict[str, Path]], dense_format: Format) -> None:
     checkpoint, paths = engines
-    rounded = matrices(paths["int8"], ".int8_packed")
-    assert rounded == matrices(paths["stored"], ".panels")
-    assert not [name for name in rounded if "router" in name or name.endswith((".gate.weight", "embed_tokens.weight"))]
+    formats = {name: format for format in QUANTIZED for name in matrices(paths[dense_format], f".{format}_packed")}
+    assert formats.keys() == matrices(paths["stored"], ".panels")
+    assert not [name for name in formats if "router" in name or name.endswith((".gate.weight", "embed_tokens.weight"))]
+    others = {name for name, format in formats.items() if format != dense_format}
+    assert others == ({"lm_head.weight"} if dense_format == "int4" else set())
     model = load_model(checkpoint)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    assert rounded <= parameters.keys()
-    for name in rounded:
-        parameters[name].data = torch.from_numpy(stored(parameters[name].numpy(), "int8"))
+    assert formats.keys() <= parameters.keys()
+    for name, format in formats.items():
+        parameters[name].data = torch.from_numpy(stored(parameters[name].numpy(), format))
     ids = torch.from_numpy(np.random.default_rng(3).integers(4, tiny.VOCABULARY, (2, 9)))
     arguments = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         expected = model(input_ids=ids, **arguments).logits.numpy()
-    np.testing.assert_allclose(logits(paths["int8"]), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits(paths[dense_format]), expected, rtol=0, atol=1e-4)
 
 
 def test_an_fp32_checkpoint_is_left_to_onnxruntime(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -36,9 +36,12 @@ QUANTIZATION: dict[str, dict[str, Any]] = {
 }
 
 
+ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+
+
 @dataclass(frozen=True)
 class Model:
-    """The sizes of an OLMoE ("olmoe") or Mixtral ("mixtral")."""
+    """The sizes of an OLMoE ("olmoe"), Mixtral ("mixtral") or Qwen3-MoE ("qwen3_moe")."""
 
     model_type: str
     layers: int
@@ -50,19 +53,20 @@ class Model:
     kv_heads: int
     vocabulary: int
     storage: Storage = "bf16"
+    head_size: int | None = None  # if not hidden / heads
 
     def of(self, layers: int) -> "Model":
         return replace(self, layers=layers)
 
     @property
     def config(self) -> dict[str, Any]:
-        mixtral = self.model_type == "mixtral"
+        mixtral, qwen = self.model_type == "mixtral", self.model_type == "qwen3_moe"
         return {
             "model_type": self.model_type,
-            "architectures": ["MixtralForCausalLM" if mixtral else "OlmoeForCausalLM"],
+            "architectures": [ARCHITECTURES[self.model_type]],
             "dtype": "bfloat16",
             "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
+            "moe_intermediate_size" if qwen else "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
@@ -74,19 +78,23 @@ class Model:
             "bos_token_id": 0,
             "eos_token_id": 0,
             "pad_token_id": 0,
+            **({"head_dim": self.head_size, "norm_topk_prob": True} if qwen else {}),
             **({"quantization_config": QUANTIZATION[self.storage]} if self.storage != "bf16" else {}),
         }
 
     @property
     def shapes(self) -> Shapes:
         """Tensor name -> shape, in the order of the file."""
-        hidden, kv = self.hidden, self.hidden // self.heads * self.kv_heads
+        hidden, head = self.hidden, self.head_size or self.hidden // self.heads
+        query, kv = head * self.heads, head * self.kv_heads
         shapes: Shapes = {"model.embed_tokens.weight": (self.vocabulary, hidden)}
         for layer in range(self.layers):
             at = f"model.layers.{layer}"
-            shapes |= {f"{at}.self_attn.{p}_proj.weight": (kv if p in "kv" else hidden, hidden) for p in "qkv"}
-            shapes[f"{at}.self_attn.o_proj.weight"] = (hidden, hidden)
+            shapes |= {f"{at}.self_attn.{p}_proj.weight": (kv if p in "kv" else query, hidden) for p in "qkv"}
+            shapes[f"{at}.self_attn.o_proj.weight"] = (hidden, query)
             shapes |= {f"{at}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+            if self.model_type == "qwen3_moe":
+                shapes |= {f"{at}.self_attn.{p}_norm.weight": (head,) for p in "qk"}
             if self.model_type == "olmoe":
                 shapes |= {f"{at}.self_attn.q_norm.weight": (hidden,), f"{at}.self_attn.k_norm.weight": (kv,)}
             moe = f"{at}.block_sparse_moe" if self.model_type == "mixtral" else f"{at}.mlp"
@@ -126,6 +134,7 @@ class Model:
 FP8: Storage = "fp8"
 MXFP4: Storage = "mxfp4"
 OLMOE_1B_7B = Model("olmoe", 16, 2048, 1024, 64, 8, 16, 16, 50304)
+QWEN3_30B_A3B = Model("qwen3_moe", 48, 2048, 768, 128, 8, 32, 4, 151936, head_size=128)
 MIXTRAL_8X7B = Model("mixtral", 32, 4096, 14336, 8, 2, 32, 8, 32000)
 SMALL = Model("olmoe", 4, 512, 512, 32, 4, 8, 8, 4096)  # 218 MB
 SMALL_MIXTRAL = Model("mixtral", 8, 512, 1024, 8, 2, 8, 4, 4096)

@@ -15,12 +15,14 @@ their tools choose, we one for 128. Activations are rounded to int8 where a runt
 ``--python NAME=PATH`` gives the interpreter that has the packages of benchmarks/runtimes/NAME.txt; default: this one. Rows go to
 benchmarks/results/runtime_comparison.json and replace those of the same model, bits, runtime and opponent.
 
-``agreement`` compares the logits after a prompt with those of transformers in fp32: the correlation, and whether the most likely
-token is the same. It says that all runtimes run the same model, and what rounding costs.
+``correlation`` and ``same_token`` compare the logits after a prompt with those of transformers in fp32, which shows that all
+runtimes run the same model. With random weights, rounding to 4 bits changes logits far more than in a trained model.
+``of_bandwidth`` is the rate at which decoding one sequence reads our weights, as a fraction of the measured read bandwidth.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +41,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import numpy as np
 from generated_checkpoint import OLMOE_1B_7B, QWEN3_30B_A3B, generate
+from generated_checkpoint import Model as Shapes
 from machine import Probe
 from plans import plan_of
 from provenance import processor, provenance
@@ -140,7 +143,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._process.args} ended with {self._process.wait()}")
+            raise SystemExit(f"{self._process.args!r} ended with {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -173,8 +176,8 @@ def measured(name: str, bits: int, against: list[str], settings: argparse.Namesp
         rows: dict[str, Row] = {}
         for key in ("rq_compile", *against):
             runtime, python, log = ALL[key], settings.python.get(key, sys.executable), folder / f"{key}.log"
-            worker = started(runtime, runtime.path(folder, bits), python, settings.threads, log)
-            workers[key] = stack.enter_context(worker)
+            starting = started(runtime, runtime.path(folder, bits), python, settings.threads, log)
+            workers[key] = stack.enter_context(starting)
             logits = Path(scratch) / f"{key}.npy"
             workers[key].ask(do="logits", prompt=checked_prompt(vocabulary), path=str(logits))
             rows[key] = {"load_s": round(workers[key].load_s, 2), **agreement(np.load(logits), expected)}
@@ -195,6 +198,9 @@ def measured(name: str, bits: int, against: list[str], settings: argparse.Namesp
                 if batch == 1:
                     row[f"prefill_{tokens}"] = round(tokens / prefill, 1)
                 row[f"decode_{tokens}_batch_{batch}"] = round(batch * settings.steps / decode, 1)
+            if key == "rq_compile" and name in RANDOM:
+                read = read_bytes(RANDOM[name], bits) * row[f"decode_{cases[0][0]}_batch_1"]
+                row["of_bandwidth"] = round(read / median(bandwidths), 3)
             row |= {f"{which}_mb": round(size / 1e6) for which, size in workers[key].ask(do="memory").items()}
             yield {
                 "model": name,
@@ -209,6 +215,16 @@ def measured(name: str, bits: int, against: list[str], settings: argparse.Namesp
                 "processor": processor(),
                 **provenance("rq-compile", "onnxruntime"),
             }
+
+
+def read_bytes(shapes: Shapes, bits: int) -> float:
+    """Bytes of our engine's weights that one token reads. Each block of 128 weights has a scale of four bytes."""
+    count = {name: math.prod(shape) for name, shape in shapes.shapes.items() if len(shape) == 2}
+    experts = sum(size for name, size in count.items() if ".experts." in name)
+    attention = sum(size for name, size in count.items() if ".self_attn." in name)
+    routers = sum(size for name, size in count.items() if name.endswith(".mlp.gate.weight"))
+    rounded = attention + experts * shapes.top_k / shapes.experts
+    return rounded * (bits + 0.25) / 8 + count["lm_head.weight"] * 8.25 / 8 + 4 * routers
 
 
 def agreement(logits: np.ndarray, expected: np.ndarray) -> Row:

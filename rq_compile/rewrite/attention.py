@@ -8,6 +8,8 @@ dimension].
 2. g query heads for each key head (grouped-query attention): the exporter repeats keys and values g times, and the op does not
    support groups. Here the g queries of a head are placed one after the other, as if the sequence were g times as long, and the
    mask is repeated (a small tensor, the same for every layer); keys and values are not copied.
+3. Where the op alone reads the new cache, it also appends the new keys and values to it. Each head is then copied by the thread
+   that reads it next, while it is in that processor's cache; a Concat would pass over the whole memory once more.
 
 Latent attention, whose values are narrower than its keys, stays as it is: the op has one width for both. So does attention with a
 bias for each head. A query that may attend to nothing (a padding token) gets 0, as in torch. A graph with the op needs ONNX
@@ -33,6 +35,8 @@ KEYS = ("Reshape", ("Transpose", {"perm": [0, 2, 1]}, ("Reshape", "keys", "matri
 SCORES = ("Add", ("MatMul", ("Mul", "query", "query_scale"), ("Mul", KEYS, "key_scale")), "mask")
 WEIGHTED = ("Where", "nothing", "zeros", ("MatMul", ("Softmax", {"axis": -1}, SCORES), "values"))
 ATTENTION = ("Transpose", {"perm": SWAP_HEADS}, ("Reshape", WEIGHTED, "shape"))
+# The cache with the new tokens, as the exporter writes it; the axis is 2 or -2.
+APPENDED = ("Concat", "past", ("Transpose", {"perm": SWAP_HEADS}, "by_token"))
 REPEATED = ("Reshape", ("Expand", ("Unsqueeze", "held", "axis"), "repeats"), "shape")
 
 
@@ -48,6 +52,9 @@ def attention(graph: gs.Graph) -> PassReport:
             y = _fused(op, result.shape[2], found, masks)
             for merge in list(result.outputs):
                 merge.inputs[0] = y
+    graph.cleanup()
+    for node in [node for node in graph.nodes if node.op == "MultiHeadAttention"]:
+        _append_to_cache(op, node)
     graph.cleanup().toposort()
     left = [node for node in graph.nodes if node.op == "Transpose" and isinstance(_attention(node.outputs[0]), dict)]
     ensures(NAME, not left, "that no attention is left in parts")
@@ -102,3 +109,25 @@ def _held(found: dict[str, gs.Tensor]) -> tuple[gs.Tensor, gs.Tensor, int]:
         if groups and shapes[0][0] and shapes[0] == shapes[1]:
             return keys["held"], values["held"], groups
     return found["keys"], found["values"], 1
+
+
+def _append_to_cache(op: Ops, node: gs.Node) -> None:
+    """Give ``node`` the cache before the step and the new keys and values in place of the cache after the step, if it alone reads
+    that."""
+    after = node.inputs[1:3]
+    found = [appended for cache in after if (appended := _appended(cache, op.graph)) is not None]
+    if len(found) < len(after) or any(list(cache.outputs) != [node] for cache in after):
+        return
+    for cache in after:
+        cache.inputs.clear()
+    new = [merged_heads(op, cache["by_token"]) for cache in found]
+    node.inputs = [node.inputs[0], *new, *node.inputs[3:], *(cache["past"] for cache in found)]
+    node.outputs = [*node.outputs, *after]
+
+
+def _appended(cache: gs.Tensor, graph: gs.Graph) -> Match | None:
+    """``past`` and ``by_token`` if ``cache`` is an output of the graph: an input of it with the new tokens."""
+    found = match(cache, APPENDED)
+    of_graph = found is not None and any(found["past"] is tensor for tensor in graph.inputs)
+    appends = of_graph and cache.inputs[0].attrs["axis"] in (2, -2) and any(cache is tensor for tensor in graph.outputs)
+    return found if appends else None

@@ -43,12 +43,14 @@ def ops_of(graph: gs.Graph) -> Counter[str]:
 
 
 def run(graph: gs.Graph, **feeds: np.ndarray) -> np.ndarray:
+    return run_all(graph, **feeds)[0]
+
+
+def run_all(graph: gs.Graph, **feeds: np.ndarray) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    model = gs.export_onnx(graph)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, feeds)[
-        0
-    ]
+    model = gs.export_onnx(graph).SerializeToString()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
 def exported_norm(
@@ -156,7 +158,7 @@ def exported_attention(
     seen = op("ReduceMax", mask, [-1], keepdims=1)
     y = op("Where", op("Less", seen, np.float32(-1)), np.float32(0), y)
     by_token = op("Transpose", op("Reshape", y, [0, heads, -1, value_dimension]), perm=[0, 2, 1, 3])
-    by_token.shape = ["b", "s", heads, value_dimension]
+    by_token.shape, by_token.dtype = ["b", "s", heads, value_dimension], np.float32
     return op("Reshape", by_token, [0, 0, heads * value_dimension])
 
 
@@ -198,6 +200,56 @@ def test_attention(rng: np.random.Generator, heads: int, key_heads: int, dimensi
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
     exact = (weights @ repeated_values).transpose(0, 2, 1, 3).reshape(batch, sequence, -1)
     np.testing.assert_allclose(result, exact, atol=2e-6)
+
+
+def cached_graph(heads: int, key_heads: int, dimension: int, *, axis: int = 2, window: bool = False) -> gs.Graph:
+    """Attention of new tokens whose keys and values are appended to a cache, which ``window`` cuts before the next step."""
+    graph, op, (query, keys, values, new_keys, new_values, mask) = graph_of(
+        ("query", ["b", heads, "s", dimension]),
+        *((name, ["b", key_heads, "p", dimension]) for name in ("keys", "values")),
+        *((name, ["b", "s", key_heads * dimension]) for name in ("new_keys", "new_values")),
+        ("mask", ["b", 1, "s", "t"]),
+    )
+    caches = []
+    for past, new in ((keys, new_keys), (values, new_values)):
+        by_token = op("Reshape", new, [0, 0, key_heads, dimension])
+        caches.append(op("Concat", past, op("Transpose", by_token, perm=[0, 2, 1, 3]), axis=axis))
+    y = exported_attention(op, query, caches[0], caches[1], mask, heads, key_heads, dimension, dimension)
+    after = [op("Slice", cache, [-3], [END], [2], [1]) for cache in caches] if window else caches
+    graph.outputs = [y, *after]
+    for output in graph.outputs:
+        output.dtype = np.float32
+    return graph
+
+
+@pytest.mark.parametrize(("batch", "past", "new"), [(1, 0, 6), (1, 7, 4), (3, 9, 1)])
+@pytest.mark.parametrize(("heads", "key_heads", "axis"), [(4, 4, 2), (4, 2, -2), (3, 1, 2)])
+def test_attention_appends_to_its_cache(
+    rng: np.random.Generator, heads: int, key_heads: int, axis: int, batch: int, past: int, new: int
+) -> None:
+    dimension = 8
+    graph, plain = (cached_graph(heads, key_heads, dimension, axis=axis) for _ in range(2))
+    attention(graph)
+    assert ops_of(graph)["MultiHeadAttention"] == 1
+    held = {node.op for node in graph.nodes if node.outputs[0].name in {output.name for output in graph.outputs}}
+    assert "Concat" not in held, "the op appends"
+    shapes = {"query": (heads, new), "keys": (key_heads, past), "values": (key_heads, past)}
+    feeds = {name: rng.standard_normal((batch, *shape, dimension)).astype(np.float32) for name, shape in shapes.items()}
+    for name in ("new_keys", "new_values"):
+        feeds[name] = rng.standard_normal((batch, new, key_heads * dimension)).astype(np.float32)
+    seen = np.tril(np.ones((new, past + new), bool), past)[None, None].repeat(batch, 0)
+    feeds["mask"] = np.where(seen, np.float32(0), np.finfo(np.float32).min)
+    found, expected = run_all(graph, **feeds), run_all(plain, **feeds)
+    np.testing.assert_allclose(found[0], expected[0], atol=2e-6)
+    for cache, same in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(cache, same)
+
+
+def test_a_cache_that_others_read_is_appended_to_by_a_concat() -> None:
+    graph = cached_graph(4, 2, 8, window=True)
+    attention(graph)
+    assert ops_of(graph)["MultiHeadAttention"] == 1
+    assert [output.inputs[0].op for output in graph.outputs[1:]] == ["Slice", "Slice"]
 
 
 def test_latent_attention_stays() -> None:

@@ -1,6 +1,7 @@
 """The rules for a message to the user: one sentence that names a thing, a value and an action.
 
-As a plugin of pytest it records every ``UserError`` that the package raises while tests run.
+As a plugin of pytest it checks every ``UserError`` that the package raises while tests run: the test that provokes a message
+which breaks a rule fails.
 """
 
 import ast
@@ -28,7 +29,7 @@ BAD_COPY = re.compile(r"truncated|damaged|incomplete|is not a safetensors file|c
 # Exceptions of this package, whose texts follow these rules.
 OWN = {"UserError", "BuildError", "ContractError", "SamplingError"}
 
-# Place where it was raised -> its text, for all messages of this session.
+# Place where it was raised -> its text, for the messages that have not been checked yet.
 said: dict[str, str] = {}
 
 
@@ -104,6 +105,14 @@ def pytest_configure(config: pytest.Config) -> None:
     UserError.__init__ = recorded  # type: ignore[method-assign]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the test of the recorded messages last."""
-    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+def new_faults() -> list[str]:
+    """The faults of the messages in ``said``, which is empty afterwards."""
+    wrong = [f"{place}: {found}" for place, text in said.items() if (found := faults(text))]
+    said.clear()
+    return wrong
+
+
+@pytest.fixture(autouse=True)
+def _messages_follow_the_rules() -> Iterator[None]:
+    yield
+    assert new_faults() == []

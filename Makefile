@@ -21,8 +21,8 @@ $(INSTALLED): pyproject.toml $(SOURCES)
 demo: $(INSTALLED) ## take a sample checkpoint to a running engine
 	$(BIN)/python samples/demo.py
 
-test: $(INSTALLED) mpi-ops ## run all tests
-	$(BIN)/pytest tests
+test: $(INSTALLED) mpi-ops ## run all tests, a process on each core
+	$(BIN)/pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
 quick: $(INSTALLED) ## run the tests that need no engine of their own, in under two minutes
 	$(BIN)/pytest tests -m quick

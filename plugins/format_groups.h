@@ -15,12 +15,14 @@ struct FormatGroup {
   const char* weights;  // the inputs' names
   const char* scales;   // null: floats, without scales
   int bits;             // of a quantized weight
+  bool exponents;       // whether scales are exponents of powers of two, in a byte, instead of fp32
 };
 
 constexpr FormatGroup kFormatGroups[] = {
-    {"float", "float_weights", nullptr, 0},
-    {"int8", "int8_packed", "int8_scales", 8},
-    {"int4", "int4_packed", "int4_scales", 4},
+    {"float", "float_weights", nullptr, 0, false},
+    {"int8", "int8_packed", "int8_scales", 8, false},
+    {"int4", "int4_packed", "int4_scales", 4, false},
+    {"mxfp4", "mxfp4_packed", "mxfp4_scales", 4, true},
 };
 constexpr size_t kGroups = std::size(kFormatGroups);
 

@@ -68,7 +68,11 @@ void check_sizes(const Layer& layer) {
 std::string formats_of(const Layer& layer) {
   const int first = layer.formats.front();
   const bool same = std::all_of(layer.formats.begin(), layer.formats.end(), [=](int format) { return format == first; });
-  return same ? kFormatGroups[first].name : "mixed";
+  if (same) return kFormatGroups[first].name;
+  for (int format : layer.formats)
+    require(!kFormatGroups[format].exponents,
+            std::string("the kernels take slots in ") + kFormatGroups[format].name + " only if all slots of the layer are");
+  return "mixed";
 }
 
 Loaded find(const std::string& name) {
@@ -77,11 +81,12 @@ Loaded find(const std::string& name) {
   return Loaded{kernel, 0, nullptr};
 }
 
-// Kernels that step over 128 columns have a variant for blocks of 64 columns.
+// Kernels that step over 128 columns have a variant for blocks of 64 columns; those of mxfp4 step over 32.
 Loaded find_product(const std::string& name, int block) {
   const Loaded found = find(name);
   if (block == 0 || block % found.kernel->step == 0) return found;
-  require(block % 64 == 0, "the kernels take blocks that are multiples of 64, not " + std::to_string(block));
+  const int multiple = std::min(found.kernel->step, 64);
+  require(block % multiple == 0, "the kernels take blocks that are multiples of " + std::to_string(multiple) + ", not " + std::to_string(block));
   return find(name + "_block64");
 }
 
@@ -93,6 +98,7 @@ constexpr GroupArguments kGroupArguments[] = {
     {&Arguments::float_weights, nullptr},
     {&Arguments::int8_packed, &Arguments::int8_scales},
     {&Arguments::int4_packed, &Arguments::int4_scales},
+    {&Arguments::mxfp4_packed, &Arguments::mxfp4_scales},
 };
 static_assert(std::size(kGroupArguments) == kGroups, "each format group has its arguments");
 

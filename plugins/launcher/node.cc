@@ -104,6 +104,7 @@ bool is_type_of(const Input& input, TensorType type, TensorType type_of_x) {
   switch (input.role) {
     case Role::kX: return type == TensorType::kFp16 || type == TensorType::kBf16;
     case Role::kWeights: return group_of(input).scales ? type == TensorType::kInt8 : type == type_of_x;
+    case Role::kScales: return type == (group_of(input).exponents ? TensorType::kInt8 : TensorType::kFp32);
     case Role::kIds: return type == TensorType::kInt64;
     case Role::kReplicas:
     case Role::kFormats:

@@ -22,7 +22,7 @@ from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCal
 from rq_compile.calibration.scratch import return_freed
 from rq_compile.calibration.split import Split
 from rq_compile.calibration.statistics import tensors_of
-from rq_compile.calibration.stored import layers_to_measure, lossless_format, stored_layer
+from rq_compile.calibration.stored import formats_to_measure, layers_to_measure, lossless_format, stored_layer
 from rq_compile.calibration.streaming import record_layer_by_layer
 from rq_compile.calibration.text import Batch, batches, tokenize
 from rq_compile.calibration.unfinished import InProcess, Unfinished
@@ -30,7 +30,7 @@ from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.errors import UserError
 from rq_compile.files import sha256
 from rq_compile.processes import device_of_process, world
-from rq_compile.quantization.formats import Block, Quantizer
+from rq_compile.quantization.formats import Block, Format, Quantizer
 from rq_compile.texts import Text
 
 # Disk space for the recorded inputs of all layers if the model runs as a whole. If more would be needed, an evenly spaced sample
@@ -172,6 +172,7 @@ def calibrate(
     for text in (*remarks_without_engine(model), *work.remarks, *remarks_on_ties(model)):
         remark(text)
     layers = layers_to_measure(model, block)
+    formats = formats_to_measure(model, layers)
     report = _Report(progress, detail, work.total, len(layers), sum(layer.geometry.experts for layer in layers))
     digests = {name: Text.of(text).sha256 for name, text in texts.items()}
     kept = kept if kept is not None and not work.way.whole else InProcess()
@@ -207,7 +208,7 @@ def calibrate(
     for own, read_expert, own_output in recorded if len(kept.layers) < len(layers) else ():
         recording = split.all_of(own)
         with split.all_outputs(recording, own_output, in_memory=work.way.states_in_memory) as output:
-            measurement = _measure(recording, report.layer(read_expert), output, quantizer, wanda_fraction, device)
+            measurement = _measure(recording, report.layer(read_expert), output, formats, quantizer, wanda_fraction, device)
         return_freed()
         report.measured()
         moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
@@ -297,6 +298,7 @@ def _measure(
     recording: LayerRecording,
     read_expert: Callable[[int], ExpertWeights],
     output: np.ndarray | None,
+    formats: tuple[Format, ...],
     quantizer: Quantizer,
     wanda_fraction: float,
     device: str,
@@ -308,6 +310,7 @@ def _measure(
         layer.geometry,
         *(hidden, ids, gates, read_expert),
         output=output,
+        formats=formats,
         quantizer=quantizer,
         wanda_fraction=wanda_fraction,
         device=device,

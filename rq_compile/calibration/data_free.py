@@ -15,11 +15,11 @@ import numpy as np
 from rq_compile import __version__
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.model import Model
-from rq_compile.calibration.calibrate import layers_to_measure, legible, lossless_format, stored_layer
+from rq_compile.calibration.calibrate import formats_to_measure, layers_to_measure, legible, lossless_format, stored_layer
 from rq_compile.calibration.expert import in_format, in_fp32, weight_squares
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
-from rq_compile.quantization.formats import FORMATS, Block
+from rq_compile.quantization.formats import Block, Format
 from rq_compile.standalone.limits import default_threads
 
 NO_TEXT = "no text"
@@ -39,16 +39,17 @@ def data_free(
         UserError: a weight is not a finite number.
     """
     layers = layers_to_measure(model, block)
+    formats = formats_to_measure(model, layers)
     total = sum(layer.geometry.experts for layer in layers)
     done = 0
     measured = []
     for layer in layers:
         experts = []
-        for expert in _experts(model, layer, wanda_fraction):
+        for expert in _experts(model, layer, formats, wanda_fraction):
             experts.append(expert)
             done += 1
             progress(done, total)
-        measured.append(_layer(model, layer, experts))
+        measured.append(_layer(model, layer, formats, experts))
     tokens = max(layer.geometry.experts for layer in layers)
     return Calibration(
         tool=f"rq-compile {__version__}",
@@ -71,25 +72,31 @@ def data_free(
     )
 
 
-def _experts(model: Model, layer: MoeLayer, wanda_fraction: float) -> Iterator[tuple[list[float], float]]:
-    """For each expert, in order: the relative squared change of its weights in every format, and its score."""
+def _experts(
+    model: Model, layer: MoeLayer, formats: tuple[Format, ...], wanda_fraction: float
+) -> Iterator[tuple[list[float], float]]:
+    """For each expert, in order: the relative squared change of its weights in each format, and its score."""
     threads = default_threads()
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, layer.geometry.experts, threads):
             some = range(start, min(start + threads, layer.geometry.experts))
-            yield from pool.map(partial(_measured, model, layer, wanda_fraction), some)
+            yield from pool.map(partial(_measured, model, layer, formats, wanda_fraction), some)
 
 
-def _measured(model: Model, layer: MoeLayer, wanda_fraction: float, expert: int) -> tuple[list[float], float]:
+def _measured(
+    model: Model, layer: MoeLayer, formats: tuple[Format, ...], wanda_fraction: float, expert: int
+) -> tuple[list[float], float]:
     weights: ExpertWeights = model.expert(layer, expert)
     original = in_fp32(weights)
     squares = weight_squares(original)
-    errors = [in_format(original, squares, format, layer.geometry.block)[1] for format in FORMATS]
+    errors = [in_format(original, squares, format, layer.geometry.block)[1] for format in formats]
     matrices = [(matrix, np.ones(matrix.shape[1], np.float32)) for matrix in (original.up, original.down)]
     return errors, wanda_score(matrices, wanda_fraction)
 
 
-def _layer(model: Model, layer: MoeLayer, experts: list[tuple[list[float], float]]) -> LayerCalibration:
+def _layer(
+    model: Model, layer: MoeLayer, formats: tuple[Format, ...], experts: list[tuple[list[float], float]]
+) -> LayerCalibration:
     count = layer.geometry.experts
     load = [layer.geometry.top_k] * count
     return LayerCalibration(
@@ -102,7 +109,7 @@ def _layer(model: Model, layer: MoeLayer, experts: list[tuple[list[float], float
         **stored_layer(model, layer),
         wanda=legible(np.array([score for _, score in experts])),
         error={
-            format: legible(np.array([errors[number] for errors, _ in experts]) / count) for number, format in enumerate(FORMATS)
+            format: legible(np.array([errors[number] for errors, _ in experts]) / count) for number, format in enumerate(formats)
         },
         estimated=list(range(count)),
     )

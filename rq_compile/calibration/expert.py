@@ -34,14 +34,16 @@ def in_format(
     """The expert with the fp32 values that its matrices have after they were stored in ``format``, and its ``weight_error``.
 
     The values are exactly as the checkpoint stores them if the format can hold that. Otherwise they are rounded, with the
-    expert's moments if it has any. Biases stay unchanged. ``squares`` are ``weight_squares(original)``. For ``most`` and
-    ``threads``, see ``quantize``.
+    expert's moments if it has any; if nothing is rounded to the format, the error is infinite. Biases stay unchanged. ``squares``
+    are ``weight_squares(original)``. For ``most`` and ``threads``, see ``quantize``.
     """
 
     def matrix(projection: Projection) -> tuple[np.ndarray, float]:
         weights: np.ndarray = getattr(original, projection)
         moment = getattr(original, f"{projection}_moment")
         held = carried(getattr(original, f"{projection}_integers"), format, most)
+        if held is None and SLOT_FORMATS[format].only_carried:
+            return weights, math.inf
         if held is None and moment is not None and SLOT_FORMATS[format].quantized:
             return stored_by_moment(weights, format, moment, most, threads=threads)
         values = stored(weights, format, None, most) if held is None else dequantize(held, format, weights.shape[1])

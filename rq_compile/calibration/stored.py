@@ -27,6 +27,18 @@ def stored_layer(model: Model, layer: MoeLayer) -> dict[str, Any]:
     return {"stored_as": sorted(formats), "stored_bytes": model.stored_bytes[layer.name]}
 
 
+def formats_to_measure(model: Model, layers: Sequence[MoeLayer]) -> tuple[Format, ...]:
+    """All formats that weights are rounded to, and those that hold experts as the checkpoint stores them. ``layers``: with the
+    blocks of the slots."""
+    carried = {
+        weight.slot_format
+        for layer in layers
+        for weight in model.stored_experts(layer)
+        if weight.integer_group and weight.integer_group % layer.geometry.block == 0
+    }
+    return tuple(format for format in FORMATS if not SLOT_FORMATS[format].only_carried or format in carried)
+
+
 def block_of(experts: Sequence[Weight]) -> Block:
     """The maximum number of weights per scale in slots that hold the stored ``experts`` exactly; 128 if no slots can."""
     groups = {weight.integer_group for weight in experts if not isinstance(weight, Plain)}

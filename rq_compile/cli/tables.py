@@ -100,7 +100,8 @@ def estimate_tables(estimate: Estimate) -> list[RenderableType]:
 
 def calibration_tables(calibration: Calibration) -> list[RenderableType]:
     layers = calibration.layers
-    costly = [format for format in FORMATS if any(sum(layer.error.get(format, ())) > EXACT for layer in layers)]
+    measured = [format for format in FORMATS if format in layers[0].error]
+    costly = [format for format in measured if any(sum(layer.error[format]) > EXACT for layer in layers)]
     worst = max(layers, key=lis)
     head = facts(
         "calibration",
@@ -108,7 +109,7 @@ def calibration_tables(calibration: Calibration) -> list[RenderableType]:
         texts=", ".join(f"{text.name} ({text.tokens} tokens{counted(text.weight)})" for text in calibration.texts),
         tokens=f"{calibration.tokens} (and {calibration.padding_tokens} of padding, not counted)",
         LIS=f"{sum(map(lis, layers)) / len(layers):.3f} on average, at most {lis(worst):.3f} (layer {worst.index})",
-        lossless=" ".join(format for format in FORMATS if format not in costly) or "in no format",
+        lossless=" ".join(format for format in measured if format not in costly) or "in no format",
     )
     if calibration.data_free:
         head.add_row("measured", "without text: loads are assumed to be uniform, errors are estimated from the weights alone")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rq_compile.planning.schema import LayerPlan, Plan
     from rq_compile.planning.targets import Target
+    from rq_compile.quantization.formats import Format
     from rq_compile.rewrite.batched_experts import ExpectedCapacity
     from rq_compile.rewrite.dense_gemms import DenseWeights
     from rq_compile.rewrite.report import PassReport
@@ -35,6 +36,7 @@ class Batched(Lowering):
     name: ClassVar[str] = "batched"
     summary: ClassVar[str] = "is plain ONNX, for large batches"
     planned_for: ClassVar[Target] = "batched"
+    held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8"}
     session_options: ClassVar[Mapping[str, str]] = FOLDING_LIMIT
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
@@ -44,12 +46,12 @@ class Batched(Lowering):
         from rq_compile.rewrite.stock_combine import stock_combine
         from rq_compile.rewrite.stock_dispatch import stock_dispatch
 
-        graph = imported(model)
-        _, rewritten = experts_to_slots(graph, plan.layers, None)
+        graph, layers = imported(model), [self.held(layer) for layer in plan.layers]
+        _, rewritten = experts_to_slots(graph, layers, None)
         reports = [rewritten, stock_dispatch(graph), stock_combine(graph)]
-        experts, in_lanes = batched_experts(graph, plan.layers, source, self.expected, whole_columns=self.whole_columns)
+        experts, in_lanes = batched_experts(graph, layers, source, self.expected, whole_columns=self.whole_columns)
         reports += [in_lanes, *self.last_passes(graph)]
-        return Lowered(exported(graph), experts, [], reports, counts(plan))
+        return Lowered(exported(graph), experts, [], reports, counts(plan) | self.held_differently(plan))
 
     def last_passes(self, graph: gs.Graph) -> list[PassReport]:
         """Passes that only one target needs; they run after all others."""
@@ -59,6 +61,7 @@ class Batched(Lowering):
         from rq_compile.planning.capacity import lane_groups
         from rq_compile.rewrite.lane_weights import lane_weights
 
+        layer = self.held(layer)
         groups = lane_groups(layer.slots)
         lanes = [[s for s, group in zip(layer.slots, groups, strict=True) if group == number] for number in sorted(set(groups))]
         return [

@@ -2,10 +2,11 @@
 
 from rq_compile.errors import UserError
 from rq_compile.planning.schema import LayerPlan
-from rq_compile.quantization.formats import QUANTIZED_FORMATS, block_size
+from rq_compile.quantization.formats import PACKED_FORMATS, block_size
 
 MULTIPLE_OF_SIZES = 16
 MULTIPLE_OF_BLOCKS = 64
+MULTIPLE_OF_MX_BLOCKS = 32
 
 
 def check_kernel_sizes(layer: LayerPlan, otherwise: str) -> None:
@@ -14,7 +15,15 @@ def check_kernel_sizes(layer: LayerPlan, otherwise: str) -> None:
     Raises:
         UserError: no kernel supports the layer's sizes or the blocks of its quantized weights.
     """
-    quantized = [slot.format for slot in layer.slots if slot.format in QUANTIZED_FORMATS]
+    quantized = [slot.format for slot in layer.slots if slot.format in PACKED_FORMATS]
+    alone = [format for format in quantized if PACKED_FORMATS[format].exponents]
+    if alone and (others := sorted({slot.format for slot in layer.slots} - {alone[0]})):
+        raise UserError(
+            f"layer {layer.index} has slots in {alone[0]} and in {others[0]}, but the GPU kernels support {alone[0]} only in "
+            f"layers without another format; {otherwise}",
+            2,
+        )
+    multiple = MULTIPLE_OF_MX_BLOCKS if alone else MULTIPLE_OF_BLOCKS
     for name in ("hidden", "intermediate"):
         size = getattr(layer.geometry, name)
         if size % MULTIPLE_OF_SIZES:
@@ -23,9 +32,9 @@ def check_kernel_sizes(layer: LayerPlan, otherwise: str) -> None:
                 2,
             )
         block = block_size(size, layer.geometry.block)
-        if quantized and block % MULTIPLE_OF_BLOCKS:
+        if quantized and block % multiple:
             raise UserError(
                 f"layer {layer.index} has {name} {size} and thus {quantized[0]} in blocks of {block}, but the GPU kernels need "
-                f"multiples of {MULTIPLE_OF_BLOCKS}; plan it in 16 bit, or {otherwise}",
+                f"multiples of {multiple}; plan it in 16 bit, or {otherwise}",
                 2,
             )

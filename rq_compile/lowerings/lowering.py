@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -60,6 +61,8 @@ class Lowering(ABC):
     library: ClassVar[OpLibrary | None] = None
     session_options: ClassVar[Mapping[str, str]] = {}  # entries for ONNX Runtime's session options
     carries_code: ClassVar[bool] = False  # whether a TensorRT engine holds the code of its MoE layers
+    # The format in which slots are stored that a plan has in another one, which has the same values but no op here.
+    held_as: ClassVar[Mapping[Format, Format]] = {}
     counts_rows: ClassVar[bool] = True  # whether the graph has each layer's tensor slot_offsets
     of_ranks: ClassVar[bool] = False  # whether the engine is a folder with a graph for each rank of the plan
     # Bits of the activations of quantized weights, and the format of non-expert matrices; options of some kinds.
@@ -79,6 +82,16 @@ class Lowering(ABC):
     def for_checkpoint(self, dtype: Format) -> Self:
         """This lowering for a checkpoint whose weights are mostly in ``dtype``."""
         return self
+
+    def held(self, layer: LayerPlan) -> LayerPlan:
+        """``layer`` with its slots in the formats in which this lowering stores them."""
+        slots = [slot.model_copy(update={"format": self.held_as.get(slot.format, slot.format)}) for slot in layer.slots]
+        return layer.model_copy(update={"slots": slots})
+
+    def held_differently(self, plan: Plan) -> dict[str, int]:
+        """Counts of the slots that are stored in another format than that of the plan, for the manifest."""
+        formats = Counter(slot.format for layer in plan.layers for slot in layer.slots if slot.format in self.held_as)
+        return {f"{format} slots held as {self.held_as[format]}": count for format, count in formats.items()}
 
     def check_layer(self, layer: LayerPlan) -> None:  # noqa: B027 - most support any layer
         """Refuse a layer that the kernels do not support.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,6 +36,7 @@ class Stock(Lowering):
     formats: ClassVar[tuple[Format, ...]] = tuple(
         name for name, format in SLOT_FORMATS.items() if not format.quantized or format.bits in BITS
     )
+    held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8"}
     options: ClassVar[tuple[str, ...]] = ("activation_bits",)
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
@@ -44,16 +46,16 @@ class Stock(Lowering):
         from rq_compile.rewrite.stock_dispatch import stock_dispatch
         from rq_compile.rewrite.stock_experts import stock_experts
 
-        graph = imported(model)
-        experts, rewritten = experts_to_slots(graph, plan.layers, source, panels=False, activation_bits=self.activation_bits)
+        graph, layers = imported(model), [self.held(layer) for layer in plan.layers]
+        experts, rewritten = experts_to_slots(graph, layers, source, panels=False, activation_bits=self.activation_bits)
         reports = [rewritten, stock_dispatch(graph), stock_combine(graph)]
-        reports.append(stock_experts(graph, plan.layers, accuracy_level=ROUNDED if self.activation_bits == 8 else 0))
-        return Lowered(exported(graph), experts, [], reports, counts(plan))
+        reports.append(stock_experts(graph, layers, accuracy_level=ROUNDED if self.activation_bits == 8 else 0))
+        return Lowered(exported(graph), experts, [], reports, counts(plan) | self.held_differently(plan))
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.slot_weights import slot_weights
 
-        projections = [slot_weights(layer, name, unread, panels=False) for name in ("up", "down")]
+        projections = [slot_weights(self.held(layer), name, unread, panels=False) for name in ("up", "down")]
         return [weight for held in projections for weight in held.inputs]
 
     def graph_bytes(self, slots: int, products: int) -> int:

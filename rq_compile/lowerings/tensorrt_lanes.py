@@ -30,7 +30,8 @@ class TensorRTLanes(Batched):
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         lowered = super().lower(model, plan, source, dense)
-        int8 = sum(SLOT_FORMATS[slot.format].element == "int8" for layer in plan.layers for slot in layer.slots)
+        slots = [slot for layer in plan.layers for slot in self.held(layer).slots]
+        int8 = sum(SLOT_FORMATS[slot.format].element == "int8" for slot in slots)
         lowered.replaced["int8 slots with a scale for each column"] = int8
         return lowered
 

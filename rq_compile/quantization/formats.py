@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 if TYPE_CHECKING:
     import numpy as np
 
-Format = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Format = Literal["fp32", "fp16", "bf16", "int8", "int4", "mxfp4"]
 Quantizer = Literal["gptq", "nearest"]
 # Formats of non-expert matrices in a native engine: 16 bits as stored, rounded to int8 or int4, or widened to fp32.
 DenseFormat = Literal["stored", "int8", "int4", "fp32"]
@@ -30,6 +30,8 @@ class SlotFormat:
     group: str
 
     quantized: ClassVar[bool] = False
+    # Whether the format only holds weights that the checkpoint stores in the same way. Nothing is rounded to it.
+    only_carried: ClassVar[bool] = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -49,8 +51,37 @@ class SlotFormat:
 
 
 @dataclass(frozen=True)
-class BlockFormat(SlotFormat):
-    """Block-wise and symmetric: ``block_size`` neighbours of a row share one fp32 scale, and a weight is ``q * scale``.
+class PackedFormat(SlotFormat):
+    """Block-wise: ``block_size`` neighbours of a row share a scale, and a weight is ``q * scale`` with a whole number q.
+
+    Codes of ``bits`` bits stand for the numbers ``numbers``. A scale is stored in fp32 or, if ``exponents`` is set, as a byte e
+    that stands for ``unit * 2^(e - 127)``.
+    """
+
+    quantized: ClassVar[bool] = True
+    exponents: ClassVar[bool] = False
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The number q of each code."""
+        raise NotImplementedError
+
+    @property
+    def scale_bytes(self) -> int:
+        return 1 if self.exponents else SCALE_BYTES
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return f"{self.group}_packed", f"{self.group}_scales"
+
+    def matrix_bytes(self, rows: int, columns: int, most: Block = 128) -> int:
+        block = block_size(columns, most)
+        return rows * -(-columns // block) * (block * self.bits // 8 + self.scale_bytes)
+
+
+@dataclass(frozen=True)
+class BlockFormat(PackedFormat):
+    """Integers that follow each other, symmetric around 0, with fp32 scales.
 
     Rounding uses the integers q from ``least`` to ``greatest``. GPTQ tries ``fractions`` scales, from the one that just holds a
     block's largest weight down to ``smallest`` times that scale, because clipping helps if there are few levels.
@@ -61,12 +92,10 @@ class BlockFormat(SlotFormat):
     fractions: int
     smallest: float
 
-    quantized: ClassVar[bool] = True
-
     @property
-    def held(self) -> tuple[int, int]:
-        """The least and the greatest q that a slot can hold. The range may be larger than the one that rounding uses."""
-        return -self.zero_point, self.zero_point - 1
+    def numbers(self) -> tuple[int, ...]:
+        """All that a slot can hold. The range may be larger than the one that rounding uses."""
+        return tuple(range(-self.zero_point, self.zero_point))
 
     @property
     def zero_point(self) -> int:
@@ -78,18 +107,29 @@ class BlockFormat(SlotFormat):
         """Whether the negative side has one more value. The sign of a scale then puts the largest weight on this side."""
         return -self.least > self.greatest
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        return f"{self.group}_packed", f"{self.group}_scales"
 
-    def matrix_bytes(self, rows: int, columns: int, most: Block = 128) -> int:
-        block = block_size(columns, most)
-        return rows * -(-columns // block) * (block * self.bits // 8 + SCALE_BYTES)
+@dataclass(frozen=True)
+class MxFormat(PackedFormat):
+    """MXFP4 of the OCP Microscaling Formats (MX) Specification 1.0: float4_e2m1 with scales that are powers of two.
+
+    ``numbers`` are the floats divided by ``unit``, which are whole numbers. Published checkpoints have blocks of 32.
+    """
+
+    unit: float
+
+    exponents: ClassVar[bool] = True
+    only_carried: ClassVar[bool] = True
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        magnitudes = (0, 1, 2, 3, 4, 6, 8, 12)
+        return (*magnitudes, *(-number for number in magnitudes))
 
 
 INT8 = BlockFormat("int8", 8, "int8", "int8", least=-127, greatest=127, fractions=5, smallest=0.9)
 INT4 = BlockFormat("int4", 4, "int4", "int4", least=-8, greatest=7, fractions=17, smallest=0.6)
-# The most exact format first. Plans, tables and lanes list formats in this order.
+MXFP4 = MxFormat("mxfp4", 4, "float4_e2m1fn", "mxfp4", unit=0.5)
+# The most exact format first, for weights that are not stored in one of them. Plans, tables and lanes list formats in this order.
 SLOT_FORMATS: dict[Format, SlotFormat] = {
     format.name: format
     for format in (
@@ -98,8 +138,11 @@ SLOT_FORMATS: dict[Format, SlotFormat] = {
         SlotFormat("bf16", 16, "bfloat16", "float"),
         INT8,
         INT4,
+        MXFP4,
     )
 }
+PACKED_FORMATS: dict[Format, PackedFormat] = {name: kept for name, kept in SLOT_FORMATS.items() if isinstance(kept, PackedFormat)}
+# Those that weights are rounded to.
 BLOCK_FORMATS: dict[Format, BlockFormat] = {name: kept for name, kept in SLOT_FORMATS.items() if isinstance(kept, BlockFormat)}
 FORMATS = tuple(SLOT_FORMATS)
 FLOAT_FORMATS = tuple(name for name, format in SLOT_FORMATS.items() if not format.quantized)

@@ -1,21 +1,21 @@
 """Quantized weights as they are stored: packed as the engines read them, and decoded again.
 
-``BlockFormat`` defines q and the scales. When packed, q is offset by the format's zero point. The columns of a row follow each
+``PackedFormat`` defines q, its codes and the scales. The codes of a row follow each
 other bit by bit, with the first in the lowest bits of the first byte, as ONNX Runtime's ``MatMulNBits`` reads them. This module
 needs only numpy.
 """
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 
-from rq_compile.quantization.formats import BLOCK_FORMATS, Format
+from rq_compile.quantization.formats import PACKED_FORMATS, BlockFormat, Format, MxFormat
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """``packed`` uint8 ``[rows, blocks * block * bits / 8]`` and ``scales`` fp32 ``[rows, blocks]``."""
+    """``packed`` uint8 ``[rows, blocks * block * bits / 8]`` and ``scales [rows, blocks]``, fp32 or, as exponents, uint8."""
 
     packed: np.ndarray
     scales: np.ndarray
@@ -23,14 +23,53 @@ class Quantized:
 
 def packed(q: np.ndarray, format: Format) -> np.ndarray:
     """uint8 ``[rows, columns * bits / 8]`` from whole numbers ``q [rows, ...]``."""
-    kept = BLOCK_FORMATS[format]
-    offset = (q.astype(np.int16) + kept.zero_point).astype(np.uint8).reshape(len(q), -1)
+    kept = PACKED_FORMATS[format]
+    if isinstance(kept, BlockFormat):
+        codes = (q.astype(np.int16) + kept.zero_point).astype(np.uint8)
+    else:
+        codes = _codes(format)[q.astype(np.int8).view(np.uint8)]
+    codes = codes.reshape(len(q), -1)
     if 8 % kept.bits:
-        bits = np.unpackbits(offset[..., None], axis=-1, count=kept.bits, bitorder="little")
+        bits = np.unpackbits(codes[..., None], axis=-1, count=kept.bits, bitorder="little")
         return np.packbits(bits.reshape(len(q), -1), axis=-1, bitorder="little")
     of_a_byte = 8 // kept.bits
-    parts = [offset[:, place::of_a_byte] << place * kept.bits for place in range(of_a_byte)]
+    parts = [codes[:, place::of_a_byte] << place * kept.bits for place in range(of_a_byte)]
     return reduce(np.bitwise_or, parts)
+
+
+@cache
+def _codes(format: Format) -> np.ndarray:
+    """uint8 ``[256]``: the code of each number, by its byte. Of equal numbers (0 and -0), the first code counts."""
+    codes = np.zeros(256, np.uint8)
+    numbers = PACKED_FORMATS[format].numbers
+    for code in reversed(range(len(numbers))):
+        codes[numbers[code] % 256] = code
+    return codes
+
+
+def stored_scales(scales: np.ndarray, format: Format) -> np.ndarray:
+    """fp32 ``scales`` as the format stores them. They must be ones that it can store, see ``storable_scales``."""
+    kept = PACKED_FORMATS[format]
+    if not isinstance(kept, MxFormat):
+        return scales
+    return (np.frexp(scales / np.float32(kept.unit))[1] + 126).astype(np.uint8)
+
+
+def storable_scales(scales: np.ndarray, format: Format) -> np.ndarray:
+    """bool ``[...]``: whether the format can store each of the fp32 ``scales``."""
+    kept = PACKED_FORMATS[format]
+    if not isinstance(kept, MxFormat):
+        return np.ones(scales.shape, bool)
+    fraction, exponent = np.frexp(scales / np.float32(kept.unit))
+    return (fraction == 0.5) & (exponent > -126) & (exponent <= 128)
+
+
+def scale_values(scales: np.ndarray, format: Format) -> np.ndarray:
+    """fp32 values of ``scales`` as the format stores them."""
+    kept = PACKED_FORMATS[format]
+    if not isinstance(kept, MxFormat):
+        return scales
+    return (np.exp2(scales.astype(np.float64) - 127) * kept.unit).astype(np.float32)
 
 
 def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
@@ -46,14 +85,17 @@ def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
 
 def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:
     """int8 ``[rows, blocks * block]``: the numbers q that ``quantize`` packed, before multiplication by the scale."""
-    kept = BLOCK_FORMATS[format]
-    return (unpacked(quantized.packed, kept.bits) - np.uint8(kept.zero_point)).view(np.int8)
+    kept = PACKED_FORMATS[format]
+    codes = unpacked(quantized.packed, kept.bits)
+    if isinstance(kept, BlockFormat):
+        return (codes - np.uint8(kept.zero_point)).view(np.int8)
+    return np.array(kept.numbers, np.int8)[codes]
 
 
 def dequantize(quantized: Quantized, format: Format, columns: int) -> np.ndarray:
     """fp32 ``[rows, columns]``: the values of the weights that ``quantize`` packed."""
     q = whole_numbers(quantized, format).reshape(*quantized.scales.shape, -1)
-    return columns_of(q * quantized.scales[..., None], columns)
+    return columns_of(q * scale_values(quantized.scales, format)[..., None], columns)
 
 
 def columns_of(blocks: np.ndarray, columns: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 
 from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, block_size
 from rq_compile.quantization.gptq import gptq, gptq_values
-from rq_compile.quantization.packing import Quantized, columns_of, packed
+from rq_compile.quantization.packing import Quantized, columns_of, packed, stored_scales
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_integers import SourceIntegers
@@ -20,7 +20,7 @@ NEAREST_TILE = 1 << 19
 def carried(integers: SourceIntegers | None, format: Format, most: Block = 128) -> Quantized | None:
     """Integers of the checkpoint, packed unchanged. None if there are none, or if ``format`` cannot hold them."""
     held = integers.in_blocks(format, most) if integers else None
-    return None if held is None else Quantized(packed(held[0], format), held[1])
+    return None if held is None else Quantized(packed(held[0], format), stored_scales(held[1], format))
 
 
 def quantize(

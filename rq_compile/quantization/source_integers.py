@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rq_compile.quantization.formats import BLOCK_FORMATS, Block, Format, block_size
+from rq_compile.quantization.formats import PACKED_FORMATS, Block, Format, block_size
+from rq_compile.quantization.packing import scale_values, storable_scales
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,23 @@ class SourceIntegers:
     def in_blocks(self, format: Format, most: Block) -> tuple[np.ndarray, np.ndarray] | None:
         """The numbers, with the last block of a row padded with zeros, and a scale for each block of a slot in ``format``.
 
-        ``most``: see ``block_size``. None if the slot cannot hold them, because a number is out of range or a block would need
-        more than one scale.
+        ``most``: see ``block_size``. None if the slot cannot hold them, because the format does not have a number or a scale, or
+        a block would need more than one scale.
         """
         columns = self.numbers.shape[1]
         block = block_size(columns, most)
-        if format not in BLOCK_FORMATS or (self.group % block and self.group < columns):
+        if format not in PACKED_FORMATS or (self.group % block and self.group < columns):
             return None
-        least, greatest = BLOCK_FORMATS[format].held
-        if self.numbers.size and not (least <= int(self.numbers.min()) and int(self.numbers.max()) <= greatest):
+        known = np.zeros(256, bool)
+        known[np.array(PACKED_FORMATS[format].numbers) % 256] = True
+        if not known[self.numbers.view(np.uint8)].all():
             return None
         blocks = -(-columns // block)
         numbers = np.pad(self.numbers, ((0, 0), (0, blocks * block - columns))) if columns % block else self.numbers
         group_of_block = np.arange(blocks) * block // self.group
-        return numbers.reshape(len(numbers), blocks, block), np.ascontiguousarray(self.scales[:, group_of_block])
+        numbers, scales = numbers.reshape(len(numbers), blocks, block), np.ascontiguousarray(self.scales[:, group_of_block])
+        if not (storable := storable_scales(scales, format)).all():
+            if numbers[~storable].any():
+                return None
+            scales[~storable] = scale_values(np.array(127, np.uint8), format)  # of zeros, any scale will do
+        return numbers, scales

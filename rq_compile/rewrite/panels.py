@@ -7,7 +7,7 @@ padded with zeros to a multiple of 16 rows.
 
 import numpy as np
 
-from rq_compile.quantization.formats import BLOCK_FORMATS, Format
+from rq_compile.quantization.formats import PACKED_FORMATS, Format
 from rq_compile.quantization.packing import Quantized, unpacked
 
 ROWS = 16
@@ -28,7 +28,7 @@ def packed_panels(quantized: Quantized, format: Format, halves: int) -> np.ndarr
 
     int8: a byte is a column. Below, the lowest bits of a group's four bytes are four columns, the bits above them the next four.
     """
-    bits, columns = BLOCK_FORMATS[format].bits, quantized.packed
+    bits, columns = PACKED_FORMATS[format].bits, quantized.packed
     if bits < 8:
         # As packed, int4 has a byte for two neighbours: eight columns a b c d e f g h are wanted as ea fb gc hd.
         parts = unpacked(columns, bits).reshape(len(columns), -1, 8 // bits, 4)
@@ -40,7 +40,7 @@ def packed_panels(quantized: Quantized, format: Format, halves: int) -> np.ndarr
 
 
 def scale_panels(quantized: Quantized, halves: int) -> np.ndarray:
-    """The scales by panel, fp32 ``[panels, blocks, 16]``."""
+    """The scales by panel, ``[panels, blocks, 16]``."""
     return float_panels(quantized.scales, halves)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from rq_compile.architectures.geometry import GATED
 from rq_compile.engine.library import FORMAT_GROUPS
+from rq_compile.errors import UserError
 from rq_compile.planning.schema import LayerPlan, Slot
-from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, SlotFormat, block_size, tensors_of
+from rq_compile.quantization.formats import PACKED_FORMATS, SLOT_FORMATS, Block, Format, SlotFormat, block_size, tensors_of
 from rq_compile.quantization.packing import Quantized
 from rq_compile.quantization.quantizer import carried, quantize
 from rq_compile.quantization.second_moment import SecondMoment
@@ -45,8 +46,18 @@ class Expert(Protocol):
 
 
 def quantized(expert: Expert, projection: str, format: Format, most: Block) -> Quantized:
-    """A matrix of ``expert`` in ``format``: exactly as the checkpoint stores it if the format can hold that, else rounded."""
+    """A matrix of ``expert`` in ``format``: exactly as the checkpoint stores it if the format can hold that, else rounded.
+
+    Raises:
+        UserError: it would have to be rounded, but nothing is rounded to this format.
+    """
     held = carried(getattr(expert, f"{projection}_integers"), format, most)
+    if held is None and SLOT_FORMATS[format].only_carried:
+        raise UserError(
+            f"the plan stores an expert in {format}, but the checkpoint does not store it like that; make the plan from a "
+            "calibration of this checkpoint with --block auto, or write int4 instead",
+            2,
+        )
     return held or quantize(getattr(expert, projection), format, getattr(expert, f"{projection}_moment"), most)
 
 
@@ -176,7 +187,7 @@ Found = tuple[tuple[ExternalWeight, ...], tuple[Piece, ...]]
 def _group(part: _Projection, slots: list[Slot], layout: _Rows) -> Found:
     """The tensors that the format of ``slots``, all of one group, declares; float slots of a plan have one format."""
     format = SLOT_FORMATS[slots[0].format]
-    return (_quantized if format.quantized else _floats)(part, slots, layout, format)
+    return _quantized(part, slots, layout, format.name) if format.quantized else _floats(part, slots, layout, format)
 
 
 def _floats(part: _Projection, slots: list[Slot], layout: _Rows, format: SlotFormat) -> Found:
@@ -190,14 +201,15 @@ def _floats(part: _Projection, slots: list[Slot], layout: _Rows, format: SlotFor
     return (weight,), tuple(map(piece, slots))
 
 
-def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, format: SlotFormat) -> Found:
-    of_packed, of_scales = format.tensors
-    packed = part.weight(of_packed, np.dtype(np.uint8), (len(slots), *layout.packed_shape(format.name)))
-    scales = part.weight(of_scales, np.dtype(np.float32), (len(slots), *layout.scales_shape()))
+def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, format: Format) -> Found:
+    kept = PACKED_FORMATS[format]
+    of_packed, of_scales = kept.tensors
+    packed = part.weight(of_packed, np.dtype(np.uint8), (len(slots), *layout.packed_shape(format)))
+    scales = part.weight(of_scales, np.dtype(np.uint8 if kept.exponents else np.float32), (len(slots), *layout.scales_shape()))
 
     def piece(slot: Slot) -> Piece:
         def values() -> tuple[np.ndarray, ...]:
-            result = layout.quantized(part.quantized(slot.expert, format.name), format.name)
+            result = layout.quantized(part.quantized(slot.expert, format), format)
             return result.packed, result.scales
 
         return Piece((packed, scales), values, layout.memory)

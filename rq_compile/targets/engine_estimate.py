@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
-from rq_compile.calibration.stored import block_of
+from rq_compile.calibration.stored import block_of, formats_to_measure
 from rq_compile.engine.paths import graph_of_rank, manifest_path, stem_of, weights_of
 from rq_compile.estimates import RATES, Estimate
 from rq_compile.lowerings import Lowering, lowering_of
@@ -95,7 +96,8 @@ def _of_ranks(plan: Plan, lowering: Lowering) -> list[int]:
 def _least_bytes(model: Model, layer: MoeLayer) -> int:
     """Bytes of a layer's experts, each once in the smallest format."""
     geometry = layer.geometry.model_copy(update={"block": block_of(model.stored_experts(layer))})
-    return geometry.experts * min(map(geometry.expert_bytes, FORMATS))
+    formats = formats_to_measure(model, [replace(layer, geometry=geometry)])
+    return geometry.experts * min(map(geometry.expert_bytes, formats))
 
 
 def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) -> list[int]:

@@ -1,5 +1,6 @@
 """Checkpoints in every storage format through all stages, compared with transformers on the same weights, dequantized."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,13 @@ from rq_compile.calibration.memory import Way
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.export.export import Exported, export_graph
+from rq_compile.files import read_document
 from rq_compile.inspection import inspected
 from rq_compile.planning.plan import make_plan
+from rq_compile.planning.schema import Plan
 from rq_compile.quantization.formats import Format
+from rq_compile.quantization.packing import dequantize
+from rq_compile.quantization.quantizer import carried
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
 from rq_compile.targets.onnxruntime import compile_engine
@@ -32,9 +37,9 @@ LOSSLESS: dict[str, tuple[Format, int]] = {
     "fp8": ("fp32", 128),
     "fp8-qscale": ("fp32", 128),
     "mxfp8": ("bf16", 128),
-    "fp8-ue8m0-fp4": ("int8", 32),
-    "mxfp4": ("int8", 32),
-    "mxfp4-pack": ("int8", 32),
+    "fp8-ue8m0-fp4": ("mxfp4", 32),
+    "mxfp4": ("mxfp4", 32),
+    "mxfp4-pack": ("mxfp4", 32),
     "nvfp4-fp8": ("int8", 16),
     "modelopt-mixed": ("int8", 16),
     "pack-int4": ("int4", 32),
@@ -157,8 +162,23 @@ def test_engines(
             assert np.isfinite(engine.logits(ids)).all()
 
 
+@pytest.mark.parametrize("name", ["fp8-ue8m0-fp4", "mxfp4", "mxfp4-pack"], scope="module")
+def test_slots_hold_exactly_what_the_checkpoint_stores(name: str, model: Model, calibration: Calibrated) -> None:
+    """Every value. MXFP4 takes as many bytes as in the checkpoint."""
+    format, _ = LOSSLESS[name]
+    for layer, measured in zip(model.layers, calibration[0].layers, strict=True):
+        geometry = measured.geometry
+        if format == "mxfp4":
+            assert geometry.experts * geometry.expert_bytes(format) == measured.stored_bytes
+        for expert, projection in itertools.product(range(geometry.experts), PROJECTIONS):
+            held = carried(model.integers(layer, expert, projection), format, geometry.block)
+            assert held is not None
+            exact = model.matrix(layer, expert, projection).astype(np.float32)
+            np.testing.assert_array_equal(dequantize(held, format, exact.shape[1]), exact)
+
+
 @pytest.mark.parametrize("lowering", ["stock", "batched"])
-@pytest.mark.parametrize("name", ["nvfp4-fp8", "pack-int4"], scope="module")
+@pytest.mark.parametrize("name", ["nvfp4-fp8", "pack-int4", "mxfp4"], scope="module")
 def test_other_lowerings_carry_whole_numbers_over_too(
     lowering: str,
     name: str,
@@ -208,8 +228,13 @@ def test_commands(rq_compile: Callable[..., Result], tmp_path: Path) -> None:
         made = rq_compile(folder, "--text", text, "--sequence-length", 64, "-o", tmp_path / "engine.onnx", *dry)
         assert made.exit_code == 0, made.stderr
     assert rq_compile("generate", tmp_path / "engine.onnx", "--prompt", "abc", "--max-tokens", 2).exit_code == 0
-    refused = rq_compile("calibrate", folder, "--text", text, "--sequence-length", 64, "-o", tmp_path / "c.json")
-    assert refused.exit_code == 0, refused.stderr
-    refused = rq_compile("plan", tmp_path / "c.json", "--memory", 1, "-o", tmp_path / "p.json")
+    made = rq_compile("calibrate", folder, "--text", text, "--sequence-length", 64, "-o", tmp_path / "c.json")
+    assert made.exit_code == 0, made.stderr
+    assert "int8 mxfp4" in made.stdout  # the formats without loss
+    made = rq_compile("plan", tmp_path / "c.json", "--memory", 1, "-o", tmp_path / "p.json")
+    assert made.exit_code == 0, made.stderr
+    plan = read_document(Plan, tmp_path / "p.json")
+    assert {slot.format for layer in plan.layers for slot in layer.slots} == {"mxfp4"}
+    refused = rq_compile("plan", tmp_path / "c.json", "--memory", 0.9, "-o", tmp_path / "q.json")
     assert refused.exit_code == 1
-    assert "give --memory 1." in refused.stderr
+    assert "give --memory 1" in refused.stderr

@@ -15,6 +15,9 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(11)
 
 
+E2M1 = [sign * magnitude for sign in (1, -1) for magnitude in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
+
+
 def rounded(x: np.ndarray, block: int) -> np.ndarray:
     """float64 ``x`` as int8 activations stand for it: per row and block, the largest magnitude is 127."""
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % block))).reshape(len(x), -1, block)
@@ -54,8 +57,9 @@ def rounded_reference(
     [
         ([1, 1], np.float32),
         ([2, 2], np.float32),
-        ([0, 1, 2, 1, 0, 2], np.float32),
-        ([0, 1, 2, 1, 0, 2], ml_dtypes.bfloat16),
+        ([3, 3], np.float32),
+        ([0, 1, 2, 3, 0, 2], np.float32),
+        ([0, 1, 2, 3, 0, 2], ml_dtypes.bfloat16),
         ([0, 0], np.float16),
     ],
 )
@@ -69,11 +73,11 @@ def test_every_format_rounded(rng: np.random.Generator, columns: int, gather: in
 
 @pytest.mark.parametrize("block", [16, 32, 48, 128, 1024])
 def test_every_block_rounded(rng: np.random.Generator, block: int) -> None:
-    weights = pack(rng, [1, 2], 20, 2 * block, block=block)
-    rows, offsets = routed(rng, 20, 1, 2)
+    weights = pack(rng, [1, 2, 3], 20, 2 * block, block=block)
+    rows, offsets = routed(rng, 20, 1, 3)
     # Including the largest products that must fit into the kernels' 16 and 32 bits.
     x = rng.choice([-1.0, 1.0, 0.37], size=(20, 2 * block)).astype(np.float32)
-    for slot, name, low in ((0, "int8_packed", 1), (1, "int4_packed", 0)):
+    for slot, name, low in ((0, "int8_packed", 1), (1, "int4_packed", 0), (2, "mxfp4_packed", 0xF7)):
         weights.inputs[name][:, :, ::2] = low
         assert weights.formats[slot] == slot + 1
     y = expert_gemm(x, rows, offsets, weights, activation_bits=8)
@@ -83,24 +87,26 @@ def test_every_block_rounded(rng: np.random.Generator, block: int) -> None:
 
 def pack_values(weights: Any, block: int) -> Any:
     """``weights`` with the values of its packed form, read back according to the definition of the layout."""
-    for place, name in enumerate(("int8", "int4")):
+    for place, name in enumerate(("int8", "int4", "mxfp4")):
         packed, scales = weights.inputs[f"{name}_packed"][0], weights.inputs[f"{name}_scales"][0]
         for n, k in np.ndindex(weights.exact.shape[1:]):
             panel, row = divmod(n, 16)
             if name == "int8":
-                q = int(packed[panel, k // 4, 4 * row + k % 4]) - 128
+                q = int(packed[panel, k // 4, 4 * row + k % 4]) - 128.0
             else:
                 byte = int(packed[panel, k // 8, 4 * row + k % 4])
-                q = (byte & 15 if k % 8 < 4 else byte >> 4) - 8
-            weights.exact[place, n, k] = q * float(scales[panel, k // block, row])
+                code = byte & 15 if k % 8 < 4 else byte >> 4
+                q = code - 8.0 if name == "int4" else E2M1[code]
+            scale = float(scales[panel, k // block, row])
+            weights.exact[place, n, k] = q * (2 ** (scale - 127) if name == "mxfp4" else scale)
     return weights
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu", "relu"])
 def test_bias_and_activation_rounded(rng: np.random.Generator, activation: str) -> None:
-    weights = pack(rng, [1, 2], 42, 64, gated=activation in GATED)
-    bias = rng.normal(size=(2, 42)).astype(np.float32)
-    rows, offsets = routed(rng, 15, 2, 2)
+    weights = pack(rng, [1, 2, 3], 42, 64, gated=activation in GATED)
+    bias = rng.normal(size=(3, 42)).astype(np.float32)
+    rows, offsets = routed(rng, 15, 2, 3)
     x = rng.normal(size=(15, 64)).astype(np.float32)
     y = expert_gemm(x, rows, offsets, weights, bias, activation=activation, gather=1, activation_bits=8)
     assert_close(y, rounded_reference(x, rows, offsets, weights, bias, block=64, activation=activation, gather=1))
@@ -140,7 +146,7 @@ def test_error_of_bf16(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("float_type", [np.float32, ml_dtypes.bfloat16])
 def test_threads_and_batch_mates_do_not_change_a_bit_rounded(rng: np.random.Generator, float_type: Any) -> None:
-    weights = pack(rng, [0, 1, 2, 2], 70, 272, float_type, gated=True)
+    weights = pack(rng, [0, 1, 2, 3], 70, 272, float_type, gated=True)
     rows, offsets = routed(rng, 150, 2, 4)
     x = rng.normal(size=(300, 272)).astype(np.float32)
     options: dict[str, Any] = {"activation": "swiglu", "activation_bits": 8}
@@ -166,10 +172,10 @@ def test_strange_rows_stay_alone_in_bf16(rng: np.random.Generator) -> None:
 
 
 def test_strange_rows_stay_alone(rng: np.random.Generator) -> None:
-    weights = pack(rng, [1, 2], 16, 64)
+    weights = pack(rng, [1, 2, 3], 16, 64)
     x = rng.normal(size=(8, 64)).astype(np.float32)
     x[1, 5], x[3, 7], x[5], x[6] = np.nan, np.inf, 0, 1e-42
-    rows, offsets = np.arange(8, dtype=np.int32), np.array([0, 4, 8], np.int32)
+    rows, offsets = np.arange(8, dtype=np.int32), np.array([0, 2, 6, 8], np.int32)
     y = expert_gemm(x, rows, offsets, weights, activation_bits=8)
     assert np.isnan(y[[1, 3]]).all()
     assert np.isfinite(y[[0, 2, 4, 7]]).all()
@@ -180,7 +186,7 @@ PRINT_DIGEST = """
 import hashlib, numpy as np
 from op_nodes import expert_gemm, pack, routed
 rng = np.random.default_rng(3)
-weights = pack(rng, [1, 2, 2, 1], 40, 300, gated=True)
+weights = pack(rng, [1, 2, 3, 1], 40, 300, gated=True)
 rows, offsets = routed(rng, 60, 2, 4)
 x = (3 * rng.normal(size=(60, 300))).astype(np.float32)
 y = [expert_gemm(x, rows, offsets, weights, activation=a, gather=1, activation_bits=8) for a in ("swiglu", "geglu_tanh")]

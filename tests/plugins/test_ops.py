@@ -42,8 +42,8 @@ def test_dispatch_splits_an_experts_arrivals_over_its_replicas(rng: np.random.Ge
 @pytest.mark.parametrize("columns", [300, 128, 48, 40, 37, 3])
 @pytest.mark.parametrize("gather", [0, 1])
 def test_every_format_in_one_layer(rng: np.random.Generator, float_type: Any, columns: int, gather: int) -> None:
-    weights = pack(rng, [0, 1, 2, 1, 0, 2], 19, columns, float_type)
-    rows, offsets = routed(rng, 23, 2, 6)
+    weights = pack(rng, [0, 1, 2, 3, 1, 0, 2, 3], 19, columns, float_type)
+    rows, offsets = routed(rng, 23, 2, 8)
     x = rng.normal(size=(23 if gather else 46, columns)).astype(np.float32)
     assert_close(expert_gemm(x, rows, offsets, weights, gather=gather), reference(x, rows, offsets, weights, gather=gather))
 
@@ -51,18 +51,18 @@ def test_every_format_in_one_layer(rng: np.random.Generator, float_type: Any, co
 @pytest.mark.parametrize("block", [16, 32, 48, 1024])
 @pytest.mark.parametrize("tokens", [1, 2, 30])
 def test_every_block(rng: np.random.Generator, block: int, tokens: int) -> None:
-    weights = pack(rng, [1, 2], 70, 2 * block - 3, block=block)
-    rows, offsets = np.arange(2 * tokens, dtype=np.int32), np.array([0, tokens, 2 * tokens], np.int32)
-    x = rng.normal(size=(2 * tokens, 2 * block - 3)).astype(np.float32)
+    weights = pack(rng, [1, 2, 3], 70, 2 * block - 3, block=block)
+    rows, offsets = np.arange(3 * tokens, dtype=np.int32), (np.arange(4) * tokens).astype(np.int32)
+    x = rng.normal(size=(3 * tokens, 2 * block - 3)).astype(np.float32)
     assert_close(expert_gemm(x, rows, offsets, weights), reference(x, rows, offsets, weights))
 
 
 @pytest.mark.parametrize("activation", ["none", *get_args(Activation)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_activation(rng: np.random.Generator, activation: str, biased: bool) -> None:
-    weights = pack(rng, [0, 1, 2], 42, 32, gated=activation in GATED)
-    bias = rng.normal(size=(3, 42)).astype(np.float32) if biased else None
-    rows, offsets = routed(rng, 11, 2, 3)
+    weights = pack(rng, [0, 1, 2, 3], 42, 32, gated=activation in GATED)
+    bias = rng.normal(size=(4, 42)).astype(np.float32) if biased else None
+    rows, offsets = routed(rng, 11, 2, 4)
     x = (rng.normal(size=(11, 32)) * 2).astype(np.float32)
     options: dict[str, Any] = {"activation": activation, "gather": 1, "alpha": 1.3, "limit": 2.5}
     assert_close(expert_gemm(x, rows, offsets, weights, bias, **options), reference(x, rows, offsets, weights, bias, **options))
@@ -71,9 +71,9 @@ def test_every_activation(rng: np.random.Generator, activation: str, biased: boo
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 48, 49, 101])
 @pytest.mark.parametrize("rows", [20, 105])  # one panel and a part; four, two, one and a part side by side
 def test_all_tokens_on_one_slot(rng: np.random.Generator, tokens: int, rows: int) -> None:
-    weights = pack(rng, [1, 2, 0], rows, 64)
-    for slot in range(3):
-        offsets = np.array([0] * (slot + 1) + [tokens] * (3 - slot), np.int32)
+    weights = pack(rng, [1, 2, 0, 3], rows, 64)
+    for slot in range(4):
+        offsets = np.array([0] * (slot + 1) + [tokens] * (4 - slot), np.int32)
         pairs = np.arange(tokens, dtype=np.int32)
         x = rng.normal(size=(tokens, 64)).astype(np.float32)
         assert_close(expert_gemm(x, pairs, offsets, weights), reference(x, pairs, offsets, weights))
@@ -81,15 +81,15 @@ def test_all_tokens_on_one_slot(rng: np.random.Generator, tokens: int, rows: int
 
 @pytest.mark.parametrize("activation_bits", [8, 32])
 def test_slots_may_share_weights(rng: np.random.Generator, activation_bits: int) -> None:
-    own = pack(rng, [0, 1, 2, 1], 20, 48)
-    rows, offsets = routed(rng, 40, 2, 6)
+    own = pack(rng, [0, 1, 2, 1, 3, 3], 20, 48)
+    rows, offsets = routed(rng, 40, 2, 8)
     x = rng.normal(size=(80, 48)).astype(np.float32)
-    formats, places, slots = [1, 0, 2, 1, 1, 0], [1, 0, 0, 0, 1, 0], [3, 0, 2, 1, 3, 0]
+    formats, places, slots = [1, 0, 2, 1, 1, 0, 3, 3], [1, 0, 0, 0, 1, 0, 1, 0], [3, 0, 2, 1, 3, 0, 5, 4]
     shared = expert_gemm(x, rows, offsets, own, formats=formats, weights=places, activation_bits=activation_bits)
     for slot, same in enumerate(slots):
         here = slice(offsets[slot], offsets[slot + 1])
         count = offsets[slot + 1] - offsets[slot]
-        only = np.array([0] * (same + 1) + [count] * (4 - same), np.int32)
+        only = np.array([0] * (same + 1) + [count] * (6 - same), np.int32)
         alone = expert_gemm(x[here], np.arange(count, dtype=np.int32), only, own, activation_bits=activation_bits)
         assert shared[here].tobytes() == alone.tobytes()
 
@@ -164,8 +164,8 @@ def test_nan_stays_in_its_row(rng: np.random.Generator) -> None:
     x = rng.normal(size=(8, 48)).astype(np.float32)
     x[3, 5] = np.nan
     for activation in ("none", "swiglu", "clamped_swiglu", "relu"):
-        weights = pack(rng, [1, 2], 16, 48, gated=activation in GATED)
-        rows, offsets = np.arange(8, dtype=np.int32), np.array([0, 4, 8], np.int32)
+        weights = pack(rng, [1, 2, 3], 16, 48, gated=activation in GATED)
+        rows, offsets = np.arange(8, dtype=np.int32), np.array([0, 2, 5, 8], np.int32)
         y = expert_gemm(x, rows, offsets, weights, activation=activation)
         assert np.isnan(y[3]).all()
         assert np.isfinite(np.delete(y, 3, axis=0)).all()
@@ -243,7 +243,7 @@ def test_expert_gemm_refuses(rng: np.random.Generator, damage: Callable[[dict[st
     ("attributes", "message"),
     [
         ({"activation": "mish"}, "unknown activation 'mish'"),
-        ({"formats": [0, 3]}, "holds 3"),
+        ({"formats": [0, 9]}, "holds 9"),
         ({"outputs": 0}, "outputs is 0"),
         ({"outputs": 17}, "not 2"),
         ({"activation": "swiglu"}, "not 2"),

@@ -13,14 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from rq_compile.architectures.layers import ExpertWeights
+from rq_compile.calibration.expert import in_format
 from rq_compile.checkpoint.storage.decoding import Codes, differences
 from rq_compile.checkpoint.storage.packings import INT8
 from rq_compile.errors import UserError
 from rq_compile.quantization import library
-from rq_compile.quantization.formats import BLOCKS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
+from rq_compile.quantization.formats import BLOCKS, PACKED_FORMATS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
 from rq_compile.quantization.packing import dequantize
-from rq_compile.quantization.quantizer import quantize, stored
+from rq_compile.quantization.quantizer import carried, quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
+from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.rewrite.slot_weights import quantized
 
 pytestmark = pytest.mark.quick
 
@@ -227,3 +231,31 @@ def test_a_package_that_was_not_built_is_told(monkeypatch: pytest.MonkeyPatch, t
         with pytest.raises(UserError, match=r"librq_quantizer\.so is missing, too old or not .*; run pip install \."):
             run()
     library.quantizer_function.cache_clear()
+
+
+def test_mxfp4_takes_what_it_can_hold_and_nothing_else() -> None:
+    random = np.random.default_rng(5)
+    numbers = random.choice(np.array(PACKED_FORMATS["mxfp4"].numbers, np.int8), (3, 70))
+    scales = np.exp2(random.integers(-120, 100, (3, 3))).astype(np.float32)
+    held = carried(SourceIntegers(numbers, scales, 32), "mxfp4", 32)
+    assert held is not None
+    assert held.scales.dtype == np.uint8
+    np.testing.assert_array_equal(dequantize(held, "mxfp4", 70), numbers * np.repeat(scales, 32, axis=1)[:, :70])
+    # A number that e2m1 does not have, a scale that is not a power of two, blocks that need two scales.
+    assert carried(SourceIntegers(np.where(numbers == 12, 11, numbers).astype(np.int8), scales, 32), "mxfp4", 32) is None
+    assert carried(SourceIntegers(numbers, scales * 3, 32), "mxfp4", 32) is None
+    assert carried(SourceIntegers(numbers[:, :64], scales[:, :2], 32), "mxfp4", 64) is None
+    # Of zeros, any scale will do: quantizers write the exponent 0, or a scale of 0.
+    numbers[:, :32] = 0
+    for nothing in (0, 2.0**-127, 3):
+        scales[:, 0] = nothing
+        held = carried(SourceIntegers(numbers, scales, 32), "mxfp4", 32)
+        assert held is not None
+        assert not dequantize(held, "mxfp4", 70)[:, :32].any()
+
+
+def test_nothing_is_rounded_to_mxfp4() -> None:
+    expert = ExpertWeights(np.ones((4, 32), np.float32), np.ones((32, 2), np.float32))
+    assert in_format(expert, (1.0, 1.0), "mxfp4", 32)[1] == np.inf
+    with pytest.raises(UserError, match="the checkpoint does not store it like that"):
+        quantized(expert, "up", "mxfp4", 32)

@@ -22,7 +22,7 @@ from rq_compile.lowerings import Plugins
 from rq_compile.targets.tensorrt.network import Precision
 from rq_compile.targets.weights_file import locate, write_weights
 
-ROLES = (("float_weights",), ("int8_packed", "int8_scales"), ("int4_packed", "int4_scales"))
+ROLES = (("float_weights",), ("int8_packed", "int8_scales"), ("int4_packed", "int4_scales"), ("mxfp4_packed", "mxfp4_scales"))
 INT4_ALONE = [(e, "int4") for e in range(4)]
 ACTIVATIONS = list(get_args(Activation))
 FIRST = ("x", "ids", "gates", "replicas", "formats")
@@ -62,7 +62,7 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
 def inputs_of(node: onnx.NodeProto) -> dict[str, str]:
     """Names of the node's inputs by what they are, those of a projection as ``up_index`` or ``down_index``."""
     formats = attributes_of(node)["formats"]
-    roles = ["index", *(role for code in range(3) if code in formats for role in ROLES[code])]
+    roles = ["index", *(role for code in range(len(ROLES)) if code in formats for role in ROLES[code])]
     if len(node.input) > len(FIRST) + 2 * len(roles):
         roles.append("bias")
     names = [*FIRST, *(f"{projection}_{role}" for projection in ("up", "down") for role in roles)]
@@ -92,7 +92,7 @@ def exact(node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> Any:
     projections, weights = [], []
     for name, columns in (("up", hidden), ("down", intermediate)):
         index, bias = held[f"{name}_index"], held.get(f"{name}_bias")
-        parts = [[held.get(f"{name}_{role}") for role in ROLES[code]] for code in range(3)]
+        parts = [[held.get(f"{name}_{role}") for role in ROLES[code]] for code in range(len(ROLES))]
         slots = zip(formats, index, strict=True)
         exact_slots = [unpacked(format, [part[i] for part in parts[format]], columns) for format, i in slots]
         weights.append(torch.from_numpy(np.stack(exact_slots)))
@@ -109,9 +109,15 @@ def unpacked(format: int, parts: Any, columns: int) -> np.ndarray:
     packed, scales = parts
     assert packed.dtype == np.int8
     q, zero = packed.view(np.uint8).astype(np.int64), 128
-    if format == 2:
+    if format in (2, 3):
         q, zero = np.stack([q % 16, q // 16], -1).reshape(len(q), -1), 8
-    return ((q - zero) * np.repeat(scales.astype(np.float64), q.shape[1] // scales.shape[1], axis=1))[:, :columns]
+    numbers, values = q - zero, scales.astype(np.float64)
+    if format == 3:
+        numbers, values = (
+            np.concatenate([reference.E2M1, -reference.E2M1])[q],
+            np.exp2(scales.view(np.uint8).astype(np.float64) - 127),
+        )
+    return (numbers * np.repeat(values, q.shape[1] // scales.shape[1], axis=1))[:, :columns]
 
 
 def evaluated(

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 import rq_compile
 from rq_compile.engine import library
-from rq_compile.quantization.formats import BLOCK_FORMATS, block_size, tensors_of
+from rq_compile.quantization.formats import PACKED_FORMATS, BlockFormat, block_size, tensors_of
 from rq_compile.quantization.packing import Quantized
 from rq_compile.rewrite.panels import float_panels, packed_panels, scale_panels
 
@@ -141,17 +141,25 @@ def pack(
     exact = []
     for format in formats:
         group = library.FORMAT_GROUPS[format]
-        if group not in BLOCK_FORMATS:
+        if group not in PACKED_FORMATS:
             weights = rng.normal(size=(rows, columns)).astype(float_type)
             stacked["float_weights"].append(float_panels(weights, halves))
             exact.append(weights.astype(np.float64))
             continue
-        bits, zero = BLOCK_FORMATS[group].bits, BLOCK_FORMATS[group].zero_point
-        q = rng.integers(zero + BLOCK_FORMATS[group].least, 2 * zero, (rows, blocks * block)).astype(np.uint8)
-        q[:, columns:] = zero
-        scale = rng.uniform(0.001, 0.01, (rows, blocks)).astype(np.float32)
-        exact.append(((q.astype(np.float64) - zero) * np.repeat(scale.astype(np.float64), block, axis=1))[:, :columns])
-        packed = np.bitwise_or.reduce([q[:, place :: 8 // bits] << place * bits for place in range(8 // bits)])
+        kept = PACKED_FORMATS[group]
+        bits, numbers = kept.bits, np.array(kept.numbers)
+        zero, least = (kept.zero_point, kept.least) if isinstance(kept, BlockFormat) else (0, numbers[0])
+        code = rng.integers(zero + least, len(numbers), (rows, blocks * block)).astype(np.uint8)
+        code[:, columns:] = zero
+        scale: np.ndarray
+        if kept.exponents:
+            scale = rng.integers(118, 123, (rows, blocks)).astype(np.uint8)
+            values = 0.5 * 2.0 ** (scale.astype(np.float64) - 127)
+        else:
+            scale = rng.uniform(0.001, 0.01, (rows, blocks)).astype(np.float32)
+            values = scale.astype(np.float64)
+        exact.append((numbers[code] * np.repeat(values, block, axis=1))[:, :columns])
+        packed = np.bitwise_or.reduce([code[:, place :: 8 // bits] << place * bits for place in range(8 // bits)])
         by_row = Quantized(packed, scale)
         stacked[f"{group}_packed"].append(packed_panels(by_row, group, halves))
         stacked[f"{group}_scales"].append(scale_panels(by_row, halves))

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from rq_kernels.activations import gated, plain
 
-FLOAT, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+FLOAT, INT8, INT4, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
@@ -26,12 +26,35 @@ def _whole_numbers(packed, ZERO: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def _e2m1_doubled(code, dtype: tl.constexpr):
+    """Twice the float4_e2m1 number of each code, a whole number from -12 to 12."""
+    mantissa, exponent = code & 1, code >> 1 & 3
+    magnitude = tl.where(exponent == 0, mantissa, (mantissa | 2) << exponent >> 1)
+    return _whole_numbers(tl.where(code & 8 != 0, 12 - magnitude, 12 + magnitude), 12, dtype)
+
+
+@triton.jit
+def _scales(at, mask, FORMAT: tl.constexpr):
+    """fp32 scales; those of MXFP4 are exponents of powers of two, and its numbers are doubled."""
+    stored = tl.load(at, mask=mask, other=0)
+    if FORMAT == MXFP4:
+        return (stored.to(tl.uint32) << 23).to(tl.float32, bitcast=True) * 0.5
+    else:
+        return stored
+
+
+@triton.jit
 def _weights(packed, n, mask, start, stride, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
     """Integers ``[OUTPUTS, COLUMNS]`` of the rows ``n``, from column ``start`` on. A row has ``stride`` bytes."""
     if FORMAT == INT8:
         byte = start + tl.arange(0, COLUMNS)
         q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=128)
         return _whole_numbers(q, 128, dtype)
+    elif FORMAT == MXFP4:
+        byte = start // 2 + tl.arange(0, COLUMNS // 2)
+        q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=0)
+        low, high = _e2m1_doubled(q & 15, dtype), _e2m1_doubled(q >> 4, dtype)
+        return tl.join(low, high).reshape(q.shape[0], COLUMNS)
     else:
         byte = start // 2 + tl.arange(0, COLUMNS // 2)
         q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=0x88)
@@ -76,17 +99,17 @@ def _quantized_products(
         tile = tl.load(x[None, :] + k[:, None], mask=present[None, :] & (k < columns)[:, None], other=0)
         at = scales + n * blocks + start // block
         sums = tl.dot(_weights(packed, n, mask, start, stride, FORMAT, STEP, dtype), tile)
-        first += sums * tl.load(at, mask=mask, other=0)[:, None]
+        first += sums * _scales(at, mask, FORMAT)[:, None]
         if GATED:
             sums = tl.dot(_weights(packed, outputs + n, mask, start, stride, FORMAT, STEP, dtype), tile)
-            second += sums * tl.load(at + outputs * blocks, mask=mask, other=0)[:, None]
+            second += sums * _scales(at + outputs * blocks, mask, FORMAT)[:, None]
     return first, second
 
 
 @triton.jit
 def _products(
     x, present, slot, n, mask, outputs, columns, formats, weights,
-    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, biased, block,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, biased, block,
     FORMATS: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """fp32 ``[OUTPUTS, ROWS]``, and a second one with the weights' second half if ``GATED``.
@@ -112,6 +135,11 @@ def _products(
             first, second = _quantized_products(
                 x, present, int4_packed, int4_scales, matrix, n, mask, outputs, columns, block, INT4, GATED, STEP
             )
+    if FORMATS & 8:  # noqa: SIM102
+        if format == MXFP4:
+            first, second = _quantized_products(
+                x, present, mxfp4_packed, mxfp4_scales, matrix, n, mask, outputs, columns, block, MXFP4, GATED, STEP
+            )
     at = bias + slot * outputs * (2 if GATED else 1) + n
     mask = n < outputs * biased  # 1 or 0
     first += tl.load(at, mask=mask, other=0)[:, None]
@@ -123,7 +151,7 @@ def _products(
 @triton.jit
 def expert_up(
     x, rows, tiles, tile_count, formats, weights,
-    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, y,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, y,
     top_k, columns, outputs, biased, block, activation, alpha, limit,
     FORMATS: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -140,7 +168,7 @@ def expert_up(
     mask = n < outputs
     first, second = _products(
         x + token.to(tl.int64) * columns, present, slot, n, mask, outputs, columns, formats, weights,
-        float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, biased, block,
+        float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, biased, block,
         FORMATS, GATED, COLUMNS, STEP,
     )  # fmt: skip
     first = gated(first, second, activation, alpha, limit) if GATED else plain(first, activation)
@@ -151,7 +179,7 @@ def expert_up(
 @triton.jit
 def expert_down(
     x, rows, gates, tiles, tile_count, formats, weights,
-    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, y,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, y,
     columns, outputs, biased, block,
     FORMATS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +194,7 @@ def expert_down(
     mask = n < outputs
     products, _ = _products(
         x + row.to(tl.int64) * columns, present, slot, n, mask, outputs, columns, formats, weights,
-        float_weights, int8_packed, int8_scales, int4_packed, int4_scales, bias, biased, block,
+        float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, biased, block,
         FORMATS, False, COLUMNS, STEP,
     )  # fmt: skip
     pair = tl.load(rows + row, mask=present, other=0)

@@ -40,7 +40,8 @@ class Projection:
 
     def _nothing(self, name: str) -> torch.Tensor:
         dtypes = {"weights": torch.float16, "packed": torch.uint8}
-        return self.index.new_empty(0, dtype=dtypes.get(name.rpartition("_")[2], torch.float32))
+        exponents = any(group.exponents and name in group.tensors for group in GROUPS)
+        return self.index.new_empty(0, dtype=torch.uint8 if exponents else dtypes.get(name.rpartition("_")[2], torch.float32))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from rq_kernels.activations import GATED
 from rq_kernels.formats import GROUPS
 from rq_kernels.launch import Layer, Projection
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)  # the values of float4_e2m1 without a sign
+
 
 @dataclass(frozen=True)
 class Example:
@@ -57,11 +59,17 @@ def projection(
             groups[format].append((weights,))
             exact[slot] = weights.double()
             continue
-        zero = 1 << (bits - 1)
-        q = torch.randint(1 if bits == 8 else 0, 2 * zero, (N, blocks * block), generator=random, dtype=torch.uint8)
-        q[:, K:] = zero
-        scales = (0.5 + torch.rand(N, blocks, generator=random)) / (zero * math.sqrt(K))
-        exact[slot] = ((q.double() - zero) * scales.double().repeat_interleave(block, 1))[:, :K]
+        q = torch.randint(1 if bits == 8 else 0, 1 << bits, (N, blocks * block), generator=random, dtype=torch.uint8)
+        if GROUPS[format].exponents:
+            numbers = torch.cat([E2M1, -E2M1])[q.long()]
+            scales = torch.randint(116, 124, (N, blocks), generator=random, dtype=torch.uint8)
+            values = torch.exp2(scales.double() - 127)
+        else:
+            zero = 1 << (bits - 1)
+            numbers = q.double() - zero
+            scales = (0.5 + torch.rand(N, blocks, generator=random)) / (zero * math.sqrt(K))
+            values = scales.double()
+        exact[slot] = (numbers * values.repeat_interleave(block, 1))[:, :K]
         parts = torch.stack([q[:, place :: 8 // bits] << place * bits for place in range(8 // bits)])
         groups[format].append((parts.sum(0, dtype=torch.uint8), scales))
 

@@ -5,22 +5,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from rq_kernels import combine, dispatch, expert_gemm
-from rq_kernels.formats import EVERY, GROUPS, TENSORS
+from rq_kernels.formats import GROUPS, MIXED, TENSORS
 from rq_kernels.tiles import CHUNK, COMBINE_COLUMNS, DOWN, UP, Tile
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16"}
-# The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan; the others need fewer
-# resources.
-FORMATS = {group.name: 1 << code for code, group in enumerate(GROUPS)} | {"mixed": EVERY}
+# The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan without mxfp4; the others need
+# fewer resources.
+FORMATS = {group.name: 1 << code for code, group in enumerate(GROUPS)} | {"mixed": MIXED}
 
 # Sizes and pointers that are multiples of 16, so that rows of x and of weights can be read 16 bytes at a time.
 ALIGNED = ("columns", "outputs", "hidden")
+# Columns that share a scale, in formats where this is not 64 or 128.
+BLOCKS = {group.name: 32 for group in GROUPS if group.exponents}
 FLOATS = ("alpha", "limit")
 DATA = ("x", "y", "out", "float_weights")  # pointers to the dtype of the variant
 POINTERS = {
     "ids": "*i64",
     **dict.fromkeys(["counts", "replicas", "offsets", "tiles", "tile_count", "rows", "formats", "weights"], "*i32"),
-    **dict.fromkeys(["gates", "bias", *(name for name in TENSORS if name.endswith("_scales"))], "*fp32"),
+    **dict.fromkeys(["gates", "bias"], "*fp32"),
+    **{group.tensors[1]: "*u8" if group.exponents else "*fp32" for group in GROUPS if group.bits},
     **{name: "*u8" for name in TENSORS if name.endswith("_packed")},
 }
 
@@ -56,9 +59,9 @@ def variants(
         yield _variant(f"combine_{dtype}", combine.combine, {"COLUMNS": COMBINE_COLUMNS}, grid, dtype=dtype)
         for format in formats:
             for size in sizes:
-                yield from _products(f"{dtype}_{format}_{size}", size, dtype, format, 128)
+                yield from _products(f"{dtype}_{format}_{size}", size, dtype, format, BLOCKS.get(format, 128))
                 # Tiles with steps of 128 columns cannot have scales for 64.
-                if format != "float" and UP[size].columns > 64:
+                if format != "float" and format not in BLOCKS and UP[size].columns > 64:
                     yield from _products(f"{dtype}_{format}_{size}_block64", size, dtype, format, 64)
 
 

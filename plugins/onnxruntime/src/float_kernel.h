@@ -3,9 +3,9 @@
 
 constexpr int64_t kChunk = 256;  // columns of a panel per chunk: 16 KiB in fp32
 
-constexpr bool is_quantized(Storage storage) { return storage == Storage::int8 || storage == Storage::int4; }
+constexpr bool is_quantized(Storage storage) { return storage >= Storage::int8; }
 // Columns that a panel stores together, and their bytes.
-constexpr int columns_of(Storage storage) { return storage == Storage::int8 ? 4 : storage == Storage::int4 ? 8 : 1; }
+constexpr int columns_of(Storage storage) { return storage == Storage::int8 ? 4 : is_quantized(storage) ? 8 : 1; }
 constexpr int64_t bytes_of(Storage storage) { return kPanel * (storage == Storage::fp16 || storage == Storage::bf16 ? 2 : 4); }
 // With more rows than this at once, converting all weights into a buffer first is faster.
 constexpr int direct_rows(Storage storage) { return is_quantized(storage) ? kUnpackingRows : kFloatRows; }
@@ -15,9 +15,15 @@ constexpr int panels_of(Storage storage, int rows) {
   const int panels = float_panels(rows, storage != Storage::fp32);
   return panels < most ? panels : static_cast<int>(most);
 }
-// Quantized weights are converted from the uppermost byte of a word; the result times this is the weight's integer.
+// Quantized weights are converted from the uppermost byte of a word; the result times this is the weight's number, which the scale
+// multiplies.
 constexpr float unit_of(Storage storage) {
-  return storage == Storage::int8 ? 0x1p-24f : storage == Storage::int4 ? 0x1p-28f : 1.0f;
+  switch (storage) {
+    case Storage::int8: return 0x1p-24f;
+    case Storage::int4: return 0x1p-28f;
+    case Storage::mxfp4: return 0x1p-24f * kE2m1Unit;
+    default: return 1.0f;
+  }
 }
 
 // The v-th vector of column j of a group.
@@ -31,6 +37,10 @@ inline Floats weights_at(const uint8_t* group, int64_t v, int j) {
   if constexpr (storage == Storage::int4) {  // the low nibbles of four bytes are four columns, the high nibbles the next four
     const Ints numbers = load_ints(p) ^ set_bytes(0x88);
     return to_floats(top_byte((j < 4 ? numbers << 4 : numbers) & set_bytes(0xf0), j % 4));
+  }
+  if constexpr (storage == Storage::mxfp4) {
+    const Ints codes = load_ints(p);
+    return to_floats(top_byte(look_up(kE2m1, j < 4 ? low_nibbles(codes) : high_nibbles(codes)), j % 4));
   }
 }
 
@@ -110,10 +120,12 @@ RQ_OWN_REGISTERS void multiply_chunk(const float* const* x, const Chunk& chunk, 
 template <Storage storage, int R, int P>
 void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t apart, float* out) {
   const int64_t panel_bytes = static_cast<int64_t>(weights.panel_bytes), out_stride = apart * rows * kPanel;
+  const int64_t scales_stride = apart * weights.blocks * kPanel;
+  constexpr bool has_exponents = is_quantized(storage) && scale_bytes(storage) == 1;
   const uint8_t* data = weights.data + first * panel_bytes;
-  Chunk chunk{0, 0, data, apart * panel_bytes, nullptr, apart * weights.blocks * kPanel, unit_of(storage), nullptr};
+  Chunk chunk{0, 0, data, apart * panel_bytes, nullptr, has_exponents ? kPanel : scales_stride, unit_of(storage), nullptr};
   const Parts<R> parts(rows);
-  alignas(64) float converted[P][kChunk * kPanel];
+  alignas(64) float converted[P][kChunk * kPanel], powers[P][kPanel];
   chunk.converted = converted[0];
   for (int p = 0; p < P; ++p) memset(out + p * out_stride, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
   for (; chunk.begin < weights.columns; chunk.begin += chunk.count) {
@@ -122,7 +134,11 @@ void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights,
     if constexpr (is_quantized(storage)) {  // a chunk has one scale for each row
       const int64_t block_left = weights.block - chunk.begin % weights.block;
       if (block_left < chunk.count) chunk.count = block_left;
-      chunk.scales = weights.scales + (first * weights.blocks + chunk.begin / weights.block) * kPanel;
+      const uint8_t* scales = weights.scales + (first * weights.blocks + chunk.begin / weights.block) * kPanel * scale_bytes(storage);
+      chunk.scales = has_exponents ? powers[0] : reinterpret_cast<const float*>(scales);
+      for (int p = 0; has_exponents && p < P; ++p) {
+        for (int64_t v = 0; v < kPanel; v += kLanes) store(powers[p] + v, load_powers(scales + p * scales_stride + v));
+      }
     }
     chunk.weights = data + chunk.begin / columns_of(storage) * bytes_of(storage);
     Chunk floats = chunk;
@@ -160,5 +176,6 @@ void multiply_floats(const float* const* x, int64_t rows, const Matrix& weights,
     case Storage::bf16: return multiply_panels<Storage::bf16>(x, rows, weights, first, count, out);
     case Storage::int8: return multiply_panels<Storage::int8>(x, rows, weights, first, count, out);
     case Storage::int4: return multiply_panels<Storage::int4>(x, rows, weights, first, count, out);
+    case Storage::mxfp4: return multiply_panels<Storage::mxfp4>(x, rows, weights, first, count, out);
   }
 }

@@ -7,12 +7,15 @@
 
 namespace rq {
 
-enum class Storage { fp32, fp16, bf16, int8, int4 };
+enum class Storage { fp32, fp16, bf16, int8, int4, mxfp4 };
 enum class Activation { none, swiglu, geglu, geglu_tanh, clamped_swiglu, limited_swiglu, relu, gelu, relu2 };
 
 constexpr int64_t kPanel = 16;       // weight rows of a panel: the lanes of a kernel
 constexpr int64_t kSideBySide = 4;   // the most panels that a kernel processes at once
 constexpr int64_t kMaxBlock = 1024;  // dot products of int8 blocks up to here are exact in fp32
+
+// Bytes of a scale: fp32, or the exponent of a power of two.
+constexpr int64_t scale_bytes(Storage storage) { return storage == Storage::mxfp4 ? 1 : 4; }
 
 // The weights of one slot, in panels of 16 rows: see README.md for the layout. `scales` holds 16 numbers for each panel and
 // block; the last block of `columns` is padded.
@@ -20,7 +23,7 @@ struct Matrix {
   Storage storage;
   const uint8_t* data;
   size_t panel_bytes;
-  const float* scales;
+  const uint8_t* scales;
   int64_t columns, block, blocks;
 };
 

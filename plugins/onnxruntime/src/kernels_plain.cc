@@ -60,6 +60,20 @@ inline Ints spread(const uint8_t* four) {
 }
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 inline Ints top_byte(Ints v, int j) { return (v << (24 - 8 * j)) & static_cast<int32_t>(0xff000000u); }
+inline Ints look_up(const int8_t (&table)[16], Ints places) {
+  uint8_t bytes[16];
+  memcpy(bytes, &places, sizeof bytes);
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(table[byte]);
+  memcpy(&places, bytes, sizeof bytes);
+  return places;
+}
+// 2^(e - 127) for kLanes bytes e; 0 instead of 2^-127.
+inline Floats load_powers(const uint8_t* p) {
+  const uint32_t bits[4] = {uint32_t(p[0]) << 23, uint32_t(p[1]) << 23, uint32_t(p[2]) << 23, uint32_t(p[3]) << 23};
+  Floats v;
+  memcpy(&v, bits, sizeof v);
+  return v;
+}
 inline Ints low_nibbles(Ints v) { return v & 0x0f0f0f0f; }
 inline Ints high_nibbles(Ints v) { return (v >> 4) & 0x0f0f0f0f; }
 

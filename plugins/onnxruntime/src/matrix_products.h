@@ -22,8 +22,8 @@ __attribute__((always_inline)) inline void add_matrix_products(const uint8_t* co
     for (int v = 0; v < kVectors; ++v) {
       const uint8_t* words = line + v * kLanes * 4;
       const Ints bytes = load_ints(words);
-      const Ints first = storage == Storage::int8 ? bytes : low_nibbles(bytes);
-      const Ints second = storage == Storage::int8 ? load_ints(words + kPanel * 4) : high_nibbles(bytes);
+      const Ints first = storage == Storage::int8 ? bytes : numbers_of<storage>(low_nibbles(bytes));
+      const Ints second = storage == Storage::int8 ? load_ints(words + kPanel * 4) : numbers_of<storage>(high_nibbles(bytes));
       const Ints low = zip_low(first, second), high = zip_high(first, second);
       for (int i = 0; i < R / 2; ++i) {
         sum[i][v][0] = multiply_matrices(sum[i][v][0], low, rows[i]);

@@ -5,14 +5,31 @@
 struct PanelBlock {
   const uint8_t* weights;
   int64_t stride;
-  const float* scales;
+  const uint8_t* scales;
   int64_t scales_stride;
 };
 
-// Instructions per row and panel for a line, 64 bytes of the panel.
-constexpr int instructions_of(Storage storage) { return (storage == Storage::int4 ? 2 : 1) * kDotInstructions; }
+// What dot_int4 multiplies for the numbers in four bits: not negative, and more than the number by offset_of.
+template <Storage storage>
+inline Ints numbers_of(Ints nibbles) {
+  if constexpr (storage == Storage::mxfp4) return look_up(kE2m1Offset, nibbles);
+  else return nibbles;
+}
+constexpr int32_t offset_of(Storage storage) {
+  return storage == Storage::int8 ? kInt8Offset : storage == Storage::mxfp4 ? kE2m1Largest : 8;
+}
 
-// sum[i][p] += dot(x[i], 16 rows of panel p) over the block; the weights are still offset, int8 by kInt8Offset, int4 by 8.
+// The scales of kLanes rows, times that of a row of x.
+template <Storage storage>
+inline Floats scales_with(const uint8_t* scales, int64_t lane, float scale) {
+  if constexpr (scale_bytes(storage) == 1) return multiply(load_powers(scales + lane), set(scale * kE2m1Unit));
+  else return multiply(load(reinterpret_cast<const float*>(scales) + lane), set(scale));
+}
+
+// Instructions per row and panel for a line, 64 bytes of the panel.
+constexpr int instructions_of(Storage storage) { return (storage == Storage::int8 ? 1 : 2) * kDotInstructions; }
+
+// sum[i][p] += dot(x[i], 16 rows of panel p) over the block; the weights are still offset by offset_of.
 template <int R, int P>
 __attribute__((always_inline)) inline void add_int8_columns(const uint8_t* const* x, const PanelBlock& block, int64_t end,
                                                             Ints (&sum)[R][P][kVectors]) {
@@ -36,7 +53,7 @@ __attribute__((always_inline)) inline void add_int8_columns(const uint8_t* const
 }
 
 // The same for the columns `begin` to `end`. Sum is the type that dot_int4 adds to.
-template <int R, int P, typename Sum>
+template <Storage storage, int R, int P, typename Sum>
 __attribute__((always_inline)) inline void add_int4_columns(const uint8_t* const* x, const PanelBlock& block, int64_t begin,
                                                             int64_t end, Sum (&sum)[R][P][kVectors]) {
   const uint8_t* line = block.weights + begin / 8 * (kPanel * 4);
@@ -45,11 +62,11 @@ __attribute__((always_inline)) inline void add_int4_columns(const uint8_t* const
     Ints low[P][kVectors], high[P][kVectors];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      prefetch<P, R * instructions_of(Storage::int4)>(line + p * block.stride);
+      prefetch<P, R * instructions_of(storage)>(line + p * block.stride);
       for (int v = 0; v < kVectors; ++v) {
         const Ints bytes = load_ints(line + p * block.stride + v * kLanes * 4);
-        low[p][v] = low_nibbles(bytes);
-        high[p][v] = high_nibbles(bytes);
+        low[p][v] = numbers_of<storage>(low_nibbles(bytes));
+        high[p][v] = numbers_of<storage>(high_nibbles(bytes));
       }
     }
 #pragma GCC unroll 16
@@ -66,11 +83,11 @@ __attribute__((always_inline)) inline void add_int4_columns(const uint8_t* const
 }
 
 // A Partial holds the products of `step` columns without overflow.
-template <int step, int R, int P>
+template <Storage storage, int step, int R, int P>
 void add_int4_partials(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
   for (int64_t begin = 0; begin < columns; begin += step) {
     Partial partial[R][P][kVectors];
-    add_int4_columns(x, block, begin, begin + step, partial);
+    add_int4_columns<storage>(x, block, begin, begin + step, partial);
     for (int i = 0; i < R; ++i) {
       for (int p = 0; p < P; ++p) {
         for (int v = 0; v < kVectors; ++v) total[i][p][v] = widen(total[i][p][v], partial[i][p][v]);
@@ -92,16 +109,18 @@ template <Storage storage, int R, int P>
 void add_products(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
   if constexpr (has_matrix_products(R)) add_matrix_products<storage>(x, block, columns, total);
   else if constexpr (storage == Storage::int8) add_int8_columns(x, block, columns, total);
-  else if constexpr (kPartialColumns >= kMaxBlock) add_int4_columns(x, block, 0, columns, total);
-  else if (columns % kPartialColumns == 0) add_int4_partials<kPartialColumns>(x, block, columns, total);
-  else add_int4_partials<16>(x, block, columns, total);
+  else if constexpr (kPartialColumns >= kMaxBlock) add_int4_columns<storage>(x, block, 0, columns, total);
+  else if (storage == Storage::int4 && columns % kPartialColumns == 0) {
+    add_int4_partials<storage, kPartialColumns>(x, block, columns, total);
+  } else {
+    add_int4_partials<storage, 16>(x, block, columns, total);  // numbers of mxfp4 are up to 24
+  }
 }
 
 // Adds block `b` of R rows of x times P panels to out[row][16] of each panel, which are `out_stride` apart.
 template <Storage storage, int R, int P>
 RQ_OWN_REGISTERS void multiply_block(const uint8_t* const* x, int64_t b, const QuantizedLayout& layout, const PanelBlock& block,
                                      int64_t out_stride, float* out) {
-  constexpr int32_t kOffset = storage == Storage::int8 ? kInt8Offset : 8;
   QuantizedBlock header[R];
   const uint8_t* numbers[R];
   Ints total[R][P][kVectors];
@@ -112,7 +131,7 @@ RQ_OWN_REGISTERS void multiply_block(const uint8_t* const* x, int64_t b, const Q
     numbers[i] = record + sizeof header[i];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      for (int v = 0; v < kVectors; ++v) total[i][p][v] = set(-kOffset * header[i].sum);
+      for (int v = 0; v < kVectors; ++v) total[i][p][v] = set(-offset_of(storage) * header[i].sum);
     }
   }
   add_products<storage>(numbers, block, layout.block, total);
@@ -122,7 +141,7 @@ RQ_OWN_REGISTERS void multiply_block(const uint8_t* const* x, int64_t b, const Q
     for (int i = 0; i < R; ++i) {
       for (int v = 0; v < kVectors; ++v) {
         float* sum = out + p * out_stride + i * kPanel + v * kLanes;
-        const Floats scale = multiply(load(block.scales + p * block.scales_stride + v * kLanes), set(header[i].scale));
+        const Floats scale = scales_with<storage>(block.scales + p * block.scales_stride, v * kLanes, header[i].scale);
         store(sum, add(load(sum), multiply(to_floats(total[i][p][v]), scale)));
       }
     }
@@ -134,13 +153,14 @@ template <Storage storage, int R, int P>
 void multiply_blocks(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights, int64_t first,
                      int64_t apart, float* out) {
   constexpr int64_t kScalesAhead = 8;  // blocks
-  const int64_t panel_bytes = static_cast<int64_t>(weights.panel_bytes), scales = weights.blocks * kPanel;
+  constexpr int64_t kScales = kPanel * scale_bytes(storage);  // bytes of a panel's scales for a block
+  const int64_t panel_bytes = static_cast<int64_t>(weights.panel_bytes), scales = weights.blocks * kScales;
   PanelBlock block{weights.data + first * panel_bytes, apart * panel_bytes, weights.scales + first * scales, apart * scales};
   const int64_t out_stride = apart * rows * kPanel;
   const Parts<R> parts(rows);
   for (int p = 0; p < P; ++p) memset(out + p * out_stride, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
-  for (int64_t b = 0; b < weights.blocks; ++b, block.weights += panel_bytes / weights.blocks, block.scales += kPanel) {
-    for (int p = 0; p < P; ++p) __builtin_prefetch(block.scales + p * block.scales_stride + kScalesAhead * kPanel);
+  for (int64_t b = 0; b < weights.blocks; ++b, block.weights += panel_bytes / weights.blocks, block.scales += kScales) {
+    for (int p = 0; p < P; ++p) __builtin_prefetch(block.scales + p * block.scales_stride + kScalesAhead * kScales);
     parts.each([&](auto count, int64_t row) {
       multiply_block<storage, count, P>(x + row, b, layout, block, out_stride, out + row * kPanel);
     });
@@ -160,6 +180,9 @@ void multiply_panels(const uint8_t* const* x, int64_t rows, const QuantizedLayou
 
 void multiply_quantized(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
                         int64_t first, int64_t count, float* out) {
-  if (weights.storage == Storage::int8) return multiply_panels<Storage::int8>(x, rows, layout, weights, first, count, out);
-  multiply_panels<Storage::int4>(x, rows, layout, weights, first, count, out);
+  switch (weights.storage) {
+    case Storage::int8: return multiply_panels<Storage::int8>(x, rows, layout, weights, first, count, out);
+    case Storage::mxfp4: return multiply_panels<Storage::mxfp4>(x, rows, layout, weights, first, count, out);
+    default: return multiply_panels<Storage::int4>(x, rows, layout, weights, first, count, out);
+  }
 }

@@ -17,7 +17,7 @@ struct Random {
 };
 
 std::vector<uint8_t> random_panels(Storage storage, Random& random) {
-  const int bits = storage == Storage::fp32 ? 32 : storage == Storage::int8 ? 8 : storage == Storage::int4 ? 4 : 16;
+  const int bits = storage == Storage::fp32 ? 32 : storage == Storage::int8 ? 8 : storage >= Storage::int4 ? 4 : 16;
   std::vector<uint8_t> panels(static_cast<size_t>(kPanels * kBlocks * kBlock * kPanel * bits / 8));
   for (size_t i = 0; i < panels.size(); i += 4) {
     // fp16 and bf16: small numbers of either sign; fp32: a real number.
@@ -47,8 +47,11 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
   const std::vector<uint8_t> data = random_panels(storage, random);
   std::vector<float> scales(kPanels * kBlocks * kPanel), x(kRows * kColumns);
   for (float& scale : scales) scale = random.real();
+  std::vector<uint8_t> exponents(scales.size());
+  for (uint8_t& exponent : exponents) exponent = static_cast<uint8_t>(random() % 16 + 120);
+  const uint8_t* held = scale_bytes(storage) == 1 ? exponents.data() : reinterpret_cast<const uint8_t*>(scales.data());
   for (float& value : x) value = random.real();
-  const Matrix weights{storage, data.data(), data.size() / kPanels, scales.data(), kColumns, kBlock, kBlocks};
+  const Matrix weights{storage, data.data(), data.size() / kPanels, held, kColumns, kBlock, kBlocks};
   const QuantizedLayout layout = quantized_layout(kBlock, kBlocks);
   std::vector<uint8_t> records(static_cast<size_t>(kRows * layout.row_bytes)), plain_records = records;
   std::vector<float> bfloats(x), plain_bfloats(x);
@@ -78,7 +81,7 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
       kernels.multiply_bfloats(as_bfloats.data(), rows, weights, first, panels, out.data());
       if (!close(out, expected)) return false;
     }
-    if (storage != Storage::int8 && storage != Storage::int4) continue;
+    if (storage < Storage::int8) continue;
     kPlainKernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, expected.data());
     kernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, out.data());
     if (!same(out, expected)) return false;
@@ -115,7 +118,7 @@ bool sums_agree(const Kernels& kernels, Random& random) {
 bool agrees_with_plain(const Kernels& kernels) {
   if (&kernels == &kPlainKernels) return true;
   Random random;
-  for (Storage storage : {Storage::fp32, Storage::fp16, Storage::bf16, Storage::int8, Storage::int4}) {
+  for (Storage storage : {Storage::fp32, Storage::fp16, Storage::bf16, Storage::int8, Storage::int4, Storage::mxfp4}) {
     if (!storage_agrees(kernels, storage, random)) return false;
   }
   return activations_agree(kernels, random) && sums_agree(kernels, random);

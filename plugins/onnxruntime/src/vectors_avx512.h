@@ -48,6 +48,15 @@ inline Ints top_byte(Ints v, int j) {
   const Ints top = _mm512_set1_epi32(static_cast<int32_t>(0xff000000u));
   return _mm512_and_si512(_mm512_sll_epi32(v, _mm_cvtsi32_si128(24 - 8 * j)), top);
 }
+// The number in a table of 16 for each byte, which is its place.
+inline Ints look_up(const int8_t (&table)[16], Ints places) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), places);
+}
+// 2^(e - 127) for kLanes bytes e; 0 instead of 2^-127.
+inline Floats load_powers(const uint8_t* p) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 23));
+}
 inline Ints low_nibbles(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline Ints high_nibbles(Ints v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
 

@@ -42,6 +42,17 @@ inline Ints top_byte(Ints v, int j) {
                                              {255, 255, 255, 3, 255, 255, 255, 7, 255, 255, 255, 11, 255, 255, 255, 15}};
   return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(v), vld1q_u8(kPlaces[j])));
 }
+// The number in a table of 16 for each byte, which is its place.
+inline Ints look_up(const int8_t (&table)[16], Ints places) {
+  return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(table), vreinterpretq_u8_s32(places)));
+}
+// 2^(e - 127) for kLanes bytes e; 0 instead of 2^-127.
+inline Floats load_powers(const uint8_t* p) {
+  uint32_t four;
+  memcpy(&four, p, sizeof four);
+  const uint16x8_t wide = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
+  return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vget_low_u16(wide)), 23));
+}
 inline Ints low_nibbles(Ints v) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(v), vdupq_n_u8(15))); }
 inline Ints high_nibbles(Ints v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), 4)); }
 

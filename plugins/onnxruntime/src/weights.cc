@@ -8,7 +8,7 @@ namespace rq {
 namespace {
 
 // The kernels' name for each format group. That of float weights depends on their type.
-constexpr Storage kStorage[] = {Storage::fp32, Storage::int8, Storage::int4};
+constexpr Storage kStorage[] = {Storage::fp32, Storage::int8, Storage::int4, Storage::mxfp4};
 static_assert(std::size(kStorage) == kGroups, "each format group has its kernels");
 
 // Reads the inputs of a node in order, and skips missing ones: in version 1 of the op set, nodes have empty inputs for formats
@@ -53,7 +53,7 @@ Matrix float_group(const Tensor& weights, const char* name, int64_t columns) {
 Matrix quantized_group(const Tensor& packed, const Tensor& scales, const FormatGroup& group, Storage storage, int64_t columns) {
   const char* name = group.weights;
   require_type(packed, name, kUint8, "uint8");
-  require_type(scales, group.scales, kFloat, "float");
+  require_type(scales, group.scales, scale_bytes(storage) == 1 ? kUint8 : kFloat, scale_bytes(storage) == 1 ? "uint8" : "float");
   require(packed.dim(3) == 4 * kPanel, name, " has groups of ", packed.dim(3), " bytes, not ", 4 * kPanel);
   require(scales.dim(0) == packed.dim(0) && scales.dim(1) == packed.dim(1) && scales.dim(3) == kPanel, "the scales of ", name,
           " have other slots or panels");
@@ -63,7 +63,7 @@ Matrix quantized_group(const Tensor& packed, const Tensor& scales, const FormatG
   require(block > 0 && block % 16 == 0 && block <= kMaxBlock, name, " has blocks of ", block, ", not a multiple of 16 up to ",
           kMaxBlock);
   require((columns + block - 1) / block == blocks, name, " has ", blocks, " blocks of ", block, " for ", columns, " columns");
-  return {storage, packed.as<uint8_t>(), static_cast<size_t>(packed.dim(2) * packed.dim(3)), scales.as<float>(), columns, block,
+  return {storage, packed.as<uint8_t>(), static_cast<size_t>(packed.dim(2) * packed.dim(3)), scales.as<uint8_t>(), columns, block,
           blocks};
 }
 
@@ -120,7 +120,7 @@ Matrix SlotWeights::of(const Bound& bound, int64_t slot) const {
   const int64_t format = formats_[slot], place = places_[slot];
   Matrix matrix = bound.groups[format];
   matrix.data += static_cast<size_t>(place) * bound.slot_bytes[format];
-  if (matrix.scales) matrix.scales += place * bound.panels * matrix.blocks * kPanel;
+  if (matrix.scales) matrix.scales += place * bound.panels * matrix.blocks * kPanel * scale_bytes(matrix.storage);
   return matrix;
 }
 

@@ -7,9 +7,10 @@ import numpy as np
 
 from rq_compile.checkpoint.safetensors_file import not_finite
 from rq_compile.checkpoint.storage.decoding import Codes, Groups, differences, read_codes, scaled
-from rq_compile.checkpoint.storage.packings import Packing
+from rq_compile.checkpoint.storage.packings import E2M1_PAIRS, Packing
 from rq_compile.checkpoint.storage.scales import Scales
 from rq_compile.checkpoint.storage.weight import BF16, Weight
+from rq_compile.quantization.formats import Format
 from rq_compile.quantization.source_integers import SourceIntegers
 
 
@@ -53,6 +54,11 @@ class Quantized(Weight):
     @property
     def integer_group(self) -> int | None:
         return self.scales.width if self.packing.whole_numbers and self.column_scale is None else None
+
+    @property
+    def slot_format(self) -> Format | None:
+        plain = self.zeros is None and self.column_scale is None
+        return "mxfp4" if plain and self.packing is E2M1_PAIRS and self.scales.powers_of_two else None
 
     def _codes(self, rows: slice) -> Codes:
         return read_codes(self.packing, self.packed, self.parts[self.packed], rows, self.matrix_shape)

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor, read_rows, read_tensor
+from rq_compile.quantization.formats import Format
 from rq_compile.quantization.source_integers import SourceIntegers
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -62,6 +63,11 @@ class Weight(ABC):
     @property
     def integer_group(self) -> int | None:
         """Number of columns that share a scale of ``integers``; None if there are none."""
+        return None
+
+    @property
+    def slot_format(self) -> Format | None:
+        """The slot format that stores weights as this storage format does, if there is one."""
         return None
 
     def read(self, index: int | None = None) -> np.ndarray:

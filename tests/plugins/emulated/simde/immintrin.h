@@ -29,6 +29,7 @@ inline simde__m512 floats_of_words(simde__m512i a) { return each<simde__m512, fl
 inline simde__m512i words_of_shorts(simde__m256i a) {
   return each<simde__m512i, int32_t, uint16_t, 16>(a, converted<int32_t, uint16_t>);
 }
+inline simde__m512i words_of_bytes(simde__m128i a) { return each<simde__m512i, int32_t, uint8_t, 16>(a, converted<int32_t, uint8_t>); }
 inline simde__m512 floats_of_halves(simde__m256i a) {
   return each<simde__m512, float, _Float16, 16>(a, converted<float, _Float16>);
 }
@@ -47,4 +48,5 @@ inline simde__m512i multiplied_pairs(simde__m512i a, simde__m512i b) {
 #define _mm512_madd_epi16 emulated::multiplied_pairs
 #define _mm512_cvtepi32_ps emulated::floats_of_words
 #define _mm512_cvtepu16_epi32 emulated::words_of_shorts
+#define _mm512_cvtepu8_epi32 emulated::words_of_bytes
 #define _mm512_cvtph_ps emulated::floats_of_halves

@@ -6,10 +6,11 @@ Two models, with int8 experts and dense part: the sample (samples/olmoe), and th
 rq-compile  the Triton package in a real tritonserver
 before      the same engine and server with the model.py of ``--before COMMIT``: a thread and a cache for each request
 
-Each client sends one request after another, with a random prompt of 16 to 256 tokens and an answer of 16 to 128, and reads it
-token by token over HTTP. After ``--warm-up`` seconds, all tokens that come within ``--seconds`` are counted. "first_ms" is the
-time from a request to its first token, "between_ms" that between two tokens of an answer. "memory_mb" is the largest
-proportional set size (PSS) of the server's processes: mapped weights count, too.
+Each client sends one request after another, with a random prompt of 16 to 256 tokens and an answer of 16 to 128, and reads it as
+a stream over HTTP. After ``--warm-up`` seconds, all tokens that come within ``--seconds`` are counted. "first_ms" is the time
+from a request to its first token, "between_ms" that between two tokens of an answer; tokens that come in one event count once.
+"memory_mb" is the largest proportional set size (PSS) of the server's processes: mapped weights count, too. "server_cpus" and
+"clients_cpus" are the processors that the server and the clients took on average.
 
     python benchmarks/serving.py --folder /scratch --before 3820b76 --only-make
     python benchmarks/serving.py --folder /scratch --model sample --server rq-compile --clients 1 8 32
@@ -30,7 +31,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,8 +42,9 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 import numpy as np
 from generated_checkpoint import OLMOE_1B_7B, generate
 from plans import plan_of
-from processes_memory import memory
+from processes_memory import family, memory
 from provenance import processor, provenance
+from streaming_clients import Client, Times, run
 
 from rq_compile.architectures.model import Model
 from rq_compile.cli.main import main as rq_compile
@@ -88,47 +90,11 @@ def make(name: str, folder: Path, before: str | None) -> None:
                 (version / file).write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
-@dataclass
-class Load:
-    """Clients that ask one after another, until ``stop``; every token's time is noted."""
-
-    vocabulary: int
-    stop: threading.Event = field(default_factory=threading.Event)
-    tokens: list[float] = field(default_factory=list)
-    first: list[tuple[float, float]] = field(default_factory=list)  # when, and seconds since the request
-    between: list[tuple[float, float]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def client(self, number: int) -> None:
-        random = np.random.default_rng([7, number])
-        while not self.stop.is_set():
-            prompt = random.integers(1, self.vocabulary, random.integers(*PROMPTS)).tolist()
-            try:
-                self.ask(prompt, int(random.integers(*ANSWERS)))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                self.failures.append(str(error))
-                return
-
-    def ask(self, prompt: list[int], most: int) -> None:
-        path, body = "/v2/models/model/generate_stream", {"input_ids": prompt, "max_tokens": most, "stream": True}
-        connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=120)
-        begun = last = time.perf_counter()
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise ValueError(response.read().decode())
-        count = 0
-        while line := response.readline():
-            # The last event of an answer may have text that was held back, and no token.
-            if not line.startswith(b"data: ") or b'"token_ids":[]' in line:
-                continue
-            now = time.perf_counter()
-            self.tokens.append(now)
-            (self.between if count else self.first).append((now, now - (last if count else begun)))
-            last, count = now, count + 1
-        connection.close()
-        if count != most:
-            raise ValueError(f"{count} tokens instead of {most}")
+def requests(number: int, vocabulary: int) -> Iterator[tuple[list[int], int]]:
+    """What client ``number`` asks: random prompts, each with the length of its answer."""
+    random = np.random.default_rng([7, number])
+    while True:
+        yield random.integers(1, vocabulary, random.integers(*PROMPTS)).tolist(), int(random.integers(*ANSWERS))
 
 
 @contextmanager
@@ -159,6 +125,15 @@ def configure(config: Path, slots: int) -> None:
     config.write_text(text)
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process and its children so far."""
+    ticks = 0
+    for member in family(pid):
+        fields = Path(f"/proc/{member}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def answers(path: str) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=5)
     try:
@@ -172,34 +147,37 @@ def answers(path: str) -> bool:
 
 def measured(name: str, server: str, clients: int, settings: argparse.Namespace) -> Row:
     folder, slots = settings.folder / name, max(SLOTS, clients)
-    manifest = json.loads((folder / "model.json").read_text())
-    load = Load(manifest["vocabulary"])
+    vocabulary = json.loads((folder / "model.json").read_text())["vocabulary"]
+    times, stop, failures = Times(), threading.Event(), list[str]()
+    asking = [Client(PORT, requests(number, vocabulary), times) for number in range(clients)]
     with serving(server, folder, slots, settings.tritonserver) as process:
-        threads = [threading.Thread(target=load.client, args=(number,)) for number in range(clients)]
-        for thread in threads:
-            thread.start()
+        thread = threading.Thread(target=run, args=(asking, stop, failures))
+        thread.start()
         time.sleep(settings.warm_up)
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), (cpu_seconds(process.pid), time.process_time())
         most = 0
         while (ended := time.perf_counter()) < begun + settings.seconds:
             most = max(most, memory(process.pid))
             time.sleep(1)
-        load.stop.set()
-        for thread in threads:
-            thread.join(60)
-    if load.failures:
-        raise SystemExit(f"{len(load.failures)} requests failed: {load.failures[0]}")
-    first, between = ([1e3 * took for when, took in noted if begun <= when <= ended] for noted in (load.first, load.between))
+        server_cpus = (cpu_seconds(process.pid) - used[0]) / (ended - begun)
+        clients_cpus = (time.process_time() - used[1]) / (ended - begun)
+        stop.set()
+        thread.join(60)
+    if failures:
+        raise SystemExit(f"{len(failures)} requests failed: {failures[0]}")
+    first, between = ([1e3 * took for when, took in noted if begun <= when <= ended] for noted in (times.first, times.between))
     return {
         "model": name,
         "server": server,
         "clients": clients,
-        "tokens_per_s": round(sum(begun <= when <= ended for when in load.tokens) / (ended - begun), 1),
+        "tokens_per_s": round(sum(begun <= when <= ended for when in times.tokens) / (ended - begun), 1),
         "first_ms": round(median(first), 1),
         "first_p99_ms": round(float(np.percentile(first, 99)), 1),
         "between_ms": round(median(between), 2),
         "between_p99_ms": round(float(np.percentile(between, 99)), 2),
         "memory_mb": round(most / 1e6),
+        "server_cpus": round(server_cpus, 2),
+        "clients_cpus": round(clients_cpus, 2),
         "slots": slots,
         "threads": THREADS,
         "seconds": round(ended - begun, 1),

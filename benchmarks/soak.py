@@ -4,9 +4,9 @@ A real tritonserver serves two models, each from its own folder. Clients of rand
 as a whole or token by token, cancel over gRPC, close the connection in the middle, send requests that make no sense, prompts of
 many scripts, and prompts of hundreds of tokens. Every answer that is not refused or abandoned must be the one that the same
 request got before, whoever shares its steps. Where two tokens are equally likely but for rounding, an answer may go on with
-either: up to one in a hundred different requests may have two answers ("near_ties"). Half-way the second model is unloaded while
-it streams, and loaded again. At the end the server is killed (SIGKILL), which all of its processes must follow, and started
-again.
+either. Each such pair of answers is proved: at its first difference, the log probabilities of the two tokens must be within
+``NEAR`` ("near_ties", "widest_tie"). Half-way the second model is unloaded while it streams, and loaded again. At the end the
+server is killed (SIGKILL), which all of its processes must follow, and started again.
 
     python benchmarks/soak.py --model DIR --model DIR --minutes 20 --clients 8 32
 
@@ -38,7 +38,10 @@ import numpy as np
 import tritonclient.grpc as grpc
 from processes_memory import family, memory
 from provenance import processor, provenance
+from tokenizers import Tokenizer
 from triton_server import Server, pieces, read_config, tensors, write_config
+
+from rq_compile.standalone.text import open_tokenizer
 
 RESULTS = ROOT / "benchmarks" / "results" / "soak.json"
 TEXTS = (
@@ -63,6 +66,8 @@ NONSENSE: tuple[tuple[dict[str, Any], str], ...] = (
 )
 TOKENS = (4, 40)
 LONGEST = 2048
+# Two tokens whose log probabilities are this near are equally likely but for rounding: padding changes each by up to 1e-4.
+NEAR = 2e-4
 # A model that is unloaded while it streams must end its streams within this many seconds.
 UNLOADED_WITHIN = 15.0
 
@@ -76,7 +81,7 @@ class Soak:
     stop: threading.Event = field(default_factory=threading.Event)
     known: dict[tuple[str, str, int], list[int]] = field(default_factory=dict)
     done: Counter[str] = field(default_factory=Counter)
-    near_ties: set[tuple[str, str, int]] = field(default_factory=set)  # requests that got two answers
+    others: dict[tuple[str, str, int], list[int]] = field(default_factory=dict)  # another answer to the same request
     faults: list[str] = field(default_factory=list)
     resting: set[str] = field(default_factory=set)  # models that may be away
 
@@ -102,7 +107,18 @@ class Soak:
     def check(self, model: str, request: dict[str, Any], tokens: list[int]) -> None:
         key = model, request["text_input"], request["max_tokens"]
         if self.known.setdefault(key, tokens) != tokens:
-            self.near_ties.add(key)
+            self.others[key] = tokens
+
+    def tie(self, key: tuple[str, str, int], tokenizer: Tokenizer) -> float:
+        """How far apart the two answers' tokens are at their first difference, in log probabilities."""
+        model, text, _ = key
+        one, other = self.known[key], self.others[key]
+        at = next(place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
+        prompt = [*tokenizer.encode(text).ids, *one[:at]]
+        said = json.loads(self.server.post(model, "generate", input_ids=prompt, max_tokens=1, logprobs=20))
+        (choice,) = json.loads(said["logprobs"])
+        likely = dict(choice["top"])
+        return abs(likely.get(one[at], -np.inf) - likely.get(other[at], np.inf))
 
     def whole(self, chance: random.Random, model: str) -> None:
         request = self.request(chance)
@@ -231,8 +247,9 @@ def soak(folders: Sequence[Path], seconds: float, clients: Sequence[int], scratc
         for model, text, most in list(state.known)[:20]:
             request = {"text_input": text, "max_tokens": most}
             state.check(model, request, server.generate(model, **request)[1])
-    if len(state.near_ties) > max(1, len(state.known) // 100):
-        state.faults.append(f"{len(state.near_ties)} requests got two answers, among them {min(state.near_ties)}")
+        tokenizers = {path.parents[1].name: open_tokenizer(path) for path in scratch.glob("repository*/*/1/*.tokenizer.json")}
+        ties = {key: state.tie(key, tokenizers[key[0]]) for key in state.others}
+    state.faults += [f"{key} got two answers; their tokens are {apart:.2g} apart" for key, apart in ties.items() if apart > NEAR]
     warm = [size for when, size in sizes if seconds / 5 < when]
     tenth = max(1, len(warm) // 10)
     return {
@@ -241,7 +258,8 @@ def soak(folders: Sequence[Path], seconds: float, clients: Sequence[int], scratc
         "models": models,
         "requests": dict(state.done),
         "different_requests": len(state.known),
-        "near_ties": len(state.near_ties),
+        "near_ties": len(ties),
+        "widest_tie": max(ties.values(), default=None),
         "faults": len(state.faults),
         "first_faults": state.faults[:5],
         "unloaded_after_s": None if unloaded is None else round(unloaded, 1),

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 LAST, ALL = 1, 0
 
 
-def open_session(engine: Path, manifest: Mapping[str, Any], op_library: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """A session of the engine on ``threads`` CPU threads; 0 means ONNX Runtime's default. ``op_library``: the library's path."""
+def open_session(
+    engine: Path, manifest: Mapping[str, Any], op_library: Path, threads: int = 0, spin: int | None = None
+) -> onnxruntime.InferenceSession:
+    """A session of the engine on ``threads`` CPU threads; 0 means ONNX Runtime's default. ``op_library``: the library's path.
+
+    ``spin``: microseconds for which a thread without work keeps its processor; default: ONNX Runtime's, which has no limit for
+    some milliseconds. Releases of ONNX Runtime that lack the setting ignore it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -24,6 +30,8 @@ def open_session(engine: Path, manifest: Mapping[str, Any], op_library: Path, th
     options.intra_op_num_threads = threads
     # Otherwise ONNX Runtime keeps a plan of the memory for every combination of shapes that it has seen.
     options.enable_mem_pattern = False
+    if spin is not None:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin))
     if manifest["lowering"] == "batched":
         # Otherwise, constant folding would keep fp32 copies of the 16-bit weights.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "65536")

@@ -8,7 +8,7 @@ admitted only if the cache has room for its prompt and its longest answer, so th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Condition
@@ -45,14 +45,20 @@ class AnswerFailed(RuntimeError):
     """The engine failed, or the scheduler was closed before the answer was complete."""
 
 
+# Called in the scheduler's thread with each token of an answer, and with None at its end; it must return at once.
+Listener = Callable[["Answer", Choice | None], None]
+
+
 class Answer:
-    """The answer to one request. Iterate over it, in one thread, to get its tokens as they come.
+    """The answer to one request. Iterate over it, in one thread, to get its tokens as they come, unless a listener gets them.
 
     ``finish_reason``: None until the answer has ended. "stop": the token that ends a text came (it is not part of the answer);
     "length": the answer has ``max_tokens``; "cancelled"; "error": ``error`` says what failed.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], params: SamplingParams, max_tokens: int) -> None:
+    def __init__(
+        self, prompt_ids: Sequence[int], params: SamplingParams, max_tokens: int, listener: Listener | None = None
+    ) -> None:
         self.prompt_ids = list(prompt_ids)
         self.params = params
         self.max_tokens = max_tokens
@@ -60,6 +66,7 @@ class Answer:
         self.error: str | None = None
         self.cancelled = False
         self._choices: SimpleQueue[Choice | None] = SimpleQueue()
+        self._listener = listener
 
     def __iter__(self) -> Iterator[Choice]:
         """
@@ -92,7 +99,13 @@ class Answer:
 
     def _end(self, reason: FinishReason, error: str | None = None) -> None:
         self.error, self.finish_reason = error, reason
-        self._choices.put(None)
+        self._put(None)
+
+    def _put(self, choice: Choice | None) -> None:
+        if self._listener is None:
+            self._choices.put(choice)
+        else:
+            self._listener(self, choice)
 
 
 class _Sequence:
@@ -120,7 +133,7 @@ class _Sequence:
             self.answer._end("stop")
             return
         self.tokens.append(choice.token)
-        self.answer._choices.put(choice)
+        self.answer._put(choice)
         if len(self.tokens) == self.longest:
             self.answer._end("length")
 
@@ -169,15 +182,15 @@ class Scheduler:
         self._prompt = Batch(model)  # that of the first of them
         self._groups: dict[Hashable, _Group] = {}
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Answer:
-        """Ask for the continuation of ``prompt_ids``.
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener | None = None) -> Answer:
+        """Ask for the continuation of ``prompt_ids``. A ``listener`` gets the tokens in place of who iterates over the answer.
 
         Raises:
             RequestRefused: the prompt is empty or has a token outside the vocabulary, or the request is too long.
             QueueFull: too many requests wait.
             AnswerFailed: the scheduler is closed.
         """
-        answer = Answer(prompt_ids, params, self._most_tokens(prompt_ids, params))
+        answer = Answer(prompt_ids, params, self._most_tokens(prompt_ids, params), listener)
         sequence = _Sequence(answer, params.ends(self._model.end_of_text))
         with self._changed:
             if self._closed:

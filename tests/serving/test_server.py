@@ -442,6 +442,29 @@ def test_a_model_without_a_chat_template(stages: Path) -> None:
         socket.create_connection((host, int(port)), 2)
 
 
+def test_a_server_whose_model_has_ended_refuses_with_503(engine: rq.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is under way, one that waits, and those that come later."""
+    ending = ServedModel(engine, "ending", slots=1, max_length=None, max_waiting=2)
+    slow(ending, monkeypatch)
+    servers = running(ending)
+    address = next(servers)
+
+    def ask(_: int) -> httpx.Response:
+        return httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT, "max_tokens": 230, "ignore_eos": True})
+
+    with ThreadPoolExecutor(2) as clients:
+        answers = clients.map(ask, range(2))
+        until(lambda: (ending.running, ending.waiting) == (1, 1))
+        ending.scheduler.close()
+        told = [*answers, ask(2)]
+    for answer in told:
+        refused(answer, 503, "the model was unloaded before the answer was complete; send the request again")
+        assert answer.headers["retry-after"] == "1"
+    assert httpx.get(f"{address}/health").status_code == 503
+    with pytest.raises(StopIteration):
+        next(servers)
+
+
 def test_every_event_is_one_line_of_json(served: str) -> None:
     body = {"prompt": PROMPT, "max_tokens": 6, "stream": True}
     lines = httpx.post(f"{served}/v1/completions", json=body).text.split("\n\n")

@@ -1,11 +1,11 @@
 """Serves the engine in this folder with Triton's python backend: text in, text out, token by token if requested.
 
-All requests share one session and, through the scheduler, each of its steps. A thread for each request sends its answer.
+All requests share one session and, through the scheduler, each of its steps. One thread sends all answers: a thread for each
+answer would take the processor from the steps, and more so the more clients there are.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Event, Thread
@@ -17,6 +17,7 @@ import triton_python_backend_utils as backend
 
 from .batch import fitting_tokens
 from .decoding import decode, open_session
+from .inbox import Inbox
 from .limits import free_memory, session_threads
 from .request_parameters import PARAMETERS as SAMPLING
 from .request_parameters import messages_of, request_params
@@ -28,6 +29,9 @@ from .text import TextStream, open_tokenizer
 HERE = Path(__file__).absolute().parent
 # Requests that are accepted beside those in slots, so that a slot that becomes free is used at once.
 NEXT = 8
+# Microseconds for which a thread of the engine keeps its processor between two ops. ONNX Runtime's default lasts into the time in
+# which the server needs the processor, to send the tokens.
+SPIN = 100
 # Seconds between two looks at whether a client has gone. Each asks the server, which takes as long as to send a token.
 PATIENCE = 0.2
 # Seconds between two looks at whether the model is being unloaded.
@@ -60,7 +64,7 @@ class TritonPythonModel:
         )
         engine = next(HERE.glob("*.onnx"))
         self.manifest = json.loads(engine.with_suffix(".json").read_text(encoding="utf-8"))
-        self.session = open_session(engine, self.manifest, HERE / "librq_moe.so", session_threads(threads))
+        self.session = open_session(engine, self.manifest, HERE / "librq_moe.so", session_threads(threads), SPIN)
         file = self.manifest["tokenizer"]
         self.tokenizer = None if file is None else open_tokenizer(HERE / file["name"])
         self.chat_template = self.read_chat_template()
@@ -79,7 +83,10 @@ class TritonPythonModel:
         self.watching = Thread(target=self.watch, args=watched, name="watch", daemon=True)
         self.watching.start()
         self.free = BoundedSemaphore(slots + NEXT)
-        self.workers = ThreadPoolExecutor(slots + NEXT)
+        self.open: set[Reply] = set()
+        self.inbox: Inbox[Reply] = Inbox()
+        self.sending = Thread(target=self.send_answers, name="send", daemon=True)
+        self.sending.start()
 
     def read_chat_template(self) -> Any:
         if self.manifest["chat_template"] is None:
@@ -91,22 +98,42 @@ class TritonPythonModel:
 
     def execute(self, requests: list) -> None:
         for request in requests:
-            sender = request.get_response_sender()
-            try:
-                asked = self.read(request)
-            except ValueError as error:
-                refuse(sender, str(error), backend.TritonError.INVALID_ARG)
-                continue
+            reply = Reply(request.get_response_sender(), self.tokenizer)
             # Further requests wait in Triton's queue, where its limits and metrics apply.
             self.free.acquire()
-            self.workers.submit(self.answer, asked, sender)
+            self.open.add(reply)
+            try:
+                asked = self.read(request)
+                reply.expect(asked)
+                reply.answer = self.scheduler.submit(self.prompt_ids(asked), asked.params, self.inbox.listener(reply))
+            except Exception as error:
+                reply.refuse(error)
+                self.forget(reply)
+
+    def forget(self, reply: "Reply") -> None:
+        self.open.discard(reply)
+        self.free.release()
+
+    def send_answers(self) -> None:
+        """Send to each client what has arrived for it, until the model is unloaded."""
+        looked = monotonic()
+        while (arrived := self.inbox.take(PATIENCE)) is not None:
+            for reply, (answer, choices) in arrived.items():
+                if reply.add(answer, choices):
+                    self.forget(reply)
+            if (now := monotonic()) > looked + PATIENCE:
+                looked = now
+                for reply in self.open.copy():
+                    if reply.departed:
+                        reply.answer.cancel()
 
     def finalize(self) -> None:
         self.ended.set()
         self.scheduler.close()
         self.watching.join()
         self.stepping.join()
-        self.workers.shutdown()
+        self.inbox.close()
+        self.sending.join()
 
     def watch(self, name: str, version: str) -> None:
         """End all answers when the model is being unloaded: the server waits for them before it calls ``finalize``."""
@@ -143,22 +170,6 @@ class TritonPythonModel:
         params.check_tokens(self.manifest["vocabulary"])
         return Request(prompt, messages is not None, params, stream is not None and bool(stream[0]))
 
-    def answer(self, request: Request, sender: Any) -> None:
-        try:
-            choices = wanted(self.scheduler.submit(self.prompt_ids(request), request.params), sender)
-            pieces = self.pieces(choices, request.params.stop)
-            for text, chosen in pieces if request.stream else [whole(list(pieces))]:
-                sender.send(response(text, chosen, request.params.logprobs is not None))
-            sender.send(flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except ValueError as error:
-            refuse(sender, str(error), backend.TritonError.INVALID_ARG)
-        except AnswerFailed as error:
-            refuse(sender, str(error), backend.TritonError.UNAVAILABLE)
-        except Exception as error:  # only the failed request must end
-            refuse(sender, f"the engine failed: {error}", backend.TritonError.INTERNAL)
-        finally:
-            self.free.release()
-
     def prompt_ids(self, request: Request) -> list[int]:
         """The prompt's token ids, or a ValueError with a sentence for the client."""
         if isinstance(request.prompt, list):
@@ -172,44 +183,68 @@ class TritonPythonModel:
         prompt = self.chat_template.render(messages_of(request.prompt))
         return self.tokenizer.encode(prompt, add_special_tokens=False).ids
 
-    def pieces(self, choices: Iterator[Choice], stop: Sequence[str]) -> Iterator[tuple[str, list[Choice]]]:
-        """Each token with the text that it completes, which is empty while a character is incomplete. Text that is still held
-        back comes last, without a token. Without a tokenizer, there is no text, and stop strings have no effect."""
-        if self.tokenizer is None:
-            yield from (("", [choice]) for choice in choices)
-            return
-        stream = TextStream(self.tokenizer, stop=stop)
-        for choice in choices:
-            yield stream.push(choice.token), [choice]
-            if stream.stopped is not None:
-                return
-        if held := stream.end():
-            yield held, []
 
+class Reply:
+    """What a client gets: a response for each token, or for all tokens that have arrived together; or one response with all.
 
-def whole(pieces: list[tuple[str, list[Choice]]]) -> tuple[str, list[Choice]]:
-    return "".join(text for text, _ in pieces), [choice for _, choices in pieces for choice in choices]
+    ``answer``: None until the scheduler has the request. Without a tokenizer there is no text, and stop strings have no effect.
+    """
 
+    def __init__(self, sender: Any, tokenizer: Any) -> None:
+        self.answer: Answer | None = None
+        self._sender, self._tokenizer = sender, tokenizer
+        self._text, self._choices = "", list[Choice]()
+        self._ended = False
 
-def wanted(answer: Answer, sender: Any) -> Iterator[Choice]:
-    """The tokens of the answer, as long as its client is there."""
-    looked = monotonic()
-    try:
-        while True:
-            choice: Choice | None = None
+    def expect(self, request: Request) -> None:
+        self._streams, self._logprobs = request.stream, request.params.logprobs is not None
+        self._decoded = None if self._tokenizer is None else TextStream(self._tokenizer, stop=request.params.stop)
+
+    @property
+    def departed(self) -> bool:
+        """Whether the client has gone, and the answer is still under way."""
+        return self.answer is not None and not self.answer.cancelled and bool(self._sender.is_cancelled())
+
+    def add(self, answer: Answer, choices: Sequence[Choice | None]) -> bool:
+        """Take the next tokens of ``answer``, and None at its end. Returns whether that was the end."""
+        if not self._ended:
             try:
-                if (choice := answer.next(PATIENCE)) is None:
-                    return
-            except TimeoutError:
-                pass  # it waits for a slot
-            if (now := monotonic()) > looked + PATIENCE:
-                looked = now
-                if sender.is_cancelled():
-                    answer.cancel()
-            if choice is not None and not answer.cancelled:
-                yield choice
-    finally:
-        answer.cancel()
+                self._add(answer, choices)
+            except Exception as error:  # only the failed request must end
+                answer.cancel()
+                self.refuse(error)
+        return None in choices
+
+    def refuse(self, error: Exception) -> None:
+        """End with an error."""
+        self._ended = True
+        code = backend.TritonError.UNAVAILABLE if isinstance(error, AnswerFailed) else backend.TritonError.INTERNAL
+        code = backend.TritonError.INVALID_ARG if isinstance(error, ValueError) else code
+        message = str(error) if isinstance(error, ValueError | AnswerFailed) else f"the engine failed: {error}"
+        failure = backend.InferenceResponse(error=backend.TritonError(message, code))
+        self._sender.send(failure, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _add(self, answer: Answer, choices: Sequence[Choice | None]) -> None:
+        for choice in choices:
+            if choice is None:
+                if answer.error is not None:
+                    raise AnswerFailed(answer.error)
+                self._text += self._decoded.end() if self._decoded is not None else ""
+                self._ended = True
+            else:
+                self._choices.append(choice)
+                self._text += self._decoded.push(choice.token) if self._decoded is not None else ""
+                self._ended = self._decoded is not None and self._decoded.stopped is not None
+            if self._ended:
+                answer.cancel()
+                break
+        if answer.finish_reason == "cancelled" or (answer.cancelled and not self._ended):  # the client has gone
+            self._text, self._choices, self._streams = "", [], True
+        if (self._streams and (self._choices or self._text)) or (self._ended and not self._streams):
+            self._sender.send(response(self._text, self._choices, self._logprobs))
+            self._text, self._choices = "", []
+        if self._ended:
+            self._sender.send(flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def response(text: str, choices: list[Choice], logprobs: bool) -> Any:
@@ -221,8 +256,3 @@ def response(text: str, choices: list[Choice], logprobs: bool) -> Any:
         said = [{"token": choice.token, "logprob": choice.logprob, "top": choice.top} for choice in choices]
         tensors.append(backend.Tensor("logprobs", np.array([json.dumps(said).encode()], np.object_)))
     return backend.InferenceResponse(tensors)
-
-
-def refuse(sender: Any, message: str, code: int) -> None:
-    failure = backend.InferenceResponse(error=backend.TritonError(message, code))
-    sender.send(failure, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -124,8 +124,7 @@ class TritonPythonModel:
             if (now := monotonic()) > looked + PATIENCE:
                 looked = now
                 for reply in self.open.copy():
-                    if reply.departed:
-                        reply.answer.cancel()
+                    reply.look()
 
     def finalize(self) -> None:
         self.ended.set()
@@ -200,10 +199,10 @@ class Reply:
         self._streams, self._logprobs = request.stream, request.params.logprobs is not None
         self._decoded = None if self._tokenizer is None else TextStream(self._tokenizer, stop=request.params.stop)
 
-    @property
-    def departed(self) -> bool:
-        """Whether the client has gone, and the answer is still under way."""
-        return self.answer is not None and not self.answer.cancelled and bool(self._sender.is_cancelled())
+    def look(self) -> None:
+        """Cancel the answer if its client has gone."""
+        if self.answer is not None and not self.answer.cancelled and self._sender.is_cancelled():
+            self.answer.cancel()
 
     def add(self, answer: Answer, choices: Sequence[Choice | None]) -> bool:
         """Take the next tokens of ``answer``, and None at its end. Returns whether that was the end."""

@@ -15,7 +15,6 @@ to benchmarks/results/ablations.json.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).parents[1]
 
 from balance import Remembered, rows_of_plan
+from provenance import write_rows
 
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
@@ -213,7 +213,7 @@ def main() -> None:
     for title, rows in found.items():
         show(title, rows, Console(width=130))
     flat = [{"model": arguments.model, "ablation": title, **row} for title, rows in found.items() for row in rows]
-    arguments.output.write_text(json.dumps(flat, indent=1) + "\n")
+    write_rows(arguments.output, flat)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The rows are written to benchmarks/results/balance.json. In the paper (arXiv 260
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ import numpy as np
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
+
+from provenance import write_rows
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
@@ -193,7 +194,7 @@ def main() -> None:
     arguments = parser.parse_args()
     note = Console(stderr=True)
     rows = [row for model in arguments.models for row in rows_of_model(model, arguments.tokens, note)]
-    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(arguments.output, rows)
     show(rows, Console(width=170))
 
 

@@ -16,7 +16,6 @@ are used for all slots.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ import onnxruntime
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from one_layer import LAYER, compiled, random_experts
+from provenance import write_rows
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.calibration.schema import Calibration, LayerCalibration
@@ -184,7 +184,7 @@ def main() -> None:
                 rows.append(row)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from provenance import processor, provenance
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate, work_of
@@ -106,9 +107,10 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=["olmoe", "qwen2-moe", "top1", "deepseek-v2"])
     names = parser.parse_args().model
     kept = [row for row in json.loads(RESULTS.read_text()) if row["model"] not in names] if RESULTS.exists() else []
+    origin = {"processor": processor(), **provenance("rq-compile", "torch", "transformers")}
     for name in names:
         for row in rows(name):
-            kept.append(row)
+            kept.append(row | origin)
             print(row, flush=True)
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 

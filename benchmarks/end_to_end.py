@@ -14,7 +14,6 @@ The times by op come from ONNX Runtime's profile of our engines, summed by the g
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 from generated_checkpoint import OLMOE_1B_7B, SMALL, Model, generate
 from op_profile import op_times
+from provenance import write_rows
 from rich.console import Console
 
 from rq_compile.architectures.load import load_model
@@ -217,7 +217,7 @@ def main() -> None:
             print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     show(rows, Console(width=150))
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(arguments.output, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ The rows are written to benchmarks/results/formats.json.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 
 from balance import LENGTH, SAME_KIND
+from provenance import write_rows
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "formats.json")
     args = parser.parse_args()
     found = [row for name in args.models for row in rows(name)]
-    args.output.write_text(json.dumps(found, indent=1) + "\n")
+    write_rows(args.output, found)
     show(found, Console(width=140))
 
 

@@ -21,6 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
+from provenance import provenance
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "plugins" / "kernels")]
 
@@ -253,6 +254,7 @@ def main() -> None:
     }
     print(machine)
     rows: list[dict] = []
+    origin = provenance("rq-compile", "torch", "triton")
     for shape, format in itertools.product([s for s in SHAPES if s.name in args.shapes], args.formats):
         held = layer(shape, formats_of(shape, format), "cuda")
         for tokens, kind in itertools.product(args.tokens, args.routings):
@@ -261,7 +263,7 @@ def main() -> None:
             rows += found
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+                args.output.write_text(json.dumps({"machine": machine, **origin, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ The rows are written to benchmarks/results/large_model.json. At most 30 GB of di
 """
 
 import argparse
-import json
 import os
 import re
 import resource
@@ -48,6 +47,7 @@ from generated_checkpoint import (
     Model,
     generate,
 )
+from provenance import write_rows
 from rich.console import Console
 
 from rq_compile.architectures.model import Model as Opened
@@ -253,7 +253,7 @@ def main() -> None:
     show(found, Console(width=140))
     output = arguments.output or (ROOT / "benchmarks" / "results" / "large_model.json" if arguments.scale == "full" else None)
     if output:
-        output.write_text(json.dumps(found, indent=1) + "\n")
+        write_rows(output, found)
 
 
 if __name__ == "__main__":

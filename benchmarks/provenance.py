@@ -1,12 +1,18 @@
 """Where a figure comes from: the processor, the commit and the versions that it was measured with."""
 
+import json
 import platform
 import re
 import subprocess
+from collections.abc import Iterable, Mapping
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+from rq_compile.standalone.limits import usable_cpus
+
+PACKAGES = ("rq-compile", "onnxruntime", "torch", "transformers", "numpy")
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -24,6 +30,12 @@ def provenance(*packages: str) -> dict[str, str]:
     """Commit ("+" if the tree has changes), date, and the versions of ``packages`` that are installed."""
     versions = {package: found for package in packages if (found := _version(package))}
     return {"commit": _commit(), "date": date.today().isoformat()} | versions
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write ``rows`` as JSON, each with the processor, the number of CPUs that this process may use, and ``provenance``."""
+    origin = {"processor": processor(), "cpus": usable_cpus(), **provenance(*PACKAGES)}
+    path.write_text(json.dumps([{**row, **origin} for row in rows], indent=1) + "\n")
 
 
 def _commit() -> str:

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 import numpy as np
-from provenance import provenance
+from provenance import write_rows
 from published_checkpoints import PUBLISHED, write
 from rich.console import Console
 
@@ -149,7 +149,6 @@ def row(name: str, folder: Path) -> Row:
         "engine_gb": round(sum(compiling["outputs"].values()) / 1e9, 1),
         "compile_minutes": round(compiling["seconds"] / 60),
         "compile_memory_gb": round(compiling["memory_bytes"] / 1e9, 1),
-        **provenance("transformers"),
     }
 
 
@@ -183,7 +182,7 @@ def main() -> None:
     show(rows, Console(width=160))
     output = arguments.output or (None if arguments.only else ROOT / "benchmarks" / "results" / "published_models.json")
     if output:
-        output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(output, rows)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ benchmarks/results/runtime_comparison.json and replace those of the same model, 
 
 ``correlation`` and ``same_token`` compare the logits after a prompt with those of transformers in fp32, which shows that all
 runtimes run the same model. With random weights, rounding to 4 bits changes logits far more than in a trained model.
+``resident_mb`` is the memory of one sequence's longest prompt, ``peak_mb`` includes several sequences of up to 2048 tokens.
 ``of_bandwidth`` is the rate at which decoding one sequence reads our weights, as a fraction of the measured read bandwidth.
 """
 
@@ -86,13 +87,16 @@ class Runtime:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class RqCompile(Runtime):
+    activation_bits: int = 8
+
     def prepare(self, checkpoint: Path, output: Path, bits: int, python: str) -> None:
         format, dense_format = FORMATS[bits]
         opened = Model.open(checkpoint)
         plan = plan_of(opened, lambda layer: [Slot(expert=expert, format=format) for expert in range(layer.geometry.experts)])
         plan = plan.model_copy(update={"quantizer": "nearest"})
-        compile_engine(opened, plan, output, Native(activation_bits=8, dense_format=dense_format))
+        compile_engine(opened, plan, output, Native(activation_bits=self.activation_bits, dense_format=dense_format))
 
 
 class LlamaCpp(Runtime):
@@ -116,6 +120,7 @@ class OnnxRuntimeGenai(Runtime):
 
 ALL: dict[str, Runtime] = {
     "rq_compile": RqCompile(OURS, "rq_compile_engine.py", "int{bits}.onnx"),
+    "rq_compile_32": RqCompile(f"{OURS}, fp32 activations", "rq_compile_engine.py", "int{bits}-32.onnx", 32),
     "llama_cpp": LlamaCpp("llama.cpp", "llama_cpp_model.py", "q{bits}.gguf"),
     "openvino": OpenVino("OpenVINO", "openvino_model.py", "openvino-int{bits}"),
     "onnxruntime_genai": OnnxRuntimeGenai("onnxruntime-genai", "onnxruntime_genai_model.py", "genai-int{bits}"),
@@ -182,14 +187,16 @@ def measured(name: str, bits: int, against: list[str], settings: argparse.Namesp
             workers[key].ask(do="logits", prompt=checked_prompt(vocabulary), path=str(logits))
             rows[key] = {"load_s": round(workers[key].load_s, 2), **agreement(np.load(logits), expected)}
         times: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
-        machine = Probe()
-        bandwidths = []
+        probe, bandwidth = Probe(), 0.0
         for number in range(settings.rounds + 1):
-            bandwidths.append(machine.machine(settings.threads).bandwidth)
+            time.sleep(REST)
+            bandwidth = max(bandwidth, *(probe.machine(settings.threads).bandwidth for _ in range(3)))
             for tokens, batch in cases:
                 for key, worker in workers.items():
                     time.sleep(REST)
                     said = worker.ask(do="round", prompts=prompts[tokens, batch], steps=settings.steps)
+                    if number == 0 and batch == 1:
+                        rows[key]["resident_mb"] = round(worker.ask(do="memory")["resident"] / 1e6)
                     if number > 0:
                         times.setdefault((key, tokens, batch), []).append((said["prefill_s"], said["decode_s"]))
         for key, row in rows.items():
@@ -200,15 +207,15 @@ def measured(name: str, bits: int, against: list[str], settings: argparse.Namesp
                 row[f"decode_{tokens}_batch_{batch}"] = round(batch * settings.steps / decode, 1)
             if key == "rq_compile" and name in RANDOM:
                 read = read_bytes(RANDOM[name], bits) * row[f"decode_{cases[0][0]}_batch_1"]
-                row["of_bandwidth"] = round(read / median(bandwidths), 3)
-            row |= {f"{which}_mb": round(size / 1e6) for which, size in workers[key].ask(do="memory").items()}
+                row["of_bandwidth"] = round(read / bandwidth, 3)
+            row["peak_mb"] = round(workers[key].ask(do="memory")["peak"] / 1e6)
             yield {
                 "model": name,
                 "bits": bits,
                 "runtime": ALL[key].name,
                 "against": "" if key != "rq_compile" else ", ".join(ALL[other].name for other in against),
                 **row,
-                "bandwidth": round(median(bandwidths) / 1e9, 1),
+                "bandwidth": round(bandwidth / 1e9, 1),
                 "threads": settings.threads,
                 "steps": settings.steps,
                 "rounds": settings.rounds,
@@ -276,7 +283,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="a folder for models, with 15 GB of free space")
     parser.add_argument("--model", choices=(*RANDOM, *TRAINED), nargs="+", default=[*RANDOM])
     parser.add_argument("--bits", type=int, choices=FORMATS, nargs="+", default=[*FORMATS])
-    parser.add_argument("--against", choices=ALL, nargs="+", default=[*ALL])
+    parser.add_argument(
+        "--against", choices=ALL, nargs="+", default=[*ALL], help="rq_compile_32: our engine with fp32 activations"
+    )
     parser.add_argument("--python", nargs="+", default=[], metavar="NAME=PATH", help="a runtime's interpreter")
     parser.add_argument("--cases", nargs="+", default=["128x1", "1024x1", "128x8"], help="prompt tokens x sequences")
     parser.add_argument("--steps", type=int, default=32, help="tokens that are decoded after the first")

@@ -17,7 +17,6 @@ The rows, one for each plan, are written to benchmarks/results/sensitivity.json.
 
 import argparse
 import itertools
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from scipy.stats import spearmanr
 ROOT = Path(__file__).parents[1]
 
 from balance import LENGTH, SAME_KIND, Remembered, windows
+from provenance import write_rows
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
@@ -138,7 +138,7 @@ def main() -> None:
         made = list(rows(model, experiment, arguments.seed))
         show(made, Console(width=120))
         found += made
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    write_rows(arguments.output, found)
 
 
 if __name__ == "__main__":

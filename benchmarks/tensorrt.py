@@ -11,7 +11,6 @@ the network that the builder receives (fp16, int8 with a scale for each column).
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from provenance import write_rows
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
@@ -69,7 +69,7 @@ def main() -> None:
             rows.append({"what": what, "memory": plan.memory, **compared(reference.logits, logits, ids)})
             print(rows[-1], flush=True)
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(arguments.output, rows)
 
 
 def built_row(what: str, engine: TensorRTManifest) -> dict[str, Any]:

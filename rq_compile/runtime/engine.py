@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # The inputs of a graph besides its cache.
 FED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "decoder_input_ids", IDLE}
+# The variable by which a user chooses the op library's instruction set.
+INSTRUCTION_SETS = "RQ_MOE_ISA"
 # The folder of the weights of a graph that is given as bytes.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -374,9 +376,11 @@ class Engine:
         try:
             session = onnxruntime.InferenceSession(model, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            version = onnxruntime.__version__
+            version, said = onnxruntime.__version__, reason(error)
+            if (asked := said.find(INSTRUCTION_SETS)) >= 0:  # says the way out itself
+                raise UserError(said[asked:], 2) from error
             raise UserError(
-                f"ONNX Runtime {version} cannot load {self.path}: {reason(error)}; "
+                f"ONNX Runtime {version} cannot load {self.path}: {said}; "
                 f"compile it again with {self.manifest.tool}, or install a newer onnxruntime"
             ) from error
         if (unlike := _unlike(self.manifest, session)) is not None:

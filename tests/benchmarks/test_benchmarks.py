@@ -104,3 +104,11 @@ def test_a_profile_feeds_caches_of_every_shape() -> None:
     fed = op_profile._feeds(manifest, tokens=3, past=5)
     assert {name: fed[name].shape for name in shapes} == {"key": (1, 2, 5, 8), "state": (1, 4, 3), "empty": (1, 2, 5, 0)}
     assert fed["attention_mask"].shape == (1, 8)
+
+
+def test_every_row_says_where_it_comes_from(tmp_path: Path) -> None:
+    provenance.write_rows(tmp_path / "rows.json", [{"model": "a"}, {"model": "b"}])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["model"] for row in rows] == ["a", "b"]
+    assert all(row["processor"] == provenance.processor() and row["cpus"] >= 1 for row in rows)
+    assert all(row[key] for row in rows for key in ("commit", "date", "onnxruntime", "numpy"))

@@ -4,7 +4,11 @@ Every family's logits are compared with transformers in test_families.py; the te
 """
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,6 +246,18 @@ def test_a_graph_that_does_not_load_is_one_sentence(copied: Path) -> None:
     with pytest.raises(UserError, match=r"ONNX Runtime .* cannot load .*model\.onnx") as caught:
         Engine.load(copied)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("isa", ["mmx", "AVX2"])
+def test_an_unknown_instruction_set_is_one_sentence(stages: Path, isa: str) -> None:
+    """In a process of its own: the op library reads the variable once."""
+    command = [sys.executable, "-m", "rq_compile", "generate", str(stages / "model.onnx"), "--prompt", "a", "--max-tokens", "1"]
+    result = subprocess.run(command, env=os.environ | {"RQ_MOE_ISA": isa}, capture_output=True, text=True, check=False)
+    *_, said = result.stderr.strip().splitlines()
+    assert result.returncode == 2
+    assert re.fullmatch(
+        rf"error: RQ_MOE_ISA is '{isa}', which is not one of .*: .*plain; unset it to use the first of them", said
+    )
 
 
 def test_an_engine_moves_with_its_files(copied: Path, engine: Engine) -> None:

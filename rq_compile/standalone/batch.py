@@ -1,7 +1,8 @@
 """The cache of sequences that take their steps together.
 
 Sequences of different lengths are aligned at their ends: the cache of a shorter one begins with padding, which the attention mask
-excludes. A new token of every sequence is then in the same column, so that a step moves nothing.
+excludes. A new token of every sequence is then in the same column, so that a step moves nothing. A sequence that is not longer
+than the others takes over the row of one that has ended, and nothing else is copied.
 
 The cache lies in two arrays for each of its tensors. A step reads one and writes the other.
 """
@@ -19,26 +20,22 @@ from .step_model import Steps
 
 
 class Batch:
-    """``lengths``: the tokens of each row in the cache, without padding."""
+    """``lengths``: the tokens of each row in the cache, without padding. ``columns``: with padding, the same for all rows."""
 
     def __init__(self, model: Steps) -> None:
         self._model = model
         self._buffers: list[list[np.ndarray]] = [[], []]  # for each tensor, flat
         self.past: list[np.ndarray] = []
         self.lengths: list[int] = []
+        self.columns = 0
         self._longest = 0  # that the rows may become
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def columns(self) -> int:
-        """Tokens of the longest row."""
-        return max(self.lengths, default=0)
-
     def begin(self, longest: int) -> None:
         """Become the batch of one sequence without tokens, which will have at most ``longest``."""
-        self.lengths, self._longest = [0], longest
+        self.lengths, self.columns, self._longest = [0], 0, longest
         self.past = self._arrays(1, 0)
         for array in self.past:
             array[...] = 0
@@ -51,7 +48,7 @@ class Batch:
         positions = lengths[:, None] + np.arange(new)
         present = self._arrays(rows, columns)
         logits = self._model.step(ids, mask, positions, self.past, present)
-        self._written(present)
+        self._written(present, columns)
         self.lengths = [length + new for length in self.lengths]
         return logits
 
@@ -61,33 +58,39 @@ class Batch:
         Copies the cache once; a batch that would only take over another one takes its arrays.
         """
         if not keep and not joining:
-            self._buffers, self.past, self.lengths = [[], []], [], []
+            self._buffers, self.past, self.lengths, self.columns = [[], []], [], [], 0
             return
         if not keep and len(joining) == 1:
             (other,) = joining
             self._buffers, self.past, self.lengths = other._buffers, other.past, other.lengths
-            self._longest = longest
+            self.columns, self._longest = other.columns, longest
             return
         sources = [(self, row) for row in keep] + [(batch, row) for batch in joining for row in range(len(batch))]
         lengths = [batch.lengths[row] for batch, row in sources]
         columns, self._longest = max(lengths), longest
         arranged = self._arrays(len(sources), columns)
-        for number, (tensor, array) in enumerate(zip(self._model.cache, arranged, strict=True)):
-            by_row, by_token = axes(tensor)
-            target = np.moveaxis(array, by_row, 0)
-            for place, ((batch, row), length) in enumerate(zip(sources, lengths, strict=True)):
-                source = np.moveaxis(batch.past[number], by_row, 0)[row]
-                if by_token is None:
-                    target[place] = source
-                    continue
-                ending, padding = [slice(None)] * source.ndim, [slice(None)] * source.ndim
-                at = by_token - (by_row < by_token)
-                ending[at], padding[at] = slice(batch.columns - length, None), slice(None, columns - length)
-                target[place][tuple(padding)] = 0  # a masked value that is not finite would still spoil a sum
-                padding[at] = slice(columns - length, None)
-                target[place][tuple(padding)] = source[tuple(ending)]
-        self._written(arranged)
+        for place, (batch, row) in enumerate(sources):
+            self._copy(batch, row, arranged, place, columns)
+        self._written(arranged, columns)
         self.lengths = lengths
+
+    def replace(self, row: int, joining: Batch, longest: int) -> None:
+        """Let the only row of ``joining``, which has no more than ``columns`` tokens, take the place of ``row``."""
+        self._copy(joining, 0, self.past, row, self.columns)
+        self.lengths[row], self._longest = joining.lengths[0], longest
+
+    def _copy(self, batch: Batch, row: int, arrays: Sequence[np.ndarray], place: int, columns: int) -> None:
+        """Copy the cache of a row of ``batch`` to row ``place`` of ``arrays``, which have ``columns`` tokens."""
+        length = batch.lengths[row]
+        for tensor, source, array in zip(self._model.cache, batch.past, arrays, strict=True):
+            by_row, by_token = axes(tensor)
+            old, new = np.moveaxis(source, by_row, 0)[row], np.moveaxis(array, by_row, 0)[place]
+            if by_token is None:
+                new[...] = old
+                continue
+            old, new = (np.moveaxis(one, by_token - (by_row < by_token), 0) for one in (old, new))
+            new[: columns - length] = 0  # a masked value that is not finite would still spoil a sum
+            new[columns - length :] = old[batch.columns - length :]
 
     def _arrays(self, rows: int, columns: int) -> list[np.ndarray]:
         """Arrays for the cache of ``rows`` with ``columns`` tokens, in the buffers that hold no cache now."""
@@ -101,8 +104,8 @@ class Batch:
         shapes = [shape_of(tensor, rows, columns) for tensor in self._model.cache]
         return [flat[: prod(shape)].reshape(shape) for flat, shape in zip(spare, shapes, strict=True)]
 
-    def _written(self, arrays: list[np.ndarray]) -> None:
-        self.past = arrays
+    def _written(self, arrays: list[np.ndarray], columns: int) -> None:
+        self.past, self.columns = arrays, columns
         self._buffers.reverse()
 
 

@@ -140,7 +140,7 @@ class _Sequence:
 
 @dataclass
 class _Group:
-    """Sequences that share their decoding steps. ``rows``: those of the batch; None for one that has left."""
+    """Sequences that share their decoding steps. ``rows``: those of the batch; None for a free one, which is computed in vain."""
 
     batch: Batch
     rows: list[_Sequence | None]
@@ -331,6 +331,8 @@ class Scheduler:
             kept = {row: sequence for row, sequence in enumerate(group.rows) if sequence is not None and not sequence.ended}
             if len(kept) == len(group.rows) and not new:
                 continue
+            if self._replaced(group, list(kept), new):
+                continue
             sequences = [*kept.values(), *(sequence for _, sequence in new)]
             longest = max((sequence.longest for sequence in sequences), default=0)
             group.batch.arrange(list(kept), [prompt for prompt, _ in new], longest)
@@ -339,6 +341,27 @@ class Scheduler:
             if not sequences:
                 del self._groups[key]
 
+    def _replaced(self, group: _Group, kept: Sequence[int], new: Sequence[tuple[Batch, _Sequence]]) -> bool:
+        """Give the rows of sequences that have left to ``new`` ones, and keep rows for requests that are about to come. The other
+        rows do not move. Returns False, and changes nothing, if the whole group has to be arranged anew.
+        """
+        free = [row for row in range(len(group.rows)) if row not in kept]
+        coming = len(self._reading) + len(self._waiting)
+        one_group = self._model.shares_steps and self._model.recomputed_beyond is None
+        if not one_group or not len(new) <= len(free) <= len(new) + coming:
+            return False
+        live = [*(group.rows[row] for row in kept), *(sequence for _, sequence in new)]
+        longest = max((sequence.longest for sequence in live if sequence is not None), default=0)
+        columns, rows = group.batch.columns, len(group.rows)
+        if columns >= longest or rows * longest > self.cache_tokens or any(prompt.columns > columns for prompt, _ in new):
+            return False
+        for row, (prompt, sequence) in zip(free, new, strict=False):
+            group.batch.replace(row, prompt, longest)
+            group.rows[row] = sequence
+        for row in free[len(new) :]:
+            group.rows[row] = None
+        return True
+
     def _group_of(self, sequence: _Sequence) -> Hashable:
         if not self._model.shares_steps:
             return id(sequence)
@@ -346,15 +369,18 @@ class Scheduler:
         return beyond is not None and len(sequence.tokens) - 1 > beyond
 
     def _decode(self, group: _Group) -> None:
-        """One step of a group in which every row is a sequence."""
-        sequences = [sequence for sequence in group.rows if sequence is not None]
+        """One step of a group."""
         try:
-            logits = group.batch.step(np.array([[sequence.tokens[-1]] for sequence in sequences], np.int64))
+            ids = [[0 if sequence is None else sequence.tokens[-1]] for sequence in group.rows]
+            logits = group.batch.step(np.array(ids, np.int64))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            for sequence in sequences:
-                sequence.answer._end("error", f"the engine failed: {error}")
+            for sequence in group.rows:
+                if sequence is not None:
+                    sequence.answer._end("error", f"the engine failed: {error}")
             return
-        for row, sequence in enumerate(sequences):
+        for row, sequence in enumerate(group.rows):
+            if sequence is None:
+                continue
             sequence.take(logits[row])
             if sequence.ended or self._reads_again(sequence, group.batch.lengths[row]):
                 group.rows[row] = None

@@ -69,7 +69,7 @@ class SumModel:
         return logits
 
 
-def answered(prompt: Sequence[int], most: int) -> list[int]:
+def answered(prompt: Sequence[int], most: int, end: int | None = END) -> list[int]:
     """What SumModel says to ``prompt``."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + most:
@@ -77,7 +77,7 @@ def answered(prompt: Sequence[int], most: int) -> list[int]:
         for token in tokens:
             state = (state * 3 + token) % 89
         total = sum((token * 31 + place * 7) % 101 for place, token in enumerate(tokens)) + sum(tokens) + state
-        if (following := total % VOCABULARY) == END:
+        if (following := total % VOCABULARY) == end:
             break
         tokens.append(following)
     return tokens[len(prompt) :]
@@ -179,6 +179,35 @@ def test_sequences_in_slots_share_every_step() -> None:
     finish(scheduler)
     assert [rows for rows, _ in model.steps] == [1] * 4 + [4] * 7
     assert [[choice.token for choice in answer] for answer in answers] == [answered([n] * (n + 1), 8) for n in range(4)]
+
+
+@pytest.mark.parametrize(("prompt", "most", "arranged"), [([9] * 3, 5, 1), ([9] * 30, 5, 2), ([9] * 3, 60, 2)])
+def test_a_sequence_takes_the_row_of_one_that_has_ended(
+    prompt: list[int], most: int, arranged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of the others is not moved, unless the new sequence is longer."""
+    calls: list[int] = []
+    arrange = Batch.arrange
+
+    def noted(batch: Batch, keep: Sequence[int], joining: Sequence[Batch], longest: int) -> None:
+        calls.append(len(keep))
+        arrange(batch, keep, joining, longest)
+
+    monkeypatch.setattr(Batch, "arrange", noted)
+    model = SumModel(end_of_text=())
+    scheduler = Scheduler(model, slots=2, max_length=64)
+    (stays,) = submitted(scheduler, [3] * 10, most=54)
+    (ends,) = submitted(scheduler, [4] * 10, most=5)
+    (comes,) = submitted(scheduler, prompt, most=most)
+    while comes.finish_reason is None:
+        scheduler.step()
+    assert len(calls) == arranged
+    finish(scheduler)
+    assert [[choice.token for choice in answer] for answer in (stays, ends, comes)] == [
+        answered([3] * 10, 54, end=None),
+        answered([4] * 10, 5, end=None),
+        answered(prompt, most, end=None),
+    ]
 
 
 def test_a_long_prompt_does_not_stop_other_answers() -> None:

@@ -80,6 +80,30 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def files_written_beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``. On success, ``publish`` its files beside ``path`` under their names; on failure,
+    remove them.
+
+    Raises:
+        UserError: the folder of ``path`` cannot be written, or the disk is full.
+    """
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=PART, dir=path.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another output with -o", 2) from error
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            publish(file, path.with_name(file.name))
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(temporary)):
+            raise  # about another file, one that was read
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another output with -o") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def folder_made(path: Path) -> Iterator[None]:
     """Make the folder ``path`` if it does not exist, and remove it again if it is empty after a failure."""
     existed = path.is_dir()

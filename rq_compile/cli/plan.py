@@ -13,11 +13,13 @@ import rq_compile as rq
 from rq_compile.cli.options import FILE, calibrations_argument, parse_options, planning_options
 from rq_compile.cli.screen import Progress, Screen, on_screen
 from rq_compile.errors import UserError
-from rq_compile.outputs import check_outputs, document
+from rq_compile.outputs import check_calibration, check_outputs, document
 from rq_compile.planning.targets import TARGETS
 
 if TYPE_CHECKING:
     from rq_compile.architectures.model import Model
+    from rq_compile.planning.schema import Plan
+    from rq_compile.planning.sweep import Sweep
 
 
 @click.command("plan")
@@ -60,22 +62,30 @@ def command(
     asked = parse_budgets(budgets, sweep=sweep, memory=memory)
     options = parse_options(policy_options, policy=policy, mixed_copies=mixed_copies)
 
-    from rq_compile.cli.tables import plan_tables
+    from rq_compile.cli.tables import plan_tables, sweep_tables
+    from rq_compile.files import files_written_beside
     from rq_compile.planning.plan import check_arguments
+    from rq_compile.planning.schema import Plan
 
     how: dict[str, Any] = {"policy": policy, "ranks": ranks, "target": target}
     check_arguments(**how, memory=memory, options=options)
+
+    def write(source: Model | Path, path: Path) -> Plan | Sweep:
+        if sweep:
+            return written_sweep(screen, source, path, budgets=asked, **how, **options)
+        with measuring(screen, source) as progress:
+            return rq.plan(source, path, **how, memory=memory, progress=progress, **options)
+
     if len(calibrations) > 1:
-        rq.merge(calibrations, calibration)
+        check_calibration(calibration, calibrations, statistics=True)
+        with files_written_beside(output) as folder:
+            rq.merge(calibrations, folder / calibration.name)
+            made = write(folder / calibration.name, folder / output.name)
         screen.note(f"wrote {calibration}")
-    source = rq.open(calibration) if data_free else calibration
-    if sweep:
-        write_sweep(screen, source, output, budgets=asked, **how, **options)
-        return
-    with measuring(screen, source) as progress:
-        plan = rq.plan(source, output, **how, memory=memory, progress=progress, **options)
+    else:
+        made = write(rq.open(calibration) if data_free else calibration, output)
     screen.note(f"wrote {output}")
-    screen.result(plan, *plan_tables(plan), asked_for=False)
+    screen.result(made, *(plan_tables(made) if isinstance(made, Plan) else sweep_tables(made)), asked_for=False)
 
 
 def parse_budgets(budgets: str | None, *, sweep: bool, memory: float | None) -> list[float] | None:
@@ -131,11 +141,10 @@ def check_source(source: Path, *, data_free: bool) -> None:
         raise UserError(f"--data-free reads a checkpoint, but {source} is not a directory; give MODEL, or leave it out", 2)
 
 
-def write_sweep(screen: Screen, source: Model | Path, output: Path, **arguments: Any) -> None:
+def written_sweep(screen: Screen, source: Model | Path, output: Path, **arguments: Any) -> Sweep:
     """``arguments``: the other ones of ``make_sweep``."""
     from rq_compile.calibration.data_free import data_free
     from rq_compile.calibration.schema import Calibration
-    from rq_compile.cli.tables import sweep_tables
     from rq_compile.files import read_document, sha256, write_document
     from rq_compile.planning.sweep import make_sweep
 
@@ -147,8 +156,7 @@ def write_sweep(screen: Screen, source: Model | Path, output: Path, **arguments:
     with screen.progress("planning", "budgets") as progress:
         swept = make_sweep(calibration, calibration_sha256=digest, progress=progress, **arguments)
     write_document(swept, output)
-    screen.note(f"wrote {output}")
-    screen.result(swept, *sweep_tables(swept), asked_for=False)
+    return swept
 
 
 @contextmanager

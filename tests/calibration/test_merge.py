@@ -251,3 +251,23 @@ def test_plans_from_several_calibrations(tiny_checkpoint: Tiny, tmp_path: Path) 
     ):
         refused(run("plan", *given_files, "-o", tmp_path / "refused.json"), 2, said)
     assert not list(tmp_path.glob("refused*"))
+
+
+IMPOSSIBLE = (("--memory", "0.01"), ("--sweep", "--budgets", "0.01"), ("--policy", "eplb", "--ranks", "2", "--option", "slots=9"))
+
+
+@pytest.mark.parametrize("arguments", IMPOSSIBLE)
+def test_a_plan_that_cannot_be_made_leaves_no_merged_calibration(
+    arguments: tuple[str, ...], tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    """Nor does it replace the files of an earlier plan."""
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for file in files:
+        write_with_statistics(*calibrated(tiny_checkpoint("olmoe"), f"{file.stem}.txt"), file)
+    plan = tmp_path / "plan.json"
+    for earlier in (False, True):
+        if earlier:
+            assert run("plan", *files, "-o", plan).exit_code == 0
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert run("plan", f"{files[0]}:3", files[1], "-o", plan, *arguments).exit_code != 0
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

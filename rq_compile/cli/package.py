@@ -25,12 +25,14 @@ MODULES: dict[Destination, str] = {
     "sglang": "sglang",
     "vllm": "vllm",
     "vllm-ascend": "vllm_ascend",
+    "ktransformers": "ktransformers",
+    "hybrid-bit-map": "hybrid_bit_map",
 }
 # The destinations that an option is for.
 OPTIONS: dict[str, tuple[Destination, ...]] = {
     **dict.fromkeys(("flavour", "name", "mount", "instances", "threads", "calibration", "engine_for"), ("triton",)),
     **dict.fromkeys(("library", "architecture"), ("edge",)),
-    "layers": ("sglang",),
+    "layers": ("sglang", "ktransformers"),
     "extra_layers": ("tensorrt-llm", "sglang", "vllm", "vllm-ascend"),
     "context_length": ("onnxruntime-genai",),
 }
@@ -70,7 +72,7 @@ OPTIONS: dict[str, tuple[Destination, ...]] = {
     type=click.Choice(list(MACHINES.values())),
     help="edge: the architecture that the op library must be built for.",
 )
-@click.option("--layers", type=click.IntRange(1), help="sglang: number of decoder layers of the model, including dense ones.")
+@click.option("--layers", type=click.IntRange(1), help="sglang, ktransformers: number of decoder layers, including dense ones.")
 @click.option(
     "--extra-layers",
     type=click.IntRange(1),
@@ -83,8 +85,8 @@ OPTIONS: dict[str, tuple[Destination, ...]] = {
 def command(screen: Screen, engine: Path, destination: Destination, output: Path, **options: Any) -> None:
     """Write a folder from which a server or device can run ENGINE.
 
-    For the cluster servers (tensorrt-llm, sglang, vllm, vllm-ascend), ENGINE may be a plan.json: they load the checkpoint
-    themselves, and only read the placement of its experts.
+    For the cluster servers (tensorrt-llm, sglang, vllm, vllm-ascend), ktransformers and hybrid-bit-map, ENGINE may be a
+    plan.json: they load the checkpoint themselves, and only read what the plan says of its experts.
     """
     given = {name: option for name, option in given_options().items() if name in OPTIONS}
     for name, option in given.items():

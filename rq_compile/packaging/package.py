@@ -6,7 +6,9 @@ from pydantic import Field
 
 from rq_compile.files import Document, Name
 
-Destination = Literal["triton", "edge", "onnxruntime-genai", "tensorrt-llm", "sglang", "vllm", "vllm-ascend"]
+Destination = Literal[
+    "triton", "edge", "onnxruntime-genai", "tensorrt-llm", "sglang", "vllm", "vllm-ascend", "ktransformers", "hybrid-bit-map"
+]
 
 
 class Package(Document):

@@ -57,7 +57,7 @@ def read_placement(path: Path, extra_layers: int = 0, first: int | None = None) 
     Raises:
         UserError: the file cannot be read, or ``placement_of`` refuses its plan.
     """
-    plan = read_manifest(path).plan if path.suffix == ".onnx" or path.is_dir() else read_document(Plan, path)
+    plan = read_plan(path)
     placement = placement_of(plan, str(path))
     if extra_layers:
         return _with_extra_layers(placement, extra_layers, placement.index[-1] + 1 if first is None else first)
@@ -68,6 +68,15 @@ def read_placement(path: Path, extra_layers: int = 0, first: int | None = None) 
         )
         return replace(placement, remarks=[*placement.remarks, told])
     return placement
+
+
+def read_plan(path: Path) -> Plan:
+    """A ``plan.json``, or the plan of an engine (``.onnx``).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return read_manifest(path).plan if path.suffix == ".onnx" or path.is_dir() else read_document(Plan, path)
 
 
 def _with_extra_layers(placement: Placement, count: int, first: int) -> Placement:
@@ -94,6 +103,26 @@ def placement_of(plan: Plan, name: str = "the plan") -> Placement:
     """
     if plan.ranks < 2:
         raise UserError(f"{name} is for one rank, so there is nothing to place; plan with --ranks 2 or more", 2)
+    experts = one_number_of_experts(plan, name)
+    layers = sorted(plan.layers, key=lambda layer: layer.index)
+    planned = [_holds(layer, plan.ranks) for layer in layers]
+    loads = [loads_of(layer) for layer in layers]
+    places = max(int(holds.sum(axis=1).max()) for holds in planned)
+    filled = [_filled(load, holds, places) for load, holds in zip(loads, planned, strict=True)]
+    return Placement(
+        model=plan.model,
+        index=[layer.index for layer in layers],
+        experts=np.stack([np.nonzero(holds)[1].reshape(plan.ranks, places) for holds in filled]),
+        experts_of_model=experts,
+        remarks=[_balance(loads, planned, filled), *_losses(layers, planned, filled)],
+    )
+
+
+def one_number_of_experts(plan: Plan, name: str) -> int:
+    """
+    Raises:
+        UserError: layers have different numbers of experts.
+    """
     sizes = {layer.geometry.experts for layer in plan.layers}
     if len(sizes) > 1:
         raise UserError(
@@ -101,18 +130,7 @@ def placement_of(plan: Plan, name: str = "the plan") -> Placement:
             "number for all; give a model whose layers have the same number",
             2,
         )
-    layers = sorted(plan.layers, key=lambda layer: layer.index)
-    planned = [_holds(layer, plan.ranks) for layer in layers]
-    loads = [_loads(layer) for layer in layers]
-    places = max(int(holds.sum(axis=1).max()) for holds in planned)
-    filled = [_filled(load, holds, places) for load, holds in zip(loads, planned, strict=True)]
-    return Placement(
-        model=plan.model,
-        index=[layer.index for layer in layers],
-        experts=np.stack([np.nonzero(holds)[1].reshape(plan.ranks, places) for holds in filled]),
-        experts_of_model=sizes.pop(),
-        remarks=[_balance(loads, planned, filled), *_losses(layers, planned, filled)],
-    )
+    return sizes.pop()
 
 
 def _holds(layer: LayerPlan, ranks: int) -> np.ndarray:
@@ -123,7 +141,7 @@ def _holds(layer: LayerPlan, ranks: int) -> np.ndarray:
     return holds
 
 
-def _loads(layer: LayerPlan) -> np.ndarray:
+def loads_of(layer: LayerPlan) -> np.ndarray:
     """Expected share of every logical expert ``[m]``. If the plan does not know them, all are equal, and ``_losses`` says so."""
     if not _knows_loads(layer):
         return np.full(layer.geometry.experts, 1 / layer.geometry.experts)

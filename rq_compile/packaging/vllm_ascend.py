@@ -1,7 +1,8 @@
 """vLLM-Ascend: the expert map of its static EPLB.
 
 ``expert_file_to_tensor`` (``vllm_ascend/eplb/core/eplb_utils.py``) uses the n-th entry of ``layer_list`` for the n-th MoE layer;
-dense layers are not counted.
+dense layers are not counted. This is the EPLB of Model Runner V1; Model Runner V2 has vLLM's own (vllm-ascend #13410), which
+reads no map.
 """
 
 import json
@@ -39,5 +40,8 @@ def package(source: Path, output: Path, extra_layers: int = 0) -> Package:
         folder=str(output),
         files=[FILE],
         run=[shlex.join(serve)],
-        remarks=placement.remarks,
+        remarks=[
+            *placement.remarks,
+            "vLLM-Ascend reads this map only with its Model Runner V1; Model Runner V2 uses vLLM's balancer, which reads no map",
+        ],
     )

@@ -114,6 +114,7 @@ def test_vllm_ascend_counts_moe_layers(rq_compile: Command, plan_file: Path) -> 
         assert layer["device_count"] == 4
         assert [device["device_expert"] for device in layer["device_list"]] == ranks
     assert str(folder / "expert_map.json") in said["run"][0]
+    assert any("only with its Model Runner V1" in remark for remark in said["remarks"])
 
 
 def rows_of(server: str, folder: Path) -> list[list[int]]:

@@ -59,5 +59,8 @@ class ExpertGeometry(Document):
     def expert_bytes(self, format: Format) -> int:
         """Bytes of one expert in ``format``, including scales, padding and fp32 biases."""
         matrices = ((self.up_rows, self.hidden), (self.hidden, self.intermediate))
-        weights = sum(matrix_bytes(format, rows, columns, self.block) for rows, columns in matrices)
-        return weights + (4 * (self.up_rows + self.hidden) if self.bias else 0)
+        return sum(matrix_bytes(format, rows, columns, self.block) for rows, columns in matrices) + self.bias_bytes
+
+    @property
+    def bias_bytes(self) -> int:
+        return 4 * (self.up_rows + self.hidden) if self.bias else 0

@@ -177,14 +177,17 @@ def formats_of(layer: LayerPlan) -> str:
 
 
 def plan_tables(plan: Plan) -> list[RenderableType]:
-    ratio = plan.bytes_after / max(1, plan.bytes_before)
+    def of_all(size: int) -> str:
+        return f"{megabytes(size)} ({size / max(1, plan.bytes_before):.3f})"
+
     head = facts(
         "plan",
         model=f"{plan.model} ({plan.model_type}, {plan.fingerprint[:12]})",
         policy=plan.policy,
         options=" ".join(f"{name}={value}" for name, value in plan.options.items() if value != ""),
         target=f"{plan.target}, {plan.ranks} rank{'s' if plan.ranks > 1 else ''}",
-        expert_bytes=f"{megabytes(plan.bytes_before)} -> {megabytes(plan.bytes_after)} ({ratio:.3f}, allowed {plan.memory:g})",
+        expert_bytes=f"{megabytes(plan.bytes_before)} -> {of_all(plan.bytes_after)} in slots, {of_all(plan.stored_bytes)} if "
+        f"equal copies are stored once; allowed {plan.memory:g}",
     )
     if plan.optimality is not None:
         best = plan.optimality
@@ -221,7 +224,7 @@ def sweep_tables(sweep: Sweep) -> list[RenderableType]:
 
 
 def stored_table(plan: Plan) -> Table:
-    made = table("experts, as stored", "layer", "slots", "replicas", "formats", "MB", "error", "unreached")
+    made = table("experts", "layer", "slots", "replicas", "formats", "MB in slots", "MB stored", "error", "unreached")
     for layer in plan.layers:
         predicted = layer.predicted
         made.add_row(
@@ -230,6 +233,7 @@ def stored_table(plan: Plan) -> Table:
             str(len(layer.slots) - layer.geometry.experts),
             formats_of(layer),
             f"{predicted.bytes_before / 1e6:.2f} -> {predicted.bytes_after / 1e6:.2f}",
+            f"{layer.stored_bytes / 1e6:.2f}",
             f"{predicted.error:.2e}",
             members(layer.unreached),
         )

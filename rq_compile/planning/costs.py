@@ -16,7 +16,7 @@ import numpy as np
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.planning.metrics import padded_work, rank_loads
-from rq_compile.planning.schema import Slot
+from rq_compile.planning.schema import Slot, stored_bytes
 from rq_compile.planning.targets import TARGETS, Target
 
 BYTES_OF_A_NUMBER = 4  # rows are exchanged in fp32
@@ -45,6 +45,11 @@ class CostModel:
         if self.ranks > 1:
             return "rank"
         return "slot" if self.batched else "nothing"
+
+    def bytes_taken(self, geometry: ExpertGeometry, slots: list[Slot]) -> int:
+        """Bytes of a layer's experts in an engine, which the memory budget limits. With ragged kernels, copies of an expert with
+        the same format and rank are stored once."""
+        return sum(geometry.expert_bytes(slot.format) for slot in slots) if self.batched else stored_bytes(geometry, slots)
 
     def step_time(
         self, geometry: ExpertGeometry, slots: list[Slot], slot_rows: np.ndarray, tokens: int, lanes: np.ndarray

@@ -72,7 +72,7 @@ def make_plan(
         layer_plan(problem, layer.calibration, slots, calibration.batch_size, problem.tokens)
         for layer, slots in zip(problem.layers, decision.slots, strict=True)
     ]
-    taken = sum(layer.predicted.bytes_after for layer in layers)
+    taken = sum(problem.cost.bytes_taken(layer.geometry, layer.slots) for layer in layers)
     if taken > problem.budget:
         raise over_budget(taken, memory, problem.bytes_before, f"policy {policy}", alternative=", or --policy optimal")
     return Plan(

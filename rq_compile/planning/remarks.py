@@ -71,7 +71,11 @@ def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
     if problem.cost.busiest == "nothing":
         why = f"On {target} with one rank, a replica is an alias that saves no time"
         if replicas:
-            return f"{why}; this plan stores {replicas} nevertheless."
+            stored, of_slots = sum(layer.stored_bytes for layer in layers), sum(layer.predicted.bytes_after for layer in layers)
+            return (
+                f"{why}; this plan has {replicas} nevertheless. Equal copies share their weights: the engine stores "
+                f"{stored / 1e6:.2f} MB for slots of {of_slots / 1e6:.2f} MB."
+            )
         if all(slot.format == problem.dtype for layer in layers for slot in layer.slots):
             return (
                 f"{why}, and --memory {problem.memory:g} holds every expert as it is, so this plan changes nothing: give less "

@@ -84,7 +84,7 @@ def replan(
         smoothing=common.smoothing,
         tokens=common.tokens,
     )
-    taken = sum(layer.geometry.expert_bytes(slot.format) for layer in plan.layers for slot in layer.slots)
+    taken = sum(problem.cost.bytes_taken(layer.geometry, layer.slots) for layer in plan.layers)
     room = problem.budget - taken
     if room < 0:
         raise over_budget(taken, plan.memory, problem.bytes_before, "the plan", action="plan again with")
@@ -93,7 +93,7 @@ def replan(
         slots = _replanned(problem, layer, old, 1 + tolerance, room)
         layers.append(layer_plan(problem, layer.calibration, slots, calibration.batch_size, problem.tokens))
         changed.append(_changes(problem, layer, old, slots))
-        room -= layers[-1].predicted.bytes_after - old.predicted.bytes_after
+        room -= problem.cost.bytes_taken(old.geometry, slots) - problem.cost.bytes_taken(old.geometry, old.slots)
     changes = Changes(tolerance=tolerance, slots=sum(len(layer.slots) for layer in plan.layers), layers=changed)
     return _updated(plan, layers, changes, [*_summary(problem, changes), *remarks(problem, layers)], calibration_sha256), changes
 

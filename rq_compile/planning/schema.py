@@ -1,5 +1,6 @@
 """``plan.json``: the versioned, validated contract between planning and compiling."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -43,6 +44,14 @@ class Slot(Document):
     capacity_class: int = Field(default=0, ge=0, le=255)
 
 
+def stored_bytes(geometry: ExpertGeometry, slots: Sequence[Slot]) -> int:
+    """Bytes of ``slots`` in an engine whose equal copies share their weights: those of one expert with the same format and rank.
+    Biases are stored for each slot."""
+    distinct = {(slot.expert, slot.format, slot.rank) for slot in slots}
+    weights = sum(geometry.expert_bytes(format) - geometry.bias_bytes for _, format, _ in distinct)
+    return weights + len(slots) * geometry.bias_bytes
+
+
 class BatchPrediction(Document):
     """LIS of one layer over ``batches`` batches of (up to) ``sequences`` sequences each: the mean and the 95th percentile."""
 
@@ -61,7 +70,8 @@ class LayerPrediction(Document):
     ``rank_imbalance`` is max / mean load over ranks, None with one rank. ``padded_work`` is the number of rows that the batched
     lowering computes, with the capacity classes of the slots, divided by the useful rows. ``step_time`` (for many tokens, by
     default a calibration batch) and ``token_time`` (for one token) are in seconds of a nominal machine; only their ratios are
-    meaningful. ``error``: see ``LayerCalibration.error``.
+    meaningful. ``bytes_after`` are those of all slots, see also ``LayerPlan.stored_bytes``. ``error``: see
+    ``LayerCalibration.error``.
     """
 
     lis_before: Imbalance
@@ -125,6 +135,11 @@ class LayerPlan(Document):
             raise ValueError(f"layer {self.index} mixes the float formats {', '.join(sorted(floats))}; choose one")
         return self
 
+    @property
+    def stored_bytes(self) -> int:
+        """See ``stored_bytes``. An engine of every lowering but ``batched`` takes these bytes."""
+        return stored_bytes(self.geometry, self.slots)
+
 
 class Plan(Versioned):
     called: ClassVar[str] = "plan"
@@ -168,4 +183,10 @@ class Plan(Versioned):
 
     @property
     def bytes_after(self) -> int:
+        """Bytes of all slots."""
         return sum(layer.predicted.bytes_after for layer in self.layers)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all slots if equal copies on a rank are stored once."""
+        return sum(layer.stored_bytes for layer in self.layers)

@@ -15,6 +15,7 @@ from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document, Name
 from rq_compile.planning.budget import enough_for
+from rq_compile.planning.costs import CostModel
 from rq_compile.planning.plan import check_arguments, least_bytes, make_plan
 from rq_compile.planning.problem import problem_of
 from rq_compile.planning.schema import LayerPlan, Plan, Policy, Target
@@ -29,8 +30,9 @@ ROOM_FOR_REPLICAS = 1.25
 class SweepPoint(Document):
     """The plan for one budget, over all layers.
 
-    ``memory``: the budget, as in a plan. ``error`` and ``lis``: means over the layers. ``step_time`` and ``token_time``: times of
-    all layers, divided by those of the model without a plan; None if unknown. ``slots``: number of slots by format.
+    ``memory``: the budget, as in a plan. ``bytes``: those that count toward it (``CostModel.bytes_taken``). ``error`` and
+    ``lis``: means over the layers. ``step_time`` and ``token_time``: times of all layers, divided by those of the model without a
+    plan; None if unknown. ``slots``: number of slots by format.
     """
 
     memory: float = Field(gt=0, le=MOST_MEMORY)
@@ -133,10 +135,10 @@ def _spread(calibration: Calibration, policy: str, ranks: int, target: str) -> I
 
 
 def point_of(plan: Plan) -> SweepPoint:
-    slots = Counter(slot.format for layer in plan.layers for slot in layer.slots)
+    slots, cost = Counter(slot.format for layer in plan.layers for slot in layer.slots), CostModel(plan.target, plan.ranks)
     return SweepPoint(
         memory=plan.memory,
-        bytes=plan.bytes_after,
+        bytes=sum(cost.bytes_taken(layer.geometry, layer.slots) for layer in plan.layers),
         error=fmean(layer.predicted.error for layer in plan.layers),
         lis=fmean(layer.predicted.lis_after for layer in plan.layers),
         step_time=_time(plan.layers, "step"),

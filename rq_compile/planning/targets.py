@@ -13,7 +13,7 @@ class Costs:
 
     ``batched``: every slot is a lane as wide as the busiest slot of its format and capacity class; otherwise, kernels are ragged.
     ``message_seconds`` and ``exchanged_per_second``: what several ranks add to each layer, a time for each message and bytes per
-    second of the rows that leave or reach a rank. Only those of ``cpu`` are measured (benchmarks/ranks.py); others are left out.
+    second of the rows that leave or reach a rank. Only ``cpu`` was measured (benchmarks/exchange.py); others leave them out.
     """
 
     flops: float

@@ -124,7 +124,7 @@ def test_eplb_stores_full_precision_within_the_memory() -> None:
 @pytest.mark.parametrize(("experts", "ranks", "memory"), [(16, 7, 1.3), (16, 1, 1.05), (16, 4, 1.2), (6, 5, 1.6), (8, 16, 1.9)])
 def test_eplb_says_what_its_first_replica_takes(experts: int, ranks: int, memory: float) -> None:
     calibration = inputs.skewed(experts=experts)
-    arguments: dict[str, Any] = {"policy": "eplb", "ranks": ranks, "target": "cuda"}
+    arguments: dict[str, Any] = {"policy": "eplb", "ranks": ranks, "target": "cuda" if ranks > 1 else "batched"}
     remark = make_plan(calibration, memory=memory, **arguments).remarks[-1]
     needed = (experts // ranks + 1) * ranks
     assert f"--memory {memory:g} has no room for a replica: the next {needed} slots" in remark

@@ -3,7 +3,8 @@
 Greedy hierarchical replication and packing in full precision: groups of experts are packed onto nodes, experts are replicated
 within a node, and the physical experts of a node are packed onto its ranks. EPLB uses one load per expert (the pooled counts),
 and knows neither formats nor a budget. Here, the budget applies to every policy, so EPLB gets as many slots as ``memory`` allows,
-rounded down to a multiple of the ranks. At memory 1.0, it can only place.
+rounded down to a multiple of the ranks. At memory 1.0, it can only place. On one device whose kernels are ragged, copies take no
+bytes, so ``slots`` may exceed that number.
 
 It differs from DeepSeek's code only if that would put two copies of one expert on one of several ranks. An expert gets at most as
 many copies as its node has ranks, and a node whose packing has such a pair is packed again with this restriction.
@@ -50,6 +51,11 @@ def decide(problem: Problem, options: Options) -> Decision:
 
 def _no_room(problem: Problem) -> str:
     """The memory for the next number of slots that fills all ranks equally."""
+    if problem.cost.busiest == "nothing":
+        return (
+            f"On {problem.cost.target} with one rank, copies share their weights: they take no bytes and save no time. EPLB "
+            "makes as many as --option slots says."
+        )
     more = [(layer.experts // problem.ranks + 1) * problem.ranks for layer in problem.layers]
     enough = max(
         enough_for(count * int(layer.size[0]), layer.bytes_before) for count, layer in zip(more, problem.layers, strict=True)

@@ -1,4 +1,4 @@
-"""From the sample checkpoint to a running engine, through the command line alone; ``make demo`` runs it.
+"""From the sample checkpoint to a running engine, with the command line; ``make demo`` runs it.
 
 Every command is printed before it runs and can be typed by hand (``source .venv/bin/activate`` first). The commands write to
 ``demo/``. The summary at the end comes from the JSON that ``evaluate`` and ``bench`` print.
@@ -11,8 +11,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from time import monotonic
 from typing import Any
+
+from rq_compile.engine.library import MPI_LIBRARY, library_path
+from rq_compile.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("demo")
@@ -22,27 +26,37 @@ CALIBRATION_KINDS = ("scripture", "hacker", "dictionary")
 HELD_OUT_KINDS = (*CALIBRATION_KINDS, "satire")  # the calibration has not seen the last kind
 PROMPT = "And the LORD said unto"
 
+PATHS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+RANKS = 2
+LIMIT = 60  # seconds of the processes of several ranks, which would wait forever for one that is lost
+
 seconds: dict[str, float] = {}
 
 
-def rq_compile(*arguments: str | Path, into: Path | None = None) -> str:
-    """Run ``rq-compile`` and return its output. The output is shown, or redirected to ``into`` if that is given."""
-    command = ["rq-compile", *map(str, arguments)]
+def run(command: list[str], name: str, *, into: Path | None = None, limit: float | None = None) -> str:
+    """Run ``command`` and return its output. The output is shown, or redirected to ``into`` if that is given. ``name``: in the
+    list of times."""
     print(f"\n$ {shlex.join(command)}" + (f" > {into}" if into else ""), flush=True)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    executable = shutil.which(command[0], path=path)
+    executable = shutil.which(command[0], path=PATHS)
     if executable is None:
-        sys.exit("rq-compile is not installed; run make demo, which installs it into .venv")
+        sys.exit(f"{command[0]} is not installed; run make demo, which installs it into .venv")
     start = monotonic()
-    finished = subprocess.run([executable, *command[1:]], stdout=subprocess.PIPE, text=True)
+    finished = subprocess.run(
+        [executable, *command[1:]], stdout=subprocess.PIPE, text=True, timeout=limit, env=os.environ | {"PATH": PATHS}
+    )
     if finished.returncode:
         sys.exit(finished.returncode)
-    seconds[command[1] if command[1] != str(MODEL) else "compile"] = monotonic() - start
+    seconds[name] = monotonic() - start
     if into:
         into.write_text(finished.stdout)
     else:
         print(finished.stdout, end="", flush=True)
     return finished.stdout
+
+
+def rq_compile(*arguments: str | Path, into: Path | None = None) -> str:
+    command = ["rq-compile", *map(str, arguments)]
+    return run(command, command[1] if command[1] != str(MODEL) else "compile", into=into)
 
 
 def texts(kinds: tuple[str, ...], part: str) -> list[str | Path]:
@@ -60,6 +74,33 @@ def balance(evaluation: dict[str, Any], word: str, field: str) -> None:
 
 def planned_bytes(plan: dict[str, Any]) -> int:
     return sum(layer["predicted"]["bytes_after"] for layer in plan["layers"])
+
+
+def has_ranks() -> bool:
+    try:
+        library_path(MPI_LIBRARY)
+    except UserError:
+        return False
+    return shutil.which("mpiexec", path=PATHS) is not None
+
+
+def ranks(calibration: Path) -> None:
+    """The same model on two processes, which exchange rows in every MoE layer. Skipped where MPI or its ops are missing."""
+    if not has_ranks():
+        print("\nNo engine of several ranks: it needs MPI and make mpi-ops (docs/ranks.md).")
+        return
+    plan, engine = OUT / "ranks.json", OUT / "ranks"
+    run(["rq-compile", "plan", str(calibration), "--ranks", str(RANKS), "-q", "-o", str(plan)], "plan for ranks")
+    run(["rq-compile", str(MODEL), "--plan", str(plan), "-q", "-o", str(engine)], "compile for ranks")
+    prompts = ["--prompt", PROMPT, "--prompt", "A kind of"]
+    run(
+        ["mpiexec", "-n", str(RANKS), "rq-compile", "generate", str(engine), *prompts, "--max-tokens", "8"],
+        "generate on ranks",
+        limit=LIMIT,
+    )
+    layers = json.loads(plan.read_text())["layers"]
+    busiest = [mean(layer["predicted"][f"rank_imbalance_{when}"] for layer in layers) for when in ("before", "after")]
+    print(f"\nrows of the busiest of {RANKS} ranks over the mean, planned: {busiest[0]:.3f} -> {busiest[1]:.3f}")
 
 
 def summary(plan: dict[str, Any], evaluation: dict[str, Any], bench: dict[str, Any], generated: str) -> None:
@@ -100,6 +141,7 @@ def main() -> None:
     rq_compile("bench", engine, "--against", MODEL, "--json", into=bench)
     generated = rq_compile("generate", engine, "--prompt", PROMPT, "--max-tokens", "32")
     planned, evaluated, measured = (json.loads(file.read_text()) for file in (plan, evaluation, bench))
+    ranks(calibration)
     summary(planned, evaluated, measured, generated)
 
 

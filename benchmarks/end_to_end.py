@@ -9,6 +9,8 @@ random prompt, then greedy decoding, at batch 1. Speeds are medians; ``ratio`` i
     python benchmarks/end_to_end.py --scale small
     python benchmarks/end_to_end.py -o benchmarks/results/end_to_end.json
 
+Other runtimes are compared by runtime_comparison.py.
+
 The times by op come from ONNX Runtime's profile of our engines, summed by the groups in ``GROUPS``; ops in no group count as
 ``rest``. Decoding is profiled at the first token after the prompt.
 """

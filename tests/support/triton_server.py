@@ -93,7 +93,7 @@ class Server:
 
     def post(self, model: str, verb: str, **request: Any) -> str:
         url = f"http://{self.http}/v2/models/{model}/{verb}"
-        return urllib.request.urlopen(url, json.dumps(request).encode(), timeout=60).read().decode()
+        return urllib.request.urlopen(url, json.dumps(request).encode(), timeout=240).read().decode()
 
     def generate(self, model: str, **request: Any) -> tuple[str, list[int]]:
         answer = json.loads(self.post(model, "generate", **request))
@@ -133,7 +133,7 @@ def tensors(request: dict[str, Any]) -> list[grpc.InferInput]:
 
 def pieces(responses: queue.Queue) -> Iterator[tuple[str, list[int]]]:
     while True:
-        result = responses.get(timeout=60)
+        result = responses.get(timeout=240)
         if isinstance(result, Exception):
             raise result
         if result.get_response().parameters["triton_final_response"].bool_param:

@@ -4,9 +4,10 @@ A real tritonserver serves two models, each from its own folder. Clients of rand
 as a whole or token by token, cancel over gRPC, close the connection in the middle, send requests that make no sense, prompts of
 many scripts, and prompts of hundreds of tokens. Every answer that is not refused or abandoned must be the one that the same
 request got before, whoever shares its steps. Where two tokens are equally likely but for rounding, an answer may go on with
-either. Each such pair of answers is proved: at its first difference, the log probabilities of the two tokens must be so near that
-padding can change which is greater, see ``NEAR`` ("near_ties", "widest_tie"). Half-way the second model is unloaded while it streams, and loaded again. At the end the
-server is killed (SIGKILL), which all of its processes must follow, and started again.
+either. Each such pair of answers is proved: at its first difference, the log probabilities of the two tokens must be so near
+that padding can change which one is greater, see ``NEAR`` ("near_ties", "widest_tie"). Half-way the second model is unloaded
+while it streams, and loaded again. At the end the server is killed (SIGKILL), which all of its processes must follow, and
+started again.
 
     python benchmarks/soak.py --model DIR --model DIR --minutes 20 --clients 8 32
 

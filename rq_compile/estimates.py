@@ -21,12 +21,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of one core of a 2-core virtual machine (AMD EPYC, AVX-512), from ``benchmarks/estimates.py``. Those of another
+    """Rates of one core of a 2-core virtual machine (AMD EPYC of Zen 4), from ``benchmarks/estimates.py``. Those of another
     machine may well be three times higher or lower."""
 
-    flops: float = 60e9  # fp32 products per second
-    gptq: float = 45e6  # weights rounded per second
-    nearest: float = 240e6
+    flops: float = 95e9  # fp32 products per second
+    gptq: float = 67e6  # weights rounded per second
+    nearest: float = 345e6
     read: float = 1e9  # bytes of weights checked and converted per second
     start: float = 10.0  # seconds until the libraries are imported
     export: float = 5.0  # seconds to export one layer

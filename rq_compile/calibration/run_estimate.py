@@ -1,12 +1,12 @@
 """Estimates the resources that calibrating a checkpoint needs, before any weight is read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.without_engine import remarks_without_engine
-from rq_compile.calibration.calibrate import work_of
+from rq_compile.calibration.calibrate import Work, work_of
 from rq_compile.calibration.measure import MAX_PAIRS
 from rq_compile.calibration.memory import used_memory
 from rq_compile.estimates import RATES, Estimate
@@ -58,7 +58,7 @@ def calibration_estimate(
         temporary_bytes=recorded + states + statistics,
         memory_bytes=used_memory() + way.memory,
         cores=usable_cpus(),
-        seconds=_calibration_seconds(model, layers, work.rows, work.measured, quantizer),
+        seconds=_calibration_seconds(model, work, quantizer),
         remarks=[*remarks_without_engine(model), *work.remarks],
     )
 
@@ -75,19 +75,17 @@ def _layer_json(layer: MoeLayer, texts: int, batch_count: int) -> int:
     return JSON_LAYER + layer.geometry.experts * (JSON_NUMBER * numbers + JSON_SUM * sums)
 
 
-def _calibration_seconds(model: Model, layers: Sequence[MoeLayer], rows: int, measured: int, quantizer: Quantizer) -> float:
-    """Seconds to run every token through the model, to round every expert, and to run each expert's tokens through it, both as
-    stored and rounded."""
-    stored = model.parameter_count
-    held = sum(layer.geometry.expert_weights * layer.geometry.experts for layer in layers)
-    active = stored - held + sum(layer.geometry.expert_weights * layer.geometry.top_k for layer in layers)
-    products = 2.0 * active * rows
-    for layer in layers:
-        pairs = measured * layer.geometry.top_k
-        products += (
-            2.0
-            * layer.geometry.expert_weights
-            * (pairs + min(pairs, MAX_PAIRS * layer.geometry.experts) * len(QUANTIZED_FORMATS))
-        )
+def _calibration_seconds(model: Model, work: Work, quantizer: Quantizer) -> float:
+    """Seconds to run every token through the model, to round every expert, and to run some of each expert's tokens through its
+    rounded weights. Layer by layer, everything but the experts runs twice. As a whole, the experts run again to be measured."""
+    experts = [layer.geometry for layer in work.layers]
+    held = sum(geometry.expert_weights * geometry.experts for geometry in experts)
+    active = sum(geometry.expert_weights * geometry.top_k for geometry in experts)
+    dense = model.parameter_count - held
+    products = 2.0 * work.rows * (dense * (1 if work.way.whole else 2) + active)
+    for geometry in experts:
+        pairs = work.measured * geometry.top_k
+        sampled = min(pairs, MAX_PAIRS * geometry.experts) * len(QUANTIZED_FORMATS)
+        products += 2.0 * geometry.expert_weights * (sampled + pairs * work.way.whole)
     rounding = held * len(QUANTIZED_FORMATS) / (RATES.gptq if quantizer == "gptq" else RATES.nearest)
-    return RATES.start + 4 * stored / RATES.read + (products / RATES.flops + rounding) / usable_cpus()
+    return RATES.start + 4 * model.parameter_count / RATES.read + (products / RATES.flops + rounding) / usable_cpus()

@@ -1,10 +1,12 @@
-"""How much faster are several processes? One thread each, one layer in the shape of a published model, random weights.
+"""How much faster are several processes? One core each, one layer in the shape of a published model, random weights.
 
     python benchmarks/processes.py --command calibrate --processes 2 --folder /scratch
     python benchmarks/processes.py --command compile --processes 2 --folder /scratch
 
 "seconds" is the wall time of the whole command in every round, from the start of `torchrun` (or of the single process) to its
-end; "start" is that of the same command with `--dry-run`, which opens the checkpoint and computes nothing. `calibrate` runs layer
+end; "start" is that of the same command with `--dry-run`, which opens the checkpoint and computes nothing. Each process, also a
+single one, is bound to a core of its own, because a process has threads that read, write and hash beside the one that computes.
+"speedup" compares the seconds after the start, in medians, with the row of one process. `calibrate` runs layer
 by layer with GPTQ, also in one process. `compile` rounds every expert to int4 with GPTQ; "weights_s" is the time for its weights,
 without the export of the graph, which every process does. `--only-make` makes the input of the measurement: the checkpoint, the
 text and the plan. A row is written to benchmarks/results/processes.json, and replaces a row of the same kind.
@@ -17,7 +19,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from time import perf_counter
+from typing import Any
 
 from calibration import ROOT, SHAPES, checkpoint, environment, text
 
@@ -36,10 +40,19 @@ run()
 """
 
 
+# The first argument is Python.
+ON_ITS_CORE = 'exec taskset -c "$LOCAL_RANK" "$0" -m rq_compile "$@"'
+
+
 def command(processes: int, *arguments: str) -> list[str]:
     if processes > 1:
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "rq_compile", *arguments]
-    return [sys.executable, "-c", LAYER_BY_LAYER, *arguments]
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--no-python"]
+        return [*start, "sh", "-c", ON_ITS_CORE, sys.executable, *arguments]
+    return ["taskset", "-c", "0", sys.executable, "-c", LAYER_BY_LAYER, *arguments]
+
+
+def after_start(row: dict[str, Any]) -> float:
+    return median(row["seconds"]) - row["start_s"]
 
 
 def seconds(processes: int, *arguments: str) -> tuple[float, str]:
@@ -81,7 +94,7 @@ def main() -> None:
     rounds = [seconds(given.processes, *run) for _ in range(given.rounds)]
     start, _ = seconds(given.processes, *run, "--dry-run")
     weights = [float(match[1]) for _, said in rounds if (match := re.search(r"of weights in (.*) s,", said))]
-    found = {
+    found: dict[str, Any] = {
         "command": given.command,
         "shape": given.shape,
         "experts": given.experts,
@@ -95,6 +108,11 @@ def main() -> None:
     }
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     key = ("command", "shape", "experts", "tokens", "processes")
+    single = [other for other in known if [other[name] for name in key] == [*(found[name] for name in key[:-1]), 1]]
+    if single and given.processes > 1:
+        found["speedup"] = round(after_start(single[0]) / after_start(found), 2)
+        if weights:
+            found["weights_speedup"] = round(median(single[0]["weights_s"]) / median(weights), 2)
     kept = [other for other in known if [other[name] for name in key] != [found[name] for name in key]]
     RESULTS.write_text(json.dumps([*kept, found], indent=1) + "\n")
     print(json.dumps(found, indent=1))

@@ -149,13 +149,17 @@ def measure_layer(
     measure = _Measure(geometry, hidden, output, formats, wanda_fraction, device)
     owners = world().owners(ROUNDING_COST + np.diff(starts))
     own = list(world().own(owners, range(geometry.experts)))
+    block = block_size(geometry.intermediate)
+    # One array for all experts. The allocator could not use again the room of large temporary arrays if small ones that stay
+    # until the end of the layer lay between them.
+    products = np.zeros((len(own), -(-geometry.intermediate // block), block, block), np.float32)
 
     def runs() -> Iterator[_Run]:
-        for expert, weights in zip(own, _ahead(weights_of, own), strict=True):
+        for expert, weights, into in zip(own, _ahead(weights_of, own), products, strict=True):
             pairs = by_expert[starts[expert] : starts[expert + 1]]
             if quantizer == "gptq":
                 weights = replace(weights, up_moment=input_moment)
-            yield measure.run(weights, pairs // ids.shape[1], gates.ravel()[pairs])
+            yield measure.run(weights, pairs // ids.shape[1], gates.ravel()[pairs], into)
 
     experts = list(_behind(measure.rounded, runs()))
     experts = list(world().all(owners, experts))
@@ -176,11 +180,12 @@ def _ahead(weights_of: Callable[[int], ExpertWeights], experts: Iterable[int]) -
 
 @dataclass(frozen=True)
 class _Run:
-    """What running an expert on its tokens showed: ``weights`` as they are stored and ``original``, in fp32; the number of
-    ``pairs``; ``products``: see ``expert_outputs``; ``squares [hidden]`` of its inputs; and what ``on_sample`` of them tells."""
+    """What running an expert on its tokens showed: its weights in fp32, ``original``, and the formats in which they are
+    ``exact``; the number of ``pairs``; ``products``: see ``expert_outputs``; ``squares [hidden]`` of its inputs; and what
+    ``on_sample`` of them tells."""
 
-    weights: ExpertWeights
     original: ExpertWeights
+    exact: frozenset[Format]
     pairs: int
     energy: float
     products: np.ndarray
@@ -198,7 +203,7 @@ def _behind(function: Callable[[_Run], ExpertMeasurement], runs: Iterable[_Run])
         try:
             for run in runs:
                 waiting.append(pool.submit(function, run))
-                if len(waiting) > AT_ONCE:
+                if len(waiting) == AT_ONCE:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -219,12 +224,11 @@ class _Measure:
     wanda_fraction: float
     device: str
 
-    def run(self, weights: ExpertWeights, tokens: np.ndarray, gate: np.ndarray) -> _Run:
-        """Run an expert on the pairs of ``tokens [n]``, by number, and ``gate [n]``, as the checkpoint has it."""
+    def run(self, weights: ExpertWeights, tokens: np.ndarray, gate: np.ndarray, products: np.ndarray) -> _Run:
+        """Run an expert on the pairs of ``tokens [n]``, by number, and ``gate [n]``, as the checkpoint has it. ``products``:
+        zeros, see ``expert_outputs``."""
         geometry = self.geometry
         original = in_fp32(weights)
-        block = block_size(geometry.intermediate)
-        products = np.zeros((-(-geometry.intermediate // block), block, block), np.float32)
         squares = np.zeros(geometry.hidden, np.float64)
         sample, shares = _sample(gate)
         sampled_x, sampled_y = [], []
@@ -243,21 +247,20 @@ class _Measure:
             release(self.hidden)
             release(self.output)
         on_sample = _OnSample(sampled_x, sampled_y, shares, energy, self.device)
-        return _Run(weights, original, len(tokens), energy, products, squares, on_sample)
+        return _Run(original, _exact_in(weights), len(tokens), energy, products, squares, on_sample)
 
     def rounded(self, run: _Run) -> ExpertMeasurement:
         """Measure what each format changes; from several threads."""
-        geometry, weights, original = self.geometry, run.weights, run.original
+        geometry, original = self.geometry, run.original
         changed = original
-        if weights.up_moment is not None:
-            changed = replace(original, up_moment=weights.up_moment, down_moment=SecondMoment(run.products))
+        if original.up_moment is not None:
+            changed = replace(original, down_moment=SecondMoment(run.products))
         weight_errors: dict[Format, float] = {}
         errors: dict[Format, float] = {}
-        exact = {"fp32", *(name for name in FLOAT_FORMATS if weights.up.dtype == weights.down.dtype == SLOT_FORMATS[name].dtype)}
         threads = torch.get_num_threads()
         squares = weight_squares(original, threads)
         for format in self.formats:
-            if format in exact:
+            if format in run.exact:
                 weight_errors[format] = errors[format] = 0.0
                 continue
             if not SLOT_FORMATS[format].quantized and (error := cast_error(original, squares, format)) < ROUNDING:
@@ -295,6 +298,12 @@ class _OnSample:
         difference = expert_outputs(self._x, changed, geometry).sub_(self._y)
         error, whole = (float((_squares(rows) * self._shares).sum()) for rows in (difference, self._y))
         return self._energy * error / whole if whole > 0 else 0.0
+
+
+def _exact_in(weights: ExpertWeights) -> frozenset[Format]:
+    """The formats that hold ``weights`` in their dtype."""
+    dtypes = {weights.up.dtype, weights.down.dtype}
+    return frozenset(("fp32", *(name for name in FLOAT_FORMATS if dtypes == {SLOT_FORMATS[name].dtype})))
 
 
 def _sample(gate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

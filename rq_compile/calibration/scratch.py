@@ -12,6 +12,11 @@ from rq_compile import spill
 from rq_compile.errors import UserError
 from rq_compile.file_systems import optional
 
+# Of glibc's malloc.h: ``M_MMAP_THRESHOLD``.
+MMAP_THRESHOLD = -3
+# Bytes. Smaller arrays, such as the outputs of an expert for some tokens, come too often to be handed out by the system.
+LARGE_ARRAY = 8 << 20
+
 
 def scratch(shape: tuple[int, ...], in_memory: bool, dtype: type[np.floating] = np.float32) -> np.ndarray:
     """An array of zeros: in memory, or mapped from an unnamed file that disappears with the array, however the process ends.
@@ -48,6 +53,18 @@ def return_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_large_arrays_when_freed() -> None:
+    """From now on, let this process return the memory of every large array as soon as the array is freed.
+
+    By default, glibc does so at first, but after a few large arrays keeps up to 32 MiB of each for later ones, in every thread.
+    This setting is for a process as a whole, so only the program makes it, not the Python API. Does nothing with another C
+    library.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None and hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        set_option(MMAP_THRESHOLD, LARGE_ARRAY)
 
 
 def on_disk(array: np.ndarray) -> np.ndarray:

@@ -143,6 +143,7 @@ def command(
     check_rows([path for path in texts if not has_rows(path)])
     contents = open_texts(texts, field=field, samples=samples, seed=seed, render=chat_template(folder))
 
+    from rq_compile.calibration.scratch import return_large_arrays_when_freed
     from rq_compile.cli.tables import calibration_tables
 
     model = rq.open(folder)
@@ -163,6 +164,7 @@ def command(
         )
         screen.result(estimate, *estimate_tables(estimate))
         return
+    return_large_arrays_when_freed()
     under_way = [""]
     with screen.progress("calibrating", "tokens") as progress:
         calibration = rq.calibrate(

@@ -51,14 +51,24 @@ def stored(
     """
     kept = SLOT_FORMATS[format]
     if not kept.quantized:
-        return torch_tensor(weights).to(getattr(torch, kept.element)).float().numpy()
+        held = torch_tensor(weights)
+        if kept.element != "float32":
+            held = held.to(getattr(torch, kept.element))
+        elif held.dtype == torch.float32:
+            return held.numpy()
+        # numpy's large arrays, unlike torch's, are in huge pages, which the system hands out much faster.
+        values = np.empty(weights.shape, np.float32)
+        torch.from_numpy(values).copy_(held)
+        return values
     if moment is not None:
         return stored_by_moment(weights, format, moment, most, threads=threads)[0]
-    values = [
-        torch.from_numpy(q) * torch.from_numpy(scales)[..., None]
-        for q, scales in _rounded(weights, format, moment, most, threads)
-    ]
-    return columns_of((values[0] if len(values) == 1 else torch.cat(values)).numpy(), weights.shape[1])
+    rows, columns = weights.shape
+    block = block_size(columns, most)
+    values, start = np.empty((rows, -(-columns // block), block), np.float32), 0
+    for q, scales in _rounded(weights, format, moment, most, threads):
+        np.multiply(q, scales[..., None], out=values[start : start + len(q)])
+        start += len(q)
+    return columns_of(values, columns)
 
 
 def stored_by_moment(

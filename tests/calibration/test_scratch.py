@@ -1,5 +1,6 @@
 """Memory that a calibration returns to the system."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -23,3 +24,36 @@ def test_memory_between_arrays_in_use_is_returned(kilobytes: int) -> None:
     return_freed()
     assert used_memory() < fragmented - (32 << 20)
     assert all(array.all() for array in kept)
+
+
+LARGE_ARRAYS = """
+from pathlib import Path
+import numpy as np
+from rq_compile.calibration.scratch import return_large_arrays_when_freed
+
+def used():
+    return int(Path("/proc/self/statm").read_text().split()[1]) >> 8
+
+{setting}
+np.ones(31 << 20, np.uint8)  # freed: from here on, glibc keeps arrays of this size by default
+arrays, kept = [], []
+for _ in range(8):
+    arrays.append(np.ones({megabytes} << 20, np.uint8))
+    kept.append(np.ones(1 << 16, np.uint8))
+full = used()
+del arrays
+print(full - used())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc has the setting")
+@pytest.mark.parametrize("megabytes", [8, 17])
+def test_large_arrays_are_returned_when_they_are_freed(megabytes: int) -> None:
+    """Those that are freed between arrays in use, too. In processes of their own, because the setting stays."""
+
+    def returned(setting: str) -> int:
+        program = LARGE_ARRAYS.format(setting=setting, megabytes=megabytes)
+        return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+    assert returned("return_large_arrays_when_freed()") >= 8 * megabytes - 2
+    assert returned("") < 4 * megabytes

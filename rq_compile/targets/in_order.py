@@ -11,10 +11,11 @@ from rq_compile.rewrite.weights import Piece, stored
 Stored = list[np.ndarray]
 
 
-def in_order(pieces: Iterable[Piece], threads: int, memory: int) -> Generator[tuple[Piece, Stored]]:
+def in_order(pieces: Iterable[Piece], threads: int, memory: int, ahead: int = 1) -> Generator[tuple[Piece, Stored]]:
     """Each piece with the bytes of its values, uint8 ``[bytes]`` for each weight.
 
-    Pieces are started ahead of their turn while those in flight take at most ``memory`` bytes; one piece is always started.
+    Pieces are started ahead of their turn while those in flight take at most ``memory`` bytes, up to ``ahead`` pieces for each
+    that a thread computes; one piece is always started.
     Results do not depend on ``threads``. An exception of a piece is raised at its turn.
     """
     pool = ThreadPoolExecutor(threads)
@@ -22,7 +23,7 @@ def in_order(pieces: Iterable[Piece], threads: int, memory: int) -> Generator[tu
     taken = 0
     try:
         for piece in pieces:
-            while waiting and (taken + piece.memory > memory or len(waiting) >= 2 * threads):
+            while waiting and (taken + piece.memory > memory or len(waiting) >= (1 + ahead) * threads):
                 first, future = waiting.popleft()
                 yield first, future.result()
                 taken -= first.memory

@@ -33,6 +33,7 @@ from rq_compile.targets.partial_file import Journal, Record
 ALIGNMENT = 4096  # a page, so that each weight can be mapped into memory separately
 MEMORY = 1 << 30
 READ_AT_ONCE = 1 << 24
+AHEAD = 6  # pieces, of a thread of one of several processes
 Progress = Callable[[int, int], None]
 
 
@@ -128,7 +129,8 @@ def _computed(sections: Sequence[Section], threads: int | None, memory: int) -> 
     pieces = [piece for section in sections for piece in section.pieces]
     owners = world().owners(piece.memory for piece in pieces)
     threads = threads or max(1, usable_cpus() // on_this_host())
-    with closing(in_order(world().own(owners, pieces), threads, memory)) as own:
+    # Several processes are less often at the same place: each may be ahead of the others by some pieces.
+    with closing(in_order(world().own(owners, pieces), threads, memory, 1 if world().size == 1 else AHEAD)) as own:
         yield from zip(pieces, world().at_first(owners, (stored for _, stored in own)), strict=world().rank == 0)
 
 

@@ -38,6 +38,7 @@ from rq_compile.calibration import calibrate as calibration
 from rq_compile.calibration import measure
 from rq_compile.calibration.memory import Way
 from rq_compile.calibration.recording import model_arguments
+from rq_compile.calibration.scratch import return_large_arrays_when_freed
 from rq_compile.calibration.text import Batch, tokenize
 from rq_compile.quantization.formats import Quantizer
 
@@ -239,6 +240,7 @@ def main() -> None:
     parser.add_argument("--only-make", action="store_true", help="make the checkpoint and measure nothing")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    return_large_arrays_when_freed()  # as the program does
     if arguments.only_make:
         checkpoint(arguments.shape, arguments.experts, arguments.folder)
         return

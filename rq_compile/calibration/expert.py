@@ -29,13 +29,20 @@ def in_fp32(weights: ExpertWeights) -> ExpertWeights:
 
 
 def in_format(
-    original: ExpertWeights, squares: Squares, format: Format, most: Block = 128, *, threads: int = 1
+    original: ExpertWeights,
+    squares: Squares,
+    format: Format,
+    most: Block = 128,
+    *,
+    threads: int = 1,
+    into: ExpertWeights | None = None,
 ) -> tuple[ExpertWeights, float]:
     """The expert with the fp32 values that its matrices have after they were stored in ``format``, and its ``weight_error``.
 
     The values are exactly as the checkpoint stores them if the format can hold that. Otherwise they are rounded, with the
     expert's moments if it has any; if nothing is rounded to the format, the error is infinite. Biases stay unchanged. ``squares``
-    are ``weight_squares(original)``. For ``most`` and ``threads``, see ``quantize``.
+    are ``weight_squares(original)``. For ``most`` and ``threads``, see ``quantize``. ``into`` has fp32 matrices that may be
+    overwritten with the result.
     """
 
     def matrix(projection: Projection) -> tuple[np.ndarray, float]:
@@ -45,7 +52,8 @@ def in_format(
         if held is None and SLOT_FORMATS[format].only_carried:
             return weights, math.inf
         if held is None and moment is not None and SLOT_FORMATS[format].quantized:
-            return stored_by_moment(weights, format, moment, most, threads=threads)
+            values = None if into is None else getattr(into, projection)
+            return stored_by_moment(weights, format, moment, most, threads=threads, into=values)
         values = stored(weights, format, None, most) if held is None else dequantize(held, format, weights.shape[1])
         return values, squared_difference(values, weights, threads)
 

@@ -7,7 +7,8 @@ with the same function.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from threading import local
 
 import numpy as np
 import torch
@@ -223,6 +224,9 @@ class _Measure:
     formats: tuple[Format, ...]
     wanda_fraction: float
     device: str
+    # Of each thread: an expert whose matrices are overwritten with those of every format. Arrays of their own would each be new
+    # memory for the system to clear.
+    _room: local = field(default_factory=local, init=False, repr=False)
 
     def run(self, weights: ExpertWeights, tokens: np.ndarray, gate: np.ndarray, products: np.ndarray) -> _Run:
         """Run an expert on the pairs of ``tokens [n]``, by number, and ``gate [n]``, as the checkpoint has it. ``products``:
@@ -258,6 +262,9 @@ class _Measure:
         weight_errors: dict[Format, float] = {}
         errors: dict[Format, float] = {}
         threads = torch.get_num_threads()
+        if changed.up_moment is not None and not hasattr(self._room, "expert"):
+            self._room.expert = replace(original, up=np.empty_like(original.up), down=np.empty_like(original.down))
+        room = getattr(self._room, "expert", None)
         squares = weight_squares(original, threads)
         for format in self.formats:
             if format in run.exact:
@@ -266,7 +273,7 @@ class _Measure:
             if not SLOT_FORMATS[format].quantized and (error := cast_error(original, squares, format)) < ROUNDING:
                 weight_errors[format], errors[format] = error, error * run.energy
                 continue
-            stored, weight_errors[format] = in_format(changed, squares, format, geometry.block, threads=threads)
+            stored, weight_errors[format] = in_format(changed, squares, format, geometry.block, threads=threads, into=room)
             errors[format] = run.on_sample.error(stored, weight_errors[format], geometry)
         norms = _diagonal(run.products)[: geometry.intermediate]
         matrices = [(original.up, run.squares.astype(np.float32)), (original.down, norms)]

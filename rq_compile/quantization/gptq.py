@@ -36,11 +36,12 @@ def gptq(
 
 
 def gptq_values(
-    weights: np.ndarray, format: Format, moment: SecondMoment, block: int, threads: int = 1
+    weights: np.ndarray, format: Format, moment: SecondMoment, block: int, threads: int = 1, into: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
     """The values, fp32 ``[rows, columns]``, of the weights that ``gptq`` rounds, with the same arguments and errors; and the sum
-    of their squared changes."""
-    values, changes = np.empty(weights.shape, np.float32), np.zeros(len(weights), np.float64)
+    of their squared changes. The values are written to ``into`` if it is given."""
+    values = np.empty(weights.shape, np.float32) if into is None else into
+    changes = np.zeros(len(weights), np.float64)
     _round(weights, format, moment, block, threads, values=values, changes=changes)
     return values, float(changes.sum())
 

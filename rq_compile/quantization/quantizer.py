@@ -72,14 +72,21 @@ def stored(
 
 
 def stored_by_moment(
-    weights: np.ndarray, format: Format, moment: SecondMoment, most: Block = 128, *, threads: int = 1
+    weights: np.ndarray,
+    format: Format,
+    moment: SecondMoment,
+    most: Block = 128,
+    *,
+    threads: int = 1,
+    into: np.ndarray | None = None,
 ) -> tuple[np.ndarray, float]:
-    """``stored`` in a quantized format, and the sum of the squared changes, which costs little while weights are rounded.
+    """``stored`` in a quantized format, and the sum of the squared changes, which costs little while weights are rounded. The
+    values are written to ``into`` if it is given.
 
     Raises:
         UserError: a weight is not finite.
     """
-    return gptq_values(torch_tensor(weights).float().numpy(), format, moment, block_size(weights.shape[1], most), threads)
+    return gptq_values(torch_tensor(weights).float().numpy(), format, moment, block_size(weights.shape[1], most), threads, into)
 
 
 def torch_tensor(array: np.ndarray) -> torch.Tensor:

@@ -16,13 +16,15 @@ struct FormatGroup {
   const char* scales;   // null: floats, without scales
   int bits;             // of a quantized weight
   bool exponents;       // whether scales are exponents of powers of two, in a byte, instead of fp32
+  bool mixes;           // whether the GPU kernels support it in a layer with other groups
 };
 
 constexpr FormatGroup kFormatGroups[] = {
-    {"float", "float_weights", nullptr, 0, false},
-    {"int8", "int8_packed", "int8_scales", 8, false},
-    {"int4", "int4_packed", "int4_scales", 4, false},
-    {"mxfp4", "mxfp4_packed", "mxfp4_scales", 4, true},
+    {"float", "float_weights", nullptr, 0, false, true},
+    {"int8", "int8_packed", "int8_scales", 8, false, true},
+    {"int4", "int4_packed", "int4_scales", 4, false, true},
+    {"mxfp4", "mxfp4_packed", "mxfp4_scales", 4, true, false},
+    {"fp8", "fp8_packed", "fp8_scales", 8, false, false},
 };
 constexpr size_t kGroups = std::size(kFormatGroups);
 

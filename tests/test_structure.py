@@ -81,16 +81,19 @@ def test_no_onnx_below_the_rewriting(package: str) -> None:
 def test_all_libraries_know_the_same_format_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the same order, with the names of their tensors, their bits and the kind of their scales."""
     written = (ROOT / "plugins" / "format_groups.h").read_text()
-    of_libraries = re.findall(r'^    \{"(\w+)", "(\w+)", (nullptr|"\w+"), (\d+), (true|false)\},$', written, re.MULTILINE)
+    of_libraries = re.findall(
+        r'^    \{"(\w+)", "(\w+)", (nullptr|"\w+"), (\d+), (true|false), (true|false)\},$', written, re.MULTILINE
+    )
     monkeypatch.syspath_prepend(ROOT / "plugins" / "kernels")
     of_kernels = importlib.import_module("rq_kernels.formats")
-    for (name, weights, scales, bits, exponents), group, kernels in zip(
+    for (name, weights, scales, bits, exponents, mixes), group, kernels in zip(
         of_libraries, FORMAT_GROUPS, of_kernels.GROUPS, strict=True
     ):
         tensors = tuple(tensor.strip('"') for tensor in (weights, scales) if tensor != "nullptr")
         kept = [format for format in SLOT_FORMATS.values() if format.group == group]
         assert (name, tensors) == (group, tensors_of(group)) == (kernels.name, kernels.tensors)
         assert int(bits) == kernels.bits
+        assert (mixes == "true") == bool(of_kernels.MIXED >> FORMAT_GROUPS.index(group) & 1)
         assert (exponents == "true") == kernels.exponents == any(getattr(format, "exponents", False) for format in kept)
         assert all(int(bits) == (format.bits if format.quantized else 0) for format in kept)
 

@@ -14,7 +14,7 @@ namespace rq {
 struct Arguments {
   CUdeviceptr ids, counts, replicas, offsets, tiles, tile_count, rows, gates, x, y, out;
   CUdeviceptr formats, weights, float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales,
-      bias;
+      fp8_packed, fp8_scales, bias;
   CUdeviceptr global_scratch, profile_scratch;  // null: no kernel of this library uses them
   int32_t pairs, chunks, experts, width, slots, rows_per_tile;
   int32_t top_k, columns, outputs, biased, block, activation, hidden;

@@ -70,7 +70,7 @@ std::string formats_of(const Layer& layer) {
   const bool same = std::all_of(layer.formats.begin(), layer.formats.end(), [=](int format) { return format == first; });
   if (same) return kFormatGroups[first].name;
   for (int format : layer.formats)
-    require(!kFormatGroups[format].exponents,
+    require(kFormatGroups[format].mixes,
             std::string("the kernels take slots in ") + kFormatGroups[format].name + " only if all slots of the layer are");
   return "mixed";
 }
@@ -99,6 +99,7 @@ constexpr GroupArguments kGroupArguments[] = {
     {&Arguments::int8_packed, &Arguments::int8_scales},
     {&Arguments::int4_packed, &Arguments::int4_scales},
     {&Arguments::mxfp4_packed, &Arguments::mxfp4_scales},
+    {&Arguments::fp8_packed, &Arguments::fp8_scales},
 };
 static_assert(std::size(kGroupArguments) == kGroups, "each format group has its arguments");
 

@@ -34,18 +34,24 @@ def formats_to_measure(model: Model, layers: Sequence[MoeLayer]) -> tuple[Format
         weight.slot_format
         for layer in layers
         for weight in model.stored_experts(layer)
-        if weight.integer_group and weight.integer_group % layer.geometry.block == 0
+        if (group := _group(weight)) is not None and group % layer.geometry.block == 0
     }
     return tuple(format for format in FORMATS if not SLOT_FORMATS[format].only_carried or format in carried)
 
 
 def block_of(experts: Sequence[Weight]) -> Block:
     """The maximum number of weights per scale in slots that hold the stored ``experts`` exactly; 128 if no slots can."""
-    groups = {weight.integer_group for weight in experts if not isinstance(weight, Plain)}
-    if not groups or None in groups:
+    groups = {_group(weight) for weight in experts if not isinstance(weight, Plain)}
+    if None in groups:
         return BLOCKS[0]
-    smallest = min(group for group in groups if group is not None)
+    smallest = min((group for group in groups if group), default=0)
     return next((block for block in BLOCKS if smallest % block == 0), BLOCKS[0])
+
+
+def _group(weight: Weight) -> int | None:
+    """``Weight.integer_group``; 0 if all columns of a row share a scale, which blocks of any size may have."""
+    group = weight.integer_group
+    return 0 if group is not None and group >= weight.matrix_shape[1] else group
 
 
 def lossless_format(model: Model, layers: Sequence[LayerCalibration]) -> Format:

@@ -36,7 +36,7 @@ class Batched(Lowering):
     name: ClassVar[str] = "batched"
     summary: ClassVar[str] = "is plain ONNX, for large batches"
     planned_for: ClassVar[Target] = "batched"
-    held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8"}
+    held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8", "fp8": "fp32"}
     session_options: ClassVar[Mapping[str, str]] = FOLDING_LIMIT
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:

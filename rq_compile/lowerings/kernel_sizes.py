@@ -9,6 +9,14 @@ MULTIPLE_OF_BLOCKS = 64
 MULTIPLE_OF_MX_BLOCKS = 32
 
 
+def supports_fp8(layer: LayerPlan) -> bool:
+    """Whether there are kernels for the layer's slots in fp8, if it has any: for layers without another format, and blocks of
+    ``MULTIPLE_OF_BLOCKS``."""
+    geometry, formats = layer.geometry, {slot.format for slot in layer.slots}
+    blocks = [block_size(columns, geometry.block) for columns in (geometry.hidden, geometry.intermediate)]
+    return "fp8" not in formats or (formats == {"fp8"} and not any(block % MULTIPLE_OF_BLOCKS for block in blocks))
+
+
 def check_kernel_sizes(layer: LayerPlan, otherwise: str) -> None:
     """``otherwise``: what to do with an unsupported layer, as the end of a sentence.
 

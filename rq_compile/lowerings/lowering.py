@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from rq_compile.engine.library import FORMAT_GROUPS
 from rq_compile.planning.targets import TARGETS
-from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS
+from rq_compile.quantization.formats import FLOAT_FORMATS, FORMATS, SLOT_FORMATS
 
 if TYPE_CHECKING:
     import onnx
@@ -85,13 +85,21 @@ class Lowering(ABC):
 
     def held(self, layer: LayerPlan) -> LayerPlan:
         """``layer`` with its slots in the formats in which this lowering stores them."""
-        slots = [slot.model_copy(update={"format": self.held_as.get(slot.format, slot.format)}) for slot in layer.slots]
+        formats: list[Format] = [self.held_as.get(slot.format, slot.format) for slot in layer.slots]
+        if len(set(formats) & set(FLOAT_FORMATS)) > 1:  # a layer has one float format
+            formats = ["fp32" if format in FLOAT_FORMATS else format for format in formats]
+        slots = [slot.model_copy(update={"format": format}) for slot, format in zip(layer.slots, formats, strict=True)]
         return layer.model_copy(update={"slots": slots})
 
     def held_differently(self, plan: Plan) -> dict[str, int]:
         """Counts of the slots that are stored in another format than that of the plan, for the manifest."""
-        formats = Counter(slot.format for layer in plan.layers for slot in layer.slots if slot.format in self.held_as)
-        return {f"{format} slots held as {self.held_as[format]}": count for format, count in formats.items()}
+        pairs = Counter(
+            (slot.format, held.format)
+            for layer in plan.layers
+            for slot, held in zip(layer.slots, self.held(layer).slots, strict=True)
+            if slot.format != held.format
+        )
+        return {f"{format} slots held as {other}": count for (format, other), count in pairs.items()}
 
     def check_layer(self, layer: LayerPlan) -> None:  # noqa: B027 - most support any layer
         """Refuse a layer that the kernels do not support.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unread
+from rq_compile.quantization.formats import FLOAT_FORMATS
 
 if TYPE_CHECKING:
     import onnx
@@ -30,10 +31,22 @@ class MoeLayerNode(Lowering):
     counts_rows: ClassVar[bool] = False  # slots are inside the node
     otherwise: ClassVar[str]  # what to do with a layer that the kernels do not support
 
+    def held(self, layer: LayerPlan) -> LayerPlan:
+        """With slots in fp8 in ``half``, if the kernels for fp8 do not support the layer's blocks, or the other formats in it."""
+        from rq_compile.lowerings.kernel_sizes import supports_fp8
+
+        if supports_fp8(layer):
+            return layer
+        slots = [
+            slot.model_copy(update={"format": self.half}) if slot.format in ("fp8", *FLOAT_FORMATS) else slot
+            for slot in layer.slots
+        ]
+        return layer.model_copy(update={"slots": slots})
+
     def check_layer(self, layer: LayerPlan) -> None:
         from rq_compile.lowerings.kernel_sizes import check_kernel_sizes
 
-        check_kernel_sizes(layer, self.otherwise)
+        check_kernel_sizes(self.held(layer), self.otherwise)
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.halves import HALVES
@@ -41,12 +54,13 @@ class MoeLayerNode(Lowering):
         from rq_compile.rewrite.rewrite import counts, exported, imported
 
         graph = imported(model)
-        experts, report = moe_layers(graph, plan.layers, source, HALVES[self.half])
-        return Lowered(exported(graph), experts, [], [report], counts(plan))
+        layers = [self.held(layer) for layer in plan.layers]
+        experts, report = moe_layers(graph, layers, source, HALVES[self.half])
+        return Lowered(exported(graph), experts, [], [report], counts(plan) | self.held_differently(plan))
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.halves import HALVES
         from rq_compile.rewrite.moe_layers import projection
 
-        projections = [projection(layer, name, unread, HALVES[self.half]) for name in ("up", "down")]
+        projections = [projection(self.held(layer), name, unread, HALVES[self.half]) for name in ("up", "down")]
         return [weight for held in projections for weight in held.inputs]

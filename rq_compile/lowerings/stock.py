@@ -36,7 +36,7 @@ class Stock(Lowering):
     formats: ClassVar[tuple[Format, ...]] = tuple(
         name for name, format in SLOT_FORMATS.items() if not format.quantized or format.bits in BITS
     )
-    held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8"}
+    held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8", "fp8": "fp32"}
     options: ClassVar[tuple[str, ...]] = ("activation_bits",)
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:

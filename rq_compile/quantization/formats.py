@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 if TYPE_CHECKING:
     import numpy as np
 
-Format = Literal["fp32", "fp16", "bf16", "int8", "int4", "mxfp4"]
+Format = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mxfp4"]
 Quantizer = Literal["gptq", "nearest"]
 # Formats of non-expert matrices in a native engine: 16 bits as stored, rounded to int8 or int4, or widened to fp32.
 DenseFormat = Literal["stored", "int8", "int4", "fp32"]
@@ -52,17 +52,17 @@ class SlotFormat:
 
 @dataclass(frozen=True)
 class PackedFormat(SlotFormat):
-    """Block-wise: ``block_size`` neighbours of a row share a scale, and a weight is ``q * scale`` with a whole number q.
+    """Block-wise: ``block_size`` neighbours of a row share a scale, and a weight is ``q * scale`` with a number q.
 
-    Codes of ``bits`` bits stand for the numbers ``numbers``. A scale is stored in fp32 or, if ``exponents`` is set, as a byte e
-    that stands for ``unit * 2^(e - 127)``.
+    Codes of ``bits`` bits stand for the numbers ``numbers``, which are whole except in fp8. A scale is stored in fp32 or, if
+    ``exponents`` is set, as a byte e that stands for ``unit * 2^(e - 127)``.
     """
 
     quantized: ClassVar[bool] = True
     exponents: ClassVar[bool] = False
 
     @property
-    def numbers(self) -> tuple[int, ...]:
+    def numbers(self) -> tuple[float, ...]:
         """The number q of each code."""
         raise NotImplementedError
 
@@ -128,6 +128,23 @@ class MxFormat(PackedFormat):
 
 INT8 = BlockFormat("int8", 8, "int8", "int8", least=-127, greatest=127, fractions=5, smallest=0.9)
 INT4 = BlockFormat("int4", 4, "int4", "int4", least=-8, greatest=7, fractions=17, smallest=0.6)
+
+
+@dataclass(frozen=True)
+class Fp8Format(PackedFormat):
+    """float8_e4m3fn (OCP 8-bit Floating Point Specification 1.0) with fp32 scales, such as those of published FP8 checkpoints."""
+
+    only_carried: ClassVar[bool] = True
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        exponents, mantissas = range(16), range(8)
+        magnitudes = [2.0 ** (max(e, 1) - 10) * ((8 if e else 0) + m) for e in exponents for m in mantissas]
+        magnitudes[-1] = float("nan")
+        return (*magnitudes, *(-number for number in magnitudes))
+
+
+FP8 = Fp8Format("fp8", 8, "float8_e4m3fn", "fp8")
 MXFP4 = MxFormat("mxfp4", 4, "float4_e2m1fn", "mxfp4", unit=0.5)
 # The most exact format first, for weights that are not stored in one of them. Plans, tables and lanes list formats in this order.
 SLOT_FORMATS: dict[Format, SlotFormat] = {
@@ -137,6 +154,7 @@ SLOT_FORMATS: dict[Format, SlotFormat] = {
         SlotFormat("fp16", 16, "float16", "float"),
         SlotFormat("bf16", 16, "bfloat16", "float"),
         INT8,
+        FP8,
         INT4,
         MXFP4,
     )

@@ -10,7 +10,7 @@ from functools import cache, reduce
 
 import numpy as np
 
-from rq_compile.quantization.formats import PACKED_FORMATS, BlockFormat, Format, MxFormat
+from rq_compile.quantization.formats import PACKED_FORMATS, BlockFormat, Format, Fp8Format, MxFormat
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class Quantized:
 
 
 def packed(q: np.ndarray, format: Format) -> np.ndarray:
-    """uint8 ``[rows, columns * bits / 8]`` from whole numbers ``q [rows, ...]``."""
+    """uint8 ``[rows, columns * bits / 8]`` from numbers ``q [rows, ...]``: whole ones, or float8_e4m3fn for fp8."""
     kept = PACKED_FORMATS[format]
-    if isinstance(kept, BlockFormat):
+    if isinstance(kept, Fp8Format):
+        codes = q.view(np.uint8)
+    elif isinstance(kept, BlockFormat):
         codes = (q.astype(np.int16) + kept.zero_point).astype(np.uint8)
     else:
         codes = _codes(format)[q.astype(np.int8).view(np.uint8)]
@@ -43,7 +45,7 @@ def _codes(format: Format) -> np.ndarray:
     codes = np.zeros(256, np.uint8)
     numbers = PACKED_FORMATS[format].numbers
     for code in reversed(range(len(numbers))):
-        codes[numbers[code] % 256] = code
+        codes[int(numbers[code]) % 256] = code
     return codes
 
 
@@ -94,7 +96,10 @@ def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:
 
 def dequantize(quantized: Quantized, format: Format, columns: int) -> np.ndarray:
     """fp32 ``[rows, columns]``: the values of the weights that ``quantize`` packed."""
-    q = whole_numbers(quantized, format).reshape(*quantized.scales.shape, -1)
+    kept, codes = PACKED_FORMATS[format], quantized.packed
+    fp8 = isinstance(kept, Fp8Format)
+    q = np.array(kept.numbers, np.float32)[codes] if fp8 else whole_numbers(quantized, format)
+    q = q.reshape(*quantized.scales.shape, -1)
     return columns_of(q * scale_values(quantized.scales, format)[..., None], columns)
 
 

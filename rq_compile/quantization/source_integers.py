@@ -1,16 +1,17 @@
-"""Weights that a checkpoint stores as integers with scales, copied into a slot instead of rounded again."""
+"""Weights that a checkpoint stores as numbers of few bits with scales, copied into a slot instead of rounded again."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from rq_compile.quantization.formats import PACKED_FORMATS, Block, Format, block_size
+from rq_compile.quantization.formats import PACKED_FORMATS, Block, Format, Fp8Format, block_size
 from rq_compile.quantization.packing import scale_values, storable_scales
 
 
 @dataclass(frozen=True)
 class SourceIntegers:
-    """``numbers`` int8 ``[rows, columns]``; ``scales`` fp32 ``[rows, ceil(columns / group)]``, each for ``group`` columns."""
+    """``numbers [rows, columns]``, int8 or, of FP8, float8_e4m3fn; ``scales`` fp32 ``[rows, ceil(columns / group)]``, each for
+    ``group`` columns."""
 
     numbers: np.ndarray
     scales: np.ndarray
@@ -26,9 +27,7 @@ class SourceIntegers:
         block = block_size(columns, most)
         if format not in PACKED_FORMATS or (self.group % block and self.group < columns):
             return None
-        known = np.zeros(256, bool)
-        known[np.array(PACKED_FORMATS[format].numbers) % 256] = True
-        if not known[self.numbers.view(np.uint8)].all():
+        if not self._are_of(format):
             return None
         blocks = -(-columns // block)
         numbers = np.pad(self.numbers, ((0, 0), (0, blocks * block - columns))) if columns % block else self.numbers
@@ -39,3 +38,12 @@ class SourceIntegers:
                 return None
             scales[~storable] = scale_values(np.array(127, np.uint8), format)  # of zeros, any scale will do
         return numbers, scales
+
+    def _are_of(self, format: Format) -> bool:
+        """Whether the format has all of the numbers."""
+        kept = PACKED_FORMATS[format]
+        if self.numbers.dtype != np.int8 or isinstance(kept, Fp8Format):
+            return self.numbers.dtype == kept.dtype
+        known = np.zeros(256, bool)
+        known[np.array(kept.numbers, np.int64) % 256] = True
+        return bool(known[self.numbers.view(np.uint8)].all())

@@ -25,7 +25,7 @@ from rq_compile.files import read_document
 from rq_compile.inspection import inspected
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.schema import Plan
-from rq_compile.quantization.formats import Format
+from rq_compile.quantization.formats import SLOT_FORMATS, Format
 from rq_compile.quantization.packing import dequantize
 from rq_compile.quantization.quantizer import carried
 from rq_compile.runtime.engine import Engine
@@ -34,9 +34,9 @@ from rq_compile.targets.onnxruntime import compile_engine
 
 # The smallest slot format that can hold what the storage format stores, and its block.
 LOSSLESS: dict[str, tuple[Format, int]] = {
-    "fp8": ("fp32", 128),
-    "fp8-qscale": ("fp32", 128),
-    "mxfp8": ("bf16", 128),
+    "fp8": ("fp8", 32),
+    "fp8-qscale": ("fp8", 128),
+    "mxfp8": ("fp8", 32),
     "fp8-ue8m0-fp4": ("mxfp4", 32),
     "mxfp4": ("mxfp4", 32),
     "mxfp4-pack": ("mxfp4", 32),
@@ -45,9 +45,9 @@ LOSSLESS: dict[str, tuple[Format, int]] = {
     "pack-int4": ("int4", 32),
     "pack-int4-asymmetric": ("int8", 32),
     "pack-int4-act-order": ("fp32", 32),
-    "pack-int8": ("int8", 64),
-    "float-quantized": ("fp32", 128),
-    "modelopt-fp8": ("fp32", 128),
+    "pack-int8": ("int8", 128),
+    "float-quantized": ("fp8", 128),
+    "modelopt-fp8": ("fp8", 128),
     "modelopt-awq": ("fp32", 128),
     "gptq": ("int8", 32),
     "gptq-v2-act-order": ("fp32", 32),
@@ -162,7 +162,7 @@ def test_engines(
             assert np.isfinite(engine.logits(ids)).all()
 
 
-@pytest.mark.parametrize("name", ["fp8-ue8m0-fp4", "mxfp4", "mxfp4-pack"], scope="module")
+@pytest.mark.parametrize("name", [n for n, (f, _) in LOSSLESS.items() if SLOT_FORMATS[f].only_carried], scope="module")
 def test_slots_hold_exactly_what_the_checkpoint_stores(name: str, model: Model, calibration: Calibrated) -> None:
     """Every value. MXFP4 takes as many bytes as in the checkpoint."""
     format, _ = LOSSLESS[name]
@@ -178,7 +178,7 @@ def test_slots_hold_exactly_what_the_checkpoint_stores(name: str, model: Model, 
 
 
 @pytest.mark.parametrize("lowering", ["stock", "batched"])
-@pytest.mark.parametrize("name", ["nvfp4-fp8", "pack-int4", "mxfp4"], scope="module")
+@pytest.mark.parametrize("name", ["nvfp4-fp8", "pack-int4", "mxfp4", "fp8"], scope="module")
 def test_other_lowerings_carry_whole_numbers_over_too(
     lowering: str,
     name: str,
@@ -194,7 +194,7 @@ def test_other_lowerings_carry_whole_numbers_over_too(
     np.testing.assert_allclose(logits, dequantized.logits(tokens(2, 9)), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["nvfp4-fp8", "pack-int4"])
+@pytest.mark.parametrize("name", ["nvfp4-fp8", "pack-int4", "fp8"])
 def test_families_without_a_declaration(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whole numbers are found through what transformers' loader does with the tensors."""
     config = {**tiny.COMMON, "hidden_size": 64, "moe_intermediate_size": 64, "n_routed_experts": 4, "head_dim": 16}
@@ -210,7 +210,7 @@ def test_families_without_a_declaration(name: str, monkeypatch: pytest.MonkeyPat
     for projection in PROJECTIONS:
         integers = model.integers(layer, 1, projection)
         assert integers is not None
-        values = integers.numbers * np.repeat(integers.scales, integers.group, axis=1)
+        values = integers.numbers.astype(np.float32) * np.repeat(integers.scales, integers.group, axis=1)
         np.testing.assert_array_equal(values, model.matrix(layer, 1, projection))
     dequantized = Reference.load(Model.open(tmp_path / "dequantized"))
     np.testing.assert_array_equal(Reference.load(model).logits(tokens(2, 9)), dequantized.logits(tokens(2, 9)))

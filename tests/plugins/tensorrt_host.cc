@@ -218,7 +218,7 @@ void check_copies(IPluginCreatorV3One& creator) {
 }
 
 void check_refused_fields(IPluginCreatorV3One& creator) {
-  const std::vector<int32_t> unknown_format = {0, 4};
+  const std::vector<int32_t> unknown_format = {0, 5};
   const float one = 1, half[] = {0.5f, -0.5f}, nan = std::strtof("nan", nullptr);
   const auto refused = [&](std::vector<PluginField> fields, const std::string& about) {
     std::unique_ptr<IPluginV3> plugin(create(creator, fields));
@@ -231,7 +231,7 @@ void check_refused_fields(IPluginCreatorV3One& creator) {
   };
   refused({}, "field formats is missing");
   refused(fields_of({}), "field formats is missing");
-  refused(fields_of(unknown_format), "field formats has 4");
+  refused(fields_of(unknown_format), "field formats has 5");
   refused(fields_of(kFormats, "sigmoid"), "field activation");
   refused(with({"experts", &one, PluginFieldType::kFLOAT32, 1}), "field experts is unknown");
   refused(with({"activation", "relu", PluginFieldType::kCHAR, 4}), "field activation is given twice");

@@ -39,14 +39,16 @@ def rounded_reference(
     gather: int = 0,
     **attributes: Any,
 ) -> np.ndarray:
-    """Slots of bf16 round x to bf16, those of other floats leave it unchanged."""
+    """Slots of bf16 round x to bf16, those of other floats and of fp8 leave it unchanged."""
     floats = weights.inputs["float_weights"]
     as_floats = x.astype(floats.dtype).astype(np.float32) if floats is not None and floats.dtype == ml_dtypes.bfloat16 else x
     exact = reference(as_floats, rows, offsets, weights, bias, gather=gather, **attributes)
+    unchanged = reference(x, rows, offsets, weights, bias, gather=gather, **attributes)
     coarse = reference(rounded(x, block), rows, offsets, weights, bias, gather=gather, **attributes)
     for slot, format in enumerate(weights.formats):
-        if format == 0:
-            coarse[offsets[slot] : offsets[slot + 1]] = exact[offsets[slot] : offsets[slot + 1]]
+        here = slice(offsets[slot], offsets[slot + 1])
+        if format in (0, 4):
+            coarse[here] = (exact if format == 0 else unchanged)[here]
     return coarse
 
 
@@ -58,6 +60,8 @@ def rounded_reference(
         ([1, 1], np.float32),
         ([2, 2], np.float32),
         ([3, 3], np.float32),
+        ([4, 4], np.float32),
+        ([0, 1, 4, 3, 4, 2], ml_dtypes.bfloat16),
         ([0, 1, 2, 3, 0, 2], np.float32),
         ([0, 1, 2, 3, 0, 2], ml_dtypes.bfloat16),
         ([0, 0], np.float16),

@@ -61,7 +61,7 @@ def test_onnxruntime_refuses_too_few_inputs_by_the_schema(cuda_ops: Path) -> Non
 
 REFUSED: dict[str, Any] = {
     "field formats is missing": {},
-    "field formats has 4; 0 is float, 1 is int8, 2 is int4, 3 is mxfp4": {"formats": [0, 4]},
+    "field formats has 5; 0 is float, 1 is int8, 2 is int4, 3 is mxfp4, 4 is fp8": {"formats": [0, 5]},
     "field formats is not a list of integers": {"formats": [0.5, 1.5]},
     "field activation has an activation that is unknown": {"formats": MIXED, "activation": "swish"},
     "field activation is not a string": {"formats": MIXED, "activation": 1},

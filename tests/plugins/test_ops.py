@@ -42,7 +42,7 @@ def test_dispatch_splits_an_experts_arrivals_over_its_replicas(rng: np.random.Ge
 @pytest.mark.parametrize("columns", [300, 128, 48, 40, 37, 3])
 @pytest.mark.parametrize("gather", [0, 1])
 def test_every_format_in_one_layer(rng: np.random.Generator, float_type: Any, columns: int, gather: int) -> None:
-    weights = pack(rng, [0, 1, 2, 3, 1, 0, 2, 3], 19, columns, float_type)
+    weights = pack(rng, [0, 1, 2, 3, 4, 0, 4, 3], 19, columns, float_type)
     rows, offsets = routed(rng, 23, 2, 8)
     x = rng.normal(size=(23 if gather else 46, columns)).astype(np.float32)
     assert_close(expert_gemm(x, rows, offsets, weights, gather=gather), reference(x, rows, offsets, weights, gather=gather))
@@ -51,9 +51,9 @@ def test_every_format_in_one_layer(rng: np.random.Generator, float_type: Any, co
 @pytest.mark.parametrize("block", [16, 32, 48, 1024])
 @pytest.mark.parametrize("tokens", [1, 2, 30])
 def test_every_block(rng: np.random.Generator, block: int, tokens: int) -> None:
-    weights = pack(rng, [1, 2, 3], 70, 2 * block - 3, block=block)
-    rows, offsets = np.arange(3 * tokens, dtype=np.int32), (np.arange(4) * tokens).astype(np.int32)
-    x = rng.normal(size=(3 * tokens, 2 * block - 3)).astype(np.float32)
+    weights = pack(rng, [1, 2, 3, 4], 70, 2 * block - 3, block=block)
+    rows, offsets = np.arange(4 * tokens, dtype=np.int32), (np.arange(5) * tokens).astype(np.int32)
+    x = rng.normal(size=(4 * tokens, 2 * block - 3)).astype(np.float32)
     assert_close(expert_gemm(x, rows, offsets, weights), reference(x, rows, offsets, weights))
 
 
@@ -71,9 +71,9 @@ def test_every_activation(rng: np.random.Generator, activation: str, biased: boo
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 48, 49, 101])
 @pytest.mark.parametrize("rows", [20, 105])  # one panel and a part; four, two, one and a part side by side
 def test_all_tokens_on_one_slot(rng: np.random.Generator, tokens: int, rows: int) -> None:
-    weights = pack(rng, [1, 2, 0, 3], rows, 64)
-    for slot in range(4):
-        offsets = np.array([0] * (slot + 1) + [tokens] * (4 - slot), np.int32)
+    weights = pack(rng, [1, 2, 0, 3, 4], rows, 64)
+    for slot in range(5):
+        offsets = np.array([0] * (slot + 1) + [tokens] * (5 - slot), np.int32)
         pairs = np.arange(tokens, dtype=np.int32)
         x = rng.normal(size=(tokens, 64)).astype(np.float32)
         assert_close(expert_gemm(x, pairs, offsets, weights), reference(x, pairs, offsets, weights))

@@ -37,7 +37,7 @@ def gemms(draw: st.DrawFn) -> tuple[Any, ...]:
     slots, top_k, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(0, 9))
     columns, outputs, block = draw(st.integers(1, 70)), draw(st.integers(1, 40)), draw(st.sampled_from([16, 32, 48, 64]))
     gather, activation = draw(st.booleans()), draw(st.sampled_from(["none", "swiglu", "relu"]))
-    formats = draw(st.lists(st.integers(0, 3), min_size=slots, max_size=slots))
+    formats = draw(st.lists(st.integers(0, 4), min_size=slots, max_size=slots))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     pairs, blocks, parts = tokens * top_k, -(-columns // block), 1 + (activation == "swiglu")
     panels = parts * -(-outputs // 16)
@@ -68,6 +68,7 @@ def gemms(draw: st.DrawFn) -> tuple[Any, ...]:
     inputs["int8_packed"], inputs["int8_scales"] = packed(1, 1)
     inputs["int4_packed"], inputs["int4_scales"] = packed(2, 2)
     inputs["mxfp4_packed"], inputs["mxfp4_scales"] = packed(3, 2, np.uint8)
+    inputs["fp8_packed"], inputs["fp8_scales"] = packed(4, 1)
     inputs["bias"] = numbers(np.float32, slots, outputs * parts) if draw(st.booleans()) else None
     attributes = {"formats": formats, "outputs": outputs, "gather": int(gather), "activation": activation}
     return inputs, attributes | {"activation_bits": draw(st.sampled_from([8, 32]))}, (pairs, outputs)

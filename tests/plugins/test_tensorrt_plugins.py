@@ -118,7 +118,7 @@ def test_every_node_that_the_compiler_writes_is_taken(host: Host, tmp_path: Path
 def test_a_damaged_node_is_refused(host: Host, tmp_path: Path) -> None:
     line = description(compiled_layer(geometry_of(), MIXED, tmp_path)[0])
     damaged = {
-        "field formats has 4": line.replace("formats 8 1", "formats 8 4"),
+        "field formats has 5": line.replace("formats 8 1", "formats 8 5"),
         "field activation has an activation that is unknown": line.replace("swiglu", "swish"),
         "these formats need 17 inputs": line.rsplit(" input", 1)[0],
         "up_int8_packed has a wrong type": line.replace("input 2 3 2 128 128", "input 0 3 2 128 128", 1),
@@ -170,7 +170,7 @@ def test_the_parser_of_tensorrt_makes_plugins_of_a_compiled_node(plugin: Path, t
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("formats", [1, 2, 0, 1, 1, 2, 0, 4], "field formats has 4; 0 is float, 1 is int8, 2 is int4, 3 is mxfp4"),
+        ("formats", [1, 2, 0, 1, 1, 2, 0, 5], "field formats has 5; 0 is float, 1 is int8, 2 is int4, 3 is mxfp4, 4 is fp8"),
         ("activation", "swish", "field activation has an activation that is unknown"),
         ("plugin_version", "2", "Plugin not found"),
     ],

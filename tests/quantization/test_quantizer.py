@@ -254,8 +254,23 @@ def test_mxfp4_takes_what_it_can_hold_and_nothing_else() -> None:
         assert not dequantize(held, "mxfp4", 70)[:, :32].any()
 
 
-def test_nothing_is_rounded_to_mxfp4() -> None:
+@pytest.mark.parametrize("format", ["mxfp4", "fp8"])
+def test_nothing_is_rounded_to_a_format_that_is_only_carried(format: Format) -> None:
     expert = ExpertWeights(np.ones((4, 32), np.float32), np.ones((32, 2), np.float32))
-    assert in_format(expert, (1.0, 1.0), "mxfp4", 32)[1] == np.inf
+    assert in_format(expert, (1.0, 1.0), format, 32)[1] == np.inf
     with pytest.raises(UserError, match="the checkpoint does not store it like that"):
-        quantized(expert, "up", "mxfp4", 32)
+        quantized(expert, "up", format, 32)
+
+
+def test_fp8_takes_what_it_can_hold_and_nothing_else() -> None:
+    random = np.random.default_rng(5)
+    codes = random.integers(0, 127, (3, 70), np.uint8) | random.integers(0, 2, (3, 70), np.uint8) << 7
+    numbers, scales = codes.view(ml_dtypes.float8_e4m3fn), random.uniform(0.1, 3, (3, 3)).astype(np.float32)
+    held = carried(SourceIntegers(numbers, scales, 32), "fp8", 32)
+    assert held is not None
+    exact = numbers.astype(np.float32) * np.repeat(scales, 32, axis=1)[:, :70]
+    np.testing.assert_array_equal(dequantize(held, "fp8", 70), exact)
+    whole = random.integers(-12, 13, (3, 70)).astype(np.int8)
+    assert carried(SourceIntegers(whole, scales, 32), "fp8", 32) is None
+    assert carried(SourceIntegers(numbers, scales, 32), "int8", 32) is None
+    assert carried(SourceIntegers(numbers[:, :64], scales[:, :2], 32), "fp8", 64) is None

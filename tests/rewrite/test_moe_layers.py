@@ -23,7 +23,8 @@ from one_layer import LAYER, MIXED, PLAIN, batch, one_layer, plan_of, random_exp
 from rq_compile.architectures.geometry import GATED, Activation
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.errors import UserError
-from rq_compile.lowerings import Plugins
+from rq_compile.lowerings import Batched, Lowering, Native, Plugins, Stock
+from rq_compile.quantization.formats import Block
 from rq_compile.rewrite.halves import HALVES
 
 
@@ -146,3 +147,32 @@ def test_a_plan_of_other_layers_is_refused() -> None:
     plan = plan_of(geometry_of(), PLAIN, name="model.layers.7.mlp.experts")
     with pytest.raises(UserError, match=f"MoE layer {LAYER} of the model is not in the plan"):
         Plugins().lower(one_layer(128, 2), plan, lambda *_: pytest.fail("a weight was read"))
+
+
+FP8, BESIDE = [(e, "fp8") for e in range(4)], [(0, "fp8"), (1, "int4"), (2, "bf16"), (3, "fp8")]
+
+
+@pytest.mark.parametrize(
+    ("lowering", "slots", "block", "held"),
+    [
+        (Plugins("fp16"), FP8, 64, ["fp8"] * 4),
+        (Plugins("fp16"), FP8, 32, ["fp16"] * 4),
+        (Plugins("bf16"), BESIDE, 64, ["bf16", "int4", "bf16", "bf16"]),
+        (Stock(), BESIDE, 128, ["fp32", "int4", "fp32", "fp32"]),
+        (Batched(), FP8, 128, ["fp32"] * 4),
+        (Batched(), [(e, "mxfp4") for e in range(4)], 32, ["int8"] * 4),
+        (Native(), BESIDE, 64, ["fp8", "int4", "bf16", "fp8"]),
+    ],
+)
+def test_formats_in_which_a_lowering_holds_those_of_a_plan(lowering: Lowering, slots: Any, block: Block, held: list[str]) -> None:
+    (layer,) = plan_of(geometry_of(hidden=128, intermediate=128).model_copy(update={"block": block}), slots).layers
+    assert [slot.format for slot in lowering.held(layer).slots] == held
+
+
+def test_mxfp4_has_no_other_format_beside_it() -> None:
+    geometry = geometry_of().model_copy(update={"block": 32})
+    Plugins().check_layer(plan_of(geometry, [(e, "mxfp4") for e in range(4)]).layers[0])
+    with pytest.raises(
+        UserError, match="has slots in mxfp4 and in fp16, but the GPU kernels support mxfp4 only in layers without"
+    ):
+        Plugins().check_layer(plan_of(geometry, [(0, "fp16"), *((e, "mxfp4") for e in range(1, 4))]).layers[0])

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -22,7 +23,13 @@ from rq_compile.lowerings import Plugins
 from rq_compile.targets.tensorrt.network import Precision
 from rq_compile.targets.weights_file import locate, write_weights
 
-ROLES = (("float_weights",), ("int8_packed", "int8_scales"), ("int4_packed", "int4_scales"), ("mxfp4_packed", "mxfp4_scales"))
+ROLES = (
+    ("float_weights",),
+    ("int8_packed", "int8_scales"),
+    ("int4_packed", "int4_scales"),
+    ("mxfp4_packed", "mxfp4_scales"),
+    ("fp8_packed", "fp8_scales"),
+)
 INT4_ALONE = [(e, "int4") for e in range(4)]
 ACTIVATIONS = list(get_args(Activation))
 FIRST = ("x", "ids", "gates", "replicas", "formats")
@@ -111,7 +118,9 @@ def unpacked(format: int, parts: Any, columns: int) -> np.ndarray:
     q, zero = packed.view(np.uint8).astype(np.int64), 128
     if format in (2, 3):
         q, zero = np.stack([q % 16, q // 16], -1).reshape(len(q), -1), 8
-    numbers, values = q - zero, scales.astype(np.float64)
+    numbers, values = (q - zero).astype(np.float64), scales.astype(np.float64)
+    if format == 4:
+        numbers = packed.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     if format == 3:
         numbers, values = (
             np.concatenate([reference.E2M1, -reference.E2M1])[q],

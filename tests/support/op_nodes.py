@@ -148,8 +148,9 @@ def pack(
             continue
         kept = PACKED_FORMATS[group]
         bits, numbers = kept.bits, np.array(kept.numbers)
-        zero, least = (kept.zero_point, kept.least) if isinstance(kept, BlockFormat) else (0, numbers[0])
+        zero, least = (kept.zero_point, kept.least) if isinstance(kept, BlockFormat) else (0, 0)
         code = rng.integers(zero + least, len(numbers), (rows, blocks * block)).astype(np.uint8)
+        code[np.isnan(numbers[code])] = zero
         code[:, columns:] = zero
         scale: np.ndarray
         if kept.exponents:

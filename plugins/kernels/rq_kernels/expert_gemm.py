@@ -13,7 +13,14 @@ import triton.language as tl
 
 from rq_kernels.activations import gated, plain
 
-FLOAT, INT8, INT4, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+FLOAT, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+MXFP4, FP8 = tl.constexpr(3), tl.constexpr(4)
+
+
+@triton.constexpr_function
+def _is_wide(format):
+    """Whether a weight has a byte of its own."""
+    return format in (INT8.value, FP8.value)
 
 
 @triton.jit
@@ -34,6 +41,13 @@ def _e2m1_doubled(code, dtype: tl.constexpr):
 
 
 @triton.jit
+def _e4m3(code, dtype: tl.constexpr):
+    """The float8_e4m3fn number of each code. Its bits, moved to those of fp16, are 2^-8 times the number."""
+    bits = (code & 127).to(tl.uint16) << 7 | (code & 128).to(tl.uint16) << 8
+    return (bits.to(tl.float16, bitcast=True) * 256.0).to(dtype)
+
+
+@triton.jit
 def _scales(at, mask, FORMAT: tl.constexpr):
     """fp32 scales; those of MXFP4 are exponents of powers of two, and its numbers are doubled."""
     stored = tl.load(at, mask=mask, other=0)
@@ -50,6 +64,10 @@ def _weights(packed, n, mask, start, stride, FORMAT: tl.constexpr, COLUMNS: tl.c
         byte = start + tl.arange(0, COLUMNS)
         q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=128)
         return _whole_numbers(q, 128, dtype)
+    elif FORMAT == FP8:
+        byte = start + tl.arange(0, COLUMNS)
+        code = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=0)
+        return _e4m3(code, dtype)
     elif FORMAT == MXFP4:
         byte = start // 2 + tl.arange(0, COLUMNS // 2)
         q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=0)
@@ -88,7 +106,8 @@ def _quantized_products(
     dtype: tl.constexpr = x.dtype.element_ty
     blocks = (columns + block - 1) // block
     # Steps divide a block, so a step has one scale. Rows begin at addresses that can be read 16 bytes at a time.
-    stride = tl.multiple_of(blocks * block if FORMAT == INT8 else blocks * block // 2, STEP if FORMAT == INT8 else STEP // 2)
+    WIDE: tl.constexpr = _is_wide(FORMAT)
+    stride = tl.multiple_of(blocks * block if WIDE else blocks * block // 2, STEP if WIDE else STEP // 2)
     all_outputs = outputs * (2 if GATED else 1)
     packed += matrix * all_outputs * stride
     scales += matrix * all_outputs * blocks
@@ -109,7 +128,8 @@ def _quantized_products(
 @triton.jit
 def _products(
     x, present, slot, n, mask, outputs, columns, formats, weights,
-    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, biased, block,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
+    mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, biased, block,
     FORMATS: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """fp32 ``[OUTPUTS, ROWS]``, and a second one with the weights' second half if ``GATED``.
@@ -140,6 +160,11 @@ def _products(
             first, second = _quantized_products(
                 x, present, mxfp4_packed, mxfp4_scales, matrix, n, mask, outputs, columns, block, MXFP4, GATED, STEP
             )
+    if FORMATS & 16:  # noqa: SIM102
+        if format == FP8:
+            first, second = _quantized_products(
+                x, present, fp8_packed, fp8_scales, matrix, n, mask, outputs, columns, block, FP8, GATED, STEP
+            )
     at = bias + slot * outputs * (2 if GATED else 1) + n
     mask = n < outputs * biased  # 1 or 0
     first += tl.load(at, mask=mask, other=0)[:, None]
@@ -151,7 +176,8 @@ def _products(
 @triton.jit
 def expert_up(
     x, rows, tiles, tile_count, formats, weights,
-    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, y,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
+    mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, y,
     top_k, columns, outputs, biased, block, activation, alpha, limit,
     FORMATS: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -168,7 +194,8 @@ def expert_up(
     mask = n < outputs
     first, second = _products(
         x + token.to(tl.int64) * columns, present, slot, n, mask, outputs, columns, formats, weights,
-        float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, biased, block,
+        float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
+        mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, biased, block,
         FORMATS, GATED, COLUMNS, STEP,
     )  # fmt: skip
     first = gated(first, second, activation, alpha, limit) if GATED else plain(first, activation)
@@ -179,7 +206,8 @@ def expert_up(
 @triton.jit
 def expert_down(
     x, rows, gates, tiles, tile_count, formats, weights,
-    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, y,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
+    mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, y,
     columns, outputs, biased, block,
     FORMATS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +222,8 @@ def expert_down(
     mask = n < outputs
     products, _ = _products(
         x + row.to(tl.int64) * columns, present, slot, n, mask, outputs, columns, formats, weights,
-        float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales, bias, biased, block,
+        float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
+        mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, biased, block,
         FORMATS, False, COLUMNS, STEP,
     )  # fmt: skip
     pair = tl.load(rows + row, mask=present, other=0)

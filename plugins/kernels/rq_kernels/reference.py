@@ -60,7 +60,12 @@ def projection(
             exact[slot] = weights.double()
             continue
         q = torch.randint(1 if bits == 8 else 0, 1 << bits, (N, blocks * block), generator=random, dtype=torch.uint8)
-        if GROUPS[format].exponents:
+        if not GROUPS[format].integers:
+            q = torch.where(q % 128 == 127, 0, q)  # NaN
+            numbers = q.view(torch.float8_e4m3fn).double()
+            scales = (0.5 + torch.rand(N, blocks, generator=random)) / (128 * math.sqrt(K))
+            values = scales.double()
+        elif GROUPS[format].exponents:
             numbers = torch.cat([E2M1, -E2M1])[q.long()]
             scales = torch.randint(116, 124, (N, blocks), generator=random, dtype=torch.uint8)
             values = torch.exp2(scales.double() - 127)

@@ -9,8 +9,8 @@ from rq_kernels.formats import GROUPS, MIXED, TENSORS
 from rq_kernels.tiles import CHUNK, COMBINE_COLUMNS, DOWN, UP, Tile
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16"}
-# The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan without mxfp4; the others need
-# fewer resources.
+# The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan without mxfp4 and fp8; the
+# others need fewer resources.
 FORMATS = {group.name: 1 << code for code, group in enumerate(GROUPS)} | {"mixed": MIXED}
 
 # Sizes and pointers that are multiples of 16, so that rows of x and of weights can be read 16 bytes at a time.

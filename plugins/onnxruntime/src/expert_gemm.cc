@@ -77,7 +77,7 @@ struct ExpertGemm {
 
   Form form_of(const SlotWeights::Bound& bound, int64_t slot) const {
     if (!rounds) return floats;
-    if (weights.quantized(slot)) return quantized;
+    if (weights.takes_int8(slot)) return quantized;
     return weights.of(bound, slot).storage == Storage::bf16 ? bfloats : floats;
   }
 

@@ -5,7 +5,9 @@ constexpr int64_t kChunk = 256;  // columns of a panel per chunk: 16 KiB in fp32
 
 constexpr bool is_quantized(Storage storage) { return storage >= Storage::int8; }
 // Columns that a panel stores together, and their bytes.
-constexpr int columns_of(Storage storage) { return storage == Storage::int8 ? 4 : is_quantized(storage) ? 8 : 1; }
+constexpr int columns_of(Storage storage) {
+  return storage == Storage::int8 || storage == Storage::fp8 ? 4 : is_quantized(storage) ? 8 : 1;
+}
 constexpr int64_t bytes_of(Storage storage) { return kPanel * (storage == Storage::fp16 || storage == Storage::bf16 ? 2 : 4); }
 // With more rows than this at once, converting all weights into a buffer first is faster.
 constexpr int direct_rows(Storage storage) { return is_quantized(storage) ? kUnpackingRows : kFloatRows; }
@@ -38,6 +40,7 @@ inline Floats weights_at(const uint8_t* group, int64_t v, int j) {
     const Ints numbers = load_ints(p) ^ set_bytes(0x88);
     return to_floats(top_byte((j < 4 ? numbers << 4 : numbers) & set_bytes(0xf0), j % 4));
   }
+  if constexpr (storage == Storage::fp8) return from_e4m3(top_byte(load_ints(p), j));
   if constexpr (storage == Storage::mxfp4) {
     const Ints codes = load_ints(p);
     return to_floats(top_byte(look_up(kE2m1, j < 4 ? low_nibbles(codes) : high_nibbles(codes)), j % 4));
@@ -177,5 +180,6 @@ void multiply_floats(const float* const* x, int64_t rows, const Matrix& weights,
     case Storage::int8: return multiply_panels<Storage::int8>(x, rows, weights, first, count, out);
     case Storage::int4: return multiply_panels<Storage::int4>(x, rows, weights, first, count, out);
     case Storage::mxfp4: return multiply_panels<Storage::mxfp4>(x, rows, weights, first, count, out);
+    case Storage::fp8: return multiply_panels<Storage::fp8>(x, rows, weights, first, count, out);
   }
 }

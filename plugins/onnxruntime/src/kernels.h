@@ -7,12 +7,15 @@
 
 namespace rq {
 
-enum class Storage { fp32, fp16, bf16, int8, int4, mxfp4 };
+enum class Storage { fp32, fp16, bf16, int8, int4, mxfp4, fp8 };
 enum class Activation { none, swiglu, geglu, geglu_tanh, clamped_swiglu, limited_swiglu, relu, gelu, relu2 };
 
 constexpr int64_t kPanel = 16;       // weight rows of a panel: the lanes of a kernel
 constexpr int64_t kSideBySide = 4;   // the most panels that a kernel processes at once
 constexpr int64_t kMaxBlock = 1024;  // dot products of int8 blocks up to here are exact in fp32
+
+// Whether x may be rounded to int8 for the products: the weights are whole numbers times scales.
+constexpr bool takes_int8(Storage storage) { return storage >= Storage::int8 && storage != Storage::fp8; }
 
 // Bytes of a scale: fp32, or the exponent of a power of two.
 constexpr int64_t scale_bytes(Storage storage) { return storage == Storage::mxfp4 ? 1 : 4; }

@@ -74,6 +74,14 @@ inline Floats load_powers(const uint8_t* p) {
   memcpy(&v, bits, sizeof v);
   return v;
 }
+// The numbers whose float8_e4m3fn codes are the top bytes; lower bytes may be anything. The bits of a code, moved to those of
+// fp32, are 2^-120 times the number, with a subnormal one for a subnormal one.
+inline Floats from_e4m3(Ints top) {
+  const Ints bits = (top >> 4) & static_cast<int32_t>(0x87f00000u);
+  Floats v;
+  memcpy(&v, &bits, sizeof v);
+  return v * 0x1p120f;
+}
 inline Ints low_nibbles(Ints v) { return v & 0x0f0f0f0f; }
 inline Ints high_nibbles(Ints v) { return (v >> 4) & 0x0f0f0f0f; }
 

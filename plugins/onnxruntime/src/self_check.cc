@@ -17,7 +17,7 @@ struct Random {
 };
 
 std::vector<uint8_t> random_panels(Storage storage, Random& random) {
-  const int bits = storage == Storage::fp32 ? 32 : storage == Storage::int8 ? 8 : storage >= Storage::int4 ? 4 : 16;
+  const int bits = storage == Storage::fp32 ? 32 : storage == Storage::int8 || storage == Storage::fp8 ? 8 : storage >= Storage::int4 ? 4 : 16;
   std::vector<uint8_t> panels(static_cast<size_t>(kPanels * kBlocks * kBlock * kPanel * bits / 8));
   for (size_t i = 0; i < panels.size(); i += 4) {
     // fp16 and bf16: small numbers of either sign; fp32: a real number.
@@ -81,7 +81,7 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
       kernels.multiply_bfloats(as_bfloats.data(), rows, weights, first, panels, out.data());
       if (!close(out, expected)) return false;
     }
-    if (storage < Storage::int8) continue;
+    if (!takes_int8(storage)) continue;
     kPlainKernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, expected.data());
     kernels.multiply_quantized(quantized.data(), rows, layout, weights, first, panels, out.data());
     if (!same(out, expected)) return false;
@@ -118,7 +118,9 @@ bool sums_agree(const Kernels& kernels, Random& random) {
 bool agrees_with_plain(const Kernels& kernels) {
   if (&kernels == &kPlainKernels) return true;
   Random random;
-  for (Storage storage : {Storage::fp32, Storage::fp16, Storage::bf16, Storage::int8, Storage::int4, Storage::mxfp4}) {
+  constexpr Storage kEvery[] = {Storage::fp32, Storage::fp16, Storage::bf16,  Storage::int8,
+                                Storage::int4, Storage::mxfp4, Storage::fp8};
+  for (Storage storage : kEvery) {
     if (!storage_agrees(kernels, storage, random)) return false;
   }
   return activations_agree(kernels, random) && sums_agree(kernels, random);

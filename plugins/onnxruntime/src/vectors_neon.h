@@ -53,6 +53,11 @@ inline Floats load_powers(const uint8_t* p) {
   const uint16x8_t wide = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
   return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vget_low_u16(wide)), 23));
 }
+// The numbers whose float8_e4m3fn codes are the top bytes. The bits of a code, moved to those of fp32, are 2^-120 times the number.
+inline Floats from_e4m3(Ints top) {
+  const Ints bits = vandq_s32(vshrq_n_s32(top, 4), vdupq_n_s32(static_cast<int32_t>(0x87f00000u)));
+  return vmulq_n_f32(vreinterpretq_f32_s32(bits), 0x1p120f);
+}
 inline Ints low_nibbles(Ints v) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(v), vdupq_n_u8(15))); }
 inline Ints high_nibbles(Ints v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), 4)); }
 

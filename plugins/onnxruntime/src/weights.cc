@@ -8,7 +8,7 @@ namespace rq {
 namespace {
 
 // The kernels' name for each format group. That of float weights depends on their type.
-constexpr Storage kStorage[] = {Storage::fp32, Storage::int8, Storage::int4, Storage::mxfp4};
+constexpr Storage kStorage[] = {Storage::fp32, Storage::int8, Storage::int4, Storage::mxfp4, Storage::fp8};
 static_assert(std::size(kStorage) == kGroups, "each format group has its kernels");
 
 // Reads the inputs of a node in order, and skips missing ones: in version 1 of the op set, nodes have empty inputs for formats
@@ -115,6 +115,8 @@ SlotWeights::Bound SlotWeights::bind(const Context& context, size_t first, int64
   }
   return bound;
 }
+
+bool SlotWeights::takes_int8(int64_t slot) const { return rq::takes_int8(kStorage[formats_[slot]]); }
 
 Matrix SlotWeights::of(const Bound& bound, int64_t slot) const {
   const int64_t format = formats_[slot], place = places_[slot];

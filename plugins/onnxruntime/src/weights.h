@@ -36,7 +36,7 @@ class SlotWeights {
   Bound bind(const Context& context, size_t first, int64_t panels, int64_t columns) const;
 
   Matrix of(const Bound& bound, int64_t slot) const;
-  bool quantized(int64_t slot) const { return kFormatGroups[formats_[slot]].scales != nullptr; }
+  bool takes_int8(int64_t slot) const;
 
  private:
   std::vector<int64_t> formats_, places_;

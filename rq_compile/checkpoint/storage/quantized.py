@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rq_compile.checkpoint.safetensors_file import not_finite
+from rq_compile.checkpoint.safetensors_file import DTYPES, not_finite
 from rq_compile.checkpoint.storage.decoding import Codes, Groups, differences, read_codes, scaled
-from rq_compile.checkpoint.storage.packings import E2M1_PAIRS, Packing
+from rq_compile.checkpoint.storage.packings import E2M1_PAIRS, E4M3, Packing
 from rq_compile.checkpoint.storage.scales import Scales
 from rq_compile.checkpoint.storage.weight import BF16, Weight
 from rq_compile.quantization.formats import Format
@@ -48,17 +48,26 @@ class Quantized(Weight):
         if self.integer_group is None or (self.order and self.order() is not None):
             return None
         groups = self._groups(rows)
+        if self.packing is E4M3:
+            codes = self._codes(rows).words.view(np.uint8)
+            if (codes & 0x7F == 0x7F).any():
+                raise not_finite(self.packed, self.parts[self.packed])
+            return SourceIntegers(codes.view(DTYPES["F8_E4M3"]), groups.scales, groups.width)
         numbers = differences(self._codes(rows), groups)
         return None if numbers is None else SourceIntegers(numbers, groups.scales, groups.width)
 
     @property
     def integer_group(self) -> int | None:
-        return self.scales.width if self.packing.whole_numbers and self.column_scale is None else None
+        carried = self.packing.whole_numbers or self.packing is E4M3
+        return self.scales.width if carried and self.column_scale is None else None
 
     @property
     def slot_format(self) -> Format | None:
-        plain = self.zeros is None and self.column_scale is None
-        return "mxfp4" if plain and self.packing is E2M1_PAIRS and self.scales.powers_of_two else None
+        if self.zeros is not None or self.column_scale is not None:
+            return None
+        if self.packing is E4M3:
+            return "fp8"
+        return "mxfp4" if self.packing is E2M1_PAIRS and self.scales.powers_of_two else None
 
     def _codes(self, rows: slice) -> Codes:
         return read_codes(self.packing, self.packed, self.parts[self.packed], rows, self.matrix_shape)

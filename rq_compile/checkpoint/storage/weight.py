@@ -53,7 +53,7 @@ class Weight(ABC):
         """
 
     def integers(self, rows: slice) -> SourceIntegers | None:
-        """The integers and scales whose products ``decode`` returns, or None if the weight is not stored as such.
+        """The numbers (integers or FP8) and scales whose products ``decode`` returns, or None if it is not stored as such.
 
         Raises:
             UserError: see ``decode``.

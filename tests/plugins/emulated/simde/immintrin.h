@@ -34,6 +34,10 @@ inline simde__m512 floats_of_halves(simde__m256i a) {
   return each<simde__m512, float, _Float16, 16>(a, converted<float, _Float16>);
 }
 
+inline simde__m512i words_shifted_right(simde__m512i a, int bits) {
+  return each<simde__m512i, int32_t, int32_t, 16>(a, [&](const int32_t* in, int i) { return in[i] >> bits; });
+}
+
 // Sums of pairs of products.
 inline simde__m512i multiplied_pairs(simde__m512i a, simde__m512i b) {
   int16_t other[32];
@@ -49,4 +53,5 @@ inline simde__m512i multiplied_pairs(simde__m512i a, simde__m512i b) {
 #define _mm512_cvtepi32_ps emulated::floats_of_words
 #define _mm512_cvtepu16_epi32 emulated::words_of_shorts
 #define _mm512_cvtepu8_epi32 emulated::words_of_bytes
+#define _mm512_srai_epi32 emulated::words_shifted_right
 #define _mm512_cvtph_ps emulated::floats_of_halves

@@ -97,6 +97,7 @@ def plan(
     *,
     policy: str = "optimal",
     memory: float | None = None,
+    engine_bytes: int | None = None,
     ranks: int = 1,
     target: str = "cpu",
     progress: Progress | None = None,
@@ -106,7 +107,8 @@ def plan(
 
     Instead of ``calibration``, a model may be given: loads are then assumed to be uniform, errors come from the weights alone,
     and ``progress`` counts experts. ``memory`` is the budget as a multiple of the bytes of the experts in the checkpoint.
-    ``options`` are those of ``--option``: see docs/planning.md.
+    ``engine_bytes`` is the budget of the engine's whole weights file instead; the plan then also decides the formats of the
+    non-expert weights. ``options`` are those of ``--option``: see docs/planning.md.
 
     Raises:
         UserError: ``output`` would replace an input or a file of another kind, the calibration cannot be read, an argument is
@@ -121,7 +123,8 @@ def plan(
     how: dict[str, Any] = {"policy": policy, "memory": memory, "ranks": ranks, "target": target}
     source = Path(calibration) if is_file(calibration) else calibration.path
     check_outputs({path: document("plan")}, [source])
-    check_arguments(**how, options=options)
+    check_arguments(**how, options=options, engine_bytes=engine_bytes)
+    how["engine_bytes"] = engine_bytes
     if is_file(calibration):
         made = make_plan(read_document(Calibration, source), **how, calibration_sha256=sha256(source), **options)
     else:
@@ -190,7 +193,7 @@ def compile(
     from rq_compile.outputs import check_outputs
     from rq_compile.targets.engine_outputs import check_engine_path, onnx_outputs
     from rq_compile.targets.onnxruntime import Writing, compile_engine
-    from rq_compile.targets.preflight import remarks_before
+    from rq_compile.targets.preflight import check_dense_format, remarks_before
 
     source, path = opened(model), Path(output)
     if is_file(plan):
@@ -203,6 +206,7 @@ def compile(
     else:
         document = plan
     options = {"activation_bits": activation_bits, "dense_format": dense_format}
+    check_dense_format(document, dense_format)
     processes = document.ranks if path.suffix != ".onnx" else 1
     realised = _lowering(lowering or lowering_for(document.target, processes).name, options)
     check_engine_path(path, of_ranks=realised.of_ranks, ranks=document.ranks)

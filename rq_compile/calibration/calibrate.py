@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +14,15 @@ from rq_compile.architectures.load import torch_threads
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import remarks_on_ties
 from rq_compile.architectures.without_engine import remarks_without_engine
+from rq_compile.calibration.dense import DenseMeasurements
+from rq_compile.calibration.dense_bytes import other_weights
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.lengths import batch_size_for, sequence_length_for
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
 from rq_compile.calibration.memory import Way, choose_way
 from rq_compile.calibration.recording import LayerRecording, record_whole_model
-from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
-from rq_compile.calibration.scratch import return_freed
+from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration, LayerSums
+from rq_compile.calibration.scratch import on_disk, return_freed
 from rq_compile.calibration.split import Split
 from rq_compile.calibration.statistics import tensors_of
 from rq_compile.calibration.stored import formats_to_measure, layers_to_measure, lossless_format, stored_layer
@@ -191,9 +194,16 @@ def calibrate(
     )
     split = Split.of(work.batches)
     kept.layers = world().from_first(kept.layers)
+    dense = DenseMeasurements(model, work.batches, quantizer)
     measured: tuple[LayerCalibration, dict[str, np.ndarray]]
+
+    def finish(states: Any) -> None:
+        layer, moments = measured
+        others, more = dense.take()
+        kept.add(with_stream(layer, dense.stream(layer.name)), moments | more, states, others)
+
     if work.way.whole:
-        recorded = record_whole_model(model, layers, list(texts), work.batches, device=device, progress=report.ran)
+        recorded = record_whole_model(model, layers, list(texts), work.batches, device=device, progress=report.ran, dense=dense)
     else:
         recorded = record_layer_by_layer(
             *(model, layers, list(texts), split.own(work.batches)),
@@ -202,10 +212,11 @@ def calibrate(
             progress=report.ran,
             begin=split.own_states(kept.states() if kept.layers else None),
             after=kept.layers[-1].name if kept.layers else None,
-            finished=lambda states: kept.add(*measured, split.all_states(states)),
+            finished=lambda states: finish(split.all_states(states)),
+            dense=dense,
         )
     report.begin(kept.layers)
-    for own, read_expert, own_output in recorded if len(kept.layers) < len(layers) else ():
+    for own, read_expert, own_output in recorded:
         recording = split.all_of(own)
         with split.all_outputs(recording, own_output, in_memory=work.way.states_in_memory) as output:
             measurement = _measure(recording, report.layer(read_expert), output, formats, quantizer, wanda_fraction, device)
@@ -214,8 +225,10 @@ def calibrate(
         moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
         measured = _layer_calibration(model, recording, measurement), moments if quantizer == "gptq" else {}
         if work.way.whole:
-            kept.add(*measured, None)
-    measured_layers, statistics = kept.layers, kept.statistics()
+            finish(None)
+    last, more = dense.take()
+    measured_layers, statistics = kept.layers, kept.statistics() | {name: on_disk(moment) for name, moment in more.items()}
+    modules = {module.name: module for module in (*kept.dense, *last)}
     calibration = Calibration(
         tool=f"rq-compile {__version__}",
         model=model.name,
@@ -237,8 +250,22 @@ def calibrate(
         statistics=None,
         extra_layers=model.extra_layers,
         layers=measured_layers,
+        dense=[modules[module.name] for module in dense.modules if module.name in modules],
+        other_weights=other_weights(model, dense.modules),
     )
     return calibration, statistics
+
+
+def with_stream(layer: LayerCalibration, stream: float | None) -> LayerCalibration:
+    """``layer`` with the squared norm of the residual stream behind it."""
+    if layer.sums is None or not stream:
+        return layer
+    sums = layer.sums.model_copy(update={"stream": stream})
+    return layer.model_copy(update={"sums": sums, "stream_share": share(sums)})
+
+
+def share(sums: LayerSums) -> float | None:
+    return float(f"{sums.output_square / sums.stream:.6g}") if sums.stream else None
 
 
 def _check_fit(model: Model, sequence_length: int) -> int | None:

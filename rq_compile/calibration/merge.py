@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from rq_compile import __version__, spill
-from rq_compile.calibration.calibrate import legible
+from rq_compile.calibration.calibrate import legible, share
 from rq_compile.calibration.estimate import relative_errors
-from rq_compile.calibration.schema import Calibration, LayerCalibration, LayerSums
+from rq_compile.calibration.schema import Calibration, DenseCalibration, LayerCalibration, LayerSums
 from rq_compile.calibration.scratch import on_disk
 from rq_compile.calibration.statistics import Statistics, write_with_statistics
 from rq_compile.errors import UserError
@@ -50,7 +50,7 @@ def merged_into(output: Path, weights: Mapping[Path, float | None]) -> Calibrati
         if one.statistics
     ]
     with spill.beside(output):
-        tensors = merge_statistics(merged.layers, several) if several else {}
+        tensors = merge_statistics(merged.layers, several, merged.dense) if several else {}
     return write_with_statistics(merged, tensors, output)
 
 
@@ -102,28 +102,23 @@ def merge(calibrations: Mapping[Path, Calibration], factors: Sequence[float] | N
             "padding_tokens": sum(calibration.padding_tokens for calibration in several),
             "statistics": None,
             "layers": [_layer(layers, counted) for layers in zip(*(calibration.layers for calibration in several), strict=True)],
+            "dense": _dense([calibration.dense for calibration in several], counted),
         }
     )
 
 
-def merge_statistics(layers: Sequence[LayerCalibration], several: Sequence[tuple[float, Statistics]]) -> dict[str, np.ndarray]:
+def merge_statistics(
+    layers: Sequence[LayerCalibration], several: Sequence[tuple[float, Statistics]], dense: Sequence[DenseCalibration] = ()
+) -> dict[str, np.ndarray]:
     """The tensors of ``statistics.py``, mapped from temporary files. ``several``: how often the tokens of each count, and its
     statistics. One layer of one calibration is in memory at a time.
 
     Raises:
         UserError: see ``Statistics``; or the disk is full.
     """
-    return {
-        name: on_disk(total)
-        for layer in layers
-        for name, total in (
-            (f"{layer.name}.input_moment", _sum(factor * one.input_moment(layer.name).values for factor, one in several)),
-            (
-                f"{layer.name}.intermediate_moment",
-                _sum(factor * one.intermediate_moments(layer.name) for factor, one in several),
-            ),
-        )
-    }
+    of_experts = [f"{layer.name}.{moment}" for layer in layers for moment in ("input_moment", "intermediate_moment")]
+    of_matrices = dict.fromkeys(matrix.moment for module in dense for matrix in module.matrices if matrix.moment)
+    return {name: on_disk(_sum(factor * one.tensor(name) for factor, one in several)) for name in (*of_experts, *of_matrices)}
 
 
 def _sum(moments: Iterable[np.ndarray]) -> np.ndarray:
@@ -166,8 +161,27 @@ def _layer(layers: Sequence[LayerCalibration], factors: Sequence[float]) -> Laye
             "error": {format: legible(error) for format, error in errors.items()},
             "estimated": np.flatnonzero(estimated).tolist(),
             "sums": sums,
+            "stream_share": share(sums),
         }
     )
+
+
+def _dense(several: Sequence[list[DenseCalibration]], factors: Sequence[float]) -> list[DenseCalibration]:
+    """The sums of all; nothing if a calibration did not measure the same modules."""
+    if any([module.name for module in modules] != [module.name for module in several[0]] for modules in several):
+        return []
+    return [
+        modules[0].model_copy(
+            update={
+                "error": {
+                    format: sum(factor * module.error[format] for module, factor in zip(modules, factors, strict=True))
+                    for format in modules[0].error
+                },
+                "square": sum(factor * module.square for module, factor in zip(modules, factors, strict=True)),
+            }
+        )
+        for modules in zip(*several, strict=True)
+    ]
 
 
 def whole(counts: np.ndarray) -> np.ndarray:
@@ -190,4 +204,7 @@ def _sums(several: Sequence[LayerSums], factors: Sequence[float], tokens: Sequen
             for format in formats
         },
         output_square=sum(factor * sums.output_square for sums, factor in zip(several, factors, strict=True)),
+        stream=sum(factor * (sums.stream or 0) for sums, factor in zip(several, factors, strict=True))
+        if all(sums.stream for sums in several)
+        else None,
     )

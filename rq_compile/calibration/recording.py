@@ -13,6 +13,7 @@ from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.traced import text_body
+from rq_compile.calibration.dense import DenseMeasurements
 from rq_compile.calibration.routing import Routing, watch
 from rq_compile.calibration.text import Batch
 from rq_compile.errors import UserError
@@ -165,15 +166,16 @@ def record_whole_model(
     *,
     device: str = "cpu",
     progress: Callable[[float], None],
+    dense: DenseMeasurements,
 ) -> Iterator[Recorded]:
-    """Run the whole model in fp32, and yield one layer after another to be measured. ``progress`` gets the fraction of the tokens
-    that has been run.
+    """Run the whole model in fp32, with the ``dense`` measurements, and yield one layer after another to be measured.
+    ``progress`` gets the fraction of the tokens that has been run.
 
     Raises:
         UserError: see ``record``.
     """
     total = sum(batch.tokens for batch in batches)
-    recordings = record(model, layers, texts, batches, lambda done: progress(done / total), device)
+    recordings = record(model, layers, texts, batches, lambda done: progress(done / total), device, dense)
     for recording in recordings:
         yield recording, partial(model.expert, recording.layer), None
 
@@ -185,6 +187,7 @@ def record(
     batches: Iterable[Batch],
     progress: Callable[[int], None],
     device: str = "cpu",
+    dense: DenseMeasurements | None = None,
 ) -> list[LayerRecording]:
     """One recording per layer. ``texts``: the names of the texts, to which batches refer by number. The model is loaded in fp32
     to ``device`` and released afterwards. ``progress`` gets the number of tokens that are done.
@@ -198,16 +201,25 @@ def record(
     for recording in recordings:
         watch(module, recording.layer, recording.receive)
     done = 0
-    for batch in batches:
+
+    def run(batch: Batch) -> torch.Tensor:
+        nonlocal done
         for recording in recordings:
             recording.begin(batch)
         with torch.inference_mode():
             # Without the head, whose logits are not used, if the model has a separate body.
-            text_body(module)(**model_arguments(batch, device))
+            last: torch.Tensor = text_body(module)(**model_arguments(batch, device))[0]
         for recording in recordings:
             recording.end()
         done += batch.tokens
         progress(done)
+        return last
+
+    if dense is None or not dense.modules:
+        for batch in batches:
+            run(batch)
+    else:
+        dense.of_whole_model(module, batches, run)
     return recordings
 
 

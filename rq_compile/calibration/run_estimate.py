@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from rq_compile.architectures.dense_modules import DenseModule, dense_modules
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.without_engine import remarks_without_engine
 from rq_compile.calibration.calibrate import Work, work_of
+from rq_compile.calibration.dense_watch import BLOCK
 from rq_compile.calibration.measure import MAX_PAIRS
 from rq_compile.calibration.memory import used_memory
 from rq_compile.estimates import RATES, Estimate
@@ -16,6 +18,7 @@ from rq_compile.texts import Text
 
 # Bytes of a number on a line of its own in an indented JSON file, and bytes of a layer other than its numbers.
 JSON_NUMBER, JSON_SUM, JSON_LAYER = 14, 22, 1000
+JSON_MODULE, JSON_MATRIX = 250, 210  # a non-expert module, and each of its matrices
 
 
 def calibration_estimate(
@@ -46,7 +49,10 @@ def calibration_estimate(
     )
     layers, way = work.layers, work.way
     outputs = {output.name: sum(_layer_json(layer, len(texts), len(work.batches)) for layer in layers)}
+    dense = dense_modules(model)
+    outputs[output.name] += sum(JSON_MODULE + JSON_MATRIX * len(module.matrices) for module in dense)
     statistics = sum(_statistics_bytes(layer) for layer in layers) if quantizer == "gptq" else 0
+    statistics += sum(_moment_bytes(model, module) for module in dense) if statistics else 0
     if statistics:
         outputs[output.with_suffix(".safetensors").name] = statistics
     hidden = [layer.geometry.hidden for layer in layers]
@@ -67,6 +73,15 @@ def _statistics_bytes(layer: MoeLayer) -> int:
     geometry = layer.geometry
     block = block_size(geometry.intermediate)
     return 4 * (geometry.hidden**2 + geometry.experts * -(-geometry.intermediate // block) * block**2)
+
+
+def _moment_bytes(model: Model, module: DenseModule) -> int:
+    """Bytes of the moments of the inputs of a module's matrices. Matrices with equally many columns read the same input, except
+    the last one, which reads what the others give."""
+    hidden = model.text_config.hidden_size
+    shapes = [model.shape(name) for name in module.matrices]
+    inputs = [*{columns for _, columns in shapes[:-1]}, shapes[-1][1]] if module.kind != "embedding" else []
+    return sum(4 * (columns**2 if columns <= hidden else -(-columns // BLOCK) * BLOCK**2) for columns in inputs)
 
 
 def _layer_json(layer: MoeLayer, texts: int, batch_count: int) -> int:

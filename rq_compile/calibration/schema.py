@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
+from rq_compile.architectures.dense_modules import DenseKind
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.bounds import MOST_COUNTED, MOST_LAYERS, Count, ExpertNumber, FilePath, LayerNumber, NonNegative, Sha256
 from rq_compile.errors import UserError
@@ -75,7 +76,7 @@ class LayerSums(Document):
     For each expert: ``pairs``, the number of (token, choice) pairs that were measured; ``energy``, the squared norm of gate times
     output, summed over all its pairs; ``error[format]``, the same for gate times the change of the output in ``format``; and
     ``weight_error[format]``, the relative squared change of its weights. ``output_square``: the squared norm of the summed output
-    of the layer's experts, summed over its tokens.
+    of the layer's experts, summed over its tokens; ``stream``: that of the hidden states behind the layer.
     """
 
     pairs: list[Count]
@@ -83,6 +84,7 @@ class LayerSums(Document):
     error: dict[Format, list[RelativeError]]
     weight_error: dict[Format, list[RelativeError]]
     output_square: float = Field(gt=0)
+    stream: float | None = Field(default=None, gt=0)
 
 
 class LayerCalibration(Document):
@@ -102,6 +104,9 @@ class LayerCalibration(Document):
     hold a weight. ``estimated`` lists the experts with too few tokens for a measurement, whose errors are estimated instead. All
     errors follow from ``sums``, which are missing if the errors were not measured on these loads.
 
+    ``stream_share`` is ``output_square / stream`` of the sums: an error times it is a relative change of the residual stream, the
+    unit of ``DenseCalibration``.
+
     If the experts of the checkpoint are quantized, ``stored_as`` names the storage formats of the layer's experts, and
     ``stored_bytes`` is their size in the checkpoint, including scales and zero points.
     """
@@ -118,6 +123,7 @@ class LayerCalibration(Document):
     wanda: list[NonNegative]
     error: dict[Format, list[RelativeError]]
     estimated: list[ExpertNumber] = Field(default=[])
+    stream_share: float | None = Field(default=None, gt=0)
     sums: LayerSums | None = None
 
     @model_validator(mode="after")
@@ -150,6 +156,45 @@ class LayerCalibration(Document):
         """Number of tokens that this layer routed. In an encoder-decoder model, these are those of the encoder or of the
         decoder."""
         return sum(self.load) // self.geometry.top_k
+
+
+class DenseMatrix(Document):
+    """A non-expert matrix ``[rows, columns]``, by the name of its parameter, which the checkpoint stores in ``bits`` bits.
+    ``moment``: the tensor of the statistics with the second moment of its input; matrices with one input share it."""
+
+    name: str
+    rows: int = Field(ge=1, le=MOST_COUNTED)
+    columns: int = Field(ge=1, le=MOST_COUNTED)
+    bits: int = Field(ge=1, le=64)
+    moment: str | None = None
+
+
+class DenseCalibration(Document):
+    """A non-expert module (``architectures.dense_modules``), whose matrices are stored in one format.
+
+    ``error[format]``: squared change of its output if its matrices are stored in ``format``, and ``square``: squared norm of the
+    residual stream to which the output is added, both summed over the tokens. For the head, KL divergence of the logits in nats,
+    and the number of tokens. Both kinds of ``relative_error`` are in nats per token (``calibration.dense``). All are sums, so
+    that calibrations add up.
+    """
+
+    name: str
+    kind: DenseKind
+    index: LayerNumber | None = None
+    matrices: list[DenseMatrix] = Field(min_length=1)
+    error: dict[Format, Sum]
+    square: float = Field(gt=0)
+
+    def relative_error(self, format: Format) -> float:
+        return self.error[format] / self.square
+
+
+class OtherWeights(Document):
+    """Bytes of the non-expert weights outside of all ``dense`` modules in an engine's weights file: with matrices in the bits of
+    the checkpoint, or all in fp32."""
+
+    stored: Count
+    fp32: Count
 
 
 class Calibration(Versioned):
@@ -191,6 +236,10 @@ class Calibration(Versioned):
         default=0, ge=0, lt=MOST_LAYERS, description="number of multi-token-prediction layers, which are not calibrated"
     )
     layers: list[LayerCalibration] = Field(min_length=1)
+    dense: list[DenseCalibration] = Field(
+        default=[], description="non-expert modules; empty if they were not measured (older calibrations, encoder-decoders)"
+    )
+    other_weights: OtherWeights | None = None
 
     @model_validator(mode="after")
     def counts_every_layer_once_in_every_text(self) -> Self:

@@ -3,8 +3,9 @@
 The fp32 tensors are ``{layer name}.input_moment [hidden, hidden]``, the sum of ``x x^T`` over all tokens of the layer, and
 ``{layer name}.intermediate_moment [m, blocks, block, block]``, the same for the inputs of each expert's down projection, within
 blocks of up to 128 columns. One moment serves all up projections of a layer. Moments of down projections are kept only within
-blocks, because whole moments of every expert would be as large as the experts. (Calibrations of schema version 1 have means. For
-a quantizer, which only uses proportions, there is no difference.)
+blocks, because whole moments of every expert would be as large as the experts. ``{matrix}.input_moment`` are those of non-expert
+matrices, whole or within blocks of 128 columns; matrices with the same input share one (``schema.DenseMatrix``). (Calibrations of
+schema version 1 have means. For a quantizer, which only uses proportions, there is no difference.)
 """
 
 import hashlib
@@ -98,6 +99,17 @@ class Statistics:
             UserError: the file is not the statistics of this model's calibration.
         """
         return self._read(layer, "intermediate_moment")
+
+    def tensor(self, name: str) -> np.ndarray:
+        """The moment of this name.
+
+        Raises:
+            UserError: the file is not the statistics of this model's calibration.
+        """
+        try:
+            return self.tensors.read(name)
+        except KeyError as error:
+            raise UserError(f"{self.name} has no statistics {name}; copy the file that rq-compile calibrate wrote", 2) from error
 
     def _read(self, layer: str, moment: str, expert: int | None = None) -> np.ndarray:
         try:

@@ -17,12 +17,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.load import materialize, meta_model
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import break_ties_by_number
 from rq_compile.architectures.traced import text_body
+from rq_compile.calibration.dense import DenseMeasurements, summed_squares
 from rq_compile.calibration.recording import LayerRecording, Recorded, model_arguments
 from rq_compile.calibration.routing import watch
 from rq_compile.calibration.scratch import release, scratch
@@ -42,12 +44,13 @@ def record_layer_by_layer(
     begin: Any = None,
     after: str | None = None,
     finished: Callable[[Any], None] = lambda states: None,
+    dense: DenseMeasurements,
 ) -> Iterator[Recorded]:
     """Run the model and yield one layer after another, with the array for its experts' outputs. Each layer must be measured
     before the next one. ``progress`` gets the fraction that is done.
 
     ``finished`` is called when a yielded layer is done, with the states with which the next one begins. ``begin``: the states of
-    an earlier run for the layer after the one with experts ``after``.
+    an earlier run for the layer after the one with experts ``after``. ``dense`` measures the other modules of these layers.
 
     In memory at a time, in fp32: the non-expert weights of one layer and one expert. If ``in_memory``, also the embeddings, the
     hidden states and the experts' outputs of all tokens, which are otherwise mapped from temporary files. The experts' inputs are
@@ -59,7 +62,7 @@ def record_layer_by_layer(
     run = _Run(model, batches, device)
     stacks = run.stacks(layers[0].geometry.hidden, in_memory)
     by_module = {re.sub(r"(\.\d+)\..*", r"\1", layer.name): layer for layer in layers}
-    visits = (len(layers) - 1 + sum(1 + len(stack.layers) for stack in stacks)) * len(batches)
+    visits = (len(layers) - (not dense.modules) + sum(1 + len(stack.layers) for stack in stacks)) * len(batches)
     run.on_visit = lambda: progress(min(1.0, run.visits / visits))
     for stack, states in zip(stacks, begin or (), strict=False):
         stack.restore(states)
@@ -67,6 +70,7 @@ def record_layer_by_layer(
     for number, stack in enumerate(stacks):
         with run.materialized(stack.embedding):
             run.visit(stack, stack.embedding)
+            dense.embedding(run.net)
         for name in stack.layers:
             layer = by_module.get(name)
             if before is not None:
@@ -80,15 +84,23 @@ def record_layer_by_layer(
                     run.record(recording)
                     stack.outputs[:] = 0
                     yield recording, partial(model.expert, layer), stack.outputs
-                    if layer is layers[-1]:
+                    if layer is layers[-1] and not dense.modules:
                         finished(None)
                         progress(1)
                         return
-                    with run.instead(layer.name, lambda *args, stack=stack, **kwargs: stack.given(run.batch)):
-                        run.visit(stack, name)
+                    with dense.watching(run.net, [name], run.running) as measure:
+                        with run.instead(layer.name, lambda *args, stack=stack, **kwargs: stack.given(run.batch)):
+                            run.visit(stack, name)
+                        measure()
+                    dense.close(name, run.square(stack))
                     finished([visited.states() for visited in stacks[: number + 1]])
                 else:
-                    run.visit(stack, name)
+                    with dense.watching(run.net, [name], run.running) as measure:
+                        run.visit(stack, name)
+                        measure()
+                    dense.close(name, run.square(stack))
+    dense.head(run.outputs())
+    progress(1)
 
 
 class _End(Exception):
@@ -166,6 +178,10 @@ class _Stack:
         hidden, beside = self._states.of(batch), self._beside[batch]
         return hidden if beside is None else (hidden, *beside)
 
+    def hidden(self, batch: int) -> torch.Tensor:
+        """``[batch, length, ..., hidden]``"""
+        return self._states.of(batch)
+
     def states(self) -> dict[str, Any]:
         """Everything that ``returned`` needs, for keeping."""
         return {"hidden": self._states.all(), "beside": list(self._beside)}
@@ -197,6 +213,25 @@ class _Run:
         self._module = meta_model(model)
         break_ties_by_number(self._module, model.layers)
         self.batch = 0  # the number of the batch that is running
+
+    @property
+    def net(self) -> PreTrainedModel:
+        return self._module
+
+    def running(self) -> Batch:
+        return self._batches[self.batch]
+
+    def square(self, stack: "_Stack") -> float:
+        """The squared norm of the hidden states behind the last visited layer, summed over the tokens of all processes."""
+        return summed_squares((batch, stack.hidden(number)) for number, batch in enumerate(self._batches))
+
+    def outputs(self) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """The results of the model's body, once all layers were visited."""
+        for number, batch in enumerate(self._batches):
+            self.batch = number
+            with torch.inference_mode():
+                last = text_body(self._module)(**model_arguments(batch, self._device))[0]
+            yield batch, last
 
     def stacks(self, hidden: int, in_memory: bool) -> list[_Stack]:
         """The stacks in the order in which they run. Their other modules besides layers and embeddings (norms) have their

@@ -8,16 +8,16 @@ of one layer with their hashes; a layer without a line does not count. A run tha
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from rq_compile.calibration.schema import LayerCalibration
+from rq_compile.calibration.schema import DenseCalibration, LayerCalibration
 from rq_compile.calibration.scratch import on_disk
 from rq_compile.calibration.statistics import write_statistics
 from rq_compile.checkpoint.safetensors_file import tensors_of
@@ -28,6 +28,7 @@ from rq_compile.processes import rank
 
 Job = dict[str, Any]
 Say = Callable[[str], None]
+DENSE = TypeAdapter(list[DenseCalibration])
 
 
 class Finished(Document):
@@ -43,14 +44,18 @@ class InProcess:
 
     def __init__(self, moments: bool = True) -> None:
         self.layers: list[LayerCalibration] = []
+        self.dense: list[DenseCalibration] = []
         self._moments = moments
         self._statistics: dict[str, np.ndarray] = {}
 
     def take_up(self, job: Job) -> None:
         """Does nothing, because nothing is left of an earlier run."""
 
-    def add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
+    def add(
+        self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any, dense: Sequence[DenseCalibration] = ()
+    ) -> None:
         self.layers.append(layer)
+        self.dense += dense
         if self._moments:
             self._statistics |= {name: on_disk(moment) for name, moment in statistics.items()}
 
@@ -66,6 +71,7 @@ class Unfinished:
 
     def __init__(self, folder: Path, fresh: bool, say: Say) -> None:
         self.folder, self.layers = folder, list[LayerCalibration]()
+        self.dense: list[DenseCalibration] = []
         self._fresh, self._say = fresh, say
         self._journal = folder / "journal.jsonl"
         self._records: list[Finished] = []
@@ -92,6 +98,8 @@ class Unfinished:
                 LayerCalibration.model_validate_json((self.folder / f"{number}.json").read_bytes())
                 for number in range(len(self._records))
             ]
+            for number in range(len(self._records)):
+                self.dense += DENSE.validate_json((self.folder / f"{number}.dense.json").read_bytes())
             self._say(f"continuing after {self._records[-1].layer}, which is finished")
         else:
             for path in self.folder.iterdir():
@@ -130,26 +138,32 @@ class Unfinished:
     def begun(self) -> bool:
         return self._lock is not None
 
-    def add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
-        """Add a finished layer. ``states``: tensors, tuples, lists and dictionaries with which the next layer begins.
+    def add(
+        self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any, dense: Sequence[DenseCalibration] = ()
+    ) -> None:
+        """Add a finished layer, and the non-expert modules that were measured since the one before. ``states``: tensors, tuples,
+        lists and dictionaries with which the next layer begins.
 
         Raises:
             UserError: the disk is full.
         """
         try:
-            self._add(layer, statistics, states)
+            self._add(layer, statistics, states, dense)
         except OSError as error:
             raise UserError(
                 f"cannot keep the measurements of {layer.name} in {self.folder}: {error.strerror or error}; "
                 "free space there or choose another output with -o"
             ) from error
 
-    def _add(self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any) -> None:
+    def _add(
+        self, layer: LayerCalibration, statistics: dict[str, np.ndarray], states: Any, dense: Sequence[DenseCalibration]
+    ) -> None:
         number = len(self.layers)
-        names = [f"{number}.json", *([f"{number}.safetensors"] if statistics else [])]
+        names = [f"{number}.json", f"{number}.dense.json", *([f"{number}.safetensors"] if statistics else [])]
         (self.folder / names[0]).write_text(layer.model_dump_json(), encoding="utf-8")
+        (self.folder / names[1]).write_bytes(DENSE.dump_json(list(dense)))
         if statistics:
-            write_statistics(statistics, self.folder / names[1])
+            write_statistics(statistics, self.folder / names[2])
         kept = self.folder / f"states.{number}.pt"
         torch.save(states, kept)
         for path in (*(self.folder / name for name in names), kept):
@@ -160,6 +174,7 @@ class Unfinished:
         sync(self._journal)
         (self.folder / f"states.{number - 1}.pt").unlink(missing_ok=True)
         self.layers.append(layer)
+        self.dense += dense
         self._records.append(record)
 
     def states(self) -> Any:

@@ -146,7 +146,7 @@ def command(
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
     from rq_compile.planning.schema import Plan
-    from rq_compile.targets.preflight import check_same_model, preflight, remarks_before
+    from rq_compile.targets.preflight import check_dense_format, check_same_model, preflight, remarks_before
 
     model = rq.open(folder)
     check_engine(model)
@@ -156,6 +156,7 @@ def command(
     if plan_path is not None:
         plan = read_document(Plan, plan_path)
         check_same_model(plan, model, plan_path)
+        check_dense_format(plan, dense_format if "dense_format" in given_options() else None)
         if settings is None and not kind.of_ranks and "lowering" not in given_options():
             kind = lowering_for(plan.target)
             chosen_by = f"--lowering {kind.name}, which {plan_path} for {plan.target} chooses"
@@ -206,7 +207,7 @@ def command(
             output,
             statistics=statistics,
             lowering=cast("LoweringName", realised.name),
-            **{option: getattr(realised, option) for option in realised.options},
+            **{option: getattr(realised, option) for option in realised.options if option != "dense_format" or not plan.dense},
             link_weights=link_weights,
             threads=threads,
             fresh=fresh,

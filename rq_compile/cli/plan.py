@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import rq_compile as rq
-from rq_compile.cli.options import FILE, calibrations_argument, parse_options, planning_options
+from rq_compile.cli.options import FILE, SIZE, calibrations_argument, parse_options, planning_options
 from rq_compile.cli.screen import Progress, Screen, on_screen
 from rq_compile.errors import UserError
 from rq_compile.outputs import check_calibration, check_outputs, document
@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 @calibrations_argument
 @click.option("-o", "--output", type=FILE, required=True, help="The plan, or the sweep, to write (.json).")
 @click.option("--target", type=click.Choice(list(TARGETS)), default="cpu", show_default=True, help="What the engine is for.")
+@click.option(
+    "--engine-bytes",
+    type=SIZE,
+    help="Bytes of the engine's weights file, instead of --memory: the plan then also decides the formats of the non-expert "
+    "weights (18G).",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["error", "bytes-read"]),
+    help="What policy optimal minimises: the predicted error (the default), or the bytes that a token reads within --option "
+    "max_error.",
+)
 @click.option("--data-free", is_flag=True, help="Plan without text: give MODEL instead of CALIBRATION.")
 @click.option("--sweep", is_flag=True, help="Plan for many budgets and write the cost of each, instead of one plan.")
 @click.option(
@@ -40,6 +52,8 @@ def command(
     calibrations: dict[Path, float | None],
     output: Path,
     target: str,
+    engine_bytes: int | None,
+    objective: str | None,
     data_free: bool,
     sweep: bool,
     budgets: str | None,
@@ -61,6 +75,10 @@ def command(
     check_outputs({output: document("sweep" if sweep else "plan")}, calibrations)
     asked = parse_budgets(budgets, sweep=sweep, memory=memory)
     options = parse_options(policy_options, policy=policy, mixed_copies=mixed_copies)
+    if objective is not None:
+        if policy != "optimal":
+            raise UserError(f"--objective {objective} has no effect with --policy {policy}; leave one of the two out", 2)
+        options["objective"] = objective
 
     from rq_compile.cli.tables import plan_tables, sweep_tables
     from rq_compile.files import files_written_beside
@@ -68,13 +86,15 @@ def command(
     from rq_compile.planning.schema import Plan
 
     how: dict[str, Any] = {"policy": policy, "ranks": ranks, "target": target}
-    check_arguments(**how, memory=memory, options=options)
+    if sweep and engine_bytes is not None:
+        raise UserError(f"--engine-bytes {engine_bytes} has no effect with --sweep; give the budgets with --budgets", 2)
+    check_arguments(**how, memory=memory, options=options, engine_bytes=engine_bytes)
 
     def write(source: Model | Path, path: Path) -> Plan | Sweep:
         if sweep:
             return written_sweep(screen, source, path, budgets=asked, **how, **options)
         with measuring(screen, source) as progress:
-            return rq.plan(source, path, **how, memory=memory, progress=progress, **options)
+            return rq.plan(source, path, **how, memory=memory, engine_bytes=engine_bytes, progress=progress, **options)
 
     if len(calibrations) > 1:
         check_calibration(calibration, calibrations, statistics=True)

@@ -21,7 +21,7 @@ from rq_compile.planning.replan import Change, Changes
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.planning.skew import outlook, skew_of
 from rq_compile.planning.sweep import Sweep
-from rq_compile.quantization.formats import FORMATS, Format
+from rq_compile.quantization.formats import DENSE_QUANTIZED, FORMATS, Format
 
 if TYPE_CHECKING:
     from rq_compile.estimates import Estimate
@@ -138,7 +138,16 @@ def calibration_tables(calibration: Calibration) -> list[RenderableType]:
             str(max(load)),
             members([expert for expert, count in enumerate(load) if count == 0]),
         )
-    return [head, made, errors_table(layers, costly)]
+    return [head, made, errors_table(layers, costly), *dense_errors_table(calibration)]
+
+
+def dense_errors_table(calibration: Calibration) -> list[RenderableType]:
+    """What rounding the non-expert weights costs, if it was measured."""
+    made = table("non-expert weights, change of the model in nats", "module", "kind", *(f"in {f}" for f in DENSE_QUANTIZED))
+    for module in calibration.dense:
+        errors = (f"{module.relative_error(format):.2e}" for format in DENSE_QUANTIZED)
+        made.add_row(module.name, module.kind, *errors)
+    return [made] if calibration.dense else []
 
 
 def errors_table(layers: list[LayerCalibration], formats: list[Format]) -> Table:
@@ -189,13 +198,15 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         expert_bytes=f"{megabytes(plan.bytes_before)} -> {of_all(plan.bytes_after)} in slots, {of_all(plan.stored_bytes)} if "
         f"equal copies are stored once; allowed {plan.memory:g}",
     )
+    if plan.predicted_engine_bytes is not None and plan.engine_bytes is not None:
+        head.add_row("engine bytes", f"{megabytes(plan.predicted_engine_bytes)} of {megabytes(plan.engine_bytes)}")
     if plan.optimality is not None:
         best = plan.optimality
         head.add_row("objective", f"{best.objective:.4g}, at most {100 * best.gap:.2g} % of it above the best within the budget")
     head.add_row("predicted time", ", ".join(times(plan.layers)) or "not known")
     for remark in plan.remarks:
         head.add_row("remark", remark)
-    return [head, stored_table(plan), balance_prediction(plan), *batches_table(plan)]
+    return [head, stored_table(plan), *dense_table(plan), balance_prediction(plan), *batches_table(plan)]
 
 
 def sweep_tables(sweep: Sweep) -> list[RenderableType]:
@@ -238,6 +249,15 @@ def stored_table(plan: Plan) -> Table:
             members(layer.unreached),
         )
     return made
+
+
+def dense_table(plan: Plan) -> list[RenderableType]:
+    """The non-expert modules, if the plan decides their formats."""
+    made = table("non-expert weights", "module", "kind", "format", "MB", "error (nats)")
+    for module in plan.dense:
+        size = f"{module.bytes_stored / 1e6:.2f} -> {module.bytes / 1e6:.2f}"
+        made.add_row(module.name, module.kind, module.format, size, f"{module.error:.2e}")
+    return [made] if plan.dense else []
 
 
 def balance_prediction(plan: Plan) -> Table:
@@ -327,7 +347,7 @@ def engine_tables(manifest: Manifest) -> list[RenderableType]:
         runs_in=f"{library}, {manifest.provider}; lowering {manifest.lowering}, {manifest.activation_bits}-bit activations, "
         f"opset {manifest.opset}",
         weights=f"{megabytes(manifest.expert_bytes)} of experts, {megabytes(manifest.dense_bytes)} of the rest",
-        dense=manifest.dense_format,
+        dense="as planned" if manifest.plan.dense else manifest.dense_format,
         replaced=", ".join(f"{reason}: {count}" for reason, count in manifest.replaced.items()) or "nothing",
         remarks="; ".join(manifest.remarks) or "none",
     )

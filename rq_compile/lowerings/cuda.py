@@ -31,6 +31,7 @@ class Cuda(MoeLayerNode):
     default_for: ClassVar[tuple[Target, ...]] = ("cuda",)
     device: ClassVar[Literal["cuda"]] = "cuda"
     library: ClassVar[OpLibrary] = CUDA_LIBRARY
+    rounds_dense: ClassVar[bool] = True
     otherwise: ClassVar[str] = "compile with --lowering native"
 
     def for_checkpoint(self, dtype: Format) -> Self:

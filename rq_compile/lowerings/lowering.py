@@ -64,6 +64,7 @@ class Lowering(ABC):
     # The format in which slots are stored that a plan has in another one, which has the same values but no op here.
     held_as: ClassVar[Mapping[Format, Format]] = {}
     counts_rows: ClassVar[bool] = True  # whether the graph has each layer's tensor slot_offsets
+    rounds_dense: ClassVar[bool] = False  # whether it runs non-expert weights that a plan rounds
     of_ranks: ClassVar[bool] = False  # whether the engine is a folder with a graph for each rank of the plan
     # Bits of the activations of quantized weights, and the format of non-expert matrices; options of some kinds.
     activation_bits: int = 32

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from rq_compile.planning.schema import LayerPlan, Plan
     from rq_compile.quantization.formats import Format
     from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Source
-    from rq_compile.rewrite.weights import ExternalWeight
+    from rq_compile.rewrite.weights import ExternalWeight, Section
 
 Half = Literal["fp16", "bf16"]
 
@@ -49,14 +50,23 @@ class MoeLayerNode(Lowering):
         check_kernel_sizes(self.held(layer), self.otherwise)
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
+        from rq_compile.rewrite.dequantized_dense import dequantized_dense
         from rq_compile.rewrite.halves import HALVES
         from rq_compile.rewrite.moe_layers import moe_layers
+        from rq_compile.rewrite.quantized_tables import quantized_tables
         from rq_compile.rewrite.rewrite import counts, exported, imported
 
         graph = imported(model)
+        matrices: list[Section] = []
+        reports: list[PassReport] = []
+        if dense is not None and dense.by_plan:
+            for sections, rounded in (quantized_tables(graph, dense), dequantized_dense(graph, dense)):
+                matrices += sections
+                reports.append(rounded)
         layers = [self.held(layer) for layer in plan.layers]
         experts, report = moe_layers(graph, layers, source, HALVES[self.half])
-        return Lowered(exported(graph), experts, [], [report], counts(plan) | self.held_differently(plan))
+        replaced = counts(plan) | self.held_differently(plan)
+        return Lowered(exported(graph), experts, matrices, [*reports, report], replaced)
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.halves import HALVES

@@ -36,11 +36,13 @@ class Native(Lowering):
     options: ClassVar[tuple[str, ...]] = ("activation_bits", "dense_format")
     formats: ClassVar[tuple[Format, ...]] = OF_THE_OP_SET
     library: ClassVar[OpLibrary] = CPU_LIBRARY
+    rounds_dense: ClassVar[bool] = True
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.attention import attention
         from rq_compile.rewrite.dense_gemms import dense_gemms
         from rq_compile.rewrite.embedding_tables import embedding_tables
+        from rq_compile.rewrite.quantized_tables import quantized_tables
         from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.rms_norms import rms_norms
         from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
@@ -49,9 +51,12 @@ class Native(Lowering):
         matrices: list[Section] = []
         reports: list[PassReport] = []
         if dense is not None and self.dense_format != "fp32":
-            reports.append(embedding_tables(graph, dense.dtype_of))
-            matrices, multiplied = dense_gemms(graph, self.dense_format, dense, self.activation_bits)
+            reports.append(embedding_tables(graph, dense.dtype_of, lambda name: dense.rounded(name, table=True) is not None))
+            tables, rounded = quantized_tables(graph, dense)
+            reports += [rounded] if tables else []
+            products, multiplied = dense_gemms(graph, self.dense_format, dense, self.activation_bits)
             reports.append(multiplied)
+            matrices = tables + products
         experts, rewritten = self.moe_layers(graph, plan, source)
         reports += [rewritten, rms_norms(graph), rotary_embeddings(graph), attention(graph)]
         return Lowered(exported(graph), experts, matrices, reports, counts(plan))

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from rq_compile.planning.targets import Target
     from rq_compile.quantization.formats import Format
     from rq_compile.rewrite.dense_gemms import DenseWeights
+    from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Source
-    from rq_compile.rewrite.weights import ExternalWeight
+    from rq_compile.rewrite.weights import ExternalWeight, Section
 
 SLOT_BYTES = 4_500  # bytes of a slot in the graph
 BITS = (2, 4, 8)  # supported by MatMulNBits
@@ -38,19 +39,29 @@ class Stock(Lowering):
     )
     held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8", "fp8": "fp32"}
     options: ClassVar[tuple[str, ...]] = ("activation_bits",)
+    rounds_dense: ClassVar[bool] = True
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.experts_to_slots import experts_to_slots
+        from rq_compile.rewrite.quantized_tables import quantized_tables
         from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.stock_combine import stock_combine
+        from rq_compile.rewrite.stock_dense import stock_dense
         from rq_compile.rewrite.stock_dispatch import stock_dispatch
         from rq_compile.rewrite.stock_experts import stock_experts
 
         graph, layers = imported(model), [self.held(layer) for layer in plan.layers]
+        matrices: list[Section] = []
+        rounded: list[PassReport] = []
+        level = ROUNDED if self.activation_bits == 8 else 0
+        if dense is not None and dense.by_plan:
+            for sections, report in (quantized_tables(graph, dense), stock_dense(graph, dense, level)):
+                matrices += sections
+                rounded.append(report)
         experts, rewritten = experts_to_slots(graph, layers, source, panels=False, activation_bits=self.activation_bits)
-        reports = [rewritten, stock_dispatch(graph), stock_combine(graph)]
-        reports.append(stock_experts(graph, layers, accuracy_level=ROUNDED if self.activation_bits == 8 else 0))
-        return Lowered(exported(graph), experts, [], reports, counts(plan) | self.held_differently(plan))
+        reports = [*rounded, rewritten, stock_dispatch(graph), stock_combine(graph)]
+        reports.append(stock_experts(graph, layers, accuracy_level=level))
+        return Lowered(exported(graph), experts, matrices, reports, counts(plan) | self.held_differently(plan))
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.slot_weights import slot_weights

@@ -33,7 +33,8 @@ def fewest_bytes(solve: Solve, problem: Problem, objective: Objective, max_error
     best = kept(problem.budget)
     if best is None:
         return None
-    unit = gcd(*(int(size) for layer in problem.layers for size in layer.size))
+    sizes = [*(layer.size for layer in problem.layers), *(item.size for item in problem.dense)]
+    unit = gcd(*(int(size) for some in sizes for size in some))
     # Units that are too few, and units that are enough.
     low, high = 0, best.bytes // unit
     while high - low > 1:
@@ -56,18 +57,19 @@ def least_objective(solve: Solve, problem: Problem, objective: Objective, max_er
     def kept(found: Solution | None) -> bool:
         if found is None or found.mean_error > max_error:
             return False
-        candidates.append(replace(found, value=objective_of(problem, objective, found.layers)))
+        candidates.append(replace(found, value=objective_of(problem, objective, found.layers, found.dense)))
         return True
 
     def weighed(doublings: float) -> bool:
         nonlocal bound
         weight = 2.0**doublings
         layers = tuple(replace(layer, error=layer.error * (1 + weight)) for layer in problem.layers)
-        found = solve(replace(problem, layers=layers), objective, problem.budget)
+        whole = problem.whole and replace(problem.whole, modules=tuple(item.scaled(1 + weight) for item in problem.dense))
+        found = solve(replace(problem, layers=layers, whole=whole), objective, problem.budget)
         if found is None:
             return False
         # Any plan within the limit pays at most this much for the weight.
-        bound = max(bound, found.bound - weight * max_error * len(layers))
+        bound = max(bound, found.bound - weight * max_error * problem.summed_layers)
         return kept(replace(found, mean_error=found.mean_error / (1 + weight)))
 
     def eased(part: float) -> bool:

@@ -7,11 +7,13 @@ from typing import Any, cast, get_args
 from pydantic import ValidationError
 
 from rq_compile import __version__
-from rq_compile.bounds import MOST_MEMORY, MOST_RANKS, Count, NonNegative
+from rq_compile.bounds import MOST_COUNTED, MOST_MEMORY, MOST_RANKS, Count, NonNegative
 from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
-from rq_compile.planning.budget import enough_for, over_budget
+from rq_compile.planning.budget import allowed, enough_for, over_budget
+from rq_compile.planning.dense import whole_of
+from rq_compile.planning.engine_bytes import engine_file_bytes, whole_remark
 from rq_compile.planning.policies.none import unplanned
 from rq_compile.planning.prediction import predict, with_capacity_classes
 from rq_compile.planning.problem import Decision, Problem, problem_of
@@ -42,20 +44,26 @@ def make_plan(
     memory: float | None,
     ranks: int,
     target: str,
+    engine_bytes: int | None = None,
     calibration_sha256: str | None = None,
     **options: Any,
 ) -> Plan:
     """Decide how often, in which format and on which rank each expert is stored.
 
     The plan takes at most ``memory`` times the bytes of the experts as the checkpoint stores them, including scales. None means
-    1 or, if a quantized checkpoint stores its experts in fewer bytes than any slot takes, the least that works. ``options`` are
-    those of ``CommonOptions`` and of the policy's ``Options``. The same arguments give the same plan.
+    1 or, if a quantized checkpoint stores its experts in fewer bytes than any slot takes, the least that works. With
+    ``engine_bytes`` (policy ``optimal``), the engine's weights file takes at most so many bytes, and the plan also chooses the
+    formats of the non-expert modules. ``options`` are those of ``CommonOptions`` and of the policy's ``Options``. The same
+    arguments give the same plan.
 
     Raises:
         UserError: an unknown policy, target or option, a value out of range, or a budget that cannot be met.
     """
-    common, own = check_arguments(policy=policy, memory=memory, ranks=ranks, target=target, options=options)
+    common, own = check_arguments(
+        policy=policy, memory=memory, ranks=ranks, target=target, options=options, engine_bytes=engine_bytes
+    )
     module = importlib.import_module(f"rq_compile.planning.policies.{policy}")
+    whole = None if engine_bytes is None else whole_of(calibration, engine_bytes, cast(Target, target))
     problem = problem_of(
         calibration,
         target=cast(Target, target),
@@ -63,18 +71,20 @@ def make_plan(
         memory=memory or 1.0,
         smoothing=common.smoothing,
         tokens=common.tokens,
+        whole=whole,
     )
-    if memory is None:
-        memory = least_memory(problem, policy)
-        problem = replace(problem, memory=memory)
-    decision: Decision = module.decide(problem, own)
+    if memory is None and whole is None:
+        problem = replace(problem, memory=least_memory(problem, policy))
+    problem, decision = _decided(problem, module.decide, own)
+    memory = problem.memory
     layers = [
         layer_plan(problem, layer.calibration, slots, calibration.batch_size, problem.tokens)
         for layer, slots in zip(problem.layers, decision.slots, strict=True)
     ]
     taken = sum(problem.cost.bytes_taken(layer.geometry, layer.slots) for layer in layers)
-    if taken > problem.budget:
+    if taken > allowed(memory, problem.bytes_before):
         raise over_budget(taken, memory, problem.bytes_before, f"policy {policy}", alternative=", or --policy optimal")
+    dense = decision.dense or [0] * len(problem.dense)
     return Plan(
         tool=f"rq-compile {__version__}",
         model=calibration.model,
@@ -89,14 +99,47 @@ def make_plan(
         memory=memory,
         ranks=ranks,
         optimality=decision.optimality,
-        remarks=[*([DATA_FREE] if calibration.data_free else []), *remarks(problem, layers), *decision.remarks],
+        remarks=[
+            *([DATA_FREE] if calibration.data_free else []),
+            *([whole_remark(problem.whole, problem, decision)] if problem.whole else []),
+            *remarks(problem, layers),
+            *decision.remarks,
+        ],
         extra_layers=calibration.extra_layers,
         layers=layers,
+        engine_bytes=engine_bytes,
+        dense=[item.planned(format) for item, format in zip(problem.dense, dense, strict=True)],
+        predicted_engine_bytes=engine_file_bytes(problem, decision) if problem.whole else None,
     )
 
 
+def _decided(problem: Problem, decide: Any, own: Document) -> tuple[Problem, Decision]:
+    """The decision of the policy. In a plan for the whole engine, ``memory`` of the problem is then what is left for the experts.
+
+    Raises:
+        UserError: see the policy.
+    """
+    if problem.whole is None:
+        return problem, decide(problem, own)
+    spare = 0
+    while True:
+        now = replace(problem, whole=replace(problem.whole, spare=spare))
+        decision: Decision = decide(now, own)
+        beyond = engine_file_bytes(now, decision) - problem.whole.engine_bytes
+        if beyond <= 0:
+            left = now.budget - problem.whole.bytes_of(decision.dense or [])
+            return replace(now, memory=min(left / problem.bytes_before, MOST_MEMORY)), decision
+        spare += beyond
+
+
 def check_arguments(
-    *, policy: str, memory: float | None, ranks: int, target: str, options: dict[str, Any]
+    *,
+    policy: str,
+    memory: float | None,
+    ranks: int,
+    target: str,
+    options: dict[str, Any],
+    engine_bytes: int | None = None,
 ) -> tuple[CommonOptions, Document]:
     """Check those arguments of ``make_plan`` that do not need the calibration. Returns the validated options.
 
@@ -109,6 +152,12 @@ def check_arguments(
         raise UserError(f"there is no target {target}; choose one of {', '.join(get_args(Target))}", 2)
     if memory is not None and not 0 < memory <= MOST_MEMORY:
         raise UserError(f"cannot plan for memory {memory:g}; give --memory above 0 and up to {MOST_MEMORY:g}", 2)
+    if engine_bytes is not None and memory is not None:
+        raise UserError(f"--memory {memory:g} and --engine-bytes {engine_bytes} are two budgets; leave one of them out", 2)
+    if engine_bytes is not None and policy != "optimal":
+        raise UserError(f"--engine-bytes is for policy optimal, not for {policy}; give --memory, or leave --policy out", 2)
+    if engine_bytes is not None and not 1 <= engine_bytes <= MOST_COUNTED:
+        raise UserError(f"cannot plan for an engine of {engine_bytes} bytes; give --engine-bytes from 1 to 2^53", 2)
     if not 1 <= ranks <= MOST_RANKS:
         raise UserError(f"cannot plan for {ranks} ranks; give --ranks from 1 to {MOST_RANKS}", 2)
     own: type[Document] = importlib.import_module(f"rq_compile.planning.policies.{policy}").Options

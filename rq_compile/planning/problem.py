@@ -1,6 +1,6 @@
 """The input and the result of a policy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,6 +10,7 @@ from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.planning.budget import allowed
 from rq_compile.planning.costs import CostModel
 from rq_compile.planning.demand import demand, drift_gain
+from rq_compile.planning.dense import DenseItem, Whole
 from rq_compile.planning.schema import Optimality, Slot, Target
 from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS, Format
 
@@ -57,13 +58,24 @@ class Layer:
 @dataclass(frozen=True)
 class Problem:
     """A model's layers, the bytes that its experts may take, and the target of the plan. ``tokens``: those of the step whose time
-    is predicted."""
+    is predicted. ``whole``: the rest of the model, if the policy also chooses its formats; errors of experts are then in nats, as
+    in ``DenseCalibration``."""
 
     layers: tuple[Layer, ...]
     dtype: Format
     memory: float
     cost: CostModel
     tokens: int
+    whole: Whole | None = None
+
+    @property
+    def dense(self) -> tuple[DenseItem, ...]:
+        return self.whole.modules if self.whole else ()
+
+    @property
+    def summed_layers(self) -> int:
+        """By how many layers a sum of errors is divided: a plan for experts limits the mean error of a layer."""
+        return 1 if self.whole else len(self.layers)
 
     @property
     def ranks(self) -> int:
@@ -76,25 +88,38 @@ class Problem:
     @property
     def budget(self) -> int:
         """Bytes that the whole plan may take."""
+        if self.whole:
+            return self.whole.budget
         return allowed(self.memory, self.bytes_before)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The slots of every layer, the distance from the optimum if the policy knows it, and remarks."""
+    """The slots of every layer, the distance from the optimum if the policy knows it, and remarks. ``dense``: the format of every
+    non-expert module, by its place in ``dense.FORMATS``, if the policy chooses them."""
 
     slots: list[list[Slot]]
     optimality: Optimality | None = None
     remarks: list[str] = field(default_factory=list)
+    dense: list[int] | None = None
 
 
 def problem_of(
-    calibration: Calibration, *, target: Target, ranks: int, memory: float, smoothing: float, tokens: int = 0
+    calibration: Calibration,
+    *,
+    target: Target,
+    ranks: int,
+    memory: float,
+    smoothing: float,
+    tokens: int = 0,
+    whole: Whole | None = None,
 ) -> Problem:
     """``tokens``: 0 means one calibration batch."""
     layers = tuple(_layer(layer, calibration.dtype, smoothing) for layer in calibration.layers)
+    if whole:
+        layers = tuple(replace(layer, error=layer.error * (layer.calibration.stream_share or 1)) for layer in layers)
     tokens = tokens or calibration.batch_size * calibration.sequence_length
-    return Problem(layers, calibration.dtype, memory, CostModel(target, ranks), tokens)
+    return Problem(layers, calibration.dtype, memory, CostModel(target, ranks), tokens, whole)
 
 
 def _layer(layer: LayerCalibration, dtype: Format, smoothing: float) -> Layer:

@@ -21,7 +21,7 @@ from rq_compile.planning.exact import polished
 from rq_compile.planning.metrics import copy_numbers
 from rq_compile.planning.placement import copied_anew, imbalance, pack
 from rq_compile.planning.problem import Layer, Problem
-from rq_compile.planning.solver import ROUNDING, LayerSolution, Objective, Solution, solution_of
+from rq_compile.planning.solver import ROUNDING, LayerSolution, Objective, Solution, solution_of, split_dense
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ def solve_on_ranks(problem: Problem, objective: Objective, budget: int, *, most_
     most = min(len(choice.sequence.expert) for choice in choices)
     even = [n for n in range(most + 1) if all((layer.experts + n) % problem.ranks == 0 for layer in problem.layers)]
     # If no even number of slots exists or fits, some ranks hold one slot more than others.
-    relaxed = _relaxed(choices, even, budget) or _relaxed(choices, [0], budget)
+    dense = [item.choices for item in problem.dense]
+    relaxed = _relaxed(choices, dense, even, budget) or _relaxed(choices, dense, [0], budget)
     least = {number: sum(float(sequence.missed[number]) for sequence in sequences) for number in relaxed}
     best: Solution | None = None
     bound = np.inf
     for number, allocation in relaxed.items():
         # Any price bounds the optimum. The price of the formats is good if the copies are; a price of 0 is if memory is plenty.
-        dual = max(_bound(choices, number, problem.ranks, price, budget) for price in (allocation.price, 0.0))
+        dual = max(_bound(choices, dense, number, problem.ranks, price, budget) for price in (allocation.price, 0.0))
         bound = min(bound, least[number] + dual)
     tried = [number for number in relaxed if most_replicas is None or number <= most_replicas]
     for number in sorted(tried, key=lambda number: relaxed[number].value + least[number]):
@@ -84,15 +85,16 @@ def _sequences(problem: Problem, objective: Objective) -> list[_LayerSequence]:
     return found
 
 
-def _relaxed(choices: list[LayerChoices], numbers: list[int], budget: int) -> dict[int, Allocation]:
+def _relaxed(choices: list[LayerChoices], dense: list[LayerChoices], numbers: list[int], budget: int) -> dict[int, Allocation]:
     """The best formats for the copies of the busiest experts, by number of replicas, without the cost of imbalance."""
-    found = {number: allocate_copies(choices, [number] * len(choices), budget) for number in numbers}
+    everything = [*choices, *dense]
+    found = {number: allocate_copies(everything, [number] * len(choices) + [0] * len(dense), budget) for number in numbers}
     return {number: allocation for number, allocation in found.items() if allocation is not None}
 
 
-def _bound(choices: list[LayerChoices], number: int, ranks: int, price: float, budget: int) -> float:
+def _bound(choices: list[LayerChoices], dense: list[LayerChoices], number: int, ranks: int, price: float, budget: int) -> float:
     """A lower bound of error and cost of drift within ``budget``, for any copies with ``number`` replicas in every layer."""
-    total = -price * budget
+    total = sum(float(module.priced(price)[0]) for module in dense) - price * budget
     for layer in choices:
         within = layer.priced(price)[: number + 1]
         # The cost of an expert is concave in its copies: the last possible copy, on the last rank, is the cheapest.
@@ -108,7 +110,7 @@ def _packed(
     """The copies of ``allocation`` on ranks. In layers that stay out of balance, other experts are copied instead."""
     packed = [
         pack(sequence.layer.demand, chosen.copies, problem.ranks, objective.goal)
-        for sequence, chosen in zip(sequences, allocation.layers, strict=True)
+        for sequence, chosen in zip(sequences, split_dense(problem, allocation.layers)[0], strict=True)
     ]
     anew = [copied_anew(sequence.layer.demand, holds, objective.goal) for sequence, holds in zip(sequences, packed, strict=True)]
     found = [_with_formats(problem, sequences, placed, objective, budget) for placed in (packed, anew)]
@@ -129,16 +131,18 @@ def _with_formats(
         fixed = sequence_of(copies)
         penalty = np.full(len(fixed.expert) + 1, cost)
         choices.append(LayerChoices(fixed, penalty, layer.error, layer.size, objective.mixed_copies))
+    choices += [item.choices for item in problem.dense]
     replicas = [len(choice.sequence.expert) for choice in choices]
     allocation = allocate_copies(choices, replicas, budget)
     if allocation is None:
         return None
     allocation = polished(choices, [[number] for number in replicas], allocation, budget)
+    of_layers, dense = split_dense(problem, allocation.layers)
     layers = [
         LayerSolution(chosen, _ranks_of_slots(holds), value)
-        for chosen, holds, value in zip(allocation.layers, placed, imbalances, strict=True)
+        for chosen, holds, value in zip(of_layers, placed, imbalances, strict=True)
     ]
-    return solution_of(problem, layers, allocation.value, allocation.bound)
+    return solution_of(problem, layers, dense, allocation.value, allocation.bound)
 
 
 def _ranks_of_slots(holds: np.ndarray) -> np.ndarray:

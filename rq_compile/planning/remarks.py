@@ -76,7 +76,7 @@ def _gain(problem: Problem, layers: list[LayerPlan]) -> str:
                 f"{why}; this plan has {replicas} nevertheless. Equal copies share their weights: the engine stores "
                 f"{stored / 1e6:.2f} MB for slots of {of_slots / 1e6:.2f} MB."
             )
-        if all(slot.format == problem.dtype for layer in layers for slot in layer.slots):
+        if not problem.whole and all(slot.format == problem.dtype for layer in layers for slot in layer.slots):
             return (
                 f"{why}, and --memory {problem.memory:g} holds every expert as it is, so this plan changes nothing: give less "
                 "--memory for a smaller engine that reads fewer bytes, or --target batched or --ranks to balance the load."

@@ -152,6 +152,8 @@ def _check_same_quantization(plan: Plan, calibration: Calibration) -> None:
 
 def _updated(plan: Plan, layers: list[LayerPlan], changes: Changes, said: list[str], calibration_sha256: str | None) -> Plan:
     fields = plan.model_dump(exclude={"layers", "remarks", "optimality", "options", "calibration_sha256"})
+    if changes.count:
+        fields["predicted_engine_bytes"] = None
     options = {**plan.options, "replanned_to": changes.tolerance}
     return Plan(**fields, layers=layers, remarks=said, options=options, calibration_sha256=calibration_sha256)
 

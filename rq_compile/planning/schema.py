@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rq_compile.architectures.dense_modules import DenseKind
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.bounds import (
     MOST_COUNTED,
@@ -20,10 +21,10 @@ from rq_compile.bounds import (
     Sha256,
     Share,
 )
-from rq_compile.calibration.schema import StatisticsFile, check_each_once
+from rq_compile.calibration.schema import DenseMatrix, StatisticsFile, check_each_once
 from rq_compile.files import Document, Name
 from rq_compile.planning.targets import Target
-from rq_compile.quantization.formats import FLOAT_FORMATS, Format, Quantizer
+from rq_compile.quantization.formats import FLOAT_FORMATS, Format, PlannedDense, Quantizer
 from rq_compile.versions import Upgrade, Versioned, same_keys
 
 Policy = Literal["none", "paper", "eplb", "craft", "place", "uniform", "frequency", "random", "optimal"]
@@ -141,6 +142,20 @@ class LayerPlan(Document):
         return stored_bytes(self.geometry, self.slots)
 
 
+class PlannedModule(Document):
+    """A non-expert module whose matrices are stored in ``format``; ``stored`` is the checkpoint's, as far as the engine keeps it.
+    ``bytes`` in this format, and ``bytes_stored`` as stored, both in the weights file. ``error``: see ``DenseCalibration``."""
+
+    name: str
+    kind: DenseKind
+    index: LayerNumber | None = None
+    format: PlannedDense
+    matrices: list[DenseMatrix] = Field(min_length=1)
+    bytes: Count
+    bytes_stored: Count
+    error: NonNegative
+
+
 class Plan(Versioned):
     called: ClassVar[str] = "plan"
     command: ClassVar[str] = "rq-compile plan"
@@ -166,6 +181,11 @@ class Plan(Versioned):
         default=0, ge=0, lt=MOST_LAYERS, description="number of multi-token-prediction layers of the model, which are not planned"
     )
     layers: list[LayerPlan] = Field(min_length=1)
+    engine_bytes: Count | None = Field(
+        default=None, description="the budget of the engine's weights file; memory is then what it leaves for the experts"
+    )
+    dense: list[PlannedModule] = Field(default=[], description="non-expert modules, if the plan decides their formats")
+    predicted_engine_bytes: Count | None = Field(default=None, description="bytes of the engine's weights file")
 
     @model_validator(mode="after")
     def has_every_layer_once_on_its_ranks(self) -> Self:

@@ -48,7 +48,8 @@ class LayerSolution:
 class Solution:
     """``value``: the objective of ``layers``. ``bound``: a lower bound of the objective of all solutions within the budget.
 
-    ``mean_error``: relative error of a layer's output, as a mean over the layers. ``bytes``: bytes of all slots.
+    ``mean_error``: relative error of a layer's output, as a mean over the layers; in a plan of the whole model, the sum of all
+    errors. ``bytes``: bytes of all slots and planned modules. ``dense``: the formats of these modules.
     """
 
     layers: list[LayerSolution]
@@ -56,12 +57,21 @@ class Solution:
     bound: float
     mean_error: float
     bytes: int
+    dense: list[int]
 
 
-def solution_of(problem: Problem, layers: list[LayerSolution], value: float, bound: float) -> Solution:
-    errors = [error_of(layer, solved) for layer, solved in zip(problem.layers, layers, strict=True)]
+def solution_of(problem: Problem, layers: list[LayerSolution], dense: list[int], value: float, bound: float) -> Solution:
+    error = sum(error_of(layer, solved) for layer, solved in zip(problem.layers, layers, strict=True))
     size = sum(int(layer.size[solved.choice.format].sum()) for layer, solved in zip(problem.layers, layers, strict=True))
-    return Solution(layers, value, bound, sum(errors) / len(errors), size)
+    if problem.whole:
+        error, size = error + problem.whole.error_of(dense), size + problem.whole.bytes_of(dense)
+    return Solution(layers, value, bound, error / problem.summed_layers, size, dense)
+
+
+def split_dense(problem: Problem, chosen: list[LayerChoice]) -> tuple[list[LayerChoice], list[int]]:
+    """The choices of the layers, and the formats of the non-expert modules after them."""
+    count = len(problem.layers)
+    return chosen[:count], [int(choice.format[0]) for choice in chosen[count:]]
 
 
 def error_of(layer: Layer, solved: LayerSolution) -> float:
@@ -70,9 +80,9 @@ def error_of(layer: Layer, solved: LayerSolution) -> float:
     return float((layer.error[experts, solved.choice.format] / copies[experts]).sum())
 
 
-def objective_of(problem: Problem, objective: Objective, layers: list[LayerSolution]) -> float:
+def objective_of(problem: Problem, objective: Objective, layers: list[LayerSolution], dense: list[int]) -> float:
     """``objective`` of a solution, whichever problem it was found for."""
-    total = 0.0
+    total = problem.whole.error_of(dense) if problem.whole else 0.0
     for layer, solved in zip(problem.layers, layers, strict=True):
         total += error_of(layer, solved)
         if problem.cost.busiest != "nothing":
@@ -102,15 +112,17 @@ def solve_on_one_rank(problem: Problem, objective: Objective, budget: int) -> So
     if not replicates:
         objective = replace(objective, balance=0.0, hedge=0.0)
     choices = [_choices(layer, objective, replicates) for layer in problem.layers]
+    choices += [item.choices for item in problem.dense]
     allocation = allocate(choices, budget)
     if allocation is None:
         return None
     allocation = polished(choices, [list(range(len(choice.penalty))) for choice in choices], allocation, budget)
+    of_layers, dense = split_dense(problem, allocation.layers)
     layers = [
         LayerSolution(chosen, np.zeros(len(chosen.format), np.int64), float((layer.worst_demand() / chosen.copies).max()))
-        for layer, chosen in zip(problem.layers, allocation.layers, strict=True)
+        for layer, chosen in zip(problem.layers, of_layers, strict=True)
     ]
-    return solution_of(problem, layers, allocation.value, allocation.bound)
+    return solution_of(problem, layers, dense, allocation.value, allocation.bound)
 
 
 def _choices(layer: Layer, objective: Objective, replicates: bool) -> LayerChoices:

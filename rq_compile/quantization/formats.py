@@ -12,6 +12,9 @@ Format = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mxfp4"]
 Quantizer = Literal["gptq", "nearest"]
 # Formats of non-expert matrices in a native engine: 16 bits as stored, rounded to int8 or int4, or widened to fp32.
 DenseFormat = Literal["stored", "int8", "int4", "fp32"]
+# Formats that a plan gives non-expert matrices: those of the checkpoint, as the lowering holds them, or rounded ones.
+PlannedDense = Literal["stored", "int8", "int4"]
+DENSE_QUANTIZED: tuple[Format, ...] = ("int8", "int4")
 SCALE_BYTES = 4
 BLOCK_SIZES = (128, 64, 32, 16)
 # The maximum number of weights that share one scale. Fewer reduce the rounding error and take more bytes.

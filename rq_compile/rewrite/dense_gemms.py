@@ -10,12 +10,14 @@ Ensures: every other product by a weight matrix of 16 rows or more is a DenseGem
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from rq_compile.quantization.formats import QUANTIZED_FORMATS, SLOT_FORMATS, DenseFormat, Format, block_size
+from rq_compile.quantization.formats import QUANTIZED_FORMATS, SLOT_FORMATS, DenseFormat, Format, PlannedDense, block_size
 from rq_compile.quantization.quantizer import quantize
+from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite.contract import requires
 from rq_compile.rewrite.experts_to_slots import DOMAIN
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
@@ -40,10 +42,22 @@ class Matrix:
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """The model's initializers by name: the dtype that they are stored in, and their values in it, oriented as in the graph."""
+    """The model's initializers by name: the dtype that they are stored in, and their values in it, oriented as in the graph.
+
+    ``planned(name, table)``: the format that the plan gives a matrix, or an embedding table; None if it gives none. ``moment``:
+    that of the inputs of such a matrix.
+    """
 
     dtype_of: Callable[[str], np.dtype]
     read: Callable[[str], np.ndarray]
+    planned: Callable[[str, bool], PlannedDense | None] = lambda name, table: None
+    moment: Callable[[str], SecondMoment | None] = lambda name: None
+    by_plan: bool = False  # whether the plan has any such formats
+
+    def rounded(self, name: str, *, table: bool = False) -> Literal["int8", "int4"] | None:
+        """The format that the plan rounds a matrix or an embedding table to."""
+        format = self.planned(name, table)
+        return None if format == "stored" else format
 
 
 def dense_gemms(
@@ -51,34 +65,45 @@ def dense_gemms(
 ) -> tuple[list[Section], PassReport]:
     """Rewrite ``graph`` in place and return the weights that its DenseGemm nodes refer to, unread.
 
-    "stored" keeps 16 bit as they are, "int8" and "int4" round each block of a row to the nearest. With "int4", the head is
-    int8, because its rounding error reaches the logits directly. ``activation_bits`` is DenseGemm's, see ``experts_to_slots``.
+    Matrices get the format of the plan. For those that it does not mention, "stored" keeps 16 bit as they are, and "int8" and
+    "int4" round each block of a row to the nearest. With "int4", the head is int8, because its rounding error reaches the logits
+    directly. ``activation_bits`` is DenseGemm's, see ``experts_to_slots``.
     """
-    experts = [node for node in graph.nodes if node.op == "Experts" and node.domain == DOMAIN]
-    requires(NAME, bool(experts), "the Experts nodes")
-    routers = {id(router) for node in experts for router in _routers(node)}
     head = _head(graph)
-    report = PassReport("dense products", f"read {f'in {format}' if format in QUANTIZED_FORMATS else 'as stored'}")
+    how = "as planned" if dense.by_plan else f"in {format}" if format in QUANTIZED_FORMATS else "as stored"
+    report = PassReport("dense products", f"read {how}")
     sections: list[Section] = []
-    for matrix in [matrix for node in graph.nodes if (matrix := _matrix(node))]:
-        if isinstance(matrix, NearMatch):
-            report.leave(matrix.why)
-            continue
-        kept: Format | None = _float_format(dense.dtype_of(matrix.name))
-        if format in QUANTIZED_FORMATS:
+    for matrix in products(graph, report):
+        kept: Format | None = dense.rounded(matrix.name) or _float_format(dense.dtype_of(matrix.name))
+        if format in QUANTIZED_FORMATS and not dense.by_plan:
             kept = "int8" if matrix.node is head else format
-        if id(matrix.node) in routers:
-            report.leave("they choose experts")
-        elif matrix.rows < ROWS:
-            # The gate of a shared expert takes no time, and ONNX Runtime multiplies fp32 as fast.
-            report.leave(f"{matrix.rows} rows")
-        elif kept in (None, "fp32"):
+        if kept in (None, "fp32"):
             report.leave(f"stored in {dense.dtype_of(matrix.name)}")
         else:
             sections.append(_replace(graph, matrix, kept, dense, activation_bits))
             report.changed += 1
     graph.cleanup().toposort()
     return sections, report
+
+
+def products(graph: gs.Graph, report: PassReport) -> list[Matrix]:
+    """The products by non-expert matrices that may be stored in another way; ``report`` gets the others. Requires the Experts
+    nodes."""
+    experts = [node for node in graph.nodes if node.op == "Experts" and node.domain == DOMAIN]
+    requires(NAME, bool(experts), "the Experts nodes")
+    routers = {id(router) for node in experts for router in _routers(node)}
+    found = []
+    for matrix in [matrix for node in graph.nodes if (matrix := _matrix(node))]:
+        if isinstance(matrix, NearMatch):
+            report.leave(matrix.why)
+        elif id(matrix.node) in routers:
+            report.leave("they choose experts")
+        elif matrix.rows < ROWS:
+            # The gate of a shared expert takes no time, and ONNX Runtime multiplies fp32 as fast.
+            report.leave(f"{matrix.rows} rows")
+        else:
+            found.append(matrix)
+    return found
 
 
 def _routers(experts: gs.Node) -> Iterator[gs.Node]:
@@ -152,7 +177,8 @@ def _section(matrix: Matrix, format: Format, dense: DenseWeights) -> Section:
         return (np.concatenate([float_panels(rows, 1) for rows in by_rows()]),)
 
     def quantized() -> tuple[np.ndarray, ...]:
-        parts = [quantize(rows, format) for rows in by_rows()]
+        moment = dense.moment(matrix.name)
+        parts = [quantize(rows, format, moment) for rows in by_rows()]
         packed = np.concatenate([packed_panels(part, format, 1) for part in parts])
         return packed, np.concatenate([scale_panels(part, 1) for part in parts])
 

@@ -16,13 +16,16 @@ from rq_compile.rewrite.weights import ExternalWeight, constant, external_proto
 NAME = "embedding_tables"
 
 
-def embedding_tables(graph: gs.Graph, dtype_of: Callable[[str], np.dtype]) -> PassReport:
-    """Rewrite every Gather from a weight in place. ``dtype_of``: the dtype that the checkpoint stores an initializer in."""
+def embedding_tables(
+    graph: gs.Graph, dtype_of: Callable[[str], np.dtype], rounded: Callable[[str], bool] = lambda name: False
+) -> PassReport:
+    """Rewrite every Gather from a weight in place. ``dtype_of``: the dtype that the checkpoint stores an initializer in. Tables
+    that are to be ``rounded`` are left."""
     report = PassReport("embedding tables", "kept in 16 bit")
     narrow: dict[str, gs.Constant] = {}
     for node in [node for node in graph.nodes if node.op == "Gather"]:
         table = node.inputs[0]
-        if (proto := external_proto(table)) is None or dtype_of(table.name) not in HALVES.values():
+        if (proto := external_proto(table)) is None or rounded(table.name) or dtype_of(table.name) not in HALVES.values():
             continue
         if others := sorted({user.op for user in table.outputs} - {"Gather"}):
             report.leave(f"read by {', '.join(others)}, too")

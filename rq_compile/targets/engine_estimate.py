@@ -16,6 +16,7 @@ from rq_compile.lowerings import Lowering, lowering_of
 from rq_compile.planning.budget import enough_for
 from rq_compile.planning.capacity import lane_groups
 from rq_compile.planning.schema import Plan
+from rq_compile.quantization.dense_layout import quantized_parts
 from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, SCALE_BYTES, SLOT_FORMATS, DenseFormat, Format, block_size
 from rq_compile.rewrite.exchange import slots_of
 from rq_compile.rewrite.panels import ROWS, panel_count
@@ -46,7 +47,7 @@ def engine_estimate(
         UserError: see ``moe_layers`` and ``meta_model``.
     """
     layers, lowering = model.layers, lowering_of(lowering)
-    dense = _dense_sizes(model, lowering.dense_format, link_weights)
+    dense = _dense_sizes(model, lowering.dense_format, link_weights, plan)
     experts = [weight.bytes for layer in plan.layers for weight in lowering.expert_weights(layer)] if plan else []
     data = sum(size + -size % ALIGNMENT for size in dense + experts)
     processes = plan.ranks if plan and lowering.of_ranks else 1
@@ -100,9 +101,10 @@ def _least_bytes(model: Model, layer: MoeLayer) -> int:
     return geometry.experts * min(map(geometry.expert_bytes, formats))
 
 
-def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) -> list[int]:
+def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool, plan: Plan | None) -> list[int]:
     """Bytes of each non-expert weight, in the layout of ``dense_gemms``. A tied embedding counts twice, because a product needs
     another layout than a table."""
+    planned = {matrix.name: module.format for module in plan.dense for matrix in module.matrices} if plan else {}
     empty = model.without_weights
     matrices, tables = (
         {f"{name}.weight" for name, module in empty.named_modules() if isinstance(module, kind)}
@@ -114,7 +116,10 @@ def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool) ->
         shape, dtype = model.shape(name), model.dtype_of(name)
         halved = dense_format != "fp32" and dtype.itemsize == 2
         size: tuple[int, ...] = (math.prod(shape) * (2 if halved and name in tables else 4),)
-        if name in matrices and shape[0] >= ROWS and (halved or dense_format in QUANTIZED_FORMATS):
+        if (rounded := planned.get(name, "stored")) != "stored":
+            panels = name in matrices and dense_format != "fp32"
+            size = quantized_parts(ROWS * panel_count(shape[0], 1) if panels else shape[0], shape[1], rounded)
+        elif name in matrices and shape[0] >= ROWS and (halved or dense_format in QUANTIZED_FORMATS):
             format: Format = "bf16"
             if dense_format in QUANTIZED_FORMATS:
                 format = "int8" if name == head else dense_format

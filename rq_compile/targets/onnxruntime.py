@@ -230,7 +230,7 @@ def _content(
         exported.model,
         plan,
         lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics),
-        stored_weights(model, exported.parameters),
+        stored_weights(model, exported.parameters, plan, statistics),
     )
     dense, aliases, linked = dense_weights(model, lowered[0].model.graph, exported.parameters, link=link_weights)
     return _Content(lowered, lowering.of_ranks, dense + lowered[0].matrices, aliases, linked)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from rq_compile.architectures.dense_modules import dense_modules
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import remarks_on_ties
@@ -33,6 +34,11 @@ def check_same_model(plan: Plan, model: Model, path: Path) -> None:
 def remarks_before(model: Model, plan: Plan, lowering: Lowering) -> Iterator[str]:
     """What a user should know before a compilation: experts that tie, and what the plan loses with this lowering."""
     yield from remarks_on_ties(model)
+    if plan.predicted_engine_bytes and lowering.dense_format == "fp32":
+        yield (
+            f"The plan's {plan.predicted_engine_bytes / 1e6:.4g} MB are those of an engine of --lowering native: --lowering "
+            f"{lowering.name} holds the non-expert weights that are not rounded in fp32, so its weights file is larger."
+        )
     if lost := lost_with_lowering(plan, lowering.name, batched=lowering.is_batched(), of_ranks=lowering.of_ranks):
         yield lost
 
@@ -76,6 +82,43 @@ def check_plan(model: Model, plan: Plan, lowering: Lowering) -> None:
         raise UserError(f"{model.name} has no MoE layer {unknown[0]} of the plan; re-run rq-compile plan", 2)
     for layer_plan in plan.layers:
         _supported(layer_plan, lowering)
+    _check_dense(model, plan, lowering)
+
+
+def _check_dense(model: Model, plan: Plan, lowering: Lowering) -> None:
+    """
+    Raises:
+        UserError: the model does not have the non-expert matrices of the plan, or the lowering cannot run a format of them.
+    """
+    known = {matrix: model.shape(matrix) for module in dense_modules(model) for matrix in module.matrices}
+    for module in plan.dense:
+        for matrix in module.matrices:
+            if known.get(matrix.name) != (matrix.rows, matrix.columns):
+                raise UserError(
+                    f"{model.name} has no non-expert matrix {matrix.name} of {matrix.rows} x {matrix.columns}, as the plan says; "
+                    "re-run rq-compile plan",
+                    2,
+                )
+        if module.format != "stored" and not lowering.rounds_dense:
+            raise UserError(
+                f"the plan rounds {module.name} to {module.format}, but --lowering {lowering.name} does not round non-expert "
+                "weights; use --lowering native, or plan with --memory instead of --engine-bytes",
+                2,
+            )
+
+
+def check_dense_format(plan: Plan, dense_format: str | None) -> None:
+    """``dense_format``: what the user asks for, if anything.
+
+    Raises:
+        UserError: the plan already decides the formats of non-expert weights.
+    """
+    if plan.dense and dense_format is not None:
+        raise UserError(
+            f"--dense-format {dense_format} contradicts the plan, which chooses the formats of non-expert weights; leave it out, "
+            "or plan with --memory instead of --engine-bytes",
+            2,
+        )
 
 
 def _same_experts(model: Model, layer: MoeLayer, plan: LayerPlan) -> None:

@@ -10,6 +10,8 @@ from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.export.graph import Parameter
+from rq_compile.planning.schema import Plan
+from rq_compile.quantization.formats import PlannedDense
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_integers import SourceIntegers
 from rq_compile.rewrite.dense_gemms import DenseWeights
@@ -88,13 +90,27 @@ def dense_weights(
     return sections, aliases, linked
 
 
-def stored_weights(model: Model, parameters: dict[str, Parameter]) -> DenseWeights:
-    """The checkpoint's tensors for ``parameters``, by initializer."""
+def stored_weights(model: Model, parameters: dict[str, Parameter], plan: Plan, statistics: Statistics | None) -> DenseWeights:
+    """The checkpoint's tensors for ``parameters``, by initializer, and what ``plan`` and ``statistics`` say of them."""
+    # A tied weight has one name in the graph, but as a table and as a matrix it may have two formats.
+    planned = {
+        (model.tensor(matrix.name), module.kind == "embedding"): (module.format, matrix.moment)
+        for module in plan.dense
+        for matrix in module.matrices
+    }
 
     def dtype_of(name: str) -> np.dtype:
         return model.dtype_of(parameters[name].name)
 
-    return DenseWeights(dtype_of, lambda name: parameters[name].read(model))
+    def format_of(name: str, table: bool) -> PlannedDense | None:
+        format, _ = planned.get((model.tensor(parameters[name].name), table), (None, None))
+        return format
+
+    def moment(name: str) -> SecondMoment | None:
+        _, of_input = planned.get((model.tensor(parameters[name].name), False), (None, None))
+        return SecondMoment(statistics.tensor(of_input)) if statistics and of_input else None
+
+    return DenseWeights(dtype_of, lambda name: parameters[name].read(model), format_of, moment, bool(planned))
 
 
 def _dense(model: Model, weight: ExternalWeight, parameter: Parameter) -> Section:

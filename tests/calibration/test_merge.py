@@ -39,7 +39,7 @@ def calibrated(model: Path, *names: str, **options: Any) -> Calibrated:
 def merged(*several: Calibrated) -> Calibrated:
     made = merge({Path(f"{number}.json"): calibration for number, (calibration, _) in enumerate(several)})
     statistics = [(1.0, found) for _, tensors in several if (found := Statistics.of(tensors))]
-    return made, merge_statistics(made.layers, statistics) if statistics else {}
+    return made, merge_statistics(made.layers, statistics, made.dense) if statistics else {}
 
 
 def assert_adds_up(found: Calibrated, expected: Calibrated, errors: float, scores: float) -> None:
@@ -56,6 +56,11 @@ def assert_adds_up(found: Calibrated, expected: Calibrated, errors: float, score
         np.testing.assert_allclose(one.wanda, other.wanda, rtol=scores)
         for format, error in other.error.items():
             np.testing.assert_allclose(one.error[format], error, rtol=2e-3 if format in ("fp16", "bf16") else errors)
+    for module, whole_module in zip(found[0].dense, expected[0].dense, strict=True):
+        assert (module.name, module.matrices) == (whole_module.name, whole_module.matrices)
+        # Streams behind attention, and errors, are measured on a batch of each part, and on one of all.
+        assert module.square == pytest.approx(whole_module.square, rel=0.3 if module.kind == "attention" else 1e-5)
+        assert module.error == pytest.approx(whole_module.error, rel=0.6)
     assert found[1].keys() == expected[1].keys()
     for name, moment in expected[1].items():
         np.testing.assert_allclose(found[1][name], moment, rtol=0, atol=1e-5 * np.abs(moment).max())

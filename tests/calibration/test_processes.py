@@ -101,6 +101,10 @@ def compiling(model: Path, folder: Path, name: str) -> list[object]:
 def same(one: Path, other: Path) -> None:
     """Counts are equal exactly, measurements up to fp32 rounding."""
     first, second = (json.loads(path.read_text()) for path in (one, other))
+    for one_module, another in zip(first["dense"], second["dense"], strict=True):
+        assert (another["name"], another["matrices"]) == (one_module["name"], one_module["matrices"])
+        assert another["square"] == pytest.approx(one_module["square"], rel=1e-5)
+        assert another["error"] == pytest.approx(one_module["error"], rel=2e-2, abs=1e-7 * one_module["square"])
     for layer, found in zip(first["layers"], second["layers"], strict=True):
         for name in ("load", "text_loads", "batch_loads", "dropped", "estimated"):
             assert found[name] == layer[name], name

@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -17,7 +18,7 @@ from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.measure import LayerMeasurement, measure_layer
-from rq_compile.calibration.schema import Calibration
+from rq_compile.calibration.schema import Calibration, DenseCalibration
 
 Calibrated = tuple[Calibration, dict[str, np.ndarray]]
 LENGTH = 12
@@ -103,12 +104,23 @@ def measured(
     return measure_layer(layer.geometry, *given, lambda expert: checkpoint.expert(layer, expert), **options)
 
 
+def same_dense(one: Sequence[DenseCalibration], other: Sequence[DenseCalibration]) -> None:
+    for some, others in zip(one, other, strict=True):
+        assert (some.name, some.kind, some.index, some.matrices) == (others.name, others.kind, others.index, others.matrices)
+        assert others.square == pytest.approx(some.square, rel=1e-4), some.name
+        # A KL divergence is the small difference of large numbers.
+        assert others.error == pytest.approx(some.error, rel=2e-2, abs=1e-7 * some.square), some.name
+
+
 def same(one: Calibrated, other: Calibrated) -> None:
-    assert one[0].model_copy(update={"layers": []}) == other[0].model_copy(update={"layers": []})
+    apart: dict[str, Any] = {"layers": [], "dense": []}
+    assert one[0].model_copy(update=apart) == other[0].model_copy(update=apart)
+    same_dense(one[0].dense, other[0].dense)
     for whole, streamed in zip(one[0].layers, other[0].layers, strict=True):
         for field in ("name", "geometry", "load", "text_loads", "batch_loads", "dropped", "estimated"):
             assert getattr(whole, field) == getattr(streamed, field), field
         np.testing.assert_allclose(streamed.wanda, whole.wanda, rtol=1e-4)
+        assert (streamed.stream_share or 0) == pytest.approx(whole.stream_share or 0, rel=1e-4)
         for format, error in whole.error.items():
             np.testing.assert_allclose(streamed.error[format], error, rtol=2e-3, atol=1e-13, err_msg=format)
     assert one[1].keys() == other[1].keys()

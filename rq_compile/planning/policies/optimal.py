@@ -31,7 +31,7 @@ The bound in the plan proves how close the plan is to the optimum. For one rank,
 """
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -40,6 +40,7 @@ from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.allocation import slot_experts
 from rq_compile.planning.budget import over_budget
+from rq_compile.planning.fewest_reads import fewest_reads
 from rq_compile.planning.knapsack import smallest_formats
 from rq_compile.planning.max_error import fewest_bytes, least_objective
 from rq_compile.planning.metrics import slot_loads
@@ -54,7 +55,7 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 class Options(Document):
     """``formats``: the only formats to use, separated by commas; empty means all measured ones. ``max_error``: 0 means no
-    limit."""
+    limit. ``objective``: "error", as above, or "bytes-read", see ``fewest_reads``."""
 
     tolerance: Weight = 0.01
     balance: Weight = 1.0
@@ -63,6 +64,7 @@ class Options(Document):
     max_error: Weight = 0.0
     mixed_copies: bool = False
     formats: str = ""
+    objective: Literal["error", "bytes-read"] = "error"
 
 
 def decide(problem: Problem, options: Options) -> Decision:
@@ -71,18 +73,18 @@ def decide(problem: Problem, options: Options) -> Decision:
         UserError: the budget does not hold every expert once, ``max_error`` cannot be kept, or ``formats`` names a format that
             was not measured.
     """
+    _check_objective(problem, options)
     allowed = _allowed_formats(problem, options.formats)
     _check_budget(_with_formats(problem, allowed))
     solutions = [_solution(_with_formats(problem, formats), options) for formats in _float_choices(allowed)]
     found = [solution for solution in solutions if solution is not None and np.isfinite(solution.value)]
     if not found:
-        raise UserError(
-            f"no plan within --memory {problem.memory:g} keeps the mean error of a layer below max_error {options.max_error:g}; "
-            "raise one of the two"
-        )
-    if options.max_error and problem.cost.busiest == "nothing":
+        within = f"--engine-bytes {problem.whole.engine_bytes}" if problem.whole else f"--memory {problem.memory:g}"
+        limited = "the sum of all errors" if problem.whole else "the mean error of a layer"
+        raise UserError(f"no plan within {within} keeps {limited} below max_error {options.max_error:g}; raise one of the two")
+    if options.max_error and problem.cost.busiest == "nothing" and options.objective == "error":
         fewest = min(found, key=lambda solution: (solution.bytes, solution.mean_error))
-        return Decision(_slots(problem, fewest))
+        return Decision(_slots(problem, fewest), dense=fewest.dense)
     best = min(found, key=lambda solution: solution.value)
     placed = _without_replicas(problem, options, allowed, best)
     if placed is not None:
@@ -91,9 +93,9 @@ def decide(problem: Problem, options: Options) -> Decision:
             "--option tokens plans for steps of another size."
         )
         bound = min(solution.bound for solution in found)
-        return Decision(_slots(problem, placed), Optimality(objective=placed.value, bound=bound), [remark])
+        return Decision(_slots(problem, placed), Optimality(objective=placed.value, bound=bound), [remark], placed.dense)
     optimality = Optimality(objective=best.value, bound=min(solution.bound for solution in found))
-    return Decision(_slots(problem, best), optimality, _unbalanced(problem, best, options))
+    return Decision(_slots(problem, best), optimality, _unbalanced(problem, best, options), best.dense)
 
 
 def _without_replicas(problem: Problem, options: Options, allowed: list[Format], best: Solution) -> Solution | None:
@@ -178,6 +180,23 @@ def _with_formats(problem: Problem, allowed: list[Format]) -> Problem:
     return replace(problem, layers=tuple(restricted(layer) for layer in problem.layers))
 
 
+def _check_objective(problem: Problem, options: Options) -> None:
+    """
+    Raises:
+        UserError: the fewest bytes are to be read without a limit on the error, or on a target that waits for busy experts.
+    """
+    if options.objective == "error":
+        return
+    if not options.max_error:
+        raise UserError("--objective bytes-read needs the error that you accept; add for example --option max_error=0.001", 2)
+    if problem.cost.busiest != "nothing":
+        raise UserError(
+            f"--objective bytes-read is for ragged kernels on one rank, but {problem.cost.target} with {problem.ranks} "
+            f"rank{'s' if problem.ranks > 1 else ''} waits for the busiest {problem.cost.busiest}; leave --objective out",
+            2,
+        )
+
+
 def _check_budget(problem: Problem) -> None:
     """
     Raises:
@@ -190,7 +209,16 @@ def _check_budget(problem: Problem) -> None:
             index = layer.calibration.index
             raise UserError(f"expert {possible.argmin()} of layer {index} fits no format; allow more with --option formats", 2)
         least += int(layer.size[smallest_formats(layer.error, layer.size[None])].sum())
-    if least > problem.budget:
+    if problem.whole:
+        least += sum(int(item.size.min()) for item in problem.dense)
+        needed = least + problem.whole.engine_bytes - problem.whole.budget
+        if needed > problem.whole.engine_bytes:
+            raise UserError(
+                f"the smallest engine takes {needed} bytes, {needed - problem.whole.engine_bytes} more than --engine-bytes "
+                f"{problem.whole.engine_bytes} allows; give --engine-bytes {needed} or more",
+                2,
+            )
+    elif least > problem.budget:
         raise over_budget(least, problem.memory, problem.bytes_before, "one slot per expert in its smallest format")
 
 
@@ -200,6 +228,8 @@ def _objective(options: Options) -> Objective:
 
 def _solution(problem: Problem, options: Options) -> Solution | None:
     """The best solution within ``max_error``; None if there is none."""
+    if options.objective == "bytes-read":
+        return fewest_reads(problem, options.max_error)
     objective = _objective(options)
     solve = solve_on_ranks if problem.ranks > 1 else solve_on_one_rank
     if not options.max_error:

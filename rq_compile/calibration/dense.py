@@ -1,0 +1,232 @@
+"""What storing the matrices of non-expert modules in fewer bits changes.
+
+Errors of attention, FFNs and embedding are squared changes of the residual stream where the module's output is added to it; with
+the squared norm of the stream, they give its relative change. For the head, it is the KL divergence of the logits. Both are in
+nats: on samples/, a module that changes the stream by a share of its energy changes the logits by 0.4 to 2.9 times as many nats,
+whatever kind of module it is (docs/planning.md).
+
+While a layer runs, hooks sum the second moments of the inputs of its matrices, and keep the arguments of a few batches. The
+modules then run on these again, with the values that a format stores.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from rq_compile.architectures.dense_modules import DenseModule, decoder_layer, dense_modules
+from rq_compile.architectures.model import Model
+from rq_compile.calibration.dense_watch import InputMoment, Watch
+from rq_compile.calibration.head import head_divergence
+from rq_compile.calibration.schema import DenseCalibration, DenseMatrix
+from rq_compile.calibration.text import Batch
+from rq_compile.processes import world
+from rq_compile.quantization.formats import DENSE_QUANTIZED, Format, Quantizer
+from rq_compile.quantization.quantizer import stored
+from rq_compile.quantization.second_moment import SecondMoment
+from rq_compile.standalone.limits import default_threads
+
+# Token rows of the batches on which errors are measured; at least one batch is.
+SAMPLED_ROWS = 2048
+# Tokens on which the head runs.
+HEAD_TOKENS = 512
+# Rows of an embedding table that are rounded at a time.
+TABLE_ROWS = 1 << 14
+Moments = dict[str, np.ndarray]
+
+
+@dataclass
+class _Found:
+    """The measurement of a module. ``inputs``: the matrix whose input each matrix shares. ``square`` is None until the residual
+    stream behind its layer is known."""
+
+    module: DenseModule
+    inputs: dict[str, str]
+    error: dict[Format, float]
+    square: float | None
+    moments: dict[str, SecondMoment]
+
+
+class DenseMeasurements:
+    """The measurements of the non-expert modules of ``model`` while it runs ``batches``. Each process runs some of these, and all
+    processes get all measurements."""
+
+    def __init__(self, model: Model, batches: Sequence[Batch], quantizer: Quantizer) -> None:
+        self.model, self.modules = model, dense_modules(model)
+        self._batches, self._gptq = batches, quantizer == "gptq"
+        self._sampled = _sampled(batches)
+        self._pending: dict[str, list[_Found]] = {}
+        self._done: list[tuple[DenseCalibration, Moments]] = []
+        self._streams: dict[str, float] = {}
+
+    @contextmanager
+    def watching(self, net: nn.Module, layers: Sequence[str], batch: Callable[[], Batch]) -> Iterator[Callable[[], None]]:
+        """Hooks on the modules of decoder ``layers`` while ``net`` runs ``batch()``. Yields a function that measures what was
+        seen, for which ``net`` needs the modules' weights."""
+        hidden = self.model.text_config.hidden_size
+        watches = [Watch(net, module, hidden, batch, self._sampled) for module in self.modules if module.layer in layers]
+        try:
+            yield lambda: self._measure(net, watches)
+        finally:
+            for watch in watches:
+                watch.remove()
+
+    def of_whole_model(self, net: nn.Module, batches: Iterable[Batch], run: Callable[[Batch], torch.Tensor]) -> None:
+        """Measure everything while ``run(batch)`` runs all of ``net`` on one batch after another. It returns the head's input."""
+        layers = list(dict.fromkeys(module.layer for module in self.modules if module.layer))
+        layers += [name for name in map(decoder_layer, (moe.name for moe in self.model.layers)) if name not in layers]
+        running: list[Batch] = []
+        streams, outputs = dict.fromkeys(layers, 0.0), []
+
+        def behind(layer: str) -> Callable[..., None]:
+            def seen(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+                states = output[0] if isinstance(output, tuple) else output
+                streams[layer] += summed_squares([(running[-1], states)])
+
+            return seen
+
+        handles = [net.get_submodule(layer).register_forward_hook(behind(layer)) for layer in layers]
+        with self.watching(net, layers, lambda: running[-1]) as measure:
+            for batch in batches:
+                running.append(batch)
+                outputs.append((batch, run(batch)))
+            measure()
+        for handle in handles:
+            handle.remove()
+        for layer, square in streams.items():
+            self.close(layer, square)
+        self.embedding(net)
+        self.head(outputs)
+
+    def _measure(self, net: nn.Module, watches: list[Watch]) -> None:
+        for watch in watches:
+            watch.remove()
+            inputs, moments = watch.seen()
+            if not inputs:
+                continue  # the model uses the matrices without calling their modules
+            weights = {name: net.get_parameter(name).detach().cpu().numpy() for name in inputs}
+            changed = {
+                format: {
+                    name: torch.from_numpy(self._rounded(weight, format, moments[inputs[name]]))
+                    for name, weight in weights.items()
+                }
+                for format in DENSE_QUANTIZED
+            }
+            measured, square, rows = watch.errors(net, changed)
+            scale = _tokens(self._batches) / max(1, rows)
+            error = {format: value * scale for format, value in measured.items()}
+            found = _Found(watch.module, inputs, error, None if square is None else square * scale, moments)
+            self._pending.setdefault(str(watch.module.layer), []).append(found)
+
+    def _rounded(self, weights: np.ndarray, format: Format, moment: SecondMoment | None = None) -> np.ndarray:
+        return stored(weights, format, moment if self._gptq else None, threads=default_threads())
+
+    def close(self, layer: str, square: float) -> None:
+        """``square``: the squared norm of the residual stream behind decoder ``layer``, summed over its tokens."""
+        if self.modules:
+            self._streams[layer] = square
+        for found in self._pending.pop(layer, []):
+            self._add(found, square if found.square is None else found.square)
+
+    def stream(self, experts: str) -> float | None:
+        """``square`` of the decoder layer with ``experts``."""
+        return self._streams.get(decoder_layer(experts))
+
+    def embedding(self, net: nn.Module) -> None:
+        """Measure the embedding, whose weights ``net`` has."""
+        for module in self.modules:
+            if module.kind == "embedding":
+                (name,) = module.matrices
+                error, square = self._embedding(net.get_parameter(name).detach().cpu().numpy())
+                self._add(_Found(module, {name: name}, error, None, {}), square)
+
+    def head(self, outputs: Iterable[tuple[Batch, torch.Tensor]]) -> None:
+        """Measure the head. ``outputs``: this process's batches, with the head's inputs ``[batch, length, hidden]``."""
+        for module in self.modules:
+            if module.kind == "head":
+                self._head(module, outputs)
+
+    def _embedding(self, table: np.ndarray) -> tuple[dict[Format, float], float]:
+        """Sums over all tokens of the squared changes of their rows, and of the rows' squares."""
+        counts = np.zeros(len(table))
+        for batch in self._batches:
+            counts += np.bincount(batch.decoder.ids[batch.decoder.real], minlength=len(table))
+        error, square = dict.fromkeys(DENSE_QUANTIZED, 0.0), 0.0
+        for start in range(0, len(table), TABLE_ROWS):
+            rows, count = table[start : start + TABLE_ROWS], counts[start : start + TABLE_ROWS]
+            square += float(count @ np.square(rows, dtype=np.float64).sum(axis=1))
+            for format in DENSE_QUANTIZED:
+                changes = np.square(stored(rows, format) - rows, dtype=np.float64).sum(axis=1)
+                error[format] += float(count @ changes)
+        return error, square
+
+    def _head(self, module: DenseModule, outputs: Iterable[tuple[Batch, torch.Tensor]]) -> None:
+        (name,) = module.matrices
+        columns = self.model.shape(name)[1]
+        moment = InputMoment(columns, columns)
+        sample: list[torch.Tensor] = []
+        for batch, hidden in outputs:
+            rows = hidden.reshape(-1, columns)[torch.from_numpy(batch.decoder.real.ravel())].float().cpu()
+            moment.add(rows)
+            if id(batch) in self._sampled:
+                # Of each batch equally many, so that the number of processes changes nothing.
+                quota = max(1, HEAD_TOKENS // len(self._sampled))
+                sample.append(rows[:: max(1, len(rows) // quota)][:quota])
+        summed = moment.summed()
+        weights = self.model.read(name)
+        error, measured = head_divergence(
+            self.model.text_config,
+            weights,
+            torch.cat(sample) if sample else torch.zeros(0, columns),
+            lambda some, format: self._rounded(some, format, summed),
+        )
+        total = _tokens(self._batches)
+        error = {format: value * total / max(1, measured) for format, value in error.items()}
+        self._add(_Found(module, {name: name}, error, None, {name: summed}), total)
+
+    def _add(self, found: _Found, square: float) -> None:
+        kept = found.moments if self._gptq else {}
+        matrices = []
+        for name, first in found.inputs.items():
+            rows, columns = self.model.shape(name)
+            bits = 8 * self.model.dtype_of(name).itemsize
+            moment = moment_name(first) if first in kept else None
+            matrices.append(DenseMatrix(name=name, rows=rows, columns=columns, bits=bits, moment=moment))
+        module = found.module
+        error = {format: float(f"{value:.9g}") for format, value in found.error.items()}
+        calibration = DenseCalibration(
+            name=module.name, kind=module.kind, index=module.index, matrices=matrices, error=error, square=square
+        )
+        self._done.append((calibration, {moment_name(name): moment.values for name, moment in kept.items()}))
+
+    def take(self) -> tuple[list[DenseCalibration], Moments]:
+        """What was measured since the last call, and the moments for the quantizer, by the names of their tensors."""
+        done, self._done = self._done, []
+        return [calibration for calibration, _ in done], {name: array for _, own in done for name, array in own.items()}
+
+
+def moment_name(matrix: str) -> str:
+    return f"{matrix.removesuffix('.weight')}.input_moment"
+
+
+def summed_squares(outputs: Iterable[tuple[Batch, torch.Tensor]]) -> float:
+    """Sum of squares over the real tokens of this process's batches, ``[batch, length, ..., hidden]``, and all processes."""
+    total = np.zeros(1)
+    for batch, states in outputs:
+        rows = states.reshape(batch.decoder.real.size, -1)[torch.from_numpy(batch.decoder.real.ravel())]
+        total += float(rows.double().square().sum())
+    return float(world().sum(total)[0])
+
+
+def _tokens(batches: Iterable[Batch]) -> int:
+    return sum(int(batch.decoder.real.sum()) for batch in batches)
+
+
+def _sampled(batches: Sequence[Batch]) -> frozenset[int]:
+    """The identities of evenly spaced batches with about ``SAMPLED_ROWS`` rows."""
+    size = max((batch.decoder.ids.size for batch in batches), default=1)
+    count = min(len(batches), max(1, SAMPLED_ROWS // size))
+    return frozenset(id(batches[number * len(batches) // count]) for number in range(count))

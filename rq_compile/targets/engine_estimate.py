@@ -24,7 +24,7 @@ from rq_compile.standalone.limits import usable_cpus
 from rq_compile.targets.licences import licence_texts
 from rq_compile.targets.weights_file import ALIGNMENT
 
-LAYER_BYTES = 16_500  # bytes of a layer's nodes in the graph
+LAYER_BYTES = 14_000  # bytes of a layer's nodes in the graph
 MANIFEST = 3_000  # and the plan
 # Measured: memory of the libraries and of the exported graph of a small model.
 PROGRAM = 600 * 2**20

@@ -7,14 +7,12 @@ the gate of a shared expert.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import nn
 
+from rq_compile.architectures.dense_kinds import DenseKind
 from rq_compile.architectures.model import Model
 
-DenseKind = Literal["attention", "shared experts", "dense ffn", "head", "embedding"]
-DENSE_KINDS: tuple[DenseKind, ...] = get_args(DenseKind)
 # DenseGemm computes 16 rows at a time, and smaller matrices are not worth their scales.
 LEAST_ROWS = 16
 FFN = re.compile(r"mlp|ffn|feed_forward|shared")

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from rq_compile.architectures.dense_modules import DenseKind
+from rq_compile.architectures.dense_kinds import DenseKind
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.bounds import MOST_COUNTED, MOST_LAYERS, Count, ExpertNumber, FilePath, LayerNumber, NonNegative, Sha256
 from rq_compile.errors import UserError

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rq_compile.architectures.dense_modules import DenseKind
+from rq_compile.architectures.dense_kinds import DenseKind
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.bounds import (
     MOST_COUNTED,

@@ -113,7 +113,7 @@ def test_outputs_are_guarded_as_on_the_command_line(model: Path, stages: Path, o
         ({"lowering": "stock", "dense_format": "int8"}, "dense_format int8 has no effect with lowering stock"),
         ({"lowering": "batched", "activation_bits": 8}, "activation_bits 8 has no effect with lowering batched"),
         ({"activation_bits": 16}, "activation_bits cannot be 16; choose one of 8, 32"),
-        ({"dense_format": "int4"}, "dense_format cannot be int4; choose one of stored"),
+        ({"dense_format": "int3"}, "dense_format cannot be int3; choose one of stored"),
     ],
 )
 def test_no_option_of_a_compilation_is_ignored(options: dict, words: str, model: Path, stages: Path, out: Path) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import text_tokenizers
 from click.testing import Result
 from command_line import PACKAGED_IN, refused
 from own_engines import change
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 
 from rq_compile.standalone.sampling import Choice
 
@@ -99,18 +99,28 @@ def test_a_triton_stream_recovers_from_bytes_that_are_no_character(
 ) -> None:
     result = rq_compile("package", stages / "model.onnx", "--for", "triton", "-o", tmp_path, "-q")
     assert result.exit_code == 0, result.stderr
-    backend = ModuleType("triton_python_backend_utils")
+    backend: Any = ModuleType("triton_python_backend_utils")
+    backend.Tensor, backend.InferenceResponse = lambda _, array: array, list
+    backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
     monkeypatch.syspath_prepend(tmp_path / "model")
     (tmp_path / "model" / "1").rename(tmp_path / "model" / "version_1")
-    from version_1.model import TritonPythonModel
+    from version_1.model import Reply, Request, SamplingParams
 
-    model = TritonPythonModel()
-    model.tokenizer = text_tokenizers.byte_fallback()
-    tokens = [model.tokenizer.token_to_id(token) for token in ("<0x0A>", "<0xF0>", "<0x9F>", "▁the", "<0xC3>")]
-    choices = [Choice(token) for token in tokens]
-    pieces = list(model.pieces(iter(choices), ()))
-    assert [choice for _, chosen in pieces for choice in chosen] == choices
-    assert [text for text, _ in pieces] == ["\n", "", "", "\ufffd\ufffd the", "", "\ufffd"]
-    model.tokenizer = None
-    assert list(model.pieces(iter(choices), ())) == [("", [choice]) for choice in choices]
+    tokenizer = text_tokenizers.byte_fallback()
+    tokens = [tokenizer.token_to_id(token) for token in ("<0x0A>", "<0xF0>", "<0x9F>", "▁the", "<0xC3>")]
+
+    def sent(tokenizer: Tokenizer | None) -> list[tuple[str, list[int]]]:
+        """The text and the tokens of every response."""
+        responses: list[Any] = []
+        reply = Reply(SimpleNamespace(send=lambda response=None, flags=0: responses.append(response)), tokenizer)
+        reply.expect(Request("", chat=False, params=SamplingParams(), stream=True))
+        answer = SimpleNamespace(error=None, finish_reason=None, cancelled=False, cancel=lambda: None)
+        ended = [reply.add(answer, [choice]) for choice in [*map(Choice, tokens), None]]
+        assert ended == [False] * len(tokens) + [True]
+        assert responses.pop() is None  # the end
+        return [(text[0].decode(), ids.tolist()) for text, ids in responses]
+
+    texts = ["\n", "", "", "\ufffd\ufffd the", "", "\ufffd"]
+    assert sent(tokenizer) == list(zip(texts, [*([token] for token in tokens), []], strict=True))
+    assert sent(None) == [("", [token]) for token in tokens]

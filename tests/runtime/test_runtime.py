@@ -251,7 +251,18 @@ def test_a_graph_that_does_not_load_is_one_sentence(copied: Path) -> None:
 @pytest.mark.parametrize("isa", ["mmx", "AVX2"])
 def test_an_unknown_instruction_set_is_one_sentence(stages: Path, isa: str) -> None:
     """In a process of its own: the op library reads the variable once."""
-    command = [sys.executable, "-m", "rq_compile", "generate", str(stages / "model.onnx"), "--prompt", "a", "--max-tokens", "1"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "rq_compile",
+        "generate",
+        str(stages / "model.onnx"),
+        "--prompt",
+        "a",
+        "--max-tokens",
+        "1",
+    ]
     result = subprocess.run(command, env=os.environ | {"RQ_MOE_ISA": isa}, capture_output=True, text=True, check=False)
     *_, said = result.stderr.strip().splitlines()
     assert result.returncode == 2

@@ -108,7 +108,7 @@ def test_a_triton_stream_recovers_from_bytes_that_are_no_character(
     from version_1.model import Reply, Request, SamplingParams
 
     tokenizer = text_tokenizers.byte_fallback()
-    tokens = [tokenizer.token_to_id(token) for token in ("<0x0A>", "<0xF0>", "<0x9F>", "▁the", "<0xC3>")]
+    tokens: list[Any] = [tokenizer.token_to_id(token) for token in ("<0x0A>", "<0xF0>", "<0x9F>", "▁the", "<0xC3>")]
 
     def sent(tokenizer: Tokenizer | None) -> list[tuple[str, list[int]]]:
         """The text and the tokens of every response."""

@@ -1,7 +1,7 @@
 """Every kernel that is built: its dtype, formats, tiles and parameters, and how it is launched."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rq_kernels import combine, dispatch, expert_gemm
@@ -17,6 +17,8 @@ FORMATS = {group.name: 1 << code for code, group in enumerate(GROUPS)} | {"mixed
 ALIGNED = ("columns", "outputs", "hidden")
 # Columns that share a scale, in formats where this is not 64 or 128.
 BLOCKS = {group.name: 32 for group in GROUPS if group.exponents}
+# The tensor cores of SM 100 take 128 outputs only together with at least 64 columns at a time.
+NARROW = 64
 FLOATS = ("alpha", "limit")
 DATA = ("x", "y", "out", "float_weights")  # pointers to the dtype of the variant
 POINTERS = {
@@ -69,7 +71,10 @@ def _products(name: str, size: str, dtype: str, format: str, block: int) -> Iter
     for gated in (True, False):
         kind = "gated" if gated else "plain"
         yield _product(f"up_{kind}_{name}", expert_gemm.expert_up, UP[size], dtype, format, block, GATED=gated)
-    yield _product(f"down_{name}", expert_gemm.expert_down, DOWN[size], dtype, format, block)
+    down = DOWN[size]
+    if block < NARROW:
+        down = replace(down, outputs=min(down.outputs, NARROW))
+    yield _product(f"down_{name}", expert_gemm.expert_down, down, dtype, format, block)
 
 
 def _product(name: str, kernel: Any, tile: Tile, dtype: str, format: str, block: int, **constants: Any) -> Variant:

@@ -64,19 +64,9 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
     """
     check_new_folder(path)
     path = path.resolve() if path.is_symlink() else path  # a folder cannot be renamed onto a link
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=PART, dir=path.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another output with -o", 2) from error
-    try:
+    with _temporary_beside(path) as temporary:
         yield temporary
         publish(temporary, path)
-    except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(temporary)):
-            raise  # about another file, one that was read
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another output with -o") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -87,14 +77,20 @@ def files_written_beside(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder of ``path`` cannot be written, or the disk is full.
     """
+    with _temporary_beside(path) as temporary:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            publish(file, path.with_name(file.name))
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
     try:
         temporary = Path(tempfile.mkdtemp(prefix=PART, dir=path.parent))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another output with -o", 2) from error
     try:
         yield temporary
-        for file in sorted(temporary.iterdir()):
-            publish(file, path.with_name(file.name))
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(temporary)):
             raise  # about another file, one that was read

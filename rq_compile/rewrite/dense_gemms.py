@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, SLOT_FORMATS, DenseFormat, Format, PlannedDense, block_size
+from rq_compile.quantization.packing import Quantized
 from rq_compile.quantization.quantizer import quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.rewrite.contract import requires
@@ -58,6 +59,17 @@ class DenseWeights:
         """The format that the plan rounds a matrix or an embedding table to."""
         format = self.planned(name, table)
         return None if format == "stored" else format
+
+    def rows(self, matrix: Matrix) -> Iterator[np.ndarray]:
+        """The values of ``matrix``, ``[ROWS_AT_ONCE, columns]`` at a time; the last part may have fewer rows."""
+        values = self.read(matrix.name)
+        values = values if matrix.by_row else values.T
+        return (values[first : first + ROWS_AT_ONCE] for first in range(0, matrix.rows, ROWS_AT_ONCE))
+
+    def quantized(self, matrix: Matrix, format: Format) -> list[Quantized]:
+        """The parts of ``rows``, rounded with the moment of the matrix if there is one."""
+        moment = self.moment(matrix.name)
+        return [quantize(rows, format, moment) for rows in self.rows(matrix)]
 
 
 def dense_gemms(
@@ -168,17 +180,11 @@ def _section(matrix: Matrix, format: Format, dense: DenseWeights) -> Section:
     panels, block = panel_count(matrix.rows, 1), block_size(matrix.columns)
     blocks = -(-matrix.columns // block)
 
-    def by_rows() -> Iterator[np.ndarray]:
-        values = dense.read(matrix.name)
-        values = values if matrix.by_row else values.T
-        return (values[first : first + ROWS_AT_ONCE] for first in range(0, matrix.rows, ROWS_AT_ONCE))
-
     def floats() -> tuple[np.ndarray, ...]:
-        return (np.concatenate([float_panels(rows, 1) for rows in by_rows()]),)
+        return (np.concatenate([float_panels(rows, 1) for rows in dense.rows(matrix)]),)
 
     def quantized() -> tuple[np.ndarray, ...]:
-        moment = dense.moment(matrix.name)
-        parts = [quantize(rows, format, moment) for rows in by_rows()]
+        parts = dense.quantized(matrix, format)
         packed = np.concatenate([packed_panels(part, format, 1) for part in parts])
         return packed, np.concatenate([scale_panels(part, 1) for part in parts])
 

@@ -6,15 +6,12 @@ Requires: the Experts nodes, by which routers are known. Ensures: every other pr
 whole numbers and scales; all other products are left as they are.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from rq_compile.quantization.formats import SLOT_FORMATS, Format, block_size
 from rq_compile.quantization.packing import whole_numbers
-from rq_compile.quantization.quantizer import quantize
-from rq_compile.rewrite.dense_gemms import ROWS_AT_ONCE, DenseWeights, Matrix, products
+from rq_compile.rewrite.dense_gemms import DenseWeights, Matrix, products
 from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.report import PassReport
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, constant
@@ -56,14 +53,8 @@ def _section(matrix: Matrix, format: Format, dense: DenseWeights) -> Section:
         ExternalWeight(f"{matrix.name}.scales", np.dtype(np.float32), (blocks, matrix.rows)),
     )
 
-    def by_rows() -> Iterator[np.ndarray]:
-        values = dense.read(matrix.name)
-        values = values if matrix.by_row else values.T
-        return (values[first : first + ROWS_AT_ONCE] for first in range(0, matrix.rows, ROWS_AT_ONCE))
-
     def values() -> tuple[np.ndarray, ...]:
-        moment = dense.moment(matrix.name)
-        parts = [quantize(rows, format, moment) for rows in by_rows()]
+        parts = dense.quantized(matrix, format)
         numbers = np.concatenate([whole_numbers(part, format)[:, : matrix.columns] for part in parts])
         return np.ascontiguousarray(numbers.T), np.ascontiguousarray(np.concatenate([part.scales for part in parts]).T)
 

@@ -65,7 +65,7 @@ def inspect_checkpoint(screen: Screen, folder: Path, *, verify: bool) -> None:
         raise UserError(f"--verify checks an engine's files, but {folder} is a checkpoint; leave --verify out", 2)
 
     from rq_compile.checkpoint.checkpoint import Checkpoint
-    from rq_compile.cli.checkpoint_tables import checkpoint_tables
+    from rq_compile.cli.tables import checkpoint_tables
     from rq_compile.inspection import inspected
 
     found = inspected(Checkpoint.open(folder))

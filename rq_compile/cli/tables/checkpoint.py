@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import RenderableType
 
-from rq_compile.cli.tables import facts, megabytes, table
-from rq_compile.inspection import CheckpointFound, LayerFound
+from rq_compile.cli.tables.layout import facts, megabytes, table
+
+if TYPE_CHECKING:
+    from rq_compile.inspection import CheckpointFound, LayerFound
 
 
 def checkpoint_tables(found: CheckpointFound) -> list[RenderableType]:

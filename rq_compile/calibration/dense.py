@@ -62,12 +62,20 @@ class DenseMeasurements:
         self._done: list[tuple[DenseCalibration, Moments]] = []
         self._streams: dict[str, float] = {}
 
+    def attention(self, layer: str) -> list[DenseModule]:
+        return [module for module in self.modules if module.layer == layer and module.kind == "attention"]
+
     @contextmanager
-    def watching(self, net: nn.Module, layers: Sequence[str], batch: Callable[[], Batch]) -> Iterator[Callable[[], None]]:
-        """Hooks on the modules of decoder ``layers`` while ``net`` runs ``batch()``. Yields a function that measures what was
-        seen, for which ``net`` needs the modules' weights."""
+    def watching(
+        self, net: nn.Module, layers: Sequence[str], batch: Callable[[], Batch], some: Sequence[DenseModule] | None = None
+    ) -> Iterator[Callable[[], None]]:
+        """Hooks on ``some`` modules of decoder ``layers``, by default all that were not measured yet, while ``net`` runs
+        ``batch()``. Yields a function that measures what was seen, for which ``net`` needs the modules' weights."""
         hidden = self.model.text_config.hidden_size
-        watches = [Watch(net, module, hidden, batch, self._sampled) for module in self.modules if module.layer in layers]
+        if some is None:
+            measured = {found.module for layer in layers for found in self._pending.get(layer, [])}
+            some = [module for module in self.modules if module.layer in layers and module not in measured]
+        watches = [Watch(net, module, hidden, batch, self._sampled) for module in some]
         try:
             yield lambda: self._measure(net, watches)
         finally:
@@ -128,7 +136,7 @@ class DenseMeasurements:
         """``square``: the squared norm of the residual stream behind decoder ``layer``, summed over its tokens."""
         if self.modules:
             self._streams[layer] = square
-        for found in self._pending.pop(layer, []):
+        for found in sorted(self._pending.pop(layer, []), key=lambda found: self.modules.index(found.module)):
             self._add(found, square if found.square is None else found.square)
 
     def stream(self, experts: str) -> float | None:

@@ -49,9 +49,10 @@ class Watch:
         self._columns: dict[str, int] = {}
         self._moments: dict[str, InputMoment] = {}
         self._given: dict[int, tuple[str, torch.Tensor]] = {}  # by identity, the inputs of the call that runs
-        self._calls: list[tuple[Batch, tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: list[tuple[Batch, tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
         self._entering: list[torch.Tensor] = []  # the hidden states that enter the layer, for each kept call
-        self._handles = [net.get_submodule(module.run).register_forward_pre_hook(self._called, with_kwargs=True)]
+        run = net.get_submodule(module.run)
+        self._handles = [run.register_forward_pre_hook(self._begun), run.register_forward_hook(self._called, with_kwargs=True)]
         if module.layer is not None:
             layer = net.get_submodule(module.layer)
             self._handles.append(layer.register_forward_pre_hook(self._entered, with_kwargs=True))
@@ -68,10 +69,12 @@ class Watch:
         if id(self._batch()) in self._sampled:
             self._entering.append((args or tuple(kwargs.values()))[0])
 
-    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begun(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._given = {}
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         if id(batch := self._batch()) in self._sampled:
-            self._calls.append((batch, args, kwargs))
+            self._calls.append((batch, args, kwargs, _output(returned)))
 
     def _multiplied(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -104,8 +107,9 @@ class Watch:
         module = net.get_submodule(self.module.run)
         below = len(f"{self.module.run}.")
         with torch.inference_mode(), _without_experts(net, self.module.experts):
-            for number, (batch, args, kwargs) in enumerate(self._calls):
-                before = _output(module(*args, **kwargs))
+            for number, (batch, args, kwargs, before) in enumerate(self._calls):
+                if self.module.experts is not None:
+                    before = _output(module(*args, **kwargs))
                 for place, weights in enumerate(changed.values()):
                     other = {name[below:]: weight.to(before.device) for name, weight in weights.items()}
                     after = _output(functional_call(module, other, args, kwargs))

@@ -54,8 +54,8 @@ def choose_way(model: Model, layers: Sequence[MoeLayer], *, rows: int, limit: in
     room = available_memory() if limit is None else limit - used_memory()
     weights = 4 * model.parameter_count
     measuring = PROGRAM + _measuring(layers, rows)
-    # Two arrays of hidden states in fp32 and one of outputs in float64; each of several processes has the outputs of all.
-    states = (16 if world_size() == 1 else 24) * rows * max(moe.geometry.hidden for moe in layers)
+    # Three arrays of hidden states in fp32 and one of outputs in float64; each of several processes has the outputs of all.
+    states = (20 if world_size() == 1 else 28) * rows * max(moe.geometry.hidden for moe in layers)
     whole = int(LOADING * weights) + measuring + states // 2
     small = weights <= LARGEST_WHOLE
     if small and whole <= room and world_size() == 1 and (device_room is None or weights + GIB <= device_room):

@@ -6,12 +6,12 @@ output therefore reach a layer as in the model itself, so this works for every f
 
 A layer with experts is visited twice. The first visit ends at its experts and records the choices of the router. Then each expert
 is read once and measured on its tokens. The second visit computes the layer, with the recorded outputs in place of the experts.
+Attention runs before the experts, so the second visit takes its outputs from the first.
 """
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from rq_compile.architectures.dense_modules import DenseModule
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.load import materialize, meta_model
 from rq_compile.architectures.model import Model
@@ -28,6 +29,7 @@ from rq_compile.calibration.dense import DenseMeasurements, summed_squares
 from rq_compile.calibration.recording import LayerRecording, Recorded, model_arguments
 from rq_compile.calibration.routing import watch
 from rq_compile.calibration.scratch import release, scratch
+from rq_compile.calibration.states import Outputs, States
 from rq_compile.calibration.text import Batch, Rows
 from rq_compile.errors import UserError
 
@@ -81,7 +83,13 @@ def record_layer_by_layer(
             with run.materialized(name, without=layer.name if layer else None):
                 if layer is not None:
                     recording = LayerRecording(layer, texts)
-                    run.record(recording)
+                    attention = dense.attention(name)
+                    with (
+                        dense.watching(run.net, [name], run.running, attention) as measure,
+                        run.keeping(stack, attention) as kept,
+                    ):
+                        run.record(recording)
+                    measure()
                     stack.outputs[:] = 0
                     yield recording, partial(model.expert, layer), stack.outputs
                     if layer is layers[-1] and not dense.modules:
@@ -89,7 +97,10 @@ def record_layer_by_layer(
                         progress(1)
                         return
                     with dense.watching(run.net, [name], run.running) as measure:
-                        with run.instead(layer.name, lambda *args, stack=stack, **kwargs: stack.given(run.batch)):
+                        given = {layer.name: stack.given, **kept()}
+                        with ExitStack() as replaced:
+                            for module, of in given.items():
+                                replaced.enter_context(run.instead(module, lambda *_, of=of, **__: of(run.batch)))
                             run.visit(stack, name)
                         measure()
                     dense.close(name, run.square(stack))
@@ -105,44 +116,6 @@ def record_layer_by_layer(
 
 class _End(Exception):
     """Ends a forward whose further results are not needed."""
-
-
-class _States:
-    """Hidden states of all batches. A layer may have several streams of them (hyper-connections), so their width may change."""
-
-    def __init__(self, starts: np.ndarray, width: int, in_memory: bool, device: str) -> None:
-        self._starts, self._in_memory, self._device = starts, in_memory, device
-        self._rows = scratch((int(starts[-1]), width), in_memory)
-        self._kept: dict[int, tuple[np.ndarray, torch.Size]] = {}  # batch -> where its states lie, and their shape
-        self._read: tuple[int, torch.Tensor] | None = None
-
-    def keep(self, batch: int, hidden: torch.Tensor) -> None:
-        start, end = self._starts[batch : batch + 2]
-        rows = hidden.reshape(end - start, -1).cpu().numpy()
-        if rows.shape[1] != self._rows.shape[1]:
-            self._rows = scratch((int(self._starts[-1]), rows.shape[1]), self._in_memory)
-        self._rows[start:end] = rows
-        release(self._rows)
-        self._kept[batch] = (self._rows, hidden.shape)
-        self._read = None
-
-    def of(self, batch: int) -> torch.Tensor:
-        """``[batch, length, ..., hidden]``"""
-        if self._read is None or self._read[0] != batch:
-            kept, shape = self._kept[batch]
-            rows = torch.tensor(kept[self._starts[batch] : self._starts[batch + 1]], device=self._device)
-            release(kept)
-            self._read = (batch, rows.reshape(shape))
-        return self._read[1]
-
-    def all(self) -> list[torch.Tensor]:
-        """The states of every batch, without copies."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the array is mapped read-only
-            return [
-                torch.from_numpy(kept[self._starts[batch] : self._starts[batch + 1]]).reshape(shape)
-                for batch, (kept, shape) in sorted(self._kept.items())
-            ]
 
 
 class _Stack:
@@ -165,7 +138,7 @@ class _Stack:
         self.outputs = scratch((sum(int(rows.real.sum()) for rows in sides), hidden), in_memory, np.float64)
         starts = np.cumsum([0, *(rows.ids.size for rows in sides)])
         # A model may compute more of the embeddings than the first layer's input (Gemma's inputs of each layer).
-        self.embedded, self._states = (_States(starts, hidden, in_memory, device) for _ in range(2))
+        self.embedded, self._states, self._attended = (States(starts, hidden, in_memory, device) for _ in range(3))
         self._beside: list[tuple[Any, ...] | None] = [None] * len(sides)
 
     def keep(self, batch: int, returned: Any) -> None:
@@ -181,6 +154,10 @@ class _Stack:
     def hidden(self, batch: int) -> torch.Tensor:
         """``[batch, length, ..., hidden]``"""
         return self._states.of(batch)
+
+    def attention_outputs(self) -> Outputs:
+        """For the attention of a layer, in the room of the previous layer's."""
+        return Outputs(self._attended)
 
     def states(self) -> dict[str, Any]:
         """Everything that ``returned`` needs, for keeping."""
@@ -281,6 +258,20 @@ class _Run:
             yield before
         finally:
             module.forward = before
+
+    @contextmanager
+    def keeping(self, stack: _Stack, attention: Sequence[DenseModule]) -> Iterator[Callable[[], dict[str, Callable[[int], Any]]]]:
+        """A context in which the outputs of a layer's ``attention`` are kept if it is one module. Yields a function that gives
+        the functions from batches to outputs, by module; none if they are not known for every batch."""
+        outputs, name = stack.attention_outputs(), attention[0].run if len(attention) == 1 else ""
+        hook = None
+        if name:
+            hook = self._module.get_submodule(name).register_forward_hook(lambda *seen: outputs.keep(self.batch, seen[-1]))
+        try:
+            yield lambda: {name: outputs.of} if name and outputs.complete(len(self._batches)) else {}
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def visit(self, stack: _Stack, name: str) -> None:
         """Run all batches up to the module. From then on, it returns the results of the last visited module of its stack."""

@@ -18,16 +18,19 @@ from calibrated import LENGTH, TEXTS, TOKENS, Calibrated, copied, letters, same
 from command_line import python
 from safetensors.torch import save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM, PretrainedConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 
 from rq_compile.architectures.load import meta_model
 from rq_compile.architectures.model import Model
 from rq_compile.calibration import calibrate as calibrate_module
-from rq_compile.calibration import measure, memory, streaming
+from rq_compile.calibration import dense, measure, memory, streaming
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.memory import Way, choose_way
 from rq_compile.calibration.scratch import on_disk, release, scratch
+from rq_compile.calibration.states import Outputs, States
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
+from rq_compile.quantization.formats import DENSE_QUANTIZED
 
 MIB = 2**20
 
@@ -153,7 +156,7 @@ def test_the_way_is_chosen_by_the_memory(tiny_checkpoint: Callable[[str], Path],
     assert (streamed.whole, streamed.states_in_memory) == (False, True)
     spilled = way(1014 * MIB, rows=1_000_000)
     assert (spilled.whole, spilled.states_in_memory) == (False, False)
-    assert "layer by layer, 488 MiB of hidden states on disk: as a whole" in spilled.reason
+    assert "layer by layer, 610 MiB of hidden states on disk: as a whole" in spilled.reason
     with pytest.raises(UserError, match=r"--memory-limit is 1000 MiB, but a single layer of .* takes 10\d\d MiB while"):
         way(1000 * MIB + 10_000)
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
@@ -275,3 +278,50 @@ def test_stays_below_a_limit_that_the_whole_model_breaks(tmp_path: Path) -> None
 def tensors_of(config: OlmoeConfig) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         return OlmoeForCausalLM(config).state_dict()
+
+
+def test_attention_runs_once_on_every_batch(
+    tiny_checkpoint: Callable[[str], Path], run: Callable[..., Calibrated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second visit of a layer takes what the first one computed. Two formats run on sampled batches only."""
+    checkpoint = Model.open(tiny_checkpoint("olmoe"))
+    runs: Counter[int | None] = Counter()
+    forward = OlmoeAttention.forward
+
+    def counted(self: OlmoeAttention, *args: Any, **kwargs: Any) -> Any:
+        runs[self.layer_idx] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(OlmoeAttention, "forward", counted)
+    monkeypatch.setattr(dense, "SAMPLED_ROWS", 1)
+    run(checkpoint, False)
+    batches = len(calibrate_module.work_of(checkpoint, TEXTS, batch_size=4, sequence_length=LENGTH).batches)
+    assert runs == dict.fromkeys(range(len(checkpoint.layers)), batches + len(DENSE_QUANTIZED))
+
+
+@pytest.mark.parametrize(
+    ("returned", "complete"),
+    [
+        ([0.0, 1.0], True),
+        ([(0.0, None), (1.0, None)], True),
+        ([0.0], False),
+        ([0.0, 1.0, 1.0], False),
+        ([0.0, (1.0, 2.0)], False),
+    ],
+    ids=["tensors", "with no weights", "one batch is missing", "a batch comes twice", "with weights"],
+)
+def test_outputs_are_used_again_only_if_all_are_known(returned: list[Any], complete: bool) -> None:
+    def tensors(value: Any) -> Any:
+        return (
+            tuple(map(tensors, value)) if isinstance(value, tuple) else value if value is None else torch.full((1, 2, 3), value)
+        )
+
+    outputs = Outputs(States(np.array([0, 2, 4]), 3, True, "cpu"))
+    for number, value in enumerate(returned):
+        outputs.keep(min(number, 1), tensors(value))
+    assert outputs.complete(2) == complete
+    if complete:
+        for number, value in enumerate(returned):
+            found, expected = outputs.of(number), tensors(value)
+            assert type(found) is type(expected)
+            assert torch.equal(*(one[0] if isinstance(one, tuple) else one for one in (found, expected)))

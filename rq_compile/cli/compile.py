@@ -46,7 +46,10 @@ if TYPE_CHECKING:
 MEGABYTE = 10**6
 EXTENSIONS = (".onnx", ".plan")
 log = logging.getLogger(__name__)  # shows a remark once, whichever stages make it
-PLANNING = ("policy", "memory", "ranks", "mixed_copies", "policy_options", "texts", "tokens", "batch_size", "sequence_length")
+PLANNING = (
+    *("policy", "memory", "engine_bytes", "objective", "ranks", "mixed_copies", "policy_options"),
+    *("texts", "tokens", "batch_size", "sequence_length"),
+)
 
 
 @click.command("compile")
@@ -113,6 +116,7 @@ def command(
     batch_size: int | None,
     sequence_length: int | None,
     mixed_copies: bool,
+    objective: str | None,
     policy_options: tuple[str, ...],
     dry_run: bool,
     **planning: Any,
@@ -138,7 +142,7 @@ def command(
     from rq_compile.texts import chat_template, open_texts
 
     contents = open_texts(texts, render=chat_template(folder)) if plan_path is None else {}
-    options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies)
+    options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies, objective=objective)
 
     from rq_compile import spill
     from rq_compile.architectures.ties import remarks_on_ties
@@ -175,9 +179,16 @@ def command(
 
         planning["target"] = (settings.lowering if settings else realised).planned_for
         check_arguments(**planning, options=options)
+        if planning["engine_bytes"] is not None and "dense_format" in given_options():
+            raise UserError(
+                f"--dense-format {dense_format} and --engine-bytes {planning['engine_bytes']} both choose the formats of "
+                "non-expert weights; leave one of the two out",
+                2,
+            )
         if dry_run:
             first = {"texts": contents, "tokens": tokens, "batch_size": batch_size, "sequence_length": sequence_length}
-            show_estimate(screen, model, output, realised, first, plan=None, memory=planning["memory"], **shape)
+            budget = {name: planning[name] for name in ("memory", "engine_bytes")}
+            show_estimate(screen, model, output, realised, first, plan=None, **budget, **shape)
             return
         with spill.beside(output), screen.progress("calibrating", "tokens") as progress:
             calibration, tensors = calibrate(

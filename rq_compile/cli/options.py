@@ -121,6 +121,18 @@ def planning_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Bytes that the plan may take, as a multiple of the experts' bytes in the checkpoint. Default: 1.0, or the "
             "least that works if a quantized checkpoint is smaller than any plan.",
         ),
+        click.option(
+            "--engine-bytes",
+            type=SIZE,
+            help="Bytes of the engine's weights file, instead of --memory: the plan then also decides the formats of the "
+            "non-expert weights (18G).",
+        ),
+        click.option(
+            "--objective",
+            type=click.Choice(["error", "bytes-read"]),
+            help="What policy optimal minimises: the predicted error (the default), or the bytes that a token reads within "
+            "--option max_error.",
+        ),
         click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Devices that share the experts."),
         click.option(
             "--mixed-copies",
@@ -136,14 +148,19 @@ def planning_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def parse_options(pairs: tuple[str, ...], *, policy: str, mixed_copies: bool) -> dict[str, Any]:
-    """The options of a policy, from ``key=value`` pairs and the flag. Values that are valid JSON are parsed.
+def parse_options(
+    pairs: tuple[str, ...], *, policy: str, mixed_copies: bool = False, objective: str | None = None
+) -> dict[str, Any]:
+    """The options of a policy, from ``key=value`` pairs and those with an own option of the command line. Values that are valid
+    JSON are parsed.
 
     Raises:
-        UserError: a pair has no ``=`` or repeats the flag, or ``policy`` does not have the flag.
+        UserError: a pair has no ``=`` or repeats an own option, or ``policy`` does not have that option.
     """
     if mixed_copies and policy != "optimal":
         raise UserError(f"--mixed-copies has no effect with --policy {policy}; leave one of the two out", 2)
+    if objective is not None and policy != "optimal":
+        raise UserError(f"--objective {objective} has no effect with --policy {policy}; leave one of the two out", 2)
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -151,11 +168,13 @@ def parse_options(pairs: tuple[str, ...], *, policy: str, mixed_copies: bool) ->
             raise UserError(f"--option {pair} is not KEY=VALUE; write for example --option fraction=0.5", 2)
         if key == "mixed_copies":
             raise UserError(f"--option {pair} is given by a flag; give --mixed-copies, or leave it out", 2)
+        if key == "objective" and objective is not None:
+            raise UserError(f"--option {pair} and --objective {objective} are given; leave one of the two out", 2)
         try:
             parsed[key] = json.loads(value)
         except ValueError:
             parsed[key] = value
-    return parsed | ({"mixed_copies": True} if mixed_copies else {})
+    return parsed | ({"mixed_copies": True} if mixed_copies else {}) | ({"objective": objective} if objective else {})
 
 
 def given_options() -> dict[str, str]:

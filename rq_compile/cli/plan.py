@@ -26,24 +26,13 @@ if TYPE_CHECKING:
 @calibrations_argument
 @click.option("-o", "--output", type=FILE, required=True, help="The plan, or the sweep, to write (.json).")
 @click.option("--target", type=click.Choice(list(TARGETS)), default="cpu", show_default=True, help="What the engine is for.")
-@click.option(
-    "--engine-bytes",
-    type=SIZE,
-    help="Bytes of the engine's weights file, instead of --memory: the plan then also decides the formats of the non-expert "
-    "weights (18G).",
-)
-@click.option(
-    "--objective",
-    type=click.Choice(["error", "bytes-read"]),
-    help="What policy optimal minimises: the predicted error (the default), or the bytes that a token reads within --option "
-    "max_error.",
-)
 @click.option("--data-free", is_flag=True, help="Plan without text: give MODEL instead of CALIBRATION.")
 @click.option("--sweep", is_flag=True, help="Plan for many budgets and write the cost of each, instead of one plan.")
 @click.option(
     "--budgets",
     metavar="LIST",
-    help="With --sweep: the values of --memory to plan for (0.3,0.5,1). Default: twelve, from the least possible to 1.25.",
+    help="With --sweep: the values of --memory (0.3,0.5,1) or of --engine-bytes (12G,18G) to plan for. Default: twelve, from the "
+    "least possible to --engine-bytes or, without it, to --memory 1.25.",
 )
 @planning_options
 @on_screen
@@ -73,12 +62,8 @@ def command(
     """
     calibration = check_sources(calibrations, output, data_free=data_free)
     check_outputs({output: document("sweep" if sweep else "plan")}, calibrations)
-    asked = parse_budgets(budgets, sweep=sweep, memory=memory)
-    options = parse_options(policy_options, policy=policy, mixed_copies=mixed_copies)
-    if objective is not None:
-        if policy != "optimal":
-            raise UserError(f"--objective {objective} has no effect with --policy {policy}; leave one of the two out", 2)
-        options["objective"] = objective
+    asked = parse_budgets(budgets, sweep=sweep, memory=memory, engine_bytes=engine_bytes)
+    options = parse_options(policy_options, policy=policy, mixed_copies=mixed_copies, objective=objective)
 
     from rq_compile.cli.tables import plan_tables, sweep_tables
     from rq_compile.files import files_written_beside
@@ -86,13 +71,12 @@ def command(
     from rq_compile.planning.schema import Plan
 
     how: dict[str, Any] = {"policy": policy, "ranks": ranks, "target": target}
-    if sweep and engine_bytes is not None:
-        raise UserError(f"--engine-bytes {engine_bytes} has no effect with --sweep; give the budgets with --budgets", 2)
-    check_arguments(**how, memory=memory, options=options, engine_bytes=engine_bytes)
+    largest = max(asked.get("engine_budgets", ()), default=engine_bytes)
+    check_arguments(**how, memory=memory, options=options, engine_bytes=largest)
 
     def write(source: Model | Path, path: Path) -> Plan | Sweep:
         if sweep:
-            return written_sweep(screen, source, path, budgets=asked, **how, **options)
+            return written_sweep(screen, source, path, **asked, engine_bytes=engine_bytes, **how, **options)
         with measuring(screen, source) as progress:
             return rq.plan(source, path, **how, memory=memory, engine_bytes=engine_bytes, progress=progress, **options)
 
@@ -108,26 +92,36 @@ def command(
     screen.result(made, *(plan_tables(made) if isinstance(made, Plan) else sweep_tables(made)), asked_for=False)
 
 
-def parse_budgets(budgets: str | None, *, sweep: bool, memory: float | None) -> list[float] | None:
-    """
+def parse_budgets(budgets: str | None, *, sweep: bool, memory: float | None, engine_bytes: int | None) -> dict[str, list[Any]]:
+    """``budgets`` or ``engine_budgets`` of ``make_sweep``.
+
     Raises:
-        UserError: they are not numbers, one is out of range, or an option without effect was given.
+        UserError: they are neither numbers nor sizes, one is out of range, or an option without effect was given.
     """
     if sweep and memory is not None:
         raise UserError(f"--memory {memory:g} has no effect with --sweep; give the budgets with --budgets", 2)
     if budgets is None:
-        return None
+        return {}
     if not sweep:
         raise UserError(f"--budgets {budgets} has no effect without --sweep; add --sweep, or give one with --memory", 2)
+    if engine_bytes is not None:
+        raise UserError(f"--budgets {budgets} and --engine-bytes {engine_bytes} are two ranges; leave one of them out", 2)
+    written = [budget.strip() for budget in budgets.split(",")]
     try:
-        numbers = [float(budget) for budget in budgets.split(",")]
-    except ValueError:
-        raise UserError(f"--budgets {budgets} is not a list of numbers; write for example --budgets 0.3,0.5,1", 2) from None
+        if written[0][-1:].isalpha() and written[0].lower() not in ("nan", "inf"):
+            return {"engine_budgets": [SIZE.convert(size if size[-1:].isalpha() else "", None, None) for size in written]}
+        numbers = [float(number) for number in written]
+    except (ValueError, click.BadParameter):
+        raise UserError(
+            f"--budgets {budgets} is not a list of numbers or of sizes; write for example --budgets 0.3,0.5,1 or 12G,18G", 2
+        ) from None
     from rq_compile.bounds import MOST_MEMORY
 
     if wrong := [number for number in numbers if not 0 < number <= MOST_MEMORY]:
-        raise UserError(f"--budgets {budgets} has {wrong[0]:g}; give numbers above 0 and up to {MOST_MEMORY:g}", 2)
-    return numbers
+        raise UserError(
+            f"--budgets {budgets} has {wrong[0]:g}; give numbers above 0 and up to {MOST_MEMORY:g}, or sizes with a unit (18G)", 2
+        )
+    return {"budgets": numbers}
 
 
 def check_sources(sources: Mapping[Path, float | None], output: Path, *, data_free: bool) -> Path:

@@ -74,19 +74,26 @@ class Whole:
         return sum(float(item.error[format]) for item, format in zip(self.modules, formats, strict=True))
 
 
+def check_target_of_whole(target: Target) -> None:
+    """
+    Raises:
+        UserError: engines for the target do not round non-expert weights.
+    """
+    if TARGETS[target].dense is None:
+        those = ", ".join(name for name, known in TARGETS.items() if known.dense is not None)
+        raise UserError(f"--engine-bytes is for --target {those}, not for {target}; give --memory instead", 2)
+
+
 def whole_of(calibration: Calibration, engine_bytes: int, target: Target) -> Whole:
     """
     Raises:
-        UserError: the calibration has no measurements of the non-expert weights, or engines for the target do not round them.
+        UserError: the calibration has no measurements of the non-expert weights; or see ``check_target_of_whole``.
     """
-    costs = TARGETS[target]
-    if costs.dense is None:
-        those = ", ".join(name for name, known in TARGETS.items() if known.dense is not None)
-        raise UserError(f"--engine-bytes is for --target {those}, not for {target}; give --memory instead", 2)
+    check_target_of_whole(target)
     if not calibration.dense or not calibration.other_weights or any(not layer.stream_share for layer in calibration.layers):
         why = "was made without text" if calibration.data_free else "does not measure the non-expert weights"
         raise UserError(f"--engine-bytes plans the whole model, but the calibration {why}; calibrate again on texts", 2)
-    widened = costs.dense == "fp32"
+    widened = TARGETS[target].dense == "fp32"
     modules = tuple(_item(module, widened) for module in calibration.dense)
     other = calibration.other_weights.fp32 if widened else calibration.other_weights.stored
     return Whole(engine_bytes, modules, other)

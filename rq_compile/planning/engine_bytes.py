@@ -1,9 +1,53 @@
 """The weights file of a plan for the whole model: its bytes, and what they hold."""
 
 from collections import Counter
+from dataclasses import replace
 
+from rq_compile.errors import UserError
 from rq_compile.planning.dense import FORMATS, Whole, expert_file_bytes
+from rq_compile.planning.policies import optimal
 from rq_compile.planning.problem import Decision, Problem
+
+
+def decided_within(problem: Problem, options: optimal.Options) -> tuple[Problem, Decision]:
+    """A decision whose weights file takes at most ``engine_bytes``, and the problem with the ``spare`` bytes that this needed.
+
+    Raises:
+        UserError: the smallest engine takes more bytes; or see ``optimal.decide``.
+    """
+    whole = problem.whole
+    assert whole is not None
+    most_spare = whole.budget - optimal.least_bytes(problem, options)
+    spare = 0
+    while spare <= most_spare:
+        now = replace(problem, whole=replace(whole, spare=spare))
+        decision = optimal.decide(now, options)
+        beyond = engine_file_bytes(now, decision) - whole.engine_bytes
+        if beyond <= 0:
+            return now, decision
+        spare = min(spare + beyond, most_spare) if spare < most_spare else most_spare + 1
+    raise smallest_engine_error(smallest_engine(problem, options), whole.engine_bytes)
+
+
+def smallest_engine_error(least: int, allowed: int) -> UserError:
+    return UserError(
+        f"the smallest engine takes {least} bytes, {least - allowed} more than --engine-bytes {allowed} allows; "
+        f"give --engine-bytes {least} or more",
+        2,
+    )
+
+
+def smallest_engine(problem: Problem, options: optimal.Options) -> int:
+    """Bytes of the weights file with every expert once and every module, each in its smallest format.
+
+    Raises:
+        UserError: see ``optimal.least_bytes``.
+    """
+    whole = problem.whole
+    assert whole is not None
+    tight = replace(problem, whole=replace(whole, engine_bytes=whole.other + optimal.least_bytes(problem, options)))
+    unlimited = options.model_copy(update={"objective": "error", "max_error": 0.0})
+    return engine_file_bytes(tight, optimal.decide(tight, unlimited))
 
 
 def engine_file_bytes(problem: Problem, decision: Decision) -> int:

@@ -12,13 +12,14 @@ from rq_compile.calibration.schema import Calibration, LayerCalibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.budget import allowed, enough_for, over_budget
-from rq_compile.planning.dense import whole_of
-from rq_compile.planning.engine_bytes import engine_file_bytes, whole_remark
+from rq_compile.planning.dense import check_target_of_whole, whole_of
+from rq_compile.planning.engine_bytes import decided_within, engine_file_bytes, smallest_engine, whole_remark
 from rq_compile.planning.policies.none import unplanned
+from rq_compile.planning.policies.optimal import Options as OptimalOptions
 from rq_compile.planning.prediction import predict, with_capacity_classes
 from rq_compile.planning.problem import Decision, Problem, problem_of
 from rq_compile.planning.remarks import remarks
-from rq_compile.planning.schema import LayerPlan, Plan, Policy, Slot, Target
+from rq_compile.planning.schema import LayerPlan, Plan, PlannedModule, Policy, Slot, Target
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 CHOOSE_FORMATS: tuple[Policy, ...] = ("optimal", "uniform", "frequency", "random")
@@ -75,7 +76,13 @@ def make_plan(
     )
     if memory is None and whole is None:
         problem = replace(problem, memory=least_memory(problem, policy))
-    problem, decision = _decided(problem, module.decide, own)
+    if problem.whole is None:
+        decision: Decision = module.decide(problem, own)
+    else:
+        problem, decision = decided_within(problem, cast(OptimalOptions, own))
+        assert problem.whole
+        left = problem.budget - problem.whole.bytes_of(decision.dense or [])
+        problem = replace(problem, memory=min(left / problem.bytes_before, MOST_MEMORY))
     memory = problem.memory
     layers = [
         layer_plan(problem, layer.calibration, slots, calibration.batch_size, problem.tokens)
@@ -84,7 +91,7 @@ def make_plan(
     taken = sum(problem.cost.bytes_taken(layer.geometry, layer.slots) for layer in layers)
     if taken > allowed(memory, problem.bytes_before):
         raise over_budget(taken, memory, problem.bytes_before, f"policy {policy}", alternative=", or --policy optimal")
-    dense = decision.dense or [0] * len(problem.dense)
+    dense = [item.planned(format) for item, format in zip(problem.dense, decision.dense or [0] * len(problem.dense), strict=True)]
     return Plan(
         tool=f"rq-compile {__version__}",
         model=calibration.model,
@@ -108,28 +115,10 @@ def make_plan(
         extra_layers=calibration.extra_layers,
         layers=layers,
         engine_bytes=engine_bytes,
-        dense=[item.planned(format) for item, format in zip(problem.dense, dense, strict=True)],
+        dense=dense,
         predicted_engine_bytes=engine_file_bytes(problem, decision) if problem.whole else None,
+        model_error=_model_error(calibration, layers, dense) if problem.whole else None,
     )
-
-
-def _decided(problem: Problem, decide: Any, own: Document) -> tuple[Problem, Decision]:
-    """The decision of the policy. In a plan for the whole engine, ``memory`` of the problem is then what is left for the experts.
-
-    Raises:
-        UserError: see the policy.
-    """
-    if problem.whole is None:
-        return problem, decide(problem, own)
-    spare = 0
-    while True:
-        now = replace(problem, whole=replace(problem.whole, spare=spare))
-        decision: Decision = decide(now, own)
-        beyond = engine_file_bytes(now, decision) - problem.whole.engine_bytes
-        if beyond <= 0:
-            left = now.budget - problem.whole.bytes_of(decision.dense or [])
-            return replace(now, memory=min(left / problem.bytes_before, MOST_MEMORY)), decision
-        spare += beyond
 
 
 def check_arguments(
@@ -156,6 +145,8 @@ def check_arguments(
         raise UserError(f"--memory {memory:g} and --engine-bytes {engine_bytes} are two budgets; leave one of them out", 2)
     if engine_bytes is not None and policy != "optimal":
         raise UserError(f"--engine-bytes is for policy optimal, not for {policy}; give --memory, or leave --policy out", 2)
+    if engine_bytes is not None:
+        check_target_of_whole(cast(Target, target))
     if engine_bytes is not None and not 1 <= engine_bytes <= MOST_COUNTED:
         raise UserError(f"cannot plan for an engine of {engine_bytes} bytes; give --engine-bytes from 1 to 2^53", 2)
     if not 1 <= ranks <= MOST_RANKS:
@@ -174,6 +165,27 @@ def check_arguments(
         raise UserError(
             f"option {name} of policy {policy} cannot be {options[name]!r} ({first['msg']}); correct --option {name}", 2
         ) from error
+
+
+def least_engine_bytes(calibration: Calibration, *, ranks: int, target: str, options: dict[str, Any]) -> int:
+    """The least ``engine_bytes`` that a plan can have.
+
+    Raises:
+        UserError: see ``make_plan``.
+    """
+    common, own = check_arguments(policy="optimal", memory=None, ranks=ranks, target=target, options=options)
+    whole = whole_of(calibration, MOST_COUNTED, cast(Target, target))
+    problem = problem_of(
+        calibration, target=cast(Target, target), ranks=ranks, memory=1.0, smoothing=common.smoothing, whole=whole
+    )
+    return smallest_engine(problem, cast(OptimalOptions, own))
+
+
+def _model_error(calibration: Calibration, layers: list[LayerPlan], dense: list[PlannedModule]) -> float:
+    """Errors of experts and modules in nats, see ``DenseCalibration``."""
+    shares = [layer.stream_share or 1.0 for layer in calibration.layers]
+    experts = sum(share * layer.predicted.error for share, layer in zip(shares, layers, strict=True))
+    return experts + sum(module.error for module in dense)
 
 
 def least_memory(problem: Problem, policy: str) -> float:

@@ -186,6 +186,9 @@ class Plan(Versioned):
     )
     dense: list[PlannedModule] = Field(default=[], description="non-expert modules, if the plan decides their formats")
     predicted_engine_bytes: Count | None = Field(default=None, description="bytes of the engine's weights file")
+    model_error: NonNegative | None = Field(
+        default=None, description="errors of all experts and modules together, in nats; only with engine_bytes"
+    )
 
     @model_validator(mode="after")
     def has_every_layer_once_on_its_ranks(self) -> Self:

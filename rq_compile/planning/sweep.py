@@ -16,10 +16,12 @@ from rq_compile.errors import UserError
 from rq_compile.files import Document, Name
 from rq_compile.planning.budget import enough_for
 from rq_compile.planning.costs import CostModel
-from rq_compile.planning.plan import check_arguments, least_bytes, make_plan
+from rq_compile.planning.dense import FORMATS as DENSE_FORMATS
+from rq_compile.planning.engine_bytes import smallest_engine_error
+from rq_compile.planning.plan import check_arguments, least_bytes, least_engine_bytes, make_plan
 from rq_compile.planning.problem import problem_of
 from rq_compile.planning.schema import LayerPlan, Plan, Policy, Target
-from rq_compile.quantization.formats import FORMATS, Format
+from rq_compile.quantization.formats import FORMATS, Format, PlannedDense
 from rq_compile.versions import Versioned
 
 POINTS = 12
@@ -32,7 +34,9 @@ class SweepPoint(Document):
 
     ``memory``: the budget, as in a plan. ``bytes``: those that count toward it (``CostModel.bytes_taken``). ``error`` and
     ``lis``: means over the layers. ``step_time`` and ``token_time``: times of all layers, divided by those of the model without a
-    plan; None if unknown. ``slots``: number of slots by format.
+    plan; None if unknown. ``slots``: number of slots by format. If the budget is that of an engine: ``engine_bytes`` is the
+    budget, ``predicted_engine_bytes`` and ``model_error`` are those of the plan, and ``modules`` is the number of non-expert
+    modules by format.
     """
 
     memory: float = Field(gt=0, le=MOST_MEMORY)
@@ -43,6 +47,33 @@ class SweepPoint(Document):
     token_time: Positive | None = None
     replicas: Count
     slots: dict[Format, Count]
+    engine_bytes: Count | None = None
+    predicted_engine_bytes: Count | None = None
+    model_error: NonNegative | None = None
+    modules: dict[PlannedDense, Count] = Field(default={})
+
+    @property
+    def budget(self) -> float:
+        return self.memory if self.engine_bytes is None else self.engine_bytes
+
+    @property
+    def budget_told(self) -> str:
+        return f"{self.memory:g}" if self.engine_bytes is None else f"{self.engine_bytes / 1e6:.2f} MB"
+
+    @property
+    def bytes_taken(self) -> int:
+        """Those that count toward the budget."""
+        return self.bytes if self.predicted_engine_bytes is None else self.predicted_engine_bytes
+
+    @property
+    def error_within(self) -> float:
+        """The error of what the budget is for: ``model_error`` or ``error``."""
+        return self.error if self.model_error is None else self.model_error
+
+    @property
+    def of_experts(self) -> Self:
+        """The point in a sweep over budgets of experts."""
+        return self.model_copy(update={"engine_bytes": None, "predicted_engine_bytes": None, "model_error": None})
 
 
 class Sweep(Versioned):
@@ -64,9 +95,16 @@ class Sweep(Versioned):
     remarks: list[str] = Field(default=[])
     points: list[SweepPoint] = Field(min_length=1, description="in the order of their budgets")
 
+    @property
+    def of_engines(self) -> bool:
+        """Whether the budgets are those of whole engines."""
+        return self.points[0].engine_bytes is not None
+
     @model_validator(mode="after")
     def budgets_rise(self) -> Self:
-        budgets = [point.memory for point in self.points]
+        if len({point.engine_bytes is None for point in self.points}) > 1:
+            raise ValueError("some budgets are those of experts, and others those of engines")
+        budgets = [point.budget for point in self.points]
         for budget, following in pairwise(budgets):
             if following <= budget:
                 raise ValueError(f"budget {following:g} follows {budget:g}; each must be larger than the one before")
@@ -77,38 +115,51 @@ def make_sweep(
     calibration: Calibration,
     *,
     policy: str,
-    budgets: Sequence[float] | None,
     ranks: int,
     target: str,
+    budgets: Sequence[float] | None = None,
+    engine_budgets: Sequence[int] | None = None,
+    engine_bytes: int | None = None,
     calibration_sha256: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> Sweep:
-    """Plan for each of ``budgets``, in multiples of the experts' bytes in the checkpoint. The other arguments are those of
-    ``make_plan``.
+    """Plan for each of ``budgets``, in multiples of the experts' bytes in the checkpoint, or of ``engine_budgets``, in bytes of
+    the engine's weights file. The other arguments are those of ``make_plan``.
 
-    The default is ``POINTS`` budgets, evenly spread from the least that holds every expert to 1.25. A budget that the policy
-    cannot meet is left out with a remark. The same arguments give the same sweep.
+    The default is ``POINTS`` budgets, evenly spread: from the smallest engine to ``engine_bytes`` or, without it, from the least
+    that holds every expert to 1.25. A budget that the policy cannot meet is left out with a remark. The same arguments give the
+    same sweep.
 
     Raises:
         UserError: see ``make_plan``; no budget can be met.
     """
-    common, own = check_arguments(policy=policy, memory=None, ranks=ranks, target=target, options=options)
-    spread = sorted(set(budgets)) if budgets else list(_spread(calibration, policy, ranks, target))
+    largest = max(engine_budgets, default=None) if engine_budgets else engine_bytes
+    common, own = check_arguments(policy=policy, memory=None, ranks=ranks, target=target, options=options, engine_bytes=largest)
+    asked: list[dict[str, Any]]
+    if engine_budgets:
+        asked = [{"memory": None, "engine_bytes": size} for size in sorted(set(engine_budgets))]
+    elif engine_bytes is not None:
+        sizes = _engine_spread(calibration, engine_bytes, ranks, target, options)
+        asked = [{"memory": None, "engine_bytes": size} for size in sizes]
+    else:
+        asked = [{"memory": memory} for memory in sorted(set(budgets or _spread(calibration, policy, ranks, target)))]
     plans: list[Plan] = []
+    left_out: list[str] = []
     problem = ""
-    for done, memory in enumerate(spread):
-        progress(done, len(spread))
+    for done, budget in enumerate(asked):
+        progress(done, len(asked))
         try:
-            plans.append(make_plan(calibration, policy=policy, memory=memory, ranks=ranks, target=target, **options))
+            plans.append(make_plan(calibration, policy=policy, ranks=ranks, target=target, **budget, **options))
         except UserError as error:
             problem, _, _ = str(error).partition("; ")
-    progress(len(spread), len(spread))
+            left_out.append(_told(budget))
+    progress(len(asked), len(asked))
     if not plans:
         raise UserError(
-            f"policy {policy} cannot meet any budget up to {max(spread):g}: {problem}; give larger --budgets, or leave them out"
+            f"policy {policy} cannot meet any budget up to {_told(asked[-1])}: {problem}; "
+            "give larger --budgets, or leave them out"
         )
-    left_out = [f"{memory:g}" for memory in spread if memory not in {plan.memory for plan in plans}]
     return Sweep(
         tool=f"rq-compile {__version__}",
         model=calibration.model,
@@ -125,6 +176,22 @@ def make_sweep(
     )
 
 
+def _told(budget: dict[str, Any]) -> str:
+    size = budget.get("engine_bytes")
+    return f"{budget['memory']:g}" if size is None else f"{size} bytes"
+
+
+def _engine_spread(calibration: Calibration, most: int, ranks: int, target: str, options: dict[str, Any]) -> list[int]:
+    """
+    Raises:
+        UserError: ``most`` is less than the smallest engine.
+    """
+    least = least_engine_bytes(calibration, ranks=ranks, target=target, options=options)
+    if least > most:
+        raise smallest_engine_error(least, most)
+    return sorted({round(size) for size in np.linspace(least, most, POINTS)})
+
+
 def _spread(calibration: Calibration, policy: str, ranks: int, target: str) -> Iterator[float]:
     problem = problem_of(calibration, target=cast(Target, target), ranks=ranks, memory=1.0, smoothing=0.0)
     least = enough_for(least_bytes(problem, policy), problem.bytes_before)
@@ -135,7 +202,9 @@ def _spread(calibration: Calibration, policy: str, ranks: int, target: str) -> I
 
 
 def point_of(plan: Plan) -> SweepPoint:
-    slots, cost = Counter(slot.format for layer in plan.layers for slot in layer.slots), CostModel(plan.target, plan.ranks)
+    slots = Counter(slot.format for layer in plan.layers for slot in layer.slots)
+    modules = Counter(module.format for module in plan.dense)
+    cost = CostModel(plan.target, plan.ranks)
     return SweepPoint(
         memory=plan.memory,
         bytes=sum(cost.bytes_taken(layer.geometry, layer.slots) for layer in plan.layers),
@@ -145,6 +214,10 @@ def point_of(plan: Plan) -> SweepPoint:
         token_time=_time(plan.layers, "token"),
         replicas=sum(len(layer.slots) - layer.geometry.experts for layer in plan.layers),
         slots={format: slots[format] for format in FORMATS if slots[format]},
+        engine_bytes=plan.engine_bytes,
+        predicted_engine_bytes=plan.predicted_engine_bytes,
+        model_error=plan.model_error,
+        modules={format: modules[format] for format in DENSE_FORMATS if modules[format]},
     )
 
 

@@ -1,4 +1,4 @@
-"""Curves of a sweep over the bytes of the experts, with positions in per cent of a chart."""
+"""Curves of a sweep over the bytes of the experts or of the engine, with positions in per cent of a chart."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,19 +34,14 @@ class Curve:
 
 
 def curves(sweep: Sweep, plan: Plan) -> list[Curve]:
-    """Curves of the error, of LIS and of the known times, with ``plan`` marked."""
-    here = point_of(plan)
-    points = sorted([*sweep.points, here], key=lambda point: point.bytes)
+    """Curves of the error, of LIS and of the known times. ``plan`` is marked, unless the sweep is one of engines and the plan has
+    no budget for the whole engine."""
+    here = point_of(plan) if sweep.of_engines else point_of(plan).of_experts
+    comparable = plan.engine_bytes is not None or not sweep.of_engines
+    points = sorted([*sweep.points, *([here] if comparable else [])], key=lambda point: point.bytes_taken)
+    told = "predicted change of the model, in nats" if sweep.of_engines else "relative error of a layer's output, mean"
     drawn = [
-        curve(
-            "Error",
-            "relative error of a layer's output, mean",
-            points,
-            here,
-            lambda point: max(point.error, LEAST),
-            "{:.0e}",
-            log=True,
-        ),
+        curve("Error", told, points, here, lambda point: max(point.error_within, LEAST), "{:.0e}", log=True),
         curve("LIS", "mean of the layers", points, here, lambda point: point.lis, "{:.2f}"),
     ]
     if all(point.step_time and point.token_time for point in points):
@@ -71,8 +66,7 @@ def curve(
     scaled = log10 if log else float
     values = [scaled(value(point)) for point in points]
     y_values = _decades(min(values), max(values)) if log else _evenly(min(values), max(values))
-    budgets = [point.memory for point in points]
-    sizes = [point.bytes for point in points]
+    sizes = [point.bytes_taken for point in points]
 
     def across(size: float) -> float:
         return 100 * (size - sizes[0]) / ((sizes[-1] - sizes[0]) or 1)
@@ -80,18 +74,22 @@ def curve(
     def down(scaled_value: float) -> float:
         return 100 - 100 * (scaled_value - y_values[0]) / (y_values[-1] - y_values[0])
 
-    places = [(across(point.bytes), down(value)) for point, value in zip(points, values, strict=True)]
+    places = [(across(point.bytes_taken), down(value)) for point, value in zip(points, values, strict=True)]
     return Curve(
         title=title,
         subtitle=subtitle,
         marks=[
-            Mark(x, y, f"memory {point.memory:g}, {point.bytes / 1e6:.2f} MB: {title} {value(point):.4g}", point is here)
+            Mark(x, y, f"{_budget(point)}, {point.bytes_taken / 1e6:.2f} MB: {title} {value(point):.4g}", point is here)
             for point, (x, y) in zip(points, places, strict=True)
         ],
         line=" ".join(f"{x:.2f},{y:.2f}" for x, y in places),
-        x_ticks=[(across(sizes[at]), f"{budgets[at]:g}") for at in sorted({0, len(points) // 2, len(points) - 1})],
+        x_ticks=[(across(sizes[at]), points[at].budget_told) for at in sorted({0, len(points) // 2, len(points) - 1})],
         y_ticks=[(down(tick), label.format(10**tick if log else tick)) for tick in y_values],
     )
+
+
+def _budget(point: SweepPoint) -> str:
+    return f"{'memory' if point.engine_bytes is None else 'engine of'} {point.budget_told}"
 
 
 def _decades(least: float, most: float) -> list[float]:

@@ -18,6 +18,7 @@ from rq_compile.reporting.charts import Bar, balance_scale, bars, slot_sizes, st
 from rq_compile.reporting.curves import curves
 from rq_compile.reporting.headline import headline
 from rq_compile.reporting.maps import formats_legend, legend, maps
+from rq_compile.reporting.modules import module_kinds
 
 # The balance of every layer, by its number in the model.
 Balances = list[tuple[int, LayerPrediction | LayerBalance]]
@@ -60,6 +61,8 @@ def page(
                 ("all slots of the plan", plan.bytes_after, True),
                 ("experts in this engine", manifest.expert_bytes, True),
             ),
+            module_kinds=module_kinds(plan),
+            sweep=sweep,
             curves=[] if sweep is None else curves(sweep, plan),
             evaluation=evaluation,
             bench=bench,
@@ -73,7 +76,7 @@ def environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters |= {"size": size, "rate": rate, "percent": percent, "mean": mean, "figure": figure}
+    made.filters |= {"size": size, "rate": rate, "percent": percent, "mean": mean, "figure": figure, "nats": nats}
     return made
 
 
@@ -94,6 +97,10 @@ def expert_loads(layer: LayerPlan) -> np.ndarray | None:
 
 def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count:,.0f} bytes"
+
+
+def nats(error: float) -> str:
+    return f"{error:.1e}" if error else "0"
 
 
 def rate(tokens_per_second: float) -> str:

@@ -37,11 +37,12 @@ def engine_estimate(
     *,
     plan: Plan | None,
     memory: float | None = None,
+    engine_bytes: int | None = None,
     link_weights: bool = False,
     threads: int | None = None,
 ) -> Estimate:
-    """The estimate of ``compile_engine``. Without a ``plan``, the plan is assumed to use all of ``memory`` times the experts'
-    bytes (None: see ``make_plan``).
+    """The estimate of ``compile_engine``. Without a ``plan``, the plan is assumed to use all of ``engine_bytes`` or, without it,
+    of ``memory`` times the experts' bytes (None: see ``make_plan``).
 
     Raises:
         UserError: see ``moe_layers`` and ``meta_model``.
@@ -53,7 +54,10 @@ def engine_estimate(
     processes = plan.ranks if plan and lowering.of_ranks else 1
     if memory is None:
         memory = max(1.0, enough_for(sum(_least_bytes(model, layer) for layer in model.layers), model.expert_bytes))
-    if plan is None:
+    assumed = f"the experts are assumed to fill --memory {memory:g}"
+    if plan is None and engine_bytes is not None:
+        data, assumed = engine_bytes, f"the weights are assumed to fill --engine-bytes {engine_bytes}"
+    elif plan is None:
         data += int(memory * model.expert_bytes)
     stem = stem_of(output)
     outputs = {weights_of(stem).name: data}
@@ -78,7 +82,7 @@ def engine_estimate(
         memory_bytes=PROGRAM + max(model.largest_layer_bytes, 2 * max(dense)),
         cores=threads,
         seconds=RATES.start + RATES.export * len(layers) + data / RATES.read + _quantizing_seconds(layers, plan) / threads,
-        remarks=[] if plan else [f"there is no plan yet: the experts are assumed to fill --memory {memory:g}"],
+        remarks=[] if plan else [f"there is no plan yet: {assumed}"],
     )
 
 

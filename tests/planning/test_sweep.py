@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import planning_inputs as inputs
 import pytest
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import read_document
-from rq_compile.planning.plan import POLICIES, make_plan
+from rq_compile.planning.plan import POLICIES, least_engine_bytes, make_plan
 from rq_compile.planning.sweep import POINTS, Sweep, make_sweep, point_of
 
 pytestmark = pytest.mark.quick
 Command = Callable[..., Result]
 FROZEN = Path(__file__).parents[1] / "frozen" / "plans" / "calibration.json"
+WHOLE = Path(__file__).parents[1] / "frozen" / "calibration.v2.whole.json"
 
 
 def calibration(loads: list[int]) -> Calibration:
@@ -70,6 +72,32 @@ def test_times_are_over_those_without_a_plan() -> None:
     assert (sweep.points[0].step_time, sweep.points[0].token_time) == (1, 1)
 
 
+@pytest.mark.parametrize(("target", "ranks"), [("cpu", 1), ("cpu", 2), ("cuda", 1)])
+def test_budgets_of_engines(target: str, ranks: int) -> None:
+    """From the smallest engine to the largest that is asked for. Every point is the plan of its budget, and keeps it."""
+    measured = read_document(Calibration, WHOLE)
+    how: dict[str, Any] = {"policy": "optimal", "ranks": ranks, "target": target}
+    most = make_plan(measured, memory=None, engine_bytes=10**9, **how).predicted_engine_bytes
+    assert most
+    sweep = make_sweep(measured, engine_bytes=most, **how)
+    assert len(sweep.points) == POINTS
+    assert sweep.remarks == []
+    assert Sweep.model_validate_json(sweep.model_dump_json()) == sweep
+    for point in sweep.points:
+        assert point.engine_bytes
+        assert point.bytes_taken <= point.engine_bytes
+    assert sweep.points[5] == point_of(make_plan(measured, memory=None, engine_bytes=sweep.points[5].engine_bytes, **how))
+    least = sweep.points[0].engine_bytes
+    with pytest.raises(UserError, match=f"the smallest engine takes {least} bytes, 1 more than .* give --engine-bytes {least} "):
+        make_plan(measured, memory=None, engine_bytes=(least or 0) - 1, **how)
+    assert sweep.points[0].modules.keys() == {"int4"}
+    assert sweep.points[-1].modules.keys() == {"stored"}
+    errors = [point.error_within for point in sweep.points]
+    assert errors[0] > errors[-1] == 0
+    if ranks == 1:
+        assert errors == sorted(errors, reverse=True)
+
+
 # On the command line
 
 
@@ -87,12 +115,51 @@ def test_written_and_inspected(rq_compile: Command, out: Path) -> None:
     assert len(read_document(Sweep, out / "sweep.json").points) == POINTS
 
 
+def test_sizes_of_engines_are_shown_and_inspected(rq_compile: Command, out: Path) -> None:
+    measured = read_document(Calibration, WHOLE)
+    least = least_engine_bytes(measured, ranks=1, target="cpu", options={})
+    budgets = f"{-(-least // 1024)}K,1G,8KiB"
+    result = rq_compile("plan", WHOLE, "--sweep", "--budgets", budgets, "-o", out / "sweep.json")
+    assert result.exit_code == 0, result.stderr
+    sweep = read_document(Sweep, out / "sweep.json")
+    assert [point.engine_bytes for point in sweep.points] == [-(-least // 1024) * 1024, 2**30]
+    assert "cannot meet these budgets: 8192 bytes." in result.stderr + result.stdout
+    none = rq_compile("plan", WHOLE, "--sweep", "--budgets", "8K", "-o", out / "none.json")
+    assert none.exit_code == 1
+    assert "cannot meet any budget up to 8192 bytes: the smallest engine takes" in none.stderr
+    none = rq_compile("plan", WHOLE, "--sweep", "--engine-bytes", "8K", "-o", out / "none.json")
+    assert none.exit_code == 2
+    assert f"allows; give --engine-bytes {least} or more" in none.stderr
+    assert names(out) == ["sweep.json"]
+    shown = rq_compile("inspect", out / "sweep.json").stdout
+    for point in sweep.points:
+        assert f"{point.bytes_taken / 1e6:.2f}" in shown
+        assert f"{point.model_error:.2e}" in shown
+        assert f"stored:{point.modules.get('stored')}" in shown or f"int4:{point.modules.get('int4')}" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sweep", "--budgets", "8K,0.5"], ["is not a list of numbers or of sizes"]),
+        (["--sweep", "--budgets", "0.5,8K"], ["is not a list of numbers or of sizes"]),
+        (["--sweep", "--budgets", "1GB"], ["is not a list of numbers or of sizes"]),
+        (["--sweep", "--budgets", "1G", "--engine-bytes", "2G"], ["are two ranges; leave one of them out"]),
+        (["--sweep", "--budgets", "1G", "--target", "batched"], ["--engine-bytes is for --target cpu, cuda, not for batched"]),
+        (["--sweep", "--budgets", "1G", "--policy", "paper"], ["--engine-bytes is for policy optimal, not for paper"]),
+    ],
+)
+def test_what_a_sweep_of_engines_refuses(rq_compile: Command, out: Path, options: list[str], words: list[str]) -> None:
+    refused(rq_compile("plan", WHOLE, *options, "-o", out / "sweep.json"), 2, *words)
+    assert names(out) == []
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--sweep", "--memory", "0.5"], ["--memory 0.5 has no effect with --sweep", "--budgets"]),
         (["--budgets", "0.5"], ["--budgets 0.5 has no effect without --sweep"]),
-        (["--sweep", "--budgets", "0.5,x"], ["--budgets 0.5,x is not a list of numbers"]),
+        (["--sweep", "--budgets", "0.5,x"], ["--budgets 0.5,x is not a list of numbers or of sizes"]),
         (["--sweep", "--budgets", ""], ["is not a list of numbers"]),
         (["--sweep", "--budgets", "0.5,nan"], ["has nan; give numbers above 0"]),
         (["--sweep", "--budgets", "0"], ["has 0; give numbers above 0"]),

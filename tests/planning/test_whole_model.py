@@ -18,15 +18,19 @@ from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
+from rq_compile.engine.manifest import Manifest
 from rq_compile.errors import UserError
+from rq_compile.files import read_document
 from rq_compile.lowerings import Native, Stock
 from rq_compile.planning.dense import FORMATS, whole_of
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.problem import problem_of
 from rq_compile.planning.schema import Plan
 from rq_compile.planning.solver import Objective, solve_on_one_rank
+from rq_compile.planning.sweep import Sweep
 from rq_compile.quantization.packing import dequantize
 from rq_compile.quantization.quantizer import quantize
+from rq_compile.reporting.curves import curves
 from rq_compile.rewrite import stock_dense
 from rq_compile.rewrite.dequantized_dense import dequantized_dense
 from rq_compile.runtime.engine import Engine
@@ -251,8 +255,62 @@ def test_the_command(checkpoint: Model, measured: tuple[Calibration, Any], tmp_p
     plan = json.loads((tmp_path / "p.json").read_text())
     assert plan["engine_bytes"] == budget >= plan["predicted_engine_bytes"]
     assert "shared experts" in result.stdout
-    refused(
-        rq_compile("plan", tmp_path / "c.json", "-o", tmp_path / "s.json", "--engine-bytes", budget, "--sweep"),
-        2,
-        "has no effect with --sweep",
-    )
+
+
+def test_one_go(checkpoint: Model, measured: tuple[Calibration, Any], out: Path, rq_compile: Run) -> None:
+    """Compiling without a plan calibrates, plans for the bytes of the engine, and keeps to them. The report shows the modules."""
+    texts = []
+    for name, content in TEXT.items():
+        (out.parent / name).write_text(content)
+        texts += ["--text", out.parent / name]
+    budget = between(measured, 0.3)
+    shape = ["--batch-size", 2, "--sequence-length", 32]
+    result = rq_compile(checkpoint.path, *texts, *shape, "--engine-bytes", budget, "-o", out / "x.onnx")
+    assert result.exit_code == 0, result.stderr
+    manifest = read_document(Manifest, out / "x.json")
+    assert manifest.plan.engine_bytes == budget >= manifest.weights.bytes
+    assert {module.format for module in manifest.plan.dense} > {"stored"}
+    estimate = rq_compile(checkpoint.path, *texts, *shape, "--engine-bytes", budget, "-o", out / "y.onnx", "--dry-run", "--json")
+    assert estimate.exit_code == 0, estimate.stderr
+    assert json.loads(estimate.stdout)["outputs"]["y.onnx.data"] == budget
+    (out / "c.json").write_text(measured[0].model_copy(update={"statistics": None}).model_dump_json())
+    assert rq_compile("plan", out / "c.json", "--sweep", "--engine-bytes", 10**7, "-o", out / "sweep.json").exit_code == 0
+    report = rq_compile("report", out / "x.onnx", "--sweep", out / "sweep.json", "-o", out / "report.html")
+    assert report.exit_code == 0, report.stderr
+    page = (out / "report.html").read_text()
+    for module in manifest.plan.dense:
+        assert f"{module.name}</th><td>{module.kind}</td><td>{module.format}</td>" in page
+    assert "This engine, engine of" in page
+    stored = manifest.model_copy(update={"plan": manifest.plan.model_copy(update={"engine_bytes": None, "model_error": None})})
+    marks = [mark.here for curve in curves(read_document(Sweep, out / "sweep.json"), stored.plan) for mark in curve.marks]
+    assert marks
+    assert not any(marks)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--dense-format", "int8"],
+            "--dense-format int8 and --engine-bytes 1000000 both choose the formats of non-expert weights",
+        ),
+        (["--lowering", "batched"], "--engine-bytes is for --target cpu, cuda, not for batched"),
+        (["--policy", "paper"], "--engine-bytes is for policy optimal, not for paper"),
+        (["--memory", "0.5"], "--memory 0.5 and --engine-bytes 1000000 are two budgets"),
+        (["--policy", "none", "--objective", "bytes-read"], "--objective bytes-read has no effect with --policy none"),
+        (["--objective", "error", "--option", "objective=error"], "--option objective=error and --objective error are given"),
+    ],
+)
+def test_one_go_refuses_before_it_calibrates(
+    checkpoint: Model, out: Path, rq_compile: Run, options: list[str], words: str
+) -> None:
+    (out.parent / "a.txt").write_text(TEXT["a.txt"])
+    given = (checkpoint.path, "--text", out.parent / "a.txt", "--engine-bytes", 10**6, *options, "-o", out / "x.onnx")
+    refused(rq_compile(*given), 2, words)
+    assert not list(out.iterdir())
+
+
+def test_a_plan_file_excludes_a_budget(checkpoint: Model, out: Path, rq_compile: Run) -> None:
+    (out.parent / "p.json").write_text("{}")
+    result = rq_compile(checkpoint.path, "--plan", out.parent / "p.json", "--engine-bytes", "1G", "-o", out / "x.onnx")
+    refused(result, 2, "--engine-bytes has no effect with --plan")

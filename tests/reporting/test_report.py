@@ -16,15 +16,21 @@ from html_page import Read
 from scipy.stats import spearmanr
 from sweeps import sweep_of
 
+from rq_compile.calibration.schema import Calibration
 from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation
+from rq_compile.files import read_document
+from rq_compile.planning.dense import FORMATS
+from rq_compile.planning.plan import make_plan
 from rq_compile.planning.schema import LayerPlan, Slot
+from rq_compile.planning.sweep import Sweep, make_sweep
 from rq_compile.reporting.maps import BOUNDS, legend, maps, tone
-from rq_compile.reporting.page import page
+from rq_compile.reporting.page import page, size
 
 Command = Callable[..., Result]
 HOSTILE = "<script>pwned = 1</script>\"'><img src=x onerror=pwned=1>&amp;"
 TIMES = "\N{MULTIPLICATION SIGN}"
+FROZEN = Path(__file__).parents[1] / "frozen"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,8 @@ def documents(stages: Path, measured: Path) -> tuple[Manifest, Evaluation, Bench
 def pages(
     documents: tuple[Manifest, Evaluation, Bench], stages: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The full page, one with a sweep, one without measurements, one for a large model, and one with hostile names."""
+    """The full page, one with a sweep, one without measurements, one for a large model, one of a plan for the whole engine, and
+    one with hostile names."""
     manifest, evaluation, bench = documents
     folder = tmp_path_factory.mktemp("pages")
     named = manifest.model_copy(update={"tool": HOSTILE, "plan": manifest.plan.model_copy(update={"model": HOSTILE})})
@@ -70,12 +77,23 @@ def pages(
         "bare": page("model.onnx", manifest, None, None),
         "swept": page("model.onnx", manifest, evaluation, bench, sweep_of(manifest, stages / "calibration.json")),
         "large": page("model.onnx", large(manifest), None, bench),
+        "whole": page("model.onnx", *whole(manifest)),
         "hostile": page(HOSTILE, named, evaluation.model_copy(update={"texts": texts, "reference": HOSTILE}), bench),
         "hostile bare": page(HOSTILE, named, None, None),
     }
     for name, content in contents.items():
         (folder / f"{name}.html").write_text(content)
     return {name: folder / f"{name}.html" for name in contents}
+
+
+def whole(manifest: Manifest) -> tuple[Manifest, None, None, Sweep]:
+    """An engine whose plan decides the formats of modules with hostile names, and a sweep over sizes of the engine."""
+    calibration = read_document(Calibration, FROZEN / "calibration.v2.whole.json")
+    how: dict[str, Any] = {"policy": "optimal", "ranks": 1, "target": "cpu"}
+    plan = make_plan(calibration, memory=None, engine_bytes=800_000, **how)
+    named = [module.model_copy(update={"name": f"{HOSTILE} {module.name}"}) for module in plan.dense]
+    sweep = make_sweep(calibration, engine_bytes=2_000_000, **how)
+    return manifest.model_copy(update={"plan": plan.model_copy(update={"dense": named})}), None, None, sweep
 
 
 def large(manifest: Manifest, layers: int = 64, experts: int = 256) -> Manifest:
@@ -266,10 +284,23 @@ def test_tones_are_those_of_the_legend() -> None:
     assert [name for name, _ in legend()] == [f"t{number}" for number in range(len(BOUNDS) + 1)]
 
 
+def test_modules_of_a_plan_for_the_whole_engine(documents: tuple[Manifest, Evaluation, Bench], pages: dict[str, Path]) -> None:
+    manifest, *_ = whole(documents[0])
+    text = Read(pages["whole"].read_text()).text
+    kinds = {module.kind for module in manifest.plan.dense}
+    for kind in kinds:
+        held = [module for module in manifest.plan.dense if module.kind == kind]
+        stored, planned = sum(module.bytes_stored for module in held), sum(module.bytes for module in held)
+        of = ", ".join(f"{count} {format}" for format in FORMATS if (count := sum(m.format == format for m in held)))
+        assert " ".join([kind, of, size(stored), size(planned)]) in text
+    assert "The budget is 0.80 MB for the weights of the whole engine" in text
+    assert "Non-expert weights, whose formats" not in Read(pages["full"].read_text()).text
+
+
 # Structure
 
 
-@pytest.mark.parametrize("name", ["full", "swept", "bare", "large", "hostile", "hostile bare"])
+@pytest.mark.parametrize("name", ["full", "swept", "bare", "large", "whole", "hostile", "hostile bare"])
 def test_it_is_one_file_without_script(pages: dict[str, Path], name: str) -> None:
     content = pages[name].read_text()
     read = Read(content)
@@ -353,7 +384,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield opened
 
 
-@pytest.mark.parametrize("name", ["full", "swept", "bare", "large", "hostile"])
+@pytest.mark.parametrize("name", ["full", "swept", "bare", "large", "whole", "hostile"])
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_loads_without_a_complaint_and_fits(tab: Page, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:

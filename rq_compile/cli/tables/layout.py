@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -70,3 +71,7 @@ def figure(value: float | None, spec: str, unit: str = "") -> str:
 def change(pairs: list[tuple[float, float] | None]) -> str:
     before, after = (sum(values) / len(values) for values in zip(*(pair for pair in pairs if pair), strict=True))
     return f"{before:.3f} -> {after:.3f}"
+
+
+def counts(held: Mapping[Any, int]) -> str:
+    return " ".join(f"{format}:{count}" for format, count in held.items())

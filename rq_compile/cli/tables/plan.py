@@ -7,7 +7,7 @@ from collections import Counter
 from rich.console import RenderableType
 from rich.table import Table
 
-from rq_compile.cli.tables.layout import change, facts, megabytes, members, table
+from rq_compile.cli.tables.layout import change, counts, facts, megabytes, members, table
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.formats import FORMATS
 
@@ -27,6 +27,8 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
     )
     if plan.predicted_engine_bytes is not None and plan.engine_bytes is not None:
         head.add_row("engine bytes", f"{megabytes(plan.predicted_engine_bytes)} of {megabytes(plan.engine_bytes)}")
+    if plan.model_error is not None:
+        head.add_row("model error", f"{plan.model_error:.2e} nats, of experts and non-expert weights together")
     if plan.optimality is not None:
         best = plan.optimality
         head.add_row("objective", f"{best.objective:.4g}, at most {100 * best.gap:.2g} % of it above the best within the budget")
@@ -54,8 +56,8 @@ def stored_table(plan: Plan) -> Table:
 
 
 def formats_of(layer: LayerPlan) -> str:
-    counts = Counter(slot.format for slot in layer.slots)
-    return " ".join(f"{format}:{counts[format]}" for format in FORMATS if counts[format])
+    held = Counter(slot.format for slot in layer.slots)
+    return counts({format: held[format] for format in FORMATS if held[format]})
 
 
 def dense_table(plan: Plan) -> list[RenderableType]:

@@ -75,7 +75,8 @@ def decide(problem: Problem, options: Options) -> Decision:
     """
     _check_objective(problem, options)
     allowed = _allowed_formats(problem, options.formats)
-    _check_budget(_with_formats(problem, allowed))
+    if problem.whole is None and (least := _least_bytes(_with_formats(problem, allowed))) > problem.budget:
+        raise over_budget(least, problem.memory, problem.bytes_before, "one slot per expert in its smallest format")
     solutions = [_solution(_with_formats(problem, formats), options) for formats in _float_choices(allowed)]
     found = [solution for solution in solutions if solution is not None and np.isfinite(solution.value)]
     if not found:
@@ -197,29 +198,24 @@ def _check_objective(problem: Problem, options: Options) -> None:
         )
 
 
-def _check_budget(problem: Problem) -> None:
-    """
+def least_bytes(problem: Problem, options: Options) -> int:
+    """Bytes of every expert once and of every module, each in its smallest format.
+
     Raises:
-        UserError: the budget does not hold every expert once in its smallest format, or an expert has no format.
+        UserError: ``formats`` names a format that was not measured, or an expert has no format.
     """
-    least = 0
+    return _least_bytes(_with_formats(problem, _allowed_formats(problem, options.formats)))
+
+
+def _least_bytes(problem: Problem) -> int:
+    least = sum(int(item.size.min()) for item in problem.dense)
     for layer in problem.layers:
         possible = np.isfinite(layer.error).any(axis=1)
         if not possible.all():
             index = layer.calibration.index
             raise UserError(f"expert {possible.argmin()} of layer {index} fits no format; allow more with --option formats", 2)
         least += int(layer.size[smallest_formats(layer.error, layer.size[None])].sum())
-    if problem.whole:
-        least += sum(int(item.size.min()) for item in problem.dense)
-        needed = least + problem.whole.engine_bytes - problem.whole.budget
-        if needed > problem.whole.engine_bytes:
-            raise UserError(
-                f"the smallest engine takes {needed} bytes, {needed - problem.whole.engine_bytes} more than --engine-bytes "
-                f"{problem.whole.engine_bytes} allows; give --engine-bytes {needed} or more",
-                2,
-            )
-    elif least > problem.budget:
-        raise over_budget(least, problem.memory, problem.bytes_before, "one slot per expert in its smallest format")
+    return least
 
 
 def _objective(options: Options) -> Objective:

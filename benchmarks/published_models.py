@@ -31,17 +31,17 @@ from rich.console import Console
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
-from rq_compile.calibration.stored import layers_to_measure, stored_layer
+from rq_compile.calibration.stored import formats_to_measure, layers_to_measure, lossless_format, stored_layer
 from rq_compile.cli.tables import table
 from rq_compile.files import write_document
-from rq_compile.quantization.formats import Format
+from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS, Format
 
 Row = dict[str, Any]
 TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
 TOKENS = 100_000
 SPREAD = 1.32  # of the logarithm of a load: log-normal loads then have a Gini coefficient of 0.65
-FORMATS: tuple[Format, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
-# Relative squared change of weights, by how they are stored. 0: kept unchanged.
+ROUNDED: tuple[Format, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
+# Relative squared change of weights that are rounded to these formats, by how they are stored. 0: kept unchanged.
 ERRORS = {
     "plain": (0.0, 0.0, 0.0, 4.2e-5, 1.1e-2),
     "FP8": (0.0, 1e-7, 2.8e-6, 4.4e-5, 7.6e-3),
@@ -62,16 +62,16 @@ MEMORY = "16G"
 def made_up(model: Model) -> Calibration:
     """An invented calibration of ``TOKENS`` tokens."""
     random = np.random.default_rng(0)
-    layers = []
-    for layer in layers_to_measure(model, None):
+    measured, layers = layers_to_measure(model, None), []
+    carried = [format for format in formats_to_measure(model, measured) if SLOT_FORMATS[format].only_carried]
+    for layer in measured:
         geometry = layer.geometry
         share = random.lognormal(0, SPREAD, geometry.experts)
         load = random.multinomial(TOKENS * geometry.top_k, share / share.sum())
         stored = stored_layer(model, layer)
         kind = str(stored.get("stored_as", ["plain"])[0]).split()[0]
-        error: dict[Format, list[float]] = {
-            format: (change * load / load.sum()).tolist() for format, change in zip(FORMATS, ERRORS[kind], strict=True)
-        }
+        changes = dict(zip(ROUNDED, ERRORS[kind], strict=True)) | dict.fromkeys(carried, 0.0)
+        error = {format: (changes[format] * load / load.sum()).tolist() for format in FORMATS if format in changes}
         layers.append(
             LayerCalibration(
                 name=layer.name,
@@ -85,13 +85,12 @@ def made_up(model: Model) -> Calibration:
                 error=error,
             )
         )
-    lossless = min((format for format in FORMATS if not any(map(any, (layer.error[format] for layer in layers)))), key=_bits)
     return Calibration(
         tool="benchmarks/published_models.py",
         model=model.name,
         model_type=model.model_type,
         fingerprint=model.fingerprint,
-        dtype=lossless,
+        dtype=lossless_format(model, layers),
         texts=[CalibrationText(name="made up", sha256=hashlib.sha256(b"").hexdigest(), tokens=TOKENS)],
         tokens=TOKENS,
         measured_tokens=TOKENS,
@@ -104,10 +103,6 @@ def made_up(model: Model) -> Calibration:
         extra_layers=model.extra_layers,
         layers=layers,
     )
-
-
-def _bits(format: str) -> tuple[int, bool]:
-    return int("".join(filter(str.isdigit, format))), format == "fp16"
 
 
 def command(*arguments: object) -> tuple[dict[str, Any], float, int]:

@@ -52,7 +52,7 @@ SHAPES = [
 ]
 TOKENS = (1, 4, 16, 64, 256, 1024)
 FLOATS = ("fp32", "fp16", "bf16")
-FORMATS = (*FLOATS, "int8", "int4", "mixed")
+FORMATS = (*FLOATS, "int8", "int4", "int3", "int2", "mixed")
 ROUTINGS = ("uniform", "skewed", "even")
 FEW = 16  # up to this many tokens, a run is short
 BATCHES = 16  # with few tokens, successive runs must not find their experts in a cache
@@ -167,7 +167,8 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
     """For a median batch: bytes of the weights that it touches, and multiply-adds, by the peak that limits them."""
     formats = formats_of(shape, format)
     touched, macs = [], []
-    kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int4"}
+    kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "int8"}
+    kinds |= dict.fromkeys(("int4", "int3", "int2"), "int4")
     for _, ids, _, _ in batches:
         load = np.bincount(ids.reshape(-1), minlength=shape.experts)
         touched.append(sum(shape.geometry.expert_bytes(f) for f, n in zip(formats, load, strict=True) if n))

@@ -25,8 +25,10 @@ constexpr FormatGroup kFormatGroups[] = {
     {"int4", "int4_packed", "int4_scales", 4, false, true},
     {"mxfp4", "mxfp4_packed", "mxfp4_scales", 4, true, false},
     {"fp8", "fp8_packed", "fp8_scales", 8, false, false},
+    {"int3", "int3_packed", "int3_scales", 3, false, false},
+    {"int2", "int2_packed", "int2_scales", 2, false, false},
 };
-constexpr size_t kGroups = std::size(kFormatGroups);
+constexpr size_t kGroups = std::size(kFormatGroups), kGpuGroups = 5;  // the GPU kernels read the first of them
 
 // The most inputs that a node has for them: the tensors of all groups and the bias.
 constexpr size_t most_operands() {
@@ -35,12 +37,12 @@ constexpr size_t most_operands() {
   return count;
 }
 
-constexpr bool is_group(int64_t code) { return code >= 0 && code < static_cast<int64_t>(kGroups); }
+constexpr bool is_group(int64_t code, size_t groups = kGroups) { return code >= 0 && code < static_cast<int64_t>(groups); }
 
 // "0 is float, 1 is int8, ...", for messages.
-inline std::string known_groups() {
+inline std::string known_groups(size_t groups = kGroups) {
   std::string text;
-  for (size_t g = 0; g < kGroups; ++g) text += (g ? ", " : "") + std::to_string(g) + " is " + kFormatGroups[g].name;
+  for (size_t g = 0; g < groups; ++g) text += (g ? ", " : "") + std::to_string(g) + " is " + kFormatGroups[g].name;
   return text;
 }
 

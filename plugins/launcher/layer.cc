@@ -55,7 +55,8 @@ void require(bool condition, const std::string& message) {
 void check_sizes(const Layer& layer) {
   const auto text = [](auto number) { return std::to_string(number); };
   require(!layer.formats.empty(), "a layer has at least one slot");
-  for (int format : layer.formats) require(is_group(format), "format " + text(format) + " is unknown; " + known_groups());
+  for (int format : layer.formats)
+    require(is_group(format, kGpuGroups), "format " + text(format) + " is unknown; " + known_groups(kGpuGroups));
   require(layer.shares.empty() || layer.shares.size() == layer.formats.size(),
           "there are " + text(layer.shares.size()) + " shares for " + text(layer.slots()) + " slots; give one for each");
   for (int size : {layer.hidden, layer.intermediate})
@@ -101,12 +102,12 @@ constexpr GroupArguments kGroupArguments[] = {
     {&Arguments::mxfp4_packed, &Arguments::mxfp4_scales},
     {&Arguments::fp8_packed, &Arguments::fp8_scales},
 };
-static_assert(std::size(kGroupArguments) == kGroups, "each format group has its arguments");
+static_assert(std::size(kGroupArguments) == kGpuGroups, "each format group has its arguments");
 
 void set_weights(Arguments& arguments, const Weights& weights) {
   arguments.weights = pointer(weights.index);
   arguments.bias = pointer(weights.bias);
-  for (size_t g = 0; g < kGroups; ++g) {
+  for (size_t g = 0; g < kGpuGroups; ++g) {
     arguments.*kGroupArguments[g].weights = pointer(weights.weights[g]);
     if (kGroupArguments[g].scales) arguments.*kGroupArguments[g].scales = pointer(weights.scales[g]);
   }

@@ -62,7 +62,8 @@ bool Fields::has(size_t group) const {
 void refuse_field(const std::string& name, const std::string& what) { throw std::invalid_argument("field " + name + " " + what); }
 
 int32_t format_code(int64_t value) {
-  if (!is_group(value)) refuse_field("formats", "has " + std::to_string(value) + "; " + known_groups());
+  if (!is_group(value, kGpuGroups))
+    refuse_field("formats", "has " + std::to_string(value) + "; " + known_groups(kGpuGroups));
   return static_cast<int32_t>(value);
 }
 
@@ -83,7 +84,7 @@ void check_fields(const Fields& fields) {
 
 std::vector<Input> input_list(const Fields& fields, size_t count) {
   std::vector<Input> weights = {{Role::kIndex}};
-  for (size_t g = 0; g < kGroups; ++g) {
+  for (size_t g = 0; g < kGpuGroups; ++g) {
     if (!fields.has(g)) continue;
     weights.push_back({Role::kWeights, false, g});
     if (kFormatGroups[g].scales) weights.push_back({Role::kScales, false, g});

@@ -11,7 +11,7 @@ from rq_compile.api.arguments import LOG, File, Progress, Texts, contents, files
 from rq_compile.api.engine import Engine
 from rq_compile.calibration.lengths import TOKENS
 from rq_compile.errors import UserError
-from rq_compile.quantization.formats import DenseFormat
+from rq_compile.quantization.formats import MEASURED_FORMATS, DenseFormat
 
 if TYPE_CHECKING:
     from rq_compile.architectures.model import Model
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rq_compile.engine.manifest import LoweringName, Manifest
     from rq_compile.lowerings import Lowering
     from rq_compile.planning.schema import Plan
-    from rq_compile.quantization.formats import Block, Quantizer
+    from rq_compile.quantization.formats import Block, Format, Quantizer
 
 ActivationBits = Literal[8, 32]
 # Options of lowerings, and their possible values.
@@ -46,6 +46,7 @@ def calibrate(
     sequence_length: int | None = None,
     quantizer: Quantizer = "gptq",
     block: Block | None = None,
+    formats: Sequence[Format] = MEASURED_FORMATS,
     wanda_fraction: float = 0.5,
     memory_limit: int | None = None,
     device: str = "cpu",
@@ -57,6 +58,9 @@ def calibrate(
 
     At most ``tokens`` tokens are run, the first of every text (None: all), in sequences of ``sequence_length`` (None: 2048, or as
     many as the model has positions), ``batch_size`` together (None: up to 8, of 2048 tokens in all).
+
+    ``formats``: those that experts are rounded to and measured in, of "int8", "int4", "int3" and "int2". Each takes about as much
+    time as the others, and plans can use only what was measured.
 
     ``progress`` counts tokens. ``detail`` gets the layer that is being measured. ``memory_limit`` is in bytes. ``wanda_fraction``
     is the paper's s. The statistics that GPTQ needs are written beside ``output`` as ``.safetensors``. An interrupted run with
@@ -85,6 +89,7 @@ def calibrate(
         detail=detail or silent,
         quantizer=quantizer,
         block=block,
+        formats=formats,
         wanda_fraction=wanda_fraction,
         memory_limit=memory_limit,
         device=device,

@@ -33,7 +33,7 @@ from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.errors import UserError
 from rq_compile.files import sha256
 from rq_compile.processes import device_of_process, world
-from rq_compile.quantization.formats import Block, Format, Quantizer
+from rq_compile.quantization.formats import MEASURED_FORMATS, Block, Format, Quantizer
 from rq_compile.texts import Text
 
 # Disk space for the recorded inputs of all layers if the model runs as a whole. If more would be needed, an evenly spaced sample
@@ -128,6 +128,7 @@ def calibrate(
     progress: Callable[[int, int], None],
     quantizer: Quantizer = "gptq",
     block: Block | None = None,
+    formats: Sequence[Format] = MEASURED_FORMATS,
     wanda_fraction: float = WANDA_FRACTION,
     memory_limit: int | None = None,
     device: str = "cpu",
@@ -135,7 +136,8 @@ def calibrate(
     detail: Callable[[str], None] = lambda text: None,
     kept: InProcess | Unfinished | None = None,
 ) -> tuple[Calibration, dict[str, np.ndarray]]:
-    """Run the model over ``texts`` (name to content) in fp32, and measure every expert in every format.
+    """Run the model over ``texts`` (name to content) in fp32, and measure every expert unrounded, in 16 bits and rounded to
+    ``formats``.
 
     Weights are rounded by ``quantizer`` in blocks of ``block`` weights, as in the engines that will use this calibration. If
     ``block`` is None, it is the checkpoint's own block size where slots can hold the stored weights exactly, otherwise 128.
@@ -175,7 +177,7 @@ def calibrate(
     for text in (*remarks_without_engine(model), *work.remarks, *remarks_on_ties(model)):
         remark(text)
     layers = layers_to_measure(model, block)
-    formats = formats_to_measure(model, layers)
+    measured_formats = formats_to_measure(model, layers, formats)
     report = _Report(progress, detail, work.total, len(layers), sum(layer.geometry.experts for layer in layers))
     digests = {name: Text.of(text).sha256 for name, text in texts.items()}
     kept = kept if kept is not None and not work.way.whole else InProcess()
@@ -189,6 +191,7 @@ def calibrate(
             "sequence_length": work.sequence_length,
             "quantizer": quantizer,
             "blocks": [layer.geometry.block for layer in layers],
+            "formats": measured_formats,
             "wanda_fraction": wanda_fraction,
         }
     )
@@ -219,7 +222,9 @@ def calibrate(
     for own, read_expert, own_output in recorded:
         recording = split.all_of(own)
         with split.all_outputs(recording, own_output, in_memory=work.way.states_in_memory) as output:
-            measurement = _measure(recording, report.layer(read_expert), output, formats, quantizer, wanda_fraction, device)
+            measurement = _measure(
+                recording, report.layer(read_expert), output, measured_formats, quantizer, wanda_fraction, device
+            )
         return_freed()
         report.measured()
         moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)

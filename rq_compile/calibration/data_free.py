@@ -6,7 +6,7 @@ are rounded to the nearest, since there are no inputs for GPTQ; ``wanda`` scores
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -19,7 +19,7 @@ from rq_compile.calibration.calibrate import formats_to_measure, layers_to_measu
 from rq_compile.calibration.expert import in_format, in_fp32, weight_squares
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
-from rq_compile.quantization.formats import Block, Format
+from rq_compile.quantization.formats import MEASURED_FORMATS, Block, Format
 from rq_compile.standalone.limits import default_threads
 
 NO_TEXT = "no text"
@@ -30,6 +30,7 @@ def data_free(
     *,
     progress: Callable[[int, int], None],
     block: Block | None = None,
+    formats: Sequence[Format] = MEASURED_FORMATS,
     wanda_fraction: float = WANDA_FRACTION,
 ) -> Calibration:
     """Read every expert once and measure how much each format changes it. The loads are those of one token per expert, each sent
@@ -39,17 +40,17 @@ def data_free(
         UserError: a weight is not a finite number.
     """
     layers = layers_to_measure(model, block)
-    formats = formats_to_measure(model, layers)
+    measured_formats = formats_to_measure(model, layers, formats)
     total = sum(layer.geometry.experts for layer in layers)
     done = 0
     measured = []
     for layer in layers:
         experts = []
-        for expert in _experts(model, layer, formats, wanda_fraction):
+        for expert in _experts(model, layer, measured_formats, wanda_fraction):
             experts.append(expert)
             done += 1
             progress(done, total)
-        measured.append(_layer(model, layer, formats, experts))
+        measured.append(_layer(model, layer, measured_formats, experts))
     tokens = max(layer.geometry.experts for layer in layers)
     return Calibration(
         tool=f"rq-compile {__version__}",

@@ -143,7 +143,8 @@ def _check_alike(first: Calibration, first_path: Path, other: Calibration, path:
             blocks = f"{one.geometry.block} and {two.geometry.block}"
             raise UserError(f"--block of {first_path} and {path} is not the same ({blocks}); calibrate one of them again", 2)
         if one.error.keys() != two.error.keys():
-            raise UserError(f"{first_path} and {path} measured different formats; calibrate one of them again", 2)
+            told = " and ".join(f"{name} ({', '.join(layer.error)})" for name, layer in ((first_path, one), (path, two)))
+            raise UserError(f"{told} measured different formats; calibrate one of them again with the same --formats", 2)
 
 
 def _layer(layers: Sequence[LayerCalibration], factors: Sequence[float]) -> LayerCalibration:

@@ -1,6 +1,6 @@
 """Estimates the resources that calibrating a checkpoint needs, before any weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rq_compile.architectures.dense_modules import DenseModule, dense_modules
@@ -12,7 +12,7 @@ from rq_compile.calibration.dense_watch import BLOCK
 from rq_compile.calibration.measure import MAX_PAIRS
 from rq_compile.calibration.memory import used_memory
 from rq_compile.estimates import RATES, Estimate
-from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, Quantizer, block_size
+from rq_compile.quantization.formats import FLOAT_FORMATS, MEASURED_FORMATS, Format, Quantizer, block_size
 from rq_compile.standalone.limits import usable_cpus
 from rq_compile.texts import Text
 
@@ -30,6 +30,7 @@ def calibration_estimate(
     batch_size: int | None = None,
     sequence_length: int | None = None,
     quantizer: Quantizer = "gptq",
+    formats: Sequence[Format] = MEASURED_FORMATS,
     memory_limit: int | None = None,
     device: str = "cpu",
 ) -> Estimate:
@@ -48,7 +49,9 @@ def calibration_estimate(
         device=device,
     )
     layers, way = work.layers, work.way
-    outputs = {output.name: sum(_layer_json(layer, len(texts), len(work.batches)) for layer in layers)}
+    outputs = {
+        output.name: sum(_layer_json(layer, len(texts), len(work.batches), len(FLOAT_FORMATS) + len(formats)) for layer in layers)
+    }
     dense = dense_modules(model)
     outputs[output.name] += sum(JSON_MODULE + JSON_MATRIX * len(module.matrices) for module in dense)
     statistics = sum(_statistics_bytes(layer) for layer in layers) if quantizer == "gptq" else 0
@@ -64,7 +67,7 @@ def calibration_estimate(
         temporary_bytes=recorded + states + statistics,
         memory_bytes=used_memory() + way.memory,
         cores=usable_cpus(),
-        seconds=_calibration_seconds(model, work, quantizer),
+        seconds=_calibration_seconds(model, work, quantizer, len(formats)),
         remarks=[*remarks_without_engine(model), *work.remarks],
     )
 
@@ -84,15 +87,16 @@ def _moment_bytes(model: Model, module: DenseModule) -> int:
     return sum(4 * (columns**2 if columns <= hidden else -(-columns // BLOCK) * BLOCK**2) for columns in inputs)
 
 
-def _layer_json(layer: MoeLayer, texts: int, batch_count: int) -> int:
+def _layer_json(layer: MoeLayer, texts: int, batch_count: int, formats: int) -> int:
     """Bytes of one layer in a calibration: loads, scores and errors of each expert, and the sums behind them."""
-    numbers, sums = 2 + texts + batch_count + len(FORMATS), 2 + 2 * len(FORMATS)
+    numbers, sums = 2 + texts + batch_count + formats, 2 + 2 * formats
     return JSON_LAYER + layer.geometry.experts * (JSON_NUMBER * numbers + JSON_SUM * sums)
 
 
-def _calibration_seconds(model: Model, work: Work, quantizer: Quantizer) -> float:
+def _calibration_seconds(model: Model, work: Work, quantizer: Quantizer, formats: int) -> float:
     """Seconds to run every token through the model, to round every expert, and to run some of each expert's tokens through its
-    rounded weights. Layer by layer, everything but the experts runs twice. As a whole, the experts run again to be measured."""
+    rounded weights, in each of so many formats. Layer by layer, everything but the experts runs twice. As a whole, the experts
+    run again to be measured."""
     experts = [layer.geometry for layer in work.layers]
     held = sum(geometry.expert_weights * geometry.experts for geometry in experts)
     active = sum(geometry.expert_weights * geometry.top_k for geometry in experts)
@@ -100,7 +104,7 @@ def _calibration_seconds(model: Model, work: Work, quantizer: Quantizer) -> floa
     products = 2.0 * work.rows * (dense * (1 if work.way.whole else 2) + active)
     for geometry in experts:
         pairs = work.measured * geometry.top_k
-        sampled = min(pairs, MAX_PAIRS * geometry.experts) * len(QUANTIZED_FORMATS)
+        sampled = min(pairs, MAX_PAIRS * geometry.experts) * formats
         products += 2.0 * geometry.expert_weights * (sampled + pairs * work.way.whole)
-    rounding = held * len(QUANTIZED_FORMATS) / (RATES.gptq if quantizer == "gptq" else RATES.nearest)
+    rounding = held * formats / (RATES.gptq if quantizer == "gptq" else RATES.nearest)
     return RATES.start + 4 * model.parameter_count / RATES.read + (products / RATES.flops + rounding) / usable_cpus()

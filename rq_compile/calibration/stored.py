@@ -8,7 +8,8 @@ from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.schema import LayerCalibration
 from rq_compile.checkpoint.storage.weight import Plain, Weight
-from rq_compile.quantization.formats import BLOCKS, FORMATS, SLOT_FORMATS, Block, Format
+from rq_compile.errors import UserError
+from rq_compile.quantization.formats import BLOCK_FORMATS, BLOCKS, FORMATS, MEASURED_FORMATS, SLOT_FORMATS, Block, Format
 
 
 def layers_to_measure(model: Model, block: Block | None) -> list[MoeLayer]:
@@ -27,16 +28,25 @@ def stored_layer(model: Model, layer: MoeLayer) -> dict[str, Any]:
     return {"stored_as": sorted(formats), "stored_bytes": model.stored_bytes[layer.name]}
 
 
-def formats_to_measure(model: Model, layers: Sequence[MoeLayer]) -> tuple[Format, ...]:
-    """All formats that weights are rounded to, and those that hold experts as the checkpoint stores them. ``layers``: with the
-    blocks of the slots."""
+def formats_to_measure(
+    model: Model, layers: Sequence[MoeLayer], rounded: Sequence[Format] = MEASURED_FORMATS
+) -> tuple[Format, ...]:
+    """The ``rounded`` ones, all that are not quantized, and those that hold experts as the checkpoint stores them. ``layers``:
+    with the blocks of the slots.
+
+    Raises:
+        UserError: nothing is rounded to one of the formats.
+    """
+    if wrong := [format for format in rounded if format not in BLOCK_FORMATS]:
+        raise UserError(f"weights are not rounded to {wrong[0]}; choose --formats among {', '.join(BLOCK_FORMATS)}", 2)
     carried = {
         weight.slot_format
         for layer in layers
         for weight in model.stored_experts(layer)
         if (group := _group(weight)) is not None and group % layer.geometry.block == 0
     }
-    return tuple(format for format in FORMATS if not SLOT_FORMATS[format].only_carried or format in carried)
+    measured = {*rounded, *carried}
+    return tuple(format for format in FORMATS if not SLOT_FORMATS[format].quantized or format in measured)
 
 
 def block_of(experts: Sequence[Weight]) -> Block:

@@ -13,6 +13,7 @@ from rq_compile.cli.options import (
     FILE,
     QUANTIZERS,
     SIZE,
+    FormatList,
     batch_size_option,
     dry_run_option,
     given_options,
@@ -25,7 +26,7 @@ from rq_compile.errors import UserError
 from rq_compile.outputs import check_calibration
 
 if TYPE_CHECKING:
-    from rq_compile.quantization.formats import Block, Quantizer
+    from rq_compile.quantization.formats import Block, Format, Quantizer
 
 # The options that control how the model is run and measured.
 MEASURING = (
@@ -39,6 +40,7 @@ MEASURING = (
     "wanda_fraction",
     "quantizer",
     "block",
+    "formats",
     "memory_limit",
     "device",
     "data_free",
@@ -82,6 +84,13 @@ MEASURING = (
     "checkpoint, otherwise 128.",
 )
 @click.option(
+    "--formats",
+    type=FormatList(),
+    default="int8,int4",
+    show_default=True,
+    help="Formats to round experts to and to measure: int8, int4, int3, int2. Plans use what was measured; each takes time.",
+)
+@click.option(
     "--memory-limit",
     type=SIZE,
     help="Memory to stay below; a model that needs more runs layer by layer. Default: the available memory.",
@@ -113,6 +122,7 @@ def command(
     sequence_length: int | None,
     quantizer: Quantizer,
     block: str,
+    formats: tuple[Format, ...],
     wanda_fraction: float,
     memory_limit: int | None,
     device: str,
@@ -135,7 +145,12 @@ def command(
         return
     if data_free:
         without_text(
-            screen, folder, output, block=None if block == "auto" else cast("Block", int(block)), fraction=wanda_fraction
+            screen,
+            folder,
+            output,
+            block=None if block == "auto" else cast("Block", int(block)),
+            formats=formats,
+            fraction=wanda_fraction,
         )
         return
     from rq_compile.texts import chat_template, has_rows, open_texts
@@ -159,6 +174,7 @@ def command(
             batch_size=batch_size,
             sequence_length=sequence_length,
             quantizer=quantizer,
+            formats=formats,
             memory_limit=memory_limit,
             device=device,
         )
@@ -176,6 +192,7 @@ def command(
             sequence_length=sequence_length,
             quantizer=quantizer,
             block=None if block == "auto" else cast("Block", int(block)),
+            formats=formats,
             wanda_fraction=wanda_fraction,
             memory_limit=memory_limit,
             device=device,
@@ -202,13 +219,15 @@ def check_rows(plain: list[Path]) -> None:
             )
 
 
-def without_text(screen: Screen, folder: Path, output: Path, *, block: Block | None, fraction: float) -> None:
+def without_text(
+    screen: Screen, folder: Path, output: Path, *, block: Block | None, formats: tuple[Format, ...], fraction: float
+) -> None:
     """
     Raises:
         UserError: an option has no effect, or a weight is not finite.
     """
     for name, option in given_options().items():
-        if name in MEASURING and name not in ("block", "wanda_fraction", "data_free"):
+        if name in MEASURING and name not in ("block", "formats", "wanda_fraction", "data_free"):
             raise UserError(f"{option} has no effect with --data-free, which uses no text; leave one of the two out", 2)
 
     from rq_compile.calibration.data_free import data_free
@@ -217,7 +236,7 @@ def without_text(screen: Screen, folder: Path, output: Path, *, block: Block | N
 
     model = rq.open(folder)
     with screen.progress("measuring weights", "experts") as progress:
-        calibration = data_free(model, progress=progress, block=block, wanda_fraction=fraction)
+        calibration = data_free(model, progress=progress, block=block, formats=formats, wanda_fraction=fraction)
     write_document(calibration, output)
     screen.note(f"wrote {output}")
     screen.result(calibration, *calibration_tables(calibration), asked_for=False)

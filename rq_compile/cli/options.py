@@ -20,6 +20,7 @@ from rq_compile.errors import UserError
 POLICIES = ("none", "paper", "eplb", "craft", "place", "uniform", "frequency", "random", "optimal")
 QUANTIZERS = ("gptq", "nearest")
 BLOCKS = ("auto", "128", "64", "32", "16")
+ROUNDED_FORMATS = ("int8", "int4", "int3", "int2")
 DENSE_FORMATS = ("stored", "int8", "int4", "fp32")
 
 FILE = click.Path(path_type=Path)
@@ -44,6 +45,24 @@ class ByteSize(click.ParamType):
         if size == 0:
             self.fail(f"{value!r} is less than one byte; write for example 16G, 512M or 1.5GiB", param, ctx)
         return size
+
+
+class FormatList(click.ParamType):
+    """Formats that weights are rounded to, separated by commas."""
+
+    name = "formats"
+
+    def convert(self, value: str | tuple[str, ...], param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        formats = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+        if wrong := [name for name in formats if name not in ROUNDED_FORMATS]:
+            self.fail(
+                f"weights are not rounded to {wrong[0]!r}; write some of {', '.join(ROUNDED_FORMATS)}, separated by commas",
+                param,
+                ctx,
+            )
+        return formats
 
 
 class WeightedFile(click.ParamType):

@@ -11,7 +11,7 @@ OP_SET_VERSION = 2
 # The format groups of the op set. The index of a group is the format code of its slots. A node has as inputs, in this order,
 # the tensors of the groups that its slots are in. New groups are added at the end, so that existing nodes keep their meaning.
 # The same table is in plugins/format_groups.h and plugins/kernels/rq_kernels/formats.py.
-FORMAT_GROUPS = ("float", "int8", "int4", "mxfp4", "fp8")
+FORMAT_GROUPS = ("float", "int8", "int4", "mxfp4", "fp8", "int3", "int2")
 CPU_LIBRARY: OpLibrary = "librq_moe.so"
 CUDA_LIBRARY: OpLibrary = "librq_moe_cuda.so"
 MPI_LIBRARY: OpLibrary = "librq_moe_mpi.so"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+from rq_compile.quantization.formats import SLOT_FORMATS
 
 if TYPE_CHECKING:
     import onnx
@@ -52,6 +54,14 @@ class Batched(Lowering):
         experts, in_lanes = batched_experts(graph, layers, source, self.expected, whole_columns=self.whole_columns)
         reports += [in_lanes, *self.last_passes(graph)]
         return Lowered(exported(graph), experts, [], reports, counts(plan) | self.held_differently(plan))
+
+    def held_differently(self, plan: Plan) -> dict[str, int]:
+        """With the slots that are held in tensors of a format with more bits, because ONNX has none with theirs."""
+        held = [SLOT_FORMATS[slot.format] for layer in plan.layers for slot in self.held(layer).slots]
+        wider = Counter((format.name, format.element) for format in held if format.quantized and format.name != format.element)
+        return super().held_differently(plan) | {
+            f"{name} slots held as {element}": count for (name, element), count in wider.items()
+        }
 
     def last_passes(self, graph: gs.Graph) -> list[PassReport]:
         """Passes that only one target needs; they run after all others."""

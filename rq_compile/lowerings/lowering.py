@@ -86,10 +86,12 @@ class Lowering(ABC):
 
     def held(self, layer: LayerPlan) -> LayerPlan:
         """``layer`` with its slots in the formats in which this lowering stores them."""
+        from rq_compile.rewrite.slot_weights import held_slot
+
         formats: list[Format] = [self.held_as.get(slot.format, slot.format) for slot in layer.slots]
         if len(set(formats) & set(FLOAT_FORMATS)) > 1:  # a layer has one float format
             formats = ["fp32" if format in FLOAT_FORMATS else format for format in formats]
-        slots = [slot.model_copy(update={"format": format}) for slot, format in zip(layer.slots, formats, strict=True)]
+        slots = [held_slot(slot, format) for slot, format in zip(layer.slots, formats, strict=True)]
         return layer.model_copy(update={"slots": slots})
 
     def held_differently(self, plan: Plan) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -28,6 +29,7 @@ class MoeLayerNode(Lowering):
     half: Half = "fp16"
     activation_bits: int = 16
 
+    held_as: ClassVar[Mapping[Format, Format]] = {"int3": "int4", "int2": "int4"}
     formats: ClassVar[tuple[Format, ...]] = OF_THE_OP_SET
     counts_rows: ClassVar[bool] = False  # slots are inside the node
     otherwise: ClassVar[str]  # what to do with a layer that the kernels do not support
@@ -36,6 +38,7 @@ class MoeLayerNode(Lowering):
         """With slots in fp8 in ``half``, if the kernels for fp8 do not support the layer's blocks, or the other formats in it."""
         from rq_compile.lowerings.kernel_sizes import supports_fp8
 
+        layer = super().held(layer)
         if supports_fp8(layer):
             return layer
         slots = [

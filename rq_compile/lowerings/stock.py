@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rq_compile.lowerings.lowering import Lowered, Lowering, unread
-from rq_compile.quantization.formats import SLOT_FORMATS
 
 if TYPE_CHECKING:
     import onnx
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from rq_compile.rewrite.weights import ExternalWeight, Section
 
 SLOT_BYTES = 4_500  # bytes of a slot in the graph
-BITS = (2, 4, 8)  # supported by MatMulNBits
 ROUNDED = 4  # the accuracy_level of MatMulNBits that rounds its inputs to int8
 
 
@@ -34,10 +32,7 @@ class Stock(Lowering):
     name: ClassVar[str] = "stock"
     summary: ClassVar[str] = "runs in any ONNX Runtime"
     planned_for: ClassVar[Target] = "cpu"
-    formats: ClassVar[tuple[Format, ...]] = tuple(
-        name for name, format in SLOT_FORMATS.items() if not format.quantized or format.bits in BITS
-    )
-    held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8", "fp8": "fp32"}
+    held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8", "fp8": "fp32", "int3": "int4", "int2": "int4"}
     options: ClassVar[tuple[str, ...]] = ("activation_bits",)
     rounds_dense: ClassVar[bool] = True
 

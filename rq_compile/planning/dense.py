@@ -14,7 +14,7 @@ from rq_compile.planning.copies import sequence_of
 from rq_compile.planning.schema import PlannedModule, Slot
 from rq_compile.planning.targets import TARGETS, Target
 from rq_compile.quantization.dense_layout import float_bytes, paged, quantized_bytes
-from rq_compile.quantization.formats import SLOT_FORMATS, PackedFormat, PlannedDense, block_size
+from rq_compile.quantization.formats import SLOT_FORMATS, WORD_BYTES, PackedFormat, PlannedDense, block_size
 
 FORMATS: tuple[PlannedDense, ...] = get_args(PlannedDense)
 STORED = 0
@@ -125,10 +125,10 @@ def expert_file_bytes(geometry: ExpertGeometry, slots: Iterable[Slot], *, copied
         for slot in stored:
             format = SLOT_FORMATS[slot.format]
             block = block_size(columns, geometry.block)
-            width = -(-columns // block) * block if isinstance(format, PackedFormat) else columns
-            parts_of_slot = [panels * width * format.bits // 8]
+            parts_of_slot = [panels * columns * format.bits // 8]
             if isinstance(format, PackedFormat):
-                parts_of_slot.append(panels * (width // block) * format.scale_bytes)
+                blocks = -(-columns // block)
+                parts_of_slot = [panels * blocks * size for size in (WORD_BYTES * format.words(block), format.scale_bytes)]
             for name, size in zip(format.tensors, parts_of_slot, strict=True):
                 sizes[name] = sizes.get(name, 0) + size
         total += sum(map(paged, sizes.values()))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from rq_compile.errors import UserError
 from rq_compile.planning.dense import FORMATS, Whole, expert_file_bytes
+from rq_compile.planning.few_bits import or_fewer_bits
 from rq_compile.planning.policies import optimal
 from rq_compile.planning.problem import Decision, Problem
 
@@ -26,13 +27,14 @@ def decided_within(problem: Problem, options: optimal.Options) -> tuple[Problem,
         if beyond <= 0:
             return now, decision
         spare = min(spare + beyond, most_spare) if spare < most_spare else most_spare + 1
-    raise smallest_engine_error(smallest_engine(problem, options), whole.engine_bytes)
+    least = smallest_engine(problem, options)
+    raise smallest_engine_error(least, whole.engine_bytes, or_fewer_bits(problem, least - whole.engine_bytes))
 
 
-def smallest_engine_error(least: int, allowed: int) -> UserError:
+def smallest_engine_error(least: int, allowed: int, alternative: str = "") -> UserError:
     return UserError(
         f"the smallest engine takes {least} bytes, {least - allowed} more than --engine-bytes {allowed} allows; "
-        f"give --engine-bytes {least} or more",
+        f"give --engine-bytes {least} or more{alternative}",
         2,
     )
 

@@ -14,6 +14,7 @@ from rq_compile.files import Document
 from rq_compile.planning.budget import allowed, enough_for, over_budget
 from rq_compile.planning.dense import check_target_of_whole, whole_of
 from rq_compile.planning.engine_bytes import decided_within, engine_file_bytes, smallest_engine, whole_remark
+from rq_compile.planning.few_bits import or_fewer_bits
 from rq_compile.planning.policies.none import unplanned
 from rq_compile.planning.policies.optimal import Options as OptimalOptions
 from rq_compile.planning.prediction import predict, with_capacity_classes
@@ -90,7 +91,10 @@ def make_plan(
     ]
     taken = sum(problem.cost.bytes_taken(layer.geometry, layer.slots) for layer in layers)
     if taken > allowed(memory, problem.bytes_before):
-        raise over_budget(taken, memory, problem.bytes_before, f"policy {policy}", alternative=", or --policy optimal")
+        excess = taken - allowed(memory, problem.bytes_before)
+        fewer = or_fewer_bits(problem, excess) if policy in CHOOSE_FORMATS and not options.get("format") else ""
+        alternative = fewer or ", or --policy optimal"
+        raise over_budget(taken, memory, problem.bytes_before, f"policy {policy}", alternative=alternative)
     dense = [item.planned(format) for item, format in zip(problem.dense, decision.dense or [0] * len(problem.dense), strict=True)]
     return Plan(
         tool=f"rq-compile {__version__}",

@@ -12,11 +12,17 @@ from rq_compile.planning.costs import CostModel
 from rq_compile.planning.demand import demand, drift_gain
 from rq_compile.planning.dense import DenseItem, Whole
 from rq_compile.planning.schema import Optimality, Slot, Target
-from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS, Format
+from rq_compile.planning.targets import TARGETS
+from rq_compile.quantization.formats import FEW_BITS, FORMATS, SLOT_FORMATS, Format
 
 # No format but the checkpoint's own counts as exact: what cost nothing on the calibration text may cost something elsewhere.
 # Far below any measured error, this only decides between equals, in favour of more bits.
 LEAST_ERROR = 1e-9
+
+
+def held_wider(target: Target) -> tuple[Format, ...]:
+    """The formats that engines for ``target`` would store in more bits, so that a plan gains nothing by them."""
+    return () if TARGETS[target].few_bits else FEW_BITS
 
 
 @dataclass(frozen=True)
@@ -115,17 +121,18 @@ def problem_of(
     whole: Whole | None = None,
 ) -> Problem:
     """``tokens``: 0 means one calibration batch."""
-    layers = tuple(_layer(layer, calibration.dtype, smoothing) for layer in calibration.layers)
+    layers = tuple(_layer(layer, calibration.dtype, smoothing, target) for layer in calibration.layers)
     if whole:
         layers = tuple(replace(layer, error=layer.error * (layer.calibration.stream_share or 1)) for layer in layers)
     tokens = tokens or calibration.batch_size * calibration.sequence_length
     return Problem(layers, calibration.dtype, memory, CostModel(target, ranks), tokens, whole)
 
 
-def _layer(layer: LayerCalibration, dtype: Format, smoothing: float) -> Layer:
+def _layer(layer: LayerCalibration, dtype: Format, smoothing: float, target: Target) -> Layer:
     experts = layer.geometry.experts
     bits = {name: format.bits for name, format in SLOT_FORMATS.items()}
-    formats = (dtype, *(format for format in FORMATS if format in layer.error and bits[format] < bits[dtype]))
+    stored = [format for format in FORMATS if format in layer.error and format not in held_wider(target)]
+    formats = (dtype, *(format for format in stored if bits[format] < bits[dtype]))
     # Experts that the checkpoint stores in another format than most are rounded to that of most.
     own = layer.error.get(dtype, [0.0] * experts)
     error = np.array([own, *(layer.error[format] for format in formats[1:])], np.float64).T

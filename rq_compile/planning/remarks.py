@@ -5,7 +5,7 @@ from statistics import fmean
 
 from rq_compile.planning.budget import enough_for
 from rq_compile.planning.metrics import excess_removed
-from rq_compile.planning.problem import Problem
+from rq_compile.planning.problem import Problem, held_wider
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.planning.skew import EVEN, skew_of, spread, steadiness
 from rq_compile.planning.targets import TARGETS
@@ -14,7 +14,7 @@ from rq_compile.quantization.formats import BLOCKS
 
 def remarks(problem: Problem, layers: list[LayerPlan]) -> list[str]:
     said = [_stored(problem), _gain(problem, layers), _padding(problem, layers)]
-    said += [_format_mix(layers), _ranks(problem, layers), _unreached(layers), _skew(problem)]
+    said += [_held_wider(problem), _format_mix(layers), _ranks(problem, layers), _unreached(layers), _skew(problem)]
     return [sentence for sentence in said if sentence]
 
 
@@ -153,6 +153,13 @@ def _imbalance(problem: Problem, layers: list[LayerPlan]) -> tuple[float, float]
 def _known(value: float | None) -> float:
     assert value is not None, "predictions of this planner are complete"
     return value
+
+
+def _held_wider(problem: Problem) -> str:
+    """Which measured formats a plan does not use, because its engines would store them in more bits."""
+    target, layer = problem.cost.target, problem.layers[0].calibration
+    unused = [format for format in held_wider(target) if format in layer.error]
+    return f"Engines for {target} store {' and '.join(unused)} as int4, so the plan does not use them." if unused else ""
 
 
 def _format_mix(layers: list[LayerPlan]) -> str:

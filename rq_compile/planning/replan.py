@@ -16,6 +16,7 @@ from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.budget import over_budget
+from rq_compile.planning.few_bits import measuring
 from rq_compile.planning.metrics import copy_numbers
 from rq_compile.planning.placement import MOST_MOVES, Move, best_exchange, best_replacement, imbalance
 from rq_compile.planning.plan import CommonOptions, layer_plan
@@ -23,6 +24,7 @@ from rq_compile.planning.problem import Layer, Problem, problem_of
 from rq_compile.planning.remarks import remarks
 from rq_compile.planning.schema import LayerPlan, Plan, Slot
 from rq_compile.planning.solver import ROUNDING
+from rq_compile.quantization.formats import BLOCK_FORMATS
 from rq_compile.violations import violation
 
 
@@ -137,9 +139,10 @@ def _check_same_quantization(plan: Plan, calibration: Calibration) -> None:
             )
         known = {calibration.dtype, *layer.error}
         if missing := sorted({slot.format for slot in old.slots} - known):
+            again = f"calibrate with {measuring(slot.format for slot in old.slots)}, or " if missing[0] in BLOCK_FORMATS else ""
             raise UserError(
                 f"layer {old.index} of the plan has slots in {missing[0]}, but the loads were measured in "
-                f"{', '.join(sorted(known))}; make a new plan from the loads",
+                f"{', '.join(sorted(known))}; {again}make a new plan from the loads",
                 2,
             )
     if calibration.quantizer != plan.quantizer:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 if TYPE_CHECKING:
     import numpy as np
 
-Format = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mxfp4"]
+Format = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mxfp4", "int3", "int2"]
 Quantizer = Literal["gptq", "nearest"]
 # Formats of non-expert matrices in a native engine: 16 bits as stored, rounded to int8 or int4, or widened to fp32.
 DenseFormat = Literal["stored", "int8", "int4", "fp32"]
@@ -16,6 +16,7 @@ DenseFormat = Literal["stored", "int8", "int4", "fp32"]
 PlannedDense = Literal["stored", "int8", "int4"]
 DENSE_QUANTIZED: tuple[Format, ...] = ("int8", "int4")
 SCALE_BYTES = 4
+WORD_BYTES = 4
 BLOCK_SIZES = (128, 64, 32, 16)
 # The maximum number of weights that share one scale. Fewer reduce the rounding error and take more bytes.
 Block = Literal[128, 64, 32, 16]
@@ -79,7 +80,11 @@ class PackedFormat(SlotFormat):
 
     def matrix_bytes(self, rows: int, columns: int, most: Block = 128) -> int:
         block = block_size(columns, most)
-        return rows * -(-columns // block) * (block * self.bits // 8 + self.scale_bytes)
+        return rows * -(-columns // block) * (WORD_BYTES * self.words(block) + self.scale_bytes)
+
+    def words(self, block: int) -> int:
+        """The words of ``WORD_BYTES`` that hold ``block`` weights of a row. Only 3 bits in blocks of 16 do not fill them."""
+        return -(-block * self.bits // (8 * WORD_BYTES))
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,9 @@ class MxFormat(PackedFormat):
 
 INT8 = BlockFormat("int8", 8, "int8", "int8", least=-127, greatest=127, fractions=5, smallest=0.9)
 INT4 = BlockFormat("int4", 4, "int4", "int4", least=-8, greatest=7, fractions=17, smallest=0.6)
+# ONNX has no type for 3 bits; standard ops read both in tensors of int4.
+INT3 = BlockFormat("int3", 3, "int4", "int3", least=-4, greatest=3, fractions=17, smallest=0.5)
+INT2 = BlockFormat("int2", 2, "int4", "int2", least=-2, greatest=1, fractions=17, smallest=0.3)
 
 
 @dataclass(frozen=True)
@@ -160,11 +168,16 @@ SLOT_FORMATS: dict[Format, SlotFormat] = {
         FP8,
         INT4,
         MXFP4,
+        INT3,
+        INT2,
     )
 }
 PACKED_FORMATS: dict[Format, PackedFormat] = {name: kept for name, kept in SLOT_FORMATS.items() if isinstance(kept, PackedFormat)}
-# Those that weights are rounded to.
+# Those that weights are rounded to, and those of them that a calibration measures unless it is asked for more.
 BLOCK_FORMATS: dict[Format, BlockFormat] = {name: kept for name, kept in SLOT_FORMATS.items() if isinstance(kept, BlockFormat)}
+MEASURED_FORMATS: tuple[Format, ...] = ("int8", "int4")
+# Those that only some engines store in their own bits, the others as int4.
+FEW_BITS: tuple[Format, ...] = ("int3", "int2")
 FORMATS = tuple(SLOT_FORMATS)
 FLOAT_FORMATS = tuple(name for name, format in SLOT_FORMATS.items() if not format.quantized)
 QUANTIZED_FORMATS = tuple(BLOCK_FORMATS)

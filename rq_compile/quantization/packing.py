@@ -30,13 +30,16 @@ def packed(q: np.ndarray, format: Format) -> np.ndarray:
         codes = (q.astype(np.int16) + kept.zero_point).astype(np.uint8)
     else:
         codes = _codes(format)[q.astype(np.int8).view(np.uint8)]
-    codes = codes.reshape(len(q), -1)
-    if 8 % kept.bits:
-        bits = np.unpackbits(codes[..., None], axis=-1, count=kept.bits, bitorder="little")
-        return np.packbits(bits.reshape(len(q), -1), axis=-1, bitorder="little")
-    of_a_byte = 8 // kept.bits
-    parts = [codes[:, place::of_a_byte] << place * kept.bits for place in range(of_a_byte)]
-    return reduce(np.bitwise_or, parts)
+    return packed_codes(codes.reshape(len(q), -1), kept.bits)
+
+
+def packed_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 ``[rows, columns * bits / 8]`` from ``codes [rows, columns]``; ``unpacked`` is the inverse."""
+    if 8 % bits:
+        each = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+        return np.packbits(each.reshape(len(codes), -1), axis=-1, bitorder="little")
+    of_a_byte = 8 // bits
+    return reduce(np.bitwise_or, [codes[:, place::of_a_byte] << place * bits for place in range(of_a_byte)])
 
 
 @cache

@@ -9,7 +9,7 @@ from rq_compile.planning.schema import LayerPlan, Slot
 from rq_compile.quantization.formats import SLOT_FORMATS, block_size
 from rq_compile.quantization.packing import whole_numbers
 from rq_compile.quantization.rounding import holding_scales, nearest
-from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, Source, quantized
+from rq_compile.rewrite.slot_weights import BYTES_OF_A_WEIGHT, Source, quantized_slot
 from rq_compile.rewrite.weights import ExternalWeight, Piece
 
 
@@ -64,7 +64,7 @@ def lane_weights(
                 matrix = getattr(expert, projection).astype(np.float32)
                 scale = holding_scales(matrix, format)
                 return nearest(matrix, scale, format).astype(np.int8).T, scale[None], *biases
-            result = quantized(expert, projection, format, geometry.block)
+            result = quantized_slot(slot, expert, projection, geometry.block)
             return whole_numbers(result, format).T, result.scales.T, *biases
 
         filled = tuple(weight for weight in (values, scales, bias) if weight)

@@ -24,12 +24,15 @@ def float_panels(weights: np.ndarray, halves: int) -> np.ndarray:
 
 
 def packed_panels(quantized: Quantized, format: Format, halves: int) -> np.ndarray:
-    """uint8 ``[panels, groups, 64]``: of each row, four neighbouring bytes in each group.
+    """uint8 ``[panels, words, 64]``: of each row, four neighbouring bytes in each word.
 
-    int8: a byte is a column. Below, the lowest bits of a group's four bytes are four columns, the bits above them the next four.
+    int8: a byte is a column. Below, the lowest bits of a word's four bytes are four columns, the bits above them the next four.
+    int3: see ``_words_of_3_bits``.
     """
     bits, columns = PACKED_FORMATS[format].bits, quantized.packed
-    if bits < 8:
+    if bits == 3:
+        columns = _words_of_3_bits(unpacked(columns, bits).reshape(*quantized.scales.shape, -1))
+    elif bits < 8:
         # As packed, int4 has a byte for two neighbours: eight columns a b c d e f g h are wanted as ea fb gc hd.
         parts = unpacked(columns, bits).reshape(len(columns), -1, 8 // bits, 4)
         columns = np.bitwise_or.reduce([parts[:, :, place] << place * bits for place in range(8 // bits)])
@@ -37,6 +40,24 @@ def packed_panels(quantized: Quantized, format: Format, halves: int) -> np.ndarr
     panels = _panels(columns, halves)
     groups = panels.reshape(len(panels), ROWS, -1, 4).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(groups).reshape(len(panels), -1, 4 * ROWS)
+
+
+def _words_of_3_bits(codes: np.ndarray) -> np.ndarray:
+    """uint8 ``[rows, bytes]`` from ``codes [rows, blocks, block]``: three words for 32 columns. If 16 are left at the end of a
+    block, they take the first two.
+
+    Of the eight times four columns, words 0, 1 and 2 hold two times four in their lowest six bits. The bits 6 and 7 of word 0 are
+    the lower bits of the seventh four columns, those of word 2 those of the eighth; those of word 1 are the upper bits of both.
+    """
+    rows, blocks, block = codes.shape
+    filled = np.pad(codes, ((0, 0), (0, 0), (0, -block % 32))).reshape(rows, blocks, -1, 8, 4)
+    fours = [filled[..., four, :] for four in range(8)]
+    words = [fours[2 * word] | fours[2 * word + 1] << 3 for word in range(3)]
+    words[0] |= (fours[6] & 3) << 6
+    words[1] |= fours[6] >> 2 << 6 | fours[7] >> 2 << 7
+    words[2] |= (fours[7] & 3) << 6
+    needed = PACKED_FORMATS["int3"].words(block)
+    return np.stack(words, axis=-2).reshape(rows, blocks, -1, 4)[:, :, :needed].reshape(rows, -1)
 
 
 def scale_panels(quantized: Quantized, halves: int) -> np.ndarray:

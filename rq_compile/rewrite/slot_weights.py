@@ -10,8 +10,17 @@ from rq_compile.architectures.geometry import GATED
 from rq_compile.engine.library import FORMAT_GROUPS
 from rq_compile.errors import UserError
 from rq_compile.planning.schema import LayerPlan, Slot
-from rq_compile.quantization.formats import PACKED_FORMATS, SLOT_FORMATS, Block, Format, SlotFormat, block_size, tensors_of
-from rq_compile.quantization.packing import Quantized
+from rq_compile.quantization.formats import (
+    PACKED_FORMATS,
+    SLOT_FORMATS,
+    WORD_BYTES,
+    Block,
+    Format,
+    SlotFormat,
+    block_size,
+    tensors_of,
+)
+from rq_compile.quantization.packing import Quantized, packed, scale_values, stored_scales, whole_numbers
 from rq_compile.quantization.quantizer import carried, quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_integers import SourceIntegers
@@ -61,6 +70,38 @@ def quantized(expert: Expert, projection: str, format: Format, most: Block) -> Q
     return held or quantize(getattr(expert, projection), format, getattr(expert, f"{projection}_moment"), most)
 
 
+class HeldSlot(Slot):
+    """A slot that an engine stores in ``format``, with the values that ``rounded_to``, the plan's format, gives its weights."""
+
+    rounded_to: Format
+
+
+def held_slot(slot: Slot, format: Format) -> Slot:
+    """``slot`` as an engine stores it, in ``format``, which has all values of the slot's own."""
+    if format == slot.format or not SLOT_FORMATS[format].quantized:
+        return slot.model_copy(update={"format": format})
+    return HeldSlot(**{**dict(slot), "format": format, "rounded_to": slot.format})
+
+
+def rounded_to(slot: Slot) -> Format:
+    """The format whose values the slot's weights have."""
+    return slot.rounded_to if isinstance(slot, HeldSlot) else slot.format
+
+
+def quantized_slot(slot: Slot, expert: Expert, projection: str, most: Block) -> Quantized:
+    """A matrix of ``expert`` as ``slot`` stores it.
+
+    Raises:
+        UserError: see ``quantized``.
+    """
+    given = rounded_to(slot)
+    result = quantized(expert, projection, given, most)
+    if given == slot.format:
+        return result
+    scales = stored_scales(scale_values(result.scales, given), slot.format)
+    return Quantized(packed(whole_numbers(result, given), slot.format), scales)
+
+
 def group_of(format: Format) -> int:
     """The code of ``format`` in an op's attribute ``formats``: the place of its group among ``FORMAT_GROUPS``."""
     return FORMAT_GROUPS.index(SLOT_FORMATS[format].group)
@@ -95,7 +136,7 @@ def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bo
     index: list[int] = []
     for slot in plan.slots:
         group = groups[group_of(slot.format)]
-        same = [i for i, held in enumerate(group) if held.expert == slot.expert]
+        same = [i for i, held in enumerate(group) if (held.expert, rounded_to(held)) == (slot.expert, rounded_to(slot))]
         index.append(same[0] if same else len(group))
         if not same:
             group.append(slot)
@@ -126,8 +167,8 @@ class _Projection:
     def bias(self, expert: int) -> np.ndarray:
         return getattr(self.source(self.layer, expert), f"{self.name}_bias").astype(np.float32, copy=False)
 
-    def quantized(self, expert: int, format: Format) -> Quantized:
-        return quantized(self.source(self.layer, expert), self.name, format, self.block)
+    def quantized(self, slot: Slot) -> Quantized:
+        return quantized_slot(slot, self.source(self.layer, slot.expert), self.name, self.block)
 
     def weight(self, suffix: str, dtype: np.dtype, shape: tuple[int, ...]) -> ExternalWeight:
         return ExternalWeight(f"{self.layer}.{self.name}.{suffix}", dtype, shape)
@@ -168,7 +209,7 @@ class _Panels(_Rows):
         return self.panels, self.columns, ROWS
 
     def packed_shape(self, format: Format) -> tuple[int, ...]:
-        return self.panels, self.blocks * self.block * SLOT_FORMATS[format].bits // 32, 4 * ROWS
+        return self.panels, self.blocks * PACKED_FORMATS[format].words(self.block), WORD_BYTES * ROWS
 
     def scales_shape(self) -> tuple[int, ...]:
         return self.panels, self.blocks, ROWS
@@ -204,17 +245,17 @@ def _floats(part: _Projection, slots: list[Slot], layout: _Rows, format: SlotFor
 def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, format: Format) -> Found:
     kept = PACKED_FORMATS[format]
     of_packed, of_scales = kept.tensors
-    packed = part.weight(of_packed, np.dtype(np.uint8), (len(slots), *layout.packed_shape(format)))
+    codes = part.weight(of_packed, np.dtype(np.uint8), (len(slots), *layout.packed_shape(format)))
     scales = part.weight(of_scales, np.dtype(np.uint8 if kept.exponents else np.float32), (len(slots), *layout.scales_shape()))
 
     def piece(slot: Slot) -> Piece:
         def values() -> tuple[np.ndarray, ...]:
-            result = layout.quantized(part.quantized(slot.expert, format), format)
+            result = layout.quantized(part.quantized(slot), format)
             return result.packed, result.scales
 
-        return Piece((packed, scales), values, layout.memory)
+        return Piece((codes, scales), values, layout.memory)
 
-    return (packed, scales), tuple(map(piece, slots))
+    return (codes, scales), tuple(map(piece, slots))
 
 
 def _bias(part: _Projection, plan: LayerPlan, rows: int) -> Found:

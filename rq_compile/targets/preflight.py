@@ -15,6 +15,8 @@ from rq_compile.planning.schema import LayerPlan, Plan
 
 # Every lowering counts rows and indexes a slot's weights in int32.
 LARGEST_MATRIX = 2**31 - 1
+# Experts that take so many times the bytes of the plan are worth a remark.
+NOTICEABLE = 1.05
 
 
 def check_same_model(plan: Plan, model: Model, path: Path) -> None:
@@ -39,8 +41,23 @@ def remarks_before(model: Model, plan: Plan, lowering: Lowering) -> Iterator[str
             f"The plan's {plan.predicted_engine_bytes / 1e6:.4g} MB are those of an engine of --lowering native: --lowering "
             f"{lowering.name} holds the non-expert weights that are not rounded in fp32, so its weights file is larger."
         )
+    if wider := held_in_more_bits(plan, lowering):
+        yield wider
     if lost := lost_with_lowering(plan, lowering.name, batched=lowering.is_batched(), of_ranks=lowering.of_ranks):
         yield lost
+
+
+def held_in_more_bits(plan: Plan, lowering: Lowering) -> str:
+    """Which slots ``lowering`` stores in more bits than the plan, and the bytes of all experts then. Empty if there are none."""
+    wider = lowering.held_differently(plan)
+    size = sum(weight.bytes for layer in plan.layers for weight in lowering.expert_weights(layer)) if wider else 0
+    if size <= plan.bytes_after * NOTICEABLE:
+        return ""
+    told = ", ".join(f"{count} {slots}" for slots, count in wider.items())
+    return (
+        f"With --lowering {lowering.name}, there are {told}: the experts take {size / 1e6:.4g} MB, not the plan's "
+        f"{plan.bytes_after / 1e6:.4g} MB, which --lowering native keeps."
+    )
 
 
 def preflight(model: Model, plan: Plan, lowering: Lowering | str) -> None:

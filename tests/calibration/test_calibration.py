@@ -21,10 +21,10 @@ from rq_compile.calibration.text import batches, tokenize
 from rq_compile.calibration.wanda import WANDA_FRACTION
 from rq_compile.cli.main import main
 from rq_compile.files import read_document, write_document
-from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS
+from rq_compile.quantization.formats import FLOAT_FORMATS, MEASURED_FORMATS
 
 # The formats that weights are rounded to; others only hold what a checkpoint stores in them.
-ROUNDED = [format for format in FORMATS if not SLOT_FORMATS[format].only_carried]
+ROUNDED = [*FLOAT_FORMATS, *MEASURED_FORMATS]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -195,8 +195,8 @@ def test_uniform_takes_the_largest_format_that_fits(memory: float, format: str) 
 def test_uniform_in_a_format_of_choice() -> None:
     layer = inputs.layer([[10, 70, 10, 10]], FORMATS)
     assert {format for _, format in held(plan_of([layer], "uniform", format="int4").layers[0])} == {"int4"}
-    with pytest.raises(UserError, match="layer 3 was not measured in int3, but in bf16, int8, int4"):
-        plan_of([layer], "uniform", format="int3")
+    with pytest.raises(UserError, match=r"layer 3 was not measured in int3, but in bf16, int8, int4; .*int8,int4,int3$"):
+        plan_of([layer], "uniform", format="int3", target="cpu")
     with pytest.raises(UserError, match=r"policy uniform takes .* bytes, .* more than --memory 0\.1 allows"):
         plan_of([layer], "uniform", memory=0.1)
 
@@ -357,9 +357,11 @@ def test_plans_say_which_options_they_used(policy: str) -> None:
         ({"policy": "paper", "in_place": -1}, "option in_place of policy paper cannot be -1"),
         ({"policy": "paper", "format": "fp16"}, "option format of policy paper cannot be 'fp16'"),
         (
-            {"formats": "int8,int3"},
-            "option formats names int3, but the experts were measured in bf16, int8, int4; choose among these",
+            {"formats": "int8,int3", "target": "cpu"},
+            "option formats names int3, but the experts were measured in bf16, int8, int4; choose among these, or calibrate "
+            "again with --formats int8,int4,int3$",
         ),
+        ({"formats": "int8,int3"}, "engines for batched store int3 as int4, so a plan gains nothing by it; choose int4"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, words: str) -> None:

@@ -61,6 +61,9 @@ def rounded_reference(
         ([2, 2], np.float32),
         ([3, 3], np.float32),
         ([4, 4], np.float32),
+        ([5, 5], np.float32),
+        ([6, 6], np.float32),
+        ([6, 0, 5, 2, 6, 5], ml_dtypes.bfloat16),
         ([0, 1, 4, 3, 4, 2], ml_dtypes.bfloat16),
         ([0, 1, 2, 3, 0, 2], np.float32),
         ([0, 1, 2, 3, 0, 2], ml_dtypes.bfloat16),
@@ -77,13 +80,12 @@ def test_every_format_rounded(rng: np.random.Generator, columns: int, gather: in
 
 @pytest.mark.parametrize("block", [16, 32, 48, 128, 1024])
 def test_every_block_rounded(rng: np.random.Generator, block: int) -> None:
-    weights = pack(rng, [1, 2, 3], 20, 2 * block, block=block)
-    rows, offsets = routed(rng, 20, 1, 3)
+    weights = pack(rng, [1, 2, 3, 5, 6], 20, 2 * block, block=block)
+    rows, offsets = routed(rng, 20, 1, 5)
     # Including the largest products that must fit into the kernels' 16 and 32 bits.
     x = rng.choice([-1.0, 1.0, 0.37], size=(20, 2 * block)).astype(np.float32)
-    for slot, name, low in ((0, "int8_packed", 1), (1, "int4_packed", 0), (2, "mxfp4_packed", 0xF7)):
-        weights.inputs[name][:, :, ::2] = low
-        assert weights.formats[slot] == slot + 1
+    for name, low in (("int8", 1), ("int4", 0), ("mxfp4", 0xF7), ("int3", 0xFF), ("int2", 0xFF)):
+        weights.inputs[f"{name}_packed"][:, :, ::2] = low
     y = expert_gemm(x, rows, offsets, weights, activation_bits=8)
     exact = pack_values(weights, block)
     assert_close(y, rounded_reference(x, rows, offsets, exact, block=block))
@@ -91,12 +93,16 @@ def test_every_block_rounded(rng: np.random.Generator, block: int) -> None:
 
 def pack_values(weights: Any, block: int) -> Any:
     """``weights`` with the values of its packed form, read back according to the definition of the layout."""
-    for place, name in enumerate(("int8", "int4", "mxfp4")):
+    for place, name in enumerate(("int8", "int4", "mxfp4", "int3", "int2")):
         packed, scales = weights.inputs[f"{name}_packed"][0], weights.inputs[f"{name}_scales"][0]
         for n, k in np.ndindex(weights.exact.shape[1:]):
             panel, row = divmod(n, 16)
             if name == "int8":
                 q = int(packed[panel, k // 4, 4 * row + k % 4]) - 128.0
+            elif name == "int2":
+                q = (int(packed[panel, k // 16, 4 * row + k % 4]) >> k % 16 // 4 * 2 & 3) - 2.0
+            elif name == "int3":
+                q = code_of_3_bits(packed[panel, :, 4 * row + k % 4].tolist(), *divmod(k, block), block) - 4.0
             else:
                 byte = int(packed[panel, k // 8, 4 * row + k % 4])
                 code = byte & 15 if k % 8 < 4 else byte >> 4
@@ -106,11 +112,20 @@ def pack_values(weights: Any, block: int) -> Any:
     return weights
 
 
+def code_of_3_bits(words: list[int], number: int, column: int, block: int) -> int:
+    """``words``: the byte of the column in each word of its row. ``number``: that of the column's block."""
+    first, second, third = [*words, 0, 0][number * -(-block * 3 // 32) + column // 32 * 3 :][:3]
+    four = column % 32 // 4
+    if four < 6:
+        return (first, second, third)[four // 2] >> four % 2 * 3 & 7
+    return (first >> 6 | second >> 4 & 4) if four == 6 else (third >> 6 | second >> 5 & 4)
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu", "relu"])
 def test_bias_and_activation_rounded(rng: np.random.Generator, activation: str) -> None:
-    weights = pack(rng, [1, 2, 3], 42, 64, gated=activation in GATED)
-    bias = rng.normal(size=(3, 42)).astype(np.float32)
-    rows, offsets = routed(rng, 15, 2, 3)
+    weights = pack(rng, [1, 2, 3, 5, 6], 42, 64, gated=activation in GATED)
+    bias = rng.normal(size=(5, 42)).astype(np.float32)
+    rows, offsets = routed(rng, 15, 2, 5)
     x = rng.normal(size=(15, 64)).astype(np.float32)
     y = expert_gemm(x, rows, offsets, weights, bias, activation=activation, gather=1, activation_bits=8)
     assert_close(y, rounded_reference(x, rows, offsets, weights, bias, block=64, activation=activation, gather=1))
@@ -150,16 +165,16 @@ def test_error_of_bf16(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("float_type", [np.float32, ml_dtypes.bfloat16])
 def test_threads_and_batch_mates_do_not_change_a_bit_rounded(rng: np.random.Generator, float_type: Any) -> None:
-    weights = pack(rng, [0, 1, 2, 3], 70, 272, float_type, gated=True)
-    rows, offsets = routed(rng, 150, 2, 4)
+    weights = pack(rng, [0, 1, 2, 3, 5, 6], 70, 272, float_type, gated=True)
+    rows, offsets = routed(rng, 150, 2, 6)
     x = rng.normal(size=(300, 272)).astype(np.float32)
     options: dict[str, Any] = {"activation": "swiglu", "activation_bits": 8}
     one = expert_gemm(x, rows, offsets, weights, **options)
     assert one.tobytes() == expert_gemm(x, rows, offsets, weights, threads=2, **options).tobytes()
-    for slot in range(4):
+    for slot in range(6):
         for count in (1, 2, 3, 5, 9, 13):
             begin = offsets[slot]
-            alone = np.array([0] * (slot + 1) + [count] * (4 - slot), np.int32)
+            alone = np.array([0] * (slot + 1) + [count] * (6 - slot), np.int32)
             few = expert_gemm(x[begin : begin + count], np.arange(count, dtype=np.int32), alone, weights, **options)
             assert few.tobytes() == one[begin : begin + count].tobytes()
 
@@ -176,10 +191,10 @@ def test_strange_rows_stay_alone_in_bf16(rng: np.random.Generator) -> None:
 
 
 def test_strange_rows_stay_alone(rng: np.random.Generator) -> None:
-    weights = pack(rng, [1, 2, 3], 16, 64)
+    weights = pack(rng, [1, 2, 3, 5, 6], 16, 64)
     x = rng.normal(size=(8, 64)).astype(np.float32)
     x[1, 5], x[3, 7], x[5], x[6] = np.nan, np.inf, 0, 1e-42
-    rows, offsets = np.arange(8, dtype=np.int32), np.array([0, 2, 6, 8], np.int32)
+    rows, offsets = np.arange(8, dtype=np.int32), np.array([0, 2, 4, 6, 7, 8], np.int32)
     y = expert_gemm(x, rows, offsets, weights, activation_bits=8)
     assert np.isnan(y[[1, 3]]).all()
     assert np.isfinite(y[[0, 2, 4, 7]]).all()
@@ -190,8 +205,8 @@ PRINT_DIGEST = """
 import hashlib, numpy as np
 from op_nodes import expert_gemm, pack, routed
 rng = np.random.default_rng(3)
-weights = pack(rng, [1, 2, 3, 1], 40, 300, gated=True)
-rows, offsets = routed(rng, 60, 2, 4)
+weights = pack(rng, [1, 2, 3, 5, 6], 40, 300, gated=True)
+rows, offsets = routed(rng, 60, 2, 5)
 x = (3 * rng.normal(size=(60, 300))).astype(np.float32)
 y = [expert_gemm(x, rows, offsets, weights, activation=a, gather=1, activation_bits=8) for a in ("swiglu", "geglu_tanh")]
 print(hashlib.sha256(b"".join(map(np.ndarray.tobytes, y))).hexdigest())

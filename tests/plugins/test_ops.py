@@ -42,8 +42,8 @@ def test_dispatch_splits_an_experts_arrivals_over_its_replicas(rng: np.random.Ge
 @pytest.mark.parametrize("columns", [300, 128, 48, 40, 37, 3])
 @pytest.mark.parametrize("gather", [0, 1])
 def test_every_format_in_one_layer(rng: np.random.Generator, float_type: Any, columns: int, gather: int) -> None:
-    weights = pack(rng, [0, 1, 2, 3, 4, 0, 4, 3], 19, columns, float_type)
-    rows, offsets = routed(rng, 23, 2, 8)
+    weights = pack(rng, [0, 1, 2, 3, 4, 5, 6, 0, 4, 6], 19, columns, float_type)
+    rows, offsets = routed(rng, 23, 2, 10)
     x = rng.normal(size=(23 if gather else 46, columns)).astype(np.float32)
     assert_close(expert_gemm(x, rows, offsets, weights, gather=gather), reference(x, rows, offsets, weights, gather=gather))
 
@@ -51,9 +51,9 @@ def test_every_format_in_one_layer(rng: np.random.Generator, float_type: Any, co
 @pytest.mark.parametrize("block", [16, 32, 48, 1024])
 @pytest.mark.parametrize("tokens", [1, 2, 30])
 def test_every_block(rng: np.random.Generator, block: int, tokens: int) -> None:
-    weights = pack(rng, [1, 2, 3, 4], 70, 2 * block - 3, block=block)
-    rows, offsets = np.arange(4 * tokens, dtype=np.int32), (np.arange(5) * tokens).astype(np.int32)
-    x = rng.normal(size=(4 * tokens, 2 * block - 3)).astype(np.float32)
+    weights = pack(rng, [1, 2, 3, 4, 5, 6], 70, 2 * block - 3, block=block)
+    rows, offsets = np.arange(6 * tokens, dtype=np.int32), (np.arange(7) * tokens).astype(np.int32)
+    x = rng.normal(size=(6 * tokens, 2 * block - 3)).astype(np.float32)
     assert_close(expert_gemm(x, rows, offsets, weights), reference(x, rows, offsets, weights))
 
 
@@ -71,9 +71,9 @@ def test_every_activation(rng: np.random.Generator, activation: str, biased: boo
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 48, 49, 101])
 @pytest.mark.parametrize("rows", [20, 105])  # one panel and a part; four, two, one and a part side by side
 def test_all_tokens_on_one_slot(rng: np.random.Generator, tokens: int, rows: int) -> None:
-    weights = pack(rng, [1, 2, 0, 3, 4], rows, 64)
-    for slot in range(5):
-        offsets = np.array([0] * (slot + 1) + [tokens] * (5 - slot), np.int32)
+    weights = pack(rng, [1, 2, 0, 3, 4, 5, 6], rows, 64)
+    for slot in range(7):
+        offsets = np.array([0] * (slot + 1) + [tokens] * (7 - slot), np.int32)
         pairs = np.arange(tokens, dtype=np.int32)
         x = rng.normal(size=(tokens, 64)).astype(np.float32)
         assert_close(expert_gemm(x, pairs, offsets, weights), reference(x, pairs, offsets, weights))
@@ -140,16 +140,16 @@ def test_combine(rng: np.random.Generator, top_k: int) -> None:
 @pytest.mark.parametrize("activation_bits", [8, 32])
 @pytest.mark.parametrize("float_type", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_threads_and_batch_mates_do_not_change_a_bit(rng: np.random.Generator, float_type: Any, activation_bits: int) -> None:
-    weights = pack(rng, [0, 1, 2, 2], 70, 300, float_type, gated=True)
-    rows, offsets = routed(rng, 60, 2, 4)
+    weights = pack(rng, [0, 1, 2, 5, 6], 70, 300, float_type, gated=True)
+    rows, offsets = routed(rng, 60, 2, 5)
     x = rng.normal(size=(120, 300)).astype(np.float32)
     options: dict[str, Any] = {"activation": "swiglu", "activation_bits": activation_bits}
     one = expert_gemm(x, rows, offsets, weights, **options)
     two = expert_gemm(x, rows, offsets, weights, **options, threads=2)
     assert one.tobytes() == two.tobytes()
-    for slot, count in itertools.product(range(4), (1, 2, 3, 4, 5, 7, 8, 9, 13)):  # few rows read several panels side by side
+    for slot, count in itertools.product(range(5), (1, 2, 3, 4, 5, 7, 8, 9, 13)):  # few rows read several panels side by side
         here = slice(offsets[slot], offsets[slot] + count)
-        alone = np.array([0] * (slot + 1) + [count] * (4 - slot), np.int32)
+        alone = np.array([0] * (slot + 1) + [count] * (5 - slot), np.int32)
         few = expert_gemm(x[here], np.arange(count, dtype=np.int32), alone, weights, **options)
         assert few.tobytes() == one[here].tobytes()
 

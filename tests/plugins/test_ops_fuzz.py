@@ -37,7 +37,7 @@ def gemms(draw: st.DrawFn) -> tuple[Any, ...]:
     slots, top_k, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(0, 9))
     columns, outputs, block = draw(st.integers(1, 70)), draw(st.integers(1, 40)), draw(st.sampled_from([16, 32, 48, 64]))
     gather, activation = draw(st.booleans()), draw(st.sampled_from(["none", "swiglu", "relu"]))
-    formats = draw(st.lists(st.integers(0, 4), min_size=slots, max_size=slots))
+    formats = draw(st.lists(st.integers(0, 6), min_size=slots, max_size=slots))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     pairs, blocks, parts = tokens * top_k, -(-columns // block), 1 + (activation == "swiglu")
     panels = parts * -(-outputs // 16)
@@ -46,11 +46,11 @@ def gemms(draw: st.DrawFn) -> tuple[Any, ...]:
         sizes = [near(draw, size) for size in shape]
         return random.integers(0, 256, sizes).astype(np.uint8) if kind == np.uint8 else random.normal(size=sizes).astype(kind)
 
-    def packed(format: int, columns_per_byte: int, kind_of_scales: Any = np.float32) -> Any:
+    def packed(format: int, bits: int, kind_of_scales: Any = np.float32) -> Any:
         if not (count := formats.count(format)):
             return None, None
-        groups = blocks * block // (4 * columns_per_byte)
-        return numbers(np.uint8, count, panels, groups, 64), numbers(kind_of_scales, count, panels, blocks, 16)
+        words = blocks * -(-block * bits // 32)
+        return numbers(np.uint8, count, panels, words, 64), numbers(kind_of_scales, count, panels, blocks, 16)
 
     rows = random.permutation(pairs).astype(np.int32)
     offsets = np.sort(random.integers(0, pairs + 1, slots + 1)).astype(np.int32)
@@ -65,10 +65,12 @@ def gemms(draw: st.DrawFn) -> tuple[Any, ...]:
         "offsets": offsets[: near(draw, slots + 1)],
         "float_weights": numbers(float_type, formats.count(0), panels, columns, 16) if 0 in formats else None,
     }
-    inputs["int8_packed"], inputs["int8_scales"] = packed(1, 1)
-    inputs["int4_packed"], inputs["int4_scales"] = packed(2, 2)
-    inputs["mxfp4_packed"], inputs["mxfp4_scales"] = packed(3, 2, np.uint8)
-    inputs["fp8_packed"], inputs["fp8_scales"] = packed(4, 1)
+    inputs["int8_packed"], inputs["int8_scales"] = packed(1, 8)
+    inputs["int4_packed"], inputs["int4_scales"] = packed(2, 4)
+    inputs["mxfp4_packed"], inputs["mxfp4_scales"] = packed(3, 4, np.uint8)
+    inputs["fp8_packed"], inputs["fp8_scales"] = packed(4, 8)
+    inputs["int3_packed"], inputs["int3_scales"] = packed(5, 3)
+    inputs["int2_packed"], inputs["int2_scales"] = packed(6, 2)
     inputs["bias"] = numbers(np.float32, slots, outputs * parts) if draw(st.booleans()) else None
     attributes = {"formats": formats, "outputs": outputs, "gather": int(gather), "activation": activation}
     return inputs, attributes | {"activation_bits": draw(st.sampled_from([8, 32]))}, (pairs, outputs)

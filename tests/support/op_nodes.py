@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 import rq_compile
 from rq_compile.engine import library
 from rq_compile.quantization.formats import PACKED_FORMATS, BlockFormat, block_size, tensors_of
-from rq_compile.quantization.packing import Quantized
+from rq_compile.quantization.packing import Quantized, packed_codes
 from rq_compile.rewrite.panels import float_panels, packed_panels, scale_panels
 
 GATED = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "limited_swiglu"}
@@ -147,7 +147,7 @@ def pack(
             exact.append(weights.astype(np.float64))
             continue
         kept = PACKED_FORMATS[group]
-        bits, numbers = kept.bits, np.array(kept.numbers)
+        numbers = np.array(kept.numbers)
         zero, least = (kept.zero_point, kept.least) if isinstance(kept, BlockFormat) else (0, 0)
         code = rng.integers(zero + least, len(numbers), (rows, blocks * block)).astype(np.uint8)
         code[np.isnan(numbers[code])] = zero
@@ -160,8 +160,7 @@ def pack(
             scale = rng.uniform(0.001, 0.01, (rows, blocks)).astype(np.float32)
             values = scale.astype(np.float64)
         exact.append((numbers[code] * np.repeat(values, block, axis=1))[:, :columns])
-        packed = np.bitwise_or.reduce([code[:, place :: 8 // bits] << place * bits for place in range(8 // bits)])
-        by_row = Quantized(packed, scale)
+        by_row = Quantized(packed_codes(code, kept.bits), scale)
         stacked[f"{group}_packed"].append(packed_panels(by_row, group, halves))
         stacked[f"{group}_scales"].append(scale_panels(by_row, halves))
     inputs = {name: np.stack(arrays) if arrays else None for name, arrays in stacked.items()}

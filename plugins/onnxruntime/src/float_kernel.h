@@ -3,12 +3,6 @@
 
 constexpr int64_t kChunk = 256;  // columns of a panel per chunk: 16 KiB in fp32
 
-constexpr bool is_quantized(Storage storage) { return storage >= Storage::int8; }
-// Columns that a panel stores together, and their bytes.
-constexpr int columns_of(Storage storage) {
-  return storage == Storage::int8 || storage == Storage::fp8 ? 4 : is_quantized(storage) ? 8 : 1;
-}
-constexpr int64_t bytes_of(Storage storage) { return kPanel * (storage == Storage::fp16 || storage == Storage::bf16 ? 2 : 4); }
 // With more rows than this at once, converting all weights into a buffer first is faster.
 constexpr int direct_rows(Storage storage) { return is_quantized(storage) ? kUnpackingRows : kFloatRows; }
 // Panels that this number of rows reads side by side; converting weights to fp32 in registers needs some of the registers.
@@ -17,8 +11,8 @@ constexpr int panels_of(Storage storage, int rows) {
   const int panels = float_panels(rows, storage != Storage::fp32);
   return panels < most ? panels : static_cast<int>(most);
 }
-// Quantized weights are converted from the uppermost byte of a word; the result times this is the weight's number, which the scale
-// multiplies.
+// Quantized weights of 4 and 8 bits are converted from the uppermost byte of a word; the result times this is the weight's number,
+// which the scale multiplies.
 constexpr float unit_of(Storage storage) {
   switch (storage) {
     case Storage::int8: return 0x1p-24f;
@@ -31,7 +25,7 @@ constexpr float unit_of(Storage storage) {
 // The v-th vector of column j of a group.
 template <Storage storage>
 inline Floats weights_at(const uint8_t* group, int64_t v, int j) {
-  const uint8_t* p = group + v * kLanes * (bytes_of(storage) / kPanel);
+  const uint8_t* p = group + v * kLanes * (bytes_of(storage) / (kPanel * lines_of(storage)));
   if constexpr (storage == Storage::fp16) return load_half(reinterpret_cast<const uint16_t*>(p));
   if constexpr (storage == Storage::bf16) return load_bfloat(reinterpret_cast<const uint16_t*>(p));
   if constexpr (storage == Storage::fp32) return load(reinterpret_cast<const float*>(p));
@@ -43,17 +37,33 @@ inline Floats weights_at(const uint8_t* group, int64_t v, int j) {
   if constexpr (storage == Storage::fp8) return from_e4m3(top_byte(load_ints(p), j));
   if constexpr (storage == Storage::mxfp4) {
     const Ints codes = load_ints(p);
-    return to_floats(top_byte(look_up(kE2m1, j < 4 ? low_nibbles(codes) : high_nibbles(codes)), j % 4));
+    return to_floats(top_byte(look_up(kE2m1, j < 4 ? bits_at<0, 4>(codes) : bits_at<4, 4>(codes)), j % 4));
+  }
+  if constexpr (storage == Storage::int2) return numbers_of_2_bits(load_ints(p), 8 * (j % 4) + j / 4 * 2);
+  if constexpr (storage == Storage::int3) {
+    Ints lines[lines_of(storage)];
+    load_lines<storage>(group, v, lines);
+    const int four = j / 4, byte = 8 * (j % 4);
+    if (four < 6) return numbers_of_3_bits(lines[four / 2], byte + four % 2 * 3);
+    return numbers_of_3_bits(four == 6 ? codes_at<storage, 6>(lines) : codes_at<storage, 7>(lines), byte);
   }
 }
 
-// Converts `count` columns, rounded up to complete groups, to out[column][16].
+template <Storage storage, int j, int end>
+__attribute__((always_inline)) inline void unpack_columns(const uint8_t* group, float* out) {
+  for (int64_t v = 0; v < kVectors; ++v) store(out + j * kPanel + v * kLanes, weights_at<storage>(group, v, j));
+  if constexpr (j + 1 < end) unpack_columns<storage, j + 1, end>(group, out);
+}
+
+// Converts `count` columns, rounded up to complete groups (or the half group at the end of a block), to out[column][16].
 template <Storage storage>
 void unpack(const uint8_t* group, int64_t count, float* out) {
   for (int64_t c = 0; c < count; c += columns_of(storage), group += bytes_of(storage)) {
-    for (int j = 0; j < columns_of(storage); ++j, out += kPanel) {
-      for (int64_t v = 0; v < kVectors; ++v) store(out + v * kLanes, weights_at<storage>(group, v, j));
+    if constexpr (storage == Storage::int3) {
+      if (count - c <= kHalfGroup) return unpack_columns<storage, 0, kHalfGroup>(group, out);
     }
+    unpack_columns<storage, 0, columns_of(storage)>(group, out);
+    out += columns_of(storage) * kPanel;
   }
 }
 
@@ -143,7 +153,13 @@ void multiply_chunks(const float* const* x, int64_t rows, const Matrix& weights,
         for (int64_t v = 0; v < kPanel; v += kLanes) store(powers[p] + v, load_powers(scales + p * scales_stride + v));
       }
     }
-    chunk.weights = data + chunk.begin / columns_of(storage) * bytes_of(storage);
+    if constexpr (is_quantized(storage)) {  // blocks begin with a group
+      const int64_t column = chunk.begin % weights.block;
+      chunk.weights = data + chunk.begin / weights.block * (panel_bytes / weights.blocks);
+      chunk.weights += column / columns_of(storage) * bytes_of(storage);
+    } else {
+      chunk.weights = data + chunk.begin * bytes_of(storage);
+    }
     Chunk floats = chunk;
     floats.weights = reinterpret_cast<const uint8_t*>(converted);
     floats.stride = sizeof converted[0];
@@ -181,5 +197,7 @@ void multiply_floats(const float* const* x, int64_t rows, const Matrix& weights,
     case Storage::int4: return multiply_panels<Storage::int4>(x, rows, weights, first, count, out);
     case Storage::mxfp4: return multiply_panels<Storage::mxfp4>(x, rows, weights, first, count, out);
     case Storage::fp8: return multiply_panels<Storage::fp8>(x, rows, weights, first, count, out);
+    case Storage::int3: return multiply_panels<Storage::int3>(x, rows, weights, first, count, out);
+    case Storage::int2: return multiply_panels<Storage::int2>(x, rows, weights, first, count, out);
   }
 }

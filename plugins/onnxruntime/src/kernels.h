@@ -7,12 +7,29 @@
 
 namespace rq {
 
-enum class Storage { fp32, fp16, bf16, int8, int4, mxfp4, fp8 };
+enum class Storage { fp32, fp16, bf16, int8, int4, mxfp4, fp8, int3, int2 };
 enum class Activation { none, swiglu, geglu, geglu_tanh, clamped_swiglu, limited_swiglu, relu, gelu, relu2 };
 
 constexpr int64_t kPanel = 16;       // weight rows of a panel: the lanes of a kernel
 constexpr int64_t kSideBySide = 4;   // the most panels that a kernel processes at once
 constexpr int64_t kMaxBlock = 1024;  // dot products of int8 blocks up to here are exact in fp32
+
+constexpr int bits_of(Storage storage) {
+  switch (storage) {
+    case Storage::fp32: return 32;
+    case Storage::fp16:
+    case Storage::bf16: return 16;
+    case Storage::int8:
+    case Storage::fp8: return 8;
+    case Storage::int4:
+    case Storage::mxfp4: return 4;
+    case Storage::int3: return 3;
+    case Storage::int2: return 2;
+  }
+  return 0;
+}
+// Words of four bytes that hold `columns` quantized weights of a row. Only int3 in blocks of 16 does not fill the last one.
+constexpr int64_t words_of(int64_t columns, int64_t bits) { return (columns * bits + 31) / 32; }
 
 // Whether x may be rounded to int8 for the products: the weights are whole numbers times scales.
 constexpr bool takes_int8(Storage storage) { return storage >= Storage::int8 && storage != Storage::fp8; }

@@ -23,6 +23,7 @@ alignas(16) constexpr int8_t kE2m1Offset[16] = {12, 13, 14, 15, 16, 18, 20, 24, 
 #include "activation_kernel.h"
 #include "combine_kernel.h"
 #include "loops.h"
+#include "panel_groups.h"
 #include "float_kernel.h"
 #include "round.h"
 #ifdef RQ_BFLOAT_PRODUCTS

@@ -82,8 +82,13 @@ inline Floats from_e4m3(Ints top) {
   memcpy(&v, &bits, sizeof v);
   return v * 0x1p120f;
 }
-inline Ints low_nibbles(Ints v) { return v & 0x0f0f0f0f; }
-inline Ints high_nibbles(Ints v) { return (v >> 4) & 0x0f0f0f0f; }
+// Every byte n bits lower; its upper bits may be those of the next byte.
+constexpr bool kShiftsBytes = false;
+template <int n>
+inline Ints shift_right(Ints v) { return v >> n; }
+// The numbers whose codes begin at bit `first` of each word, of 2 bits (less 2) or 3 bits (less 4).
+inline Floats numbers_of_2_bits(Ints words, int first) { return to_floats(((words << (30 - first)) ^ INT32_MIN) >> 30); }
+inline Floats numbers_of_3_bits(Ints words, int first) { return to_floats(((words << (29 - first)) ^ INT32_MIN) >> 29); }
 
 using Partial = Ints;
 constexpr int kPartialColumns = 1024;  // of any block

@@ -9,14 +9,16 @@ struct PanelBlock {
   int64_t scales_stride;
 };
 
-// What dot_int4 multiplies for the numbers in four bits: not negative, and more than the number by offset_of.
-template <Storage storage>
-inline Ints numbers_of(Ints nibbles) {
-  if constexpr (storage == Storage::mxfp4) return look_up(kE2m1Offset, nibbles);
-  else return nibbles;
+// What a dot product multiplies for the k-th four columns of a group: not negative, and more than the numbers by offset_of. The
+// sign of int8 is left to dot_int8.
+template <Storage storage, int k>
+inline Ints numbers_at(const Ints* lines) {
+  const Ints codes = codes_at<storage, k>(lines);
+  if constexpr (storage == Storage::mxfp4) return look_up(kE2m1Offset, codes);
+  else return codes;
 }
 constexpr int32_t offset_of(Storage storage) {
-  return storage == Storage::int8 ? kInt8Offset : storage == Storage::mxfp4 ? kE2m1Largest : 8;
+  return storage == Storage::int8 ? kInt8Offset : storage == Storage::mxfp4 ? kE2m1Largest : 1 << (bits_of(storage) - 1);
 }
 
 // The scales of kLanes rows, times that of a row of x.
@@ -27,7 +29,9 @@ inline Floats scales_with(const uint8_t* scales, int64_t lane, float scale) {
 }
 
 // Instructions per row and panel for a line, 64 bytes of the panel.
-constexpr int instructions_of(Storage storage) { return (storage == Storage::int8 ? 1 : 2) * kDotInstructions; }
+constexpr int instructions_of(Storage storage) {
+  return (fours_of(storage) + lines_of(storage) - 1) / lines_of(storage) * kDotInstructions;
+}
 
 // sum[i][p] += dot(x[i], 16 rows of panel p) over the block; the weights are still offset by offset_of.
 template <int R, int P>
@@ -52,42 +56,75 @@ __attribute__((always_inline)) inline void add_int8_columns(const uint8_t* const
   }
 }
 
-// The same for the columns `begin` to `end`. Sum is the type that dot_int4 adds to.
-template <Storage storage, int R, int P, typename Sum>
-__attribute__((always_inline)) inline void add_int4_columns(const uint8_t* const* x, const PanelBlock& block, int64_t begin,
-                                                            int64_t end, Sum (&sum)[R][P][kVectors]) {
-  const uint8_t* line = block.weights + begin / 8 * (kPanel * 4);
+// The same for the k-th and the following four columns of a group, up to `fours` of them; x of the first is at x[i] + c.
+template <Storage storage, int k, int fours, int R, int P, typename Sum>
+__attribute__((always_inline)) inline void add_fours(const uint8_t* const* x, int64_t c,
+                                                     const Ints (&lines)[P][kVectors][lines_of(storage)],
+                                                     Sum (&sum)[R][P][kVectors]) {
+  Ints weights[P][kVectors];
 #pragma GCC unroll 4
-  for (int64_t c = begin; c < end; c += 8, line += kPanel * 4) {
-    Ints low[P][kVectors], high[P][kVectors];
+  for (int p = 0; p < P; ++p) {
+    for (int v = 0; v < kVectors; ++v) weights[p][v] = numbers_at<storage, k>(lines[p][v]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    const Ints four = spread(x[i] + c + 4 * k);
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      prefetch<P, R * instructions_of(storage)>(line + p * block.stride);
-      for (int v = 0; v < kVectors; ++v) {
-        const Ints bytes = load_ints(line + p * block.stride + v * kLanes * 4);
-        low[p][v] = numbers_of<storage>(low_nibbles(bytes));
-        high[p][v] = numbers_of<storage>(high_nibbles(bytes));
-      }
+      for (int v = 0; v < kVectors; ++v) sum[i][p][v] = dot_int4(sum[i][p][v], weights[p][v], four);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      const Ints first = spread(x[i] + c), second = spread(x[i] + c + 4);
+  }
+  if constexpr (k + 1 < fours) add_fours<storage, k + 1, fours>(x, c, lines, sum);
+}
+
+template <Storage storage, int fours, int R, int P, typename Sum>
+__attribute__((always_inline)) inline void add_group(const uint8_t* const* x, int64_t c, const uint8_t* group, int64_t stride,
+                                                     Sum (&sum)[R][P][kVectors]) {
+  constexpr int count = static_cast<int>(words_of(4 * fours, bits_of(storage)));
+  Ints lines[P][kVectors][lines_of(storage)];
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) {
-        for (int v = 0; v < kVectors; ++v) {
-          sum[i][p][v] = dot_int4(dot_int4(sum[i][p][v], low[p][v], first), high[p][v], second);
-        }
-      }
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+      const uint8_t* line = group + p * stride + i * kPanel * 4;
+      prefetch<P, R * instructions_of(storage)>(line);
+      for (int v = 0; v < kVectors; ++v) lines[p][v][i] = load_ints(line + v * kLanes * 4);
     }
+  }
+  add_fours<storage, 0, fours>(x, c, lines, sum);
+}
+
+// The same for the columns `begin` to `end`, of less than 8 bits. Sum is the type that dot_int4 adds to.
+template <Storage storage, int R, int P, typename Sum>
+__attribute__((always_inline)) inline void add_columns(const uint8_t* const* x, const PanelBlock& block, int64_t begin, int64_t end,
+                                                       Sum (&sum)[R][P][kVectors]) {
+  constexpr int fours = fours_of(storage), columns = columns_of(storage);
+  const uint8_t* group = block.weights + begin / columns * bytes_of(storage);
+  if constexpr (fours == 2) {
+#pragma GCC unroll 4
+    for (int64_t c = begin; c < end; c += columns, group += bytes_of(storage)) {
+      add_group<storage, fours>(x, c, group, block.stride, sum);
+    }
+  } else {
+    int64_t c = begin;
+    for (; c + columns <= end; c += columns, group += bytes_of(storage)) {
+      add_group<storage, fours>(x, c, group, block.stride, sum);
+    }
+    if (storage == Storage::int3 && c < end) add_group<storage, fours / 2>(x, c, group, block.stride, sum);
   }
 }
 
-// A Partial holds the products of `step` columns without overflow.
-template <Storage storage, int step, int R, int P>
-void add_int4_partials(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
+// Columns whose products a Partial holds without overflow: kPartialColumns of int4. Numbers of mxfp4 are up to 24.
+constexpr int partial_columns(Storage storage) {
+  return storage == Storage::mxfp4 ? 16 : kPartialColumns * (16 >> bits_of(storage));
+}
+
+// A Partial for every `step` columns; `whole`: which divide them.
+template <Storage storage, int step, bool whole, int R, int P>
+void add_partials(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
   for (int64_t begin = 0; begin < columns; begin += step) {
     Partial partial[R][P][kVectors];
-    add_int4_columns<storage>(x, block, begin, begin + step, partial);
+    add_columns<storage>(x, block, begin, whole || begin + step < columns ? begin + step : columns, partial);
     for (int i = 0; i < R; ++i) {
       for (int p = 0; p < P; ++p) {
         for (int v = 0; v < kVectors; ++v) total[i][p][v] = widen(total[i][p][v], partial[i][p][v]);
@@ -109,11 +146,11 @@ template <Storage storage, int R, int P>
 void add_products(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
   if constexpr (has_matrix_products(R)) add_matrix_products<storage>(x, block, columns, total);
   else if constexpr (storage == Storage::int8) add_int8_columns(x, block, columns, total);
-  else if constexpr (kPartialColumns >= kMaxBlock) add_int4_columns<storage>(x, block, 0, columns, total);
-  else if (storage == Storage::int4 && columns % kPartialColumns == 0) {
-    add_int4_partials<storage, kPartialColumns>(x, block, columns, total);
-  } else {
-    add_int4_partials<storage, 16>(x, block, columns, total);  // numbers of mxfp4 are up to 24
+  else if constexpr (kPartialColumns >= kMaxBlock) add_columns<storage>(x, block, 0, columns, total);
+  else {
+    constexpr int step = partial_columns(storage);
+    if (columns % step == 0) add_partials<storage, step, true>(x, block, columns, total);
+    else add_partials<storage, step, false>(x, block, columns, total);
   }
 }
 
@@ -183,6 +220,8 @@ void multiply_quantized(const uint8_t* const* x, int64_t rows, const QuantizedLa
   switch (weights.storage) {
     case Storage::int8: return multiply_panels<Storage::int8>(x, rows, layout, weights, first, count, out);
     case Storage::mxfp4: return multiply_panels<Storage::mxfp4>(x, rows, layout, weights, first, count, out);
+    case Storage::int3: return multiply_panels<Storage::int3>(x, rows, layout, weights, first, count, out);
+    case Storage::int2: return multiply_panels<Storage::int2>(x, rows, layout, weights, first, count, out);
     default: return multiply_panels<Storage::int4>(x, rows, layout, weights, first, count, out);
   }
 }

@@ -17,8 +17,8 @@ struct Random {
 };
 
 std::vector<uint8_t> random_panels(Storage storage, Random& random) {
-  const int bits = storage == Storage::fp32 ? 32 : storage == Storage::int8 || storage == Storage::fp8 ? 8 : storage >= Storage::int4 ? 4 : 16;
-  std::vector<uint8_t> panels(static_cast<size_t>(kPanels * kBlocks * kBlock * kPanel * bits / 8));
+  const int bits = bits_of(storage);
+  std::vector<uint8_t> panels(static_cast<size_t>(kPanels * kBlocks * words_of(kBlock, bits) * 4 * kPanel));
   for (size_t i = 0; i < panels.size(); i += 4) {
     // fp16 and bf16: small numbers of either sign; fp32: a real number.
     uint32_t word = random() ^ random() << 16;
@@ -118,8 +118,8 @@ bool sums_agree(const Kernels& kernels, Random& random) {
 bool agrees_with_plain(const Kernels& kernels) {
   if (&kernels == &kPlainKernels) return true;
   Random random;
-  constexpr Storage kEvery[] = {Storage::fp32, Storage::fp16, Storage::bf16,  Storage::int8,
-                                Storage::int4, Storage::mxfp4, Storage::fp8};
+  constexpr Storage kEvery[] = {Storage::fp32,  Storage::fp16, Storage::bf16, Storage::int8, Storage::int4,
+                                Storage::mxfp4, Storage::fp8,  Storage::int3, Storage::int2};
   for (Storage storage : kEvery) {
     if (!storage_agrees(kernels, storage, random)) return false;
   }

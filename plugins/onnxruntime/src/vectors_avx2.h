@@ -61,7 +61,18 @@ inline Floats from_e4m3(Ints top) {
   const Ints bits = _mm256_and_si256(_mm256_srai_epi32(top, 4), _mm256_set1_epi32(static_cast<int32_t>(0x87f00000u)));
   return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));
 }
-inline Ints low_nibbles(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-inline Ints high_nibbles(Ints v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
+// Every byte n bits lower; its upper bits may be those of the next byte.
+constexpr bool kShiftsBytes = false;
+template <int n>
+inline Ints shift_right(Ints v) { return _mm256_srli_epi16(v, n); }
+// The numbers whose codes begin at bit `first` of each word, of 2 bits (less 2) or 3 bits (less 4).
+inline Floats numbers_of_2_bits(Ints words, int first) {
+  const Ints codes = _mm256_srl_epi32(words, _mm_cvtsi32_si128(first));
+  return _mm256_permutevar_ps(_mm256_setr_ps(-2, -1, 0, 1, -2, -1, 0, 1), codes);  // by the lowest 2 bits
+}
+inline Floats numbers_of_3_bits(Ints words, int first) {
+  const Ints codes = _mm256_srl_epi32(words, _mm_cvtsi32_si128(first));
+  return _mm256_permutevar8x32_ps(_mm256_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3), codes);  // by the lowest 3 bits
+}
 
 }  // namespace

@@ -58,7 +58,18 @@ inline Floats from_e4m3(Ints top) {
   const Ints bits = vandq_s32(vshrq_n_s32(top, 4), vdupq_n_s32(static_cast<int32_t>(0x87f00000u)));
   return vmulq_n_f32(vreinterpretq_f32_s32(bits), 0x1p120f);
 }
-inline Ints low_nibbles(Ints v) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(v), vdupq_n_u8(15))); }
-inline Ints high_nibbles(Ints v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), 4)); }
+// Every byte n bits lower.
+constexpr bool kShiftsBytes = true;
+template <int n>
+inline Ints shift_right(Ints v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), n)); }
+// The numbers whose codes begin at bit `first` of each word, of 2 bits (less 2) or 3 bits (less 4).
+inline Floats numbers_of_2_bits(Ints words, int first) {
+  const Ints top = vshlq_s32(words, vdupq_n_s32(30 - first));
+  return vcvtq_f32_s32(vshrq_n_s32(veorq_s32(top, vdupq_n_s32(INT32_MIN)), 30));
+}
+inline Floats numbers_of_3_bits(Ints words, int first) {
+  const Ints top = vshlq_s32(words, vdupq_n_s32(29 - first));
+  return vcvtq_f32_s32(vshrq_n_s32(veorq_s32(top, vdupq_n_s32(INT32_MIN)), 29));
+}
 
 }  // namespace

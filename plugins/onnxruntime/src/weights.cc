@@ -8,7 +8,8 @@ namespace rq {
 namespace {
 
 // The kernels' name for each format group. That of float weights depends on their type.
-constexpr Storage kStorage[] = {Storage::fp32, Storage::int8, Storage::int4, Storage::mxfp4, Storage::fp8};
+constexpr Storage kStorage[] = {Storage::fp32, Storage::int8, Storage::int4, Storage::mxfp4, Storage::fp8,
+                                Storage::int3, Storage::int2};
 static_assert(std::size(kStorage) == kGroups, "each format group has its kernels");
 
 // Reads the inputs of a node in order, and skips missing ones: in version 1 of the op set, nodes have empty inputs for formats
@@ -57,11 +58,14 @@ Matrix quantized_group(const Tensor& packed, const Tensor& scales, const FormatG
   require(packed.dim(3) == 4 * kPanel, name, " has groups of ", packed.dim(3), " bytes, not ", 4 * kPanel);
   require(scales.dim(0) == packed.dim(0) && scales.dim(1) == packed.dim(1) && scales.dim(3) == kPanel, "the scales of ", name,
           " have other slots or panels");
-  const int64_t blocks = scales.dim(2), padded = packed.dim(2) * 32 / group.bits;  // a row is stored in groups of four bytes
-  require(blocks > 0 && padded % blocks == 0, name, " has ", padded, " columns for ", blocks, " scales a row");
-  const int64_t block = padded / blocks;
+  const int64_t blocks = scales.dim(2), words = packed.dim(2), padded = words * 32 / group.bits;
+  const bool fills_words = 32 % group.bits == 0;
+  require(blocks > 0 && (fills_words ? padded : words) % blocks == 0, name, " has ", padded, " columns for ", blocks,
+          " scales a row");
+  const int64_t block = fills_words ? padded / blocks : words / blocks * 32 / group.bits / 16 * 16;
   require(block > 0 && block % 16 == 0 && block <= kMaxBlock, name, " has blocks of ", block, ", not a multiple of 16 up to ",
           kMaxBlock);
+  require(words_of(block, group.bits) * blocks == words, name, " has blocks of ", words / blocks, " words, which no block takes");
   require((columns + block - 1) / block == blocks, name, " has ", blocks, " blocks of ", block, " for ", columns, " columns");
   return {storage, packed.as<uint8_t>(), static_cast<size_t>(packed.dim(2) * packed.dim(3)), scales.as<uint8_t>(), columns, block,
           blocks};

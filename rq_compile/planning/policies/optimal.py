@@ -40,6 +40,7 @@ from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.allocation import slot_experts
 from rq_compile.planning.budget import over_budget
+from rq_compile.planning.few_bits import check_stored, or_fewer_bits, or_measure
 from rq_compile.planning.fewest_reads import fewest_reads
 from rq_compile.planning.knapsack import smallest_formats
 from rq_compile.planning.max_error import fewest_bytes, least_objective
@@ -76,7 +77,8 @@ def decide(problem: Problem, options: Options) -> Decision:
     _check_objective(problem, options)
     allowed = _allowed_formats(problem, options.formats)
     if problem.whole is None and (least := _least_bytes(_with_formats(problem, allowed))) > problem.budget:
-        raise over_budget(least, problem.memory, problem.bytes_before, "one slot per expert in its smallest format")
+        who, alternative = "one slot per expert in its smallest format", or_fewer_bits(problem, least - problem.budget)
+        raise over_budget(least, problem.memory, problem.bytes_before, who, alternative=alternative)
     solutions = [_solution(_with_formats(problem, formats), options) for formats in _float_choices(allowed)]
     found = [solution for solution in solutions if solution is not None and np.isfinite(solution.value)]
     if not found:
@@ -157,8 +159,11 @@ def _allowed_formats(problem: Problem, names: str) -> list[Format]:
     wanted = [name.strip() for name in names.split(",")] if names else measured
     for name in wanted:
         if name not in measured:
+            check_stored(name, problem.cost.target)
             raise UserError(
-                f"option formats names {name}, but the experts were measured in {', '.join(measured)}; choose among these", 2
+                f"option formats names {name}, but the experts were measured in {', '.join(measured)}; choose among these"
+                f"{or_measure(problem, name)}",
+                2,
             )
     return [format for format in measured if format in wanted]
 

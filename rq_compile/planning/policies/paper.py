@@ -24,6 +24,7 @@ from pydantic import AfterValidator, Field
 from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.budget import allowed, over_budget
+from rq_compile.planning.few_bits import check_stored, measuring
 from rq_compile.planning.metrics import rank_loads
 from rq_compile.planning.policies.none import unplanned
 from rq_compile.planning.problem import Decision, Layer, Problem
@@ -44,8 +45,18 @@ class Options(Document):
 
 
 def decide(problem: Problem, options: Options) -> Decision:
+    """
+    Raises:
+        UserError: the experts of a layer were not measured in the format; or see ``_less_important``.
+    """
     slots, more = [], []
+    check_stored(options.format, problem.cost.target)
     for layer in problem.layers:
+        if options.format not in layer.formats:
+            index, known = layer.calibration.index, ", ".join(layer.formats[1:])
+            choice = f"choose one of {known} with --option format, or " if known else ""
+            again = measuring([*layer.formats, options.format])
+            raise UserError(f"layer {index} was not measured in {options.format}; {choice}calibrate again with {again}", 2)
         chosen = _less_important(layer, problem.memory, options)
         if len(chosen) > 1:
             more.append(layer.calibration.index)
@@ -63,10 +74,8 @@ def _less_important(layer: Layer, memory: float, options: Options) -> list[int]:
     """The experts that are quantized in place.
 
     Raises:
-        UserError: the layer's budget cannot be met, or its experts were not measured in the format.
+        UserError: the layer's budget cannot be met, or the format cannot hold an expert.
     """
-    if options.format not in layer.formats:
-        raise UserError(f"layer {layer.calibration.index} was not measured in {options.format}; calibrate again", 2)
     whole, half = (layer.geometry.expert_bytes(format) for format in (layer.formats[0], options.format))
     ranking = [int(expert) for expert in np.argsort(-np.asarray(layer.calibration.wanda), kind="stable")]
     heavy = heavy_hitter(layer)

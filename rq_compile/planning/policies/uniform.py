@@ -5,6 +5,7 @@ from pydantic import Field
 from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.by_priority import one_slot_each
+from rq_compile.planning.few_bits import check_stored, or_measure
 from rq_compile.planning.problem import Decision, Problem
 
 
@@ -22,9 +23,10 @@ def decide(problem: Problem, options: Options) -> Decision:
     name = options.format or _largest(problem)
     for layer in problem.layers:
         if name not in layer.formats:
+            check_stored(name, problem.cost.target)
             raise UserError(
                 f"layer {layer.calibration.index} was not measured in {name}, but in {', '.join(layer.formats)}; "
-                "choose one of these with --option format",
+                f"choose one of these with --option format{or_measure(problem, name)}",
                 2,
             )
     return Decision(one_slot_each(problem, lambda position, _: problem.layers[position].formats.index(name)))

@@ -35,9 +35,10 @@ def packed(q: np.ndarray, format: Format) -> np.ndarray:
 
 def packed_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """uint8 ``[rows, columns * bits / 8]`` from ``codes [rows, columns]``; ``unpacked`` is the inverse."""
-    if 8 % bits:
-        each = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-        return np.packbits(each.reshape(len(codes), -1), axis=-1, bitorder="little")
+    if 8 % bits:  # eight codes in every `bits` bytes
+        eights = reduce(np.bitwise_or, [codes[:, i::8].astype(np.uint64) << np.uint64(i * bits) for i in range(8)])
+        parts = [(eights >> np.uint64(8 * i)).astype(np.uint8) for i in range(bits)]
+        return np.stack(parts, axis=-1).reshape(len(codes), -1)
     of_a_byte = 8 // bits
     return reduce(np.bitwise_or, [codes[:, place::of_a_byte] << place * bits for place in range(of_a_byte)])
 
@@ -82,9 +83,10 @@ def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return packed
     if 8 % bits:
-        columns = np.unpackbits(packed, axis=-1, bitorder="little").reshape(len(packed), -1, bits)
-        return np.packbits(columns, axis=-1, bitorder="little")[..., 0]
-    parts = [packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)]
+        eights = reduce(np.bitwise_or, [packed[:, i::bits].astype(np.uint64) << np.uint64(8 * i) for i in range(bits)])
+        parts = [(eights >> np.uint64(bits * i)).astype(np.uint8) & (1 << bits) - 1 for i in range(8)]
+    else:
+        parts = [packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)]
     return np.stack(parts, axis=-1).reshape(len(packed), -1)
 
 

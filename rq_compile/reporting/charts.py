@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from rq_compile.planning.schema import Plan
-from rq_compile.reporting.maps import formats_of
+from rq_compile.quantization.formats import Format
+from rq_compile.reporting.maps import formats_of, tone_of
 
 MOST_TICKS = 6
 
@@ -33,11 +34,16 @@ def balance_scale(values: Iterable[float]) -> Scale:
 class Segment:
     """``count`` slots of ``format`` and their bytes. The segment begins at ``start`` and is ``width`` wide, in per cent."""
 
-    format: str
+    format: Format
     count: int
     bytes: int
     start: float
     width: float
+
+    @property
+    def tone(self) -> str:
+        """The class of its colour."""
+        return tone_of(self.format)
 
 
 @dataclass(frozen=True)

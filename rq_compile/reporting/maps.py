@@ -46,9 +46,14 @@ def legend() -> list[tuple[str, str]]:
     return [("t0", "none"), *between, (f"t{len(BOUNDS)}", f"over {BOUNDS[-1]:g}")]
 
 
+def tone_of(format: Format) -> str:
+    """The class of a format's colour: one for each number of bits."""
+    return f"bits{SLOT_FORMATS[format].bits}"
+
+
 def formats_legend(plan: Plan) -> list[tuple[str, str]]:
     held = {slot.format for layer in plan.layers for slot in layer.slots}
-    return [(f"bits{SLOT_FORMATS[format].bits}", format) for format in FORMATS if format in held]
+    return [(tone_of(format), format) for format in FORMATS if format in held]
 
 
 def loads(layer: LayerPlan) -> list[float] | None:
@@ -106,7 +111,7 @@ def stored(row: int, layer: LayerPlan) -> Iterator[Cell]:
             row=row,
             column=column,
             width=width,
-            tone=f"bits{SLOT_FORMATS[slot.format].bits}",
+            tone=tone_of(slot.format),
             number="" if width < 1 / 2 else str(SLOT_FORMATS[slot.format].bits),
             tip=f"{name(layer, number)}: {slot.format}, {layer.geometry.expert_bytes(slot.format):,} bytes",
         )

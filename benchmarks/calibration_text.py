@@ -27,7 +27,7 @@ from rq_compile.calibration.estimate import MIN_PAIRS
 from rq_compile.calibration.recording import record
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.quantization.formats import QUANTIZED_FORMATS
+from rq_compile.quantization.formats import MEASURED_FORMATS
 from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import whole_moment
 
@@ -58,12 +58,12 @@ def rounding(model: Model, statistics: Statistics, moments: list[np.ndarray]) ->
     for layer, moment in zip(model.layers, moments, strict=True):
         for expert in range(0, layer.geometry.experts, EVERY):
             weights = model.expert(layer, expert).up.astype(np.float32)
-            for format in QUANTIZED_FORMATS:
+            for format in MEASURED_FORMATS:
                 for by_moment in (True, False):
                     given = statistics.input_moment(layer.name) if by_moment else None
                     change = (stored(weights, format, given) - weights).astype(np.float64)
                     error[format, by_moment] += float(np.einsum("ij,jk,ik->", change, moment, change, optimize=True))
-    return {format: round(error[format, True] / error[format, False], 4) for format in QUANTIZED_FORMATS}
+    return {format: round(error[format, True] / error[format, False], 4) for format in MEASURED_FORMATS}
 
 
 def factors(found: np.ndarray, known: np.ndarray) -> list[float]:

@@ -31,7 +31,7 @@ from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.recording import LayerRecording, record
 from rq_compile.calibration.text import batches, tokenize
-from rq_compile.quantization.formats import QUANTIZED_FORMATS, Format, block_size
+from rq_compile.quantization.formats import MEASURED_FORMATS, Format, block_size
 from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
 
@@ -89,7 +89,7 @@ def of_matrix(
     projection: str, matrix: np.ndarray, moment: SecondMoment, unseen: np.ndarray
 ) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
     block = block_size(matrix.shape[1])
-    for format in QUANTIZED_FORMATS:
+    for format in MEASURED_FORMATS:
         rounded = stored(matrix, format, moment), by_blocks(matrix, format, moment, block), stored(matrix, format)
         changes = [matrix - some.astype(np.float64) for some in rounded]
         yield (projection, format), np.array([((change @ unseen) * change).sum() for change in changes])

@@ -32,6 +32,7 @@ class Stock(Lowering):
     name: ClassVar[str] = "stock"
     summary: ClassVar[str] = "runs in any ONNX Runtime"
     planned_for: ClassVar[Target] = "cpu"
+    # MatMulNBits takes 2 bits too, but with fp32 activations it is then many times slower (ONNX Runtime 1.32).
     held_as: ClassVar[Mapping[Format, Format]] = {"mxfp4": "int8", "fp8": "fp32", "int3": "int4", "int2": "int4"}
     options: ClassVar[tuple[str, ...]] = ("activation_bits",)
     rounds_dense: ClassVar[bool] = True

@@ -18,9 +18,7 @@ def gptq_in_float64(weights: np.ndarray, format: Format, moment: np.ndarray, blo
             part = left[:, column : column + block]
             largest, smallest = part.max(1), part.min(1)
             end = (
-                np.maximum(largest, -smallest) / 127
-                if format == "int8"
-                else np.where(largest > -smallest, largest, smallest) / -8
+                np.maximum(largest, -smallest) / high if low == -high else np.where(largest > -smallest, largest, smallest) / low
             )
             scales = end[:, None] * fractions
             tried = np.clip(np.rint(part[:, None] / scales[..., None]), low, high) * scales[..., None] - part[:, None]

@@ -39,13 +39,13 @@ inline Floats weights_at(const uint8_t* group, int64_t v, int j) {
     const Ints codes = load_ints(p);
     return to_floats(top_byte(look_up(kE2m1, j < 4 ? bits_at<0, 4>(codes) : bits_at<4, 4>(codes)), j % 4));
   }
-  if constexpr (storage == Storage::int2) return numbers_of_2_bits(load_ints(p), 8 * (j % 4) + j / 4 * 2);
+  if constexpr (storage == Storage::int2) return numbers_in<2>(load_ints(p), 8 * (j % 4) + j / 4 * 2);
   if constexpr (storage == Storage::int3) {
     Ints lines[lines_of(storage)];
     load_lines<storage>(group, v, lines);
     const int four = j / 4, byte = 8 * (j % 4);
-    if (four < 6) return numbers_of_3_bits(lines[four / 2], byte + four % 2 * 3);
-    return numbers_of_3_bits(four == 6 ? codes_at<storage, 6>(lines) : codes_at<storage, 7>(lines), byte);
+    if (four < 6) return numbers_in<3>(lines[four / 2], byte + four % 2 * 3);
+    return numbers_in<3>(four == 6 ? codes_at<storage, 6>(lines) : codes_at<storage, 7>(lines), byte);
   }
 }
 

@@ -86,9 +86,11 @@ inline Floats from_e4m3(Ints top) {
 constexpr bool kShiftsBytes = false;
 template <int n>
 inline Ints shift_right(Ints v) { return v >> n; }
-// The numbers whose codes begin at bit `first` of each word, of 2 bits (less 2) or 3 bits (less 4).
-inline Floats numbers_of_2_bits(Ints words, int first) { return to_floats(((words << (30 - first)) ^ INT32_MIN) >> 30); }
-inline Floats numbers_of_3_bits(Ints words, int first) { return to_floats(((words << (29 - first)) ^ INT32_MIN) >> 29); }
+// The numbers whose codes are `bits` bits (2 or 3) of each word, from bit `first` on: the codes less half of their range.
+template <int bits>
+inline Floats numbers_in(Ints words, int first) {
+  return to_floats(((words << (32 - bits - first)) ^ INT32_MIN) >> (32 - bits));
+}
 
 using Partial = Ints;
 constexpr int kPartialColumns = 1024;  // of any block

@@ -65,14 +65,12 @@ inline Floats from_e4m3(Ints top) {
 constexpr bool kShiftsBytes = false;
 template <int n>
 inline Ints shift_right(Ints v) { return _mm256_srli_epi16(v, n); }
-// The numbers whose codes begin at bit `first` of each word, of 2 bits (less 2) or 3 bits (less 4).
-inline Floats numbers_of_2_bits(Ints words, int first) {
+// The numbers whose codes are `bits` bits (2 or 3) of each word, from bit `first` on: the codes less half of their range.
+template <int bits>
+inline Floats numbers_in(Ints words, int first) {
   const Ints codes = _mm256_srl_epi32(words, _mm_cvtsi32_si128(first));
-  return _mm256_permutevar_ps(_mm256_setr_ps(-2, -1, 0, 1, -2, -1, 0, 1), codes);  // by the lowest 2 bits
-}
-inline Floats numbers_of_3_bits(Ints words, int first) {
-  const Ints codes = _mm256_srl_epi32(words, _mm_cvtsi32_si128(first));
-  return _mm256_permutevar8x32_ps(_mm256_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3), codes);  // by the lowest 3 bits
+  const Floats numbers = bits == 2 ? _mm256_setr_ps(-2, -1, 0, 1, -2, -1, 0, 1) : _mm256_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3);
+  return _mm256_permutevar8x32_ps(numbers, codes);  // by the lowest 3 bits
 }
 
 }  // namespace

@@ -66,15 +66,12 @@ inline Floats from_e4m3(Ints top) {
 constexpr bool kShiftsBytes = false;
 template <int n>
 inline Ints shift_right(Ints v) { return _mm512_srli_epi16(v, n); }
-// The numbers whose codes begin at bit `first` of each word, of 2 bits (less 2) or 3 bits (less 4).
-inline Floats numbers_of_2_bits(Ints words, int first) {
+// The numbers whose codes are `bits` bits (2 or 3) of each word, from bit `first` on: the codes less half of their range.
+template <int bits>
+inline Floats numbers_in(Ints words, int first) {
   const Ints codes = _mm512_srl_epi32(words, _mm_cvtsi32_si128(first));
-  const Floats numbers = _mm512_setr_ps(-2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1);
-  return _mm512_permutevar_ps(numbers, codes);  // by the lowest 2 bits
-}
-inline Floats numbers_of_3_bits(Ints words, int first) {
-  const Ints codes = _mm512_srl_epi32(words, _mm_cvtsi32_si128(first));
-  const Floats numbers = _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
+  const Floats numbers = bits == 2 ? _mm512_setr_ps(-2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1)
+                                   : _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
   return _mm512_permutexvar_ps(codes, numbers);  // by the lowest 4 bits
 }
 

@@ -62,14 +62,11 @@ inline Floats from_e4m3(Ints top) {
 constexpr bool kShiftsBytes = true;
 template <int n>
 inline Ints shift_right(Ints v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), n)); }
-// The numbers whose codes begin at bit `first` of each word, of 2 bits (less 2) or 3 bits (less 4).
-inline Floats numbers_of_2_bits(Ints words, int first) {
-  const Ints top = vshlq_s32(words, vdupq_n_s32(30 - first));
-  return vcvtq_f32_s32(vshrq_n_s32(veorq_s32(top, vdupq_n_s32(INT32_MIN)), 30));
-}
-inline Floats numbers_of_3_bits(Ints words, int first) {
-  const Ints top = vshlq_s32(words, vdupq_n_s32(29 - first));
-  return vcvtq_f32_s32(vshrq_n_s32(veorq_s32(top, vdupq_n_s32(INT32_MIN)), 29));
+// The numbers whose codes are `bits` bits (2 or 3) of each word, from bit `first` on: the codes less half of their range.
+template <int bits>
+inline Floats numbers_in(Ints words, int first) {
+  const Ints top = vshlq_s32(words, vdupq_n_s32(32 - bits - first));
+  return vcvtq_f32_s32(vshrq_n_s32(veorq_s32(top, vdupq_n_s32(INT32_MIN)), 32 - bits));
 }
 
 }  // namespace

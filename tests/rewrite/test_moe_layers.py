@@ -149,6 +149,7 @@ def test_a_plan_of_other_layers_is_refused() -> None:
         Plugins().lower(one_layer(128, 2), plan, lambda *_: pytest.fail("a weight was read"))
 
 
+FEW_BITS = [(0, "int3"), (1, "int2"), (2, "fp16"), (3, "int4"), (0, "int2")]  # two copies of expert 0
 FP8, BESIDE = [(e, "fp8") for e in range(4)], [(0, "fp8"), (1, "int4"), (2, "bf16"), (3, "fp8")]
 
 
@@ -161,12 +162,29 @@ FP8, BESIDE = [(e, "fp8") for e in range(4)], [(0, "fp8"), (1, "int4"), (2, "bf1
         (Stock(), BESIDE, 128, ["fp32", "int4", "fp32", "fp32"]),
         (Batched(), FP8, 128, ["fp32"] * 4),
         (Batched(), [(e, "mxfp4") for e in range(4)], 32, ["int8"] * 4),
+        (Plugins("bf16"), FEW_BITS, 64, ["int4", "int4", "fp16", "int4", "int4"]),
+        (Stock(), FEW_BITS, 64, ["int4", "int4", "fp16", "int4", "int4"]),
+        (Native(), FEW_BITS, 64, ["int3", "int2", "fp16", "int4", "int2"]),
         (Native(), BESIDE, 64, ["fp8", "int4", "bf16", "fp8"]),
     ],
 )
 def test_formats_in_which_a_lowering_holds_those_of_a_plan(lowering: Lowering, slots: Any, block: Block, held: list[str]) -> None:
     (layer,) = plan_of(geometry_of(hidden=128, intermediate=128).model_copy(update={"block": block}), slots).layers
     assert [slot.format for slot in lowering.held(layer).slots] == held
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_few_bits_are_held_as_int4_with_their_own_values(activation: Activation, tmp_path: Path) -> None:
+    geometry = geometry_of(activation)
+    model, experts = compiled_layer(geometry, FEW_BITS, tmp_path)
+    (node,) = moe_nodes(model)
+    assert list(attributes_of(node)["formats"]) == [2, 2, 0, 2, 2]
+    x, ids, gates = batch(geometry, 37)
+    x = x.astype(np.float16)
+    wanted = reference(x, ids, gates, geometry, FEW_BITS, experts)
+    np.testing.assert_allclose(
+        evaluated(node, constants_of(model), x, ids, gates), wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max()
+    )
 
 
 def test_mxfp4_has_no_other_format_beside_it() -> None:

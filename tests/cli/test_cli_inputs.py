@@ -95,7 +95,7 @@ def set_slot(**values: Any) -> Callable[[dict], None]:
     ("how", "words"),
     [
         (set_slot(expert=8), ["layer 1 places expert 8", "8 experts (0-7)"]),
-        (set_slot(format="int3"), ["layers.1.slots.2.format", "'int8'"]),
+        (set_slot(format="int5"), ["layers.1.slots.2.format", "'int8'"]),
         (lambda plan: plan.update(fingerprint="0" * 64), ["was made for olmoe (000000000000)", "calibrate"]),
         (lambda plan: plan.update(schema_version=3), ["schema version 3 is that of a newer rq-compile"]),
         (lambda plan: plan["layers"].pop(), ["no layer model.layers.1.mlp.experts"]),

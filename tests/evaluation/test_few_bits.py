@@ -39,7 +39,7 @@ def folder(
     text = ("--text", stages / "text.txt", "--sequence-length", 64)
     for arguments in (
         ("calibrate", tiny_checkpoint("olmoe"), *text, "--formats", FORMATS, "-o", calibration),
-        ("plan", calibration, "--policy", "random", "--memory", 0.24, "-o", made / "plan.json"),
+        ("plan", calibration, "--policy", "random", "--memory", 0.13, "-o", made / "plan.json"),
     ):
         result = run(*arguments, "-q")
         assert result.exit_code == 0, result.stderr
@@ -97,12 +97,15 @@ def test_the_commands_read_such_an_engine(
 ) -> None:
     engine = tmp_path / "model.onnx"
     assert run(tiny_checkpoint("olmoe"), "--plan", folder / "plan.json", "--activation-bits", 8, "-o", engine).exit_code == 0
+    (tmp_path / "held.txt").write_text((stages / "text.txt").read_text()[:600])
+    held = ("--reference", tiny_checkpoint("olmoe"), "--text", tmp_path / "held.txt", "--sequence-length", 64)
     for arguments, words in (
         (("inspect", folder / "calibration.json"), "int2"),
         (("inspect", folder / "plan.json"), "int3:"),
-        (("inspect", engine), "int2:"),
-        (("evaluate", engine, "--model", tiny_checkpoint("olmoe"), "--text", stages / "text.txt", "--tokens", 200), "perplexity"),
-        (("generate", engine, "--prompt", "abc", "--tokens", 4), ""),
+        (("inspect", engine), "int2"),
+        (("evaluate", engine, *held), "perplexity"),
+        (("generate", engine, "--prompt", "abc", "--max-tokens", 4), ""),
+        (("bench", engine, "--rounds", 1), ""),
         (("report", engine, "-o", tmp_path / "report.html"), ""),
         (("package", engine, "--for", "edge", "-o", tmp_path / "edge"), ""),
     ):

@@ -102,7 +102,8 @@ def pack_values(weights: Any, block: int) -> Any:
             elif name == "int2":
                 q = (int(packed[panel, k // 16, 4 * row + k % 4]) >> k % 16 // 4 * 2 & 3) - 2.0
             elif name == "int3":
-                q = code_of_3_bits(packed[panel, :, 4 * row + k % 4].tolist(), *divmod(k, block), block) - 4.0
+                words, (number, column) = packed[panel, :, 4 * row + k % 4].tolist(), divmod(k, block)
+                q = code_of_3_bits(words, number, column, block) - 4.0
             else:
                 byte = int(packed[panel, k // 8, 4 * row + k % 4])
                 code = byte & 15 if k % 8 < 4 else byte >> 4

@@ -19,11 +19,20 @@ SAMPLES = ("olmoe", "qwen2-moe", "top1", "deepseek-v2")
 KINDS = ("scripture", "hacker", "dictionary")
 GINIS = (0.44, 0.65)
 CASES = (*(f"OLMoE, Gini {goal}" for goal in GINIS), *SAMPLES)
-# Policy and memory.
-PLANS = (("none", 1.0), ("place", 1.0), ("eplb", 1.25), ("paper", 1.0), ("optimal", 1.0))
+ALONE = "optimal, prefill"  # planned for prefill alone, without regard to decoding
+# Name, policy and memory.
+PLANS = (
+    ("none", "none", 1.0),
+    ("place", "place", 1.0),
+    ("eplb", "eplb", 1.25),
+    ("paper", "paper", 1.0),
+    ("optimal", "optimal", 1.0),
+    (ALONE, "optimal", 1.0),
+)
 LAYERS = 2  # with OLMoE's shape
 CALIBRATED = 16384  # tokens
-BATCHES = 32  # of the calibrated tokens
+BATCHES = 32  # of the calibrated tokens of the OLMoE shapes
+SEQUENCES = 16  # of a batch
 HOLD_OUT = 1000  # seeds of the steps begin here
 
 
@@ -96,7 +105,8 @@ def _of_olmoe(goal: float) -> Case:
         made.append(layer([load.tolist()], errors, batches=batches.tolist(), **shape))
         routers.append(router)
         recorded.append(loads(router, HOLD_OUT))
-    return Case(calibration(made), routers, recorded)
+    sizes = {"batch_size": SEQUENCES, "sequence_length": CALIBRATED // BATCHES // SEQUENCES}
+    return Case(calibration(made).model_copy(update=sizes), routers, recorded)
 
 
 def _of_sample(name: str) -> Case:
@@ -105,13 +115,13 @@ def _of_sample(name: str) -> Case:
     from rq_compile.calibration.calibrate import calibrate
 
     found = []
-    for part, tokens in (("calibration", CALIBRATED), ("heldout", CALIBRATED // 2)):
+    for part, tokens, sequences in (("calibration", CALIBRATED, SEQUENCES), ("heldout", CALIBRATED // 2, 4)):
         texts = {kind: (ROOT / "samples" / "text" / f"{kind}.{part}.txt").read_text() for kind in KINDS}
         made, _ = calibrate(
             Model.open(ROOT / "samples" / name),
             texts,
             tokens=tokens,
-            batch_size=4,
+            batch_size=sequences,
             sequence_length=256,
             quantizer="nearest",
             progress=lambda done, total: None,
@@ -125,12 +135,18 @@ def _of_sample(name: str) -> Case:
     )
 
 
-def plans_of(calibration: Any, ranks: int, tokens: int) -> Iterator[tuple[str, Any]]:
-    """A plan of every policy, for steps of ``tokens`` tokens."""
+def plans_of(calibration: Any, ranks: int, tokens: int = 0) -> Iterator[tuple[str, Any]]:
+    """A plan of every policy, for the steps of the calibration or, if given, for steps of ``tokens`` tokens; and one of policy
+    ``optimal`` for prefill alone if it is another."""
     from rq_compile.planning.plan import make_plan
 
-    for policy, memory in PLANS:
-        yield policy, make_plan(calibration, policy=policy, memory=memory, ranks=ranks, target="cpu", tokens=tokens)
+    found: dict[str, Any] = {}
+    for name, policy, memory in PLANS:
+        steps = calibration.batch_size * calibration.sequence_length if name == ALONE else tokens
+        found[name] = make_plan(calibration, policy=policy, memory=memory, ranks=ranks, target="cpu", tokens=steps)
+    if tokens or found[ALONE].layers == found["optimal"].layers:
+        del found[ALONE]
+    yield from found.items()
 
 
 def rows_of_ranks(plan: Any, loads: list[np.ndarray]) -> list[np.ndarray]:

@@ -36,7 +36,8 @@ CACHES = 1 << 26  # bytes that a rank reads before each step
 
 
 def tokens_of(case: str, kind: str) -> int:
-    """Tokens of a step on all ranks together. The layers of the samples are small, so their prefill is a larger batch."""
+    """Tokens of a step on all ranks together: a batch of the calibration, or a token of each of its sequences. The layers of the
+    samples are small, so their batch is larger."""
     return 16 if kind == "decode" else 512 if case.startswith("OLMoE") else 4096
 
 
@@ -44,9 +45,14 @@ def prepare(folder: Path, cases: list[str]) -> None:
     for name in cases:
         case = case_named(name)
         case.write(folder / name)
-        for policy, plan in plans_of(case.calibration, RANKS, tokens_of(name, "prefill")):
+        for policy, plan in plans_of(case.calibration, RANKS):
             write_stack(plan, folder / name / policy)
             print(f"{name}, {policy}: {plan.bytes_after / 1e6:.0f} MB of experts", flush=True)
+
+
+def policies_in(folder: Path) -> list[str]:
+    """The policies that were prepared, ``none`` first."""
+    return [name for name, _, _ in PLANS if (folder / name).is_dir()]
 
 
 def ids_of(router: np.ndarray, layer: int, top_k: int, tokens: int, step: int, rank: int) -> np.ndarray:
@@ -94,7 +100,7 @@ def run_rank(folder: Path, output: Path, rounds: float) -> None:
     bind(world.rank)
     case = read_case(folder)
     geometry = case.calibration.layers[0].geometry
-    sessions = {policy: open_stack(folder / policy, world.rank) for policy, _ in PLANS}
+    sessions = {policy: open_stack(folder / policy, world.rank) for policy in policies_in(folder)}
     times: dict[str, dict[str, list[float]]] = {policy: {kind: [] for kind in STEPS} for policy in sessions}
     others = np.ones(CACHES, np.uint8)
     wall = lost = 0.0
@@ -157,7 +163,7 @@ def timed(folder: Path, rounds: float) -> Iterator[dict[str, Any]]:
     os.sync()  # the kernel would write what `prepare` wrote on the cores of the ranks
     mpirun(RANKS, __file__, "rank", folder, "-o", output, "--rounds", rounds)
     measured = json.loads(output.read_text())
-    plans = {policy: Plan.model_validate_json((folder / policy / "plan.json").read_bytes()) for policy, _ in PLANS}
+    plans = {policy: Plan.model_validate_json((folder / policy / "plan.json").read_bytes()) for policy in policies_in(folder)}
     case = read_case(folder)
     for kind, steps in STEPS.items():
         tokens = tokens_of(folder.name, kind)

@@ -5,7 +5,8 @@
 - *batched* lowerings (``batched``, ``tensorrt-rtx``) make every slot a lane as wide as the busiest slot of its format and
   capacity class, and read the weights of all slots. The busiest slots determine the time.
 - With several ranks, the busiest rank determines the time, whatever its kernels. The exchange adds to it: every rank sends each
-  row whose slot is elsewhere, and gets its result back.
+  row whose slot is elsewhere, and gets its result back. A rank pays for every slot that has rows: it reads the weights and
+  converts them to fp32, whichever takes longer, and starts its products. Small steps consist of little else.
 """
 
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ class CostModel:
         machine = TARGETS[self.target]
         share = slot_rows / slot_rows.sum() if slot_rows.any() else np.full(len(slots), 1 / len(slots))
         rows = share * tokens * geometry.top_k
-        bytes_read = self._bytes_read(geometry, slots, share, tokens)
+        touched = self._touched(geometry, slots, share, tokens)
+        size = np.array([geometry.expert_bytes(slot.format) for slot in slots], np.float64)
         of_rank = [slot.rank for slot in slots]
         computed = rank_loads(rows, of_rank, self.ranks)
         if self.batched:
@@ -72,9 +74,10 @@ class CostModel:
                 if mine.any():
                     computed[rank] *= padded_work(rows[mine], lanes[mine])
         flops = 2 * (geometry.up_rows * geometry.hidden + geometry.hidden * geometry.intermediate)
-        read = rank_loads(bytes_read, of_rank, self.ranks)
+        read = rank_loads(size * touched, of_rank, self.ranks)
+        beyond = rank_loads(self._beyond_reading(geometry, size) * touched, of_rank, self.ranks)
         exchange = self._exchange_time(geometry, rank_loads(rows, of_rank, self.ranks))
-        return float((computed * flops / machine.flops + read / machine.bytes_per_second + exchange).max())
+        return float((computed * flops / machine.flops + read / machine.bytes_per_second + beyond + exchange).max())
 
     def _exchange_time(self, geometry: ExpertGeometry, rows: np.ndarray) -> np.ndarray:
         """Seconds that each rank, which computes ``rows [R]``, spends on rows that leave or reach it, and on messages.
@@ -88,15 +91,22 @@ class CostModel:
         messages = 2 * (self.ranks - 1) + ceil(log2(self.ranks))  # rows there, rows back, and the counts
         return (arriving + leaving) * row_bytes / machine.exchanged_per_second + messages * machine.message_seconds
 
-    def _bytes_read(self, geometry: ExpertGeometry, slots: list[Slot], share: np.ndarray, tokens: int) -> np.ndarray:
-        """Bytes that each slot is expected to read, float ``[S]``. With ragged kernels, copies of an expert with the same format
-        and rank share their weights."""
-        size = np.array([geometry.expert_bytes(slot.format) for slot in slots], np.float64)
+    def _beyond_reading(self, geometry: ExpertGeometry, size: np.ndarray) -> np.ndarray:
+        """Seconds that a slot of ``size [S]`` bytes with rows costs one of several ranks, beside reading it, float ``[S]``."""
+        machine = TARGETS[self.target]
+        if self.ranks == 1:
+            return np.zeros(len(size))
+        weights = geometry.up_rows * geometry.hidden + geometry.hidden * geometry.intermediate
+        converting = weights / machine.weights_per_second - size / machine.bytes_per_second
+        return machine.slot_seconds + np.maximum(0.0, converting)
+
+    def _touched(self, geometry: ExpertGeometry, slots: list[Slot], share: np.ndarray, tokens: int) -> np.ndarray:
+        """How often the weights of each slot are expected to be read in a step, float ``[S]``. With ragged kernels, only those of
+        slots with rows are read, and copies of an expert with the same format and rank share their weights."""
         if self.batched:
-            return size
+            return np.ones(len(slots))
         first = {(slot.expert, slot.format, slot.rank): place for place, slot in reversed(list(enumerate(slots)))}
         merged = np.zeros(len(slots))
         for place, slot in enumerate(slots):
             merged[first[slot.expert, slot.format, slot.rank]] += share[place]
-        touched = 1 - (1 - np.minimum(1, merged * geometry.top_k)) ** tokens
-        return size * touched
+        return 1 - (1 - np.minimum(1, merged * geometry.top_k)) ** tokens

@@ -27,7 +27,8 @@ CHOOSE_FORMATS: tuple[Policy, ...] = ("optimal", "uniform", "frequency", "random
 
 
 class CommonOptions(Document):
-    """Options of every policy. ``tokens``: tokens of the step whose time is predicted; 0 means one calibration batch."""
+    """Options of every policy. ``tokens``: tokens of the step that the plan is made for, and whose time is predicted; 0 means a
+    calibration batch and, for policy ``optimal`` with several ranks, also one token of each of its sequences."""
 
     smoothing: NonNegative = 1.0
     tokens: Count = 0

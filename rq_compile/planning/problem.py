@@ -63,16 +63,23 @@ class Layer:
 
 @dataclass(frozen=True)
 class Problem:
-    """A model's layers, the bytes that its experts may take, and the target of the plan. ``tokens``: those of the step whose time
-    is predicted. ``whole``: the rest of the model, if the policy also chooses its formats; errors of experts are then in nats, as
-    in ``DenseCalibration``."""
+    """A model's layers, the bytes that its experts may take, and the target of the plan.
+
+    ``steps``: tokens of the steps that the plan is made for; the time of the first is predicted. ``whole``: the rest of the
+    model, if the policy also chooses its formats; errors of experts are then in nats, as in ``DenseCalibration``.
+    """
 
     layers: tuple[Layer, ...]
     dtype: Format
     memory: float
     cost: CostModel
-    tokens: int
+    steps: tuple[int, ...]
     whole: Whole | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step whose time is predicted."""
+        return self.steps[0]
 
     @property
     def dense(self) -> tuple[DenseItem, ...]:
@@ -120,12 +127,14 @@ def problem_of(
     tokens: int = 0,
     whole: Whole | None = None,
 ) -> Problem:
-    """``tokens``: 0 means one calibration batch."""
+    """``tokens``: those of the only step to plan for. 0 means two steps: a calibration batch, as in prefill, and one token of
+    each of its sequences, as in decoding."""
     layers = tuple(_layer(layer, calibration.dtype, smoothing, target) for layer in calibration.layers)
     if whole:
         layers = tuple(replace(layer, error=layer.error * (layer.calibration.stream_share or 1)) for layer in layers)
-    tokens = tokens or calibration.batch_size * calibration.sequence_length
-    return Problem(layers, calibration.dtype, memory, CostModel(target, ranks), tokens, whole)
+    prefill, decode = calibration.batch_size * calibration.sequence_length, calibration.batch_size
+    steps = (tokens,) if tokens else (prefill, decode)
+    return Problem(layers, calibration.dtype, memory, CostModel(target, ranks), steps, whole)
 
 
 def _layer(layer: LayerCalibration, dtype: Format, smoothing: float, target: Target) -> Layer:

@@ -11,6 +11,7 @@ cheapest further copy of any expert. For a given price per byte, this is a sum o
 ``allocation``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,10 +37,18 @@ class _LayerSequence:
     missed: np.ndarray
 
 
-def solve_on_ranks(problem: Problem, objective: Objective, budget: int, *, most_replicas: int | None = None) -> Solution | None:
-    """The solution with the least objective found within ``budget`` bytes; None if the budget does not hold every expert once.
+def solve_on_ranks(
+    problem: Problem,
+    objective: Objective,
+    budget: int,
+    *,
+    most_replicas: int | None = None,
+    accepted: Callable[[Solution], bool] = lambda solution: True,
+) -> Solution | None:
+    """The solution with the least objective found within ``budget`` bytes; None if there is none.
 
-    ``most_replicas``: of a layer. The bound is then that of all solutions nevertheless.
+    Without more restrictions there is one if the budget holds every expert once. ``most_replicas``: of a layer. ``accepted``:
+    whether a solution may be taken. The bound is that of all solutions nevertheless.
     """
     sequences = _sequences(problem, objective)
     choices = [sequence.choices for sequence in sequences]
@@ -60,7 +69,7 @@ def solve_on_ranks(problem: Problem, objective: Objective, budget: int, *, most_
         if best is not None and relaxed[number].bound + least[number] >= best.value:
             break
         for solution in _packed(problem, sequences, relaxed[number], objective, budget):
-            if best is None or solution.value < best.value:
+            if (best is None or solution.value < best.value) and accepted(solution):
                 best = solution
     return None if best is None else replace(best, bound=min(bound, best.value))
 

@@ -1,6 +1,7 @@
 """The definitions of balance, compared with counting by hand and token by token."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import planning_inputs as inputs
@@ -170,3 +171,21 @@ def test_the_exchange_costs_bytes_and_messages_where_it_was_measured() -> None:
     )
     assert CostModel("cpu", 1).step_time(geometry, together_on_one, rows, tokens, lanes) == on_one
     assert not CostModel("cuda", 2).exchange_known
+
+
+@pytest.mark.parametrize(("format", "copies"), [("bf16", 1), ("int8", 1), ("int4", 2)])
+def test_a_slot_with_rows_costs_a_rank_its_start_and_one_pass_over_its_weights(format: Any, copies: int) -> None:
+    """Many tokens reach every slot of the busier of two ranks. One rank alone is predicted without this."""
+    geometry = ExpertGeometry(experts=2, top_k=1, hidden=256, intermediate=128, activation="swiglu")
+    slots = [Slot(expert=0, format=format, rank=rank) for rank in range(copies)] + [Slot(expert=1, format=format, rank=0)]
+    rows, lanes, costs = np.full(len(slots), 5), np.zeros(len(slots)), TARGETS["cpu"]
+    on_one = [slot.model_copy(update={"rank": 0}) for slot in slots]
+    with pytest.MonkeyPatch.context() as patch:
+        together, alone = CostModel("cpu", 2).step_time(geometry, slots, rows, 4000, lanes), CostModel("cpu", 1)
+        before = alone.step_time(geometry, on_one, rows, 4000, lanes)
+        patch.setitem(TARGETS, "cpu", replace(costs, slot_seconds=0.0, weights_per_second=np.inf))
+        without = CostModel("cpu", 2).step_time(geometry, slots, rows, 4000, lanes)
+        assert alone.step_time(geometry, on_one, rows, 4000, lanes) == before
+    reading, converting = geometry.expert_bytes(format) / costs.bytes_per_second, 3 * 256 * 128 / costs.weights_per_second
+    assert together - without == pytest.approx(2 * (costs.slot_seconds + max(0.0, converting - reading)))
+    assert (converting > reading) == (format != "bf16")

@@ -461,12 +461,40 @@ def test_experts_are_copied_on_ranks_only_if_the_step_is_then_shorter(target: st
     assert len(large.layers[0].slots) == 10
     assert len(small.layers[0].slots) == (8 if target == "cpu" else 10)
     assert any(said in remark for remark in small.remarks) == (target == "cpu")
-    placed, copied = (step_of_16(plan) for plan in (small, large))
+    placed, copied = (step_time(plan, 16) for plan in (small, large))
     assert placed < copied if target == "cpu" else placed == copied
 
 
-def step_of_16(plan: Plan) -> float:
-    """Seconds on two ranks of the CPU, with the loads that the plan expects."""
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "default"), [(96, 64, "placed"), (160, 192, "placed"), (512, 256, "copied"), (1024, 256, "copied")]
+)
+def test_copies_that_lengthen_decoding_are_only_made_if_asked_for(hidden: int, intermediate: int, default: str) -> None:
+    """Without option tokens, neither a batch of 4096 tokens nor a step of its 16 sequences may get longer than without copies.
+    With small experts, a step of 16 tokens pays more for each slot than for its bytes."""
+    errors: dict[Format, list[float]] = {"int8": [1e-5] * 8, "int4": [1e-3] * 8}
+    texts = [[2, 188, 1, 160, 9, 154, 26, 8], [25, 130, 2, 255, 42, 33, 52, 8]]
+    layer = inputs.layer(texts, errors, hidden=hidden, intermediate=intermediate)
+    calibration = inputs.calibration([layer]).model_copy(update={"batch_size": 16, "sequence_length": 256})
+    given: dict[str, Any] = {"ranks": 2, "target": "cpu"}
+    copied, plan = optimal(calibration, tokens=4096, **given), optimal(calibration, **given)
+    placed = make_plan(calibration, policy="place", memory=1.0, **given)
+    assert len(copied.layers[0].slots) == 16
+    assert step_time(copied, 4096) < 0.96 * step_time(placed, 4096)
+    for tokens in (4096, 16):
+        assert step_time(plan, tokens) <= 1.01 * step_time(placed, tokens), tokens
+    said = [remark for remark in plan.remarks if "--option tokens" in remark]
+    if default == "copied":
+        assert (plan.layers, said) == (copied.layers, [])
+    else:
+        assert (len(plan.layers[0].slots), len(said)) == (8, 1)
+        assert step_time(copied, 16) > 1.01 * step_time(placed, 16)
+        assert "With 8 replicas in a layer, a step of 4096 tokens would take 0.9" in said[0]
+        assert "but one of 16 tokens 1.0" in said[0]
+        assert said[0].endswith("copies none; --option tokens=4096 plans for the large step alone.")
+
+
+def step_time(plan: Plan, tokens: int) -> float:
+    """Predicted seconds on the CPU, with the loads that the plan expects."""
     (layer,) = plan.layers
     loads = np.array([slot.load for slot in layer.slots])
-    return CostModel("cpu", 2).step_time(layer.geometry, layer.slots, loads, 16, np.zeros(len(loads)))
+    return CostModel("cpu", plan.ranks).step_time(layer.geometry, layer.slots, loads, tokens, np.zeros(len(loads)))

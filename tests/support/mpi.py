@@ -17,6 +17,14 @@ from rq_compile.planning.schema import LayerPlan, Plan, Slot
 MPIRUN = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 BUILT = (PACKAGED_IN / "rq_compile" / "lib" / MPI_LIBRARY).is_file()
 
+# Open MPI otherwise refuses more processes than cores (its versions 5 and 4), and to be run as root. MPICH ignores these.
+OPEN_MPI = {
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+}
+
 needs_mpi = pytest.mark.skipif(
     not (BUILT and MPIRUN), reason="librq_moe_mpi.so is not built (make mpi-ops) or there is no mpiexec"
 )
@@ -25,7 +33,7 @@ needs_mpi = pytest.mark.skipif(
 def mpirun(ranks: int, *arguments: object, limit: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
     """``python ARGUMENTS`` on as many processes, ended after ``limit`` seconds."""
     program = [sys.executable, *safe_path(str(arguments[0])), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(PACKAGED_IN), "OMP_NUM_THREADS": "1"} | variables
+    environment = os.environ | {"PYTHONPATH": str(PACKAGED_IN), "OMP_NUM_THREADS": "1"} | OPEN_MPI | variables
     return subprocess.run(
         [MPIRUN or "mpiexec", "-n", str(ranks), *program],
         env=environment,

@@ -24,12 +24,15 @@ that does not wait, the plan with ``max_error`` takes the fewest bytes within th
 then states no objective.
 
 With several ranks, every layer gets the same number of slots and every rank an equal share of them, as serving systems require.
-A replica on a second rank is one more expert that a small batch reads. Where the exchange between ranks was measured (``cpu``),
-experts are therefore only copied if the predicted step is then shorter than with the best placement without copies.
+A replica on a second rank is one more expert that a small batch reads. Where the costs of ranks were measured (``cpu``), the plan
+therefore has the best number of copies that pays, compared with the best placement without copies. Two steps are predicted: a
+calibration batch, as in prefill, and one token of each of its sequences, as in decoding. Copies pay if the batch gains more than
+the other step loses, which may be at most ``MOST_LOST``. With option ``tokens``, only a step of so many tokens counts.
 The bound in the plan proves how close the plan is to the optimum. For one rank, the optimum is usually reached (``allocation``,
 ``exact``); for several, the packing leaves a gap (``rank_solver``).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -50,6 +53,9 @@ from rq_compile.planning.rank_solver import solve_on_ranks
 from rq_compile.planning.schema import Optimality, Slot
 from rq_compile.planning.solver import ROUNDING, Objective, Solution, solve_on_one_rank
 from rq_compile.quantization.formats import FLOAT_FORMATS, Format
+
+# What decoding may lose by copies of experts: less than the noise of its time.
+MOST_LOST = 0.01
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -89,42 +95,70 @@ def decide(problem: Problem, options: Options) -> Decision:
         fewest = min(found, key=lambda solution: (solution.bytes, solution.mean_error))
         return Decision(_slots(problem, fewest), dense=fewest.dense)
     best = min(found, key=lambda solution: solution.value)
-    placed = _without_replicas(problem, options, allowed, best)
-    if placed is not None:
-        remark = (
-            f"Replicas would not shorten a step of {problem.tokens} tokens on these ranks, so experts are placed and not copied; "
-            "--option tokens plans for steps of another size."
-        )
-        bound = min(solution.bound for solution in found)
-        return Decision(_slots(problem, placed), Optimality(objective=placed.value, bound=bound), [remark], placed.dense)
-    optimality = Optimality(objective=best.value, bound=min(solution.bound for solution in found))
-    return Decision(_slots(problem, best), optimality, _unbalanced(problem, best, options), best.dense)
+    bound = min(solution.bound for solution in found)
+    copied, best = best, _with_copies_that_pay(problem, options, allowed, best)
+    said = [] if best is copied else [_not_paying(problem, copied, best)]
+    said += _unbalanced(problem, best, options)
+    return Decision(_slots(problem, best), Optimality(objective=best.value, bound=bound), said, best.dense)
 
 
-def _without_replicas(problem: Problem, options: Options, allowed: list[Format], best: Solution) -> Solution | None:
-    """A solution without replicas whose predicted step is not longer than that of ``best``; None if there is none."""
-    replicas = sum(len(solved.ranks) - layer.experts for layer, solved in zip(problem.layers, best.layers, strict=True))
+def _with_copies_that_pay(problem: Problem, options: Options, allowed: list[Format], best: Solution) -> Solution:
+    """``best``, or the best solution with fewer replicas that pay; they may be none."""
     even = all(layer.experts % problem.ranks == 0 for layer in problem.layers)
-    if not (replicas and even and problem.cost.exchange_known) or options.max_error:
-        return None
-    objective = _objective(options)
-    solutions = [
-        solve_on_ranks(_with_formats(problem, formats), objective, problem.budget, most_replicas=0)
-        for formats in _float_choices(allowed)
-    ]
-    found = [solution for solution in solutions if solution is not None and np.isfinite(solution.value)]
-    placed = min(found, key=lambda solution: solution.value, default=None)
-    if placed is None or _step_time(problem, placed) > _step_time(problem, best):
-        return None
-    return placed
+    if not (_replicas(problem, best) and even and problem.cost.exchange_known) or options.max_error:
+        return best
+
+    def solved(most: int, accepted: Callable[[Solution], bool]) -> Solution | None:
+        objective, choices = _objective(options), _float_choices(allowed)
+        solutions = [
+            solve_on_ranks(_with_formats(problem, formats), objective, problem.budget, most_replicas=most, accepted=accepted)
+            for formats in choices
+        ]
+        found = [solution for solution in solutions if solution is not None and np.isfinite(solution.value)]
+        return min(found, key=lambda solution: solution.value, default=None)
+
+    placed = solved(0, lambda solution: True)
+    if placed is None:
+        return best
+    times = _step_times(problem, placed)
+
+    def pays(solution: Solution) -> bool:
+        ratios = _step_times(problem, solution) / times
+        return bool(ratios[0] < 1 and np.prod(ratios) < 1 and ratios.max() <= 1 + MOST_LOST)
+
+    if pays(best):
+        return best
+    return solved(_replicas(problem, best) - 1, pays) or placed
 
 
-def _step_time(problem: Problem, solution: Solution) -> float:
-    total = 0.0
+def _replicas(problem: Problem, solution: Solution) -> int:
+    """Replicas of a layer; on several ranks, all layers have as many."""
+    return len(solution.layers[0].ranks) - problem.layers[0].experts
+
+
+def _step_times(problem: Problem, solution: Solution) -> np.ndarray:
+    """Predicted seconds of every step of the problem, float ``[steps]``."""
+    times = np.zeros(len(problem.steps))
     for layer, slots in zip(problem.layers, _slots(problem, solution), strict=True):
-        rows = slot_loads(np.asarray(layer.calibration.load), [slot.expert for slot in slots])
-        total += problem.cost.step_time(layer.geometry, slots, rows, problem.tokens, np.zeros(len(slots)))
-    return total
+        rows, lanes = slot_loads(np.asarray(layer.calibration.load), [slot.expert for slot in slots]), np.zeros(len(slots))
+        times += [problem.cost.step_time(layer.geometry, slots, rows, tokens, lanes) for tokens in problem.steps]
+    return times
+
+
+def _not_paying(problem: Problem, copied: Solution, chosen: Solution) -> str:
+    """Why the plan does not have the copies of ``copied``."""
+    ratios, replicas = _step_times(problem, copied) / _step_times(problem, chosen), _replicas(problem, chosen)
+    more, has = ("More replicas", f"has {replicas} in a layer") if replicas else ("Replicas", "places experts and copies none")
+    if ratios[0] >= 1:
+        return (
+            f"{more} would not shorten a step of {problem.tokens} tokens on these ranks, so this plan {has}; --option tokens "
+            "plans for steps of another size."
+        )
+    return (
+        f"With {_replicas(problem, copied)} replicas in a layer, a step of {problem.tokens} tokens would take {ratios[0]:.2f} "
+        f"times as long on these ranks, but one of {problem.steps[-1]} tokens {ratios[-1]:.2f} times, so this plan {has}; "
+        f"--option tokens={problem.tokens} plans for the large step alone."
+    )
 
 
 def _slots(problem: Problem, solution: Solution) -> list[list[Slot]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rq_compile.evaluation.schema import Bench, Evaluation
     from rq_compile.runtime.language_model import LanguageModel
     from rq_compile.standalone.chat_template import Messages
+    from rq_compile.standalone.prefix_cache import PrefixCache
 
 
 class Engine(_Engine):
@@ -61,18 +62,20 @@ class Engine(_Engine):
         *,
         sampling: SamplingParams | None = None,
         on_choice: Callable[[Choice], None] | None = None,
+        prefix_cache: PrefixCache | None = None,
         **variables: Any,
     ) -> Iterator[str]:
         """Answer the conversation ``messages`` (``{"role": "user", "content": "..."}``) and yield the answer piece by piece.
 
-        ``variables`` are further variables of the model's chat template, for example ``tools``. The rest is as in ``stream``.
+        ``variables`` are further variables of the model's chat template, for example ``tools``. With a ``prefix_cache`` of this
+        engine, the next turn of a conversation reads only its new tokens. The rest is as in ``stream``.
 
         Raises:
             UserError: the engine has no tokenizer or no chat template, or the template refuses the conversation.
             SamplingError: ``sampling`` names a token outside the vocabulary.
         """
         ids = self.chat_ids(messages, **variables)
-        yield from self._stream(ids, (), max_tokens, sampling, on_choice or silent)
+        yield from self._stream(ids, (), max_tokens, sampling, on_choice or silent, prefix_cache)
 
     def _stream(
         self,
@@ -81,12 +84,13 @@ class Engine(_Engine):
         max_tokens: int,
         sampling: SamplingParams | None,
         on_choice: Callable[[Choice], None],
+        prefix_cache: PrefixCache | None = None,
     ) -> Iterator[str]:
         from rq_compile.standalone.text import TextStream
 
         sampling = sampling or self.default_sampling
         text = TextStream(self.tokenizer, before, sampling.stop)
-        for choice in self.choices(ids, max_tokens, sampling=sampling):
+        for choice in self.choices(ids, max_tokens, sampling=sampling, prefix_cache=prefix_cache):
             on_choice(choice)
             if piece := text.push(choice.token):
                 yield piece

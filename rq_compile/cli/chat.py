@@ -6,7 +6,6 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -15,9 +14,6 @@ from rq_compile.cli.options import FILE, threads_option
 from rq_compile.cli.sampling import Given, chosen, sampling_options
 from rq_compile.cli.screen import Screen, on_screen
 from rq_compile.errors import UserError
-
-if TYPE_CHECKING:
-    from rq_compile.standalone.sampling import SamplingParams
 
 HELP = "/reset begins a new conversation, and /exit ends; Ctrl-C stops an answer"
 Messages = list[dict[str, str]]
@@ -42,7 +38,7 @@ def command(screen: Screen, engine: Path, system: str | None, max_tokens: int, s
     params = chosen(sampling, loaded.manifest.sampling.model_dump(), loaded.manifest.vocabulary)
     begin: Messages = [] if system is None else [{"role": "system", "content": system}]
     loaded.chat_ids([*begin, {"role": "user", "content": "Hello"}])  # an engine that cannot chat must say so now
-    messages = [*begin]
+    messages, prefix_cache = [*begin], loaded.prefix_cache()
     if sys.stdin.isatty():
         screen.note(HELP)
     for line in _lines():
@@ -57,7 +53,8 @@ def command(screen: Screen, engine: Path, system: str | None, max_tokens: int, s
             screen.note(f"there is no command {line}; {HELP}")
         else:
             messages.append({"role": "user", "content": line})
-            answer = _answered(screen, loaded, messages, min(max_tokens, _room(loaded, messages)), params)
+            most = min(max_tokens, _room(loaded, messages))
+            answer = _answered(screen, loaded.chat(messages, most, sampling=params, prefix_cache=prefix_cache))
             messages.append({"role": "assistant", "content": answer})
     if screen.as_json:
         screen.result({"messages": messages})
@@ -94,10 +91,10 @@ def _room(engine: rq.Engine, messages: Messages) -> int:
     return context - length
 
 
-def _answered(screen: Screen, engine: rq.Engine, messages: Messages, max_tokens: int, params: SamplingParams) -> str:
+def _answered(screen: Screen, answer: Iterator[str]) -> str:
     pieces: list[str] = []
     try:
-        for piece in engine.chat(messages, max_tokens, sampling=params):
+        for piece in answer:
             pieces.append(piece)
             if not screen.as_json:
                 click.echo(piece, nl=False)

@@ -6,7 +6,6 @@ have none.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,18 +15,17 @@ import numpy as np
 
 from rq_compile.engine.manifest import Manifest
 from rq_compile.engine.paths import graph_of_rank, stem_of
-from rq_compile.engine.ranks import IDLE
 from rq_compile.errors import UserError, reason
-from rq_compile.lowerings import LOWERINGS
 from rq_compile.runtime.files import read_manifest
-from rq_compile.runtime.graph import loadable_graph
 from rq_compile.runtime.rank_session import RankSession, met, threads_of_a_rank
-from rq_compile.standalone.batch import fitting_tokens
+from rq_compile.runtime.session import session_of
+from rq_compile.standalone.batch import cache_bytes, fitting_tokens
 from rq_compile.standalone.decoding import ALL, decode, inputs_of, until_end
-from rq_compile.standalone.limits import free_memory, session_threads
+from rq_compile.standalone.limits import free_memory
+from rq_compile.standalone.prefix_cache import PrefixCache
 from rq_compile.standalone.sampling import GREEDY, Choice, Sampler, SamplingParams
 from rq_compile.standalone.scheduler import LEAST_LENGTH, MAX_LENGTH, PROMPT_PIECE, SLOTS, Scheduler
-from rq_compile.standalone.step_model import EngineSteps
+from rq_compile.standalone.step_model import EngineSteps, reuses_prefixes
 from rq_compile.standalone.text import open_tokenizer
 
 if TYPE_CHECKING:
@@ -38,13 +36,6 @@ if TYPE_CHECKING:
     from rq_compile.standalone.chat_template import ChatTemplate, Messages
 
     Session: TypeAlias = onnxruntime.InferenceSession | RankSession
-
-# The inputs of a graph besides its cache.
-FED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "decoder_input_ids", IDLE}
-# The variable by which a user chooses the op library's instruction set.
-INSTRUCTION_SETS = "RQ_MOE_ISA"
-# The folder of the weights of a graph that is given as bytes.
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Engine:
@@ -206,10 +197,26 @@ class Engine:
         for choice in self.choices(prompt_ids, max_tokens, stop=stop, sampling=sampling):
             yield choice.token
 
+    def prefix_cache(self, most_bytes: int | None = None) -> PrefixCache:
+        """For ``choices`` and ``chat``: keeps up to ``most_bytes``; default: the cache of one sequence of the model's context
+        length. It stays empty if a token's cache could depend on what follows (see ``reuses_prefixes``)."""
+        manifest = self.manifest.model_dump(include={"cache", "plan", "prefill_chunk", "recomputed_beyond"})
+        most = most_bytes or cache_bytes(manifest["cache"], 1, self.manifest.context_length or MAX_LENGTH)
+        return PrefixCache(manifest["cache"], most if reuses_prefixes(manifest) else 0)
+
     def choices(
-        self, prompt_ids: Sequence[int], max_tokens: int, *, stop: bool = True, sampling: SamplingParams = GREEDY
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        *,
+        stop: bool = True,
+        sampling: SamplingParams = GREEDY,
+        prefix_cache: PrefixCache | None = None,
     ) -> Iterator[Choice]:
         """As ``generate``, with the log probabilities that ``sampling`` asks for.
+
+        ``prefix_cache``: of this engine. Of a prompt that begins like a sequence in it, only the rest is read; it then keeps the
+        cache of this sequence, too.
 
         Raises:
             SamplingError: ``sampling`` names a token outside the vocabulary.
@@ -232,7 +239,7 @@ class Engine:
             tokens = self._decode_without_cache(np.asarray([prompt_ids], dtype=np.int64), choose)
         else:
             said = self.manifest.model_dump(include={"cache", "prefill_chunk", "recomputed_beyond"})
-            tokens = decode(self._session, said, prompt_ids, choose)
+            tokens = decode(self._session, said, prompt_ids, choose, prefix_cache)
         try:
             for _ in until_end(tokens, max_tokens, sampling.ends(self.manifest.end_of_text) if stop else ()):
                 yield last
@@ -251,12 +258,15 @@ class Engine:
         max_length: int | None = None,
         prompt_piece: int = PROMPT_PIECE,
         max_waiting: int | None = None,
+        reuse_prefixes: bool = False,
     ) -> Scheduler:
         """A scheduler, whose sequences share the steps of this engine.
 
         ``slots``: sequences that are answered at the same time. ``max_length``: tokens of a prompt with its answer; default: the
         model's context length. ``prompt_piece``: tokens of prompts that run between two decoding steps. ``max_waiting``:
-        requests that may wait for a slot. The cache takes up to half of the memory that is free now.
+        requests that may wait for a slot. The cache takes up to half of the memory that is free now. ``reuse_prefixes``: whether
+        the caches of sequences that have ended are kept for prompts that begin with the same tokens: as many as there are slots,
+        in up to a quarter of that memory.
 
         Raises:
             UserError: the engine is an encoder-decoder or has several ranks, or the cache does not fit into the memory.
@@ -271,12 +281,15 @@ class Engine:
             )
         steps = EngineSteps(self._session, self.manifest.model_dump())
         length = max_length or self.manifest.context_length or MAX_LENGTH
-        fitting = fitting_tokens(steps.cache, slots, free_memory() // 2)
+        memory = free_memory() // 2
+        for_prefixes = memory // 4 if reuse_prefixes else 0
+        fitting = fitting_tokens(steps.cache, slots, memory - for_prefixes)
         if fitting < min(length, LEAST_LENGTH):
             raise UserError(
                 f"there is no memory for the caches of {slots} sequences of {self.path}; use fewer slots, or free some memory"
             )
-        return Scheduler(steps, slots, length, prompt_piece, min(fitting, slots * length), max_waiting)
+        kept = min(for_prefixes, cache_bytes(steps.cache, slots, length))
+        return Scheduler(steps, slots, length, prompt_piece, min(fitting, slots * length), max_waiting, kept)
 
     def _decode_without_cache(self, prompt: np.ndarray, choose: Callable[[np.ndarray], int]) -> Iterator[int]:
         decoded = [self.decoder_start or 0]
@@ -338,68 +351,7 @@ class Engine:
         return self._open(list(self.manifest.slot_offsets.values()))
 
     def _open(self, outputs: Sequence[str] = ()) -> Session:
-        """Open a session with ``outputs`` in addition to those of the graph."""
-        import onnxruntime
-
-        provider = self.manifest.provider
-        if provider not in onnxruntime.get_available_providers():
-            raise UserError(
-                f"{self.path} needs {provider}, which ONNX Runtime {onnxruntime.__version__} does not have here; "
-                "install onnxruntime-gpu on a machine with a GPU, or compile with --lowering native",
-                2,
-            )
+        """A session with ``outputs`` in addition to those of the graph."""
         graph = graph_of_rank(self.path, self.ranks.rank) if self.ranks else self.path
-        model, folder = loadable_graph(graph, self.manifest, outputs)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Otherwise ONNX Runtime keeps a plan of the memory for every combination of shapes that it has seen.
-        options.enable_mem_pattern = False
-        # As bytes, because the folder's name need not be UTF-8.
-        options.add_session_config_entry(WEIGHTS_FOLDER, os.fsencode(folder))
-        for name, value in LOWERINGS[self.manifest.lowering].session_options.items():
-            options.add_session_config_entry(name, value)
-        options.intra_op_num_threads = session_threads(self.threads)
-        if self.manifest.op_library is not None:
-            from rq_compile.engine.library import CPU_LIBRARY, MPI_LIBRARY, library_path
-
-            names = [self.manifest.op_library_name or CPU_LIBRARY, *([MPI_LIBRARY] if self.ranks else [])]
-            for library in map(library_path, names):
-                try:
-                    options.register_custom_ops_library(os.fsencode(library))
-                except Exception as error:  # ONNX Runtime's exceptions share no base class
-                    raise UserError(
-                        f"ONNX Runtime {onnxruntime.__version__} cannot load {library}: {reason(error)}; "
-                        "build it on this system with pip install --force-reinstall rq-compile, or compile with --lowering stock"
-                    ) from error
-        # ONNX Runtime runs ops without a GPU kernel on the CPU.
-        providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
-        try:
-            session = onnxruntime.InferenceSession(model, options, providers=providers)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            version, said = onnxruntime.__version__, reason(error)
-            if (asked := said.find(INSTRUCTION_SETS)) >= 0:  # says the way out itself
-                raise UserError(said[asked:], 2) from error
-            raise UserError(
-                f"ONNX Runtime {version} cannot load {self.path}: {said}; "
-                f"compile it again with {self.manifest.tool}, or install a newer onnxruntime"
-            ) from error
-        if (unlike := _unlike(self.manifest, session)) is not None:
-            raise UserError(f"{self.path} and its manifest differ in {unlike}; copy both again or compile again", 2)
+        session = session_of(self.path, graph, self.manifest, self.threads, outputs)
         return RankSession(session, self.manifest, self.ranks) if self.ranks else session
-
-
-def _unlike(manifest: Manifest, session: onnxruntime.InferenceSession) -> str | None:
-    """An input that would get no value, or a tensor of the cache that is not an output or has another shape; None if there is
-    none."""
-    shapes = {tensor.name: tensor.shape for tensor in session.get_inputs()}
-    unfed = shapes.keys() - FED - {tensor.past for tensor in manifest.cache}
-    lacking = {tensor.present for tensor in manifest.cache} - {output.name for output in session.get_outputs()}
-    misshapen = {tensor.past for tensor in manifest.cache if not _fits(tensor.shape, shapes.get(tensor.past, tensor.shape))}
-    return min(unfed | lacking | misshapen, default=None)
-
-
-def _fits(shape: Sequence[int | str], of_graph: Sequence[int | str | None]) -> bool:
-    """Whether ``shape`` has the rank and the fixed sizes of the graph's."""
-    if len(shape) != len(of_graph):
-        return False
-    return all(size == fixed for size, fixed in zip(shape, of_graph, strict=True) if isinstance(fixed, int))

@@ -33,12 +33,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def begin(self, longest: int) -> None:
-        """Become the batch of one sequence without tokens, which will have at most ``longest``."""
-        self.lengths, self.columns, self._longest = [0], 0, longest
-        self.past = self._arrays(1, 0)
-        for array in self.past:
-            array[...] = 0
+    def begin(self, longest: int, known: int = 0, cache: Sequence[np.ndarray] = ()) -> None:
+        """Become the batch of one sequence of ``known`` tokens with their ``cache``, which will have at most ``longest``."""
+        self.lengths, self._longest = [known], longest
+        arrays = self._arrays(1, known)
+        for number, array in enumerate(arrays):
+            array[...] = cache[number] if known else 0
+        self._written(arrays, known)
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Append ``ids`` int64 ``[rows, new]`` to the rows; logits fp32 ``[rows, vocabulary]`` of the last tokens."""
@@ -78,6 +79,13 @@ class Batch:
         """Let the only row of ``joining``, which has no more than ``columns`` tokens, take the place of ``row``."""
         self._copy(joining, 0, self.past, row, self.columns)
         self.lengths[row], self._longest = joining.lengths[0], longest
+
+    def cache_of(self, row: int) -> list[np.ndarray]:
+        """A copy of the cache of a row, one array for each tensor with one row and no padding."""
+        length = self.lengths[row]
+        arrays = [np.empty(shape_of(tensor, 1, length), np.float32) for tensor in self._model.cache]
+        self._copy(self, row, arrays, 0, length)
+        return arrays
 
     def _copy(self, batch: Batch, row: int, arrays: Sequence[np.ndarray], place: int, columns: int) -> None:
         """Copy the cache of a row of ``batch`` to row ``place`` of ``arrays``, which have ``columns`` tokens."""

@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     import onnxruntime
 
+    from .prefix_cache import PrefixCache
+
 # Value of the input ``logits_to_keep``: the number of last tokens of each row for which logits are computed.
 LAST, ALL = 1, 0
 
@@ -62,12 +64,15 @@ def decode(
     manifest: Mapping[str, Any],
     prompt: Sequence[int],
     choose: Callable[[np.ndarray], int] = most_likely,
+    prefix_cache: PrefixCache | None = None,
 ) -> Iterator[int]:
     """Yield the token after ``prompt`` that ``choose`` takes by its logits ``[vocabulary]``, then the next one, without end.
 
     ``manifest``: the engine's manifest as parsed JSON. A prompt longer than its ``prefill_chunk`` runs in pieces of that many
     tokens, so that attention scores and activations do not grow with the square of its length. Logits are computed only for the
     last token. When the sequence first exceeds ``recomputed_beyond``, its cache is dropped and the whole sequence runs again.
+
+    ``prefix_cache``: where the cache of the prompt's first tokens is looked up, and that of the sequence is kept at the end.
     """
     inputs, cache = inputs_of(session), manifest["cache"]
     outputs = ["logits", *(tensor["present"] for tensor in cache)]
@@ -75,20 +80,27 @@ def decode(
     empty = {tensor["past"]: np.zeros([sizes.get(size, size) for size in tensor["shape"]], np.float32) for tensor in cache}
     chunk, beyond = manifest.get("prefill_chunk"), manifest.get("recomputed_beyond")
     sequence, past, start = list(prompt), empty, 0
-    while True:
-        end = min(len(sequence), start + chunk) if chunk else len(sequence)
-        feeds = {
-            "input_ids": np.asarray([sequence[start:end]], np.int64),
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(start, end, dtype=np.int64)[None],
-            "logits_to_keep": np.array([LAST], np.int64),
-            **past,
-        }
-        logits, *present = session.run(outputs, {name: value for name, value in feeds.items() if name in inputs})
-        past, start = {tensor["past"]: value for tensor, value in zip(cache, present, strict=True)}, end
-        if start < len(sequence):
-            continue
-        sequence.append(choose(logits[0, -1]))
-        yield sequence[-1]
-        if start == beyond:
-            past, start = empty, 0
+    if prefix_cache is not None:
+        start, known = prefix_cache.longest(prompt)
+        past = dict(zip(empty, known, strict=True)) if known else empty
+    try:
+        while True:
+            end = min(len(sequence), start + chunk) if chunk else len(sequence)
+            feeds = {
+                "input_ids": np.asarray([sequence[start:end]], np.int64),
+                "attention_mask": np.ones((1, end), np.int64),
+                "position_ids": np.arange(start, end, dtype=np.int64)[None],
+                "logits_to_keep": np.array([LAST], np.int64),
+                **past,
+            }
+            logits, *present = session.run(outputs, {name: value for name, value in feeds.items() if name in inputs})
+            past, start = dict(zip(empty, present, strict=True)), end
+            if start < len(sequence):
+                continue
+            sequence.append(choose(logits[0, -1]))
+            yield sequence[-1]
+            if start == beyond:
+                past, start = empty, 0
+    finally:
+        if prefix_cache is not None:
+            prefix_cache.keep(sequence[:start], list(past.values()))

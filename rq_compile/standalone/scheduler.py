@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from .batch import Batch
+from .prefix_cache import PrefixCache
 from .sampling import Choice, Sampler, SamplingParams
 from .step_model import Steps
 
@@ -53,7 +54,8 @@ class Answer:
     """The answer to one request. Iterate over it, in one thread, to get its tokens as they come, unless a listener gets them.
 
     ``finish_reason``: None until the answer has ended. "stop": the token that ends a text came (it is not part of the answer);
-    "length": the answer has ``max_tokens``; "cancelled"; "error": ``error`` says what failed.
+    "length": the answer has ``max_tokens``; "cancelled"; "error": ``error`` says what failed. ``cached_tokens``: tokens of the
+    prompt that were not read, because their cache was known.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.cancelled = False
+        self.cached_tokens = 0
         self._choices: SimpleQueue[Choice | None] = SimpleQueue()
         self._listener = listener
 
@@ -161,12 +164,14 @@ class Scheduler:
         prompt_piece: int = PROMPT_PIECE,
         cache_tokens: int | None = None,
         max_waiting: int | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         """``slots``: sequences that are answered at the same time. ``max_length``: tokens of a prompt with its answer.
         ``prompt_piece``: tokens of prompts that run between two decoding steps.
 
         ``cache_tokens`` bounds the slots in use times the longest sequence that one of them may become; default: ``slots`` times
-        ``max_length``. ``max_waiting``: requests that may wait for a slot; default: 16 for each slot.
+        ``max_length``. ``max_waiting``: requests that may wait for a slot; default: 16 for each slot. ``prefix_bytes``: for the
+        caches of sequences that have ended, which are kept for prompts that begin with the same tokens.
         """
         self.slots = slots
         self.cache_tokens = slots * max_length if cache_tokens is None else cache_tokens
@@ -174,6 +179,7 @@ class Scheduler:
         self.max_waiting = WAITING_PER_SLOT * slots if max_waiting is None else max_waiting
         self._piece = prompt_piece
         self._model = model
+        self._prefixes = PrefixCache(model.cache, prefix_bytes if model.reuses_prefixes else 0)
         self._changed = Condition()
         self._closed = False
         self._runs = False
@@ -286,7 +292,12 @@ class Scheduler:
         arrived: list[tuple[Batch, _Sequence]] = []
         room = self._piece
         while self._reading:
-            sequence, start = self._reading[0], self._prompt.columns
+            sequence = self._reading[0]
+            if len(self._prompt) == 0 and not sequence.ended:
+                known, cache = self._prefixes.longest(sequence.tokens)
+                sequence.answer.cached_tokens = known
+                self._prompt.begin(len(sequence.tokens), known, cache)
+            start = self._prompt.columns
             left = len(sequence.tokens) - start
             piece = left if self._model.whole_prompts else min(left, self._piece)
             if not sequence.ended:
@@ -306,8 +317,6 @@ class Scheduler:
 
     def _read(self, sequence: _Sequence, start: int, count: int) -> np.ndarray | None:
         """The logits after ``count`` tokens of ``sequence`` from ``start``; None if the engine failed, which ends the answer."""
-        if start == 0:
-            self._prompt.begin(len(sequence.tokens))
         try:
             return self._prompt.step(np.array([sequence.tokens[start : start + count]], np.int64))[0]
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -328,6 +337,7 @@ class Scheduler:
             joining.setdefault(self._group_of(sequence), []).append((prompt, sequence))
         for key in dict.fromkeys((*self._groups, *joining)):
             group, new = self._groups.get(key) or _Group(Batch(self._model), []), joining.get(key, [])
+            self._keep_prefixes(group)
             kept = {row: sequence for row, sequence in enumerate(group.rows) if sequence is not None and not sequence.ended}
             if len(kept) == len(group.rows) and not new:
                 continue
@@ -340,6 +350,14 @@ class Scheduler:
             self._groups[key] = group
             if not sequences:
                 del self._groups[key]
+
+    def _keep_prefixes(self, group: _Group) -> None:
+        """Keep the caches of sequences that have ended."""
+        if self._prefixes.most_bytes == 0:
+            return
+        for row, sequence in enumerate(group.rows):
+            if sequence is not None and sequence.ended and sequence.answer.error is None:
+                self._prefixes.keep(sequence.tokens[: group.batch.lengths[row]], group.batch.cache_of(row))
 
     def _replaced(self, group: _Group, kept: Sequence[int], new: Sequence[tuple[Batch, _Sequence]]) -> bool:
         """Give the rows of sequences that have left to ``new`` ones, and keep rows for requests that are about to come. The other
@@ -382,7 +400,7 @@ class Scheduler:
             if sequence is None:
                 continue
             sequence.take(logits[row])
-            if sequence.ended or self._reads_again(sequence, group.batch.lengths[row]):
+            if not sequence.ended and self._reads_again(sequence, group.batch.lengths[row]):
                 group.rows[row] = None
 
     def _end_all(self) -> None:

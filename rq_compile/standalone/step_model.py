@@ -18,7 +18,8 @@ class Steps(Protocol):
     """What a scheduler needs of a model.
 
     ``cache``: the tensors of the cache, as in an engine's manifest. ``shares_steps``: whether the logits of a sequence are the
-    same alone and in a step with others. ``whole_prompts``: whether a prompt must run in one step.
+    same alone and in a step with others. ``whole_prompts``: whether a prompt must run in one step. ``reuses_prefixes``: whether
+    the cache of some tokens is the same whatever follows them.
     """
 
     cache: Sequence[Mapping[str, Any]]
@@ -27,6 +28,7 @@ class Steps(Protocol):
     recomputed_beyond: int | None
     shares_steps: bool
     whole_prompts: bool
+    reuses_prefixes: bool
 
     def step(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
@@ -34,7 +36,7 @@ class Steps(Protocol):
         """Logits fp32 ``[batch, vocabulary]`` of each row's last token. Fills ``present``, the cache after the step.
 
         ``ids`` and ``positions`` int64 ``[batch, new]``; ``mask`` int64 ``[batch, past + new]``, 0 for padding; ``past`` and
-        ``present`` fp32, contiguous, one for each tensor of ``cache``.
+        ``present`` fp32, one for each tensor of ``cache``. ``present`` must be contiguous.
         """
         ...
 
@@ -54,6 +56,7 @@ class EngineSteps:
         self.whole_prompts = manifest.get("prefill_chunk") is None
         alone = self.whole_prompts or mixed_copies(manifest) or manifest.get("padding_changes_logits", False)
         self.shares_steps = not alone
+        self.reuses_prefixes = reuses_prefixes(manifest)
 
     def step(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
@@ -61,6 +64,9 @@ class EngineSteps:
         kept = np.array([LAST], np.int64)
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": kept}
         given |= {tensor["past"]: array for tensor, array in zip(self.cache, past, strict=True)}
+        given = {name: np.ascontiguousarray(array) for name, array in given.items()}  # arrays are bound by their addresses
+        if not all(array.flags.c_contiguous for array in present):
+            raise ValueError("an array for the cache after the step is not contiguous")
         binding = self._session.io_binding()
         for name, array in given.items():
             if name in self._inputs:
@@ -79,3 +85,10 @@ def mixed_copies(manifest: Mapping[str, Any]) -> bool:
         if any(formats.setdefault(slot["expert"], slot["format"]) != slot["format"] for slot in layer["slots"]):
             return True
     return False
+
+
+def reuses_prefixes(manifest: Mapping[str, Any]) -> bool:
+    """Whether an engine's cache of some tokens is the same whatever follows them, and in whichever steps they are read. It is not
+    where rotary embeddings depend on the length, or copies of an expert differ in format."""
+    by_length = manifest.get("prefill_chunk") is None or manifest.get("recomputed_beyond") is not None
+    return not by_length and not mixed_copies(manifest)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 import rq_compile as rq
 from rq_compile.errors import UserError
 from rq_compile.runtime.files import read_manifest
+from rq_compile.standalone.chat_template import ChatTemplate
 from rq_compile.standalone.sampling import GREEDY, Choice, SamplingParams
 
 SAID = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -47,6 +49,42 @@ def test_an_answer(engine: rq.Engine) -> None:
     text = "".join(engine.chat(SAID, 9, sampling=seeded, on_choice=choices.append))
     assert engine.tokenizer.decode([choice.token for choice in choices]) == text != wanted
     assert text == "".join(engine.chat(SAID, 9, sampling=seeded))
+
+
+@pytest.mark.parametrize(
+    ("template", "reused"),
+    [
+        (CHAT_TEMPLATE, True),
+        # Templates leave out earlier reasoning, for example.
+        (CHAT_TEMPLATE.replace("message.content", "(message.content if message.role == 'user' else '')"), True),
+        (CHAT_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ messages | length }}"), False),
+    ],
+    ids=["as it was", "without earlier answers", "another beginning"],
+)
+def test_the_next_turn_reads_its_new_tokens(
+    chat_engine: Path, template: str, reused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rq.load(chat_engine, threads=1)
+    engine.chat_template = ChatTemplate(template, engine.manifest.special_tokens)
+    session, read = engine._session, list[int]()
+
+    def run(outputs: list[str], feeds: dict[str, Any]) -> Any:
+        read.append(feeds["input_ids"].shape[1])
+        return session.run(outputs, feeds)
+
+    inputs = {"get_inputs": session.get_inputs, "get_overridable_initializers": session.get_overridable_initializers}
+    monkeypatch.setattr(engine, "_session", SimpleNamespace(run=run, **inputs))
+    messages, cache, before = [*SAID], engine.prefix_cache(), list[int]()
+    for _ in range(3):
+        ids = engine.chat_ids(messages)
+        alone = "".join(engine.chat(messages, 9, sampling=GREEDY))
+        read.clear()
+        answer = "".join(engine.chat(messages, 9, sampling=GREEDY, prefix_cache=cache))
+        assert answer == alone
+        if before:
+            assert read[0] <= len(ids) - len(before) if reused else read[0] >= len(ids) - 2
+        before = ids
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "Why?"}]
 
 
 def test_what_the_template_refuses(engine: rq.Engine) -> None:

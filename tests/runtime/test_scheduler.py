@@ -33,6 +33,7 @@ class SumModel:
     recomputed_beyond: int | None = None
     shares_steps: bool = True
     whole_prompts: bool = False
+    reuses_prefixes: bool = True
     failing: set[int] = field(default_factory=set)  # numbers of steps
     steps: list[tuple[int, int]] = field(default_factory=list)  # rows and tokens in the cache
     pieces: list[int] = field(default_factory=list)  # new tokens of each row
@@ -111,7 +112,8 @@ class Client:
 def clients(draw: st.DrawFn) -> list[Client]:
     number = draw(st.integers(1, 12))
     comes = sorted(draw(st.lists(st.integers(0, 25), min_size=number, max_size=number)))
-    prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20)
+    # Of few tokens, so that some prompts begin alike.
+    prompts = st.lists(st.integers(0, draw(st.sampled_from([1, VOCABULARY - 1]))), min_size=1, max_size=20)
     leaves = st.one_of(st.none(), st.integers(0, 6))
     return [Client(draw(prompts), draw(st.integers(1, 15)), step, draw(leaves)) for step in comes]
 
@@ -125,12 +127,20 @@ def clients(draw: st.DrawFn) -> list[Client]:
     beyond=st.one_of(st.none(), st.integers(1, 30)),
     shares=st.booleans(),
     whole=st.booleans(),
+    prefix_bytes=st.sampled_from([0, 1000, 100_000]),
 )
 def test_every_answer_is_the_answer_alone(
-    clients: list[Client], slots: int, piece: int, room: int, beyond: int | None, shares: bool, whole: bool
+    clients: list[Client],
+    slots: int,
+    piece: int,
+    room: int,
+    beyond: int | None,
+    shares: bool,
+    whole: bool,
+    prefix_bytes: int,
 ) -> None:
-    model = SumModel(beyond, shares, whole)
-    scheduler = Scheduler(model, slots, max_length=35, prompt_piece=piece, cache_tokens=room, max_waiting=12)
+    model = SumModel(beyond, shares, whole, reuses_prefixes=beyond is None)
+    scheduler = Scheduler(model, slots, 35, piece, cache_tokens=room, max_waiting=12, prefix_bytes=prefix_bytes)
     for step in range(2000):
         for client in clients:
             if client.comes == step:
@@ -297,6 +307,25 @@ def test_an_error_ends_the_answers_of_its_step_alone(failing: int) -> None:
             assert answer.finish_reason == "error"
         else:
             assert [choice.token for choice in answer] == answered([number + 1], 8)
+
+
+def test_the_next_turn_of_a_conversation_reads_its_new_tokens() -> None:
+    model = SumModel(end_of_text=())
+    scheduler = Scheduler(model, slots=2, max_length=200, prefix_bytes=100_000)
+    prompts = {number: [number] * 20 for number in (3, 4)}  # two conversations at a time
+    for turn in range(3):
+        answers = dict(zip(prompts, submitted(scheduler, *prompts.values()), strict=True))
+        finish(scheduler)
+        for number, answer in answers.items():
+            said = [choice.token for choice in answer]
+            assert said == answered(prompts[number], 8, end=None)
+            # The last token of an answer is not read, because no token comes after it.
+            assert answer.cached_tokens == (len(prompts[number]) - 4 if turn else 0)
+            prompts[number] += [*said, 5, 6, 7]
+    changed = [*prompts[3][:10], 9, *prompts[3][10:]]  # the state belongs to all tokens before
+    (answer,) = submitted(scheduler, changed)
+    finish(scheduler)
+    assert ([choice.token for choice in answer], answer.cached_tokens) == (answered(changed, 8, end=None), 0)
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from rq_compile.errors import UserError
 from rq_compile.planning.schema import Slot
 from rq_compile.runtime import engine as engine_module
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.batch import shape_of
 from rq_compile.standalone.sampling import SamplingParams
+from rq_compile.standalone.step_model import EngineSteps
 from rq_compile.targets.onnxruntime import compile_engine
 
 
@@ -50,6 +52,25 @@ def test_copies_of_different_formats_do_not_share_steps(compiled: Callable[..., 
     """Which copy a token gets depends on the others in its step."""
     engine = compiled(mixed)
     alone_and_together.check(engine, piece=128, tolerance=0)
+
+
+def test_arrays_in_any_layout_of_memory(compiled: Callable[..., Engine]) -> None:
+    """They are bound by their addresses, so a view must not be taken for an array of its own."""
+    engine = compiled()
+    steps, ids = EngineSteps(engine._session, engine.manifest.model_dump()), plans.tokens(1, 6)
+
+    def logits(view: Callable[[np.ndarray], np.ndarray], present: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
+        past = [np.zeros(shape_of(tensor, 1, 0), np.float32) for tensor in steps.cache]
+        after = [present(np.zeros(shape_of(tensor, 1, 6), np.float32)) for tensor in steps.cache]
+        return steps.step(view(ids), view(np.ones((1, 6), np.int64)), view(np.arange(6)[None]), past, after)
+
+    def view(array: np.ndarray) -> np.ndarray:
+        return np.repeat(array, 2, axis=1)[:, ::2]
+
+    assert not view(ids).flags.c_contiguous
+    np.testing.assert_array_equal(logits(view), logits(np.asarray))
+    with pytest.raises(ValueError, match="is not contiguous"):
+        logits(np.asarray, view)
 
 
 @pytest.mark.parametrize("count", [2, 5])

@@ -1,11 +1,14 @@
 """Whether sequences that share their steps get the answers that each gets alone."""
 
+from functools import partial
+
 import numpy as np
 import plans
 
 from rq_compile.runtime.engine import Engine
 from rq_compile.standalone.sampling import Choice, SamplingParams
 from rq_compile.standalone.scheduler import Answer, Scheduler
+from rq_compile.standalone.step_model import reuses_prefixes
 
 # Longer and shorter than the windows and groups of the tiny models.
 LENGTHS = (3, 20, 9, 1, 14)
@@ -24,6 +27,25 @@ def check(engine: Engine, piece: int = 6, tolerance: float = 1e-4) -> None:
         assert tokens == list(engine.generate(prompt, most, stop=False))
         assert [choice.token for choice in shared] == tokens
         np.testing.assert_allclose(logprobs(shared), logprobs(own), atol=tolerance, rtol=0)
+    check_next_turn(engine, tolerance)
+
+
+def check_next_turn(engine: Engine, tolerance: float = 1e-4) -> None:
+    """A conversation whose cache is kept gets the answers of one that is read from its beginning, also where it goes on otherwise
+    than before."""
+    cache, ask = engine.prefix_cache(), partial(engine.choices, max_tokens=TOKENS, stop=False, sampling=params(TOKENS))
+    first = plans.tokens(9).tolist()
+    said = [choice.token for choice in ask(first, prefix_cache=cache)]
+    following = [*first, *said, *plans.tokens(5, seed=1).tolist()]
+    changed = [*following[:12], *plans.tokens(7, seed=2).tolist()]
+    known = [cache.longest(prompt)[0] for prompt in (following, changed)]
+    manifest = engine.manifest.model_dump()
+    states = any("past" not in tensor["shape"] for tensor in manifest["cache"])
+    assert known == ([20, 0 if states else 12] if reuses_prefixes(manifest) else [0, 0])
+    for prompt in (following, changed):
+        kept, read = (list(ask(prompt, prefix_cache=given)) for given in (cache, None))
+        assert [choice.token for choice in kept] == [choice.token for choice in read]
+        np.testing.assert_allclose(logprobs(kept), logprobs(read), atol=tolerance, rtol=0)
 
 
 def answered(scheduler: Scheduler, prompts: list[list[int]], counts: list[int]) -> list[list[Choice]]:

@@ -20,6 +20,13 @@ from rq_compile.errors import UserError
 @click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Answers that share every step.")
 @click.option("--max-length", type=click.IntRange(2), help="Tokens of a prompt with its answer. Default: the context length.")
 @click.option("--max-waiting", type=click.IntRange(0, 10_000), default=64, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--enable-prefix-caching/--no-enable-prefix-caching",
+    "reuse_prefixes",
+    default=True,
+    show_default=True,
+    help="Read only the new tokens of a conversation that goes on.",
+)
 @threads_option
 @on_screen
 def command(
@@ -31,6 +38,7 @@ def command(
     slots: int,
     max_length: int | None,
     max_waiting: int,
+    reuse_prefixes: bool,
     threads: int | None,
 ) -> None:
     """Serve ENGINE over HTTP with OpenAI's API.
@@ -56,7 +64,14 @@ def command(
     check_one_process(engine, "serve")
     with listening(host, port) as listener:
         name = served_model_name or engine.stem
-        model = ServedModel(rq.load(engine, threads), name, slots=slots, max_length=max_length, max_waiting=max_waiting)
+        model = ServedModel(
+            rq.load(engine, threads),
+            name,
+            slots=slots,
+            max_length=max_length,
+            max_waiting=max_waiting,
+            reuse_prefixes=reuse_prefixes,
+        )
         if not is_local(listener):
             screen.note(f"everyone who can reach {url(listener)} can use the model, because there is no authentication")
         if model.engine.chat_template is None:

@@ -8,7 +8,7 @@ from time import time
 from typing import Any
 from uuid import uuid4
 
-from rq_compile.serving.served_model import Piece
+from rq_compile.serving.reply import Piece
 from rq_compile.standalone.sampling import Choice
 
 TokenText = Callable[[int], str]
@@ -17,18 +17,19 @@ LEAST_LOGPROB = -9999.0
 
 
 class Answers(ABC):
-    """The objects of one request. ``object``, ``chunk``: their kinds, whole and as a chunk. ``prefix``: of the id."""
+    """The objects of one request. ``object``, ``chunk``: their kinds, whole and as a chunk. ``prefix``: of the id. With
+    ``token_ids``, the choices state their tokens, as in vLLM."""
 
     object: str
     chunk: str
     prefix: str
 
-    def __init__(self, model: str, token_text: TokenText, logprobs: bool) -> None:
+    def __init__(self, model: str, token_text: TokenText, logprobs: bool, token_ids: bool) -> None:
         self._token_text = token_text
-        self._logprobs = logprobs
+        self._logprobs, self._token_ids = logprobs, token_ids
         self._id, self._created, self._model = f"{self.prefix}-{uuid4().hex}", int(time()), model
 
-    def whole(self, pieces: Sequence[Sequence[Piece]], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
         """``pieces``: those of each choice."""
         return self._object(self.object, [self._whole_choice(index, ones) for index, ones in enumerate(pieces)], usage=usage)
 
@@ -38,11 +39,11 @@ class Answers(ABC):
 
     def piece(self, piece: Piece) -> dict[str, Any] | None:
         """The chunk of ``piece``; None if it has nothing to say."""
-        if not piece.text and piece.finish_reason is None and not self._logprobs:
+        if not (piece.text or piece.finish_reason or self._logprobs or self._token_ids):
             return None
-        return self._object(self.chunk, [self._part(piece)])
+        return self._object(self.chunk, [self._with_ids(self._part(piece), piece.choices)])
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The last chunk of a stream with ``include_usage``."""
         return self._object(self.chunk, [], usage=usage)
 
@@ -51,7 +52,11 @@ class Answers(ABC):
 
     def _whole_choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
-        return self._choice(index, text, [choice for piece in pieces for choice in piece.choices], pieces[-1].finish_reason)
+        choices = [choice for piece in pieces for choice in piece.choices]
+        return self._with_ids(self._choice(index, text, choices, pieces[-1].finish_reason), choices)
+
+    def _with_ids(self, choice: dict[str, Any], choices: Sequence[Choice]) -> dict[str, Any]:
+        return {**choice, "token_ids": [each.token for each in choices]} if self._token_ids else choice
 
     @abstractmethod
     def _choice(self, index: int, text: str, choices: Sequence[Choice], finish_reason: str | None) -> dict[str, Any]: ...
@@ -64,9 +69,9 @@ class Completions(Answers):
     object = chunk = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, model: str, token_text: TokenText, logprobs: bool, echoed: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, token_text: TokenText, logprobs: bool, token_ids: bool, echoed: Sequence[str] = ()) -> None:
         """``echoed``: the texts that precede the choices; none if they are not echoed."""
-        super().__init__(model, token_text, logprobs)
+        super().__init__(model, token_text, logprobs, token_ids)
         self._echoed = echoed
         self._offsets: dict[int, int] = {}
 

@@ -20,8 +20,9 @@ from rq_compile.errors import UserError
 from rq_compile.serving.answers import Answers, ChatCompletions, Completions
 from rq_compile.serving.metrics import Metrics
 from rq_compile.serving.refusals import Refusal
+from rq_compile.serving.reply import Piece, Reply
 from rq_compile.serving.requests import ChatRequest, CompletionRequest, Request, parsed
-from rq_compile.serving.served_model import Piece, ServedModel
+from rq_compile.serving.served_model import ServedModel
 from rq_compile.standalone.sampling import SamplingError
 from rq_compile.standalone.scheduler import Answer, AnswerFailed, QueueFull, RequestRefused
 
@@ -109,7 +110,7 @@ class _Server:
         if request.echo:
             texts = [self.model.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt for prompt in request.prompts]
             echoed = [text for text in texts for _ in range(request.n)]
-        form = Completions(self.model.name, self.model.token_text, request.logprobs is not None, echoed)
+        form = Completions(self.model.name, self.model.token_text, request.logprobs is not None, request.return_token_ids, echoed)
         return await self._answered(http, request, prompts, form)
 
     async def chat_completions(self, http: HttpRequest) -> Response:
@@ -125,7 +126,7 @@ class _Server:
             prompt = await asyncio.to_thread(self.model.chat_ids, request.conversation, **variables)
         except UserError as error:
             raise Refusal(400, str(error), "messages") from error
-        form = ChatCompletions(self.model.name, self.model.token_text, request.logprobs)
+        form = ChatCompletions(self.model.name, self.model.token_text, request.logprobs, request.return_token_ids)
         return await self._answered(http, request, [prompt], form)
 
     async def _body(self, http: HttpRequest) -> bytes:
@@ -149,17 +150,17 @@ class _Server:
             raise self._unknown(request.model)
         return request
 
-    def _submit(self, request: Request, prompts: Sequence[list[int]]) -> list[Answer]:
+    def _submit(self, request: Request, prompts: Sequence[list[int]]) -> Reply:
         """All choices of all prompts, or none of them."""
         wanted = len(prompts) * request.n
         if wanted > self.model.most_choices:
             message = f"the request asks for {wanted} answers; ask for at most {self.model.most_choices} (n times prompts)"
             raise Refusal(400, message, "n")
-        answers: list[Answer] = []
+        reply = Reply()
         try:
             for prompt in prompts:
                 for choice in range(request.n):
-                    answers.append(self.model.submit(prompt, request.params(self.model.defaults, choice)))
+                    self.model.submit(prompt, request.params(self.model.defaults, choice), reply)
         except (SamplingError, RequestRefused) as error:
             raise Refusal(400, str(error)) from error
         except QueueFull as error:
@@ -167,20 +168,18 @@ class _Server:
         except AnswerFailed as error:
             raise Refusal(503, str(error)) from error
         finally:
-            if len(answers) < wanted:
-                for answer in answers:
-                    answer.cancel()
-        return answers
+            if len(reply.answers) < wanted:
+                reply.cancel()
+        return reply
 
     async def _answered(self, http: HttpRequest, request: Request, prompts: Sequence[list[int]], form: Answers) -> Response:
-        answers = self._submit(request, prompts)
-        read = sum(map(len, prompts))
-        self.metrics.prompt_tokens.inc(read)
-        pieces = self._timed(answers)
+        reply = self._submit(request, prompts)
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        pieces = self._timed(reply)
         if request.stream:
-            events = self._events(pieces, form, len(answers), read, with_usage=request.with_usage)
+            events = self._events(pieces, form, reply.answers, request)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        found: list[list[Piece]] = [[] for _ in answers]
+        found: list[list[Piece]] = [[] for _ in reply.answers]
 
         async def collect() -> None:
             async for piece in pieces:
@@ -191,11 +190,11 @@ class _Server:
         except AnswerFailed as error:
             raise Refusal(503 if not self.model.healthy else 500, str(error)) from error
         written = sum(len(piece.choices) for ones in found for piece in ones)
-        return JSONResponse(form.whole(found, _usage(read, written)))
+        return JSONResponse(form.whole(found, _usage(reply.answers[:: request.n], written)))
 
-    async def _timed(self, answers: Sequence[Answer]) -> AsyncGenerator[Piece, None]:
-        watches = [self.metrics.watch() for _ in answers]
-        pieces = self.model.pieces(answers)
+    async def _timed(self, reply: Reply) -> AsyncGenerator[Piece, None]:
+        watches = [self.metrics.watch() for _ in reply.answers]
+        pieces = reply.pieces()
         try:
             async for piece in pieces:
                 for _ in piece.choices:
@@ -207,18 +206,18 @@ class _Server:
             await pieces.aclose()
 
     async def _events(
-        self, pieces: AsyncGenerator[Piece, None], form: Answers, choices: int, read: int, *, with_usage: bool
+        self, pieces: AsyncGenerator[Piece, None], form: Answers, answers: Sequence[Answer], request: Request
     ) -> AsyncIterator[str]:
         written, complete = 0, False
         try:
-            for chunk in form.first(choices):
+            for chunk in form.first(len(answers)):
                 yield _event(chunk)
             async for piece in pieces:
                 written += len(piece.choices)
                 if (said := form.piece(piece)) is not None:
                     yield _event(said)
-            if with_usage:
-                yield _event(form.usage(_usage(read, written)))
+            if request.with_usage:
+                yield _event(form.usage(_usage(answers[:: request.n], written)))
             complete = True
             yield "data: [DONE]\n\n"
         except AnswerFailed as error:
@@ -263,8 +262,16 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _usage(read: int, written: int) -> dict[str, int]:
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+def _usage(answers: Sequence[Answer], written: int) -> dict[str, Any]:
+    """``answers``: one for each prompt. ``written``: tokens of all answers."""
+    read = sum(len(answer.prompt_ids) for answer in answers)
+    cached = sum(answer.cached_tokens for answer in answers)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 async def _failed(http: HttpRequest, error: Exception) -> Response:

@@ -44,6 +44,7 @@ class Request(BaseModel):
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
     max_tokens: int | None = None
     sampling: dict[str, Any] = {}
 

@@ -1,13 +1,16 @@
 """An inbox gives the tokens of many answers to one thread, each answer's in their order and with its end."""
 
 import threading
+from functools import partial
+from time import monotonic
 
 import pytest
 from test_scheduler import SumModel, answered
 
+from rq_compile.standalone import inbox as inbox_module
 from rq_compile.standalone.inbox import Inbox
-from rq_compile.standalone.sampling import SamplingParams
-from rq_compile.standalone.scheduler import Scheduler
+from rq_compile.standalone.sampling import GREEDY, Choice, SamplingParams
+from rq_compile.standalone.scheduler import Answer, Scheduler
 
 pytestmark = pytest.mark.quick
 
@@ -65,3 +68,30 @@ def test_a_failed_answer_ends_and_a_closed_inbox_gives_what_it_has_first() -> No
     assert (name, failed, len(choices), choices[-1]) == ("it", answer, 2, None)
     assert answer.error is not None
     assert inbox.take() is None
+
+
+def test_tokens_of_several_answers_come_together_but_not_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "LONGEST_PAUSE", 0.3)
+    answers = {name: Answer([1], GREEDY, 9) for name in "ab"}
+    inbox: Inbox[str] = Inbox(pace=0.15)
+    tell = {name: partial(inbox.listener(name), answer) for name, answer in answers.items()}
+
+    def taken() -> dict[str, list[int | None]]:
+        arrived = inbox.take(timeout=0) or {}
+        return {name: [choice and choice.token for choice in choices] for name, (_, choices) in arrived.items()}
+
+    tell["a"](Choice(1))
+    assert taken() == {"a": [1]}
+    tell["b"](Choice(2))
+    assert taken() == {"b": [2]}
+    later = threading.Timer(0.02, tell["a"], [Choice(4)])
+    tell["a"](Choice(3))
+    later.start()
+    assert taken() == {"a": [3, 4]}
+    begun = monotonic()
+    tell["a"](Choice(5))
+    tell["b"](None)
+    assert taken() == {"a": [5], "b": [None]}
+    tell["a"](Choice(6))  # the only answer now
+    assert taken() == {"a": [6]}
+    assert monotonic() - begun < 0.3, "it waited"

@@ -3,13 +3,13 @@
 The sequences in the slots are those that eight clients of serving.py would send. Each request that ends is followed by the next
 at once. "tokens_per_s" is what a server could give if everything else took no time. The other columns are shares of the time:
 "decode_engine" is in ONNX Runtime for steps of all sequences, "prompts_engine" for pieces of prompts, "regroup" copies caches
-when sequences join and leave, and "python" is the rest (samplers, queues, masks). "one_step_ms" is a step of 1, 8 and 16
-sequences with about 200 tokens each in the cache.
+when sequences join and leave, and "python" is the rest (samplers, queues, masks). "padding" is the share of the caches in a
+decoding step that the mask excludes. "one_step_ms" is a step of 1, 8 and 16 sequences with about 200 tokens each in the cache.
 
     python benchmarks/serving.py --folder /scratch --only-make
     python benchmarks/serving_steps.py --folder /scratch --model sample
 
-The rows are written to benchmarks/results/serving_steps.json.
+A row is written to benchmarks/results/serving_steps.json, and replaces one of the same model.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 from provenance import processor, provenance
-from serving import LONGEST, MODELS, SLOTS, THREADS, requests
+from servers import LONGEST, THREADS
+from serving import MODELS, SLOTS, requests
 
 from rq_compile.standalone.batch import Batch
 from rq_compile.standalone.decoding import open_session
@@ -76,11 +77,14 @@ def load(steps: EngineSteps, seconds: float) -> dict[str, float]:
     """The shares, while ``SLOTS`` clients ask one request after another."""
     scheduler, timed = Scheduler(steps, SLOTS, LONGEST), Timed()
     asked = [requests(number, steps.vocabulary) for number in range(SLOTS)]
-    step = steps.step
+    step, columns, used = steps.step, 0, 0
 
-    def by_kind(ids: np.ndarray, *rest: Sequence[np.ndarray]) -> np.ndarray:
-        kind = "decode_engine" if ids.shape[1] == 1 else "prompts_engine"
-        return timed(kind, step)(ids, *rest)
+    def by_kind(ids: np.ndarray, mask: np.ndarray, *rest: Sequence[np.ndarray]) -> np.ndarray:
+        nonlocal columns, used
+        decoding = ids.shape[1] == 1
+        if decoding:
+            columns, used = columns + mask.size, used + int(mask.sum())
+        return timed("decode_engine" if decoding else "prompts_engine", step)(ids, mask, *rest)
 
     steps.step = by_kind  # type: ignore[method-assign, assignment]
     scheduler._regroup = timed("regroup", scheduler._regroup)  # type: ignore[method-assign]
@@ -110,7 +114,8 @@ def load(steps: EngineSteps, seconds: float) -> dict[str, float]:
     took = now - measured
     steps.step = step  # type: ignore[method-assign]
     shares = {name: round(spent / took, 3) for name, spent in sorted(timed.seconds.items())}
-    return {"tokens_per_s": round(tokens / took), **shares, "python": round(1 - sum(timed.seconds.values()) / took, 3)}
+    python, padding = round(1 - sum(timed.seconds.values()) / took, 3), round(1 - used / columns, 3)
+    return {"tokens_per_s": round(tokens / took), **shares, "python": python, "padding": padding}
 
 
 def main() -> None:
@@ -120,7 +125,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     settings = parser.parse_args()
-    rows = []
     for name in settings.model:
         version = settings.folder / name / "rq-compile" / "model" / "1"
         manifest = json.loads((version / "model.json").read_text())
@@ -128,9 +132,11 @@ def main() -> None:
         steps = EngineSteps(session, manifest)
         by_rows = {str(count): one_step(steps, count, 30) for count in (1, 8, 16)}
         row = {"model": name, "one_step_ms": by_rows, **load(steps, settings.seconds), "slots": SLOTS, "threads": THREADS}
-        rows.append({**row, "processor": processor(), **provenance("rq-compile", "onnxruntime", "numpy")})
-        print(json.dumps(rows[-1]), flush=True)
-    settings.output.write_text(json.dumps(rows, indent=1) + "\n")
+        row |= {"processor": processor(), **provenance("rq-compile", "onnxruntime", "numpy")}
+        print(json.dumps(row), flush=True)
+        known = json.loads(settings.output.read_text()) if settings.output.exists() else []
+        kept = [other for other in known if other["model"] != name]
+        settings.output.write_text(json.dumps([*kept, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Clients that stream answers of a Triton server. One thread runs them all, to leave the processors to the server."""
+"""Clients that stream answers of a server over HTTP. One thread runs them all, to leave the processors to the server."""
 
 import json
 import re
@@ -6,12 +6,26 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
-# Of one event of a stream: a number, or a list of numbers.
-TOKENS = re.compile(rb'"token_ids":(\[[0-9,]*\]|[0-9]+)')
-END = b"0\r\n\r\n"  # of a chunked body
+END = b"\r\n0\r\n\r\n"  # of a chunked body
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a server is asked. ``body(ids, most)``: for the greedy answer of ``most`` tokens to the prompt ``ids``, as a stream.
+    ``tokens``: the key of an event's new tokens, a number or a list of numbers."""
+
+    path: str
+    body: Callable[[list[int], int], dict[str, Any]]
+    tokens: str
+
+    @cached_property
+    def of_event(self) -> re.Pattern[bytes]:
+        return re.compile(rb'"%s":(\[[0-9,]*\]|[0-9]+)' % self.tokens.encode())
 
 
 @dataclass
@@ -28,13 +42,14 @@ class Client:
     """Sends one request after another. ``requests``: the token ids of prompts, each with the number of tokens to ask for."""
 
     port: int
+    asking: Asking
     requests: Iterator[tuple[list[int], int]]
     times: Times
 
     def ask(self) -> socket.socket:
         prompt, self.left = next(self.requests)
-        body = json.dumps({"input_ids": prompt, "max_tokens": self.left, "stream": True})
-        head = "POST /v2/models/model/generate_stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        body = json.dumps(self.asking.body(prompt, self.left))
+        head = f"POST {self.asking.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         self.connection = socket.create_connection(("127.0.0.1", self.port), 60)
         self.begun, self.last, self.held = time.perf_counter(), 0.0, b""
         self.connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -50,7 +65,7 @@ class Client:
         now = time.perf_counter()
         self.held += arrived
         end = 0
-        for event in TOKENS.finditer(self.held):
+        for event in self.asking.of_event.finditer(self.held):
             end = event.end()
             if count := len(event[1].strip(b"[]").split(b",")) if event[1] != b"[]" else 0:
                 self._note(now, count)

@@ -6,7 +6,8 @@ fp32; the embedding has the format of the head. llama.cpp runs OLMoE only with a
     pip install -r benchmarks/runtimes/llama_cpp.txt
     python benchmarks/llama_cpp/gguf_checkpoint.py samples/top1 --format Q4_0 --head Q8_0 -o top1.gguf
 
-A byte-level BPE tokenizer (``tokenizer.json``) whose size fits is written too, so that llama.cpp's server can use the model.
+A byte-level BPE tokenizer (``tokenizer.json``) is written too, so that llama.cpp's server can use the model. As in llama.cpp's
+own converter, ids that it lacks become unused tokens.
 """
 
 import argparse
@@ -29,7 +30,7 @@ FORMATS = {"Q8_0": Quantization.Q8_0, "Q4_0": Quantization.Q4_0}
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 ROUTERS = (".mlp.gate", ".mlp.shared_expert_gate")
 HEAD = ("lm_head", "model.embed_tokens")
-NORMAL, CONTROL = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+NORMAL, CONTROL, UNUSED = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
 
 
 class Checkpoint:
@@ -127,13 +128,16 @@ def write_tokenizer(writer: gguf.GGUFWriter, path: Path, config: dict[str, Any])
     tokens = {number: token for token, number in model.get("vocab", {}).items()}
     special = {token["id"]: token["content"] for token in described.get("added_tokens", ())}
     tokens |= special
-    if model.get("type") != "BPE" or len(tokens) != config["vocab_size"]:
+    if model.get("type") != "BPE" or len(tokens) > config["vocab_size"]:
         writer.add_tokenizer_model("none")
         return
+    unused = {number: f"[PAD{number}]" for number in range(config["vocab_size"]) if number not in tokens}
+    tokens |= unused
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([tokens[number] for number in range(len(tokens))])
-    writer.add_token_types([CONTROL if number in special else NORMAL for number in range(len(tokens))])
+    types = dict.fromkeys(special, CONTROL) | dict.fromkeys(unused, UNUSED)
+    writer.add_token_types([types.get(number, NORMAL) for number in range(len(tokens))])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])

@@ -112,9 +112,10 @@ def document(kind: str) -> tuple[str, Recognizes]:
 
 def _is_statistics(path: Path) -> bool:
     from rq_compile.checkpoint.safetensors_file import tensors_of
+    from rq_compile.checkpoint.shards import STATISTICS
 
     with suppress(UserError):
-        return all(name.endswith(("input_moment", "intermediate_moment")) for name in tensors_of(path))
+        return all(name.endswith(STATISTICS) for name in tensors_of(path))
     return False
 
 

@@ -59,8 +59,8 @@ def calibrate(
     At most ``tokens`` tokens are run, the first of every text (None: all), in sequences of ``sequence_length`` (None: 2048, or as
     many as the model has positions), ``batch_size`` together (None: up to 8, of 2048 tokens in all).
 
-    ``formats``: those that experts are rounded to and measured in, of "int8", "int4", "int3" and "int2". Each takes about as much
-    time as the others, and plans can use only what was measured.
+    ``formats``: those that experts are rounded to and measured in, of "int8", "int4", "int3" and "int2", which all take about as
+    much time; and "constant", which replaces an expert by its mean output. Plans can use only what was measured.
 
     ``progress`` counts tokens. ``detail`` gets the layer that is being measured. ``memory_limit`` is in bytes. ``wanda_fraction``
     is the paper's s. The statistics that GPTQ needs are written beside ``output`` as ``.safetensors``. An interrupted run with
@@ -74,7 +74,7 @@ def calibrate(
     from rq_compile.outputs import check_calibration
 
     path = Path(output)
-    check_calibration(path, files(texts), statistics=quantizer == "gptq")
+    check_calibration(path, files(texts), statistics=quantizer == "gptq" or "constant" in formats)
     source = opened(model)
     return calibrated_into(
         path,

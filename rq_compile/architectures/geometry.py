@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from rq_compile.bounds import MOST_EXPERTS, Size
 from rq_compile.files import Document
-from rq_compile.quantization.formats import Block, Format, matrix_bytes
+from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu", "limited_swiglu", "relu2"]
 MOST_BYTES = 2**50  # of a layer's experts
@@ -58,8 +58,7 @@ class ExpertGeometry(Document):
 
     def expert_bytes(self, format: Format) -> int:
         """Bytes of one expert in ``format``, including scales, padding and fp32 biases."""
-        matrices = ((self.up_rows, self.hidden), (self.hidden, self.intermediate))
-        return sum(matrix_bytes(format, rows, columns, self.block) for rows, columns in matrices) + self.bias_bytes
+        return SLOT_FORMATS[format].expert_bytes(self.hidden, self.intermediate, self.up_rows, self.bias_bytes, self.block)
 
     @property
     def bias_bytes(self) -> int:

@@ -43,7 +43,8 @@ class MoeLayer:
 class ExpertWeights:
     """``up [F, hidden]`` and ``down [hidden, intermediate]`` in the checkpoint's dtype; ``up_bias [F]`` and
     ``down_bias [hidden]`` in fp32, or None. The moments are those of the inputs of the two matrices, if the calibration has them.
-    The integers are those of the checkpoint, if it stores integers with scales."""
+    The integers are those of the checkpoint, if it stores integers with scales. ``mean_output [hidden]`` is what replaces the
+    expert where it is constant, if the calibration has it."""
 
     up: np.ndarray
     down: np.ndarray
@@ -53,6 +54,7 @@ class ExpertWeights:
     down_moment: SecondMoment | None = None
     up_integers: SourceIntegers | None = None
     down_integers: SourceIntegers | None = None
+    mean_output: np.ndarray | None = None
 
 
 def moe_layers(checkpoint: Checkpoint, family: Family, config: "PretrainedConfig") -> list[MoeLayer]:

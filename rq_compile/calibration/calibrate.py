@@ -24,7 +24,7 @@ from rq_compile.calibration.recording import LayerRecording, record_whole_model
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration, LayerSums
 from rq_compile.calibration.scratch import on_disk, return_freed
 from rq_compile.calibration.split import Split
-from rq_compile.calibration.statistics import tensors_of
+from rq_compile.calibration.statistics import outputs_of, tensors_of
 from rq_compile.calibration.stored import formats_to_measure, layers_to_measure, lossless_format, stored_layer
 from rq_compile.calibration.streaming import record_layer_by_layer
 from rq_compile.calibration.text import Batch, batches, tokenize
@@ -159,7 +159,7 @@ def calibrate(
     receives the layer that is measured, and the speed.
 
     The second result holds the statistics that ``statistics.py`` describes, by tensor name, mapped from temporary files. It is
-    empty for the quantizer "nearest", which needs no statistics.
+    empty for the quantizer "nearest" without the format "constant", which need no statistics.
 
     Raises:
         UserError: see ``work_of``; or a layer's routing or output is invalid (see ``LayerRecording``).
@@ -227,8 +227,12 @@ def calibrate(
             )
         return_freed()
         report.measured()
-        moments = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
-        measured = _layer_calibration(model, recording, measurement), moments if quantizer == "gptq" else {}
+        kept_tensors = {}
+        if quantizer == "gptq":
+            kept_tensors = tensors_of(recording.layer.name, measurement.input_moment, measurement.intermediate_moments)
+        if "constant" in measured_formats:
+            kept_tensors |= outputs_of(recording.layer.name, measurement.weighted_outputs, measurement.squared_gates)
+        measured = _layer_calibration(model, recording, measurement), kept_tensors
         if work.way.whole:
             finish(None)
     last, more = dense.take()

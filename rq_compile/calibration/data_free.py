@@ -19,7 +19,8 @@ from rq_compile.calibration.calibrate import formats_to_measure, layers_to_measu
 from rq_compile.calibration.expert import in_format, in_fp32, weight_squares
 from rq_compile.calibration.schema import Calibration, CalibrationText, LayerCalibration
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
-from rq_compile.quantization.formats import MEASURED_FORMATS, Block, Format
+from rq_compile.errors import UserError
+from rq_compile.quantization.formats import MEASURED_FORMATS, SLOT_FORMATS, Block, Format
 from rq_compile.standalone.limits import default_threads
 
 NO_TEXT = "no text"
@@ -37,8 +38,10 @@ def data_free(
     to ``top_k`` experts. ``progress(done, total)`` counts experts; for the other arguments see ``calibrate``.
 
     Raises:
-        UserError: a weight is not a finite number.
+        UserError: a weight is not a finite number, or a format needs text.
     """
+    if other := [format for format in formats if not SLOT_FORMATS[format].computed]:
+        raise UserError(f"--data-free measures no outputs for {other[0]}; leave it out of --formats, or calibrate on text", 2)
     layers = layers_to_measure(model, block)
     measured_formats = formats_to_measure(model, layers, formats)
     total = sum(layer.geometry.experts for layer in layers)

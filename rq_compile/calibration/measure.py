@@ -15,12 +15,13 @@ import torch
 
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
+from rq_compile.calibration.constant import constant_error
 from rq_compile.calibration.expert import cast_error, expert_outputs, in_format, in_fp32, weight_squares
 from rq_compile.calibration.schema import LayerSums
 from rq_compile.calibration.scratch import release
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
 from rq_compile.processes import world
-from rq_compile.quantization.formats import FLOAT_FORMATS, FORMATS, SLOT_FORMATS, Format, Quantizer, block_size
+from rq_compile.quantization.formats import COMPUTED_FORMATS, FLOAT_FORMATS, SLOT_FORMATS, Format, Quantizer, block_size
 from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 
 # An expert's error is measured on at most this many of its pairs. On samples/olmoe that is within 3 % (median; 95 %: 10 %) of the
@@ -41,8 +42,9 @@ class ExpertMeasurement:
     """Sums over the (token, choice) pairs of one expert E.
 
     ``energy``: ``gate**2 * ||E(x)||**2``. ``error[format]``: ``gate**2 * ||E_format(x) - E(x)||**2``, infinite where the format
-    cannot hold a weight. Beside the sums, ``weight_error[format]`` (see ``weight_error``), ``wanda`` (see ``wanda_score``) and
-    ``intermediate_moment``, that of the down projection's inputs by blocks of columns.
+    cannot hold a weight. ``squared_gates``: ``gate**2``. ``weighted_output [hidden]``: ``gate**2 * E(x)``. Beside the sums,
+    ``weight_error[format]`` (see ``weight_error``), ``wanda`` (see ``wanda_score``) and ``intermediate_moment``, that of the down
+    projection's inputs by blocks of columns.
     """
 
     pairs: int
@@ -51,11 +53,14 @@ class ExpertMeasurement:
     weight_error: dict[Format, float]
     wanda: float
     intermediate_moment: np.ndarray
+    squared_gates: float
+    weighted_output: np.ndarray
 
 
 @dataclass(frozen=True)
 class LayerMeasurement:
-    """The measurements of a layer's m experts, stacked: ``[m]`` float64 (``pairs`` int64); the moments ``[m, ...]`` fp32.
+    """The measurements of a layer's m experts, stacked: ``[m]`` float64 (``pairs`` int64), ``weighted_outputs [m, hidden]``
+    float64; the moments ``[m, ...]`` fp32.
 
     ``input_moment``: of the up projections' inputs, over all tokens of the layer. ``output_square``: squared norm of the summed
     outputs of the routed experts for a token, summed over the tokens.
@@ -68,6 +73,8 @@ class LayerMeasurement:
     wanda: np.ndarray
     input_moment: SecondMoment
     intermediate_moments: np.ndarray
+    squared_gates: np.ndarray
+    weighted_outputs: np.ndarray
     output_square: float
 
     @classmethod
@@ -80,6 +87,8 @@ class LayerMeasurement:
             wanda=np.array([expert.wanda for expert in experts]),
             input_moment=input_moment,
             intermediate_moments=np.stack([expert.intermediate_moment for expert in experts]),
+            squared_gates=np.array([expert.squared_gates for expert in experts]),
+            weighted_outputs=np.stack([expert.weighted_output for expert in experts]),
             output_square=output_square,
         )
 
@@ -96,6 +105,8 @@ class LayerMeasurement:
             wanda=self.wanda * np.sqrt(scale),
             input_moment=SecondMoment(self.input_moment.values * np.float32(tokens)) if tokens != 1 else self.input_moment,
             intermediate_moments=_scaled(self.intermediate_moments, scale),
+            squared_gates=self.squared_gates * scale,
+            weighted_outputs=self.weighted_outputs * scale[:, None],
             output_square=self.output_square * tokens,
         )
 
@@ -127,7 +138,7 @@ def measure_layer(
     weights_of: Callable[[int], ExpertWeights],
     *,
     output: np.ndarray | None = None,
-    formats: tuple[Format, ...] = FORMATS,
+    formats: tuple[Format, ...] = COMPUTED_FORMATS,
     quantizer: Quantizer = "gptq",
     wanda_fraction: float = WANDA_FRACTION,
     device: str = "cpu",
@@ -182,8 +193,8 @@ def _ahead(weights_of: Callable[[int], ExpertWeights], experts: Iterable[int]) -
 @dataclass(frozen=True)
 class _Run:
     """What running an expert on its tokens showed: its weights in fp32, ``original``, and the formats in which they are
-    ``exact``; the number of ``pairs``; ``products``: see ``expert_outputs``; ``squares [hidden]`` of its inputs; and what
-    ``on_sample`` of them tells."""
+    ``exact``; the number of ``pairs``; ``products``: see ``expert_outputs``; ``squares [hidden]`` of its inputs; the sums of
+    ``ExpertMeasurement``; and what ``on_sample`` of the pairs tells."""
 
     original: ExpertWeights
     exact: frozenset[Format]
@@ -191,6 +202,8 @@ class _Run:
     energy: float
     products: np.ndarray
     squares: np.ndarray
+    squared_gates: float
+    weighted_output: np.ndarray
     on_sample: "_OnSample"
 
 
@@ -233,7 +246,7 @@ class _Measure:
         zeros, see ``expert_outputs``."""
         geometry = self.geometry
         original = in_fp32(weights)
-        squares = np.zeros(geometry.hidden, np.float64)
+        squares, weighted = np.zeros(geometry.hidden, np.float64), np.zeros(geometry.hidden, np.float64)
         sample, shares = _sample(gate)
         sampled_x, sampled_y = [], []
         energy, output = 0.0, torch.from_numpy(self.output)
@@ -245,13 +258,17 @@ class _Measure:
             picked = sample[slice(*np.searchsorted(sample, (start, start + len(some))))] - start
             sampled_x.append(x[picked])
             sampled_y.append(y[picked])
-            y *= torch.from_numpy(gate[start : start + len(some), None])
+            of_some = torch.from_numpy(gate[start : start + len(some)])
+            y *= of_some[:, None]
             energy += _square(y.numpy())
+            weighted += (of_some @ y).double().numpy()
             output.index_add_(0, torch.from_numpy(some), y.double())
             release(self.hidden)
             release(self.output)
         on_sample = _OnSample(sampled_x, sampled_y, shares, energy, self.device)
-        return _Run(original, _exact_in(weights), len(tokens), energy, products, squares, on_sample)
+        squared_gates = float(np.square(gate, dtype=np.float64).sum())
+        exact = _exact_in(weights)
+        return _Run(original, exact, len(tokens), energy, products, squares, squared_gates, weighted, on_sample)
 
     def rounded(self, run: _Run) -> ExpertMeasurement:
         """Measure what each format changes; from several threads."""
@@ -267,6 +284,9 @@ class _Measure:
         room = getattr(self._room, "expert", None)
         squares = weight_squares(original, threads)
         for format in self.formats:
+            if not SLOT_FORMATS[format].computed:
+                weight_errors[format], errors[format] = 1.0, _constant_error(run)
+                continue
             if format in run.exact:
                 weight_errors[format] = errors[format] = 0.0
                 continue
@@ -284,7 +304,13 @@ class _Measure:
             weight_error=weight_errors,
             wanda=wanda_score(matrices, self.wanda_fraction),
             intermediate_moment=run.products,
+            squared_gates=run.squared_gates,
+            weighted_output=run.weighted_output,
         )
+
+
+def _constant_error(run: _Run) -> float:
+    return float(constant_error(np.array([run.energy]), run.weighted_output[None], np.array([run.squared_gates]))[0])
 
 
 class _OnSample:

@@ -16,10 +16,11 @@ import numpy as np
 
 from rq_compile import __version__, spill
 from rq_compile.calibration.calibrate import legible, share
+from rq_compile.calibration.constant import constant_error
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.schema import Calibration, DenseCalibration, LayerCalibration, LayerSums
 from rq_compile.calibration.scratch import on_disk
-from rq_compile.calibration.statistics import Statistics, write_with_statistics
+from rq_compile.calibration.statistics import GATES, OUTPUTS, Statistics, write_with_statistics
 from rq_compile.errors import UserError
 from rq_compile.files import read_document
 from rq_compile.quantization.formats import Format
@@ -51,7 +52,7 @@ def merged_into(output: Path, weights: Mapping[Path, float | None]) -> Calibrati
     ]
     with spill.beside(output):
         tensors = merge_statistics(merged.layers, several, merged.dense) if several else {}
-    return write_with_statistics(merged, tensors, output)
+    return write_with_statistics(with_constants(merged, tensors), tensors, output)
 
 
 def factors(calibrations: Sequence[Calibration], weights: Sequence[float | None]) -> list[float]:
@@ -107,6 +108,23 @@ def merge(calibrations: Mapping[Path, Calibration], factors: Sequence[float] | N
     )
 
 
+def with_constants(calibration: Calibration, statistics: Mapping[str, np.ndarray]) -> Calibration:
+    """``calibration`` with the errors of ``constant`` for the mean outputs in ``statistics``. The errors that were added are
+    less, because every calibration has its own mean."""
+
+    def of_layer(layer: LayerCalibration) -> LayerCalibration:
+        if layer.sums is None or "constant" not in layer.sums.error:
+            return layer
+        weighted, gates = (statistics[f"{layer.name}.{name}"].astype(np.float64) for name in (OUTPUTS, GATES))
+        found = constant_error(np.asarray(layer.sums.energy), weighted, gates).tolist()
+        sums = layer.sums.model_copy(update={"error": {**layer.sums.error, "constant": found}})
+        errors, _ = relative_errors(sums, np.asarray(layer.load))
+        error = {**layer.error, "constant": legible(errors["constant"])}
+        return layer.model_copy(update={"sums": sums, "error": error})
+
+    return calibration.model_copy(update={"layers": [of_layer(layer) for layer in calibration.layers]})
+
+
 def merge_statistics(
     layers: Sequence[LayerCalibration], several: Sequence[tuple[float, Statistics]], dense: Sequence[DenseCalibration] = ()
 ) -> dict[str, np.ndarray]:
@@ -116,7 +134,9 @@ def merge_statistics(
     Raises:
         UserError: see ``Statistics``; or the disk is full.
     """
-    of_experts = [f"{layer.name}.{moment}" for layer in layers for moment in ("input_moment", "intermediate_moment")]
+    moments = [f"{layer.name}.{moment}" for layer in layers for moment in ("input_moment", "intermediate_moment")]
+    of_experts = [name for name in moments if any(name in one.tensors for _, one in several)]
+    of_experts += [f"{layer.name}.{moment}" for layer in layers if "constant" in layer.error for moment in (OUTPUTS, GATES)]
     of_matrices = dict.fromkeys(matrix.moment for module in dense for matrix in module.matrices if matrix.moment)
     return {name: on_disk(_sum(factor * one.tensor(name) for factor, one in several)) for name in (*of_experts, *of_matrices)}
 

@@ -12,7 +12,7 @@ from rq_compile.calibration.dense_watch import BLOCK
 from rq_compile.calibration.measure import MAX_PAIRS
 from rq_compile.calibration.memory import used_memory
 from rq_compile.estimates import RATES, Estimate
-from rq_compile.quantization.formats import FLOAT_FORMATS, MEASURED_FORMATS, Format, Quantizer, block_size
+from rq_compile.quantization.formats import FLOAT_FORMATS, MEASURED_FORMATS, SLOT_FORMATS, Format, Quantizer, block_size
 from rq_compile.standalone.limits import usable_cpus
 from rq_compile.texts import Text
 
@@ -56,6 +56,8 @@ def calibration_estimate(
     outputs[output.name] += sum(JSON_MODULE + JSON_MATRIX * len(module.matrices) for module in dense)
     statistics = sum(_statistics_bytes(layer) for layer in layers) if quantizer == "gptq" else 0
     statistics += sum(_moment_bytes(model, module) for module in dense) if statistics else 0
+    if "constant" in formats:
+        statistics += sum(4 * layer.geometry.experts * (layer.geometry.hidden + 1) for layer in layers)
     if statistics:
         outputs[output.with_suffix(".safetensors").name] = statistics
     hidden = [layer.geometry.hidden for layer in layers]
@@ -67,7 +69,7 @@ def calibration_estimate(
         temporary_bytes=recorded + states + statistics,
         memory_bytes=used_memory() + way.memory,
         cores=usable_cpus(),
-        seconds=_calibration_seconds(model, work, quantizer, len(formats)),
+        seconds=_calibration_seconds(model, work, quantizer, sum(SLOT_FORMATS[format].computed for format in formats)),
         remarks=[*remarks_without_engine(model), *work.remarks],
     )
 

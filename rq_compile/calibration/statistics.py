@@ -3,9 +3,11 @@
 The fp32 tensors are ``{layer name}.input_moment [hidden, hidden]``, the sum of ``x x^T`` over all tokens of the layer, and
 ``{layer name}.intermediate_moment [m, blocks, block, block]``, the same for the inputs of each expert's down projection, within
 blocks of up to 128 columns. One moment serves all up projections of a layer. Moments of down projections are kept only within
-blocks, because whole moments of every expert would be as large as the experts. ``{matrix}.input_moment`` are those of non-expert
-matrices, whole or within blocks of 128 columns; matrices with the same input share one (``schema.DenseMatrix``). (Calibrations of
-schema version 1 have means. For a quantizer, which only uses proportions, there is no difference.)
+blocks, because whole moments of every expert would be as large as the experts. ``{layer name}.weighted_output [m, hidden]`` and
+``{layer name}.squared_gates [m]`` are the sums of ``gate**2 * E(x)`` and of ``gate**2`` over the pairs of each expert E, if
+``constant`` was measured (see ``constant.py``). ``{matrix}.input_moment`` are those of non-expert matrices, whole or within
+blocks of 128 columns; matrices with the same input share one (``schema.DenseMatrix``). (Calibrations of schema version 1 have
+means. For a quantizer, which only uses proportions, there is no difference.)
 """
 
 import hashlib
@@ -17,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rq_compile.calibration.constant import mean_outputs
 from rq_compile.calibration.schema import Calibration, StatisticsFile
 from rq_compile.calibration.scratch import release
 from rq_compile.checkpoint.safetensors_file import read_tensor
@@ -26,9 +29,13 @@ from rq_compile.files import sha256, write_document, written_beside
 from rq_compile.processes import rank, world
 from rq_compile.quantization.second_moment import SecondMoment
 
+OUTPUTS, GATES = "weighted_output", "squared_gates"
+
 
 class Tensors(Protocol):
     """The interface of a safetensors file."""
+
+    def __contains__(self, name: str) -> bool: ...
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         """Raises KeyError or IndexError if there is no such tensor or slice."""
@@ -100,6 +107,18 @@ class Statistics:
         """
         return self._read(layer, "intermediate_moment")
 
+    def has_outputs(self, layer: str) -> bool:
+        """Whether the mean outputs of the experts of ``layer`` were measured."""
+        return f"{layer}.{OUTPUTS}" in self.tensors
+
+    def mean_output(self, layer: str, expert: int) -> np.ndarray:
+        """The mean of the expert's outputs, weighted by their squared gates, fp32 ``[hidden]``; zeros if no token reached it.
+
+        Raises:
+            UserError: the file is not the statistics of this model's calibration.
+        """
+        return mean_outputs(self._read(layer, OUTPUTS, expert)[None], self._read(layer, GATES)[expert, None])[0]
+
     def tensor(self, name: str) -> np.ndarray:
         """The moment of this name.
 
@@ -125,6 +144,9 @@ class _OnDisk:
     def __init__(self, path: Path) -> None:
         self._stored = stored_tensors(path)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         stored = self._stored[name]
         if index is not None and not 0 <= index < stored.shape[0]:
@@ -136,6 +158,9 @@ class _InMemory:
     def __init__(self, tensors: dict[str, np.ndarray]) -> None:
         self._tensors = tensors
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         return self._tensors[name] if index is None else self._tensors[name][index]
 
@@ -143,6 +168,12 @@ class _InMemory:
 def tensors_of(layer: str, input_moment: SecondMoment, intermediate_moments: np.ndarray) -> dict[str, np.ndarray]:
     """One layer's part of the file; ``intermediate_moments [m, blocks, block, block]``."""
     return {f"{layer}.input_moment": input_moment.values, f"{layer}.intermediate_moment": intermediate_moments}
+
+
+def outputs_of(layer: str, weighted: np.ndarray, squared_gates: np.ndarray) -> dict[str, np.ndarray]:
+    """One layer's sums of outputs, ``weighted [m, hidden]``, and of ``squared_gates [m]``."""
+    tensors = {OUTPUTS: weighted, GATES: squared_gates}
+    return {f"{layer}.{name}": values.astype(np.float32) for name, values in tensors.items()}
 
 
 def write_statistics(tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -9,7 +9,16 @@ from rq_compile.architectures.model import Model
 from rq_compile.calibration.schema import LayerCalibration
 from rq_compile.checkpoint.storage.weight import Plain, Weight
 from rq_compile.errors import UserError
-from rq_compile.quantization.formats import BLOCK_FORMATS, BLOCKS, FORMATS, MEASURED_FORMATS, SLOT_FORMATS, Block, Format
+from rq_compile.quantization.formats import (
+    BLOCKS,
+    COMPUTED_FORMATS,
+    FORMATS,
+    MEASURABLE_FORMATS,
+    MEASURED_FORMATS,
+    SLOT_FORMATS,
+    Block,
+    Format,
+)
 
 
 def layers_to_measure(model: Model, block: Block | None) -> list[MoeLayer]:
@@ -37,8 +46,8 @@ def formats_to_measure(
     Raises:
         UserError: nothing is rounded to one of the formats.
     """
-    if wrong := [format for format in rounded if format not in BLOCK_FORMATS]:
-        raise UserError(f"weights are not rounded to {wrong[0]}; choose --formats among {', '.join(BLOCK_FORMATS)}", 2)
+    if wrong := [format for format in rounded if format not in MEASURABLE_FORMATS]:
+        raise UserError(f"nothing is rounded to {wrong[0]}; choose --formats among {', '.join(MEASURABLE_FORMATS)}", 2)
     carried = {
         weight.slot_format
         for layer in layers
@@ -68,5 +77,5 @@ def lossless_format(model: Model, layers: Sequence[LayerCalibration]) -> Format:
     """The smallest format that stores every expert of a quantized checkpoint exactly; for other checkpoints, their own format."""
     if not model.quantized:
         return model.dtype
-    lossless = [format for format in FORMATS if all(not any(layer.error.get(format, [1.0])) for layer in layers)]
+    lossless = [format for format in COMPUTED_FORMATS if all(not any(layer.error.get(format, [1.0])) for layer in layers)]
     return min(lossless, key=lambda format: (SLOT_FORMATS[format].bits, format != model.dtype))

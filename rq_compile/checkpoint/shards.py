@@ -14,7 +14,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth")
 # Files that `calibrate` writes have only such tensors.
-STATISTICS = (".input_moment", ".intermediate_moment")
+STATISTICS = (".input_moment", ".intermediate_moment", ".weighted_output", ".squared_gates")
 
 
 @dataclass(frozen=True)

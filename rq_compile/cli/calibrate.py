@@ -88,7 +88,8 @@ MEASURING = (
     type=FormatList(),
     default="int8,int4",
     show_default=True,
-    help="Formats to round experts to and to measure: int8, int4, int3, int2. Plans use what was measured; each takes time.",
+    help="Formats to measure experts in: int8, int4, int3, int2, constant (the mean output replaces the expert). Plans use what "
+    "was measured.",
 )
 @click.option(
     "--memory-limit",
@@ -138,7 +139,7 @@ def command(
     check_calibration(
         output,
         [*texts, *from_loads, *([earlier] if earlier else [])],
-        statistics=quantizer == "gptq" and not (from_loads or data_free),
+        statistics=(quantizer == "gptq" or "constant" in formats) and not (from_loads or data_free),
     )
     if from_loads or earlier:
         from_recorded_loads(screen, folder, output, from_loads, earlier)

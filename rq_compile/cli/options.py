@@ -20,7 +20,7 @@ from rq_compile.errors import UserError
 POLICIES = ("none", "paper", "eplb", "craft", "place", "uniform", "frequency", "random", "optimal")
 QUANTIZERS = ("gptq", "nearest")
 BLOCKS = ("auto", "128", "64", "32", "16")
-ROUNDED_FORMATS = ("int8", "int4", "int3", "int2")
+MEASURABLE_FORMATS = ("int8", "int4", "int3", "int2", "constant")
 DENSE_FORMATS = ("stored", "int8", "int4", "fp32")
 
 FILE = click.Path(path_type=Path)
@@ -48,7 +48,7 @@ class ByteSize(click.ParamType):
 
 
 class FormatList(click.ParamType):
-    """Formats that weights are rounded to, separated by commas."""
+    """Formats that a calibration measures, separated by commas."""
 
     name = "formats"
 
@@ -56,9 +56,9 @@ class FormatList(click.ParamType):
         if isinstance(value, tuple):
             return value
         formats = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
-        if wrong := [name for name in formats if name not in ROUNDED_FORMATS]:
+        if wrong := [name for name in formats if name not in MEASURABLE_FORMATS]:
             self.fail(
-                f"weights are not rounded to {wrong[0]!r}; write some of {', '.join(ROUNDED_FORMATS)}, separated by commas",
+                f"{wrong[0]!r} cannot be measured; write some of {', '.join(MEASURABLE_FORMATS)}, separated by commas",
                 param,
                 ctx,
             )

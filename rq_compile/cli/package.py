@@ -27,6 +27,7 @@ MODULES: dict[Destination, str] = {
     "vllm-ascend": "vllm_ascend",
     "ktransformers": "ktransformers",
     "hybrid-bit-map": "hybrid_bit_map",
+    "mone": "mone",
 }
 # The destinations that an option is for.
 OPTIONS: dict[str, tuple[Destination, ...]] = {
@@ -85,7 +86,7 @@ OPTIONS: dict[str, tuple[Destination, ...]] = {
 def command(screen: Screen, engine: Path, destination: Destination, output: Path, **options: Any) -> None:
     """Write a folder from which a server or device can run ENGINE.
 
-    For the cluster servers (tensorrt-llm, sglang, vllm, vllm-ascend), ktransformers and hybrid-bit-map, ENGINE may be a
+    For the cluster servers (tensorrt-llm, sglang, vllm, vllm-ascend), ktransformers, hybrid-bit-map and mone, ENGINE may be a
     plan.json: they load the checkpoint themselves, and only read what the plan says of its experts.
     """
     given = {name: option for name, option in given_options().items() if name in OPTIONS}

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rq_compile.evaluation.schema import LayerBalance
-from rq_compile.planning.metrics import lis, rank_imbalance, rank_loads, strict_lis
+from rq_compile.planning.metrics import lis, of_computed, rank_imbalance, rank_loads, strict_lis
 from rq_compile.planning.schema import LayerPlan, Plan
 
 
@@ -26,20 +26,22 @@ def _layer_balance(layer: LayerPlan, slots: np.ndarray, ranks: int) -> LayerBala
     if slots.sum() == 0:
         raise ValueError(f"no row reached layer {layer.index}")
     logical = logical_loads(layer, slots)
+    computed, busy = of_computed(layer.slots, slots)
     return LayerBalance(
         name=layer.name,
         index=layer.index,
         lis_before=float(lis(logical, layer.geometry.experts)),
-        lis_after=float(lis(slots, layer.geometry.experts)),
+        lis_after=float(lis(busy, len({slot.expert for slot in computed}))),
         strict_lis_before=float(strict_lis(logical)),
-        strict_lis_after=float(strict_lis(slots)),
+        strict_lis_after=float(strict_lis(busy)),
         **(_rank_balance(layer, logical, slots, ranks) if ranks > 1 else {}),
     )
 
 
 def _rank_balance(layer: LayerPlan, logical: np.ndarray, slots: np.ndarray, ranks: int) -> dict[str, float]:
+    computed, busy = of_computed(layer.slots, slots)
     blocks = [expert * ranks // layer.geometry.experts for expert in range(layer.geometry.experts)]
     return {
         "rank_imbalance_before": float(rank_imbalance(rank_loads(logical, blocks, ranks))),
-        "rank_imbalance_after": float(rank_imbalance(rank_loads(slots, [slot.rank for slot in layer.slots], ranks))),
+        "rank_imbalance_after": float(rank_imbalance(rank_loads(busy, [slot.rank for slot in computed], ranks))),
     }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+from rq_compile.lowerings.lowering import Lowered, Lowering, unread, with_mean_outputs
 from rq_compile.quantization.formats import SLOT_FORMATS
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Batched(Lowering):
         _, rewritten = experts_to_slots(graph, layers, None)
         reports = [rewritten, stock_dispatch(graph), stock_combine(graph)]
         experts, in_lanes = batched_experts(graph, layers, source, self.expected, whole_columns=self.whole_columns)
+        experts = with_mean_outputs(experts, layers, source)
         reports += [in_lanes, *self.last_passes(graph)]
         return Lowered(exported(graph), experts, [], reports, counts(plan) | self.held_differently(plan))
 
@@ -67,7 +68,7 @@ class Batched(Lowering):
         """Passes that only one target needs; they run after all others."""
         return []
 
-    def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.planning.capacity import lane_groups
         from rq_compile.rewrite.lane_weights import lane_weights
 

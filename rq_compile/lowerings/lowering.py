@@ -13,6 +13,8 @@ from rq_compile.planning.targets import TARGETS
 from rq_compile.quantization.formats import FLOAT_FORMATS, FORMATS, SLOT_FORMATS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx
 
     from rq_compile.engine.library import OpLibrary
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from rq_compile.rewrite.weights import ExternalWeight, Section
 
 # The formats that the ops of ``rq.moe`` have inputs for.
-OF_THE_OP_SET = tuple(name for name, format in SLOT_FORMATS.items() if format.group in FORMAT_GROUPS)
+OF_THE_OP_SET = tuple(name for name, format in SLOT_FORMATS.items() if format.group in FORMAT_GROUPS or not format.computed)
 PROVIDERS: dict[str, Provider] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -127,12 +129,27 @@ class Lowering(ABC):
         return [self.lower(model, plan, source, dense)]
 
     @abstractmethod
+    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+        """The weights of a layer whose slots all compute, of which there is at least one."""
+
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         """The weights of the layer's slots, as ``lower`` lays them out. No weight is read."""
+        from rq_compile.rewrite.constant_experts import mean_outputs
+
+        computed = layer.without_constants
+        weights = [mean_outputs(layer)] if layer.constant_experts else []
+        return weights + (self.computed_weights(computed) if computed.slots else [])
 
     def graph_bytes(self, slots: int, products: int) -> int:
         """Approximate bytes that ``slots`` slots, in ``products`` joint products, add to the graph's file."""
         return 0
+
+
+def with_mean_outputs(experts: Sequence[Section], layers: Sequence[LayerPlan], source: Source) -> list[Section]:
+    """``experts``, after the mean outputs of the constant experts of ``layers``."""
+    from rq_compile.rewrite.constant_experts import mean_output_sections
+
+    return [*mean_output_sections(layers, source), *experts]
 
 
 def unread(layer: str, expert: int) -> Expert:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unread
+from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unread, with_mean_outputs
 from rq_compile.quantization.formats import FLOAT_FORMATS
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class MoeLayerNode(Lowering):
         from rq_compile.lowerings.kernel_sizes import supports_fp8
 
         layer = super().held(layer)
-        if supports_fp8(layer):
+        if supports_fp8(layer.without_constants):
             return layer
         slots = [
             slot.model_copy(update={"format": self.half}) if slot.format in ("fp8", *FLOAT_FORMATS) else slot
@@ -50,7 +50,7 @@ class MoeLayerNode(Lowering):
     def check_layer(self, layer: LayerPlan) -> None:
         from rq_compile.lowerings.kernel_sizes import check_kernel_sizes
 
-        check_kernel_sizes(self.held(layer), self.otherwise)
+        check_kernel_sizes(self.held(layer.without_constants), self.otherwise)
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.dequantized_dense import dequantized_dense
@@ -68,10 +68,11 @@ class MoeLayerNode(Lowering):
                 reports.append(rounded)
         layers = [self.held(layer) for layer in plan.layers]
         experts, report = moe_layers(graph, layers, source, HALVES[self.half])
+        experts = with_mean_outputs(experts, layers, source)
         replaced = counts(plan) | self.held_differently(plan)
         return Lowered(exported(graph), experts, matrices, [*reports, report], replaced)
 
-    def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.halves import HALVES
         from rq_compile.rewrite.moe_layers import projection
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rq_compile.engine.library import CPU_LIBRARY
-from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unread
+from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unread, with_mean_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -59,6 +59,7 @@ class Native(Lowering):
             matrices = tables + products
         experts, rewritten = self.moe_layers(graph, plan, source)
         reports += [rewritten, rms_norms(graph), rotary_embeddings(graph), attention(graph)]
+        experts = with_mean_outputs(experts, plan.layers, source)
         return Lowered(exported(graph), experts, matrices, reports, counts(plan))
 
     def moe_layers(self, graph: gs.Graph, plan: Plan, source: Source) -> tuple[list[Section], PassReport]:
@@ -67,7 +68,7 @@ class Native(Lowering):
 
         return experts_to_slots(graph, plan.layers, source, activation_bits=self.activation_bits)
 
-    def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.slot_weights import slot_weights
 
         projections = [slot_weights(layer, name, unread, panels=True) for name in ("up", "down")]

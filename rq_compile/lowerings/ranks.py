@@ -43,5 +43,5 @@ class Ranks(Native):
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.exchange import slots_of
 
-        ranks = sorted({slot.rank for slot in layer.slots})
+        ranks = sorted({slot.rank for slot in layer.without_constants.slots} or {0})
         return [weight for rank in ranks for weight in super(Ranks, self).expert_weights(slots_of(layer, rank))]

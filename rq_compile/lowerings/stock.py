@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rq_compile.lowerings.lowering import Lowered, Lowering, unread
+from rq_compile.lowerings.lowering import Lowered, Lowering, unread, with_mean_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -57,9 +57,10 @@ class Stock(Lowering):
         experts, rewritten = experts_to_slots(graph, layers, source, panels=False, activation_bits=self.activation_bits)
         reports = [*rounded, rewritten, stock_dispatch(graph), stock_combine(graph)]
         reports.append(stock_experts(graph, layers, accuracy_level=level))
+        experts = with_mean_outputs(experts, layers, source)
         return Lowered(exported(graph), experts, matrices, reports, counts(plan) | self.held_differently(plan))
 
-    def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
         from rq_compile.rewrite.slot_weights import slot_weights
 
         projections = [slot_weights(self.held(layer), name, unread, panels=False) for name in ("up", "down")]

@@ -7,7 +7,16 @@ from pydantic import Field
 from rq_compile.files import Document, Name
 
 Destination = Literal[
-    "triton", "edge", "onnxruntime-genai", "tensorrt-llm", "sglang", "vllm", "vllm-ascend", "ktransformers", "hybrid-bit-map"
+    "triton",
+    "edge",
+    "onnxruntime-genai",
+    "tensorrt-llm",
+    "sglang",
+    "vllm",
+    "vllm-ascend",
+    "ktransformers",
+    "hybrid-bit-map",
+    "mone",
 ]
 
 

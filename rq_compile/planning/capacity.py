@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rq_compile.planning.schema import Slot
-from rq_compile.quantization.formats import FORMATS, Format
+from rq_compile.quantization.formats import COMPUTED_FORMATS, FORMATS, Format
 
 CLASSES = 4
 
@@ -22,7 +22,7 @@ def capacity_classes(shares: np.ndarray, formats: Sequence[Format], classes: int
     are found exactly, by dynamic programming over the cuts. A class that would save nothing is not used.
     """
     labels = np.zeros(len(formats), np.int64)
-    for format in FORMATS:
+    for format in COMPUTED_FORMATS:
         mine = [slot for slot, held in enumerate(formats) if held == format]
         if mine:
             labels[mine] = _classes_of_one_format(shares[:, mine], classes)

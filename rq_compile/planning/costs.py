@@ -58,11 +58,12 @@ class CostModel:
         """Seconds of a step of ``tokens`` tokens on the nominal machine, if its rows are distributed like ``slot_rows [S]``.
 
         The time is that of the slowest rank. A rank computes its rows (padded to its ``lanes [S]`` if batched) and reads its
-        weights once.
+        weights once. A slot in ``constant`` computes and exchanges no rows.
         """
         machine = TARGETS[self.target]
         share = slot_rows / slot_rows.sum() if slot_rows.any() else np.full(len(slots), 1 / len(slots))
-        rows = share * tokens * geometry.top_k
+        works = np.array([slot.computed for slot in slots])
+        rows = share * tokens * geometry.top_k * works
         touched = self._touched(geometry, slots, share, tokens)
         size = np.array([geometry.expert_bytes(slot.format) for slot in slots], np.float64)
         of_rank = [slot.rank for slot in slots]
@@ -75,7 +76,7 @@ class CostModel:
                     computed[rank] *= padded_work(rows[mine], lanes[mine])
         flops = 2 * (geometry.up_rows * geometry.hidden + geometry.hidden * geometry.intermediate)
         read = rank_loads(size * touched, of_rank, self.ranks)
-        beyond = rank_loads(self._beyond_reading(geometry, size) * touched, of_rank, self.ranks)
+        beyond = rank_loads(self._beyond_reading(geometry, size) * touched * works, of_rank, self.ranks)
         exchange = self._exchange_time(geometry, rank_loads(rows, of_rank, self.ranks))
         return float((computed * flops / machine.flops + read / machine.bytes_per_second + beyond + exchange).max())
 

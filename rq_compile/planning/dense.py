@@ -1,6 +1,6 @@
 """Non-expert modules as the planner sees them, and the bytes of a whole engine's weights file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -111,13 +111,14 @@ def _item(module: DenseCalibration, widened: bool) -> DenseItem:
     return DenseItem(module, sizes, np.array(error), read)
 
 
-def expert_file_bytes(geometry: ExpertGeometry, slots: Iterable[Slot], *, copied: bool) -> int:
+def expert_file_bytes(geometry: ExpertGeometry, slots: Sequence[Slot], *, copied: bool) -> int:
     """Bytes of a layer's slots in the weights file of one process, each tensor filled up to whole pages. Unless ``copied``, slots
     of one expert in one format share their weights."""
-    held = list(slots)
+    constant = sum(not slot.computed for slot in slots)
+    held = [slot for slot in slots if slot.computed]
     stored = held if copied else list({(slot.expert, slot.format): slot for slot in held}.values())
     halves = 2 if geometry.activation in GATED else 1
-    total = 0
+    total = paged(geometry.expert_bytes("constant") * constant)
     for rows, columns in ((geometry.up_rows, geometry.hidden), (geometry.hidden, geometry.intermediate)):
         parts = halves if rows == geometry.up_rows else 1
         panels = parts * -(-rows // parts // PANEL_ROWS) * PANEL_ROWS

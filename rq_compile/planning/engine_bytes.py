@@ -8,6 +8,7 @@ from rq_compile.planning.dense import FORMATS, Whole, expert_file_bytes
 from rq_compile.planning.few_bits import or_fewer_bits
 from rq_compile.planning.policies import optimal
 from rq_compile.planning.problem import Decision, Problem
+from rq_compile.planning.schema import Slot
 
 
 def decided_within(problem: Problem, options: optimal.Options) -> tuple[Problem, Decision]:
@@ -57,11 +58,16 @@ def engine_file_bytes(problem: Problem, decision: Decision) -> int:
     assert problem.whole is not None
     dense = decision.dense or [0] * len(problem.dense)
     experts = sum(
-        expert_file_bytes(layer.geometry, (slot for slot in slots if slot.rank == rank), copied=problem.cost.batched)
+        expert_file_bytes(layer.geometry, _of_rank(slots, rank), copied=problem.cost.batched)
         for layer, slots in zip(problem.layers, decision.slots, strict=True)
         for rank in range(problem.ranks)
     )
     return problem.whole.other + problem.whole.bytes_of(dense) + experts
+
+
+def _of_rank(slots: list[Slot], rank: int) -> list[Slot]:
+    """What one process stores; mean outputs are in every rank."""
+    return [slot for slot in slots if slot.rank == rank or not slot.computed]
 
 
 def whole_remark(whole: Whole, problem: Problem, decision: Decision) -> str:

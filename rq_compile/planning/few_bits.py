@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from rq_compile.errors import UserError
 from rq_compile.planning.problem import Problem, held_wider
 from rq_compile.planning.schema import Target
-from rq_compile.quantization.formats import BLOCK_FORMATS, MEASURED_FORMATS, SLOT_FORMATS
+from rq_compile.quantization.formats import BLOCK_FORMATS, MEASURABLE_FORMATS, MEASURED_FORMATS, SLOT_FORMATS
 
 
 def check_stored(name: str, target: Target) -> None:
@@ -18,8 +18,8 @@ def check_stored(name: str, target: Target) -> None:
 
 
 def or_measure(problem: Problem, name: str) -> str:
-    """The end of a message: how to measure the format ``name``. Empty if nothing is rounded to it."""
-    return f", or calibrate again with {measuring([*problem.layers[0].formats, name])}" if name in BLOCK_FORMATS else ""
+    """The end of a message: how to measure the format ``name``. Empty if no calibration can."""
+    return f", or calibrate again with {measuring([*problem.layers[0].formats, name])}" if name in MEASURABLE_FORMATS else ""
 
 
 def or_fewer_bits(problem: Problem, excess: int) -> str:
@@ -37,4 +37,4 @@ def or_fewer_bits(problem: Problem, excess: int) -> str:
 def measuring(formats: Iterable[str]) -> str:
     """The option of ``calibrate`` that measures ``formats`` beside those that are always measured."""
     asked = {*MEASURED_FORMATS, *formats}
-    return f"--formats {','.join(name for name in BLOCK_FORMATS if name in asked)}"
+    return f"--formats {','.join(name for name in MEASURABLE_FORMATS if name in asked)}"

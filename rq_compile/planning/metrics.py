@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rq_compile.planning.schema import Slot
+
 
 def copy_numbers(experts: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For slots with ``experts [S]``: each slot's number among its expert's copies, and how many copies there are, int64
@@ -29,6 +31,13 @@ def slot_loads(loads: np.ndarray, experts: Sequence[int] | np.ndarray) -> np.nda
     number, copies = copy_numbers(experts)
     rows = np.asarray(loads, np.int64)[..., np.asarray(experts, np.int64)]
     return (rows - number + copies - 1) // copies
+
+
+def of_computed(slots: Sequence[Slot], slot_rows: np.ndarray) -> tuple[list[Slot], np.ndarray]:
+    """The ``slots`` that compute, and their rows ``[..., computed]`` from ``slot_rows [..., S]``. Slots in ``constant`` have no
+    load to balance: all measures of balance leave them out, in the busiest as well as in the mean."""
+    computed = [place for place, slot in enumerate(slots) if slot.computed]
+    return [slots[place] for place in computed], slot_rows[..., computed]
 
 
 def rank_loads(slot_rows: np.ndarray, ranks_of_slots: Sequence[int] | np.ndarray, ranks: int) -> np.ndarray:
@@ -89,5 +98,7 @@ def over_batches(batch_loads: np.ndarray, batches: int) -> np.ndarray:
 
 
 def _over_mean(rows: np.ndarray, share_of: int) -> np.ndarray:
+    if not rows.shape[-1]:
+        return np.ones(rows.shape[:-1])
     total = rows.sum(axis=-1)
     return np.where(total > 0, rows.max(axis=-1) * share_of / np.where(total > 0, total, 1), 1.0)

@@ -18,9 +18,10 @@ from rq_compile.planning.few_bits import or_fewer_bits
 from rq_compile.planning.policies.none import unplanned
 from rq_compile.planning.policies.optimal import Options as OptimalOptions
 from rq_compile.planning.prediction import predict, with_capacity_classes
-from rq_compile.planning.problem import Decision, Problem, problem_of
+from rq_compile.planning.problem import Decision, Layer, Problem, problem_of
 from rq_compile.planning.remarks import remarks
 from rq_compile.planning.schema import LayerPlan, Plan, PlannedModule, Policy, Slot, Target
+from rq_compile.quantization.formats import SLOT_FORMATS
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 CHOOSE_FORMATS: tuple[Policy, ...] = ("optimal", "uniform", "frequency", "random")
@@ -199,9 +200,14 @@ def least_memory(problem: Problem, policy: str) -> float:
 
 
 def least_bytes(problem: Problem, policy: str) -> int:
-    """Bytes of every expert once: in its smallest format if the policy chooses formats, otherwise in the checkpoint's format."""
-    formats = -1 if policy in CHOOSE_FORMATS else 0
-    return sum(layer.experts * int(sorted(layer.size, reverse=True)[formats]) for layer in problem.layers)
+    """Bytes of every expert once: in the smallest format that computes it if the policy chooses formats, otherwise in the
+    checkpoint's format."""
+
+    def of_expert(layer: Layer) -> int:
+        sizes = [int(size) for format, size in zip(layer.formats, layer.size, strict=True) if SLOT_FORMATS[format].computed]
+        return min(sizes) if policy in CHOOSE_FORMATS else max(sizes)
+
+    return sum(layer.experts * of_expert(layer) for layer in problem.layers)
 
 
 def layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:

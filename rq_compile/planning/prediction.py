@@ -48,14 +48,16 @@ def predict(
         held = [slot.expert for slot in slots]
         lanes = lane_groups(slots)
         rows = metrics.slot_loads(np.asarray(layer.load), held)
-        text_rows = metrics.slot_loads(np.asarray(layer.text_loads or [layer.load]), held)
-        values[f"lis_{when}"] = float(metrics.lis(rows, geometry.experts))
-        values[f"strict_lis_{when}"] = float(metrics.strict_lis(rows))
-        values[f"worst_text_lis_{when}"] = float(metrics.lis(text_rows, geometry.experts).max())
+        computed, busy = metrics.of_computed(slots, rows)
+        _, text_rows = metrics.of_computed(slots, metrics.slot_loads(np.asarray(layer.text_loads or [layer.load]), held))
+        experts = len({slot.expert for slot in computed})
+        values[f"lis_{when}"] = float(metrics.lis(busy, experts))
+        values[f"strict_lis_{when}"] = float(metrics.strict_lis(busy))
+        values[f"worst_text_lis_{when}"] = float(metrics.lis(text_rows, experts).max())
         if cost.ranks > 1:
-            on_ranks = metrics.rank_loads(rows, [slot.rank for slot in slots], cost.ranks)
+            on_ranks = metrics.rank_loads(busy, [slot.rank for slot in computed], cost.ranks)
             values[f"rank_imbalance_{when}"] = float(metrics.rank_imbalance(on_ranks))
-        values[f"padded_work_{when}"] = float(metrics.padded_work(rows, lanes))
+        values[f"padded_work_{when}"] = float(metrics.padded_work(busy, lane_groups(computed)))
         values[f"step_time_{when}"] = cost.step_time(geometry, slots, rows, tokens, lanes)
         values[f"token_time_{when}"] = cost.step_time(geometry, slots, rows, 1, lanes)
         values[f"bytes_{when}"] = sum(geometry.expert_bytes(slot.format) for slot in slots)
@@ -66,12 +68,14 @@ def predict(
 def _over_batches(layer: LayerCalibration, slots: list[Slot], batch_size: int) -> list[BatchPrediction]:
     found = []
     held = [slot.expert for slot in slots]
+    experts = len({slot.expert for slot in slots if slot.computed})
     for sequences in (size for size in BATCH_SIZES if size % batch_size == 0):
         loads = metrics.over_batches(np.asarray(layer.batch_loads), sequences // batch_size)
         if len(loads) == 0:
             break
         before = metrics.lis(loads, layer.geometry.experts)
-        after = metrics.lis(metrics.slot_loads(loads, held), layer.geometry.experts)
+        _, busy = metrics.of_computed(slots, metrics.slot_loads(loads, held))
+        after = metrics.lis(busy, experts)
         found.append(
             BatchPrediction(
                 sequences=sequences,

@@ -56,6 +56,15 @@ class Layer:
         """float ``[m]``: every expert's load in the text that uses it most."""
         return self.demand.max(axis=0)
 
+    def with_constants(self, constant: np.ndarray) -> "Layer":
+        """The layer in which just the experts ``constant``, bool ``[m]``, are constant. They have no load, and the loads of the
+        others are relative to their own mean."""
+        of_constant = np.array([not SLOT_FORMATS[format].computed for format in self.formats])
+        error = np.where(constant[:, None] == of_constant, self.error, np.inf)
+        load = np.where(constant, 0.0, self.demand)
+        mean = load.sum(axis=1, keepdims=True) / max(1, int((~constant).sum()))
+        return replace(self, error=error, demand=load / np.where(mean > 0, mean, 1.0))
+
     def drift_gain(self, drift: float) -> np.ndarray:
         """float ``[m]``: the load that an expert may gain beyond its worst demand, see ``demand.drift_gain``."""
         return drift_gain(self.worst_demand(), drift, self.experts / self.geometry.top_k)

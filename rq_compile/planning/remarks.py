@@ -14,7 +14,8 @@ from rq_compile.quantization.formats import BLOCKS
 
 def remarks(problem: Problem, layers: list[LayerPlan]) -> list[str]:
     said = [_stored(problem), _gain(problem, layers), _padding(problem, layers)]
-    said += [_held_wider(problem), _format_mix(layers), _ranks(problem, layers), _unreached(layers), _skew(problem)]
+    said += [_held_wider(problem), _constants(layers), _format_mix(layers), _ranks(problem, layers), _unreached(layers)]
+    said += [_skew(problem)]
     return [sentence for sentence in said if sentence]
 
 
@@ -160,6 +161,17 @@ def _held_wider(problem: Problem) -> str:
     target, layer = problem.cost.target, problem.layers[0].calibration
     unused = [format for format in held_wider(target) if format in layer.error]
     return f"Engines for {target} store {' and '.join(unused)} as int4, so the plan does not use them." if unused else ""
+
+
+def _constants(layers: list[LayerPlan]) -> str:
+    count = sum(len(layer.constant_experts) for layer in layers)
+    if not count:
+        return ""
+    share = fmean(sum(slot.load or 0 for slot in layer.slots if not slot.computed) for layer in layers)
+    return (
+        f"{count} experts are replaced by their mean outputs on the calibration text (constant): they compute nothing, and "
+        f"{100 * share:.2g} % of the choices fall on them."
+    )
 
 
 def _format_mix(layers: list[LayerPlan]) -> str:

@@ -16,6 +16,7 @@ from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.budget import over_budget
+from rq_compile.planning.costs import CostModel
 from rq_compile.planning.few_bits import measuring
 from rq_compile.planning.metrics import copy_numbers
 from rq_compile.planning.placement import MOST_MOVES, Move, best_exchange, best_replacement, imbalance
@@ -77,6 +78,7 @@ def replan(
         raise UserError(f"a tolerance of {tolerance:g} cannot be met; give 0 or more", 2)
     _check_same_model(plan, calibration)
     _check_same_quantization(plan, calibration)
+    _check_balanced(plan)
     common = _common_options(plan)
     problem = problem_of(
         calibration,
@@ -98,6 +100,20 @@ def replan(
         room -= problem.cost.bytes_taken(old.geometry, slots) - problem.cost.bytes_taken(old.geometry, old.slots)
     changes = Changes(tolerance=tolerance, slots=sum(len(layer.slots) for layer in plan.layers), layers=changed)
     return _updated(plan, layers, changes, [*_summary(problem, changes), *remarks(problem, layers)], calibration_sha256), changes
+
+
+def _check_balanced(plan: Plan) -> None:
+    """
+    Raises:
+        UserError: slots would be copied or moved in a layer with constant experts.
+    """
+    constant = sum(len(layer.constant_experts) for layer in plan.layers)
+    if constant and CostModel(plan.target, plan.ranks).busiest != "nothing":
+        raise UserError(
+            f"the plan replaces {constant} experts by their mean outputs, and replan cannot balance such plans; make a new plan "
+            "from the loads",
+            2,
+        )
 
 
 def _common_options(plan: Plan) -> CommonOptions:

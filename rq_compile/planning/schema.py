@@ -1,9 +1,10 @@
 """``plan.json``: the versioned, validated contract between planning and compiling."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rq_compile.architectures.dense_kinds import DenseKind
 from rq_compile.architectures.geometry import ExpertGeometry
@@ -24,7 +25,7 @@ from rq_compile.bounds import (
 from rq_compile.calibration.schema import DenseMatrix, StatisticsFile, check_each_once
 from rq_compile.files import Document, Name
 from rq_compile.planning.targets import Target
-from rq_compile.quantization.formats import FLOAT_FORMATS, Format, PlannedDense, Quantizer
+from rq_compile.quantization.formats import FLOAT_FORMATS, SLOT_FORMATS, Format, PlannedDense, Quantizer
 from rq_compile.versions import Upgrade, Versioned, same_keys
 
 Policy = Literal["none", "paper", "eplb", "craft", "place", "uniform", "frequency", "random", "optimal"]
@@ -36,6 +37,8 @@ class Slot(Document):
     ``load``: the share of the layer's (token, choice) pairs that this slot is expected to get, as on the calibration text. None
     means unknown; all slots then count equally. Slots with the same format and ``capacity_class`` are lanes of the same width in
     the batched lowering; class 0 of a format is the widest.
+
+    A slot in ``constant`` computes nothing: the expert's mean output on the calibration text replaces its output.
     """
 
     expert: ExpertNumber
@@ -44,13 +47,22 @@ class Slot(Document):
     load: Share | None = None
     capacity_class: int = Field(default=0, ge=0, le=255)
 
+    @property
+    def computed(self) -> bool:
+        return SLOT_FORMATS[self.format].computed
+
 
 def stored_bytes(geometry: ExpertGeometry, slots: Sequence[Slot]) -> int:
     """Bytes of ``slots`` in an engine whose equal copies share their weights: those of one expert with the same format and rank.
     Biases are stored for each slot."""
     distinct = {(slot.expert, slot.format, slot.rank) for slot in slots}
-    weights = sum(geometry.expert_bytes(format) - geometry.bias_bytes for _, format, _ in distinct)
-    return weights + len(slots) * geometry.bias_bytes
+    further = len(slots) - len(distinct)
+    return sum(geometry.expert_bytes(format) for _, format, _ in distinct) + further * geometry.bias_bytes
+
+
+def in_engine_order(slots: Sequence[Slot]) -> list[Slot]:
+    """``slots`` with those in ``constant`` last, because an engine has no weights for them."""
+    return sorted(slots, key=lambda slot: not slot.computed)
 
 
 class BatchPrediction(Document):
@@ -71,8 +83,8 @@ class LayerPrediction(Document):
     ``rank_imbalance`` is max / mean load over ranks, None with one rank. ``padded_work`` is the number of rows that the batched
     lowering computes, with the capacity classes of the slots, divided by the useful rows. ``step_time`` (for many tokens, by
     default a calibration batch) and ``token_time`` (for one token) are in seconds of a nominal machine; only their ratios are
-    meaningful. ``bytes_after`` are those of all slots, see also ``LayerPlan.stored_bytes``. ``error``: see
-    ``LayerCalibration.error``.
+    meaningful. Slots in ``constant`` compute nothing and are left out of all these. ``bytes_after`` are those of all slots, see
+    also ``LayerPlan.stored_bytes``. ``error``: see ``LayerCalibration.error``.
     """
 
     lis_before: Imbalance
@@ -108,7 +120,7 @@ class Optimality(Document):
 
 
 class LayerPlan(Document):
-    """One MoE layer: its physical experts in engine order. Slot s of the engine is ``slots[s]``.
+    """One MoE layer: its physical experts in engine order, those in ``constant`` last. Slot s of the engine is ``slots[s]``.
 
     Tokens of a logical expert go to its slots in turn, in arrival order: its first token to its first slot, and so on.
     """
@@ -119,6 +131,11 @@ class LayerPlan(Document):
     slots: list[Slot] = Field(min_length=1)
     unreached: list[ExpertNumber] = Field(default=[], description="logical experts that no calibration token reached")
     predicted: LayerPrediction
+
+    @field_validator("slots")
+    @classmethod
+    def constant_slots_last(cls, slots: list[Slot]) -> list[Slot]:
+        return in_engine_order(slots)
 
     @model_validator(mode="after")
     def every_expert_has_a_slot(self) -> Self:
@@ -134,7 +151,22 @@ class LayerPlan(Document):
         floats = {slot.format for slot in self.slots} & set(FLOAT_FORMATS)
         if len(floats) > 1:
             raise ValueError(f"layer {self.index} mixes the float formats {', '.join(sorted(floats))}; choose one")
+        copied = Counter(slot.expert for slot in self.slots)
+        if several := [expert for expert in self.constant_experts if copied[expert] > 1]:
+            raise ValueError(
+                f"layer {self.index} has {copied[several[0]]} slots for expert {several[0]}, but an expert in constant has one"
+            )
         return self
+
+    @property
+    def constant_experts(self) -> list[int]:
+        """The experts that are replaced by their mean outputs, in the order of their slots."""
+        return [slot.expert for slot in self.slots if not slot.computed]
+
+    @property
+    def without_constants(self) -> Self:
+        """The layer with only the slots that compute, of which there may be none."""
+        return self.model_copy(update={"slots": [slot for slot in self.slots if slot.computed]})
 
     @property
     def stored_bytes(self) -> int:
@@ -169,7 +201,7 @@ class Plan(Versioned):
     fingerprint: Sha256
     calibration_sha256: Sha256 | None
     quantizer: Quantizer = Field(default="nearest", description="how the weights of quantized slots are rounded")
-    statistics: StatisticsFile | None = Field(default=None, description="what the quantizer gptq needs")
+    statistics: StatisticsFile | None = Field(default=None, description="what the quantizer gptq and slots in constant need")
     policy: Policy
     options: dict[str, str | int | float | bool] = Field(default={})
     target: Target

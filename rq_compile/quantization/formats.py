@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 if TYPE_CHECKING:
     import numpy as np
 
-Format = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mxfp4", "int3", "int2"]
+Format = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mxfp4", "int3", "int2", "constant"]
 Quantizer = Literal["gptq", "nearest"]
 # Formats of non-expert matrices in a native engine: 16 bits as stored, rounded to int8 or int4, or widened to fp32.
 DenseFormat = Literal["stored", "int8", "int4", "fp32"]
@@ -36,6 +36,8 @@ class SlotFormat:
     quantized: ClassVar[bool] = False
     # Whether the format only holds weights that the checkpoint stores in the same way. Nothing is rounded to it.
     only_carried: ClassVar[bool] = False
+    # Whether a slot computes its expert's output from its inputs.
+    computed: ClassVar[bool] = True
 
     @property
     def dtype(self) -> np.dtype:
@@ -52,6 +54,11 @@ class SlotFormat:
     def matrix_bytes(self, rows: int, columns: int, most: Block = 128) -> int:
         """Bytes of one ``[rows, columns]`` matrix, including scales and padding. ``most``: see ``block_size``."""
         return rows * columns * self.bits // 8
+
+    def expert_bytes(self, hidden: int, intermediate: int, up_rows: int, bias: int, most: Block = 128) -> int:
+        """Bytes of a slot: an up matrix ``[up_rows, hidden]``, a down matrix ``[hidden, intermediate]``, and ``bias`` bytes of
+        biases."""
+        return self.matrix_bytes(up_rows, hidden, most) + self.matrix_bytes(hidden, intermediate, most) + bias
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,23 @@ class Fp8Format(PackedFormat):
         return (*magnitudes, *(-number for number in magnitudes))
 
 
+@dataclass(frozen=True)
+class ConstantFormat(SlotFormat):
+    """A slot without weights: one fp32 vector ``[hidden]`` replaces the expert's output for every token. The gate stays."""
+
+    quantized: ClassVar[bool] = True
+    computed: ClassVar[bool] = False
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return ("outputs",)
+
+    def expert_bytes(self, hidden: int, intermediate: int, up_rows: int, bias: int, most: Block = 128) -> int:
+        return 4 * hidden
+
+
 FP8 = Fp8Format("fp8", 8, "float8_e4m3fn", "fp8")
+CONSTANT = ConstantFormat("constant", 0, "float32", "constant")
 MXFP4 = MxFormat("mxfp4", 4, "float4_e2m1fn", "mxfp4", unit=0.5)
 # The most exact format first, for weights that are not stored in one of them. Plans, tables and lanes list formats in this order.
 SLOT_FORMATS: dict[Format, SlotFormat] = {
@@ -170,6 +193,7 @@ SLOT_FORMATS: dict[Format, SlotFormat] = {
         MXFP4,
         INT3,
         INT2,
+        CONSTANT,
     )
 }
 PACKED_FORMATS: dict[Format, PackedFormat] = {name: kept for name, kept in SLOT_FORMATS.items() if isinstance(kept, PackedFormat)}
@@ -178,8 +202,11 @@ BLOCK_FORMATS: dict[Format, BlockFormat] = {name: kept for name, kept in SLOT_FO
 MEASURED_FORMATS: tuple[Format, ...] = ("int8", "int4")
 # Those that only some engines store in their own bits, the others as int4.
 FEW_BITS: tuple[Format, ...] = ("int3", "int2")
+# Those that a calibration can be asked for.
+MEASURABLE_FORMATS: tuple[Format, ...] = (*BLOCK_FORMATS, CONSTANT.name)
 FORMATS = tuple(SLOT_FORMATS)
 FLOAT_FORMATS = tuple(name for name, format in SLOT_FORMATS.items() if not format.quantized)
+COMPUTED_FORMATS = tuple(name for name, format in SLOT_FORMATS.items() if format.computed)
 QUANTIZED_FORMATS = tuple(BLOCK_FORMATS)
 
 

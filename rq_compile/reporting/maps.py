@@ -89,10 +89,12 @@ def experts(row: int, layer: LayerPlan) -> Iterator[Cell]:
 
 def slots(row: int, layer: LayerPlan) -> Iterator[Cell]:
     known = loads(layer)
-    busiest = None if known is None else known.index(max(known))
+    computed = [number for number, slot in enumerate(layer.slots) if slot.computed]
+    busiest = None if known is None else max(computed, key=known.__getitem__, default=None)
     for number, column, width in layout(layer):
         load = None if known is None else known[number]
         told = "load not known" if load is None else f"{load:.2f} x the mean load of an expert"
+        told += "" if number in computed else ", which its mean output replaces"
         yield Cell(
             row=row,
             column=column,

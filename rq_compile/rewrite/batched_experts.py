@@ -69,7 +69,8 @@ class _Rows:
     """The P rows, ordered by slot, that the lanes are filled from.
 
     ``token`` int64 ``[P + 1]``: the row of ``x`` that each row comes from, and one more entry for places without a row, whose
-    number P is ``none`` int64 ``[1]``. Slot s has the rows from ``first[s]`` up to but not including ``last[s]``, int64 ``[S]``.
+    number P is ``none`` int64 ``[1]``. Slot s has the rows from ``first[s]`` up to but not including ``last[s]``, int64 ``[S]``;
+    rows of constant experts come after those of all slots.
     """
 
     x: gs.Tensor
@@ -99,6 +100,8 @@ def batched_experts(
     nodes = {node.name: node for node in graph.nodes if node.op == "ExpertGemm"}
     sections, report = [], PassReport("slots", "in lanes")
     for plan in plans:
+        if not plan.without_constants.slots:
+            continue
         up, down = nodes.get(f"{plan.name}.up"), nodes.get(f"{plan.name}.down")
         requires(NAME, up is not None and down is not None, f"both projections of {plan.name}")
         products = _products(plan, source, whole_columns)
@@ -106,14 +109,14 @@ def batched_experts(
         lanes = [lane for product in products for lane in (product.up, product.down)]
         weights, pieces = ([held for lane in lanes for held in getattr(lane, what)] for what in ("all", "pieces"))
         sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
-        report.changed += len(plan.slots)
+        report.changed += len(plan.without_constants.slots)
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "ExpertGemm" for node in graph.nodes), "that no ExpertGemm node is left")
     return sections, report
 
 
 def _products(plan: LayerPlan, source: Source, whole_columns: bool) -> list[_Product]:
-    groups = lane_groups(plan.slots)
+    groups = lane_groups(plan.without_constants.slots)
     found = []
     for number in range(groups.max() + 1):
         slots = np.flatnonzero(groups == number)
@@ -134,6 +137,8 @@ def _expand(
         node.inputs.clear()
     op = Ops(graph, f"{plan.name}.lanes")
     bounds = op("Cast", offsets, to=onnx.TensorProto.INT64)
+    if plan.constant_experts:  # whose rows come last and are in no lane
+        bounds = op("Slice", bounds, [0], [len(plan.without_constants.slots) + 1], [0])
     token = op("Div", op("Concat", rows, [0], axis=0), plan.geometry.top_k)
     first, last = op("Slice", bounds, [0], [-1], [0]), op("Slice", bounds, [1], [np.iinfo(np.int64).max], [0])
     batch = _Rows(x, token, op("Shape", rows), first, last)
@@ -160,7 +165,8 @@ def _with_capacity_of_the_batch(op: Ops, plan: LayerPlan, products: list[_Produc
     row_of_lane = op("Concat", *rows_of_lanes, axis=0)
     lane = op("Range", 0, op("Squeeze", op("Shape", row_of_lane)), 1)
     nowhere = op("Expand", 0, op("Add", batch.none, 1))
-    lane_of_row = op("Slice", op("ScatterElements", nowhere, row_of_lane, lane, axis=0), [0], batch.none, [0])
+    held = op("Slice", batch.last, [-1], [np.iinfo(np.int64).max], [0]) if plan.constant_experts else batch.none
+    lane_of_row = op("Slice", op("ScatterElements", nowhere, row_of_lane, lane, axis=0), [0], held, [0])
     op("Gather", op("Concat", *outputs, axis=0), lane_of_row, out=out)
 
 

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from rq_compile.engine.ranks import IDLE
 from rq_compile.planning.schema import LayerPlan
+from rq_compile.rewrite.constant_experts import combine_inputs
 from rq_compile.rewrite.contract import ensures
 from rq_compile.rewrite.experts_to_slots import EXPERTS_NODES, SlotNodes, experts_nodes, offsets_name, replica_table
 from rq_compile.rewrite.report import PassReport
@@ -24,8 +25,8 @@ EXCHANGE_DOMAIN = "rq.moe.mpi"
 
 
 def slots_of(plan: LayerPlan, rank: int) -> LayerPlan:
-    """The layer with the slots of ``rank`` only, of which there may be none."""
-    return plan.model_copy(update={"slots": [slot for slot in plan.slots if slot.rank == rank]})
+    """The layer with the slots of ``rank`` only, of which there may be none, and all constant ones, which every rank has."""
+    return plan.model_copy(update={"slots": [slot for slot in plan.slots if slot.rank == rank or not slot.computed]})
 
 
 def exchange(
@@ -40,7 +41,7 @@ def exchange(
     graph.inputs.append(idle)
     sections, report = [], PassReport(*EXPERTS_NODES)
     for plan, node in experts_nodes(graph, plans):
-        own = SlotNodes(graph, slots_of(plan, rank), source, activation_bits=activation_bits)
+        own = SlotNodes(graph, slots_of(plan, rank).without_constants, source, activation_bits=activation_bits)
         _replace(own, node, plan, idle, rank, ranks)
         sections.append(own.section)
         report.changed += 1
@@ -56,7 +57,9 @@ def _replace(own: SlotNodes, node: gs.Node, whole: LayerPlan, idle: gs.Variable,
     node.outputs.clear()
     arrived, back = own.tensor("arrived", np.float32), own.tensor("returned", np.float32)
     rows, outgoing, exchanged = (own.tensor(name, np.int32) for name in ("rows", "outgoing", "exchanged"))
-    offsets = gs.Variable(offsets_name(whole.name), np.dtype(np.int32), [len(own.plan.slots) + 1])
+    held = sum(slot.rank == rank for slot in whole.slots)
+    offsets = gs.Variable(offsets_name(whole.name), np.dtype(np.int32), [held + 1])
+    computed = {"computed": len(whole.without_constants.slots)} if whole.constant_experts else {}
     own.add(
         "ExchangeDispatch",
         [x, ids, gs.Constant(f"{whole.name}.replicas", replica_table(whole)), idle],
@@ -66,8 +69,9 @@ def _replace(own: SlotNodes, node: gs.Node, whole: LayerPlan, idle: gs.Variable,
         ranks=[slot.rank for slot in whole.slots],
         rank=rank,
         size=ranks,
+        **computed,
     )
     # A rank without slots gets no rows, and returns none.
     out = own.products(arrived, rows, offsets) if own.plan.slots else arrived
     own.add("ExchangeReturn", [out, rows, outgoing, exchanged], [back], "return", EXCHANGE_DOMAIN)
-    own.add("Combine", [back, outgoing, gates], [y], "combine")
+    own.add("Combine", [back, outgoing, gates, *combine_inputs(whole, ids)], [y], "combine")

@@ -12,7 +12,9 @@ import onnx_graphsurgeon as gs
 
 from rq_compile.errors import UserError
 from rq_compile.planning.schema import LayerPlan
+from rq_compile.rewrite.constant_experts import combine_inputs
 from rq_compile.rewrite.contract import ensures
+from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.report import PassReport
 from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_weights
 from rq_compile.rewrite.weights import Section, constant
@@ -72,8 +74,8 @@ def experts_to_slots(
     """
     sections, report = [], PassReport(*EXPERTS_NODES)
     for plan, node in experts_nodes(graph, plans):
-        layer = SlotNodes(graph, plan, source, panels=panels, activation_bits=activation_bits)
-        _replace(layer, node)
+        layer = SlotNodes(graph, plan.without_constants, source, panels=panels, activation_bits=activation_bits)
+        _replace(layer, node, plan)
         sections.append(layer.section)
         report.changed += 1
     graph.cleanup().toposort()
@@ -83,8 +85,8 @@ def experts_to_slots(
 
 
 class SlotNodes:
-    """Adds the nodes of one layer to ``graph``. ``plan.slots`` are those that the graph holds. See ``experts_to_slots`` for the
-    other arguments."""
+    """Adds the nodes of one layer to ``graph``. ``plan.slots`` are those that the graph computes. See ``experts_to_slots`` for
+    the other arguments."""
 
     def __init__(
         self, graph: gs.Graph, plan: LayerPlan, source: Source | None, *, panels: bool = True, activation_bits: int = 32
@@ -138,13 +140,21 @@ class SlotNodes:
         self.add("ExpertGemm", inputs, [output], projection, **attributes, **numbers)
 
 
-def _replace(layer: SlotNodes, node: gs.Node) -> None:
+def _replace(layer: SlotNodes, node: gs.Node, plan: LayerPlan) -> None:
     x, ids, gates = node.inputs
     (y,) = node.outputs
     node.outputs.clear()
-    plan, slots = layer.plan, len(layer.plan.slots)
+    slots = len(plan.slots)
     rows, offsets = layer.tensor("rows", np.int32), gs.Variable(offsets_name(plan.name), np.dtype(np.int32), [slots + 1])
     layer.add(
         "Dispatch", [ids, gs.Constant(f"{plan.name}.replicas", replica_table(plan))], [rows, offsets], "dispatch", slots=slots
     )
-    layer.add("Combine", [layer.products(x, rows, offsets), rows, gates], [y], "combine")
+    outputs = layer.products(x, rows, offsets) if layer.plan.slots else _no_rows(layer, x, offsets)
+    layer.add("Combine", [outputs, rows, gates, *combine_inputs(plan, ids)], [y], "combine")
+
+
+def _no_rows(layer: SlotNodes, x: gs.Tensor, offsets: gs.Tensor) -> gs.Tensor:
+    """The first ``offsets[0]`` rows of ``x``, which are none. No pass removes the offsets, because this reads them."""
+    op = Ops(layer.graph, f"{layer.plan.name}.no_rows")
+    none = np.zeros(1, np.int32)
+    return op("Slice", x, none, op("Gather", offsets, none), none)

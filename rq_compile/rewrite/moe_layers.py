@@ -2,9 +2,10 @@
 
 The node's inputs, their types and its attributes are listed in plugins/tensorrt/README.md; TensorRT's ONNX parser finds a plugin
 by the ``plugin_`` attributes. The node computes in 16 bits, between two casts, whatever type the rest of the graph computes in.
+It ignores choices of constant experts, which standard ops add.
 
 Requires: one ``rq.moe::Experts`` node for each layer of the plan, known by its attribute ``layer``.
-Ensures: no Experts node is left, and a ``rq.moe::MoeLayer`` named ``{layer}.moe`` stands for each layer.
+Ensures: no Experts node is left, and a ``rq.moe::MoeLayer`` named ``{layer}.moe`` stands for each layer with computed slots.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from rq_compile.planning.schema import LayerPlan
+from rq_compile.rewrite.constant_experts import constant_part
 from rq_compile.rewrite.contract import ensures
 from rq_compile.rewrite.experts_to_slots import DOMAIN, EXPERTS_NODES, experts_nodes, replica_table
 from rq_compile.rewrite.halves import in_half
@@ -39,7 +41,8 @@ def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half
     """
     sections, report = [], PassReport(*EXPERTS_NODES)
     for plan, node in experts_nodes(graph, plans):
-        projections = [projection(plan, name, source, half) for name in ("up", "down")]
+        computed = plan.without_constants
+        projections = [projection(computed, name, source, half) for name in ("up", "down")] if computed.slots else []
         _replace(graph, node, plan, projections, half)
         weights, pieces = ([held for p in projections for held in getattr(p, what)] for what in ("inputs", "pieces"))
         sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
@@ -55,6 +58,11 @@ def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[
     node.outputs.clear()
     graph.nodes.remove(node)
     layer, geometry = f"{plan.name}.moe", plan.geometry
+    if plan.constant_experts:
+        ids, y = _add_constants(graph, plan, ids, gates, y)
+        plan = plan.without_constants
+    if not plan.slots:
+        return
     formats = [group_of(slot.format) for slot in plan.slots]
     tables = {"replicas": replica_table(plan), "formats": np.array(formats, np.int32)}
     inputs = [gs.Constant(f"{plan.name}.{name}", values) for name, values in tables.items()]
@@ -70,6 +78,20 @@ def _replace(graph: gs.Graph, node: gs.Node, plan: LayerPlan, projections: list[
     attributes = {"formats": formats, "activation": geometry.activation, **numbers, **PLUGIN}
     graph.nodes.append(gs.Node(OP, layer, attributes, [narrow, ids, gates, *inputs], [out], domain=DOMAIN))
     op("Cast", out, to=onnx.TensorProto.FLOAT, out=y)
+
+
+def _add_constants(
+    graph: gs.Graph, plan: LayerPlan, ids: gs.Tensor, gates: gs.Tensor, y: gs.Tensor
+) -> tuple[gs.Tensor, gs.Tensor]:
+    """Compute ``y`` as the sum of the constant experts and of a new tensor. Returns the ids, with -1 for the experts that are
+    constant, and this tensor."""
+    op, experts = Ops(graph, f"{plan.name}.constants"), np.arange(plan.geometry.experts)
+    if not plan.without_constants.slots:
+        op("Identity", constant_part(op, plan, ids, gates), out=y)
+        return ids, y
+    computed = gs.Variable(f"{plan.name}.computed", np.dtype(np.float32), [None, plan.geometry.hidden])
+    op("Add", computed, constant_part(op, plan, ids, gates), out=y)
+    return op("Gather", np.where(np.isin(experts, plan.constant_experts), -1, experts), ids), computed
 
 
 def _shares(plan: LayerPlan) -> dict[str, list[float]]:

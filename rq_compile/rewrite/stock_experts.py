@@ -26,7 +26,9 @@ def stock_experts(graph: gs.Graph, plans: Sequence[LayerPlan], accuracy_level: i
     """Rewrite in place. ``accuracy_level`` goes to MatMulNBits: 0 keeps fp32 activations, 4 quantizes them to int8."""
     report = PassReport("slots", "in branches")
     nodes = {node.name: node for node in graph.nodes if node.op == "ExpertGemm"}
-    for plan in plans:
+    for plan in (plan.without_constants for plan in plans):
+        if not plan.slots:
+            continue
         up, down = nodes.get(f"{plan.name}.up"), nodes.get(f"{plan.name}.down")
         requires(NAME, up is not None and down is not None, f"both projections of {plan.name}")
         _expand(graph, plan, up, down, accuracy_level)

@@ -17,7 +17,15 @@ from rq_compile.planning.budget import enough_for
 from rq_compile.planning.capacity import lane_groups
 from rq_compile.planning.schema import Plan
 from rq_compile.quantization.dense_layout import quantized_parts
-from rq_compile.quantization.formats import FORMATS, QUANTIZED_FORMATS, SCALE_BYTES, SLOT_FORMATS, DenseFormat, Format, block_size
+from rq_compile.quantization.formats import (
+    COMPUTED_FORMATS,
+    QUANTIZED_FORMATS,
+    SCALE_BYTES,
+    SLOT_FORMATS,
+    DenseFormat,
+    Format,
+    block_size,
+)
 from rq_compile.rewrite.exchange import slots_of
 from rq_compile.rewrite.panels import ROWS, panel_count
 from rq_compile.standalone.limits import usable_cpus
@@ -139,10 +147,10 @@ def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool, pl
 def _graph_bytes(layers: Sequence[MoeLayer], plan: Plan | None, lowering: Lowering) -> int:
     if plan:
         slots = sum(len(planned.slots) for planned in plan.layers)
-        products = sum(len(set(lane_groups(planned.slots).tolist())) for planned in plan.layers)
+        products = sum(len(set(lane_groups(planned.without_constants.slots).tolist())) for planned in plan.layers)
     else:
         slots = sum(layer.geometry.experts for layer in layers)
-        products = len(FORMATS) * len(layers)
+        products = len(COMPUTED_FORMATS) * len(layers)
     return LAYER_BYTES * len(layers) + lowering.graph_bytes(slots, products)
 
 

@@ -36,7 +36,7 @@ from rq_compile.targets.licences import declared_licence, licence_texts
 from rq_compile.targets.links import hard_linked, has_hard_links, link_names, linked_sentence
 from rq_compile.targets.partial_file import Job, Say, resumable
 from rq_compile.targets.preflight import preflight
-from rq_compile.targets.streamed import StreamedExpert, dense_weights, stored_weights
+from rq_compile.targets.streamed import StreamedExpert, dense_weights, mean_outputs_for, stored_weights
 from rq_compile.targets.vocabulary import has_chat, remarks, vocabulary
 from rq_compile.targets.weights_file import Progress, WeightsFile, compute_weights, layout, locate, write_weights
 
@@ -77,7 +77,8 @@ def compile_engine(
     and all return the manifest.
 
     ``lowering``: an object of ``lowerings``, or the name of one with its default options. ``statistics``: those of the
-    calibration, with which the weights of plans with the quantizer "gptq" are rounded. ``exported``: the checkpoint's graph; pass
+    calibration, with which the weights of plans with the quantizer "gptq" are rounded, and which have the outputs of constant
+    experts. ``exported``: the checkpoint's graph; pass
     it to compile several plans of one checkpoint without exporting again. ``link_weights``: see ``links``.
 
     Raises:
@@ -88,18 +89,19 @@ def compile_engine(
     stem = stem_of(output)
     link_weights = link_weights and has_hard_links(output.parent)
     preflight(model, plan, lowering)
+    outputs = mean_outputs_for(plan, statistics)
     statistics = _needed(statistics, plan)
     check_space(stem, engine_estimate(model, output, lowering, plan=plan, link_weights=link_weights).output_bytes)
     tokens = vocabulary(model)
     exported = exported or export_graph(model)
-    content = _content(model, plan, lowering, statistics, exported, link_weights)
+    content = _content(model, plan, lowering, statistics, outputs, exported, link_weights)
     job: Job = {
         "tool": TOOL,
         "checkpoint": model.fingerprint,
         # The fingerprint samples only the ends of tensors. A shard that was repaired in its middle must count as another one.
         "version of the shards": model.version,
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
-        "activation statistics": statistics.sha256 if statistics else None,
+        "activation statistics": used.sha256 if (used := statistics or outputs) else None,
         "lowering": lowering.name,
         "dense format": lowering.dense_format,
         "linked weights": len(content.linked),
@@ -223,13 +225,19 @@ def _needed(statistics: Statistics | None, plan: Plan) -> Statistics | None:
 
 
 def _content(
-    model: Model, plan: Plan, lowering: Lowering, statistics: Statistics | None, exported: Exported, link_weights: bool
+    model: Model,
+    plan: Plan,
+    lowering: Lowering,
+    statistics: Statistics | None,
+    outputs: Statistics | None,
+    exported: Exported,
+    link_weights: bool,
 ) -> _Content:
     layers = {layer.name: layer for layer in model.layers}
     lowered = lowering.graphs(
         exported.model,
         plan,
-        lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics),
+        lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics, outputs),
         stored_weights(model, exported.parameters, plan, statistics),
     )
     dense, aliases, linked = dense_weights(model, lowered[0].model.graph, exported.parameters, link=link_weights)

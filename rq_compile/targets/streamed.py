@@ -14,6 +14,7 @@ from rq_compile.planning.schema import Plan
 from rq_compile.quantization.formats import PlannedDense
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.rewrite.constant_experts import no_mean_output
 from rq_compile.rewrite.dense_gemms import DenseWeights
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, external_name, external_tensors
 from rq_compile.targets.links import linkable
@@ -21,12 +22,14 @@ from rq_compile.targets.links import linkable
 
 @dataclass(frozen=True)
 class StreamedExpert:
-    """Like ``ExpertWeights``, but every matrix, bias and moment is read again whenever it is accessed."""
+    """Like ``ExpertWeights``, but every matrix, bias, moment and mean output is read again whenever it is accessed. Moments are
+    those of ``statistics``, and mean outputs those of ``outputs``."""
 
     model: Model
     layer: MoeLayer
     expert: int
     statistics: Statistics | None
+    outputs: Statistics | None = None
 
     @property
     def up(self) -> np.ndarray:
@@ -59,6 +62,23 @@ class StreamedExpert:
     @property
     def down_moment(self) -> SecondMoment | None:
         return self.statistics.intermediate_moment(self.layer.name, self.expert) if self.statistics else None
+
+    @property
+    def mean_output(self) -> np.ndarray | None:
+        return self.outputs.mean_output(self.layer.name, self.expert) if self.outputs else None
+
+
+def mean_outputs_for(plan: Plan, statistics: Statistics | None) -> Statistics | None:
+    """``statistics`` if the plan has constant experts.
+
+    Raises:
+        UserError: they do not have the mean outputs of such an expert.
+    """
+    constant = [layer for layer in plan.layers if layer.constant_experts]
+    for layer in constant:
+        if statistics is None or not statistics.has_outputs(layer.name):
+            raise no_mean_output(layer, layer.constant_experts[0])
+    return statistics if constant else None
 
 
 def dense_weights(

@@ -22,7 +22,7 @@ from rq_compile.errors import UserError
 from rq_compile.lowerings import LOWERINGS
 from rq_compile.planning.schema import Policy
 from rq_compile.planning.targets import TARGETS, Target
-from rq_compile.quantization.formats import BLOCKS, QUANTIZED_FORMATS, DenseFormat
+from rq_compile.quantization.formats import BLOCKS, MEASURABLE_FORMATS, DenseFormat
 from rq_compile.runtime.engine import Engine
 from rq_compile.standalone.sampling import Choice
 
@@ -34,7 +34,7 @@ def test_choices_are_those_of_the_schemas() -> None:
     assert get_args(Target) == tuple(TARGETS)
     assert get_args(LoweringName) == tuple(LOWERINGS)
     assert get_args(DenseFormat) == options.DENSE_FORMATS
-    assert QUANTIZED_FORMATS == options.ROUNDED_FORMATS
+    assert MEASURABLE_FORMATS == options.MEASURABLE_FORMATS
     assert ["auto", *(str(block) for block in BLOCKS)] == list(options.BLOCKS)
 
 

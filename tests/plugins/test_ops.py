@@ -160,6 +160,33 @@ def test_threads_do_not_change_a_bit_of_combine(rng: np.random.Generator) -> Non
     assert combine(y, rows, gates).tobytes() == combine(y, rows, gates, threads=2).tobytes()
 
 
+@pytest.mark.parametrize("held", [120, 90])  # rows of y: of all pairs, or without those of constant experts at the end
+def test_combine_takes_the_outputs_of_constant_experts(rng: np.random.Generator, held: int) -> None:
+    ids = rng.integers(0, 5, (60, 2))
+    ids.reshape(-1)[rng.permutation(120)[:30]] = 5
+    places = np.array([-1, -1, -1, -1, -1, 1], np.int32)
+    constant = np.flatnonzero(ids.reshape(-1) == 5)
+    rows = np.concatenate([rng.permutation(np.setdiff1d(np.arange(120), constant)), constant]).astype(np.int32)
+    y, outputs = (rng.normal(size=(count, 70)).astype(np.float32) for count in (120, 2))
+    gates = rng.uniform(size=(60, 2)).astype(np.float32)
+    by_pair = np.zeros((120, 70))
+    by_pair[rows] = y
+    by_pair[constant] = outputs[1]
+    expected = (by_pair.reshape(60, 2, 70) * gates[..., None]).sum(1)
+    inputs: dict[str, Any] = {"y": y[:held], "rows": rows, "gates": gates, "ids": ids, "places": places, "outputs": outputs}
+    (found,) = run_op("Combine", inputs, {"out": TensorProto.FLOAT})
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for change, message in (
+        ({"y": y[:80]}, "has no output"),
+        ({"ids": ids + 1}, "outside 0..5"),
+        ({"places": places + 1}, "outputs has 2 rows"),
+        ({"outputs": outputs[:, :60].copy()}, "60 columns"),
+        ({"ids": ids.astype(np.int32)}, "other types"),
+    ):
+        with pytest.raises(Exception, match=message):
+            run_op("Combine", inputs | change, {"out": TensorProto.FLOAT})
+
+
 def test_nan_stays_in_its_row(rng: np.random.Generator) -> None:
     x = rng.normal(size=(8, 48)).astype(np.float32)
     x[3, 5] = np.nan

@@ -14,7 +14,7 @@ from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.errors import UserError
 from rq_compile.lowerings import Stock, lowering_of
 from rq_compile.lowerings.lowering import unread
-from rq_compile.quantization.formats import FORMATS, SLOT_FORMATS, Format
+from rq_compile.quantization.formats import COMPUTED_FORMATS, SLOT_FORMATS, Format
 from rq_compile.rewrite.contract import ContractError
 from rq_compile.rewrite.report import counts_of
 
@@ -34,7 +34,7 @@ def test_every_activation(activation: Activation, bias: bool, lowering: str, tmp
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("format", [format for format in FORMATS if not SLOT_FORMATS[format].only_carried])
+@pytest.mark.parametrize("format", [format for format in COMPUTED_FORMATS if not SLOT_FORMATS[format].only_carried])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(32, 16), (40, 24), (128, 192)])
 def test_every_format_and_block(hidden: int, intermediate: int, format: Format, lowering: str, tmp_path: Path) -> None:
     if format not in lowerings.LOWERINGS[lowering].formats:

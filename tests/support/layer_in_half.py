@@ -1,5 +1,6 @@
 """One layer with every format, in 16 bits, as in the network for TensorRT."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -17,10 +18,10 @@ GEOMETRY = ExpertGeometry(experts=4, top_k=2, hidden=32, intermediate=48, activa
 EXPERTS = random_experts(GEOMETRY)
 
 
-def layer_in_half(folder: Path, half: str = "fp16") -> onnx.ModelProto:
+def layer_in_half(folder: Path, half: str = "fp16", slots: Sequence[tuple[int, str]] = MIXED) -> onnx.ModelProto:
     """One layer with every format, whose lanes are so narrow that it needs further passes, and its weights."""
     lanes = TensorRTLanes(ExpectedCapacity(headroom=0.3, least=2))
-    lowered = lanes.lower(one_layer(32, 2), plan_of(GEOMETRY, MIXED), lambda _, e: EXPERTS[e])
+    lowered = lanes.lower(one_layer(32, 2), plan_of(GEOMETRY, slots), lambda _, e: EXPERTS[e])
     model, versions, _ = half_precision(lowered.model, HALVES[half], layers=[LAYER])
     with (folder / "layer.data").open("wb") as file:
         written = write_weights([in_versions(section, versions) for section in lowered.experts], file)

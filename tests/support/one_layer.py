@@ -75,6 +75,7 @@ def random_experts(geometry: ExpertGeometry, seed: int = 0) -> list[ExpertWeight
     def normal(*shape: int) -> np.ndarray:
         return (random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
 
+    means = np.random.default_rng([seed, 1]).standard_normal((geometry.experts, geometry.hidden)).astype(np.float32)
     up, down, hidden, width = geometry.up_rows, geometry.hidden, geometry.hidden, geometry.intermediate
     return [
         ExpertWeights(
@@ -82,8 +83,9 @@ def random_experts(geometry: ExpertGeometry, seed: int = 0) -> list[ExpertWeight
             normal(down, width),
             normal(up) if geometry.bias else None,
             normal(down) if geometry.bias else None,
+            mean_output=means[expert],
         )
-        for _ in range(geometry.experts)
+        for expert in range(geometry.experts)
     ]
 
 
@@ -167,6 +169,9 @@ def reference(
     for token, choice in np.ndindex(*ids.shape):
         expert, format = slots[int(chosen[token, choice])]
         weights = experts[expert]
+        if format == "constant":
+            y[token] += gates[token, choice] * weights.mean_output
+            continue
         up, down = (stored(w, cast(Format, format), most=geometry.block).astype(np.float64) for w in (weights.up, weights.down))
         h = up @ x[token].astype(np.float64) + (0 if weights.up_bias is None else weights.up_bias)
         out = down @ activate(h, geometry) + (0 if weights.down_bias is None else weights.down_bias)

@@ -64,6 +64,21 @@ def test_a_layer_in_fp16_gives_its_answers_in_onnx_runtime(
     np.testing.assert_allclose(y, wanted, atol=0.02 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize(
+    "slots", [[(0, "int8"), (3, "int4"), (1, "constant"), (2, "constant")], [(e, "constant") for e in range(4)]]
+)
+def test_mean_outputs_take_the_place_of_experts_in_fp16(computed: list[tuple[int, str]], tmp_path: Path) -> None:
+    slots = [*computed, *((e, "constant") for e in range(4) if e not in dict(computed))]
+    layer_in_half(tmp_path, slots=slots)
+    onnx.checker.check_model(str(tmp_path / "layer.onnx"), full_check=True)
+    for tokens, only in ((1, None), (1, 2), (40, None), (40, 2)):
+        x, ids, gates = batch(GEOMETRY, tokens, only=only)
+        x, gates = x.astype(np.float16), gates.astype(np.float16)
+        (y,) = session(tmp_path / "layer.onnx").run(["y"], {"x": x, "ids": ids, "gates": gates})
+        wanted = reference(x, ids, gates, GEOMETRY, slots, EXPERTS)
+        np.testing.assert_allclose(y, wanted, atol=0.02 * np.abs(wanted).max())
+
+
 def test_types_are_written_out_and_experts_are_in_half(tmp_path: Path) -> None:
     model = layer_in_half(tmp_path)
     onnx.checker.check_model(str(tmp_path / "layer.onnx"), full_check=True)

@@ -4,6 +4,9 @@
 // j mod c. From the counts a rank also knows how many rows it gets from whom for which of its slots; only rows are sent.
 //
 // Rows travel sorted by rank, then slot, then pair. A rank gets those of rank 0 first, then those of rank 1, ...
+//
+// Slots from `computed` on are those of constant experts. Their pairs are counted, but no rows are sent: each rank adds the
+// constants of its own pairs (Combine).
 #include "exchange.h"
 
 #include <algorithm>
@@ -42,20 +45,22 @@ struct ExchangeDispatch {
   static constexpr size_t kOptionalInputs = 0;
 
   Ranks& ranks;
-  int64_t slots;
+  int64_t slots, computed;
   std::vector<int64_t> rank_of;  // each slot's
-  Counts place;                  // of each slot when they are sorted by rank
+  Counts place;                  // of each slot when they are sorted by rank, those of constant experts last
   Counts own;                    // the slots of this rank
 
   explicit ExchangeDispatch(const Info& info) : ranks(Ranks::all()), rank_of(info.integers("ranks")) {
     slots = static_cast<int64_t>(rank_of.size());
+    computed = info.integer("computed", slots);
+    require(computed >= 0 && computed <= slots, "attribute computed is ", computed, " of ", slots, " slots");
     const int64_t rank = info.integer("rank"), size = info.integer("size");
     require(size == ranks.size(), "the graph is for ", size, " ranks, but ", ranks.size(), " processes were started");
     require(rank == ranks.rank(), "the graph is that of rank ", rank, ", not of rank ", ranks.rank());
     for (int64_t r : rank_of) require(r >= 0 && r < size, "attribute ranks has rank ", r, ", outside 0..", size - 1);
     Counts sorted(slots);
     std::iota(sorted.begin(), sorted.end(), 0);
-    std::stable_sort(sorted.begin(), sorted.end(), [&](int32_t a, int32_t b) { return rank_of[a] < rank_of[b]; });
+    std::stable_sort(sorted.begin(), sorted.begin() + computed, [&](int32_t a, int32_t b) { return rank_of[a] < rank_of[b]; });
     place.resize(slots);
     for (int32_t i = 0; i < slots; ++i) {
       place[sorted[i]] = i;
@@ -64,7 +69,8 @@ struct ExchangeDispatch {
   }
 
   // Outputs: the rows that arrived [N, H]; their order by slot [N], as ExpertGemm takes it; the own slots' offsets [L + 1]; the
-  // pair of each row that leaves, in the order of leaving [T * k]; rows sent to each rank and received from it [2, R].
+  // pair of each row that leaves, in the order of leaving, then the other pairs [T * k]; rows sent to each rank and received from
+  // it [2, R].
   void compute(Context& context) const {
     const std::lock_guard<std::mutex> turn(ranks.turn());
     const Tensor x = context.required(0, "x", 2), ids = context.required(1, "ids", 2);
@@ -105,7 +111,7 @@ struct ExchangeDispatch {
       const int32_t slot = table[e * width + s.arrivals[e]++ % s.copies[e]];
       s.place_of[p] = place[slot];
       ++s.next[place[slot] + 1];
-      ++sent[rank_of[slot]];
+      sent[rank_of[slot]] += slot < computed;
     }
     std::partial_sum(s.next.begin(), s.next.end(), s.next.begin());
     for (int64_t p = 0; p < pairs; ++p) outgoing[s.next[s.place_of[p]]++] = static_cast<int32_t>(p);
@@ -122,12 +128,13 @@ struct ExchangeDispatch {
       for (int q = 0; q < size; ++q) {
         const int32_t before = taken(arrived, number, s.copies[expert]);
         arrived += s.counted_everywhere[q * experts + expert];
+        if (own[i] >= computed) continue;
         s.from[q * held + i] = taken(arrived, number, s.copies[expert]) - before;
         received[q] += s.from[q * held + i];
       }
       offsets[i + 1] = offsets[i] + taken(arrived, number, s.copies[expert]);
     }
-    const int64_t arriving = offsets[held];
+    const int64_t arriving = std::accumulate(received, received + size, int64_t{0});
     int32_t* rows = context.output<int32_t>(1, {arriving});
     s.next.assign(offsets, offsets + held + 1);
     int32_t row = 0;
@@ -181,7 +188,7 @@ struct ExchangeReturn {
   explicit ExchangeReturn(const Info&) : ranks(Ranks::all()) {}
 
   // y [N, H] is in the order of slots, and `rows` says where each of its rows arrived. Returns the rows of this rank's pairs in
-  // the order in which they left, [T * k, H]; zeros if none left.
+  // the order in which they left, [T * k, H]; zeros for pairs that stayed.
   void compute(Context& context) const {
     const std::lock_guard<std::mutex> turn(ranks.turn());
     const Tensor y = context.required(0, "y", 2), rows = context.required(1, "rows", 1);
@@ -193,10 +200,10 @@ struct ExchangeReturn {
     const int32_t *sent = exchanged.as<int32_t>(), *received = sent + size;
     require(std::accumulate(received, received + size, int64_t{0}) == arrived, "exchanged counts other rows than y has");
     const int64_t left = std::accumulate(sent, sent + size, int64_t{0});
-    require(left == pairs || left == 0, "exchanged counts ", left, " rows that left, outgoing ", pairs);
+    require(left <= pairs, "exchanged counts ", left, " rows that left, outgoing ", pairs);
 
     float* back = context.output<float>(0, {pairs, columns});
-    if (left == 0) std::fill_n(back, pairs * columns, 0.0f);
+    std::fill_n(back + left * columns, (pairs - left) * columns, 0.0f);
     std::vector<float>& shared = scratch().rows;
     shared.resize(std::max<size_t>(shared.size(), arrived * columns));
     const int64_t first = std::accumulate(received, received + me, int64_t{0}), last = first + received[me];

@@ -28,6 +28,9 @@ A replica on a second rank is one more expert that a small batch reads. Where th
 therefore has the best number of copies that pays, compared with the best placement without copies. Two steps are predicted: a
 calibration batch, as in prefill, and one token of each of its sequences, as in decoding. Copies pay if the batch gains more than
 the other step loses, which may be at most ``MOST_LOST``. With option ``tokens``, only a step of so many tokens counts.
+
+If experts were measured in ``constant`` and the target waits, a first solution says which experts are constant. The others are
+then balanced anew, because constant experts have no load. Such a plan states no objective.
 The bound in the plan proves how close the plan is to the optimum. For one rank, the optimum is usually reached (``allocation``,
 ``exact``); for several, the packing leaves a gap (``rank_solver``).
 """
@@ -52,7 +55,7 @@ from rq_compile.planning.problem import Decision, Layer, Problem
 from rq_compile.planning.rank_solver import solve_on_ranks
 from rq_compile.planning.schema import Optimality, Slot
 from rq_compile.planning.solver import ROUNDING, Objective, Solution, solve_on_one_rank
-from rq_compile.quantization.formats import FLOAT_FORMATS, Format
+from rq_compile.quantization.formats import FLOAT_FORMATS, SLOT_FORMATS, Format
 
 # What decoding may lose by copies of experts: less than the noise of its time.
 MOST_LOST = 0.01
@@ -95,11 +98,38 @@ def decide(problem: Problem, options: Options) -> Decision:
         fewest = min(found, key=lambda solution: (solution.bytes, solution.mean_error))
         return Decision(_slots(problem, fewest), dense=fewest.dense)
     best = min(found, key=lambda solution: solution.value)
-    bound = min(solution.bound for solution in found)
+    bound: float | None = min(solution.bound for solution in found)
+    if problem.cost.busiest != "nothing" and any(map(np.any, _constant_experts(problem, best))):
+        bound = None
+        problem, best = _balanced_without_constants(problem, options, allowed, best)
     copied, best = best, _with_copies_that_pay(problem, options, allowed, best)
     said = [] if best is copied else [_not_paying(problem, copied, best)]
     said += _unbalanced(problem, best, options)
-    return Decision(_slots(problem, best), Optimality(objective=best.value, bound=bound), said, best.dense)
+    optimality = None if bound is None else Optimality(objective=best.value, bound=bound)
+    return Decision(_slots(problem, best), optimality, said, best.dense)
+
+
+def _constant_experts(problem: Problem, solution: Solution) -> list[np.ndarray]:
+    """Which experts of every layer have a slot in ``constant``, bool ``[m]``."""
+    found = []
+    for layer, solved in zip(problem.layers, solution.layers, strict=True):
+        experts = slot_experts(solved.choice.copies)
+        computed = np.array([SLOT_FORMATS[format].computed for format in layer.formats])
+        found.append(np.isin(np.arange(layer.experts), experts[~computed[solved.choice.format]]))
+    return found
+
+
+def _balanced_without_constants(
+    problem: Problem, options: Options, allowed: list[Format], first: Solution
+) -> tuple[Problem, Solution]:
+    """The problem with the constant experts of ``first``, which have no load, and its best solution, or ``first`` if it has
+    none."""
+    constant = _constant_experts(problem, first)
+    layers = tuple(layer.with_constants(mine) for layer, mine in zip(problem.layers, constant, strict=True))
+    fixed = replace(problem, layers=layers)
+    solutions = [_solution(_with_formats(fixed, formats), options) for formats in _float_choices(allowed)]
+    found = [solution for solution in solutions if solution is not None and np.isfinite(solution.value)]
+    return fixed, min(found, key=lambda solution: solution.value, default=first)
 
 
 def _with_copies_that_pay(problem: Problem, options: Options, allowed: list[Format], best: Solution) -> Solution:
@@ -167,7 +197,9 @@ def _slots(problem: Problem, solution: Solution) -> list[list[Slot]]:
     for layer, solved in zip(problem.layers, solution.layers, strict=True):
         experts, format, ranks = slot_experts(solved.choice.copies), solved.choice.format, solved.ranks
         order = np.argsort(ranks, kind="stable")
-        layers.append([Slot(expert=int(experts[s]), format=layer.formats[format[s]], rank=int(ranks[s])) for s in order])
+        slots = [Slot(expert=int(experts[s]), format=layer.formats[format[s]], rank=int(ranks[s])) for s in order]
+        constant = {slot.expert: slot for slot in slots if not slot.computed}
+        layers.append([slot for slot in slots if constant.get(slot.expert, slot) is slot])  # which need no copies
     return layers
 
 

@@ -7,6 +7,7 @@ from rq_compile.files import Document
 from rq_compile.planning.by_priority import one_slot_each
 from rq_compile.planning.few_bits import check_stored, or_measure
 from rq_compile.planning.problem import Decision, Problem
+from rq_compile.quantization.formats import SLOT_FORMATS
 
 
 class Options(Document):
@@ -34,7 +35,11 @@ def decide(problem: Problem, options: Options) -> Decision:
 
 def _largest(problem: Problem) -> str:
     """The largest of the common formats that fits, or the smallest one, which the budget then refuses."""
-    common = [format for format in problem.layers[0].formats if all(format in layer.formats for layer in problem.layers)]
+    common = [
+        format
+        for format in problem.layers[0].formats
+        if SLOT_FORMATS[format].computed and all(format in layer.formats for layer in problem.layers)
+    ]
 
     def taken(format: str) -> int:
         return sum(layer.experts * int(layer.size[layer.formats.index(format)]) for layer in problem.layers)

@@ -26,6 +26,7 @@ from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.formats import SLOT_FORMATS
 from rq_compile.targets.engine_outputs import tensorrt_outputs
 from rq_compile.targets.preflight import check_plan
+from rq_compile.targets.streamed import mean_outputs_for
 from rq_compile.targets.tensorrt import build_engine, plugins
 from rq_compile.targets.tensorrt.ep_context import ep_context
 from rq_compile.targets.tensorrt.manifest import Built, TensorRTManifest, TensorRTTarget, bindings
@@ -87,6 +88,7 @@ def compile_tensorrt(
     check_outputs(tensorrt_outputs(output))
     check_settings(settings, model, plan)
     check_plan(model, plan, settings.lowering)
+    outputs = mean_outputs_for(plan, statistics)
     exported = exported or export_graph(model)
     stem, moments = output.stem, statistics if plan.quantizer == "gptq" else None
     with tempfile.TemporaryDirectory(prefix=PART, dir=output.parent) as name:
@@ -99,6 +101,7 @@ def compile_tensorrt(
             folder / f"{stem}.network.onnx",
             precision=settings.precision,
             statistics=moments,
+            outputs=outputs,
             threads=threads,
             progress=progress,
         )

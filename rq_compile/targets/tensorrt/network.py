@@ -67,6 +67,7 @@ def write_network(
     *,
     precision: Precision = "fp16",
     statistics: Statistics | None = None,
+    outputs: Statistics | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Network:
@@ -74,13 +75,14 @@ def write_network(
 
     Logits are those of the last token of each sequence. ``lowering`` is one of ``TENSORRT_LOWERINGS``; ONNX Runtime does not have
     the node of ``Plugins`` on the CPU.
-    ``statistics``: those of the calibration, used to round int4 slots. Weights are streamed, as in ``compile_engine``.
+    ``statistics``: those of the calibration, used to round int4 slots; ``outputs``: see ``mean_outputs_for``. Weights are
+    streamed, as in ``compile_engine``.
 
     Raises:
         UserError: the plan does not fit, or ``precision`` cannot hold a weight.
     """
     layers = {layer.name: layer for layer in model.layers}
-    source = lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics)  # noqa: E731
+    source = lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics, outputs)  # noqa: E731
     graph = imported(exported.model)
     router, last = router_nodes(graph), fixed(graph, LAST)
     lowered = lowering.lower(as_onnx(graph), plan, source)

@@ -12,6 +12,7 @@ import os
 import pickle
 import sys
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -24,6 +25,7 @@ IDLE = "idle"
 # Where MPICH and Open MPI say which of the processes of a host this is.
 LOCAL_RANK = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
 ERROR_BYTES = 512
+VERSION_BYTES = 8192  # MPI_MAX_LIBRARY_VERSION_STRING of MPICH; that of Open MPI is smaller
 _TAKE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64))
 
 
@@ -87,7 +89,7 @@ def ranks() -> Ranks:
     """All ranks. The first call waits for the others. An exception that nobody catches then ends all ranks.
 
     Raises:
-        UserError: the library of the ops is missing, or its MPI cannot be loaded or started.
+        UserError: the library of the ops is missing, its MPI cannot be loaded or started, or another MPI started this process.
     """
     path = library_path(MPI_LIBRARY)
     try:
@@ -96,11 +98,28 @@ def ranks() -> Ranks:
         raise UserError(
             f"cannot load {path}: {reason(error)}; install the MPI that it was built with, or build it again with make mpi-ops"
         ) from error
+    _check_starter(path, library)
     met = Ranks(library)
     atexit.register(library.rq_ranks_finish)
     if met.size > 1:
         _end_all_on_failure(met)
     return met
+
+
+def _check_starter(path: Path, library: ctypes.CDLL) -> None:
+    """MPICH would end the process with messages of its own.
+
+    Raises:
+        UserError: MPICH is to run in a process that Open MPI's mpirun started.
+    """
+    version = ctypes.create_string_buffer(VERSION_BYTES)
+    library.MPI_Get_library_version(version, ctypes.byref(ctypes.c_int()))
+    if version.value.startswith(b"MPICH") and "OMPI_COMM_WORLD_SIZE" in os.environ:
+        raise UserError(
+            f"{path} was built with MPICH, but Open MPI's mpirun started this process; use the mpirun of MPICH, or build the "
+            "library again with make mpi-ops",
+            2,
+        )
 
 
 def _end_all_on_failure(met: Ranks) -> None:

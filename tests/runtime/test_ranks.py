@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Run, names, python, refused
-from mpi import mpirun, needs_mpi, spread
+from mpi import mpirun, needs_mpi, needs_mpich, spread
 from plans import plan_of, replicated_and_quantized, tokens
 
 from rq_compile.architectures.model import Model
@@ -157,6 +157,15 @@ def test_without_mpirun_or_with_other_ranks(engine: Path) -> None:
     three = mpirun(3, "-m", "rq_compile", "generate", engine, "--prompt", "a")
     assert three.returncode == 2
     assert three.stderr.count("is for 2 processes, but 3 were started; start it with mpirun -n 2") == 1
+
+
+@needs_mpi
+@needs_mpich
+def test_the_mpirun_of_another_mpi(engine: Path) -> None:
+    """A variable that Open MPI sets; MPICH itself would end with `Internal MPI error!`."""
+    ran = mpirun(2, "-m", "rq_compile", "generate", engine, "--prompt", "a", OMPI_COMM_WORLD_SIZE="2")
+    assert ran.returncode == 2
+    assert ran.stderr.count("was built with MPICH, but Open MPI's mpirun started this process; use the mpirun of MPICH") == 1
 
 
 @needs_mpi

@@ -14,7 +14,8 @@ from rq_compile.engine.library import MPI_LIBRARY
 from rq_compile.planning.schema import LayerPlan, Plan, Slot
 
 # Of the MPI that the library was built with: that of the environment comes before one of the system.
-MPIRUN = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+FOUND_IN = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+MPIRUN = shutil.which("mpiexec", path=FOUND_IN)
 BUILT = (PACKAGED_IN / "rq_compile" / "lib" / MPI_LIBRARY).is_file()
 
 # Open MPI otherwise refuses more processes than cores (its versions 5 and 4), and to be run as root. MPICH ignores these.
@@ -28,6 +29,7 @@ OPEN_MPI = {
 needs_mpi = pytest.mark.skipif(
     not (BUILT and MPIRUN), reason="librq_moe_mpi.so is not built (make mpi-ops) or there is no mpiexec"
 )
+needs_mpich = pytest.mark.skipif(not shutil.which("mpichversion", path=FOUND_IN), reason="the MPI is not MPICH")
 
 
 def mpirun(ranks: int, *arguments: object, limit: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -26,6 +26,15 @@ from rq_compile.standalone.limits import default_threads
 NO_TEXT = "no text"
 
 
+def check_formats(formats: Sequence[Format]) -> None:
+    """
+    Raises:
+        UserError: one of the formats needs the outputs of experts.
+    """
+    if other := [format for format in formats if not SLOT_FORMATS[format].computed]:
+        raise UserError(f"--data-free measures no outputs for {other[0]}; leave it out of --formats, or calibrate on text", 2)
+
+
 def data_free(
     model: Model,
     *,
@@ -40,8 +49,7 @@ def data_free(
     Raises:
         UserError: a weight is not a finite number, or a format needs text.
     """
-    if other := [format for format in formats if not SLOT_FORMATS[format].computed]:
-        raise UserError(f"--data-free measures no outputs for {other[0]}; leave it out of --formats, or calibrate on text", 2)
+    check_formats(formats)
     layers = layers_to_measure(model, block)
     measured_formats = formats_to_measure(model, layers, formats)
     total = sum(layer.geometry.experts for layer in layers)

@@ -231,10 +231,11 @@ def without_text(
         if name in MEASURING and name not in ("block", "formats", "wanda_fraction", "data_free"):
             raise UserError(f"{option} has no effect with --data-free, which uses no text; leave one of the two out", 2)
 
-    from rq_compile.calibration.data_free import data_free
+    from rq_compile.calibration.data_free import check_formats, data_free
     from rq_compile.cli.tables import calibration_tables
     from rq_compile.files import write_document
 
+    check_formats(formats)
     model = rq.open(folder)
     with screen.progress("measuring weights", "experts") as progress:
         calibration = data_free(model, progress=progress, block=block, formats=formats, wanda_fraction=fraction)

@@ -28,9 +28,10 @@ inline Floats scales_with(const uint8_t* scales, int64_t lane, float scale) {
   else return multiply(load(reinterpret_cast<const float*>(scales) + lane), set(scale));
 }
 
-// Instructions per row and panel for a line, 64 bytes of the panel.
+// Instructions per row and panel for a line, 64 bytes of the panel: products and, of few bits, some that unpack.
 constexpr int instructions_of(Storage storage) {
-  return (fours_of(storage) + lines_of(storage) - 1) / lines_of(storage) * kDotInstructions;
+  const int unpacking = bits_of(storage) < 4 ? 2 : 0;
+  return (unpacking + (fours_of(storage) + lines_of(storage) - 1) / lines_of(storage)) * kDotInstructions;
 }
 
 // sum[i][p] += dot(x[i], 16 rows of panel p) over the block; the weights are still offset by offset_of.
@@ -56,11 +57,12 @@ __attribute__((always_inline)) inline void add_int8_columns(const uint8_t* const
   }
 }
 
-// The same for the k-th and the following four columns of a group, up to `fours` of them; x of the first is at x[i] + c.
+// The same for the k-th and the following four columns of a group, up to `fours` of them; x of the first is at x[i] + c. They are
+// added to `sum` and `next` in turn, which may be the same.
 template <Storage storage, int k, int fours, int R, int P, typename Sum>
 __attribute__((always_inline)) inline void add_fours(const uint8_t* const* x, int64_t c,
                                                      const Ints (&lines)[P][kVectors][lines_of(storage)],
-                                                     Sum (&sum)[R][P][kVectors]) {
+                                                     Sum (&sum)[R][P][kVectors], Sum (&next)[R][P][kVectors]) {
   Ints weights[P][kVectors];
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
@@ -74,12 +76,12 @@ __attribute__((always_inline)) inline void add_fours(const uint8_t* const* x, in
       for (int v = 0; v < kVectors; ++v) sum[i][p][v] = dot_int4(sum[i][p][v], weights[p][v], four);
     }
   }
-  if constexpr (k + 1 < fours) add_fours<storage, k + 1, fours>(x, c, lines, sum);
+  if constexpr (k + 1 < fours) add_fours<storage, k + 1, fours>(x, c, lines, next, sum);
 }
 
 template <Storage storage, int fours, int R, int P, typename Sum>
 __attribute__((always_inline)) inline void add_group(const uint8_t* const* x, int64_t c, const uint8_t* group, int64_t stride,
-                                                     Sum (&sum)[R][P][kVectors]) {
+                                                     Sum (&sum)[R][P][kVectors], Sum (&next)[R][P][kVectors]) {
   constexpr int count = static_cast<int>(words_of(4 * fours, bits_of(storage)));
   Ints lines[P][kVectors][lines_of(storage)];
 #pragma GCC unroll 4
@@ -91,26 +93,26 @@ __attribute__((always_inline)) inline void add_group(const uint8_t* const* x, in
       for (int v = 0; v < kVectors; ++v) lines[p][v][i] = load_ints(line + v * kLanes * 4);
     }
   }
-  add_fours<storage, 0, fours>(x, c, lines, sum);
+  add_fours<storage, 0, fours>(x, c, lines, sum, next);
 }
 
 // The same for the columns `begin` to `end`, of less than 8 bits. Sum is the type that dot_int4 adds to.
 template <Storage storage, int R, int P, typename Sum>
 __attribute__((always_inline)) inline void add_columns(const uint8_t* const* x, const PanelBlock& block, int64_t begin, int64_t end,
-                                                       Sum (&sum)[R][P][kVectors]) {
+                                                       Sum (&sum)[R][P][kVectors], Sum (&next)[R][P][kVectors]) {
   constexpr int fours = fours_of(storage), columns = columns_of(storage);
   const uint8_t* group = block.weights + begin / columns * bytes_of(storage);
   if constexpr (fours == 2) {
 #pragma GCC unroll 4
     for (int64_t c = begin; c < end; c += columns, group += bytes_of(storage)) {
-      add_group<storage, fours>(x, c, group, block.stride, sum);
+      add_group<storage, fours>(x, c, group, block.stride, sum, next);
     }
   } else {
     int64_t c = begin;
     for (; c + columns <= end; c += columns, group += bytes_of(storage)) {
-      add_group<storage, fours>(x, c, group, block.stride, sum);
+      add_group<storage, fours>(x, c, group, block.stride, sum, next);
     }
-    if (storage == Storage::int3 && c < end) add_group<storage, fours / 2>(x, c, group, block.stride, sum);
+    if (storage == Storage::int3 && c < end) add_group<storage, fours / 2>(x, c, group, block.stride, sum, next);
   }
 }
 
@@ -124,7 +126,7 @@ template <Storage storage, int step, bool whole, int R, int P>
 void add_partials(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
   for (int64_t begin = 0; begin < columns; begin += step) {
     Partial partial[R][P][kVectors];
-    add_columns<storage>(x, block, begin, whole || begin + step < columns ? begin + step : columns, partial);
+    add_columns<storage>(x, block, begin, whole || begin + step < columns ? begin + step : columns, partial, partial);
     for (int i = 0; i < R; ++i) {
       for (int p = 0; p < P; ++p) {
         for (int v = 0; v < kVectors; ++v) total[i][p][v] = widen(total[i][p][v], partial[i][p][v]);
@@ -146,7 +148,21 @@ template <Storage storage, int R, int P>
 void add_products(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
   if constexpr (has_matrix_products(R)) add_matrix_products<storage>(x, block, columns, total);
   else if constexpr (storage == Storage::int8) add_int8_columns(x, block, columns, total);
-  else if constexpr (kPartialColumns >= kMaxBlock) add_columns<storage>(x, block, 0, columns, total);
+  else if constexpr (kPartialColumns >= kMaxBlock && fours_of(storage) > 2 && R * P * kVectors <= 4) {
+    // Few sums, to each of which many products of a line are added, would wait for each other.
+    Ints others[R][P][kVectors];
+    for (int i = 0; i < R; ++i) {
+      for (int p = 0; p < P; ++p) {
+        for (int v = 0; v < kVectors; ++v) others[i][p][v] = set(0);
+      }
+    }
+    add_columns<storage>(x, block, 0, columns, total, others);
+    for (int i = 0; i < R; ++i) {
+      for (int p = 0; p < P; ++p) {
+        for (int v = 0; v < kVectors; ++v) total[i][p][v] = add(total[i][p][v], others[i][p][v]);
+      }
+    }
+  } else if constexpr (kPartialColumns >= kMaxBlock) add_columns<storage>(x, block, 0, columns, total, total);
   else {
     constexpr int step = partial_columns(storage);
     if (columns % step == 0) add_partials<storage, step, true>(x, block, columns, total);

@@ -25,6 +25,7 @@ from balance import LENGTH, MODELS, OTHER_KIND, ROOT, SAME_KIND, Remembered, win
 from rich.console import Console
 
 from rq_compile.architectures.model import Model
+from rq_compile.calibration.lengths import TOKENS
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.calibration.written import calibrated_into
@@ -49,7 +50,7 @@ Calibrated = tuple[Calibration, Statistics | None]
 def calibrated(checkpoint: Model, formats: Sequence[Format], block: Block, folder: Path) -> Calibrated:
     file = folder / f"{checkpoint.path.name}.{block}.{'.'.join(formats)}.json"
     texts = {kind: (ROOT / "samples" / "text" / f"{kind}.calibration.txt").read_text() for kind in SAME_KIND}
-    options: dict[str, Any] = {"batch_size": 8, "sequence_length": LENGTH, "progress": lambda done, total: None}
+    options: dict[str, Any] = {"batch_size": 8, "sequence_length": LENGTH, "tokens": TOKENS, "progress": lambda done, total: None}
     if not file.is_file():
         calibrated_into(file, checkpoint, texts, fresh=False, remark=lambda text: None, formats=formats, block=block, **options)
     made = read_document(Calibration, file)

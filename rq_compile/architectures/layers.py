@@ -11,7 +11,7 @@ from rq_compile.architectures.geometry import Activation, ExpertGeometry
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError
 from rq_compile.quantization.second_moment import SecondMoment
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,7 +43,7 @@ class MoeLayer:
 class ExpertWeights:
     """``up [F, hidden]`` and ``down [hidden, intermediate]`` in the checkpoint's dtype; ``up_bias [F]`` and
     ``down_bias [hidden]`` in fp32, or None. The moments are those of the inputs of the two matrices, if the calibration has them.
-    The integers are those of the checkpoint, if it stores integers with scales. ``mean_output [hidden]`` is what replaces the
+    The numbers are those of the checkpoint, if it stores numbers of few bits with scales. ``mean_output [hidden]`` replaces the
     expert where it is constant, if the calibration has it."""
 
     up: np.ndarray
@@ -52,8 +52,8 @@ class ExpertWeights:
     down_bias: np.ndarray | None = None
     up_moment: SecondMoment | None = None
     down_moment: SecondMoment | None = None
-    up_integers: SourceIntegers | None = None
-    down_integers: SourceIntegers | None = None
+    up_numbers: SourceNumbers | None = None
+    down_numbers: SourceNumbers | None = None
     mean_output: np.ndarray | None = None
 
 
@@ -89,10 +89,10 @@ def expert_matrix(checkpoint: Checkpoint, family: Family, layer: MoeLayer, exper
     return _canonical(parts, family, projection)
 
 
-def expert_integers(
+def expert_numbers(
     checkpoint: Checkpoint, family: Family, layer: MoeLayer, expert: int, projection: Projection
-) -> SourceIntegers | None:
-    """The integers and scales whose product is ``expert_matrix``, or None if the checkpoint does not store such.
+) -> SourceNumbers | None:
+    """The numbers and scales whose product is ``expert_matrix``, or None if the checkpoint does not store such.
 
     Raises:
         UserError: see ``expert_matrix``.
@@ -100,13 +100,13 @@ def expert_integers(
     parts = []
     for name, row in expert_tensors(checkpoint, family, layer, expert, projection):
         weight = checkpoint.weight(name)
-        if weight.integer_group is None or (integers := checkpoint.integers(name, row)) is None:
+        if weight.source_group is None or (found := checkpoint.source_numbers(name, row)) is None:
             return None
-        parts.append(replace(integers, numbers=weight.shaped(integers.numbers, row), scales=weight.shaped(integers.scales, row)))
+        parts.append(replace(found, numbers=weight.shaped(found.numbers, row), scales=weight.shaped(found.scales, row)))
     if len({part.group for part in parts}) != 1:
         return None
     numbers, scales = ([getattr(part, what) for part in parts] for what in ("numbers", "scales"))
-    return SourceIntegers(_canonical(numbers, family, projection), _canonical(scales, family, projection), parts[0].group)
+    return SourceNumbers(_canonical(numbers, family, projection), _canonical(scales, family, projection), parts[0].group)
 
 
 def expert_tensors(

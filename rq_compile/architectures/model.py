@@ -16,8 +16,8 @@ from rq_compile.architectures.layers import (
     MoeLayer,
     Projection,
     expert_bias,
-    expert_integers,
     expert_matrix,
+    expert_numbers,
     moe_layers,
 )
 from rq_compile.architectures.quiet import quiet_transformers
@@ -27,7 +27,7 @@ from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.checkpoint.storage.weight import Plain, Weight
 from rq_compile.checkpoint.tokenizer import read_tokenizer
 from rq_compile.quantization.formats import Format
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -277,12 +277,12 @@ class Model:
         assert self.family is not None
         return expert_matrix(self.checkpoint, self.family, layer, expert, projection)
 
-    def integers(self, layer: MoeLayer, expert: int, projection: Projection) -> SourceIntegers | None:
-        """The integers and scales of such a matrix, if the checkpoint stores it in this form. Reads nothing else."""
+    def source_numbers(self, layer: MoeLayer, expert: int, projection: Projection) -> SourceNumbers | None:
+        """The numbers and scales of such a matrix, if the checkpoint stores it in this form. Reads nothing else."""
         if self._traced:
-            return self._traced.integers(layer, expert, projection)
+            return self._traced.source_numbers(layer, expert, projection)
         assert self.family is not None
-        return expert_integers(self.checkpoint, self.family, layer, expert, projection)
+        return expert_numbers(self.checkpoint, self.family, layer, expert, projection)
 
     def bias(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray | None:
         """The bias of such a matrix, or None. Reads nothing else."""
@@ -299,6 +299,6 @@ class Model:
             down,
             self.bias(layer, expert, "up"),
             self.bias(layer, expert, "down"),
-            up_integers=self.integers(layer, expert, "up"),
-            down_integers=self.integers(layer, expert, "down"),
+            up_numbers=self.source_numbers(layer, expert, "up"),
+            down_numbers=self.source_numbers(layer, expert, "down"),
         )

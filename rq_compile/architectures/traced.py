@@ -29,7 +29,7 @@ from rq_compile.architectures.sources.expression import CASTS, Expression, whole
 from rq_compile.architectures.sources.tracing import Traces, trace
 from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.errors import UserError, reason
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -157,18 +157,18 @@ class TracedWeights:
         found = self._expert(layer, expert)
         return np.ascontiguousarray(self.read(found.up if projection == "up" else found.down))
 
-    def integers(self, layer: MoeLayer, expert: int, projection: Projection) -> SourceIntegers | None:
-        """The integers and scales whose product is ``matrix``; None if there are none, as far as is known."""
+    def source_numbers(self, layer: MoeLayer, expert: int, projection: Projection) -> SourceNumbers | None:
+        """The numbers and scales whose product is ``matrix``; None if there are none, as far as is known."""
         found = self._expert(layer, expert)
         expression = found.up if projection == "up" else found.down
         if not expression.operations() <= REARRANGING:
             return None
-        parts: dict[tuple[str, int | None], SourceIntegers] = {}
+        parts: dict[tuple[str, int | None], SourceNumbers] = {}
         for source in expression.sources():
             weight = self.checkpoint.weight(source.name)
-            if weight.integer_group is None or (integers := self.checkpoint.integers(source.name, source.row)) is None:
+            if weight.source_group is None or (stored := self.checkpoint.source_numbers(source.name, source.row)) is None:
                 return None
-            parts[source.name, source.row] = integers
+            parts[source.name, source.row] = stored
         groups = {part.group for part in parts.values()}
         if len(groups) != 1:
             return None
@@ -184,7 +184,7 @@ class TracedWeights:
         numbers, scales = read("numbers"), read("scales")
         rows, columns = expression.shape
         fits = numbers.shape == (rows, columns) and scales.shape == (rows, -(-columns // group))
-        return SourceIntegers(numbers, scales, group) if fits else None
+        return SourceNumbers(numbers, scales, group) if fits else None
 
     def bias(self, layer: MoeLayer, expert: int, projection: Projection) -> np.ndarray | None:
         """As ``ExpertWeights`` has it."""

@@ -48,7 +48,7 @@ def in_format(
     def matrix(projection: Projection) -> tuple[np.ndarray, float]:
         weights: np.ndarray = getattr(original, projection)
         moment = getattr(original, f"{projection}_moment")
-        held = carried(getattr(original, f"{projection}_integers"), format, most)
+        held = carried(getattr(original, f"{projection}_numbers"), format, most)
         if held is None and SLOT_FORMATS[format].only_carried:
             return weights, math.inf
         if held is None and moment is not None and SLOT_FORMATS[format].quantized:

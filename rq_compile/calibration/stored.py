@@ -68,8 +68,8 @@ def block_of(experts: Sequence[Weight]) -> Block:
 
 
 def _group(weight: Weight) -> int | None:
-    """``Weight.integer_group``; 0 if all columns of a row share a scale, which blocks of any size may have."""
-    group = weight.integer_group
+    """``Weight.source_group``; 0 if all columns of a row share a scale, which blocks of any size may have."""
+    group = weight.source_group
     return 0 if group is not None and group >= weight.matrix_shape[1] else group
 
 

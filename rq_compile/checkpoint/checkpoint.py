@@ -21,7 +21,7 @@ from rq_compile.checkpoint.storage.weight import BF16, Plain, Weight
 from rq_compile.checkpoint.storage.weights import weights_of
 from rq_compile.errors import UserError
 from rq_compile.quantization.formats import Format
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 
 SAMPLE = 4096
 FLOATS: dict[np.dtype, Format] = {np.dtype(np.float32): "fp32", np.dtype(np.float16): "fp16", BF16: "bf16"}
@@ -38,7 +38,7 @@ class Checkpoint:
     ``absent``: tensors that the index lists but no file holds -> the file that the index names for them. ``remarks``: sentences
     about anything unusual in the files.
 
-    All values of a checkpoint are read through ``read``, ``read_row``, ``integers`` or ``mapped``.
+    All values of a checkpoint are read through ``read``, ``read_row``, ``source_numbers`` or ``mapped``.
     """
 
     path: Path
@@ -169,10 +169,10 @@ class Checkpoint:
         """Slice ``index`` of the first dimension. Reads only this slice."""
         return self._with_row(name, index).read(index)
 
-    def integers(self, name: str, index: int | None = None) -> SourceIntegers | None:
-        """The integers and scales of a quantized weight, or of its slice ``index``; None if it does not consist of such."""
+    def source_numbers(self, name: str, index: int | None = None) -> SourceNumbers | None:
+        """The numbers and scales of a quantized weight, or of its slice ``index``; None if it does not consist of such."""
         weight = self.weight(name) if index is None else self._with_row(name, index)
-        return weight.integers(weight.rows_of(index))
+        return weight.source_numbers(weight.rows_of(index))
 
     def _with_row(self, name: str, index: int) -> Weight:
         weight = self.weight(name)

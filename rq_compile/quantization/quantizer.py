@@ -11,15 +11,15 @@ from rq_compile.quantization.gptq import gptq, gptq_values
 from rq_compile.quantization.packing import Quantized, columns_of, packed, stored_scales
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 
 # Number of weights that are rounded to the nearest at a time, so that they stay in the caches.
 NEAREST_TILE = 1 << 19
 
 
-def carried(integers: SourceIntegers | None, format: Format, most: Block = 128) -> Quantized | None:
-    """Integers of the checkpoint, packed unchanged. None if there are none, or if ``format`` cannot hold them."""
-    held = integers.in_blocks(format, most) if integers else None
+def carried(numbers: SourceNumbers | None, format: Format, most: Block = 128) -> Quantized | None:
+    """Numbers of the checkpoint, packed unchanged. None if there are none, or if ``format`` cannot hold them."""
+    held = numbers.in_blocks(format, most) if numbers else None
     return None if held is None else Quantized(packed(held[0], format), stored_scales(held[1], format))
 
 

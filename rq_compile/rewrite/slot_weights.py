@@ -23,7 +23,7 @@ from rq_compile.quantization.formats import (
 from rq_compile.quantization.packing import Quantized, packed, scale_values, stored_scales, whole_numbers
 from rq_compile.quantization.quantizer import carried, quantize
 from rq_compile.quantization.second_moment import SecondMoment
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
 from rq_compile.rewrite.weights import ExternalWeight, Piece
 
@@ -49,9 +49,9 @@ class Expert(Protocol):
     @property
     def down_moment(self) -> SecondMoment | None: ...
     @property
-    def up_integers(self) -> SourceIntegers | None: ...
+    def up_numbers(self) -> SourceNumbers | None: ...
     @property
-    def down_integers(self) -> SourceIntegers | None: ...
+    def down_numbers(self) -> SourceNumbers | None: ...
     @property
     def mean_output(self) -> np.ndarray | None: ...
 
@@ -62,7 +62,7 @@ def quantized(expert: Expert, projection: str, format: Format, most: Block) -> Q
     Raises:
         UserError: it would have to be rounded, but nothing is rounded to this format.
     """
-    held = carried(getattr(expert, f"{projection}_integers"), format, most)
+    held = carried(getattr(expert, f"{projection}_numbers"), format, most)
     if held is None and SLOT_FORMATS[format].only_carried:
         raise UserError(
             f"the plan stores an expert in {format}, but the checkpoint does not store it like that; make the plan from a "

@@ -13,7 +13,7 @@ from rq_compile.export.graph import Parameter
 from rq_compile.planning.schema import Plan
 from rq_compile.quantization.formats import PlannedDense
 from rq_compile.quantization.second_moment import SecondMoment
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 from rq_compile.rewrite.constant_experts import no_mean_output
 from rq_compile.rewrite.dense_gemms import DenseWeights
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, external_name, external_tensors
@@ -40,12 +40,12 @@ class StreamedExpert:
         return self.model.matrix(self.layer, self.expert, "down")
 
     @property
-    def up_integers(self) -> SourceIntegers | None:
-        return self.model.integers(self.layer, self.expert, "up")
+    def up_numbers(self) -> SourceNumbers | None:
+        return self.model.source_numbers(self.layer, self.expert, "up")
 
     @property
-    def down_integers(self) -> SourceIntegers | None:
-        return self.model.integers(self.layer, self.expert, "down")
+    def down_numbers(self) -> SourceNumbers | None:
+        return self.model.source_numbers(self.layer, self.expert, "down")
 
     @property
     def up_bias(self) -> np.ndarray | None:

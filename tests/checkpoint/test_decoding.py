@@ -171,7 +171,7 @@ def test_any_shape_is_decoded_bit_for_bit(case_of: Callable[[], st.SearchStrateg
             some = slice(*sorted(min(end, len(case.values)) for end in ends))
             for rows in (every, some):
                 np.testing.assert_array_equal(weight.decode(rows), case.values[rows])
-            if (integers := weight.integers(some)) is not None:
+            if (integers := weight.source_numbers(some)) is not None:
                 scales = np.repeat(integers.scales, integers.group, axis=1)[:, : case.values.shape[1]]
                 np.testing.assert_array_equal(integers.numbers * scales, case.values[some])
 

@@ -39,7 +39,7 @@ def test_a_checkpoint_reads_as_if_it_had_never_been_quantized(stored: Path) -> N
 
 def test_whole_numbers_times_their_scales_are_the_weight(stored: Path) -> None:
     for weight in Checkpoint.open(stored).weights():
-        integers = weight.integers(slice(2, 15))
+        integers = weight.source_numbers(slice(2, 15))
         if integers is None:
             continue
         columns = integers.numbers.shape[1]

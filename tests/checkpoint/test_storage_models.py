@@ -171,7 +171,7 @@ def test_slots_hold_exactly_what_the_checkpoint_stores(name: str, model: Model, 
         if format == "mxfp4":
             assert geometry.experts * geometry.expert_bytes(format) == measured.stored_bytes
         for expert, projection in itertools.product(range(geometry.experts), PROJECTIONS):
-            held = carried(model.integers(layer, expert, projection), format, geometry.block)
+            held = carried(model.source_numbers(layer, expert, projection), format, geometry.block)
             assert held is not None
             exact = model.matrix(layer, expert, projection).astype(np.float32)
             np.testing.assert_array_equal(dequantize(held, format, exact.shape[1]), exact)
@@ -208,7 +208,7 @@ def test_families_without_a_declaration(name: str, monkeypatch: pytest.MonkeyPat
     assert not any(calibration.layers[0].error[format])
     layer = model.layers[0]
     for projection in PROJECTIONS:
-        integers = model.integers(layer, 1, projection)
+        integers = model.source_numbers(layer, 1, projection)
         assert integers is not None
         values = integers.numbers.astype(np.float32) * np.repeat(integers.scales, integers.group, axis=1)
         np.testing.assert_array_equal(values, model.matrix(layer, 1, projection))

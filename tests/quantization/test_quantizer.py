@@ -23,7 +23,7 @@ from rq_compile.quantization.formats import BLOCKS, PACKED_FORMATS, QUANTIZED_FO
 from rq_compile.quantization.packing import dequantize
 from rq_compile.quantization.quantizer import carried, quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 from rq_compile.rewrite.slot_weights import quantized
 
 pytestmark = pytest.mark.quick
@@ -240,19 +240,19 @@ def test_mxfp4_takes_what_it_can_hold_and_nothing_else() -> None:
     random = np.random.default_rng(5)
     numbers = random.choice(np.array(PACKED_FORMATS["mxfp4"].numbers, np.int8), (3, 70))
     scales = np.exp2(random.integers(-120, 100, (3, 3))).astype(np.float32)
-    held = carried(SourceIntegers(numbers, scales, 32), "mxfp4", 32)
+    held = carried(SourceNumbers(numbers, scales, 32), "mxfp4", 32)
     assert held is not None
     assert held.scales.dtype == np.uint8
     np.testing.assert_array_equal(dequantize(held, "mxfp4", 70), numbers * np.repeat(scales, 32, axis=1)[:, :70])
     # A number that e2m1 does not have, a scale that is not a power of two, blocks that need two scales.
-    assert carried(SourceIntegers(np.where(numbers == 12, 11, numbers).astype(np.int8), scales, 32), "mxfp4", 32) is None
-    assert carried(SourceIntegers(numbers, scales * 3, 32), "mxfp4", 32) is None
-    assert carried(SourceIntegers(numbers[:, :64], scales[:, :2], 32), "mxfp4", 64) is None
+    assert carried(SourceNumbers(np.where(numbers == 12, 11, numbers).astype(np.int8), scales, 32), "mxfp4", 32) is None
+    assert carried(SourceNumbers(numbers, scales * 3, 32), "mxfp4", 32) is None
+    assert carried(SourceNumbers(numbers[:, :64], scales[:, :2], 32), "mxfp4", 64) is None
     # Of zeros, any scale will do: quantizers write the exponent 0, or a scale of 0.
     numbers[:, :32] = 0
     for nothing in (0, 2.0**-127, 3):
         scales[:, 0] = nothing
-        held = carried(SourceIntegers(numbers, scales, 32), "mxfp4", 32)
+        held = carried(SourceNumbers(numbers, scales, 32), "mxfp4", 32)
         assert held is not None
         assert not dequantize(held, "mxfp4", 70)[:, :32].any()
 
@@ -269,11 +269,11 @@ def test_fp8_takes_what_it_can_hold_and_nothing_else() -> None:
     random = np.random.default_rng(5)
     codes = random.integers(0, 127, (3, 70), np.uint8) | random.integers(0, 2, (3, 70), np.uint8) << 7
     numbers, scales = codes.view(ml_dtypes.float8_e4m3fn), random.uniform(0.1, 3, (3, 3)).astype(np.float32)
-    held = carried(SourceIntegers(numbers, scales, 32), "fp8", 32)
+    held = carried(SourceNumbers(numbers, scales, 32), "fp8", 32)
     assert held is not None
     exact = numbers.astype(np.float32) * np.repeat(scales, 32, axis=1)[:, :70]
     np.testing.assert_array_equal(dequantize(held, "fp8", 70), exact)
     whole = random.integers(-12, 13, (3, 70)).astype(np.int8)
-    assert carried(SourceIntegers(whole, scales, 32), "fp8", 32) is None
-    assert carried(SourceIntegers(numbers, scales, 32), "int8", 32) is None
-    assert carried(SourceIntegers(numbers[:, :64], scales[:, :2], 32), "fp8", 64) is None
+    assert carried(SourceNumbers(whole, scales, 32), "fp8", 32) is None
+    assert carried(SourceNumbers(numbers, scales, 32), "int8", 32) is None
+    assert carried(SourceNumbers(numbers[:, :64], scales[:, :2], 32), "fp8", 64) is None

@@ -11,7 +11,7 @@ from rq_compile.checkpoint.storage.packings import E2M1_PAIRS, E4M3, Packing
 from rq_compile.checkpoint.storage.scales import Scales
 from rq_compile.checkpoint.storage.weight import BF16, Weight
 from rq_compile.quantization.formats import Format
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +44,20 @@ class Quantized(Weight):
             values *= self.column_scale()
         return values
 
-    def integers(self, rows: slice) -> SourceIntegers | None:
-        if self.integer_group is None or (self.order and self.order() is not None):
+    def source_numbers(self, rows: slice) -> SourceNumbers | None:
+        if self.source_group is None or (self.order and self.order() is not None):
             return None
         groups = self._groups(rows)
         if self.packing is E4M3:
             codes = self._codes(rows).words.view(np.uint8)
             if (codes & 0x7F == 0x7F).any():
                 raise not_finite(self.packed, self.parts[self.packed])
-            return SourceIntegers(codes.view(DTYPES["F8_E4M3"]), groups.scales, groups.width)
+            return SourceNumbers(codes.view(DTYPES["F8_E4M3"]), groups.scales, groups.width)
         numbers = differences(self._codes(rows), groups)
-        return None if numbers is None else SourceIntegers(numbers, groups.scales, groups.width)
+        return None if numbers is None else SourceNumbers(numbers, groups.scales, groups.width)
 
     @property
-    def integer_group(self) -> int | None:
+    def source_group(self) -> int | None:
         carried = self.packing.whole_numbers or self.packing is E4M3
         return self.scales.width if carried and self.column_scale is None else None
 

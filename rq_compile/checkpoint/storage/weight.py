@@ -9,7 +9,7 @@ import numpy as np
 
 from rq_compile.checkpoint.safetensors_file import DTYPES, StoredTensor, read_rows, read_tensor
 from rq_compile.quantization.formats import Format
-from rq_compile.quantization.source_integers import SourceIntegers
+from rq_compile.quantization.source_numbers import SourceNumbers
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -52,7 +52,7 @@ class Weight(ABC):
             UserError: a tensor cannot be read, or a value or a scale is not finite.
         """
 
-    def integers(self, rows: slice) -> SourceIntegers | None:
+    def source_numbers(self, rows: slice) -> SourceNumbers | None:
         """The numbers (integers or FP8) and scales whose products ``decode`` returns, or None if it is not stored as such.
 
         Raises:
@@ -61,8 +61,8 @@ class Weight(ABC):
         return None
 
     @property
-    def integer_group(self) -> int | None:
-        """Number of columns that share a scale of ``integers``; None if there are none."""
+    def source_group(self) -> int | None:
+        """Number of columns that share a scale of ``source_numbers``; None if there are none."""
         return None
 
     @property

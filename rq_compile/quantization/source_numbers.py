@@ -9,7 +9,7 @@ from rq_compile.quantization.packing import scale_values, storable_scales
 
 
 @dataclass(frozen=True)
-class SourceIntegers:
+class SourceNumbers:
     """``numbers [rows, columns]``, int8 or, of FP8, float8_e4m3fn; ``scales`` fp32 ``[rows, ceil(columns / group)]``, each for
     ``group`` columns."""
 

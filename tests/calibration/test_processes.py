@@ -86,7 +86,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrating(model: Path, folder: Path, name: str) -> list[object]:
-    lengths = ("--sequence-length", 64, "--batch-size", 2)
+    lengths = ("--sequence-length", 64, "--batch-size", 2, "--formats", "int8,int4,constant")
     return ["calibrate", model, "--text", folder / "text.txt", "-o", folder / name, *lengths]
 
 

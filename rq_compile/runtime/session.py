@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq_compile.engine.library import CPU_LIBRARY, MPI_LIBRARY, library_path
+from rq_compile.engine import library
+from rq_compile.engine.library import CPU_LIBRARY, MPI_LIBRARY
 from rq_compile.engine.manifest import Manifest
 from rq_compile.engine.ranks import IDLE
 from rq_compile.errors import UserError, reason
@@ -81,12 +82,12 @@ def _options(manifest: Manifest, folder: Path, threads: int | None) -> onnxrunti
     if manifest.op_library is None:
         return options
     names = [manifest.op_library_name or CPU_LIBRARY, *([MPI_LIBRARY] if manifest.ranks else [])]
-    for library in map(library_path, names):
+    for path in map(library.library_path, names):
         try:
-            options.register_custom_ops_library(os.fsencode(library))
+            options.register_custom_ops_library(os.fsencode(path))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise UserError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {library}: {reason(error)}; "
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason(error)}; "
                 "build it on this system with pip install --force-reinstall rq-compile, or compile with --lowering stock"
             ) from error
     return options

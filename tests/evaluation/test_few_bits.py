@@ -118,10 +118,10 @@ def test_the_commands_read_such_an_engine(
 def test_formats_are_checked_before_the_work(tiny_checkpoint: Callable[[str], Path], stages: Path, tmp_path: Path) -> None:
     model, text = tiny_checkpoint("olmoe"), stages / "text.txt"
     for formats, said in (
-        ("int5", "weights are not rounded to 'int5'; write some of int8, int4, int3, int2, separated by commas"),
-        ("int8,", "weights are not rounded to ''"),
-        ("int8,bf16", "weights are not rounded to 'bf16'"),
-        ("mxfp4", "weights are not rounded to 'mxfp4'"),
+        ("int5", "'int5' cannot be measured; write some of int8, int4, int3, int2, constant, separated by commas"),
+        ("int8,", "'' cannot be measured"),
+        ("int8,bf16", "'bf16' cannot be measured"),
+        ("mxfp4", "'mxfp4' cannot be measured"),
     ):
         refused(run("calibrate", model, "--text", text, "--formats", formats, "-o", tmp_path / "c.json"), 2, said)
     assert not list(tmp_path.iterdir())

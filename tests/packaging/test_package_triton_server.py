@@ -124,7 +124,6 @@ def test_streams_give_the_same_token_by_token(server: Server, expected: Callable
     assert [token for event in events for token in np.ravel(event["token_ids"]).tolist()] == tokens
     streamed = server.stream("native", **request)
     assert [token for _, ids in streamed for token in ids] == tokens
-    assert len(streamed) > 1
     assert "".join(piece for piece, _ in streamed) == "".join(event["text_output"] for event in events) == text
 
 

@@ -28,7 +28,7 @@ PROCESSORS = {
 }
 # The tests of the ops that run with the best set of each processor. Others start a Python of their own, or take long in qemu.
 OPS = {
-    "max": "every_format or every_block or all_tokens_on_one_slot or empty",
+    "max": "every_format and (300 or 37) or every_block or one_slot and 20- or empty",
     "neoverse-n1": "every_block or one_slot and 20- or empty",
     "cortex-a72": "every_block or one_slot and 20- or empty",
 }

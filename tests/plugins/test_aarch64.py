@@ -63,6 +63,12 @@ def test_the_ops(in_qemu: Runs, processor: str) -> None:
     assert " passed" in result.stdout
 
 
+def test_attention(in_qemu: Runs) -> None:
+    for isa in ("neon", "plain"):
+        result = in_qemu("cortex-a72", ROOT / "tests" / "support" / "cache_attention.py", isa=isa)
+        assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_a_processor_gets_its_best_set(in_qemu: Runs, processor: str) -> None:
     result = in_qemu(processor, "-c", PRINT_DIGEST, isa="none")

@@ -76,6 +76,19 @@ struct Kernels {
   void (*activate)(Activation activation, float alpha, float limit, const float* up, float* gate, int64_t n);
   // out[i] = the sum over r < count, in that order, of gates[r] * rows[r][i], for i < n; starts at 0.
   void (*combine)(const float* const* rows, const float* gates, int64_t count, int64_t n, float* out);
+
+  // Attention. scores[r * stride + k] = dot(query r, key k) for r < rows and k < count; queries and keys stand one after the
+  // other. Of a row of scores, it writes up to the next multiple of kPanel.
+  void (*dot_keys)(const float* queries, int64_t rows, const float* keys, int64_t count, int64_t columns, float* scores,
+                   int64_t stride);
+  // `count` times kPanel scores, lane by lane: largest[j] = max(largest[j], every score of lane j); NaN is passed over.
+  void (*raise)(const float* scores, int64_t count, float* largest);
+  // Replaces them by e^(score - largest[j]), 0 for -infinity and whatever is below e^-87; sums[j]: of the lane.
+  void (*exponentials)(float* scores, int64_t count, const float* largest, float* sums);
+  // out[r * columns + i] = factors[r] * out[..] + the sum over k < count, in that order, of
+  // weights[r * row_stride + k * key_stride] * values[k * columns + i].
+  void (*weigh_values)(const float* weights, int64_t row_stride, int64_t key_stride, int64_t rows, const float* values,
+                       int64_t count, int64_t columns, const float* factors, float* out);
 };
 
 extern const Kernels kPlainKernels;

@@ -25,6 +25,7 @@ alignas(16) constexpr int8_t kE2m1Offset[16] = {12, 13, 14, 15, 16, 18, 20, 24, 
 #include "loops.h"
 #include "panel_groups.h"
 #include "float_kernel.h"
+#include "attention_kernel.h"
 #include "round.h"
 #ifdef RQ_BFLOAT_PRODUCTS
 #include "bfloat_kernel.h"
@@ -37,6 +38,7 @@ alignas(16) constexpr int8_t kE2m1Offset[16] = {12, 13, 14, 15, 16, 18, 20, 24, 
 
 extern const Kernels RQ_KERNELS;
 const Kernels RQ_KERNELS = {RQ_KERNELS_NAME, multiply_floats, multiply_bfloats, multiply_quantized,
-                            round_to_bfloat, quantize,        activate,         combine};
+                            round_to_bfloat, quantize,        activate,         combine,
+                            dot_keys,        raise,           exponentials,     weigh_values};
 
 }  // namespace rq

@@ -28,6 +28,13 @@ inline Ints add(Ints a, Ints b) { return a + b; }
 inline Floats multiply(Floats a, Floats b) { return a * b; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
+// Lane i: the sum of v[i].
+inline Floats sum_each(const Floats (&v)[kLanes]) {
+  Floats sums{};
+  for (int i = 0; i < kLanes; ++i) sums[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+  return sums;
+}
+
 inline float from_half(uint16_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
   float value;

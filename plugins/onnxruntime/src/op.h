@@ -251,5 +251,6 @@ OrtCustomOp* dispatch_op();
 OrtCustomOp* expert_gemm_op();
 OrtCustomOp* dense_gemm_op();
 OrtCustomOp* combine_op();
+OrtCustomOp* cache_attention_op();
 
 }  // namespace rq

@@ -1,7 +1,9 @@
 #include "self_check.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 namespace rq {
@@ -113,6 +115,44 @@ bool sums_agree(const Kernels& kernels, Random& random) {
   return same(out, expected);
 }
 
+// Products of queries and keys, softmax and weighted sums of values, of widths that no vector divides and others.
+bool attention_agrees(const Kernels& kernels, Random& random) {
+  constexpr int64_t kQueries = 11, kKeys = 39, kStride = 48;
+  for (int64_t width : {8, 91, 256}) {
+    std::vector<float> queries(kQueries * width), keys(kKeys * width), scores(kQueries * kStride), expected = scores;
+    for (float& value : queries) value = random.real();
+    for (float& value : keys) value = random.real();
+    kernels.dot_keys(queries.data(), kQueries, keys.data(), kKeys, width, scores.data(), kStride);
+    kPlainKernels.dot_keys(queries.data(), kQueries, keys.data(), kKeys, width, expected.data(), kStride);
+    for (int64_t i = 0; i < kQueries * kStride; ++i) {  // beyond the keys, anything may have been written
+      if (i % kStride >= kKeys) scores[i] = expected[i] = 0.0f;
+    }
+    if (!close(scores, expected)) return false;
+
+    for (int64_t i = 0; i < kQueries * kStride; ++i) expected[i] = i % kStride < kKeys ? expected[i] : -INFINITY;
+    std::vector<float> weights(expected), plain_weights(expected), lanes(4 * kPanel), plain_lanes(lanes);
+    for (const auto& [set, to, of] : {std::tuple{&kernels, &weights, &lanes}, {&kPlainKernels, &plain_weights, &plain_lanes}}) {
+      std::fill(of->begin(), of->end(), -INFINITY);
+      set->raise(to->data(), kQueries * kStride / kPanel, of->data());
+      set->exponentials(to->data(), kQueries * kStride / kPanel, of->data(), of->data() + kPanel);
+      set->raise(to->data(), 0, of->data() + 2 * kPanel);  // nothing: stays -infinity
+      set->exponentials(of->data() + 2 * kPanel, 1, of->data() + 2 * kPanel, of->data() + 3 * kPanel);
+    }
+    if (!same(weights, plain_weights) || !same(lanes, plain_lanes)) return false;
+
+    for (int64_t rows = 1; rows <= kQueries; ++rows) {  // a query's weights one after the other, and those of all queries
+      for (const int64_t apart : {kStride, int64_t{1}}) {
+        const int64_t next = apart == 1 ? kQueries : 1;
+        std::vector<float> out(rows * width, 0.25f), sums(out), factors(rows, 0.5f);
+        kernels.weigh_values(weights.data(), apart, next, rows, keys.data(), kKeys, width, factors.data(), out.data());
+        kPlainKernels.weigh_values(weights.data(), apart, next, rows, keys.data(), kKeys, width, factors.data(), sums.data());
+        if (!close(out, sums)) return false;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 bool agrees_with_plain(const Kernels& kernels) {
@@ -123,7 +163,7 @@ bool agrees_with_plain(const Kernels& kernels) {
   for (Storage storage : kEvery) {
     if (!storage_agrees(kernels, storage, random)) return false;
   }
-  return activations_agree(kernels, random) && sums_agree(kernels, random);
+  return activations_agree(kernels, random) && sums_agree(kernels, random) && attention_agrees(kernels, random);
 }
 
 }  // namespace rq

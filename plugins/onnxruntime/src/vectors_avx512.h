@@ -29,6 +29,18 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Lane i: the sum of v[i]. First in every quarter of the register, then over the quarters.
+inline Floats sum_pairs(Floats a, Floats b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline Floats sum_fours(const Floats* v) {
+  const __m512d a = _mm512_castps_pd(sum_pairs(v[0], v[1])), b = _mm512_castps_pd(sum_pairs(v[2], v[3]));
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+}
+inline Floats sum_quarters(Floats a, Floats b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+inline Floats sum_each(const Floats (&v)[kLanes]) {
+  return sum_quarters(sum_quarters(sum_fours(v), sum_fours(v + 4)), sum_quarters(sum_fours(v + 8), sum_fours(v + 12)));
+}
 inline Floats load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Floats load_bfloat(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -48,6 +48,8 @@ inline simde__m512i multiplied_pairs(simde__m512i a, simde__m512i b) {
 
 }  // namespace emulated
 
+#define _mm512_shuffle_f32x4(a, b, quarters) \
+  _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), quarters))
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16 emulated::multiplied_pairs
 #define _mm512_cvtepi32_ps emulated::floats_of_words

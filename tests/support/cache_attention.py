@@ -1,0 +1,199 @@
+"""Nodes of CacheAttention to run in ONNX Runtime, random inputs for them, and their expected results in float64.
+
+Run as a program, it checks some cases with the instruction set of RQ_MOE_ISA.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper
+
+from rq_compile.engine import library
+
+INPUTS = ("query", "key", "value", "past_key", "past_value", "mask", "sinks")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call. past_key and past_value may have room for more columns than the mask."""
+
+    heads: int
+    kv_heads: int
+    scale: float
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    past_key: np.ndarray
+    past_value: np.ndarray
+    mask: np.ndarray
+    sinks: np.ndarray | None = None
+
+    @property
+    def total(self) -> int:
+        return self.mask.shape[3]
+
+    @property
+    def kept(self) -> int:
+        """Columns of the past that stay."""
+        return self.total - self.query.shape[1]
+
+    @property
+    def length(self) -> int:
+        return max(self.past_key.shape[2], self.total)
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name) for name in INPUTS if getattr(self, name) is not None}
+
+
+def causal(steps: int, total: int, padding: int = 0, window: int | None = None) -> np.ndarray:
+    """The mask [1, 1, steps, total] of the last `steps` columns; the first `padding` columns are not read."""
+    columns, rows = np.arange(total), np.arange(total - steps, total)[:, None]
+    mask = (columns <= rows) & (columns >= padding)
+    return (mask if window is None else mask & (columns > rows - window))[None, None]
+
+
+def random_case(
+    rng: np.random.Generator,
+    mask: np.ndarray,
+    heads: int = 4,
+    kv_heads: int = 4,
+    width: int = 32,
+    value_width: int | None = None,
+    *,
+    sequences: int | None = None,
+    steps: int | None = None,
+    capacity: int = 0,
+    sinks: bool = False,
+) -> Case:
+    """Whatever no row reads, also beyond the mask, is NaN. A `capacity` of 0 is a cache without room."""
+    batch, steps, total = sequences or mask.shape[0], mask.shape[2] if steps is None else steps, mask.shape[3]
+    value_width = value_width or width
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    past_key, past_value = (normal(batch, kv_heads, capacity or total - steps, size) for size in (width, value_width))
+    key, value = normal(batch, steps, kv_heads * width), normal(batch, steps, kv_heads * value_width)
+    unread = np.broadcast_to(~mask.any(axis=(1, 2)), (batch, total))
+    for b in range(batch):
+        for past, fresh in ((past_key, key), (past_value, value)):
+            past[b, :, : total - steps][:, unread[b, : total - steps]] = np.nan
+            past[b, :, total - steps :] = np.nan
+            fresh[b, unread[b, total - steps :]] = np.nan
+    query = 2 * normal(batch, steps, heads * width)
+    return Case(heads, kv_heads, width**-0.5, query, key, value, past_key, past_value, mask, normal(heads) if sinks else None)
+
+
+@lru_cache(maxsize=64)
+def session(heads: int, kv_heads: int, scale: float, sinks: bool = False, threads: int = 1) -> onnxruntime.InferenceSession:
+    names = INPUTS if sinks else INPUTS[:-1]
+    node = helper.make_node(
+        "CacheAttention", names, ["y", "present_key", "present_value"], domain="rq.moe",
+        num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+    )  # fmt: skip
+    ranks = dict.fromkeys(INPUTS[:3], 3) | dict.fromkeys(INPUTS[3:6], 4) | {"sinks": 1}
+    kinds = dict.fromkeys(INPUTS, TensorProto.FLOAT) | {"mask": TensorProto.BOOL}
+    graph = helper.make_graph(
+        [node],
+        "test",
+        [helper.make_tensor_value_info(name, kinds[name], [None] * ranks[name]) for name in names],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output],
+    )
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", library.OP_SET_VERSION)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library.library_path()))
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def session_of(case: Case, threads: int = 1) -> onnxruntime.InferenceSession:
+    return session(case.heads, case.kv_heads, case.scale, case.sinks is not None, threads)
+
+
+def attend(case: Case, threads: int = 1) -> list[np.ndarray]:
+    return session_of(case, threads).run(None, case.feeds())
+
+
+def attend_in_place(case: Case, threads: int = 1) -> list[np.ndarray]:
+    """The outputs of a call whose presents are the buffers of its pasts, of which a copy is used."""
+    running = session_of(case, threads)
+    binding = running.io_binding()
+    buffers = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(getattr(case, f"past_{name}"))) for name in ("key", "value")
+    }
+    for name, array in case.feeds().items():
+        if not name.startswith("past_"):
+            binding.bind_cpu_input(name, array)
+    binding.bind_output("y")
+    for name, buffer in buffers.items():
+        binding.bind_ortvalue_input(f"past_{name}", buffer)
+        binding.bind_ortvalue_output(f"present_{name}", buffer)
+    running.run_with_iobinding(binding)
+    # numpy() may be a view of memory that the binding owns.
+    return [np.array(value.numpy()) for value in (binding.get_outputs()[0], *buffers.values())]
+
+
+def presents(case: Case) -> list[np.ndarray]:
+    """The columns of the caches that are defined."""
+
+    def joined(past: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+        batch, steps, _ = fresh.shape
+        split = fresh.reshape(batch, steps, case.kv_heads, past.shape[3]).transpose(0, 2, 1, 3)
+        return np.concatenate([past[:, :, : case.kept], split], axis=2)
+
+    return [joined(case.past_key, case.key), joined(case.past_value, case.value)]
+
+
+def reference(case: Case) -> np.ndarray:
+    """y in float64, one query after the other; nothing that a mask excludes enters a sum."""
+    keys, values = (cache.astype(np.float64) for cache in presents(case))
+    batch, steps, _ = case.query.shape
+    queries = case.query.reshape(batch, steps, case.heads, keys.shape[3]).astype(np.float64)
+    y = np.zeros((batch, steps, case.heads, values.shape[3]))
+    mask = np.broadcast_to(case.mask, (batch, 1, steps, case.total))
+    for b in range(batch):
+        for s in range(steps):
+            read = mask[b, 0, s]
+            if not read.any():
+                continue
+            for h in range(case.heads):
+                of = h // (case.heads // case.kv_heads)
+                scores = keys[b, of, read] @ queries[b, s, h] * case.scale
+                sink = [] if case.sinks is None else [float(case.sinks[h])]
+                largest = max([scores.max(), *sink])
+                weights = np.exp(scores - largest)
+                y[b, s, h] = weights @ values[b, of, read] / (weights.sum() + sum(np.exp(value - largest) for value in sink))
+    return y.reshape(batch, steps, case.heads * values.shape[3])
+
+
+def check(case: Case, outputs: list[np.ndarray]) -> None:
+    y, *caches = outputs
+    expected = reference(case)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=3e-6 * max(1.0, np.abs(expected).max(initial=0)))
+    for cache, present in zip(caches, presents(case), strict=True):
+        assert cache.shape == (*present.shape[:2], case.length, present.shape[3])
+        np.testing.assert_array_equal(cache[:, :, : case.total], present)
+
+
+def without(case: Case, padding: int) -> Case:
+    """The same call without the first columns of the past, which nothing reads."""
+    return replace(
+        case, past_key=case.past_key[:, :, padding:], past_value=case.past_value[:, :, padding:], mask=case.mask[..., padding:]
+    )
+
+
+def main() -> None:
+    rng = np.random.default_rng(5)
+    for steps in (1, 2, 19):
+        for heads, kv_heads, width, value_width in ((4, 4, 32, 32), (6, 2, 21, 40), (10, 1, 8, 3)):
+            padded = np.concatenate([causal(steps, 90), causal(steps, 90, 3), causal(steps, 90, 0, 7)])
+            padded[1, 0, :, 20:31] = False
+            check(case := random_case(rng, padded, heads, kv_heads, width, value_width, sinks=True, capacity=100), attend(case))
+
+
+if __name__ == "__main__":
+    main()

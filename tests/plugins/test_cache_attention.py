@@ -1,6 +1,7 @@
 """CacheAttention compared with float64, and the properties that serving relies on, bit for bit."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,9 @@ def test_the_first_prompt_has_no_past(rng: np.random.Generator, steps: int) -> N
 @pytest.mark.parametrize("capacity", [0, 9])
 def test_empty_inputs(rng: np.random.Generator, batch: int, steps: int, total: int, capacity: int) -> None:
     case = random_case(rng, causal(steps, total), capacity=capacity, sequences=1)
-    empty = {name: np.repeat(getattr(case, name), batch, axis=0) for name in ("query", "key", "value", "past_key", "past_value")}
+    empty: dict[str, Any] = {
+        name: np.repeat(getattr(case, name), batch, axis=0) for name in ("query", "key", "value", "past_key", "past_value")
+    }
     check(case := replace(case, **empty), attend(case))
 
 
@@ -174,7 +177,7 @@ def test_a_prompt_has_the_same_bits_when_it_is_padded(
 
 ROOM = "columns, but mask has 10 for 3 new tokens: it must have 7, or 10 and more"
 FIT = "which does not fit 2 sequences of 3 tokens"
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "key's width": ({"key": (2, 3, 30)}, "query has 16 numbers for each head, key 15"),
     "key's heads": ({"key": (2, 3, 31)}, "key has 31 columns, which do not divide into 2 heads"),
     "query's heads": ({"query": (2, 3, 65)}, "query has 65 columns, which do not divide into 4 heads"),
@@ -198,8 +201,9 @@ def test_inputs_that_disagree_end_with_a_sentence(rng: np.random.Generator, wron
     shapes, sentence = WRONG[wrong]
     case = random_case(rng, causal(3, 10), 4, 2, 16, sequences=2, sinks=True)
     kinds = {name: np.bool_ if name == "mask" else np.float32 for name in shapes}
+    inputs: dict[str, Any] = {name: np.ones(shape, kinds[name]) for name, shape in shapes.items()}
     with pytest.raises(Exception, match=f"rq.moe CacheAttention: {sentence}"):
-        attend(replace(case, **{name: np.ones(shape, kinds[name]) for name, shape in shapes.items()}))
+        attend(replace(case, **inputs))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,7 @@ def test_inputs_that_disagree_end_with_a_sentence(rng: np.random.Generator, wron
         ({"scale": float("inf")}, "attribute scale is missing or not finite"),
     ],
 )
-def test_attributes_that_cannot_be(rng: np.random.Generator, change: dict[str, float], sentence: str) -> None:
+def test_attributes_that_cannot_be(rng: np.random.Generator, change: dict[str, Any], sentence: str) -> None:
     case = random_case(rng, causal(1, 10), 4, 2, 16)
     with pytest.raises(Exception, match=f"rq.moe CacheAttention: {sentence}"):
         attend(replace(case, **change))

@@ -34,6 +34,11 @@ class CacheTensor(Document):
     past: str
     present: str
     shape: list[Count | Literal["batch", "past"]] = Field(min_length=1, max_length=8)
+    in_place: bool = Field(
+        default=False,
+        description="whether past may have room for more tokens than the attention mask counts: the new ones are then written "
+        "where they belong, present has the shape of past, and one buffer can serve as both",
+    )
 
     def empty(self, batch: int) -> np.ndarray:
         """The initial tensor of a text: no keys and values, or states of zeros."""

@@ -1,4 +1,4 @@
-"""Lowering ``native``: the custom ops of ``librq_moe.so`` on the CPU, together with ONNX Runtime's fused ops."""
+"""Lowering ``native``: the custom ops of ``librq_moe.so`` on the CPU, together with ONNX Runtime's fused norms and rotations."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Native(Lowering):
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.attention import attention
+        from rq_compile.rewrite.cache_lengths import cache_lengths
         from rq_compile.rewrite.dense_gemms import dense_gemms
         from rq_compile.rewrite.embedding_tables import embedding_tables
         from rq_compile.rewrite.quantized_tables import quantized_tables
@@ -58,7 +59,7 @@ class Native(Lowering):
             reports.append(multiplied)
             matrices = tables + products
         experts, rewritten = self.moe_layers(graph, plan, source)
-        reports += [rewritten, rms_norms(graph), rotary_embeddings(graph), attention(graph)]
+        reports += [rewritten, rms_norms(graph), rotary_embeddings(graph), attention(graph), cache_lengths(graph)]
         experts = with_mean_outputs(experts, plan.layers, source)
         return Lowered(exported(graph), experts, matrices, reports, counts(plan))
 

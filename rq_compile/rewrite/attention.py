@@ -1,133 +1,162 @@
-"""Pass: attention in separate ops becomes ONNX Runtime's MultiHeadAttention, on keys and values as the cache holds them.
+"""Pass: attention in separate ops becomes CacheAttention, which appends the new keys and values to the cache itself.
 
 torch's ``scaled_dot_product_attention`` is exported as about twenty ops, which copy and transpose the keys of all previous tokens
-for each new token. The fused op reads keys and values from the output of the cache's Concat, as [batch, heads, tokens,
-dimension].
+for each new token; transformers' own attention, for models with attention sinks, as about ten. The op reads keys and values where
+the cache holds them, and of these only what the mask of a row allows. Grouped heads are not repeated. Where a runtime gives the
+same memory for the cache before and after the step, nothing but the new tokens is written (``cache_lengths``).
 
-1. Equal numbers of key heads and query heads: the op is used directly.
-2. g query heads for each key head (grouped-query attention): the exporter repeats keys and values g times, and the op does not
-   support groups. Here the g queries of a head are placed one after the other, as if the sequence were g times as long, and the
-   mask is repeated (a small tensor, the same for every layer); keys and values are not copied.
-3. Where the op alone reads the new cache, it also appends the new keys and values to it. Each head is then copied by the thread
-   that reads it next, while it is in that processor's cache; a Concat would pass over the whole memory once more.
+Attention stays as it is if its keys are not those of a cache of its own (latent attention computes them from the cache), or if
+its mask is not made of booleans that all heads share.
 
-Latent attention, whose values are narrower than its keys, stays as it is: the op has one width for both. So does attention with a
-bias for each head. A query that may attend to nothing (a padding token) gets 0, as in torch. A graph with the op needs ONNX
-Runtime 1.23, and says so.
-
-Requires: nothing. Ensures: ``scaled_dot_product_attention`` with a mask is one op, except for latent attention.
+Requires: nothing. Ensures: attention over a cache that no other node reads is one op.
 """
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from rq_compile.rewrite.contract import ensures
-from rq_compile.rewrite.match import concatenated, match, numbers
+from rq_compile.rewrite.experts_to_slots import DOMAIN
+from rq_compile.rewrite.match import Pattern, concatenated, match, numbers
 from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.report import Match, NearMatch, PassReport
 from rq_compile.rewrite.rotary_embeddings import HEADS, SWAP_HEADS, merged_heads
 
 NAME = "attention"
-# With several sequences, ONNX Runtime 1.20 reads a mask that all heads share incorrectly, without an error. This is the first
-# version of the file format that 1.20, 1.21 and 1.22 reject; 1.23 is the first release that accepts it.
-FILE_FORMAT = 11
-KEYS = ("Reshape", ("Transpose", {"perm": [0, 2, 1]}, ("Reshape", "keys", "matrices")), "transposed")
-SCORES = ("Add", ("MatMul", ("Mul", "query", "query_scale"), ("Mul", KEYS, "key_scale")), "mask")
-WEIGHTED = ("Where", "nothing", "zeros", ("MatMul", ("Softmax", {"axis": -1}, SCORES), "values"))
-ATTENTION = ("Transpose", {"perm": SWAP_HEADS}, ("Reshape", WEIGHTED, "shape"))
+OP = "CacheAttention"
+TRANSPOSED = ("Reshape", ("Transpose", {"perm": [0, 2, 1]}, ("Reshape", "keys", "matrices")), "transposed")
+# Of scaled_dot_product_attention, and of transformers' own attention.
+SCORES: tuple[Pattern, ...] = (
+    ("Add", ("MatMul", ("Mul", "query", "query_scale"), ("Mul", TRANSPOSED, "key_scale")), "mask"),
+    ("Add", ("Mul", ("MatMul", "query", ("Transpose", {"perm": [0, 1, 3, 2]}, "keys")), "query_scale"), "mask"),
+)
+# A mask of 0 and the lowest number.
+MASKS: tuple[Pattern, ...] = (("Mul", ("Cast", ("Not", "allowed")), "lowest"), ("Where", "allowed", "zeros", "lowest"))
+# Rows that may read nothing are set to 0.
+GUARDED = ("Reshape", ("Where", "nothing", "zeros", "product"), "shape")
 # The cache with the new tokens, as the exporter writes it; the axis is 2 or -2.
-APPENDED = ("Concat", "past", ("Transpose", {"perm": SWAP_HEADS}, "by_token"))
+APPENDED = ("Concat", "past", "new")
 REPEATED = ("Reshape", ("Expand", ("Unsqueeze", "held", "axis"), "repeats"), "shape")
 
 
 def attention(graph: gs.Graph) -> PassReport:
     """Rewrite every attention of ``graph`` in place."""
     op, report = Ops(graph, NAME), PassReport("attentions")
-    masks: dict[tuple[int, int], gs.Tensor] = {}
-    for node in [node for node in graph.nodes if node.op == "Transpose"]:
-        (result,) = node.outputs
-        if found := report.matched(_attention(result)):
-            node.outputs.clear()
-            graph.ir_version = max(graph.ir_version, FILE_FORMAT)
-            y = _fused(op, result.shape[2], found, masks)
-            for merge in list(result.outputs):
-                merge.inputs[0] = y
-    graph.cleanup()
-    for node in [node for node in graph.nodes if node.op == "MultiHeadAttention"]:
-        _append_to_cache(op, node)
+    for node in [node for node in graph.nodes if node.op == "MatMul"]:
+        if found := report.matched(_attention(node, graph)):
+            _fuse(op, found)
     graph.cleanup().toposort()
-    left = [node for node in graph.nodes if node.op == "Transpose" and isinstance(_attention(node.outputs[0]), dict)]
-    ensures(NAME, not left, "that no attention is left in parts")
+    left = [node for node in graph.nodes if node.op == "MatMul" and isinstance(_attention(node, graph), dict)]
+    ensures(NAME, not left, "that no attention over a cache is left in parts")
     return report
 
 
-def _attention(result: gs.Tensor) -> Match | NearMatch | None:
-    found = match(result, ATTENTION)
+def _attention(node: gs.Node, graph: gs.Graph) -> Match | NearMatch | None:
+    """The tensors of an attention whose last product is ``node``: query, past and new keys and values, and so on."""
+    weights, values = node.inputs
+    found = _scores(weights)
     if found is None:
         return None
-    if others := sorted({node.op for node in result.outputs} - {"Reshape"}):
-        return NearMatch(f"its heads are read by {', '.join(others)}")
-    query, by_token = found["query"].shape or [], result.shape or []
-    known = len(query) == len(by_token) == 4 and all(isinstance(size, int) for size in by_token[2:])
-    scales = len(numbers(found["query_scale"])) == len(numbers(found["key_scale"])) == 1
-    if not known or not scales:
-        return NearMatch(f"the query {query} or a scale is not known")
-    masks = [tensor.shape for tensor in (found["mask"], found["nothing"]) if len(tensor.shape or []) == 4]
-    if any(isinstance(shape[1], int) and shape[1] != 1 for shape in masks):
+    allowed = next((mask["allowed"] for pattern in MASKS if (mask := match(found["mask"], pattern))), None)
+    if allowed is None or len(allowed.shape or []) != 4:
+        return NearMatch("its mask is not made of booleans")
+    if allowed.shape[1] != 1:
         return NearMatch("each head has its own mask")
-    return found if query[3] == by_token[3] else NearMatch(f"heads of {query[3]} have values of {by_token[3]}")
+    held = {name: _held(tensor) for name, tensor in (("keys", found["keys"]), ("values", values))}
+    for name, cache in held.items():
+        appended = _appended(cache, graph)
+        if appended is None:
+            return NearMatch("its keys are not those of a cache of its own")
+        found |= {name: cache, f"past_{name}": appended["past"], f"new_{name}": appended["new"]}
+    if len(numbers(found["query_scale"])) != 1 or len(numbers(found.get("key_scale", found["query_scale"]))) != 1:
+        return NearMatch("its scale is not known")
+    return {**found, "allowed": allowed, "result": _guarded(node.outputs[0])}
 
 
-def _fused(op: Ops, heads: int, found: dict[str, gs.Tensor], masks: dict[tuple[int, int], gs.Tensor]) -> gs.Tensor:
-    """``[batch, sequence, heads * dimension]``. ``masks``: the masks repeated so far, by mask and number of repeats."""
-    keys, values, groups = _held(found)
-    key_heads, dimension = heads // groups, found["query"].shape[3]
-    by_head, mask = match(found["query"], HEADS), found["mask"]
-    query = merged_heads(op, by_head["by_token"] if by_head else op("Transpose", found["query"], perm=SWAP_HEADS))
-    # Not as the op's scale: ONNX Runtime has a fast product of one row with the keys, but only without a scale.
-    query = op("Mul", query, np.float32(numbers(found["query_scale"])[0] * numbers(found["key_scale"])[0]))
-    if groups > 1:
-        if (id(mask), groups) not in masks:
-            masks[id(mask), groups] = op("Concat", *[mask] * groups, axis=2)
-        mask = masks[id(mask), groups]
-        by_group = op("Transpose", op("Reshape", query, [0, 0, key_heads, groups, dimension]), perm=[0, 3, 1, 2, 4])
-        query = op("Reshape", by_group, [0, -1, key_heads * dimension])
-    operands = [query, keys, values, gs.Variable.empty(), gs.Variable.empty(), mask]
-    y = op("MultiHeadAttention", *operands, num_heads=key_heads, scale=1.0, domain="com.microsoft")
-    if groups > 1:
-        by_token = op("Transpose", op("Reshape", y, [0, groups, -1, key_heads, dimension]), perm=[0, 2, 3, 1, 4])
-        y = op("Reshape", by_token, [0, 0, heads * dimension])
-    return op("Where", op("Squeeze", found["nothing"], [1]), np.float32(0), y)
+def _scores(weights: gs.Tensor) -> Match | None:
+    """``query``, ``keys``, ``mask`` and the scales of a softmax; and ``sinks``, logits that only its sum contains."""
+    cut = weights.inputs[0] if weights.inputs and weights.inputs[0].op == "Slice" else None
+    if cut is not None:
+        weights = cut.inputs[0]
+    if converted := match(weights, ("Cast", "x")):
+        weights = converted["x"]
+    # Without its largest number, a softmax is the same.
+    softmax = match(weights, ("Softmax", {"axis": -1}, ("Sub", "x", ("ReduceMax", "x"))))
+    softmax = softmax or match(weights, ("Softmax", {"axis": -1}, "x"))
+    if softmax is None:
+        return None
+    sinks = match(softmax["x"], ("Concat", {"axis": -1}, "x", ("Expand", "sinks", "shape")))
+    if (sinks is None) != (cut is None) or (
+        cut is not None and [numbers(bound) for bound in cut.inputs[1:4]] != [[0], [-1], [3]]
+    ):
+        return None
+    scores = sinks["x"] if sinks else softmax["x"]
+    found = next((found for pattern in SCORES if (found := match(scores, pattern))), None)
+    return found and {**found, **({"sinks": sinks["sinks"]} if sinks else {})}
 
 
-def _held(found: dict[str, gs.Tensor]) -> tuple[gs.Tensor, gs.Tensor, int]:
-    """Keys and values ``[batch, key heads, tokens, dimension]``, and the number of query heads per key head."""
-    keys, values = match(found["keys"], REPEATED), match(found["values"], REPEATED)
-    if keys and values and numbers(keys["axis"]) == numbers(values["axis"]) == [2]:
-        shapes = [concatenated(repeated["repeats"])[1:3] for repeated in (keys, values)]
-        groups = shapes[0][1] if shapes[0] else None
-        if groups and shapes[0][0] and shapes[0] == shapes[1]:
-            return keys["held"], values["held"], groups
-    return found["keys"], found["values"], 1
+def _guarded(product: gs.Tensor) -> gs.Tensor:
+    """``product``, or what replaces its rows that read nothing."""
+    for guard in product.outputs:
+        for reshape in guard.outputs[0].outputs if guard.op == "Where" else ():
+            found = match(reshape.outputs[0], GUARDED) if reshape.op == "Reshape" else None
+            if found and found["product"] is product:
+                result: gs.Tensor = reshape.outputs[0]
+                return result
+    return product
 
 
-def _append_to_cache(op: Ops, node: gs.Node) -> None:
-    """Give ``node`` the cache before the step and the new keys and values in place of the cache after the step, if it alone reads
-    that."""
-    after = node.inputs[1:3]
-    found = [appended for cache in after if (appended := _appended(cache, op.graph)) is not None]
-    if len(found) < len(after) or any(list(cache.outputs) != [node] for cache in after):
-        return
-    for cache in after:
-        cache.inputs.clear()
-    new = [merged_heads(op, cache["by_token"]) for cache in found]
-    node.inputs = [node.inputs[0], *new, *node.inputs[3:], *(cache["past"] for cache in found)]
-    node.outputs = [*node.outputs, *after]
+def _held(keys: gs.Tensor) -> gs.Tensor:
+    """``[batch, key heads, tokens, dimension]``: keys or values before they are repeated for groups of query heads."""
+    repeated = match(keys, REPEATED)
+    if repeated and numbers(repeated["axis"]) == [2]:
+        shape = concatenated(repeated["repeats"])
+        if len(shape) == 5 and shape[1] and shape[2]:
+            return repeated["held"]
+    return match(keys, "held")["held"]  # type: ignore[index]
 
 
 def _appended(cache: gs.Tensor, graph: gs.Graph) -> Match | None:
-    """``past`` and ``by_token`` if ``cache`` is an output of the graph: an input of it with the new tokens."""
+    """``past`` and ``new`` if ``cache`` is an input of the graph with the new tokens, and an output that is read once, apart from
+    its shape."""
     found = match(cache, APPENDED)
     of_graph = found is not None and any(found["past"] is tensor for tensor in graph.inputs)
     appends = of_graph and cache.inputs[0].attrs["axis"] in (2, -2) and any(cache is tensor for tensor in graph.outputs)
-    return found if appends else None
+    alone = sum(node.op != "Shape" for node in cache.outputs) == 1
+    return found if appends and alone and len(found["past"].shape) == 4 else None  # type: ignore[index]
+
+
+def _fuse(op: Ops, found: Match) -> None:
+    heads, dimension = found["query"].shape[1], found["past_values"].shape[3]
+    scale = float(np.prod([numbers(found[name])[0] for name in ("query_scale", "key_scale") if name in found]))
+    operands = [merged_heads(op, _by_token(op, found[name])) for name in ("query", "new_keys", "new_values")]
+    operands += [found["past_keys"], found["past_values"], found["allowed"]]
+    if "sinks" in found:
+        operands.append(op("Reshape", found["sinks"], [-1]))
+    for cache in (found["keys"], found["values"]):
+        cache.inputs.clear()
+    sizes = {"num_heads": heads, "kv_num_heads": found["past_keys"].shape[1], "scale": scale}
+    y = op(OP, *operands, **sizes, domain=DOMAIN)
+    y.inputs[0].outputs += [found["keys"], found["values"]]
+    found["result"].inputs.clear()
+    _read_by_token(op, found["result"], y, heads, dimension)
+
+
+def _by_token(op: Ops, by_head: gs.Tensor) -> gs.Tensor:
+    """``[batch, sequence, heads, dimension]``, from ``[batch, heads, sequence, dimension]``."""
+    found = match(by_head, HEADS)
+    return found["by_token"] if found else op("Transpose", by_head, perm=SWAP_HEADS)
+
+
+def _read_by_token(op: Ops, by_head: gs.Tensor, y: gs.Tensor, heads: int, dimension: int) -> None:
+    """Let every reader of ``by_head [batch, heads, sequence, dimension]`` read ``y [batch, sequence, heads * dimension]``."""
+    split = [0, 0, heads, dimension]
+    for swap in [node for node in by_head.outputs if node.op == "Transpose" and node.attrs["perm"] == SWAP_HEADS]:
+        (by_token,) = swap.outputs
+        swap.inputs.clear()
+        swap.outputs.clear()
+        for merge in [node for node in by_token.outputs if node.op == "Reshape"]:
+            merge.inputs[0] = y
+        if by_token.outputs:
+            op("Reshape", y, split, out=by_token)
+    if by_head.outputs:
+        op("Transpose", op("Reshape", y, split), perm=SWAP_HEADS, out=by_head)

@@ -60,11 +60,16 @@ class RankSession:
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest, all_ranks: Ranks) -> None:
         self._session, self._manifest, self._ranks = session, manifest, all_ranks
         self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
-        self.get_overridable_initializers = session.get_overridable_initializers
+        self.get_overridable_initializers, self.io_binding = session.get_overridable_initializers, session.io_binding
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[np.ndarray]:
         self._ranks.any(True)
         return self._session.run(outputs, {**feeds, IDLE: np.zeros(1, np.int64)})
+
+    def run_with_iobinding(self, binding: onnxruntime.IOBinding) -> None:
+        self._ranks.any(True)
+        binding.bind_cpu_input(IDLE, np.zeros(1, np.int64))
+        self._session.run_with_iobinding(binding)
 
     def stand_by(self, outputs: Sequence[str] = ("logits",)) -> list[np.ndarray] | None:
         """Take part in a step without tokens. None if no rank had any, and so no step was run."""

@@ -4,7 +4,8 @@ Sequences of different lengths are aligned at their ends: the cache of a shorter
 excludes. A new token of every sequence is then in the same column, so that a step moves nothing. A sequence that is not longer
 than the others takes over the row of one that has ended, and nothing else is copied.
 
-The cache lies in two arrays for each of its tensors. A step reads one and writes the other.
+A tensor that grows in place has room for the columns of further steps, which write only what is new. Other tensors lie in two
+arrays: a step reads one and writes the other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .decoding import axes, grows_in_place, shape_of
 from .step_model import Steps
 
 
@@ -24,10 +26,10 @@ class Batch:
 
     def __init__(self, model: Steps) -> None:
         self._model = model
-        self._buffers: list[list[np.ndarray]] = [[], []]  # for each tensor, flat
-        self.past: list[np.ndarray] = []
+        self._tensors = [_Tensor(tensor) for tensor in model.cache]
         self.lengths: list[int] = []
         self.columns = 0
+        self._room = 0  # columns for which there is memory
         self._longest = 0  # that the rows may become
 
     def __len__(self) -> int:
@@ -35,21 +37,27 @@ class Batch:
 
     def begin(self, longest: int, known: int = 0, cache: Sequence[np.ndarray] = ()) -> None:
         """Become the batch of one sequence of ``known`` tokens with their ``cache``, which will have at most ``longest``."""
-        self.lengths, self._longest = [known], longest
-        arrays = self._arrays(1, known)
-        for number, array in enumerate(arrays):
-            array[...] = cache[number] if known else 0
-        self._written(arrays, known)
+        self.lengths, self.columns, self._longest, self._room = [known], known, longest, longest
+        for number, tensor in enumerate(self._tensors):
+            array = tensor.spare(1, known, longest)
+            tensor.filled(array, known)[...] = cache[number] if known else 0
+            tensor.take(array)
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Append ``ids`` int64 ``[rows, new]`` to the rows; logits fp32 ``[rows, vocabulary]`` of the last tokens."""
         rows, new = ids.shape
+        if self.columns + new > self._room:
+            self._longest = max(self._longest, max(self.lengths) + new)
+            self.arrange(range(rows), [], self._longest)
         lengths, columns = np.array(self.lengths), self.columns + new
         mask = (np.arange(columns) >= columns - new - lengths[:, None]).astype(np.int64)
         positions = lengths[:, None] + np.arange(new)
-        present = self._arrays(rows, columns)
-        logits = self._model.step(ids, mask, positions, self.past, present)
-        self._written(present, columns)
+        present = [tensor.array if tensor.in_place else tensor.spare(rows, columns, self._room) for tensor in self._tensors]
+        logits = self._model.step(ids, mask, positions, [tensor.array for tensor in self._tensors], present)
+        for tensor, array in zip(self._tensors, present, strict=True):
+            if not tensor.in_place:
+                tensor.take(array)
+        self.columns = columns
         self.lengths = [length + new for length in self.lengths]
         return logits
 
@@ -59,26 +67,35 @@ class Batch:
         Copies the cache once; a batch that would only take over another one takes its arrays.
         """
         if not keep and not joining:
-            self._buffers, self.past, self.lengths, self.columns = [[], []], [], [], 0
+            self._tensors = [_Tensor(tensor) for tensor in self._model.cache]
+            self.lengths, self.columns, self._room = [], 0, 0
             return
         if not keep and len(joining) == 1:
             (other,) = joining
-            self._buffers, self.past, self.lengths = other._buffers, other.past, other.lengths
-            self.columns, self._longest = other.columns, longest
+            self._tensors, self.lengths = other._tensors, other.lengths
+            self.columns, self._room, self._longest = other.columns, other._room, longest
             return
         sources = [(self, row) for row in keep] + [(batch, row) for batch in joining for row in range(len(batch))]
         lengths = [batch.lengths[row] for batch, row in sources]
-        columns, self._longest = max(lengths), longest
-        arranged = self._arrays(len(sources), columns)
+        columns = max(lengths)
+        arranged = [tensor.spare(len(sources), columns, longest) for tensor in self._tensors]
         for place, (batch, row) in enumerate(sources):
             self._copy(batch, row, arranged, place, columns)
-        self._written(arranged, columns)
-        self.lengths = lengths
+        for tensor, array in zip(self._tensors, arranged, strict=True):
+            tensor.take(array)
+        self.lengths, self.columns, self._room, self._longest = lengths, columns, longest, longest
 
     def replace(self, row: int, joining: Batch, longest: int) -> None:
         """Let the only row of ``joining``, which has no more than ``columns`` tokens, take the place of ``row``."""
-        self._copy(joining, 0, self.past, row, self.columns)
+        self._copy(joining, 0, [tensor.array for tensor in self._tensors], row, self.columns)
         self.lengths[row], self._longest = joining.lengths[0], longest
+
+    def release(self, row: int) -> None:
+        """Let ``row`` hold a sequence without tokens. It is still computed in the steps of the others, in vain."""
+        self.lengths[row] = 0
+        for tensor in self._tensors:
+            if tensor.by_token is None:
+                tensor.row(tensor.array, row)[...] = 0
 
     def cache_of(self, row: int) -> list[np.ndarray]:
         """A copy of the cache of a row, one array for each tensor with one row and no padding."""
@@ -88,44 +105,51 @@ class Batch:
         return arrays
 
     def _copy(self, batch: Batch, row: int, arrays: Sequence[np.ndarray], place: int, columns: int) -> None:
-        """Copy the cache of a row of ``batch`` to row ``place`` of ``arrays``, which have ``columns`` tokens."""
+        """Copy the cache of a row of ``batch`` to row ``place`` of ``arrays``, whose rows end with column ``columns``."""
         length = batch.lengths[row]
-        for tensor, source, array in zip(self._model.cache, batch.past, arrays, strict=True):
-            by_row, by_token = axes(tensor)
-            old, new = np.moveaxis(source, by_row, 0)[row], np.moveaxis(array, by_row, 0)[place]
-            if by_token is None:
+        for tensor, source, array in zip(self._tensors, batch._tensors, arrays, strict=True):
+            old, new = tensor.row(source.array, row), tensor.row(array, place)
+            if tensor.by_token is None:
                 new[...] = old
                 continue
-            old, new = (np.moveaxis(one, by_token - (by_row < by_token), 0) for one in (old, new))
-            new[: columns - length] = 0  # a masked value that is not finite would still spoil a sum
-            new[columns - length :] = old[batch.columns - length :]
-
-    def _arrays(self, rows: int, columns: int) -> list[np.ndarray]:
-        """Arrays for the cache of ``rows`` with ``columns`` tokens, in the buffers that hold no cache now."""
-        spare = self._buffers[1]
-        for number, tensor in enumerate(self._model.cache):
-            needed = prod(shape_of(tensor, rows, max(columns, self._longest)))
-            if number == len(spare):
-                spare.append(np.empty(needed, np.float32))
-            elif spare[number].size < needed:
-                spare[number] = np.empty(needed, np.float32)
-        shapes = [shape_of(tensor, rows, columns) for tensor in self._model.cache]
-        return [flat[: prod(shape)].reshape(shape) for flat, shape in zip(spare, shapes, strict=True)]
-
-    def _written(self, arrays: list[np.ndarray], columns: int) -> None:
-        self.past, self.columns = arrays, columns
-        self._buffers.reverse()
+            if not tensor.in_place:
+                new[: columns - length] = 0  # a masked value that is not finite would still spoil a sum
+            new[columns - length : columns] = old[batch.columns - length : batch.columns]
 
 
-def axes(tensor: Mapping[str, Any]) -> tuple[int, int | None]:
-    """The axis of the rows, and that of the tokens; None for a state of a fixed size."""
-    shape = tensor["shape"]
-    return shape.index("batch"), shape.index("past") if "past" in shape else None
+class _Tensor:
+    """One tensor of the cache, in memory for two arrays: the cache, and what it becomes."""
 
+    def __init__(self, tensor: Mapping[str, Any]) -> None:
+        self.in_place = grows_in_place(tensor)
+        self.by_row, self.by_token = axes(tensor)
+        self.array = np.empty(shape_of(tensor, 0, 0), np.float32)
+        self._tensor = tensor
+        self._held, self._free = np.empty(0, np.float32), np.empty(0, np.float32)
 
-def shape_of(tensor: Mapping[str, Any], rows: int, columns: int) -> list[int]:
-    sizes = {"batch": rows, "past": columns}
-    return [sizes.get(size, size) for size in tensor["shape"]]
+    def spare(self, rows: int, columns: int, room: int) -> np.ndarray:
+        """An array of ``rows`` with ``columns``, or with ``room`` if it grows in place, in the memory that holds no cache now."""
+        needed = prod(shape_of(self._tensor, rows, room))
+        if self._free.size < needed:
+            self._free = np.empty(needed, np.float32)
+        shape = shape_of(self._tensor, rows, room if self.in_place else columns)
+        return self._free[: prod(shape)].reshape(shape)
+
+    def take(self, array: np.ndarray) -> None:
+        """Make ``array``, which ``spare`` returned, the cache."""
+        self.array = array
+        self._held, self._free = self._free, self._held
+
+    def filled(self, array: np.ndarray, columns: int) -> np.ndarray:
+        """The part of ``array`` that ``columns`` columns take."""
+        if self.by_token is None:
+            return array
+        return np.moveaxis(np.moveaxis(array, self.by_token, 0)[:columns], 0, self.by_token)
+
+    def row(self, array: np.ndarray, row: int) -> np.ndarray:
+        """A row of ``array``, by token if it has tokens."""
+        one = np.moveaxis(array, self.by_row, 0)[row]
+        return one if self.by_token is None else np.moveaxis(one, self.by_token - (self.by_row < self.by_token), 0)
 
 
 def fitting_tokens(cache: Sequence[Mapping[str, Any]], rows: int, memory: int) -> int:

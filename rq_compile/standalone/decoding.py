@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Value of the input ``logits_to_keep``: the number of last tokens of each row for which logits are computed.
 LAST, ALL = 1, 0
+# Tokens for which a cache that grows in place has room at first.
+LEAST_ROOM = 256
 
 
 def open_session(
@@ -74,33 +76,94 @@ def decode(
 
     ``prefix_cache``: where the cache of the prompt's first tokens is looked up, and that of the sequence is kept at the end.
     """
-    inputs, cache = inputs_of(session), manifest["cache"]
-    outputs = ["logits", *(tensor["present"] for tensor in cache)]
-    sizes = {"batch": 1, "past": 0}
-    empty = {tensor["past"]: np.zeros([sizes.get(size, size) for size in tensor["shape"]], np.float32) for tensor in cache}
+    cache, step = manifest["cache"], Step(session, manifest["cache"])
     chunk, beyond = manifest.get("prefill_chunk"), manifest.get("recomputed_beyond")
-    sequence, past, start = list(prompt), empty, 0
-    if prefix_cache is not None:
-        start, known = prefix_cache.longest(prompt)
-        past = dict(zip(empty, known, strict=True)) if known else empty
+    start, known = (0, []) if prefix_cache is None else prefix_cache.longest(prompt)
+    sequence, room = list(prompt), max(start, LEAST_ROOM)
+    past = with_room(cache, known or no_past(cache), start, room)
     try:
         while True:
             end = min(len(sequence), start + chunk) if chunk else len(sequence)
-            feeds = {
-                "input_ids": np.asarray([sequence[start:end]], np.int64),
-                "attention_mask": np.ones((1, end), np.int64),
-                "position_ids": np.arange(start, end, dtype=np.int64)[None],
-                "logits_to_keep": np.array([LAST], np.int64),
-                **past,
-            }
-            logits, *present = session.run(outputs, {name: value for name, value in feeds.items() if name in inputs})
-            past, start = dict(zip(empty, present, strict=True)), end
+            if end > room:
+                room = 2 * end
+                past = with_room(cache, past, start, room)
+            present = [
+                array if grows_in_place(tensor) else np.empty(shape_of(tensor, 1, end), np.float32)
+                for tensor, array in zip(cache, past, strict=True)
+            ]
+            ids, positions = np.array([sequence[start:end]], np.int64), np.arange(start, end, dtype=np.int64)[None]
+            logits = step(ids, np.ones((1, end), np.int64), positions, past, present)
+            past, start = present, end
             if start < len(sequence):
                 continue
-            sequence.append(choose(logits[0, -1]))
+            sequence.append(choose(logits[0]))
             yield sequence[-1]
             if start == beyond:
-                past, start = empty, 0
+                past, start = with_room(cache, no_past(cache), 0, room), 0
     finally:
         if prefix_cache is not None:
-            prefix_cache.keep(sequence[:start], list(past.values()))
+            prefix_cache.keep(sequence[:start], with_room(cache, past, start, start))
+
+
+def no_past(cache: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+    """The cache of one sequence before its first token: no keys and values, and states of zeros."""
+    return [np.zeros(shape_of(tensor, 1, 0), np.float32) for tensor in cache]
+
+
+def with_room(cache: Sequence[Mapping[str, Any]], arrays: Sequence[np.ndarray], tokens: int, room: int) -> list[np.ndarray]:
+    """``arrays``, which hold ``tokens`` tokens of one sequence, with room for ``room`` tokens where they can grow in place."""
+    held = list(arrays)
+    for number, tensor in enumerate(cache):
+        if grows_in_place(tensor):
+            by_token = axes(tensor)[1] or 0
+            held[number] = np.empty(shape_of(tensor, 1, room), np.float32)
+            np.moveaxis(held[number], by_token, 0)[:tokens] = np.moveaxis(arrays[number], by_token, 0)[:tokens]
+    return held
+
+
+def grows_in_place(tensor: Mapping[str, Any]) -> bool:
+    """Whether a tensor of the cache may have room for further tokens, so that a step can write the new ones into it."""
+    return bool(tensor.get("in_place"))
+
+
+def axes(tensor: Mapping[str, Any]) -> tuple[int, int | None]:
+    """The axis of the rows, and that of the tokens; None for a state of a fixed size."""
+    shape = tensor["shape"]
+    return shape.index("batch"), shape.index("past") if "past" in shape else None
+
+
+def shape_of(tensor: Mapping[str, Any], rows: int, columns: int) -> list[int]:
+    sizes = {"batch": rows, "past": columns}
+    return [sizes.get(size, size) for size in tensor["shape"]]
+
+
+class Step:
+    """One step of an engine, with a cache in arrays that the caller provides."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, cache: Sequence[Mapping[str, Any]]) -> None:
+        """``cache``: the tensors of the cache, as in an engine's manifest."""
+        self._session, self._cache, self._inputs = session, cache, inputs_of(session)
+
+    def __call__(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """See ``step_model.Steps.step``."""
+        given = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "logits_to_keep": np.array([LAST], np.int64),
+        }
+        given |= {tensor["past"]: array for tensor, array in zip(self._cache, past, strict=True)}
+        given = {name: np.ascontiguousarray(array) for name, array in given.items()}  # arrays are bound by their addresses
+        if not all(array.flags.c_contiguous for array in present):
+            raise ValueError("an array for the cache after the step is not contiguous")
+        binding = self._session.io_binding()
+        for name, array in given.items():
+            if name in self._inputs:
+                binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        binding.bind_output("logits", "cpu")
+        for tensor, array in zip(self._cache, present, strict=True):
+            binding.bind_output(tensor["present"], "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return binding.get_outputs()[0].numpy()[:, -1]

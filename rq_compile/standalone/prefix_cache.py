@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .batch import axes
+from .decoding import axes
 
 
 class PrefixCache:

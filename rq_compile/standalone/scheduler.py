@@ -296,7 +296,7 @@ class Scheduler:
             if len(self._prompt) == 0 and not sequence.ended:
                 known, cache = self._prefixes.longest(sequence.tokens)
                 sequence.answer.cached_tokens = known
-                self._prompt.begin(len(sequence.tokens), known, cache)
+                self._prompt.begin(sequence.longest, known, cache)
             start = self._prompt.columns
             left = len(sequence.tokens) - start
             piece = left if self._model.whole_prompts else min(left, self._piece)
@@ -377,6 +377,7 @@ class Scheduler:
             group.batch.replace(row, prompt, longest)
             group.rows[row] = sequence
         for row in free[len(new) :]:
+            group.batch.release(row)
             group.rows[row] = None
         return True
 

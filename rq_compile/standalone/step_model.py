@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .decoding import Step
+
 if TYPE_CHECKING:
     import onnxruntime
-
-# Value of the input ``logits_to_keep``: only the logits of each row's last token.
-LAST = 1
 
 
 class Steps(Protocol):
@@ -36,7 +35,8 @@ class Steps(Protocol):
         """Logits fp32 ``[batch, vocabulary]`` of each row's last token. Fills ``present``, the cache after the step.
 
         ``ids`` and ``positions`` int64 ``[batch, new]``; ``mask`` int64 ``[batch, past + new]``, 0 for padding; ``past`` and
-        ``present`` fp32, one for each tensor of ``cache``. ``present`` must be contiguous.
+        ``present`` fp32, one for each tensor of ``cache``. ``present`` must be contiguous. A tensor that grows in place may be
+        the same array in both, with room for at least ``past + new`` tokens.
         """
         ...
 
@@ -46,9 +46,8 @@ class EngineSteps:
 
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Mapping[str, Any]) -> None:
         """``manifest``: the engine's manifest as parsed JSON."""
-        self._session = session
-        self._inputs = {tensor.name for tensor in (*session.get_inputs(), *session.get_overridable_initializers())}
         self.cache = manifest["cache"]
+        self.step = Step(session, self.cache)
         self.vocabulary = manifest["vocabulary"]
         self.end_of_text: Collection[int] = frozenset(manifest["end_of_text"])
         self.recomputed_beyond = manifest.get("recomputed_beyond")
@@ -57,25 +56,6 @@ class EngineSteps:
         alone = self.whole_prompts or mixed_copies(manifest) or manifest.get("padding_changes_logits", False)
         self.shares_steps = not alone
         self.reuses_prefixes = reuses_prefixes(manifest)
-
-    def step(
-        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
-    ) -> np.ndarray:
-        kept = np.array([LAST], np.int64)
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": kept}
-        given |= {tensor["past"]: array for tensor, array in zip(self.cache, past, strict=True)}
-        given = {name: np.ascontiguousarray(array) for name, array in given.items()}  # arrays are bound by their addresses
-        if not all(array.flags.c_contiguous for array in present):
-            raise ValueError("an array for the cache after the step is not contiguous")
-        binding = self._session.io_binding()
-        for name, array in given.items():
-            if name in self._inputs:
-                binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        binding.bind_output("logits", "cpu")
-        for tensor, array in zip(self.cache, present, strict=True):
-            binding.bind_output(tensor["present"], "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        self._session.run_with_iobinding(binding)
-        return binding.get_outputs()[0].numpy()[:, -1]
 
 
 def mixed_copies(manifest: Mapping[str, Any]) -> bool:

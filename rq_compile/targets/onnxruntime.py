@@ -16,7 +16,7 @@ from rq_compile.checkpoint.chat_template import special_tokens
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.engine.appearing import Appearing
 from rq_compile.engine.library import OP_SET_VERSION
-from rq_compile.engine.manifest import EngineFile, Manifest, RankFiles
+from rq_compile.engine.manifest import CacheTensor, EngineFile, Manifest, RankFiles
 from rq_compile.engine.paths import graph_of_rank, manifest_path, stem_of, weights_of
 from rq_compile.errors import UserError
 from rq_compile.estimates import check_space
@@ -27,6 +27,7 @@ from rq_compile.lowerings.lowering import Lowered
 from rq_compile.outputs import check_outputs
 from rq_compile.planning.schema import Plan
 from rq_compile.processes import world
+from rq_compile.rewrite.cache_lengths import caches_in_place
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.report import counts_of
 from rq_compile.rewrite.weights import Section
@@ -159,7 +160,7 @@ def compile_engine(
             dense_format=lowering.dense_format,
             opset=exported.opset,
             encoder_decoder=exported.encoder_decoder,
-            cache=exported.cache,
+            cache=content.cache(exported.cache),
             recomputed_beyond=recomputed_beyond(model.config),
             slot_offsets={layer.name: offsets_name(layer.name) for layer in plan.layers} if lowering.counts_rows else {},
             dense_bytes=content.dense_bytes,
@@ -200,6 +201,11 @@ class _Content:
     @property
     def dense_bytes(self) -> int:
         return sum(section.bytes for section in self.dense)
+
+    def cache(self, exported: list[CacheTensor]) -> list[CacheTensor]:
+        """The tensors of the cache in the graphs, which are those of the graph that was ``exported``."""
+        in_place = caches_in_place(self.lowered[0].model)
+        return [tensor.model_copy(update={"in_place": tensor.past in in_place}) for tensor in exported]
 
 
 @dataclass

@@ -1,10 +1,11 @@
-"""Norms, rotations and attention as ONNX Runtime's fused ops: their places in the graph, and their results, compared with
-float64.
+"""Norms, rotations and attention as fused ops: their places in the graph, and their results, compared with float64 or with the
+ops that they replace.
 
 test_families.py and test_runtime.py check that the logits of whole models do not change.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ import onnxruntime
 import pytest
 from command_line import Run
 
+from rq_compile.engine.library import library_path
 from rq_compile.rewrite.attention import attention
+from rq_compile.rewrite.cache_lengths import cache_lengths, caches_in_place
 from rq_compile.rewrite.match import match
 from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.report import counts_of
+from rq_compile.rewrite.rewrite import exported
 from rq_compile.rewrite.rms_norms import rms_norms
 from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
 
 END = np.iinfo(np.int64).max
-FUSED = ("SimplifiedLayerNormalization", "RotaryEmbedding", "MultiHeadAttention")
+FUSED = ("SimplifiedLayerNormalization", "RotaryEmbedding", "CacheAttention")
 
 
 @pytest.fixture
@@ -49,7 +53,8 @@ def run(graph: gs.Graph, **feeds: np.ndarray) -> np.ndarray:
 def run_all(graph: gs.Graph, **feeds: np.ndarray) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    model = gs.export_onnx(graph).SerializeToString()
+    options.register_custom_ops_library(str(library_path()))
+    model = exported(graph).SerializeToString()
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
@@ -128,140 +133,191 @@ def test_a_rotation_of_unequal_parts_stays() -> None:
     assert ops_of(graph)["Neg"] == 1
 
 
-def exported_attention(
-    op: Ops,
-    query: gs.Variable,
-    keys: gs.Variable,
-    values: gs.Variable,
-    mask: gs.Variable,
-    heads: int,
-    key_heads: int,
-    dimension: int,
-    value_dimension: int,
-) -> gs.Variable:
-    """As torch's exporter writes ``scaled_dot_product_attention``; ``mask`` is 0 or the lowest number."""
-    groups = heads // key_heads
-    if groups > 1:
-        batch, tokens = op("Shape", keys, start=0, end=1), op("Shape", keys, start=2, end=3)
-        repeated = op("Concat", batch, [key_heads], [groups], tokens, [dimension], axis=0)
-        merged = op("Concat", batch, [heads], tokens, [dimension], axis=0)
-        keys, values = (
-            op("Reshape", op("Expand", op("Slice", op("Unsqueeze", held, [2]), [0], [END], [3], [1]), repeated), merged)
-            for held in (keys, values)
-        )
+def additive(op: Ops, allowed: gs.Variable, form: str = "product") -> gs.Variable:
+    """A mask of 0 and the lowest number, in the two ways in which it is exported."""
+    lowest = np.finfo(np.float32).min
+    if form == "product":
+        return op("Mul", op("Cast", op("Not", allowed), to=1), lowest)
+    return op("Where", allowed, np.float32(0), lowest)
+
+
+def repeated(op: Ops, held: gs.Variable, heads: int) -> gs.Variable:
+    _, key_heads, _, dimension = held.shape
+    if key_heads == heads:
+        return held
+    batch, tokens = op("Shape", held, start=0, end=1), op("Shape", held, start=2, end=3)
+    shape = op("Concat", batch, [key_heads], [heads // key_heads], tokens, [dimension], axis=0)
+    merged = op("Concat", batch, [heads], tokens, [dimension], axis=0)
+    return op("Reshape", op("Expand", op("Slice", op("Unsqueeze", held, [2]), [0], [END], [3], [1]), shape), merged)
+
+
+def exported_attention(op: Ops, query: gs.Variable, keys: gs.Variable, values: gs.Variable, mask: gs.Variable) -> gs.Variable:
+    """As torch's exporter writes ``scaled_dot_product_attention``, before the heads are swapped back."""
+    _, heads, _, dimension = query.shape
+    keys, values = repeated(op, keys, heads), repeated(op, values, heads)
     tokens = op("Shape", keys, start=2, end=3)
     matrices = op("Transpose", op("Reshape", keys, op("Concat", [-1], tokens, [dimension], axis=0)), perm=[0, 2, 1])
     transposed = op("Reshape", matrices, op("Concat", [-1], [heads], [dimension], tokens, axis=0))
     root = np.float32(dimension**-0.25)
     scores = op("Add", op("MatMul", op("Mul", query, root), op("Mul", transposed, root)), mask)
     y = op("MatMul", op("Softmax", scores, axis=-1), values)
-    seen = op("ReduceMax", mask, [-1], keepdims=1)
-    y = op("Where", op("Less", seen, np.float32(-1)), np.float32(0), y)
-    by_token = op("Transpose", op("Reshape", y, [0, heads, -1, value_dimension]), perm=[0, 2, 1, 3])
-    by_token.shape, by_token.dtype = ["b", "s", heads, value_dimension], np.float32
-    return op("Reshape", by_token, [0, 0, heads * value_dimension])
+    nothing = op("Less", op("ReduceMax", mask, [-1], keepdims=1), np.float32(-1))
+    return op("Reshape", op("Where", nothing, np.float32(0), y), op("Shape", y))
 
 
-def attention_graph(heads: int, key_heads: int, dimension: int, value_dimension: int | None = None, masks: int = 1) -> gs.Graph:
-    value_dimension = value_dimension or dimension
-    graph, op, (query, keys, values, mask) = graph_of(
+def eager_attention(op: Ops, query: gs.Variable, keys: gs.Variable, values: gs.Variable, mask: gs.Variable) -> gs.Variable:
+    """As transformers' own attention with a sink for each head is exported."""
+    _, heads, _, dimension = query.shape
+    keys, values = repeated(op, keys, heads), repeated(op, values, heads)
+    products = op("MatMul", query, op("Transpose", keys, perm=[0, 1, 3, 2]))
+    scores = op("Add", op("Mul", products, np.float32(dimension**-0.5)), mask)
+    shape = op("Concat", op("Shape", scores, start=0, end=3), [1], axis=0)
+    sinks = op("Expand", np.linspace(-1, 2, heads, dtype=np.float32).reshape(1, -1, 1, 1), shape)
+    joined = op("Concat", scores, sinks, axis=-1)
+    weights = op("Softmax", op("Sub", joined, op("ReduceMax", joined, [-1], keepdims=1)), axis=-1)
+    return op("MatMul", op("Slice", op("Cast", weights, to=1), [0], [-1], [3], [1]), values)
+
+
+def cached_graph(
+    heads: int,
+    key_heads: int,
+    dimension: int,
+    value_dimension: int | None = None,
+    *,
+    axis: int = 2,
+    masks: int = 1,
+    form: str = "product",
+    read_as: str = "merged",
+    written: Callable[..., gs.Variable] = exported_attention,
+) -> gs.Graph:
+    """Attention of new tokens whose keys and values are appended to a cache. ``read_as``: how the heads are read."""
+    sizes = {"keys": dimension, "values": value_dimension or dimension}
+    graph, op, (query, keys, values, new_keys, new_values) = graph_of(
         ("query", ["b", heads, "s", dimension]),
-        ("keys", ["b", key_heads, "t", dimension]),
-        ("values", ["b", key_heads, "t", value_dimension]),
-        ("mask", ["b", masks, "s", "t"]),
+        *((name, ["b", key_heads, "p", size]) for name, size in sizes.items()),
+        *((f"new_{name}", ["b", "s", key_heads * size]) for name, size in sizes.items()),
     )
-    y = exported_attention(op, query, keys, values, mask, heads, key_heads, dimension, value_dimension)
-    y.dtype, graph.outputs = np.float32, [y]
-    return graph
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 9), (2, 5, 5), (3, 4, 11)])
-@pytest.mark.parametrize(("heads", "key_heads", "dimension"), [(4, 4, 8), (4, 2, 8), (6, 2, 5), (3, 1, 16)])
-def test_attention(rng: np.random.Generator, heads: int, key_heads: int, dimension: int, sizes: tuple[int, int, int]) -> None:
-    batch, sequence, tokens = sizes
-    graph = attention_graph(heads, key_heads, dimension)
-    attention(graph)
-    found = ops_of(graph)
-    assert found["MultiHeadAttention"] == 1
-    assert not found["Softmax"]
-    assert not found["Expand"], "keys and values are not copied"
-    assert gs.export_onnx(graph).ir_version == 11, "older runtimes refuse the graph"
-
-    query = rng.standard_normal((batch, heads, sequence, dimension)).astype(np.float32)
-    keys, values = rng.standard_normal((2, batch, key_heads, tokens, dimension)).astype(np.float32)
-    seen = np.tril(np.ones((sequence, tokens), bool), tokens - sequence)[None, None].repeat(batch, 0)
-    seen[-1, :, :, : tokens // 2] = False  # padding on the left; with no past, the first queries see nothing
-    mask = np.where(seen, np.float32(0), np.finfo(np.float32).min)
-    result = run(graph, query=query, keys=keys, values=values, mask=mask)
-
-    repeated_keys, repeated_values = (held.astype(np.float64).repeat(heads // key_heads, 1) for held in (keys, values))
-    scores = query @ repeated_keys.transpose(0, 1, 3, 2) / np.sqrt(dimension)
-    weights = np.exp(scores - scores.max(-1, keepdims=True)) * seen
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    exact = (weights @ repeated_values).transpose(0, 2, 1, 3).reshape(batch, sequence, -1)
-    np.testing.assert_allclose(result, exact, atol=2e-6)
-
-
-def cached_graph(heads: int, key_heads: int, dimension: int, *, axis: int = 2, window: bool = False) -> gs.Graph:
-    """Attention of new tokens whose keys and values are appended to a cache, which ``window`` cuts before the next step."""
-    graph, op, (query, keys, values, new_keys, new_values, mask) = graph_of(
-        ("query", ["b", heads, "s", dimension]),
-        *((name, ["b", key_heads, "p", dimension]) for name in ("keys", "values")),
-        *((name, ["b", "s", key_heads * dimension]) for name in ("new_keys", "new_values")),
-        ("mask", ["b", 1, "s", "t"]),
-    )
+    allowed = gs.Variable("allowed", np.bool_, ["b", masks, "s", "t"])
+    graph.inputs.append(allowed)
     caches = []
     for past, new in ((keys, new_keys), (values, new_values)):
-        by_token = op("Reshape", new, [0, 0, key_heads, dimension])
-        caches.append(op("Concat", past, op("Transpose", by_token, perm=[0, 2, 1, 3]), axis=axis))
-    y = exported_attention(op, query, caches[0], caches[1], mask, heads, key_heads, dimension, dimension)
-    after = [op("Slice", cache, [-3], [END], [2], [1]) for cache in caches] if window else caches
-    graph.outputs = [y, *after]
+        by_token = op("Reshape", new, [0, 0, key_heads, past.shape[3]])
+        cache = op("Concat", past, op("Transpose", by_token, perm=[0, 2, 1, 3]), axis=axis)
+        cache.shape = ["b", key_heads, "t", past.shape[3]]
+        caches.append(cache)
+    graph.outputs = caches
+    y = written(op, query, *caches, additive(op, allowed, form))
+    by_token = op("Transpose", y, perm=[0, 2, 1, 3])
+    if read_as == "by_head":
+        graph.outputs = [op("Mul", y, np.float32(2)), *caches]
+    elif read_as == "by_token":
+        graph.outputs = [op("Mul", by_token, np.float32(2)), *caches]
+    else:
+        graph.outputs = [op("Reshape", by_token, [0, 0, heads * sizes["values"]]), *caches]
     for output in graph.outputs:
         output.dtype = np.float32
     return graph
 
 
-@pytest.mark.parametrize(("batch", "past", "new"), [(1, 0, 6), (1, 7, 4), (3, 9, 1)])
-@pytest.mark.parametrize(("heads", "key_heads", "axis"), [(4, 4, 2), (4, 2, -2), (3, 1, 2)])
-def test_attention_appends_to_its_cache(
-    rng: np.random.Generator, heads: int, key_heads: int, axis: int, batch: int, past: int, new: int
-) -> None:
-    dimension = 8
-    graph, plain = (cached_graph(heads, key_heads, dimension, axis=axis) for _ in range(2))
-    attention(graph)
-    assert ops_of(graph)["MultiHeadAttention"] == 1
-    held = {node.op for node in graph.nodes if node.outputs[0].name in {output.name for output in graph.outputs}}
-    assert "Concat" not in held, "the op appends"
-    shapes = {"query": (heads, new), "keys": (key_heads, past), "values": (key_heads, past)}
-    feeds = {name: rng.standard_normal((batch, *shape, dimension)).astype(np.float32) for name, shape in shapes.items()}
-    for name in ("new_keys", "new_values"):
-        feeds[name] = rng.standard_normal((batch, new, key_heads * dimension)).astype(np.float32)
+def cached_feeds(rng: np.random.Generator, graph: gs.Graph, batch: int, past: int, new: int) -> dict[str, np.ndarray]:
+    sizes = {"b": batch, "p": past, "s": new}
+    shapes = {tensor.name: [sizes.get(size, size) for size in tensor.shape] for tensor in graph.inputs[:-1]}
+    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     seen = np.tril(np.ones((new, past + new), bool), past)[None, None].repeat(batch, 0)
-    feeds["mask"] = np.where(seen, np.float32(0), np.finfo(np.float32).min)
-    found, expected = run_all(graph, **feeds), run_all(plain, **feeds)
-    np.testing.assert_allclose(found[0], expected[0], atol=2e-6)
-    for cache, same in zip(found[1:], expected[1:], strict=True):
+    seen[-1, :, :, : (past + new) // 2] = False  # padding on the left; without a past, the first queries may read nothing
+    return {**feeds, "allowed": seen.repeat(graph.inputs[-1].shape[1], 1)}
+
+
+def check_fused(rng: np.random.Generator, build: Callable[[], gs.Graph], batch: int, past: int, new: int) -> None:
+    graph, plain = build(), build()
+    assert counts_of([attention(graph)]) == {"attentions fused": 1}
+    found = ops_of(graph)
+    assert found["CacheAttention"] == 1
+    assert not found["Softmax"] + found["Expand"] + found["Concat"], "keys and values are not copied"
+    feeds = cached_feeds(rng, graph, batch, past, new)
+    results, expected = run_all(graph, **feeds), run_all(plain, **feeds)
+    np.testing.assert_allclose(results[0], expected[0], atol=3e-6)
+    for cache, same in zip(results[1:], expected[1:], strict=True):
         np.testing.assert_array_equal(cache, same)
 
 
-def test_a_cache_that_others_read_is_appended_to_by_a_concat() -> None:
-    graph = cached_graph(4, 2, 8, window=True)
-    attention(graph)
-    assert ops_of(graph)["MultiHeadAttention"] == 1
-    assert [output.inputs[0].op for output in graph.outputs[1:]] == ["Slice", "Slice"]
+@pytest.mark.parametrize("written", [exported_attention, eager_attention])
+@pytest.mark.parametrize(("batch", "past", "new"), [(1, 0, 6), (1, 7, 4), (3, 9, 1)])
+@pytest.mark.parametrize(("heads", "key_heads", "axis"), [(4, 4, 2), (4, 2, -2), (3, 1, 2)])
+def test_attention_appends_to_its_cache(
+    rng: np.random.Generator,
+    heads: int,
+    key_heads: int,
+    axis: int,
+    batch: int,
+    past: int,
+    new: int,
+    written: Callable[..., gs.Variable],
+) -> None:
+    check_fused(rng, lambda: cached_graph(heads, key_heads, 8, axis=axis, written=written), batch, past, new)
 
 
-def test_latent_attention_stays() -> None:
-    graph = attention_graph(2, 2, 8, value_dimension=6)
-    assert counts_of([attention(graph)]) == {"attentions fused": 0, "attentions not fused: heads of 8 have values of 6": 1}
+@pytest.mark.parametrize("form", ["product", "choice"])
+@pytest.mark.parametrize("read_as", ["merged", "by_token", "by_head"])
+def test_attention_whose_values_are_narrower_than_its_keys(rng: np.random.Generator, form: str, read_as: str) -> None:
+    check_fused(rng, lambda: cached_graph(4, 2, 12, 8, form=form, read_as=read_as), 2, 5, 3)
+
+
+def test_attention_over_a_cache_that_others_read_stays() -> None:
+    graph = cached_graph(4, 2, 8)
+    op = Ops(graph, "other")
+    graph.outputs[1] = op("Slice", graph.outputs[1], [-3], [END], [2], [1])  # a window
+    graph.outputs[1].dtype = np.float32
+    why = "attentions not fused: its keys are not those of a cache of its own"
+    assert counts_of([attention(graph)]) == {"attentions fused": 0, why: 1}
     assert ops_of(graph)["Softmax"] == 1
 
 
 def test_attention_with_a_bias_by_head_stays() -> None:
-    graph = attention_graph(2, 2, 8, masks=2)
+    graph = cached_graph(2, 2, 8, masks=2)
     assert counts_of([attention(graph)]) == {"attentions fused": 0, "attentions not fused: each head has its own mask": 1}
     assert ops_of(graph)["Softmax"] == 1
+
+
+def graph_with_lengths(*others: str) -> gs.Graph:
+    """Attention over a cache whose shape says how many tokens it holds; ``others``: ops that read it, too."""
+    graph = cached_graph(4, 2, 8)
+    keys, op = graph.inputs[1], Ops(graph, "others")
+    before, after = (op("Add", op("Shape", cache, start=2, end=3), [0]) for cache in (keys, graph.outputs[2]))
+    graph.outputs += [before, after, *(op(other, keys) for other in others)]
+    names = (("attention_mask", ["b", "t"]), ("input_ids", ["b", "s"]))
+    graph.inputs = [*graph.inputs[:-1], *(gs.Variable(name, np.int64, shape) for name, shape in names), graph.inputs[-1]]
+    for output in graph.outputs:
+        output.dtype = output.dtype or np.float32
+    before.dtype = after.dtype = np.int64
+    return graph
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_the_length_of_a_cache_is_read_off_the_mask(rng: np.random.Generator, room: int) -> None:
+    """With room for further tokens, which may hold anything, the results are those of a cache without."""
+    graph = graph_with_lengths()
+    attention(graph)
+    assert counts_of([cache_lengths(graph)]) == {"lengths of caches read off the mask": 2}
+    assert caches_in_place(gs.export_onnx(graph)) == {"keys", "values"}
+    feeds = cached_feeds(rng, cached_graph(4, 2, 8), 2, 6, 1)
+    expected = run_all(cached_graph(4, 2, 8), **feeds)
+    feeds |= {"attention_mask": np.ones((2, 7), np.int64), "input_ids": np.zeros((2, 1), np.int64)}
+    for name in ("keys", "values") if room else ():
+        feeds[name] = np.concatenate([feeds[name], np.full((2, 2, room, 8), np.nan, np.float32)], 2)
+    y, *caches, before, after = run_all(graph, **feeds)
+    np.testing.assert_allclose(y, expected[0], atol=3e-6)
+    for cache, same in zip(caches, expected[1:], strict=True):
+        np.testing.assert_array_equal(cache[:, :, :7], same)
+    assert (before.tolist(), after.tolist()) == ([6], [7])
+
+
+def test_the_length_of_a_cache_that_others_read_is_its_shape() -> None:
+    graph = graph_with_lengths("Neg", "Size")
+    attention(graph)
+    why = "lengths of caches not read off the mask: keys is read by Neg, Size"
+    assert counts_of([cache_lengths(graph)]) == {"lengths of caches read off the mask": 1, why: 1}
+    assert caches_in_place(gs.export_onnx(graph)) == {"values"}
 
 
 def test_a_slice_is_seen_through_only_if_it_keeps_everything() -> None:

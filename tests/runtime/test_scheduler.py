@@ -24,6 +24,7 @@ CACHE: Sequence[Mapping[str, Any]] = (
     {"past": "state", "present": "state'", "shape": ["batch", 2]},
     {"past": "indexer", "present": "indexer'", "shape": ["past", "batch"]},
 )
+IN_PLACE: Sequence[Mapping[str, Any]] = ({**CACHE[0], "in_place": True}, *CACHE[1:])
 
 
 @dataclass
@@ -45,6 +46,12 @@ class SumModel:
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
     ) -> np.ndarray:
         (rows, new), before = ids.shape, mask.shape[1] - ids.shape[1]
+        if in_place := self.cache is IN_PLACE:
+            assert past[0] is present[0]
+            assert past[0].shape[2] >= before + new, "there is no room"
+            past, present = (
+                [keys[:, :, :columns], *others] for (keys, *others), columns in ((past, before), (present, before + new))
+            )
         assert [array.shape for array in past] == [(rows, 2, before, 3), (rows, 2), (before, rows)]
         assert [array.shape for array in present] == [(rows, 2, before + new, 3), (rows, 2), (before + new, rows)]
         assert rows == 1 or new == 1, "padding would reach the states"
@@ -54,7 +61,12 @@ class SumModel:
         if len(self.steps) in self.failing:
             raise RuntimeError("no luck")
         keys, state, indexer = present
-        keys[:, :, :before], indexer[:before] = past[0], past[2]
+        if in_place:
+            keys = np.where(mask[:, None, :, None] == 1, keys, 0)  # what is masked may be anything, as it is not read
+            present[0][:, :, before:] = (ids * 31 + positions * 7)[:, None, :, None] % 101
+        else:
+            keys[:, :, :before] = past[0]
+        indexer[:before] = past[2]
         keys[:, :, before:] = (ids * 31 + positions * 7)[:, None, :, None] % 101
         indexer[before:] = ids.T
         state[:] = past[1]
@@ -128,6 +140,7 @@ def clients(draw: st.DrawFn) -> list[Client]:
     shares=st.booleans(),
     whole=st.booleans(),
     prefix_bytes=st.sampled_from([0, 1000, 100_000]),
+    cache=st.sampled_from([CACHE, IN_PLACE]),
 )
 def test_every_answer_is_the_answer_alone(
     clients: list[Client],
@@ -138,8 +151,9 @@ def test_every_answer_is_the_answer_alone(
     shares: bool,
     whole: bool,
     prefix_bytes: int,
+    cache: Sequence[Mapping[str, Any]],
 ) -> None:
-    model = SumModel(beyond, shares, whole, reuses_prefixes=beyond is None)
+    model = SumModel(beyond, shares, whole, reuses_prefixes=beyond is None, cache=cache)
     scheduler = Scheduler(model, slots, 35, piece, cache_tokens=room, max_waiting=12, prefix_bytes=prefix_bytes)
     for step in range(2000):
         for client in clients:
@@ -380,19 +394,47 @@ def test_closing_a_scheduler_that_does_not_run() -> None:
             list(answer)
 
 
-def test_the_arrays_of_a_batch_are_those_of_its_longest_rows_and_are_given_back() -> None:
-    batch, model = Batch(SumModel()), SumModel()
-    parts = []
+@pytest.mark.parametrize("cache", [CACHE, IN_PLACE])
+def test_the_arrays_of_a_batch_are_those_of_its_longest_rows_and_are_given_back(cache: Sequence[Mapping[str, Any]]) -> None:
+    model = SumModel(cache=cache)
+    batch, parts = Batch(model), []
     for length, longest in ((3, 10), (5, 7)):
         parts.append(Batch(model))
         parts[-1].begin(longest)
         parts[-1].step(np.ones((1, length), np.int64))
     batch.arrange([], parts, 10)
     batch.step(np.ones((2, 1), np.int64))
-    held = [array.nbytes for side in batch._buffers for array in side]
-    assert sum(held) == 2 * cache_bytes(CACHE, rows=2, columns=10)
+    assert held(batch) <= 2 * cache_bytes(CACHE, rows=2, columns=10)
     batch.arrange([], [], 0)
-    assert batch._buffers == [[], []]
+    assert held(batch) == 0
+
+
+def held(batch: Batch) -> int:
+    return sum(tensor._held.nbytes + tensor._free.nbytes for tensor in batch._tensors)
+
+
+def test_a_cache_in_place_stays_where_it_is_until_there_is_no_room() -> None:
+    model = SumModel(cache=IN_PLACE, end_of_text=())
+    batch, one = Batch(model), Batch(model)
+    for part, length in ((batch, 4), (one, 2)):
+        part.begin(12)
+        part.step(np.ones((1, length), np.int64))
+    batch.arrange([0], [one], 12)
+    (keys, *_), places = [tensor.array for tensor in batch._tensors], []
+    for _ in range(10):
+        batch.step(np.ones((2, 1), np.int64))
+        places.append(batch._tensors[0].array is keys)
+    assert places == [True] * 8 + [False] * 2, "12 columns, of which the longer prompt takes 4"
+    assert batch.lengths == [14, 12]
+
+
+def test_what_a_row_without_a_sequence_held_is_not_read() -> None:
+    model = SumModel(cache=IN_PLACE)
+    batch = Batch(model)
+    batch.begin(9)
+    batch.step(np.ones((1, 5), np.int64))
+    batch.release(0)
+    assert batch.lengths == [0]
 
 
 class NoInputs:

@@ -18,7 +18,7 @@ from rq_compile.errors import UserError
 from rq_compile.planning.schema import Slot
 from rq_compile.runtime import engine as engine_module
 from rq_compile.runtime.engine import Engine
-from rq_compile.standalone.batch import shape_of
+from rq_compile.standalone.decoding import shape_of
 from rq_compile.standalone.sampling import SamplingParams
 from rq_compile.standalone.step_model import EngineSteps
 from rq_compile.targets.onnxruntime import compile_engine

@@ -87,7 +87,7 @@ def test_what_every_pass_did_is_counted(manifest: Manifest, graph: onnx.GraphPro
     ops = Counter(node.op_type for node in graph.node)
     assert manifest.replaced["norms fused"] == ops["SimplifiedLayerNormalization"] > 0
     assert manifest.replaced["rotations fused"] == ops["RotaryEmbedding"] > 0
-    assert manifest.replaced["attentions fused"] == ops["MultiHeadAttention"] > 0
+    assert manifest.replaced["attentions fused"] == ops["CacheAttention"] > 0
     # A pass that found nothing says so, and why.
     assert manifest.replaced["dense products read as stored"] == ops["DenseGemm"] == 0
     weights = {tensor.name for tensor in graph.initializer}

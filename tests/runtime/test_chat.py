@@ -4,9 +4,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from own_engines import CHAT_TEMPLATE
 from transformers import AutoTokenizer
@@ -15,6 +15,7 @@ import rq_compile as rq
 from rq_compile.errors import UserError
 from rq_compile.runtime.files import read_manifest
 from rq_compile.standalone.chat_template import ChatTemplate
+from rq_compile.standalone.decoding import Step
 from rq_compile.standalone.sampling import GREEDY, Choice, SamplingParams
 
 SAID = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -66,14 +67,13 @@ def test_the_next_turn_reads_its_new_tokens(
 ) -> None:
     engine = rq.load(chat_engine, threads=1)
     engine.chat_template = ChatTemplate(template, engine.manifest.special_tokens)
-    session, read = engine._session, list[int]()
+    take, read = Step.__call__, list[int]()
 
-    def run(outputs: list[str], feeds: dict[str, Any]) -> Any:
-        read.append(feeds["input_ids"].shape[1])
-        return session.run(outputs, feeds)
+    def noted(step: Step, ids: np.ndarray, *others: Any) -> np.ndarray:
+        read.append(ids.shape[1])
+        return take(step, ids, *others)
 
-    inputs = {"get_inputs": session.get_inputs, "get_overridable_initializers": session.get_overridable_initializers}
-    monkeypatch.setattr(engine, "_session", SimpleNamespace(run=run, **inputs))
+    monkeypatch.setattr(Step, "__call__", noted)
     messages, cache, before = [*SAID], engine.prefix_cache(), list[int]()
     for _ in range(3):
         ids = engine.chat_ids(messages)

@@ -20,6 +20,7 @@ from plans import plan_of
 
 from rq_compile.architectures.model import Model
 from rq_compile.engine import library
+from rq_compile.engine.library import OP_SET_VERSION
 from rq_compile.errors import UserError
 from rq_compile.planning.schema import Slot
 from rq_compile.quantization.formats import Format
@@ -84,9 +85,11 @@ def test_an_engine_of_version_1_runs(formats: list[Format], model: Path, export_
 
 
 def test_an_engine_of_a_newer_version_of_the_ops_is_refused(copied: Path) -> None:
-    told = json.loads(copied.with_suffix(".json").read_text()) | {"op_library": 3}
+    told = json.loads(copied.with_suffix(".json").read_text()) | {"op_library": OP_SET_VERSION + 1}
     copied.with_suffix(".json").write_text(json.dumps(told))
-    with pytest.raises(UserError, match=r"needs version 3 of the ops rq\.moe, and this rq-compile has 2; update rq-compile"):
+    with pytest.raises(
+        UserError, match=rf"needs version {OP_SET_VERSION + 1} of the ops rq\.moe, .* has {OP_SET_VERSION}; update rq-compile"
+    ):
         Engine.load(copied)
 
 

@@ -86,7 +86,7 @@ def load(steps: EngineSteps, seconds: float) -> dict[str, float]:
             columns, used = columns + mask.size, used + int(mask.sum())
         return timed("decode_engine" if decoding else "prompts_engine", step)(ids, mask, *rest)
 
-    steps.step = by_kind  # type: ignore[method-assign, assignment]
+    steps.step = by_kind  # type: ignore[assignment]
     scheduler._regroup = timed("regroup", scheduler._regroup)  # type: ignore[method-assign]
 
     def ask(client: int) -> Answer:
@@ -112,7 +112,7 @@ def load(steps: EngineSteps, seconds: float) -> dict[str, float]:
                     break
                 tokens += 1
     took = now - measured
-    steps.step = step  # type: ignore[method-assign]
+    steps.step = step
     shares = {name: round(spent / took, 3) for name, spent in sorted(timed.seconds.items())}
     python, padding = round(1 - sum(timed.seconds.values()) / took, 3), round(1 - used / columns, 3)
     return {"tokens_per_s": round(tokens / took), **shares, "python": python, "padding": padding}

@@ -92,7 +92,7 @@ def test_a_row_of_nan_is_not_taken_for_one_that_reads_nothing(rng: np.random.Gen
 @pytest.mark.parametrize("room", [0, 1, 30])
 @pytest.mark.parametrize("past", [0, 1, 50])
 def test_a_cache_with_room(rng: np.random.Generator, steps: int, room: int, past: int) -> None:
-    case = random_case(rng, causal(steps, steps + past, past // 3), 4, 2, 16, 24, sequences=3, capacity=steps + past + room)
+    case = random_case(rng, causal(steps, steps + past, past // 3), 4, 2, 16, 24, sequences=3, length=steps + past + room)
     copied, in_place, two_threads = attend(case), attend_in_place(case), attend_in_place(case, threads=2)
     check(case, copied)
     check(case, in_place)
@@ -110,9 +110,9 @@ def test_the_first_prompt_has_no_past(rng: np.random.Generator, steps: int) -> N
 
 
 @pytest.mark.parametrize(("batch", "steps", "total"), [(0, 1, 9), (0, 4, 9), (2, 0, 9), (2, 0, 0), (0, 0, 0)])
-@pytest.mark.parametrize("capacity", [0, 9])
-def test_empty_inputs(rng: np.random.Generator, batch: int, steps: int, total: int, capacity: int) -> None:
-    case = random_case(rng, causal(steps, total), capacity=capacity, sequences=1)
+@pytest.mark.parametrize("length", [0, 9])
+def test_empty_inputs(rng: np.random.Generator, batch: int, steps: int, total: int, length: int) -> None:
+    case = random_case(rng, causal(steps, total), length=length, sequences=1)
     empty: dict[str, Any] = {
         name: np.repeat(getattr(case, name), batch, axis=0) for name in ("query", "key", "value", "past_key", "past_value")
     }
@@ -139,8 +139,8 @@ def calls(draw: st.DrawFn) -> tuple[Case, int]:
     if draw(st.booleans()):
         mask[-1, :, :, padding:] &= rng.random(total - padding) < 0.8
     width, value_width = draw(st.sampled_from(WIDTHS[:8])), draw(st.sampled_from(WIDTHS[:8]))
-    capacity = draw(st.sampled_from([0, total, total + 5]))
-    return random_case(rng, mask, heads * group, heads, width, value_width, capacity=capacity, sinks=draw(st.booleans())), padding
+    length = draw(st.sampled_from([0, total, total + 5]))
+    return random_case(rng, mask, heads * group, heads, width, value_width, length=length, sinks=draw(st.booleans())), padding
 
 
 def last_alone(case: Case) -> Case:

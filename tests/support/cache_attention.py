@@ -64,17 +64,17 @@ def random_case(
     *,
     sequences: int | None = None,
     steps: int | None = None,
-    capacity: int = 0,
+    length: int = 0,
     sinks: bool = False,
 ) -> Case:
-    """Whatever no row reads, also beyond the mask, is NaN. A `capacity` of 0 is a cache without room."""
+    """Whatever no row reads, also beyond the mask, is NaN. A `length` of 0 is a cache without room."""
     batch, steps, total = sequences or mask.shape[0], mask.shape[2] if steps is None else steps, mask.shape[3]
     value_width = value_width or width
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
-    past_key, past_value = (normal(batch, kv_heads, capacity or total - steps, size) for size in (width, value_width))
+    past_key, past_value = (normal(batch, kv_heads, length or total - steps, size) for size in (width, value_width))
     key, value = normal(batch, steps, kv_heads * width), normal(batch, steps, kv_heads * value_width)
     unread = np.broadcast_to(~mask.any(axis=(1, 2)), (batch, total))
     for b in range(batch):
@@ -192,7 +192,7 @@ def main() -> None:
         for heads, kv_heads, width, value_width in ((4, 4, 32, 32), (6, 2, 21, 40), (10, 1, 8, 3)):
             padded = np.concatenate([causal(steps, 90), causal(steps, 90, 3), causal(steps, 90, 0, 7)])
             padded[1, 0, :, 20:31] = False
-            check(case := random_case(rng, padded, heads, kv_heads, width, value_width, sinks=True, capacity=100), attend(case))
+            check(case := random_case(rng, padded, heads, kv_heads, width, value_width, sinks=True, length=100), attend(case))
 
 
 if __name__ == "__main__":

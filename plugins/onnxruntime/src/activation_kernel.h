@@ -1,10 +1,9 @@
 // Activations in plain C++, which the compiler vectorizes; all instruction sets round in the same way. Included by
 // kernels_body.h.
 
-// e^x, accurate to two units in the last place: 2^n times the Taylor series of the rest, at most ln(2) / 2. NaN stays NaN.
-inline float exponential(float x) {
-  x = 88.0f < x ? 88.0f : x;
-  x = -87.0f > x ? -87.0f : x;
+// e^x for x from -87 to 88, accurate to two units in the last place: 2^n times the Taylor series of the rest, at most ln(2) / 2. NaN
+// stays NaN.
+inline float exponential_within(float x) {
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
   const float whole = shifted - 12582912.0f;
   const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln(2) in two parts
@@ -17,6 +16,10 @@ inline float exponential(float x) {
   float power;
   memcpy(&power, &bits, sizeof power);
   return series * power;
+}
+inline float exponential(float x) {
+  x = 88.0f < x ? 88.0f : x;
+  return exponential_within(-87.0f > x ? -87.0f : x);
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }

@@ -78,7 +78,7 @@ struct Kernels {
   void (*combine)(const float* const* rows, const float* gates, int64_t count, int64_t n, float* out);
 
   // Attention. scores[r * stride + k] = dot(query r, key k) for r < rows and k < count; queries and keys stand one after the
-  // other. Of a row of scores, it writes up to the next multiple of kPanel.
+  // other.
   void (*dot_keys)(const float* queries, int64_t rows, const float* keys, int64_t count, int64_t columns, float* scores,
                    int64_t stride);
   // `count` times kPanel scores, lane by lane: largest[j] = max(largest[j], every score of lane j); NaN is passed over.

@@ -22,7 +22,7 @@ from rq_compile.runtime.engine import Engine
 from rq_compile.targets.onnxruntime import compile_engine
 
 SEQUENCES = 32
-# Attention's sums run over a padded row's masked columns too, in another grouping; logits are about 4.
+# Attention computes the rows of a longer batch in other blocks; logits are about 4.
 PADDED = 2e-5
 # Formats of an expert's two copies, for even experts and for odd ones.
 Copies = tuple[tuple[Format, Format], tuple[Format, Format]]

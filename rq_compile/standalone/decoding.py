@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Value of the input ``logits_to_keep``: the number of last tokens of each row for which logits are computed.
 LAST, ALL = 1, 0
+KEPT = np.array([LAST], np.int64)
 # Tokens for which a cache that grows in place has room at first.
 LEAST_ROOM = 256
 
@@ -143,27 +145,42 @@ class Step:
     def __init__(self, session: onnxruntime.InferenceSession, cache: Sequence[Mapping[str, Any]]) -> None:
         """``cache``: the tensors of the cache, as in an engine's manifest."""
         self._session, self._cache, self._inputs = session, cache, inputs_of(session)
+        (self._vocabulary,) = (output.shape[-1] for output in session.get_outputs() if output.name == "logits")
+        self._binding = session.io_binding()
+        self._bound: list[weakref.ref[np.ndarray]] = []  # the arrays of the cache in it
 
     def __call__(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
     ) -> np.ndarray:
         """See ``step_model.Steps.step``."""
-        given = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "logits_to_keep": np.array([LAST], np.int64),
-        }
-        given |= {tensor["past"]: array for tensor, array in zip(self._cache, past, strict=True)}
-        given = {name: np.ascontiguousarray(array) for name, array in given.items()}  # arrays are bound by their addresses
+        # Arrays are bound by their addresses, so copies of what is not contiguous have to last until the end of the step.
+        tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": KEPT}
+        given = {name: np.ascontiguousarray(array) for name, array in tokens.items()}
+        before = [np.ascontiguousarray(array) for array in past]
+        logits = np.empty((len(ids), LAST if "logits_to_keep" in self._inputs else ids.shape[1], self._vocabulary), np.float32)
+        self._bind_cache(before, present)
+        for name, array in given.items():
+            self._bind_input(name, array)
+        self._bind_output("logits", logits)
+        self._session.run_with_iobinding(self._binding)
+        return logits[:, -1]
+
+    def _bind_cache(self, past: Sequence[np.ndarray], present: Sequence[np.ndarray]) -> None:
+        """A cache that grows in place is bound once for many steps."""
+        arrays = [*past, *present]
+        if len(arrays) == len(self._bound) and all(bound() is array for bound, array in zip(self._bound, arrays, strict=True)):
+            return
         if not all(array.flags.c_contiguous for array in present):
             raise ValueError("an array for the cache after the step is not contiguous")
-        binding = self._session.io_binding()
-        for name, array in given.items():
-            if name in self._inputs:
-                binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        binding.bind_output("logits", "cpu")
-        for tensor, array in zip(self._cache, present, strict=True):
-            binding.bind_output(tensor["present"], "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        self._session.run_with_iobinding(binding)
-        return binding.get_outputs()[0].numpy()[:, -1]
+        self._binding = self._session.io_binding()
+        for tensor, before, after in zip(self._cache, past, present, strict=True):
+            self._bind_input(tensor["past"], before)
+            self._bind_output(tensor["present"], after)
+        self._bound = [weakref.ref(array) for array in arrays]
+
+    def _bind_input(self, name: str, array: np.ndarray) -> None:
+        if name in self._inputs:
+            self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _bind_output(self, name: str, array: np.ndarray) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -2,14 +2,16 @@
 
 Each model of samples/ is calibrated on three kinds of text, planned with each policy, compiled, and run in ONNX Runtime. It is
 compared with transformers on held-out text of the same kinds ("same kind") and of a fourth ("other kind"). LIS is computed from
-the rows that the engine's slots received, and is the mean over the layers; bytes count every slot of the plan, scales included.
+the rows that the engine's slots received, and is the mean over the layers: of all texts together, and of the text that is served
+worst, which is what ``optimal`` and ``craft`` balance. Bytes count every slot of the plan, scales included.
 
     python benchmarks/balance.py                     # all models, about 40 minutes on 2 cores
     python benchmarks/balance.py olmoe --tokens 4096
 
 "as paper", "as craft", ... are plans of ``optimal`` in no more bytes than that policy's plan takes, and with no more predicted
 error (for ``paper``, a quarter of it). At the end, the rank correlation of the predicted error with the measured KL divergence is
-printed: over all plans of a model, and over its plans for half to 0.6 of the memory.
+printed: over all plans of a model, and over its plans for half to 0.6 of the memory. Beside it stands the correlation without
+sensitivities, and that of the KL on one half of the windows with the KL on the other, which shows the noise of the measurement.
 
 The rows are written to benchmarks/results/balance.json. In the paper (arXiv 2602.19938), the mean of LIS before / after over the
 30 rows of its table is 1.219 (1.041 to 1.414), which is 34 % of the excess on average.
@@ -37,11 +39,12 @@ from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.cli.tables import table
 from rq_compile.evaluation.evaluate import evaluate
-from rq_compile.evaluation.schema import LayerBalance
+from rq_compile.evaluation.schema import Evaluation, LayerBalance, TextEvaluation
 from rq_compile.evaluation.windows import Windows, cut
 from rq_compile.export.export import export_graph
 from rq_compile.planning.metrics import excess_removed
 from rq_compile.planning.plan import make_plan
+from rq_compile.planning.prediction import error
 from rq_compile.planning.schema import Plan
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
@@ -111,13 +114,27 @@ def windows(engine: Engine, kind: str, tokens: int) -> Windows:
     return Windows(kind, whole.ids[: max(1, tokens // LENGTH)])
 
 
+def halves(text: Windows) -> list[Windows]:
+    """Every other window, so that the halves are of one kind."""
+    return [Windows(f"{text.name} {half}", text.ids[half::2]) for half in (0, 1)]
+
+
+def kl_of(parts: list[TextEvaluation]) -> float:
+    return sum((part.kl or 0.0) * part.predictions for part in parts) / sum(part.predictions for part in parts)
+
+
 def rows_of_plan(name: str, plan: Plan, engine: Engine, reference: Remembered, tokens: int) -> Iterator[dict[str, Any]]:
     for kind, texts in (("same kind", SAME_KIND), ("other kind", OTHER_KIND)):
-        found = evaluate(engine, reference, [windows(engine, text, tokens // len(texts)) for text in texts], reference_name=name)
+        parts = [half for text in texts for half in halves(windows(engine, text, tokens // len(texts)))]
+        found = evaluate(engine, reference, parts, reference_name=name)
 
         def over_layers(field: str, layers: list[LayerBalance] = found.total.layers) -> float | None:
             values = [getattr(layer, field) for layer in layers]
             return None if None in values else mean(values)
+
+        def worst_text(when: str, found: Evaluation = found) -> float:
+            lis = [[getattr(layer, f"lis_{when}") for layer in part.layers] for part in found.texts]
+            return float(np.max(lis, axis=0).mean())
 
         yield {
             "model": name,
@@ -130,6 +147,8 @@ def rows_of_plan(name: str, plan: Plan, engine: Engine, reference: Remembered, t
             "predicted_error": mean(layer.predicted.error for layer in plan.layers),
             "lis_before": over_layers("lis_before"),
             "lis_after": over_layers("lis_after"),
+            "worst_text_lis_before": worst_text("before"),
+            "worst_text_lis_after": worst_text("after"),
             "strict_lis_before": over_layers("strict_lis_before"),
             "strict_lis_after": over_layers("strict_lis_after"),
             "rank_imbalance_before": over_layers("rank_imbalance_before"),
@@ -140,6 +159,7 @@ def rows_of_plan(name: str, plan: Plan, engine: Engine, reference: Remembered, t
             "ppl_after": found.total.perplexity_engine,
             "top1_agreement": found.total.agreement,
             "kl": found.total.kl,
+            "kl_of_halves": [kl_of(found.texts[half::2]) for half in (0, 1)],
         }
 
 
@@ -154,10 +174,11 @@ def rows_of_model(name: str, tokens: int, note: Console) -> Iterator[dict[str, A
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "model.onnx"
             compile_engine(checkpoint, plan, output, "native", Statistics.of(tensors), exported)
-            shares = [layer.stream_share or 1 for layer in calibration.layers]
-            change = sum(layer.predicted.error * share for layer, share in zip(plan.layers, shares, strict=True))
+            unweighted = mean(
+                error(layer, held.slots, calibration.dtype) for layer, held in zip(calibration.layers, plan.layers, strict=True)
+            )
             for row in rows_of_plan(name, plan, Engine.load(output), reference, tokens):
-                yield {"plan": policy, **row, "predicted_change": change}
+                yield {"plan": policy, **row, "unweighted_error": unweighted}
 
 
 def planned(calibration: Calibration, policy: str, memory: float, ranks: int) -> Plan:
@@ -172,8 +193,8 @@ def planned(calibration: Calibration, policy: str, memory: float, ranks: int) ->
         rival = policy.removeprefix("as ")
         theirs = planned(calibration, rival, memory, ranks)
         memory = theirs.bytes_after / theirs.bytes_before
-        error = ERROR_SHARE.get(rival, 1.0) * mean(layer.predicted.error for layer in theirs.layers)
-        options = {"max_error": error} if error else {"formats": calibration.dtype}
+        most = ERROR_SHARE.get(rival, 1.0) * mean(layer.predicted.error for layer in theirs.layers)
+        options = {"max_error": most} if most else {"formats": calibration.dtype}
     elif policy == "eased":
         options["tolerance"] = 0.1
     policy = "optimal" if options else policy
@@ -181,7 +202,7 @@ def planned(calibration: Calibration, policy: str, memory: float, ranks: int) ->
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    columns = ("LIS", "excess removed", "strict LIS", "ranks", "bytes", "perplexity", "top-1", "KL")
+    columns = ("LIS", "excess removed", "worst text", "strict LIS", "ranks", "bytes", "perplexity", "top-1", "KL")
     made = table("held-out text", "model, text, policy, memory", *columns)
     for row in rows:
         before, after = row["lis_before"], row["lis_after"]
@@ -193,6 +214,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             + (f", tolerance {row['tolerance']:g}" if row["tolerance"] not in (None, 0.01) else ""),
             f"{before:.2f} -> {after:.2f}",
             f"{100 * excess_removed(before, after):.1f} %",
+            f"{row['worst_text_lis_before']:.2f} -> {row['worst_text_lis_after']:.2f}",
             f"{row['strict_lis_before']:.2f} -> {row['strict_lis_after']:.2f}",
             ranks,
             f"{row['bytes_after'] / row['bytes_before']:.3f}",
@@ -210,8 +232,9 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def show_correlations(rows: list[dict[str, Any]], console: Console) -> None:
-    """Rank correlations of predictions with the measured KL divergence, over the plans that change the model."""
-    made = table("rank correlation with KL", "model, text, plans", "number", "predicted error", "weighted by stream share")
+    """Rank correlations of predictions with the measured KL divergence, over the plans that change the model, and of the KL of
+    both halves of the text. Plans with the same weights count once."""
+    made = table("rank correlation with KL", "model, text, plans", "number", "predicted error", "without sensitivities", "halves")
     changing = [row for row in rows if row["predicted_error"]]
     groups = {
         "all": lambda row: True,
@@ -220,12 +243,14 @@ def show_correlations(rows: list[dict[str, Any]], console: Console) -> None:
     for (model, text), (name, held) in itertools.product(
         dict.fromkeys((row["model"], row["text"]) for row in changing), groups.items()
     ):
-        group = [row for row in changing if (row["model"], row["text"]) == (model, text) and held(row)]
+        alike = [row for row in changing if (row["model"], row["text"]) == (model, text) and held(row)]
+        group = list({f"{row['kl']:.4g}": row for row in alike}.values())
         if len(group) > 2:
             found = [
                 spearmanr([row[predictor] for row in group], [row["kl"] for row in group]).statistic
-                for predictor in ("predicted_error", "predicted_change")
+                for predictor in ("predicted_error", "unweighted_error")
             ]
+            found.append(spearmanr(*zip(*(row["kl_of_halves"] for row in group), strict=True)).statistic)
             made.add_row(f"{model}, {text}, {name}", str(len(group)), *(f"{value:+.3f}" for value in found))
     console.print(made)
 

@@ -14,7 +14,7 @@ from rq_compile.architectures.load import torch_threads
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import remarks_on_ties
 from rq_compile.architectures.without_engine import remarks_without_engine
-from rq_compile.calibration.dense import DenseMeasurements
+from rq_compile.calibration.dense import DenseMeasurements, Stream
 from rq_compile.calibration.dense_bytes import other_weights
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.lengths import batch_size_for, sequence_length_for
@@ -265,16 +265,21 @@ def calibrate(
     return calibration, statistics
 
 
-def with_stream(layer: LayerCalibration, stream: float | None) -> LayerCalibration:
-    """``layer`` with the squared norm of the residual stream behind it."""
-    if layer.sums is None or not stream:
+def with_stream(layer: LayerCalibration, stream: Stream | None) -> LayerCalibration:
+    """``layer`` with the sums of the residual stream behind it."""
+    if layer.sums is None or stream is None or not stream.square:
         return layer
-    sums = layer.sums.model_copy(update={"stream": stream})
-    return layer.model_copy(update={"sums": sums, "stream_share": share(sums)})
+    sums = layer.sums.model_copy(update={"stream": stream.square, "inverse_stream": stream.inverse})
+    return layer.model_copy(update={"sums": sums, "stream_share": share(sums), "sensitivity": sensitivity(sums, layer.tokens)})
 
 
 def share(sums: LayerSums) -> float | None:
     return float(f"{sums.output_square / sums.stream:.6g}") if sums.stream else None
+
+
+def sensitivity(sums: LayerSums, tokens: float) -> float | None:
+    """``LayerCalibration.sensitivity`` from the sums over ``tokens``."""
+    return float(f"{sums.output_square * sums.inverse_stream / tokens**2:.6g}") if sums.inverse_stream else None
 
 
 def _check_fit(model: Model, sequence_length: int) -> int | None:

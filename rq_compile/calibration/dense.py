@@ -60,7 +60,7 @@ class DenseMeasurements:
         self._sampled = _sampled(batches)
         self._pending: dict[str, list[_Found]] = {}
         self._done: list[tuple[DenseCalibration, Moments]] = []
-        self._streams: dict[str, float] = {}
+        self._streams: dict[str, Stream] = {}
 
     def attention(self, layer: str) -> list[DenseModule]:
         return [module for module in self.modules if module.layer == layer and module.kind == "attention"]
@@ -87,12 +87,12 @@ class DenseMeasurements:
         layers = list(dict.fromkeys(module.layer for module in self.modules if module.layer))
         layers += [name for name in map(decoder_layer, (moe.name for moe in self.model.layers)) if name not in layers]
         running: list[Batch] = []
-        streams, outputs = dict.fromkeys(layers, 0.0), []
+        streams, outputs = dict.fromkeys(layers, Stream()), []
 
         def behind(layer: str) -> Callable[..., None]:
             def seen(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
                 states = output[0] if isinstance(output, tuple) else output
-                streams[layer] += summed_squares([(running[-1], states)])
+                streams[layer] += stream_of([(running[-1], states)])
 
             return seen
 
@@ -104,8 +104,8 @@ class DenseMeasurements:
             measure()
         for handle in handles:
             handle.remove()
-        for layer, square in streams.items():
-            self.close(layer, square)
+        for layer, stream in streams.items():
+            self.close(layer, stream)
         self.embedding(net)
         self.head(outputs)
 
@@ -132,15 +132,15 @@ class DenseMeasurements:
     def _rounded(self, weights: np.ndarray, format: Format, moment: SecondMoment | None = None) -> np.ndarray:
         return stored(weights, format, moment if self._gptq else None, threads=default_threads())
 
-    def close(self, layer: str, square: float) -> None:
-        """``square``: the squared norm of the residual stream behind decoder ``layer``, summed over its tokens."""
+    def close(self, layer: str, stream: "Stream") -> None:
+        """``stream``: that behind decoder ``layer``."""
         if self.modules:
-            self._streams[layer] = square
+            self._streams[layer] = stream
         for found in sorted(self._pending.pop(layer, []), key=lambda found: self.modules.index(found.module)):
-            self._add(found, square if found.square is None else found.square)
+            self._add(found, stream.square if found.square is None else found.square)
 
-    def stream(self, experts: str) -> float | None:
-        """``square`` of the decoder layer with ``experts``."""
+    def stream(self, experts: str) -> "Stream | None":
+        """The stream behind the decoder layer with ``experts``."""
         return self._streams.get(decoder_layer(experts))
 
     def embedding(self, net: nn.Module) -> None:
@@ -220,13 +220,26 @@ def moment_name(matrix: str) -> str:
     return f"{matrix.removesuffix('.weight')}.input_moment"
 
 
-def summed_squares(outputs: Iterable[tuple[Batch, torch.Tensor]]) -> float:
-    """Sum of squares over the real tokens of this process's batches, ``[batch, length, ..., hidden]``, and all processes."""
-    total = np.zeros(1)
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream behind a decoder layer: the squared norms of its tokens' hidden states, summed, and the sum of their
+    inverses (without states of 0)."""
+
+    square: float = 0.0
+    inverse: float = 0.0
+
+    def __add__(self, other: "Stream") -> "Stream":
+        return Stream(self.square + other.square, self.inverse + other.inverse)
+
+
+def stream_of(outputs: Iterable[tuple[Batch, torch.Tensor]]) -> Stream:
+    """Of the real tokens of this process's batches, ``[batch, length, ..., hidden]``, and all processes."""
+    total = np.zeros(2)
     for batch, states in outputs:
         rows = states.reshape(batch.decoder.real.size, -1)[torch.from_numpy(batch.decoder.real.ravel())]
-        total += float(rows.double().square().sum())
-    return float(world().sum(total)[0])
+        squares = rows.double().square().sum(1)
+        total += float(squares.sum()), float(squares[squares > 0].reciprocal().sum())
+    return Stream(*world().sum(total).tolist())
 
 
 def _tokens(batches: Iterable[Batch]) -> int:

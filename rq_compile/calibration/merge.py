@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rq_compile import __version__, spill
-from rq_compile.calibration.calibrate import legible, share
+from rq_compile.calibration.calibrate import legible, sensitivity, share
 from rq_compile.calibration.constant import constant_error
 from rq_compile.calibration.estimate import relative_errors
 from rq_compile.calibration.schema import Calibration, DenseCalibration, LayerCalibration, LayerSums
@@ -183,6 +183,7 @@ def _layer(layers: Sequence[LayerCalibration], factors: Sequence[float]) -> Laye
             "estimated": np.flatnonzero(estimated).tolist(),
             "sums": sums,
             "stream_share": share(sums),
+            "sensitivity": sensitivity(sums, sum(tokens)),
         }
     )
 
@@ -225,7 +226,12 @@ def _sums(several: Sequence[LayerSums], factors: Sequence[float], tokens: Sequen
             for format in formats
         },
         output_square=sum(factor * sums.output_square for sums, factor in zip(several, factors, strict=True)),
-        stream=sum(factor * (sums.stream or 0) for sums, factor in zip(several, factors, strict=True))
-        if all(sums.stream for sums in several)
-        else None,
+        stream=_sum_of_all([sums.stream for sums in several], factors),
+        inverse_stream=_sum_of_all([sums.inverse_stream for sums in several], factors),
     )
+
+
+def _sum_of_all(values: Sequence[float | None], factors: Sequence[float]) -> float | None:
+    """None if one of the values was not measured."""
+    known = [value for value in values if value is not None]
+    return sum(factor * value for factor, value in zip(factors, known, strict=True)) if len(known) == len(values) else None

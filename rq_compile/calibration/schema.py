@@ -76,7 +76,8 @@ class LayerSums(Document):
     For each expert: ``pairs``, the number of (token, choice) pairs that were measured; ``energy``, the squared norm of gate times
     output, summed over all its pairs; ``error[format]``, the same for gate times the change of the output in ``format``; and
     ``weight_error[format]``, the relative squared change of its weights. ``output_square``: the squared norm of the summed output
-    of the layer's experts, summed over its tokens; ``stream``: that of the hidden states behind the layer.
+    of the layer's experts, summed over its tokens; ``stream``: that of the hidden states behind the layer;
+    ``inverse_stream``: the inverse of these squared norms, summed over the tokens.
     """
 
     pairs: list[Count]
@@ -85,6 +86,7 @@ class LayerSums(Document):
     weight_error: dict[Format, list[RelativeError]]
     output_square: float = Field(gt=0)
     stream: float | None = Field(default=None, gt=0)
+    inverse_stream: float | None = Field(default=None, gt=0)
 
 
 class LayerCalibration(Document):
@@ -105,7 +107,9 @@ class LayerCalibration(Document):
     errors follow from ``sums``, which are missing if the errors were not measured on these loads.
 
     ``stream_share`` is ``output_square / stream`` of the sums: an error times it is a relative change of the residual stream, the
-    unit of ``DenseCalibration``.
+    unit of ``DenseCalibration``. ``sensitivity`` is the mean square of the layer's output times the mean inverse square of the
+    stream: the change of an average token's stream for an error of 1. Tokens with very large states, such as attention sinks,
+    dominate ``stream``, but not ``inverse_stream``. Plans weight errors of layers by it.
 
     If the experts of the checkpoint are quantized, ``stored_as`` names the storage formats of the layer's experts, and
     ``stored_bytes`` is their size in the checkpoint, including scales and zero points.
@@ -124,6 +128,7 @@ class LayerCalibration(Document):
     error: dict[Format, list[RelativeError]]
     estimated: list[ExpertNumber] = Field(default=[])
     stream_share: float | None = Field(default=None, gt=0)
+    sensitivity: float | None = Field(default=None, gt=0)
     sums: LayerSums | None = None
 
     @model_validator(mode="after")

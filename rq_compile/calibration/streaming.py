@@ -25,7 +25,7 @@ from rq_compile.architectures.load import materialize, meta_model
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.ties import break_ties_by_number
 from rq_compile.architectures.traced import text_body
-from rq_compile.calibration.dense import DenseMeasurements, summed_squares
+from rq_compile.calibration.dense import DenseMeasurements, Stream, stream_of
 from rq_compile.calibration.recording import LayerRecording, Recorded, model_arguments
 from rq_compile.calibration.routing import watch
 from rq_compile.calibration.scratch import release, scratch
@@ -103,13 +103,13 @@ def record_layer_by_layer(
                                 replaced.enter_context(run.instead(module, lambda *_, of=of, **__: of(run.batch)))
                             run.visit(stack, name)
                         measure()
-                    dense.close(name, run.square(stack))
+                    dense.close(name, run.stream(stack))
                     finished([visited.states() for visited in stacks[: number + 1]])
                 else:
                     with dense.watching(run.net, [name], run.running) as measure:
                         run.visit(stack, name)
                         measure()
-                    dense.close(name, run.square(stack))
+                    dense.close(name, run.stream(stack))
     dense.head(run.outputs())
     progress(1)
 
@@ -198,9 +198,9 @@ class _Run:
     def running(self) -> Batch:
         return self._batches[self.batch]
 
-    def square(self, stack: "_Stack") -> float:
-        """The squared norm of the hidden states behind the last visited layer, summed over the tokens of all processes."""
-        return summed_squares((batch, stack.hidden(number)) for number, batch in enumerate(self._batches))
+    def stream(self, stack: "_Stack") -> Stream:
+        """That behind the last visited layer."""
+        return stream_of((batch, stack.hidden(number)) for number, batch in enumerate(self._batches))
 
     def outputs(self) -> Iterator[tuple[Batch, torch.Tensor]]:
         """The results of the model's body, once all layers were visited."""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from rq_compile import __version__
 from rq_compile.bounds import MOST_COUNTED, MOST_MEMORY, MOST_RANKS, Count, NonNegative
-from rq_compile.calibration.schema import Calibration, LayerCalibration
+from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
 from rq_compile.planning.budget import allowed, enough_for, over_budget
@@ -88,7 +88,7 @@ def make_plan(
         problem = replace(problem, memory=min(left / problem.bytes_before, MOST_MEMORY))
     memory = problem.memory
     layers = [
-        layer_plan(problem, layer.calibration, slots, calibration.batch_size, problem.tokens)
+        layer_plan(problem, layer, slots, calibration.batch_size, problem.tokens)
         for layer, slots in zip(problem.layers, decision.slots, strict=True)
     ]
     taken = sum(problem.cost.bytes_taken(layer.geometry, layer.slots) for layer in layers)
@@ -123,7 +123,7 @@ def make_plan(
         engine_bytes=engine_bytes,
         dense=dense,
         predicted_engine_bytes=engine_file_bytes(problem, decision) if problem.whole else None,
-        model_error=_model_error(calibration, layers, dense) if problem.whole else None,
+        model_error=_model_error(layers, dense) if problem.whole else None,
     )
 
 
@@ -187,11 +187,9 @@ def least_engine_bytes(calibration: Calibration, *, ranks: int, target: str, opt
     return smallest_engine(problem, cast(OptimalOptions, own))
 
 
-def _model_error(calibration: Calibration, layers: list[LayerPlan], dense: list[PlannedModule]) -> float:
+def _model_error(layers: list[LayerPlan], dense: list[PlannedModule]) -> float:
     """Errors of experts and modules in nats, see ``DenseCalibration``."""
-    shares = [layer.stream_share or 1.0 for layer in calibration.layers]
-    experts = sum(share * layer.predicted.error for share, layer in zip(shares, layers, strict=True))
-    return experts + sum(module.error for module in dense)
+    return sum(layer.predicted.error for layer in layers) + sum(module.error for module in dense)
 
 
 def least_memory(problem: Problem, policy: str) -> float:
@@ -210,15 +208,23 @@ def least_bytes(problem: Problem, policy: str) -> int:
     return sum(layer.experts * of_expert(layer) for layer in problem.layers)
 
 
-def layer_plan(problem: Problem, layer: LayerCalibration, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:
+def layer_plan(problem: Problem, layer: Layer, slots: list[Slot], batch_size: int, tokens: int) -> LayerPlan:
     """``slots`` with all predictions about them, compared with the unplanned layer."""
-    before = with_capacity_classes(layer, unplanned(layer.geometry.experts, problem))
-    after = with_capacity_classes(layer, slots)
+    known = layer.calibration
+    before = with_capacity_classes(known, unplanned(layer.experts, problem))
+    after = with_capacity_classes(known, slots)
+    predicted = predict(
+        *(known, before, after, problem.cost),
+        dtype=problem.dtype,
+        batch_size=batch_size,
+        tokens=tokens,
+        weight=layer.weight,
+    )
     return LayerPlan(
-        name=layer.name,
-        index=layer.index,
-        geometry=layer.geometry,
+        name=known.name,
+        index=known.index,
+        geometry=known.geometry,
         slots=after,
-        unreached=[expert for expert, count in enumerate(layer.load) if count == 0],
-        predicted=predict(layer, before, after, problem.cost, dtype=problem.dtype, batch_size=batch_size, tokens=tokens),
+        unreached=[expert for expert, count in enumerate(known.load) if count == 0],
+        predicted=predicted,
     )

@@ -37,8 +37,9 @@ def predict(
     dtype: Format,
     batch_size: int,
     tokens: int,
+    weight: float,
 ) -> LayerPrediction:
-    """Every metric of ``planning.metrics`` for one layer.
+    """Every metric of ``planning.metrics`` for one layer, and its error times ``weight``.
 
     ``batch_size``: sequences of a calibration batch. ``tokens``: tokens of the step whose time is predicted.
     """
@@ -62,7 +63,9 @@ def predict(
         values[f"token_time_{when}"] = cost.step_time(geometry, slots, rows, 1, lanes)
         values[f"bytes_{when}"] = sum(geometry.expert_bytes(slot.format) for slot in slots)
     values["bytes_before"] = layer.stored_bytes or values["bytes_before"]
-    return LayerPrediction(**values, error=error(layer, after, dtype), over_batches=_over_batches(layer, after, batch_size))
+    return LayerPrediction(
+        **values, error=weight * error(layer, after, dtype), over_batches=_over_batches(layer, after, batch_size)
+    )
 
 
 def _over_batches(layer: LayerCalibration, slots: list[Slot], batch_size: int) -> list[BatchPrediction]:

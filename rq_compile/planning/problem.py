@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import median
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Layer:
 
     ``demand`` float ``[texts, m]``: see ``demand.demand``. ``formats``: the possible formats of an expert, the checkpoint's own
     first. ``size`` int64 ``[F]``: bytes of an expert. ``error`` float ``[m, F]``: error of each format, inf if it is impossible.
+    These are the calibration's times ``weight``, see ``error_weights``.
     """
 
     calibration: LayerCalibration
@@ -38,6 +40,7 @@ class Layer:
     formats: tuple[Format, ...]
     size: np.ndarray
     error: np.ndarray
+    weight: float = 1.0
 
     @property
     def geometry(self) -> ExpertGeometry:
@@ -138,15 +141,27 @@ def problem_of(
 ) -> Problem:
     """``tokens``: those of the only step to plan for. 0 means two steps: a calibration batch, as in prefill, and one token of
     each of its sequences, as in decoding."""
-    layers = tuple(_layer(layer, calibration.dtype, smoothing, target) for layer in calibration.layers)
-    if whole:
-        layers = tuple(replace(layer, error=layer.error * (layer.calibration.stream_share or 1)) for layer in layers)
+    layers = tuple(
+        _layer(layer, calibration.dtype, smoothing, target, weight)
+        for layer, weight in zip(calibration.layers, error_weights(calibration, in_nats=whole is not None), strict=True)
+    )
     prefill, decode = calibration.batch_size * calibration.sequence_length, calibration.batch_size
     steps = (tokens,) if tokens else (prefill, decode)
     return Problem(layers, calibration.dtype, memory, CostModel(target, ranks), steps, whole)
 
 
-def _layer(layer: LayerCalibration, dtype: Format, smoothing: float, target: Target) -> Layer:
+def error_weights(calibration: Calibration, *, in_nats: bool) -> list[float]:
+    """What a relative error of each layer's output counts in a plan: its change of the residual stream, either in nats (see
+    ``DenseCalibration``) or divided by that of the median layer. 1 if it was not measured in every layer."""
+    shares = [layer.stream_share if in_nats else layer.sensitivity for layer in calibration.layers]
+    known = [share for share in shares if share is not None]
+    if len(known) < len(shares):
+        return [1.0] * len(shares)
+    unit = 1.0 if in_nats else median(known)
+    return [share / unit for share in known]
+
+
+def _layer(layer: LayerCalibration, dtype: Format, smoothing: float, target: Target, weight: float) -> Layer:
     experts = layer.geometry.experts
     bits = {name: format.bits for name, format in SLOT_FORMATS.items()}
     stored = [format for format in FORMATS if format in layer.error and format not in held_wider(target)]
@@ -156,4 +171,4 @@ def _layer(layer: LayerCalibration, dtype: Format, smoothing: float, target: Tar
     error = np.array([own, *(layer.error[format] for format in formats[1:])], np.float64).T
     error[:, 1:] = np.maximum(error[:, 1:], [LEAST_ERROR / 2 ** bits[format] for format in formats[1:]])
     size = np.array([layer.geometry.expert_bytes(format) for format in formats], np.int64)
-    return Layer(layer, demand(layer, smoothing), formats, size, error)
+    return Layer(layer, demand(layer, smoothing), formats, size, error * weight, weight)

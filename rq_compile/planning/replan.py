@@ -95,7 +95,7 @@ def replan(
     layers, changed = [], []
     for layer, old in zip(problem.layers, plan.layers, strict=True):
         slots = _replanned(problem, layer, old, 1 + tolerance, room)
-        layers.append(layer_plan(problem, layer.calibration, slots, calibration.batch_size, problem.tokens))
+        layers.append(layer_plan(problem, layer, slots, calibration.batch_size, problem.tokens))
         changed.append(_changes(problem, layer, old, slots))
         room -= problem.cost.bytes_taken(old.geometry, slots) - problem.cost.bytes_taken(old.geometry, old.slots)
     changes = Changes(tolerance=tolerance, slots=sum(len(layer.slots) for layer in plan.layers), layers=changed)

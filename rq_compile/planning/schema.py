@@ -84,7 +84,8 @@ class LayerPrediction(Document):
     lowering computes, with the capacity classes of the slots, divided by the useful rows. ``step_time`` (for many tokens, by
     default a calibration batch) and ``token_time`` (for one token) are in seconds of a nominal machine; only their ratios are
     meaningful. Slots in ``constant`` compute nothing and are left out of all these. ``bytes_after`` are those of all slots, see
-    also ``LayerPlan.stored_bytes``. ``error``: see ``LayerCalibration.error``.
+    also ``LayerPlan.stored_bytes``. ``error``: that of ``LayerCalibration``, summed over the slots and weighted by
+    ``problem.error_weights``.
     """
 
     lis_before: Imbalance

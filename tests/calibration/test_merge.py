@@ -54,6 +54,7 @@ def assert_adds_up(found: Calibrated, expected: Calibrated, errors: float, score
         np.testing.assert_allclose(one.sums.energy, other.sums.energy, rtol=1e-5)
         np.testing.assert_allclose(one.sums.output_square, other.sums.output_square, rtol=1e-5)
         np.testing.assert_allclose(one.wanda, other.wanda, rtol=scores)
+        assert (one.sensitivity or 0) == pytest.approx(other.sensitivity or 0, rel=1e-4)
         for format, error in other.error.items():
             np.testing.assert_allclose(one.error[format], error, rtol=2e-3 if format in ("fp16", "bf16") else errors)
     for module, whole_module in zip(found[0].dense, expected[0].dense, strict=True):

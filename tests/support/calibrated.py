@@ -120,7 +120,8 @@ def same(one: Calibrated, other: Calibrated) -> None:
         for field in ("name", "geometry", "load", "text_loads", "batch_loads", "dropped", "estimated"):
             assert getattr(whole, field) == getattr(streamed, field), field
         np.testing.assert_allclose(streamed.wanda, whole.wanda, rtol=1e-4)
-        assert (streamed.stream_share or 0) == pytest.approx(whole.stream_share or 0, rel=1e-4)
+        for share in ("stream_share", "sensitivity"):
+            assert (getattr(streamed, share) or 0) == pytest.approx(getattr(whole, share) or 0, rel=1e-4), share
         for format, error in whole.error.items():
             np.testing.assert_allclose(streamed.error[format], error, rtol=2e-3, atol=1e-13, err_msg=format)
     assert one[1].keys() == other[1].keys()

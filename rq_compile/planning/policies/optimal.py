@@ -4,15 +4,16 @@ The objective, summed over the layers (weights are options, loads are those of t
 
     error  +  balance * max(0, imbalance - 1 - tolerance)  +  hedge * max(0, drift imbalance - 1 - tolerance)
 
-*error* is the layer's relative output error, the sum of its experts' measured errors. *imbalance* is the load that the target
-waits for: the busiest slot (LIS) of a batched lowering, or the busiest of several ranks. Ragged kernels on one rank do not wait,
-so the memory is spent on bits alone. With ``balance`` 1, a layer that is a tenth out of balance costs as much as an output that
-is off by a tenth of its energy. In practice, every layer is therefore first balanced to the tolerance, in whatever formats that
-takes, and then the remaining bytes buy bits where they reduce the error most. *drift imbalance* is the busiest slot if any one
-expert may gain ``drift`` mean loads, as happens on a kind of text that was not calibrated on (``demand.drift_gain``). It only
-counts once the texts are balanced, and with a small weight: on four trained models (benchmarks/balance.py), ``hedge`` 0.0002
-balances text of another kind as well as 0.01, and 0.01 pays for that with int4 where int8 would fit. On one rank, a layer whose
-texts are out of balance counts as if it were just balanced, plus the remaining imbalance.
+*error* is the layer's relative output error, the sum of its experts' measured errors, weighted by the layer's sensitivity
+(``problem.error_weights``). *imbalance* is the load that the target waits for: the busiest slot (LIS) of a batched lowering,
+or the busiest of several ranks. Ragged kernels on one rank do not wait, so the memory is spent on bits alone. With
+``balance`` 1, a layer that is a tenth out of balance costs as much as an output that is off by a tenth of its energy. In
+practice, every layer is therefore first balanced to the tolerance, in whatever formats that takes, and then the remaining
+bytes buy bits where they reduce the error most. *drift imbalance* is the busiest slot if any one expert may gain ``drift``
+mean loads, as happens on a kind of text that was not calibrated on (``demand.drift_gain``). It only counts once the texts are
+balanced, and with a small weight: on four trained models (benchmarks/balance.py), ``hedge`` 0.0002 balances text of another
+kind as well as 0.01, and 0.01 pays for that with int4 where int8 would fit. On one rank, a layer whose texts are out of
+balance counts as if it were just balanced, plus the remaining imbalance.
 
 A plan that balances layers that policy ``paper`` leaves unbalanced stores more experts in int8. Its error is then above that of
 ``paper``, which leaves most experts as they are; both errors are far too small to be visible in the perplexity. If the budget

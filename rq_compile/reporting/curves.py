@@ -101,4 +101,6 @@ def _decades(least: float, most: float) -> list[float]:
 
 def _evenly(least: float, most: float) -> list[float]:
     room = (most - least) or max(abs(most), 1.0) / 10
-    return [least + room * at / 3 for at in range(4)] if most > least else [least - room / 2, least, least + room / 2]
+    if most > least:
+        return [*(least + room * at / 3 for at in range(3)), most]
+    return [least - room / 2, least, least + room / 2]

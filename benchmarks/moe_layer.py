@@ -6,7 +6,7 @@ checked against ours. A variant's threads are asleep when a run begins. With few
 different experts, and before all runs there is an untimed run on each batch.
 ``roofline`` is the least time that the touched weights need at that read bandwidth, or the multiply-adds at that peak, divided by
 the time taken. The bytes are those of our formats, even if a variant's formats take slightly more (llama.cpp's: see
-llama_cpp_layer.py).
+llama_cpp_layer.py). In standard operators, mxfp4 takes 8 bits and fp8 32.
 
 Without --full, the following is measured: uniform routing with one thread in all formats, and with two in all but fp32; the
 other routings at 16 and 256 tokens, skewed for int4 and mixed, even for int4; Mixtral's shape up to 64 tokens, at 8 and at 4
@@ -38,7 +38,7 @@ import llama_cpp_layer
 import numpy as np
 from machine import Machine, Probe
 from moe_goals import CELL, OTHER_PRODUCT, OURS, Row, summary
-from moe_variants import Batch, Builder, Run, Shape, formats_of
+from moe_variants import CARRIED, Batch, Builder, Run, Shape, formats_of
 from provenance import processor, provenance
 
 from rq_compile.quantization.formats import Format
@@ -52,7 +52,8 @@ SHAPES = [
 ]
 TOKENS = (1, 4, 16, 64, 256, 1024)
 FLOATS = ("fp32", "fp16", "bf16")
-FORMATS = (*FLOATS, "int8", "int4", "int3", "int2", "mixed")
+NO_INTEGERS = (*FLOATS, "fp8")  # multiplied as floats, by fp32 activations or, of bf16, rounded ones
+FORMATS = (*FLOATS, "int8", "int4", "int3", "int2", "mixed", *CARRIED)
 ROUTINGS = ("uniform", "skewed", "even")
 FEW = 16  # up to this many tokens, a run is short
 BATCHES = 16  # with few tokens, successive runs must not find their experts in a cache
@@ -105,15 +106,15 @@ def batch(shape: Shape, tokens: int, routing: str, seed: int) -> Batch:
 
 def variants(builder: Builder, format: str, threads: int, llama_cpp: ctypes.CDLL | None, full: bool) -> dict[str, Run]:
     built = {OURS: builder.rewritten(format, "native", 8, threads)}
-    if format in FLOATS:
+    if format in NO_INTEGERS:
         built["stock Gemm in If"] = builder.rewritten(format, "stock", 32, threads)
     if format == "fp32":
         built["MoE"] = builder.fused(format, threads)
-    if format not in FLOATS:
+    if format not in NO_INTEGERS:
         built["MatMulNBits in If, accuracy 4"] = builder.rewritten(format, "stock", 8, threads)
-    if format == "bf16" or (full and format not in FLOATS):
+    if format == "bf16" or (full and format not in NO_INTEGERS):
         built[f"{OURS} fp32 activations"] = builder.rewritten(format, "native", 32, threads)
-    if full and format not in FLOATS:
+    if full and format not in NO_INTEGERS:
         built["MatMulNBits in If, accuracy 0"] = builder.rewritten(format, "stock", 32, threads)
     if format in ("int8", "int4"):
         built["QMoE"] = builder.fused(format, threads)
@@ -167,8 +168,8 @@ def work(shape: Shape, format: str, batches: list[Batch]) -> tuple[float, dict[s
     """For a median batch: bytes of the weights that it touches, and multiply-adds, by the peak that limits them."""
     formats = formats_of(shape, format)
     touched, macs = [], []
-    kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "int8"}
-    kinds |= dict.fromkeys(("int4", "int3", "int2"), "int4")
+    kinds: dict[Format, str] = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "fp8": "fp32", "int8": "int8"}
+    kinds |= dict.fromkeys(("int4", "mxfp4", "int3", "int2"), "int4")
     for _, ids, _, _ in batches:
         load = np.bincount(ids.reshape(-1), minlength=shape.experts)
         touched.append(sum(shape.geometry.expert_bytes(f) for f, n in zip(formats, load, strict=True) if n))

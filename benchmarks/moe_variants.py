@@ -2,11 +2,12 @@
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -18,15 +19,19 @@ from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.engine.library import library_path
 from rq_compile.lowerings import LOWERINGS, with_options
 from rq_compile.planning.schema import LayerPlan, LayerPrediction, Plan, Slot
-from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, block_size
+from rq_compile.quantization.formats import BLOCKS, MXFP4, SLOT_FORMATS, Block, Format, block_size
 from rq_compile.quantization.packing import Quantized
 from rq_compile.quantization.quantizer import quantize
 from rq_compile.quantization.second_moment import SecondMoment
+from rq_compile.quantization.source_numbers import SourceNumbers
 from rq_compile.rewrite import slot_weights
 from rq_compile.targets.partial_file import WRITTEN_AT_ONCE
 from rq_compile.targets.weights_file import locate, write_weights
 
 LAYER = "layer"
+BLOCK = BLOCKS[0]
+# Formats that only hold what a checkpoint stores in the same way.
+CARRIED = [name for name, format in SLOT_FORMATS.items() if format.only_carried]
 
 
 class Batch(NamedTuple):
@@ -81,8 +86,21 @@ class Experts:
         up, down = 2 * shape.intermediate, shape.hidden
         self._bases = (matrix(up, shape.hidden), matrix(down, shape.intermediate))
         self._quantized: dict[tuple[int, Format, Block], Quantized] = {}
-        self.all = [
-            ExpertWeights(self._bases[0][e : e + up], self._bases[1][e : e + down], None, None) for e in range(shape.experts)
+        self._ranges = [(slice(e, e + up), slice(e, e + down)) for e in range(shape.experts)]
+        self.all = [ExpertWeights(self._bases[0][rows], self._bases[1][columns]) for rows, columns in self._ranges]
+
+    def carried(self, format: Format) -> list[ExpertWeights]:
+        """The experts as a checkpoint stores them in ``format``, to which nothing is rounded."""
+        up, down = (carried_numbers(base, format) for base in self._bases)
+        values = [held.numbers.astype(np.float32) * held.scales[0, 0] for held in (up, down)]
+        return [
+            ExpertWeights(
+                values[0][rows],
+                values[1][columns],
+                up_numbers=replace(up, numbers=up.numbers[rows], scales=up.scales[rows]),
+                down_numbers=replace(down, numbers=down.numbers[columns], scales=down.scales[columns]),
+            )
+            for rows, columns in self._ranges
         ]
 
     def quantized(self, weights: np.ndarray, format: Format, moment: SecondMoment | None = None, most: Block = 128) -> Quantized:
@@ -97,13 +115,27 @@ class Experts:
         return Quantized(whole.packed[rows], whole.scales[rows])
 
 
+def carried_numbers(weights: np.ndarray, format: Format) -> SourceNumbers:
+    """``weights`` rounded to "fp8" or "mxfp4", with the same scale for all blocks of 128."""
+    largest = np.abs(weights).max()
+    if format == "fp8":
+        scale = largest / float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
+        numbers = (weights / scale).astype(ml_dtypes.float8_e4m3fn)
+    else:
+        scale = 2.0 ** np.floor(np.log2(largest) - 2) * MXFP4.unit
+        floats = (weights / scale * MXFP4.unit).astype(ml_dtypes.float4_e2m1fn)
+        numbers = (floats.astype(np.float32) / MXFP4.unit).astype(np.int8)
+    rows, columns = weights.shape
+    return SourceNumbers(numbers, np.full((rows, -(-columns // BLOCK)), scale, np.float32), BLOCK)
+
+
 class Builder:
     """Builds sessions of one shape, with their files in ``folder``."""
 
     def __init__(self, shape: Shape, folder: Path) -> None:
         self.shape, self.folder = shape, folder
         experts = Experts(shape)
-        self.experts, self._quantize = experts.all, experts.quantized
+        self.experts, self._quantize, self._carried = experts.all, experts.quantized, experts.carried
 
     def rewritten(self, format: str, lowering: str, bits: int, threads: int) -> Run:
         """Lowering "native" or "stock", activations in ``bits``."""
@@ -111,7 +143,8 @@ class Builder:
         path = self.folder / f"{name}.onnx"
         if not path.is_file():
             slots = [Slot(expert=e, format=f) for e, f in enumerate(formats_of(self.shape, format))]
-            source = lambda _, e: self.experts[e]  # noqa: E731
+            experts = self._carried(format) if format in CARRIED else self.experts  # type: ignore[arg-type]
+            source = lambda _, e: experts[e]  # noqa: E731
             realised = with_options(LOWERINGS[lowering], activation_bits=bits, dense_format="stored")
             lowered = realised.lower(_experts_node(self.shape), _plan(self.shape, slots), source)
             data = (self.folder / f"{name}.data").open("wb", buffering=WRITTEN_AT_ONCE)

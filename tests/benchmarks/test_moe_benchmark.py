@@ -83,8 +83,8 @@ def test_every_variant_of_a_small_layer_computes_the_same(format: str, tmp_path:
     shape = moe_layer.Shape("small", 128, 64, 8, 2)
     built = moe_layer.variants(moe_variants.Builder(shape, tmp_path), format, 1, None, full=True)
     moe_layer.check(built, moe_layer.batch(shape, 5, "uniform", seed=0))
-    # torch and the stock Gemm alone take weights in 16 bits.
-    assert len(built) >= (3 if format in ("fp16", "bf16") else 4)
+    # torch and the stock Gemm alone take weights in 16 bits, and fp8 has no fp32 activations to choose.
+    assert len(built) >= (2 if format == "fp8" else 3 if format in ("fp16", "bf16") else 4)
 
 
 @pytest.mark.parametrize("lowering", ["native", "stock"])

@@ -148,7 +148,7 @@ template <Storage storage, int R, int P>
 void add_products(const uint8_t* const* x, const PanelBlock& block, int64_t columns, Ints (&total)[R][P][kVectors]) {
   if constexpr (has_matrix_products(R)) add_matrix_products<storage>(x, block, columns, total);
   else if constexpr (storage == Storage::int8) add_int8_columns(x, block, columns, total);
-  else if constexpr (kPartialColumns >= kMaxBlock && fours_of(storage) > 2 && R * P * kVectors <= 4) {
+  else if constexpr (kPartialColumns >= kMaxBlock && fours_of(storage) > 1 && R * P * kVectors <= 4) {
     // Few sums, to each of which many products of a line are added, would wait for each other.
     Ints others[R][P][kVectors];
     for (int i = 0; i < R; ++i) {

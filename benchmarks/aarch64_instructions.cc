@@ -17,7 +17,8 @@ int main(int, char** arguments) {
   const std::vector<uint8_t> weights(static_cast<size_t>(kPanels * columns * rq::kPanel * 4));
   const std::vector<float> scales(static_cast<size_t>(kPanels * blocks * rq::kPanel)), x(static_cast<size_t>(columns));
   const int bits = storage == rq::Storage::fp32 ? 32 : storage == rq::Storage::int8 ? 8 : storage == rq::Storage::int4 ? 4 : 16;
-  const rq::Matrix matrix{storage, weights.data(), static_cast<size_t>(columns * rq::kPanel * bits / 8), scales.data(), columns,
+  const auto* scale_data = reinterpret_cast<const uint8_t*>(scales.data());
+  const rq::Matrix matrix{storage, weights.data(), static_cast<size_t>(columns * rq::kPanel * bits / 8), scale_data, columns,
                           kBlock,  blocks};
   std::vector<float> out(static_cast<size_t>(kPanels * rows * rq::kPanel));
   if (storage == rq::Storage::int8 || storage == rq::Storage::int4) {

@@ -143,7 +143,7 @@ class Builder:
         path = self.folder / f"{name}.onnx"
         if not path.is_file():
             slots = [Slot(expert=e, format=f) for e, f in enumerate(formats_of(self.shape, format))]
-            experts = self._carried(format) if format in CARRIED else self.experts  # type: ignore[arg-type]
+            experts = self._carried(format) if format in CARRIED else self.experts
             source = lambda _, e: experts[e]  # noqa: E731
             realised = with_options(LOWERINGS[lowering], activation_bits=bits, dense_format="stored")
             lowered = realised.lower(_experts_node(self.shape), _plan(self.shape, slots), source)

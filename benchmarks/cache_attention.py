@@ -3,15 +3,17 @@
 Every op gets the form that suits it: CacheAttention and GroupQueryAttention update caches with room in place (one buffer for past
 and present), MultiHeadAttention has no mask in a decoding step and is causal by its attribute otherwise. The separate ops are
 Concat, MatMul, Softmax and MatMul; they stand for heads whose keys and values differ in size, which the stock ops do not take.
-``copying`` is CacheAttention without room. Times are medians over interleaved rounds.
+``copying`` is CacheAttention without room. Times are medians; the ops take turns.
 
     python benchmarks/cache_attention.py -o benchmarks/results/cache_attention.json
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,7 +62,7 @@ SHAPES = {
 }
 DECODE = [*(Step(batch, past, 1) for batch in (1, 8, 32) for past in (200, 1000)), Step(1, 8000, 1)]
 PREFILL = [Step(1, 0, 128), Step(1, 1000, 128), Step(1, 0, 1024)]
-Run = Callable[[], object]
+ROUNDS = 4
 
 
 def numbers(*shape: int) -> np.ndarray:
@@ -72,12 +74,11 @@ def numbers(*shape: int) -> np.ndarray:
 class Contender:
     """One op (or some) and its inputs; ``run`` computes a step."""
 
-    def __init__(self, name: str, model: ModelProto, feeds: dict[str, np.ndarray], threads: int, in_place: bool) -> None:
+    def __init__(self, model: ModelProto, feeds: dict[str, np.ndarray], threads: int, in_place: bool) -> None:
         options = onnxruntime.SessionOptions()
         options.register_custom_ops_library(str(library.library_path()))
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
-        self.name = name
         self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self._feeds = feeds
         self._binding = self._session.io_binding()
@@ -118,6 +119,7 @@ class Inputs:
 
     def __init__(self, shape: Shape, step: Step) -> None:
         self.shape, self.step = shape, step
+        self._caches: dict[int, dict[str, np.ndarray]] = {}
         self.total = step.past + step.tokens
         self.fresh = {
             "query": numbers(step.batch, step.tokens, shape.heads * shape.width),
@@ -126,6 +128,12 @@ class Inputs:
         }
 
     def caches(self, columns: int) -> dict[str, np.ndarray]:
+        """With room for ``columns``."""
+        if columns not in self._caches:
+            self._caches[columns] = self._filled(columns)
+        return self._caches[columns]
+
+    def _filled(self, columns: int) -> dict[str, np.ndarray]:
         batch, heads = self.step.batch, self.shape.kv_heads
         kept = {
             "past_key": numbers(batch, heads, self.step.past, self.shape.width),
@@ -159,7 +167,7 @@ def cache_attention(inputs: Inputs, threads: int, in_place: bool) -> Contender:
         kv_num_heads=shape.kv_heads,
         scale=shape.width**-0.5,
     )
-    return Contender("in place" if in_place else "copying", model_of([node], feeds, {}), feeds, threads, in_place)
+    return Contender(model_of([node], feeds, {}), feeds, threads, in_place)
 
 
 def multi_head(inputs: Inputs, threads: int) -> Contender:
@@ -172,7 +180,7 @@ def multi_head(inputs: Inputs, threads: int) -> Contender:
         num_heads=inputs.shape.heads,
         unidirectional=int(inputs.step.tokens > 1),
     )
-    return Contender("MultiHeadAttention", model_of([node], feeds, {}), feeds, threads, in_place=False)
+    return Contender(model_of([node], feeds, {}), feeds, threads, in_place=False)
 
 
 def group_query(inputs: Inputs, threads: int) -> Contender:
@@ -186,7 +194,7 @@ def group_query(inputs: Inputs, threads: int) -> Contender:
         num_heads=inputs.shape.heads,
         kv_num_heads=inputs.shape.kv_heads,
     )
-    return Contender("GroupQueryAttention", model_of([node], feeds, {}), feeds, threads, in_place=True)
+    return Contender(model_of([node], feeds, {}), feeds, threads, in_place=True)
 
 
 def separate_ops(inputs: Inputs, threads: int) -> Contender:
@@ -218,46 +226,52 @@ def separate_ops(inputs: Inputs, threads: int) -> Contender:
     add("MatMul", ["weights", "present_value"], "sums")
     add("Transpose", ["sums"], "sums_split", perm=[0, 2, 1, 3])
     add("Reshape", ["sums_split", "joined"], "y")
-    return Contender("separate ops", model_of(nodes, feeds, constants), feeds, threads, in_place=False)
+    return Contender(model_of(nodes, feeds, constants), feeds, threads, in_place=False)
 
 
-def contenders(inputs: Inputs, threads: int) -> list[Contender]:
-    shape = inputs.shape
-    found = [cache_attention(inputs, threads, in_place=True), cache_attention(inputs, threads, in_place=False)]
+Maker = Callable[[Inputs, int], Contender]
+
+
+def contenders(shape: Shape) -> dict[str, Maker]:
+    found: dict[str, Maker] = {
+        "in place": partial(cache_attention, in_place=True),
+        "copying": partial(cache_attention, in_place=False),
+    }
     if shape.width != shape.value_width:
-        return [*found, separate_ops(inputs, threads)]
+        return found | {"separate ops": separate_ops}
     if shape.heads == shape.kv_heads:
-        found.append(multi_head(inputs, threads))
-    return [*found, group_query(inputs, threads)]
+        found["MultiHeadAttention"] = multi_head
+    return found | {"GroupQueryAttention": group_query}
 
 
-def microseconds(running: list[Contender], seconds: float) -> dict[str, float]:
-    """Median times over rounds in which each contender computes one step (several, if it is short)."""
-    took: dict[str, list[float]] = {one.name: [] for one in running}
-    repeats = {}
-    for one in running:
-        one.run()
+def microseconds(makers: dict[str, Maker], inputs: Inputs, threads: int, seconds: float) -> dict[str, float]:
+    """Median times. A round makes a session of one op after the other: threads of another one would take a core as they wait."""
+    took: dict[str, list[float]] = {name: [] for name in makers}
+    expected = None
+    for _, (name, make) in itertools.product(range(ROUNDS), makers.items()):
+        one = make(inputs, threads)
+        result = one.result()
+        expected = result if expected is None else expected
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-4, err_msg=f"{inputs.shape.name}, {inputs.step}: {name}")
         start = time.perf_counter()
         one.run()
-        repeats[one.name] = max(1, int(2e-4 / (time.perf_counter() - start)))
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(took[running[0].name]) < 3:
-        for one in running:
-            one.run()  # the caches hold the data of the contender before
+        repeats = max(1, int(2e-4 / (time.perf_counter() - start)))
+        end = time.perf_counter() + seconds / ROUNDS
+        while True:
             start = time.perf_counter()
-            for _ in range(repeats[one.name]):
+            for _ in range(repeats):
                 one.run()
-            took[one.name].append((time.perf_counter() - start) / repeats[one.name])
+            stop = time.perf_counter()
+            took[name].append((stop - start) / repeats)
+            if stop > end:
+                break
+        del one
     return {name: 1e6 * median(times) for name, times in took.items()}
 
 
 def measured(shape: Shape, step: Step, threads: int, seconds: float, bandwidth: float) -> dict[str, Any]:
     inputs = Inputs(shape, step)
-    running = contenders(inputs, threads)
-    expected = running[-1].result()
-    for one in running[:-1]:
-        np.testing.assert_allclose(one.result(), expected, rtol=0, atol=1e-4, err_msg=f"{shape.name}, {step}: {one.name}")
-    times = {name: round(value, 1) for name, value in microseconds(running, seconds).items()}
+    times = {name: round(value, 1) for name, value in microseconds(contenders(shape), inputs, threads, seconds).items()}
     read = 4 * step.batch * shape.kv_heads * inputs.total * (shape.width + shape.value_width)
     row: dict[str, Any] = {"shape": shape.name, "step": str(step), "threads": threads, "microseconds": times, "cache_bytes": read}
     if step.tokens == 1:
@@ -280,7 +294,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", choices=("decode", "prefill", "all"), default="all")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each cell")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each op in a cell")
     parser.add_argument("-o", "--output", type=Path, help="file for the rows, JSON")
     arguments = parser.parse_args()
     steps = (DECODE if arguments.steps != "prefill" else []) + (PREFILL if arguments.steps != "decode" else [])

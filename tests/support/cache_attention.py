@@ -3,6 +3,9 @@
 Run as a program, it checks some cases with the instruction set of RQ_MOE_ISA.
 """
 
+import ctypes
+import itertools
+import mmap
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -137,6 +140,35 @@ def attend_in_place(case: Case, threads: int = 1) -> list[np.ndarray]:
     return [np.array(value.numpy()) for value in (binding.get_outputs()[0], *buffers.values())]
 
 
+class Guarded:
+    """A copy of an array that ends where the process may not read on; an op that does ends with a signal."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        size = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.shape, self.address = array.shape, begin + size - array.nbytes
+        ctypes.memmove(self.address, array.ctypes.data, array.nbytes)
+        if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(begin + size), mmap.PAGESIZE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def attend_at_the_end_of_memory(case: Case) -> np.ndarray:
+    """y of a call in place whose caches are ``Guarded``."""
+    running = session_of(case)
+    binding = running.io_binding()
+    caches = {name: Guarded(getattr(case, f"past_{name}")) for name in ("key", "value")}
+    for name, array in case.feeds().items():
+        if not name.startswith("past_"):
+            binding.bind_cpu_input(name, array)
+    binding.bind_output("y")
+    for name, cache in caches.items():
+        binding.bind_input(f"past_{name}", "cpu", 0, np.float32, cache.shape, cache.address)
+        binding.bind_output(f"present_{name}", "cpu", 0, np.float32, cache.shape, cache.address)
+    running.run_with_iobinding(binding)
+    return np.array(binding.get_outputs()[0].numpy())
+
+
 def presents(case: Case) -> list[np.ndarray]:
     """The columns of the caches that are defined."""
 
@@ -193,6 +225,9 @@ def main() -> None:
             padded = np.concatenate([causal(steps, 90), causal(steps, 90, 3), causal(steps, 90, 0, 7)])
             padded[1, 0, :, 20:31] = False
             check(case := random_case(rng, padded, heads, kv_heads, width, value_width, sinks=True, length=100), attend(case))
+    for steps, total, width in itertools.product((1, 2), range(2, 36), (8, 16, 40, 128)):
+        case = random_case(rng, causal(steps, total), 2, 1, width, length=total)
+        np.testing.assert_array_equal(attend_at_the_end_of_memory(case), attend(case)[0])
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ inline Floats load_ahead(const float* p) {
   return load(p);
 }
 
-// Sums of the products of a query and kLanes keys, in rounds of four keys, `between` numbers apart. The keys of a round follow those
-// of the round before. If it is not inlined, the sums are kept in memory.
+// Sums of the products of a query and kLanes keys, in rounds of four keys, `between` numbers apart. The next round is `apart`
+// numbers further. If it is not inlined, the sums are kept in memory.
 template <int round>
-__attribute__((always_inline)) inline void add_keys(const float* query, const float* keys, int64_t between, int64_t columns,
-                                                    Floats (&sums)[kLanes]) {
+__attribute__((always_inline)) inline void add_keys(const float* query, const float* keys, int64_t between, int64_t apart,
+                                                    int64_t columns, Floats (&sums)[kLanes]) {
   constexpr int kRounds = static_cast<int>(kLanes) / 4;
   const float *a = keys, *b = keys + between, *c = keys + 2 * between, *d = keys + 3 * between;
   Floats of_a = set(0.0f), of_b = of_a, of_c = of_a, of_d = of_a;
@@ -23,13 +23,14 @@ __attribute__((always_inline)) inline void add_keys(const float* query, const fl
     of_d = multiply_add(q, load_ahead(d + i), of_d);
   }
   sums[round] = of_a, sums[kRounds + round] = of_b, sums[2 * kRounds + round] = of_c, sums[3 * kRounds + round] = of_d;
-  if constexpr (round + 1 < kRounds) add_keys<round + 1>(query, keys + columns, between, columns, sums);
+  if constexpr (round + 1 < kRounds) add_keys<round + 1>(query, keys + apart, between, apart, columns, sums);
 }
 
-// Lane f * kLanes / 4 + i: the product of the query and key i from keys + f * between on; of the columns that are whole vectors.
-RQ_OWN_REGISTERS Floats dots(const float* query, const float* keys, int64_t between, int64_t columns) {
+// Lane f * kLanes / 4 + i: the product of the query and the key at keys + f * between + i * apart; of the columns that are whole
+// vectors.
+RQ_OWN_REGISTERS Floats dots(const float* query, const float* keys, int64_t between, int64_t apart, int64_t columns) {
   Floats sums[kLanes];
-  add_keys<0>(query, keys, between, columns, sums);
+  add_keys<0>(query, keys, between, apart, columns, sums);
   return sum_each(sums);
 }
 
@@ -47,7 +48,7 @@ void dot_keys(const float* queries, int64_t rows, const float* keys, int64_t cou
   const auto several = [&](int64_t k, int64_t between) {
     for (int64_t r = 0; r < rows; ++r) {
       float sums[kLanes];
-      store(sums, dots(queries + r * columns, keys + k * columns, between * columns, columns));
+      store(sums, dots(queries + r * columns, keys + k * columns, between * columns, columns, columns));
       float* out = scores + r * stride + k;
       for (int64_t f = 0; f < 4; ++f) memcpy(out + f * between, sums + f * kOfEach, kOfEach * sizeof(float));
     }
@@ -57,7 +58,7 @@ void dot_keys(const float* queries, int64_t rows, const float* keys, int64_t cou
   for (int64_t k = 0; k < count && stretch == 0; ++k) {
     for (int64_t r = 0; r < rows; ++r) {
       float sums[kLanes];
-      store(sums, dots(queries + r * columns, keys + k * columns, 0, columns));
+      store(sums, dots(queries + r * columns, keys + k * columns, 0, 0, columns));
       scores[r * stride + k] = sums[0];
     }
   }

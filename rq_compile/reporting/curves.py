@@ -72,7 +72,7 @@ def curve(
         return 100 * (size - sizes[0]) / ((sizes[-1] - sizes[0]) or 1)
 
     def down(scaled_value: float) -> float:
-        return 100 - 100 * (scaled_value - y_values[0]) / (y_values[-1] - y_values[0])
+        return 100 - 100 * ((scaled_value - y_values[0]) / (y_values[-1] - y_values[0]))
 
     places = [(across(point.bytes_taken), down(value)) for point, value in zip(points, values, strict=True)]
     return Curve(

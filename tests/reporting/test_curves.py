@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 from command_line import names, refused
@@ -13,6 +14,7 @@ from sweeps import sweep_of
 from rq_compile.engine.manifest import Manifest
 from rq_compile.files import read_document, write_document
 from rq_compile.planning.sweep import point_of
+from rq_compile.reporting.curves import curve as drawn_curve
 from rq_compile.reporting.curves import curves
 
 Command = Callable[..., Result]
@@ -49,6 +51,14 @@ def test_a_sweep_with_one_budget_is_drawn(manifest: Manifest, stages: Path) -> N
     for point in (sweep.points[0], point_of(manifest.plan)):
         for curve in curves(sweep.model_copy(update={"points": [point]}), manifest.plan):
             assert all(0 <= place <= 100 for mark in curve.marks for place in (mark.x, mark.y))
+
+
+def test_rounding_puts_no_mark_beyond_the_axes(manifest: Manifest, stages: Path) -> None:
+    points = [sweep_of(manifest, stages / "calibration.json").points[place] for place in (0, -1)]
+    for least, step in np.random.default_rng(0).random((1000, 2)):
+        pair = [point.model_copy(update={"token_time": time}) for point, time in zip(points, (least, least + step), strict=True)]
+        drawn = drawn_curve("", "", pair, pair[0], lambda point: point.token_time or 0, "{}")
+        assert [mark.y for mark in drawn.marks] == [100, 0]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ SCORES: tuple[Pattern, ...] = (
 )
 # A mask of 0 and the lowest number.
 MASKS: tuple[Pattern, ...] = (("Mul", ("Cast", ("Not", "allowed")), "lowest"), ("Where", "allowed", "zeros", "lowest"))
+# What reads the scores for the softmax alone.
+OF_A_SOFTMAX = {"Softmax", "Sub", "ReduceMax", "Concat", "Shape"}
 # Rows that may read nothing are set to 0.
 GUARDED = ("Reshape", ("Where", "nothing", "zeros", "product"), "shape")
 # The cache with the new tokens, as the exporter writes it; the axis is 2 or -2.
@@ -56,6 +58,8 @@ def _attention(node: gs.Node, graph: gs.Graph) -> Match | NearMatch | None:
     found = _scores(weights)
     if found is None:
         return None
+    if others := {node.op for node in found["scores"].outputs} - OF_A_SOFTMAX:
+        return NearMatch(f"its scores are read by {', '.join(sorted(others))}")
     allowed = next((mask["allowed"] for pattern in MASKS if (mask := match(found["mask"], pattern))), None)
     if allowed is None or len(allowed.shape or []) != 4:
         return NearMatch("its mask is not made of booleans")
@@ -73,7 +77,7 @@ def _attention(node: gs.Node, graph: gs.Graph) -> Match | NearMatch | None:
 
 
 def _scores(weights: gs.Tensor) -> Match | None:
-    """``query``, ``keys``, ``mask`` and the scales of a softmax; and ``sinks``, logits that only its sum contains."""
+    """``query``, ``keys``, ``mask`` and the scales of a softmax, its ``scores``, and ``sinks``: logits of its sum alone."""
     cut = weights.inputs[0] if weights.inputs and weights.inputs[0].op == "Slice" else None
     if cut is not None:
         weights = cut.inputs[0]
@@ -91,7 +95,7 @@ def _scores(weights: gs.Tensor) -> Match | None:
         return None
     scores = sinks["x"] if sinks else softmax["x"]
     found = next((found for pattern in SCORES if (found := match(scores, pattern))), None)
-    return found and {**found, **({"sinks": sinks["sinks"]} if sinks else {})}
+    return found and {**found, "scores": scores, **({"sinks": sinks["sinks"]} if sinks else {})}
 
 
 def _guarded(product: gs.Tensor) -> gs.Tensor:

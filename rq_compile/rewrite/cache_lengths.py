@@ -26,37 +26,38 @@ def cache_lengths(graph: gs.Graph) -> PassReport:
     op, report = Ops(graph, NAME), PassReport("lengths of caches", "read off the mask")
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     for past, present in _caches(graph):
-        others = [node for node in (*past.outputs, *present.outputs) if node.op != OP and not _is_length(node)]
-        if others:
-            report.leave(f"{past.name} is read by {', '.join(sorted({node.op for node in others}))}")
+        readers = [node for tensor in (*past, *present) for node in tensor.outputs if node.op != OP]
+        if others := sorted({node.op for node in readers if not _is_length(node)}):
+            report.leave(f"{past[0].name} or its values are read by {', '.join(others)}")
             continue
-        for node in [node for node in (*past.outputs, *present.outputs) if _is_length(node)]:
+        for node in readers:
             (length,) = node.outputs
             node.outputs.clear()
             columns = op("Shape", inputs["attention_mask"], start=1, end=2)
-            new = op("Shape", inputs["input_ids"], start=1, end=2) if node.inputs[0] is past else [0]
+            new = op("Shape", inputs["input_ids"], start=1, end=2) if any(node.inputs[0] is held for held in past) else [0]
             op("Sub", columns, new, out=length)
             report.changed += 1
     graph.cleanup().toposort()
-    for cache in _caches(graph):
-        readers = [node.op for tensor in cache for node in tensor.outputs]
-        ensures(NAME, set(readers) - {OP} != {"Shape"}, "that no length is read off a cache")
+    for past, present in _caches(graph):
+        left = {node.op for tensor in (*past, *present) for node in tensor.outputs} - {OP}
+        ensures(NAME, left != {"Shape"}, "that no length is read off a cache")
     return report
 
 
 def caches_in_place(model: onnx.ModelProto) -> set[str]:
-    """The inputs of the graph that are caches which may have room for further tokens: only a CacheAttention reads them, and
-    nothing reads what it returns."""
-    nodes = [node for node in model.graph.node if node.op_type == OP]
-    caches = {past: present for node in nodes for past, present in zip(node.input[PAST], node.output[PRESENT], strict=True)}
+    """The inputs of the graph that are caches which may have room for further tokens: keys and values that only a CacheAttention
+    reads, and nothing after it."""
     others = {name for node in model.graph.node if node.op_type != OP for name in node.input}
-    return {past for past, present in caches.items() if not {past, present} & others}
+    held = [node for node in model.graph.node if node.op_type == OP]
+    alone = [node for node in held if not {*node.input[PAST], *node.output[PRESENT]} & others]
+    return {name for node in alone for name in node.input[PAST]}
 
 
-def _caches(graph: gs.Graph) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
+def _caches(graph: gs.Graph) -> Iterator[tuple[list[gs.Tensor], list[gs.Tensor]]]:
+    """Keys and values of each attention, before and after the step."""
     for node in graph.nodes:
         if node.op == OP:
-            yield from zip(node.inputs[PAST], node.outputs[PRESENT], strict=True)
+            yield node.inputs[PAST], node.outputs[PRESENT]
 
 
 def _is_length(node: gs.Node) -> bool:

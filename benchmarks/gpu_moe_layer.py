@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from rq_kernels.launch import Layer
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-FORMATS = ("bf16", "int8", "int4", "mixed")
+# The format codes of the experts, in turn. Without scales, "mixed" has 6.5 bits a weight on average, and "few" 3.4.
+FORMATS = {
+    "bf16": (0,),
+    "int8": (1,),
+    "int4": (2,),
+    "int3": (5,),
+    "int2": (6,),
+    "mixed": (0, 1, 1, 2, 2, 2, 2, 2),
+    "few": (1, 2, 5, 5, 5, 6, 6, 6),
+}
 ROUTINGS = ("uniform", "skewed")
 ROUNDS = 30
 OURS = "rq.moe"
@@ -54,14 +63,12 @@ SHAPES = (
     Shape("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
     Shape("Mixtral", 4096, 14336, 8, 2),
 )
-BYTES = {0: 2.0, 1: 1 + 4 / 128, 2: 0.5 + 4 / 128}  # per weight, including its share of the scale
+BLOCK = 128
 
 
 def formats_of(shape: Shape, format: str) -> list[int]:
-    """The format code of each expert; "mixed": one in eight bf16, two int8, five int4."""
-    if format == "mixed":
-        return [(0, 1, 1, 2, 2, 2, 2, 2)[e % 8] for e in range(shape.experts)]
-    return [FORMATS.index(format)] * shape.experts
+    """The format code of each expert."""
+    return [FORMATS[format][e % len(FORMATS[format])] for e in range(shape.experts)]
 
 
 def routing(shape: Shape, tokens: int, kind: str, seed: int) -> torch.Tensor:
@@ -74,30 +81,33 @@ def routing(shape: Shape, tokens: int, kind: str, seed: int) -> torch.Tensor:
 
 def work(shape: Shape, formats: list[int], ids: torch.Tensor) -> tuple[float, float]:
     """Bytes of the weights that a batch touches, and its multiply-adds."""
+    from rq_kernels.formats import GROUPS
+
     matrix = 3 * shape.hidden * shape.intermediate
-    touched = sum(BYTES[formats[e]] * matrix for e in ids.unique().tolist())
+    bits = [GROUPS[code].bits + 32 / BLOCK if code else 16 for code in formats]
+    touched = sum(bits[e] / 8 * matrix for e in ids.unique().tolist())
     return touched, float(ids.numel() * matrix)
 
 
 def layer(shape: Shape, formats: list[int], device: str) -> "Layer":
     """Our layer with random weights, made on the device."""
+    from rq_kernels.formats import GROUPS
     from rq_kernels.launch import Layer, Projection
 
     codes = torch.tensor(formats, dtype=torch.int32, device=device)
-    index = torch.stack([codes == code for code in range(3)]).cumsum(1).gather(0, codes[None].long())[0].int() - 1
+    index = torch.stack([codes == code for code in range(len(GROUPS))]).cumsum(1).gather(0, codes[None].long())[0].int() - 1
 
     def projection(N: int, K: int) -> Projection:
-        counts = [formats.count(code) for code in range(3)]
-        blocks = K // 128
-        scale = lambda count, zero: (0.5 + torch.rand(count, N, blocks, device=device)) / (zero * K**0.5)  # noqa: E731
-        whole = lambda count, bytes: torch.randint(1, 256, (count, N, bytes), dtype=torch.uint8, device=device)  # noqa: E731
         held: dict[str, torch.Tensor] = {}
-        if counts[0]:
-            held["float_weights"] = torch.randn(counts[0], N, K, device=device, dtype=torch.bfloat16) / K**0.5
-        if counts[1]:
-            held |= {"int8_packed": whole(counts[1], K), "int8_scales": scale(counts[1], 128)}
-        if counts[2]:
-            held |= {"int4_packed": whole(counts[2], K // 2), "int4_scales": scale(counts[2], 8)}
+        for code in sorted(set(formats)):
+            count, group = formats.count(code), GROUPS[code]
+            if not group.bits:
+                held[group.tensors[0]] = torch.randn(count, N, K, device=device, dtype=torch.bfloat16) / K**0.5
+                continue
+            packed, scales = group.tensors
+            held[packed] = torch.randint(1, 256, (count, N, K * group.bits // 8), dtype=torch.uint8, device=device)
+            spread = 0.5 + torch.rand(count, N, K // BLOCK, device=device)
+            held[scales] = spread / (2 ** (group.bits - 1) * K**0.5)
         return Projection(index, held)
 
     replicas = torch.arange(shape.experts, dtype=torch.int32, device=device)[:, None]
@@ -121,13 +131,13 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def variants(held: "Layer", format: str, size: str) -> dict[str, Run]:
-    """The variants to compare, ours first. Only ours can run a plan with mixed formats."""
+    """The variants to compare, ours first. Only ours can run mixed formats, 3 bits and 2 bits."""
     import gpu_moe_baseline as baseline
     from rq_kernels import launch
 
     built: dict[str, Run] = {OURS: lambda x, ids, gates: launch.moe_layer(x, ids, gates, held, size)}
-    if format != "mixed":
-        same = uniform(held, FORMATS.index(format))
+    if format in ("bf16", "int8", "int4"):
+        same = uniform(held, FORMATS[format][0])
         for tile in baseline.TILES:
             built[f"fused MoE {tile}"] = partial(baseline.triton_layer, held=same, tile=tile)
     if format == "bf16":
@@ -194,7 +204,7 @@ def cell(shape: Shape, held: "Layer", format: str, tokens: int, kind: str, limit
     from rq_kernels import tiles
 
     ids = routing(shape, tokens, kind, seed=tokens)
-    size = tiles.choose(ids.reshape(-1).bincount(minlength=shape.experts).tolist())
+    size = tiles.choose(ids.reshape(-1).bincount(minlength=shape.experts).tolist(), held.sizes)
     gates = torch.rand(tokens, shape.top_k, device="cuda")
     inputs = (
         torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16),
@@ -236,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape, uniform routing, 1, 64 and 1024 tokens")
     parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], default=[shape.name for shape in SHAPES])
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     parser.add_argument("-o", "--output", type=Path, help="file for the rows, JSON")

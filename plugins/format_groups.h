@@ -17,6 +17,9 @@ struct FormatGroup {
   int bits;             // of a quantized weight
   bool exponents;       // whether scales are exponents of powers of two, in a byte, instead of fp32
   bool mixes;           // whether the GPU kernels support it in a layer with other groups
+
+  // Whether layers with the group have GPU kernels of their own, whatever other groups they have.
+  constexpr bool few_bits() const { return bits > 0 && bits < 4; }
 };
 
 constexpr FormatGroup kFormatGroups[] = {
@@ -25,10 +28,10 @@ constexpr FormatGroup kFormatGroups[] = {
     {"int4", "int4_packed", "int4_scales", 4, false, true},
     {"mxfp4", "mxfp4_packed", "mxfp4_scales", 4, true, false},
     {"fp8", "fp8_packed", "fp8_scales", 8, false, false},
-    {"int3", "int3_packed", "int3_scales", 3, false, false},
-    {"int2", "int2_packed", "int2_scales", 2, false, false},
+    {"int3", "int3_packed", "int3_scales", 3, false, true},
+    {"int2", "int2_packed", "int2_scales", 2, false, true},
 };
-constexpr size_t kGroups = std::size(kFormatGroups), kGpuGroups = 5;  // the GPU kernels read the first of them
+constexpr size_t kGroups = std::size(kFormatGroups), kGpuGroups = 7;  // the GPU kernels read the first of them
 
 // The most inputs that a node has for them: the tensors of all groups and the bias.
 constexpr size_t most_operands() {

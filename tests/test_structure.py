@@ -93,7 +93,7 @@ def test_all_libraries_know_the_same_format_groups(monkeypatch: pytest.MonkeyPat
         kept = [format for format in SLOT_FORMATS.values() if format.group == group]
         assert (name, tensors) == (group, tensors_of(group))
         assert (exponents == "true") == any(getattr(format, "exponents", False) for format in kept)
-        assert (mixes == "true") == (kernels is not None and bool(of_kernels.MIXED >> FORMAT_GROUPS.index(group) & 1))
+        assert (mixes == "true") == (kernels is not None and bool(of_kernels.FEW_BITS >> FORMAT_GROUPS.index(group) & 1))
         if kernels is not None:
             assert (name, tensors, int(bits), exponents == "true") == (
                 *(kernels.name, kernels.tensors, kernels.bits, kernels.exponents),

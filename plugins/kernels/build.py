@@ -134,8 +134,7 @@ def main() -> None:
         kernels = [describe(v, [started[v.name, sm].result() for sm in args.sm]) for v in chosen]
         toolkit = {"triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version, "ptx": f"{PTX // 10}.{PTX % 10}"}
         drivers = {"ptx": PTX_DRIVER, "cubin": CUBIN_DRIVER[toolkit["ptxas"].split(".")[0]], "sm_100_and_later": SM_100_DRIVER}
-        rule = {"rows": {name: tile.rows for name, tile in tiles.UP.items()}, "reread": tiles.REREAD, "small": tiles.SMALL}
-    document = {"version": 1, **toolkit, "linux_driver_at_least": drivers, "tiles": rule, "kernels": kernels}
+    document = {"version": 1, **toolkit, "linux_driver_at_least": drivers, "tiles": tiles.rule(), "kernels": kernels}
     (args.output / "kernels.json").write_text(json.dumps(document, indent=1) + "\n")
     report(kernels)
 

@@ -89,8 +89,8 @@ def main() -> None:
             declarations.append(f"extern const unsigned char {symbol}[];")
             symbols.append(symbol)
         entries.append(table_entry(kernel, symbols))
-    sizes = sorted(document["tiles"]["rows"].items(), key=lambda size: size[1])
-    tile_sizes = ", ".join(f'{{"{name}", {rows}}}' for name, rows in sizes)
+    sizes, few_bits = sorted(document["tiles"]["rows"].items(), key=lambda size: size[1]), document["tiles"]["few_bits"]
+    tile_sizes = ", ".join(f'{{"{name}", {rows}, {str(name in few_bits).lower()}}}' for name, rows in sizes)
     table = [
         '#include "kernels.h"',
         "#include <type_traits>",

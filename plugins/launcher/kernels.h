@@ -14,7 +14,7 @@ namespace rq {
 struct Arguments {
   CUdeviceptr ids, counts, replicas, offsets, tiles, tile_count, rows, gates, x, y, out;
   CUdeviceptr formats, weights, float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales,
-      fp8_packed, fp8_scales, bias;
+      fp8_packed, fp8_scales, int3_packed, int3_scales, int2_packed, int2_scales, bias;
   CUdeviceptr global_scratch, profile_scratch;  // null: no kernel of this library uses them
   int32_t pairs, chunks, experts, width, slots, rows_per_tile;
   int32_t top_k, columns, outputs, biased, block, activation, hidden;
@@ -57,6 +57,7 @@ struct Kernel {
 struct TileSize {
   const char* name;
   int rows;
+  bool few_bits;  // whether layers with slots in int3 or int2 have it; then they have all smaller ones, too
 };
 
 // embed.py defines these four.

@@ -66,14 +66,24 @@ void check_sizes(const Layer& layer) {
           "activation " + text(layer.activation) + " is unknown");
 }
 
+bool has_few_bits(const Layer& layer) {
+  return std::any_of(layer.formats.begin(), layer.formats.end(), [](int format) { return kFormatGroups[format].few_bits(); });
+}
+
 std::string formats_of(const Layer& layer) {
   const int first = layer.formats.front();
   const bool same = std::all_of(layer.formats.begin(), layer.formats.end(), [=](int format) { return format == first; });
-  if (same) return kFormatGroups[first].name;
+  if (same && !has_few_bits(layer)) return kFormatGroups[first].name;
   for (int format : layer.formats)
     require(kFormatGroups[format].mixes,
             std::string("the kernels take slots in ") + kFormatGroups[format].name + " only if all slots of the layer are");
-  return "mixed";
+  return has_few_bits(layer) ? "few" : "mixed";
+}
+
+// The number of sizes in tile_sizes, from the first on, that the layer has kernels for.
+size_t size_count(const Layer& layer) {
+  const auto few = [](const TileSize& size) { return size.few_bits; };
+  return has_few_bits(layer) ? std::count_if(tile_sizes.begin(), tile_sizes.end(), few) : tile_sizes.size();
 }
 
 Loaded find(const std::string& name) {
@@ -101,6 +111,8 @@ constexpr GroupArguments kGroupArguments[] = {
     {&Arguments::int4_packed, &Arguments::int4_scales},
     {&Arguments::mxfp4_packed, &Arguments::mxfp4_scales},
     {&Arguments::fp8_packed, &Arguments::fp8_scales},
+    {&Arguments::int3_packed, &Arguments::int3_scales},
+    {&Arguments::int2_packed, &Arguments::int2_scales},
 };
 static_assert(std::size(kGroupArguments) == kGpuGroups, "each format group has its arguments");
 
@@ -132,7 +144,7 @@ int64_t most_tiles(int64_t pairs, int64_t slots, int64_t rows_per_tile) {
 size_t choose_tiles(const Layer& layer, int64_t pairs) {
   size_t best = 0;
   double lowest = std::numeric_limits<double>::infinity();
-  for (size_t size = 0; size < tile_sizes.size(); ++size) {
+  for (size_t size = 0; size < size_count(layer); ++size) {
     const double rows_per_tile = tile_sizes[size].rows;
     double tiles = 0;
     for (int slot = 0; slot < layer.slots(); ++slot) {
@@ -154,8 +166,8 @@ LayerKernels::LayerKernels(const Layer& layer) : layer_(layer) {
   for (const char* name : {"dispatch_count", "dispatch_scan", "dispatch_scatter", "dispatch_small"})
     kernels_.push_back(find(name));
   kernels_.push_back(find("combine_" + dtype));
-  for (const TileSize& size : tile_sizes) {
-    const std::string variant = dtype + "_" + formats_of(layer) + "_" + size.name;
+  for (size_t size = 0; size < size_count(layer); ++size) {
+    const std::string variant = dtype + "_" + formats_of(layer) + "_" + tile_sizes[size].name;
     kernels_.push_back(find_product((is_gated(layer.activation) ? "up_gated_" : "up_plain_") + variant, layer.up_block));
     kernels_.push_back(find_product("down_" + variant, layer.down_block));
   }

@@ -45,9 +45,9 @@ int known_size(const Input& input, const Dims& dims, size_t i) {
 // The number of columns that share a scale.
 int block_of(const Input& input, const Dims& packed, const Dims& scales, int columns) {
   const int bytes = known_size(input, packed, 2), blocks = known_size(input, scales, 2);
-  const int filled = bytes * 8 / group_of(input).bits;
+  const int bits = group_of(input).bits, filled = bytes * 8 / bits;
   const int block = filled / blocks;
-  if (filled % blocks || blocks != columns / block + (columns % block != 0))
+  if (bytes * 8 % bits || filled % blocks || blocks != columns / block + (columns % block != 0))
     throw std::invalid_argument(name_of(input) + " has " + std::to_string(filled) + " columns in " + std::to_string(blocks) +
                                 " blocks, which are not those of " + std::to_string(columns) + " columns");
   return block;

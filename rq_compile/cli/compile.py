@@ -145,7 +145,6 @@ def command(
     options = parse_options(policy_options, policy=planning["policy"], mixed_copies=mixed_copies, objective=objective)
 
     from rq_compile import spill
-    from rq_compile.architectures.ties import remarks_on_ties
     from rq_compile.architectures.without_engine import check_engine
     from rq_compile.calibration.statistics import Statistics
     from rq_compile.files import read_document
@@ -204,7 +203,9 @@ def command(
         statistics = Statistics.of(tensors)
 
     if settings is not None:
-        for remark in remarks_on_ties(model):
+        from rq_compile.targets.tensorrt.compile import remarks_before as remarks_before_build
+
+        for remark in remarks_before_build(model, plan, settings):
             log.info(remark)
         compile_plan(screen, model, plan, output, settings, statistics=statistics, threads=threads)
         return

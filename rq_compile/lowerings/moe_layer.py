@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -29,7 +28,6 @@ class MoeLayerNode(Lowering):
     half: Half = "fp16"
     activation_bits: int = 16
 
-    held_as: ClassVar[Mapping[Format, Format]] = {"int3": "int4", "int2": "int4"}
     formats: ClassVar[tuple[Format, ...]] = OF_THE_OP_SET
     counts_rows: ClassVar[bool] = False  # slots are inside the node
     otherwise: ClassVar[str]  # what to do with a layer that the kernels do not support

@@ -42,8 +42,8 @@ TARGETS: dict[Target, Costs] = {
         dense="stored",
         few_bits=True,
     ),
-    "cuda": Costs(800e12, 3.3e12, dense="fp32"),
-    "tensorrt": Costs(800e12, 3.3e12),
+    "cuda": Costs(800e12, 3.3e12, dense="fp32", few_bits=True),
+    "tensorrt": Costs(800e12, 3.3e12, few_bits=True),
     "tensorrt-rtx": Costs(150e12, 1.0e12, batched=True),
     "batched": Costs(200e9, 33e9, batched=True),
 }

@@ -43,6 +43,18 @@ def packed_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     return reduce(np.bitwise_or, [codes[:, place::of_a_byte] << place * bits for place in range(of_a_byte)])
 
 
+def in_planes(packed: np.ndarray, bits: int, blocks: int) -> np.ndarray:
+    """``packed`` with weights of 3 bits in the order in which GPU kernels read them (docs/kernels.md).
+
+    Eight weights take 24 bits. Each of a row's ``blocks`` blocks holds the lower 16 bits of all its eights, then the upper 8.
+    """
+    if bits != 3:
+        return packed
+    eights = packed.reshape(len(packed), blocks, -1, bits)
+    lower = eights[..., :2].reshape(len(packed), blocks, -1)
+    return np.concatenate([lower, eights[..., 2]], axis=2).reshape(packed.shape)
+
+
 @cache
 def _codes(format: Format) -> np.ndarray:
     """uint8 ``[256]``: the code of each number, by its byte. Of equal numbers (0 and -0), the first code counts."""

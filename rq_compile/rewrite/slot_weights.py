@@ -20,7 +20,7 @@ from rq_compile.quantization.formats import (
     block_size,
     tensors_of,
 )
-from rq_compile.quantization.packing import Quantized, packed, scale_values, stored_scales, whole_numbers
+from rq_compile.quantization.packing import Quantized, in_planes, packed, scale_values, stored_scales, whole_numbers
 from rq_compile.quantization.quantizer import carried, quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_numbers import SourceNumbers
@@ -177,7 +177,7 @@ class _Projection:
 
 
 class _Rows:
-    """A matrix row by row; quantized, as ``quantize`` packs it."""
+    """A matrix row by row; quantized, as ``quantize`` packs it or, in 3 bits, with ``in_planes``."""
 
     def __init__(self, rows: int, columns: int, block: int) -> None:
         self.rows, self.columns, self.block = rows, columns, block
@@ -197,7 +197,7 @@ class _Rows:
         return weights
 
     def quantized(self, by_row: Quantized, format: Format) -> Quantized:
-        return by_row
+        return Quantized(in_planes(by_row.packed, SLOT_FORMATS[format].bits, self.blocks), by_row.scales)
 
 
 class _Panels(_Rows):

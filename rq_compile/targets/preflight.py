@@ -47,16 +47,19 @@ def remarks_before(model: Model, plan: Plan, lowering: Lowering) -> Iterator[str
         yield lost
 
 
-def held_in_more_bits(plan: Plan, lowering: Lowering) -> str:
-    """Which slots ``lowering`` stores in more bits than the plan, and the bytes of all experts then. Empty if there are none."""
+def held_in_more_bits(plan: Plan, lowering: Lowering, option: str = "", keeps: str = "--lowering native") -> str:
+    """Which slots ``lowering`` stores in more bits than the plan, and the bytes of all experts then. Empty if there are none.
+
+    ``option`` chose the lowering, by default ``--lowering``, and with ``keeps`` the slots take the plan's bytes.
+    """
     wider = lowering.held_differently(plan)
     size = sum(weight.bytes for layer in plan.layers for weight in lowering.expert_weights(layer)) if wider else 0
     if size <= plan.bytes_after * NOTICEABLE:
         return ""
     told = ", ".join(f"{count} {slots}" for slots, count in wider.items())
     return (
-        f"With --lowering {lowering.name}, there are {told}: the experts take {size / 1e6:.4g} MB, not the plan's "
-        f"{plan.bytes_after / 1e6:.4g} MB, which --lowering native keeps."
+        f"With {option or f'--lowering {lowering.name}'}, there are {told}: the experts take {size / 1e6:.4g} MB, not the plan's "
+        f"{plan.bytes_after / 1e6:.4g} MB, which {keeps} keeps."
     )
 
 

@@ -10,7 +10,8 @@ import pytest
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.planning.plan import CHOOSE_FORMATS, make_plan
-from rq_compile.planning.schema import Plan
+from rq_compile.planning.replan import replan
+from rq_compile.planning.schema import Plan, Target
 from rq_compile.planning.targets import TARGETS
 from rq_compile.quantization.formats import Format, matrix_bytes
 
@@ -85,6 +86,25 @@ def test_the_paper_s_copy_in_few_bits() -> None:
     with pytest.raises(UserError, match=r"not measured in int2; choose one of int8, int4 with .*, or calibrate again with --f"):
         planned(calibration, "paper", format="int2")
     assert formats_in(planned(measured_in(calibration, "int2"), "paper", format="int2")) == {"bf16", "int2"}
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("target", [target for target, costs in TARGETS.items() if costs.few_bits])
+def test_targets_that_store_them_use_and_replan_them(target: Target, ranks: int) -> None:
+    calibration = measured_in(inputs.skewed(layers=2), *FEW_BITS)
+    plan = planned(calibration, memory=0.21, target=target, ranks=ranks)
+    assert formats_in(plan) & set(FEW_BITS)
+    assert not [remark for remark in plan.remarks if "int3" in remark]
+    assert inputs.plan_bytes(plan) == plan.bytes_after
+    assert plan.stored_bytes <= 0.21 * plan.bytes_before
+    again, _ = replan(plan, calibration)
+    assert formats_in(again) == formats_in(plan)
+    assert again.stored_bytes <= 0.21 * plan.bytes_before
+    assert all(sum(slot.expert == e for slot in layer.slots) for layer in again.layers for e in range(layer.geometry.experts))
+
+
+def test_which_targets_store_them() -> None:
+    assert [target for target, costs in TARGETS.items() if costs.few_bits] == ["cpu", "cuda", "tensorrt"]
 
 
 @pytest.mark.parametrize("target", [target for target, costs in TARGETS.items() if not costs.few_bits])

@@ -122,12 +122,13 @@ std::vector<Tensor> tensors_of(DataType type, const std::vector<int32_t>& format
   for (bool down : {false, true}) {
     const int64_t outputs = down ? 384 : gated ? 384 : 192, columns = down ? 192 : 384, blocks = (columns + block - 1) / block;
     tensors.push_back({"", DataType::kINT32, dims_of({slots})});
-    for (int32_t format = 0; format < 3; ++format) {
+    for (int32_t format : {0, 1, 2, 5, 6}) {
       const int64_t group = std::count(formats.begin(), formats.end(), format);
       if (group == 0) continue;
       if (format == 0) tensors.push_back({"", type, dims_of({group, outputs, columns})});
       if (format == 0) continue;
-      tensors.push_back({"", DataType::kINT8, dims_of({group, outputs, blocks * block / format})});
+      const int64_t bits[] = {0, 8, 4, 0, 0, 3, 2};
+      tensors.push_back({"", DataType::kINT8, dims_of({group, outputs, blocks * block * bits[format] / 8})});
       tensors.push_back({"", DataType::kFLOAT, dims_of({group, outputs, blocks})});
     }
   }
@@ -136,7 +137,8 @@ std::vector<Tensor> tensors_of(DataType type, const std::vector<int32_t>& format
 
 // The library holds every kernel, so a layer of any type, formats, activation and block is taken.
 void check_every_layer(IPluginCreatorV3One& creator) {
-  for (const std::vector<int32_t>& formats : std::vector<std::vector<int32_t>>{{0, 0}, {1, 1}, {2, 2}, {0, 1, 2}, {1, 2}})
+  const std::vector<std::vector<int32_t>> mixes = {{0, 0}, {1, 1}, {2, 2}, {5, 5}, {6}, {0, 1, 2}, {1, 2}, {6, 0, 5, 1, 2}};
+  for (const std::vector<int32_t>& formats : mixes)
     for (DataType type : {DataType::kHALF, DataType::kBF16})
       for (const char* activation : {"none", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "relu", "gelu"})
         for (int64_t block : {64, 128, 192}) {
@@ -218,7 +220,7 @@ void check_copies(IPluginCreatorV3One& creator) {
 }
 
 void check_refused_fields(IPluginCreatorV3One& creator) {
-  const std::vector<int32_t> unknown_format = {0, 5};
+  const std::vector<int32_t> unknown_format = {0, 7};
   const float one = 1, half[] = {0.5f, -0.5f}, nan = std::strtof("nan", nullptr);
   const auto refused = [&](std::vector<PluginField> fields, const std::string& about) {
     std::unique_ptr<IPluginV3> plugin(create(creator, fields));
@@ -231,7 +233,7 @@ void check_refused_fields(IPluginCreatorV3One& creator) {
   };
   refused({}, "field formats is missing");
   refused(fields_of({}), "field formats is missing");
-  refused(fields_of(unknown_format), "field formats has 5");
+  refused(fields_of(unknown_format), "field formats has 7");
   refused(fields_of(kFormats, "sigmoid"), "field activation");
   refused(with({"experts", &one, PluginFieldType::kFLOAT32, 1}), "field experts is unknown");
   refused(with({"activation", "relu", PluginFieldType::kCHAR, 4}), "field activation is given twice");
@@ -277,7 +279,7 @@ int fuzz(IPluginCreatorV3One& creator, unsigned seed, int count) {
     const auto chosen = activations[below(6)];
     auto formats = kFormats;
     for (auto& format : formats)
-      if (below(9) == 0) format = static_cast<int32_t>(below(4));
+      if (below(9) == 0) format = static_cast<int32_t>(below(8));
     if (below(3)) fields = fields_of(formats, chosen);
     for (int64_t i = below(3); i > 0; --i) {
       const int64_t length = below(7);

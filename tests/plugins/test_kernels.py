@@ -167,6 +167,7 @@ def test_few_rows_small_tiles_many_rows_large_tiles() -> None:
     assert tiles.choose([40] * 64) == "batch"
     assert tiles.choose([512] * 64) == "prefill"
     assert tiles.choose([]) == "decode"
+    assert tiles.choose([512] * 64, tiles.FEW_BITS) == "batch"
 
 
 def test_the_choice_is_the_cheapest_and_grows_with_the_batch() -> None:

@@ -18,7 +18,7 @@ from moe_nodes import (
     inputs_of,
     moe_nodes,
 )
-from one_layer import LAYER, MIXED, PLAIN, batch, one_layer, plan_of, random_experts, reference
+from one_layer import FEW_BITS, LAYER, MIXED, PLAIN, batch, one_layer, plan_of, random_experts, reference
 
 from rq_compile.architectures.geometry import GATED, Activation
 from rq_compile.architectures.layers import ExpertWeights
@@ -42,13 +42,14 @@ def test_a_node_is_the_layer(activation: Activation, bias: bool, tmp_path: Path)
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("slots", [PLAIN, INT4_ALONE, MIXED])
+@pytest.mark.parametrize("slots", [PLAIN, INT4_ALONE, MIXED, FEW_BITS])
 def test_inputs_are_of_the_types_and_shapes_that_are_documented(slots: Any, tmp_path: Path) -> None:
     model, _ = compiled_layer(geometry_of(bias=slots is MIXED), slots, tmp_path)
     (node,) = moe_nodes(model)
     held = {name: constants_of(model).get(tensor) for name, tensor in inputs_of(node).items()}
     formats = {format for _, format in slots}
-    groups = {"float": {"fp32", "fp16"}, "int8": {"int8"}, "int4": {"int4"}}
+    bits = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+    groups = {"float": {"fp32", "fp16"}, **{format: {format} for format in bits}}
     assert {name.split("_")[1] for name in held if name.startswith("up_")} == {
         "index", *(group for group, of in groups.items() if of & formats), *(["bias"] if slots is MIXED else []),
     }  # fmt: skip
@@ -62,10 +63,8 @@ def test_inputs_are_of_the_types_and_shapes_that_are_documented(slots: Any, tmp_
         wanted |= {
             f"{name}_index": ("int32", (len(slots),)),
             f"{name}_float_weights": ("float16", (of_group["float"], rows, columns)),
-            f"{name}_int8_packed": ("int8", (of_group["int8"], rows, columns)),
-            f"{name}_int8_scales": ("float32", (of_group["int8"], rows, columns // block)),
-            f"{name}_int4_packed": ("int8", (of_group["int4"], rows, columns // 2)),
-            f"{name}_int4_scales": ("float32", (of_group["int4"], rows, columns // block)),
+            **{f"{name}_{f}_packed": ("int8", (of_group[f], rows, columns * bits[f] // 8)) for f in bits},
+            **{f"{name}_{f}_scales": ("float32", (of_group[f], rows, columns // block)) for f in bits},
             f"{name}_bias": ("float32", (len(slots), rows)),
         }
     found = {name: (str(array.dtype), array.shape) for name, array in held.items() if array is not None}
@@ -149,7 +148,6 @@ def test_a_plan_of_other_layers_is_refused() -> None:
         Plugins().lower(one_layer(128, 2), plan, lambda *_: pytest.fail("a weight was read"))
 
 
-FEW_BITS = [(0, "int3"), (1, "int2"), (2, "fp16"), (3, "int4"), (0, "int2")]  # two copies of expert 0
 FP8, BESIDE = [(e, "fp8") for e in range(4)], [(0, "fp8"), (1, "int4"), (2, "bf16"), (3, "fp8")]
 
 
@@ -162,9 +160,9 @@ FP8, BESIDE = [(e, "fp8") for e in range(4)], [(0, "fp8"), (1, "int4"), (2, "bf1
         (Stock(), BESIDE, 128, ["fp32", "int4", "fp32", "fp32"]),
         (Batched(), FP8, 128, ["fp32"] * 4),
         (Batched(), [(e, "mxfp4") for e in range(4)], 32, ["int8"] * 4),
-        (Plugins("bf16"), FEW_BITS, 64, ["int4", "int4", "fp16", "int4", "int4"]),
-        (Stock(), FEW_BITS, 64, ["int4", "int4", "fp16", "int4", "int4"]),
-        (Native(), FEW_BITS, 64, ["int3", "int2", "fp16", "int4", "int2"]),
+        (Plugins("bf16"), FEW_BITS, 64, ["int3", "int2", "fp16", "int4", "int2", "int8"]),
+        (Stock(), FEW_BITS, 64, ["int4", "int4", "fp16", "int4", "int4", "int8"]),
+        (Native(), FEW_BITS, 64, ["int3", "int2", "fp16", "int4", "int2", "int8"]),
         (Native(), BESIDE, 64, ["fp8", "int4", "bf16", "fp8"]),
     ],
 )
@@ -174,11 +172,13 @@ def test_formats_in_which_a_lowering_holds_those_of_a_plan(lowering: Lowering, s
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
-def test_few_bits_are_held_as_int4_with_their_own_values(activation: Activation, tmp_path: Path) -> None:
-    geometry = geometry_of(activation)
+@pytest.mark.parametrize("sizes", [(128, 64), (80, 72), (96, 128)])
+def test_few_bits_are_held_as_such(activation: Activation, sizes: tuple[int, int], tmp_path: Path) -> None:
+    """In blocks of 128, 64, 32 and 16 columns, the last of which may be filled up."""
+    geometry = geometry_of(activation, hidden=sizes[0], intermediate=sizes[1])
     model, experts = compiled_layer(geometry, FEW_BITS, tmp_path)
     (node,) = moe_nodes(model)
-    assert list(attributes_of(node)["formats"]) == [2, 2, 0, 2, 2]
+    assert list(attributes_of(node)["formats"]) == [5, 6, 0, 2, 6, 1]
     x, ids, gates = batch(geometry, 37)
     x = x.astype(np.float16)
     wanted = reference(x, ids, gates, geometry, FEW_BITS, experts)

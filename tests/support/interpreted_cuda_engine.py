@@ -64,4 +64,4 @@ def test_it_is_evaluated(engine: Engine) -> None:
     assert found.perplexity_reference is not None
     assert found.kl is not None
     assert found.perplexity_engine == pytest.approx(found.perplexity_reference, rel=0.2)
-    assert 0 < found.kl < 0.2
+    assert 0 < found.kl < 0.6  # one expert is constant, and two are in 2 bits

@@ -19,8 +19,10 @@ sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("plugins/ker
 import gpu_moe_layer as benchmark
 import op_nodes
 from rq_kernels import cases, launch, reference, tiles
+from rq_kernels.variants import variants
 
-from rq_compile.quantization.formats import Format, block_size
+from rq_compile.quantization.formats import SLOT_FORMATS, Format, block_size
+from rq_compile.quantization.packing import in_planes
 from rq_compile.quantization.quantizer import quantize, stored
 
 SEED = secrets.randbits(32)
@@ -106,20 +108,41 @@ def test_weights_that_the_compiler_packs() -> None:
     matrices = {"up": (random.normal(size=(2, 128, 192)) / 14), "down": random.normal(size=(2, 192, 64)) / 8}
 
     def projection(name: str) -> Any:
-        for_int8, for_int4 = (matrix.astype(np.float32) for matrix in matrices[name])
-        int8, int4 = quantize(for_int8, "int8"), quantize(for_int4, "int4")
-        arrays = {"int8_packed": int8.packed, "int8_scales": int8.scales, "int4_packed": int4.packed, "int4_scales": int4.scales}
-        held = {tensor: torch.from_numpy(array)[None] for tensor, array in arrays.items()}
-        return launch.Projection(torch.zeros(3, dtype=torch.int32), held, block=block_size(matrices[name].shape[2]))
+        held: dict[str, torch.Tensor] = {}
+        for expert, format in set(of_slots):
+            made = quantize(matrices[name][expert].astype(np.float32), format)
+            codes = in_planes(made.packed, SLOT_FORMATS[format].bits, made.scales.shape[1])
+            held |= {f"{format}_packed": torch.from_numpy(codes)[None], f"{format}_scales": torch.from_numpy(made.scales)[None]}
+        return launch.Projection(torch.zeros(5, dtype=torch.int32), held, block=block_size(matrices[name].shape[2]))
 
-    formats, replicas = torch.tensor([2, 1, 2], dtype=torch.int32), torch.tensor([[1, -1], [0, 2]], dtype=torch.int32)
+    of_slots: list[tuple[int, Format]] = [(1, "int4"), (0, "int8"), (1, "int4"), (0, "int3"), (1, "int2")]
+    formats, replicas = torch.tensor([2, 1, 2, 5, 6], dtype=torch.int32), torch.tensor([[1, 3, -1], [0, 2, 4]], dtype=torch.int32)
     layer = launch.Layer(192, 64, "swiglu", formats, replicas, projection("up"), projection("down"))
-    of_slots: list[tuple[int, Format]] = [(1, "int4"), (0, "int8"), (1, "int4")]
     exact = {name: torch.from_numpy(np.stack([stored(w[e], f) for e, f in of_slots])).double() for name, w in matrices.items()}
     x, ids, gates = torch.randn(12, 192).half(), torch.randint(0, 2, (12, 2)), torch.rand(12, 2)
     ours = launch.moe_layer(x, ids, gates, layer, "decode").double()
     expected = reference.moe_layer(x, ids, gates, reference.Example(layer, exact["up"], exact["down"]))
     assert (ours - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("formats", "block"),
+    [([3], 32), ([0], 128), ([1], 128), ([2], 64), ([4], 64), ([1, 2], 128), ([5], 128), ([6, 0], 64), ([6, 5, 1, 2, 0], 128)],
+)
+def test_what_is_launched_is_what_is_built(formats: list[int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constants, warps and stages of both products, with all tiles that an engine has for the layer."""
+    built = [v.constants | {"num_warps": v.warps, "num_stages": v.stages} for v in variants(["fp16"])]
+    seen: list[dict[str, Any]] = []
+    recorder = type("Recorder", (), {"__getitem__": lambda self, grid: lambda *values, **given: seen.append(given)})()
+    for name in ("expert_up", "expert_down"):
+        monkeypatch.setattr(launch.expert_gemm, name, recorder)
+    random = torch.Generator().manual_seed(SEED)
+    held = reference.example(random, formats, 128, 192, "swiglu", block=block)
+    x, ids, gates = torch.randn(3, 128).half(), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    for size in held.layer.sizes:
+        launch.moe_layer(x, ids, gates, held.layer, size)
+    assert len(seen) == 2 * len(held.layer.sizes) >= 4
+    assert all(given in built for given in seen)
 
 
 def test_most_tiles_is_reached_and_never_passed() -> None:
@@ -145,12 +168,17 @@ def test_the_benchmark_compares_like_with_like(format: Any) -> None:
     benchmark.check({name: run for name, run in built.items() if name not in slow}, inputs)
 
 
-def test_the_benchmark_runs_a_mixed_layer() -> None:
+@pytest.mark.parametrize(
+    ("format", "index"), [("mixed", [0, 0, 1, 0, 1, 2, 3, 4]), ("few", [0, 0, 0, 1, 2, 0, 1, 2]), ("int3", list(range(8)))]
+)
+def test_the_benchmark_runs_what_only_ours_can(format: str, index: list[int]) -> None:
     shape = benchmark.Shape("small", 256, 128, 8, 2)
-    formats = benchmark.formats_of(shape, "mixed")
+    formats = benchmark.formats_of(shape, format)
     held = benchmark.layer(shape, formats, "cpu")
-    assert held.up.index.tolist() == [0, 0, 1, 0, 1, 2, 3, 4]
-    run = benchmark.variants(held, "mixed", "decode")[benchmark.OURS]
+    assert held.up.index.tolist() == index
+    built = benchmark.variants(held, format, "decode")
+    assert list(built) == [benchmark.OURS]
+    run = built[benchmark.OURS]
     answer = run(torch.randn(3, 256).bfloat16(), benchmark.routing(shape, 3, "skewed", SEED), torch.rand(3, 2))
     assert answer.shape == (3, 256)
     assert answer.isfinite().all()

@@ -11,6 +11,7 @@ import os
 import secrets
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +107,33 @@ def batch(layer: Any, tokens: int, top_k: int, random: torch.Generator) -> tuple
     return x, ids, torch.rand(tokens, top_k, generator=random)
 
 
-def example(random: torch.Generator, activation: str = "swiglu", **options: Any) -> Any:
+def example(random: torch.Generator, activation: str = "swiglu", formats: Sequence[int] = (0, 1, 2, 1, 2), **options: Any) -> Any:
     replicas = [[0, 1, 2], [3, -1, -1], [4, -1, -1]]
     sizes = {"hidden": 256, "intermediate": 128} | options
-    return reference.example(random, [0, 1, 2, 1, 2], activation=activation, replicas=replicas, **sizes)
+    return reference.example(random, list(formats), activation=activation, replicas=replicas, **sizes)
 
 
 SMALL, LARGE = ["dispatch_small"], ["dispatch_count", "dispatch_scan", "dispatch_scatter"]
 CASES = {
-    "one token": (1, 1, "decode", SMALL, {}),
-    "biases": (9, 2, "decode", SMALL, {"bias": True, "activation": "geglu_tanh"}),
-    "a limit": (9, 2, "decode", SMALL, {"bias": True, "activation": "clamped_swiglu"}),
-    "blocks of 64": (9, 3, "decode_block64", SMALL, {"block": 64, "hidden": 192, "intermediate": 192}),
-    "batch tiles": (90, 2, "batch", SMALL, {"hidden": 128, "intermediate": 64}),
-    "prefill tiles": (360, 3, "prefill", LARGE, {"hidden": 64, "intermediate": 64}),
+    "one token": (1, 1, "mixed_decode", SMALL, {}),
+    "biases": (9, 2, "mixed_decode", SMALL, {"bias": True, "activation": "geglu_tanh"}),
+    "a limit": (9, 2, "mixed_decode", SMALL, {"bias": True, "activation": "clamped_swiglu"}),
+    "blocks of 64": (9, 3, "mixed_decode_block64", SMALL, {"block": 64, "hidden": 192, "intermediate": 192}),
+    "batch tiles": (90, 2, "mixed_batch", SMALL, {"hidden": 128, "intermediate": 64}),
+    "prefill tiles": (360, 3, "mixed_prefill", LARGE, {"hidden": 64, "intermediate": 64}),
+    "few bits": (9, 2, "few_decode", SMALL, {"formats": (5, 1, 6, 2, 0), "bias": True}),
+    "only int3, blocks of 64": (
+        9,
+        3,
+        "few_decode",
+        SMALL,
+        {"formats": (5,) * 5, "block": 64, "hidden": 192, "intermediate": 192},
+    ),
+    "few bits without prefill tiles": (
+        360,
+        3,
+        "few_batch",
+        LARGE,
+        {"formats": (6, 5, 6, 2, 5), "hidden": 64, "intermediate": 64},
+    ),
 }

@@ -80,18 +80,24 @@ def test_enqueue_against_float64(case: Any) -> None:
     step, out = enqueue(held.layer, x, ids, gates, launches)
     assert step == 0
     assert [name for name, *_ in launches.seen] == [
-        *dispatch, f"up_gated_fp16_mixed_{size}", f"down_fp16_mixed_{size}", "combine_fp16"
+        *dispatch, f"up_gated_fp16_{size}", f"down_fp16_{size}", "combine_fp16"
     ]  # fmt: skip
     expected = reference.moe_layer(x, ids, gates, held)
     assert (out.double() - expected).abs().max() < 2e-3 * expected.abs().max(), f"seed {SEED}"
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
-def test_a_node_that_the_compiler_writes(activation: Activation, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("activation", "slots", "products"),
+    [
+        ("swiglu", one_layer.MIXED, ["up_gated_fp16_mixed_decode", "down_fp16_mixed_decode_block64"]),
+        ("clamped_swiglu", one_layer.FEW_BITS, ["up_gated_fp16_few_decode", "down_fp16_few_decode"]),
+    ],
+)
+def test_a_node_that_the_compiler_writes(activation: Activation, slots: Any, products: list[str], tmp_path: Path) -> None:
     """From serialized bytes to the result, which is that of the weights before packing."""
     geometry = moe_nodes.geometry_of(activation, bias=activation == "clamped_swiglu")
     geometry = geometry.model_copy(update={"alpha": 1.702})  # rq_enqueue gives no other
-    model, experts = moe_nodes.compiled_layer(geometry, one_layer.MIXED, tmp_path)
+    model, experts = moe_nodes.compiled_layer(geometry, slots, tmp_path)
     (node,), constants = moe_nodes.moe_nodes(model), moe_nodes.constants_of(model)
     x, ids, gates = one_layer.batch(geometry, 9, seed=SEED)
     x = x.astype(np.float16)
@@ -99,8 +105,8 @@ def test_a_node_that_the_compiler_writes(activation: Activation, tmp_path: Path)
     launches = Launches()
     step, out = enqueue(moe_nodes.exact(node, constants).layer, inputs[0], inputs[1], inputs[2], launches, inputs=inputs)
     assert step == 0
-    assert [name for name, *_ in launches.seen][1:3] == ["up_gated_fp16_mixed_decode", "down_fp16_mixed_decode_block64"]
-    wanted = one_layer.reference(x, ids, gates, geometry, one_layer.MIXED, experts)
+    assert [name for name, *_ in launches.seen][1:3] == products
+    wanted = one_layer.reference(x, ids, gates, geometry, slots, experts)
     assert np.abs(out.numpy().astype(np.float64) - wanted).max() < 2e-3 * np.abs(wanted).max(), f"seed {SEED}"
 
 

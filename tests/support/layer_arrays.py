@@ -27,7 +27,7 @@ def arrays_of(
     replicas[0, : slots - experts + 1] = range(slots - experts + 1)
     replicas[1:, 0] = range(slots - experts + 1, slots)
     index = np.zeros(slots, np.int32)
-    seen = dict.fromkeys(range(3), 0)
+    seen = dict.fromkeys(range(7), 0)
     for slot, format in enumerate(formats):
         index[slot], seen[format] = seen[format], seen[format] + 1
     arrays = [
@@ -42,9 +42,9 @@ def arrays_of(
         arrays.append(index)
         if seen[0]:
             arrays.append(np.zeros((seen[0], outputs, columns), half))
-        for format, part in ((1, 1), (2, 2)):
+        for format, bits in ((1, 8), (2, 4), (5, 3), (6, 2)):
             if seen[format]:
-                arrays.append(np.zeros((seen[format], outputs, blocks * block // part), np.int8))
+                arrays.append(np.zeros((seen[format], outputs, blocks * block * bits // 8), np.int8))
                 arrays.append(np.ones((seen[format], outputs, blocks), np.float32))
         if bias:
             arrays.append(np.zeros((slots, outputs), np.float32))

@@ -29,6 +29,8 @@ ROLES = (
     ("int4_packed", "int4_scales"),
     ("mxfp4_packed", "mxfp4_scales"),
     ("fp8_packed", "fp8_scales"),
+    ("int3_packed", "int3_scales"),
+    ("int2_packed", "int2_scales"),
 )
 INT4_ALONE = [(e, "int4") for e in range(4)]
 ACTIVATIONS = list(get_args(Activation))
@@ -118,6 +120,13 @@ def unpacked(format: int, parts: Any, columns: int) -> np.ndarray:
     q, zero = packed.view(np.uint8).astype(np.int64), 128
     if format in (2, 3):
         q, zero = np.stack([q % 16, q // 16], -1).reshape(len(q), -1), 8
+    if format == 5:
+        blocks = q.reshape(*scales.shape, -1)
+        lower, upper = np.split(blocks, [2 * blocks.shape[2] // 3], axis=2)
+        eights = lower[..., ::2] + 256 * lower[..., 1::2] + 65536 * upper
+        q, zero = np.stack([eights // 8**place % 8 for place in range(8)], -1).reshape(len(q), -1), 4
+    if format == 6:
+        q, zero = np.stack([q // 4**place % 4 for place in range(4)], -1).reshape(len(q), -1), 2
     numbers, values = (q - zero).astype(np.float64), scales.astype(np.float64)
     if format == 4:
         numbers = packed.view(ml_dtypes.float8_e4m3fn).astype(np.float64)

@@ -37,6 +37,7 @@ MIXED: list[tuple[int, Format]] = [
     (0, "fp16"),
     (1, "fp16"),
 ]
+FEW_BITS: list[tuple[int, Format]] = [(0, "int3"), (1, "int2"), (2, "fp16"), (3, "int4"), (0, "int2"), (3, "int8")]
 
 
 def plan_of(geometry: ExpertGeometry, slots: Sequence[tuple[int, str]], name: str = LAYER) -> Plan:

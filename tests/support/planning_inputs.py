@@ -110,7 +110,7 @@ def slot_bytes(geometry: ExpertGeometry, format: str) -> int:
     for rows, columns in matrices:
         block = next((size for size in (128, 64, 32, 16) if size <= geometry.block and columns % size == 0), 16)
         blocks = -(-columns // block)
-        total += rows * blocks * (block * (8 if format == "int8" else 4) // 8 + 4)
+        total += rows * blocks * (block * int(format.removeprefix("int")) // 8 + 4)
     return total
 
 

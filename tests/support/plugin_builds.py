@@ -13,8 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "plugins"
-# The kernels that layers of mixed formats in fp16 need.
-BUILT = ["dispatch_*", "combine_fp16", "up_gated_fp16_mixed_*", "down_fp16_mixed_*"]
+# The kernels that layers of mixed formats in fp16 need, with few bits and without.
+BUILT = [
+    "dispatch_*",
+    "combine_fp16",
+    *(f"{product}_fp16_{mix}_*" for product in ("up_gated", "down") for mix in ("mixed", "few")),
+]
 SANITIZERS = "address,undefined"
 SANITIZED = [f"-DRQ_SANITIZE={SANITIZERS}", "-DCMAKE_BUILD_TYPE=Debug"]
 
@@ -74,8 +78,8 @@ from build import describe
 from rq_kernels import tiles
 from rq_kernels.variants import variants
 build = json.loads(sys.argv[2])
-rule = {"rows": {name: tile.rows for name, tile in tiles.UP.items()}, "reread": tiles.REREAD, "small": tiles.SMALL}
-print(json.dumps({"version": 1, "tiles": rule, "kernels": [describe(v, [build | {"entry": v.name}]) for v in variants()]}))
+kernels = [describe(v, [build | {"entry": v.name}]) for v in variants()]
+print(json.dumps({"version": 1, "tiles": tiles.rule(), "kernels": kernels}))
 """
     image = {"file": "image", "sha256": hashlib.sha256(b"none").hexdigest()}
     build = {"sm": 80, "shared": 0, "portable_ptx": True, "cubin": image, "ptx": image}

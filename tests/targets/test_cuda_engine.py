@@ -9,55 +9,57 @@ import op_nodes
 import pytest
 import tiny
 from command_line import Run, names, refused
-from one_layer import PREDICTION
 from transformers import OlmoeConfig
 
 from rq_compile.architectures.model import Model
 from rq_compile.engine import library
+from rq_compile.engine.library import OP_SET_VERSION
 from rq_compile.errors import UserError
 from rq_compile.files import read_document, write_document
 from rq_compile.planning.schema import LayerPlan, Plan, Slot
+from rq_compile.quantization.formats import Format
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest
 from rq_compile.targets.engine_estimate import engine_estimate
 
 # Of sizes that the kernels support, unlike those of the other tests.
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_experts": 4}
-SLOTS = [(0, "fp32"), (1, "int8"), (2, "int4"), (3, "int8"), (0, "fp32"), (2, "int4")]
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_experts": 7}
+SLOTS: list[tuple[int, Format]] = [
+    (0, "fp32"), (1, "int8"), (2, "int4"), (3, "int3"), (4, "int2"), (0, "fp32"), (5, "constant"), (6, "int2"), (3, "int3"),
+]  # fmt: skip
+FORMATS = "int8,int4,int3,int2,constant"
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Run, export_once: object) -> Path:
-    """A folder with a checkpoint, a plan for cuda in every format, and the engine of both."""
+def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Run, export_once: object, stages: Path) -> Path:
+    """A folder with a checkpoint, its calibration, a plan for cuda in every format, and the engine of both."""
     folder = tmp_path_factory.mktemp("wide")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.CONFIGS, "olmoe", lambda: OlmoeConfig(**{**tiny.COMMON, **SIZES}))
-        checkpoint = Model.open(tiny.build("olmoe", folder / "model"))
-    write_document(plan_for(checkpoint), folder / "plan.json")
+        tiny.build("olmoe", folder / "model")
+    text = ("--text", stages / "text.txt", "--sequence-length", 64)
+    plan = ("--target", "cuda", "--policy", "uniform", "--option", "format=int8", "-o", folder / "plan.json")
+    for command in (
+        ("calibrate", folder / "model", *text, "--formats", FORMATS, "-o", folder / "calibration.json"),
+        ("plan", folder / "calibration.json", *plan),
+    ):
+        result = rq_compile(*command, "-q")
+        assert result.exit_code == 0, result.stderr
+    made = read_document(Plan, folder / "plan.json")
+    write_document(made.model_copy(update={"layers": list(map(in_every_format, made.layers))}), folder / "plan.json")
     result = rq_compile(folder / "model", "--plan", folder / "plan.json", "-o", folder / "engine.onnx", "-q")
     assert result.exit_code == 0, result.stderr
     return folder
 
 
-def plan_for(checkpoint: Model) -> Plan:
-    layers = [
-        LayerPlan(
-            name=layer.name,
-            index=layer.index,
-            geometry=layer.geometry,
-            slots=[Slot(expert=e, format=f) for e, f in SLOTS],
-            predicted=PREDICTION,
-        )
-        for layer in checkpoint.layers
-    ]
-    about = {"tool": "test", "model": "m", "model_type": "olmoe", "fingerprint": checkpoint.fingerprint, "policy": "none"}
-    return Plan(**about, calibration_sha256=None, target="cuda", memory=1.0, layers=layers)
+def in_every_format(layer: LayerPlan) -> LayerPlan:
+    return layer.model_copy(update={"slots": [Slot(expert=e, format=f) for e, f in SLOTS]})
 
 
 def test_a_plan_for_cuda_becomes_an_engine_for_it(wide: Path) -> None:
     manifest = read_manifest(wide / "engine.onnx")
     assert (manifest.target, manifest.lowering, manifest.provider) == ("cuda", "cuda", "CUDAExecutionProvider")
-    assert (manifest.op_library, manifest.op_library_name) == (2, "librq_moe_cuda.so")
+    assert (manifest.op_library, manifest.op_library_name) == (OP_SET_VERSION, "librq_moe_cuda.so")
     assert manifest.activation_bits == 16
     assert manifest.replaced["float slots kept in fp16"] == 4
     model = onnx.load(wide / "engine.onnx", load_external_data=False)
@@ -70,7 +72,31 @@ def test_it_takes_what_was_estimated(wide: Path) -> None:
     checkpoint, plan = Model.open(wide / "model"), read_document(Plan, wide / "plan.json")
     estimate = engine_estimate(checkpoint, wide / "engine.onnx", "cuda", plan=plan)
     assert 0 <= estimate.outputs["engine.onnx.data"] - (wide / "engine.onnx.data").stat().st_size < 4096
-    assert estimate.outputs["engine.onnx"] == pytest.approx((wide / "engine.onnx").stat().st_size, rel=0.3)
+    assert estimate.outputs["engine.onnx"] == pytest.approx((wide / "engine.onnx").stat().st_size, rel=0.4)
+
+
+def test_every_slot_takes_the_bytes_of_its_format(wide: Path) -> None:
+    manifest, plan = read_manifest(wide / "engine.onnx"), read_document(Plan, wide / "plan.json")
+    # The checkpoint is fp32, and the node computes in fp16.
+    saved = sum(layer.geometry.expert_bytes("fp32") - layer.geometry.expert_bytes("fp16") for layer in plan.layers)
+    assert manifest.expert_bytes == plan.stored_bytes - saved
+    assert not [reason for reason in manifest.replaced if "held as" in reason]
+
+
+@pytest.mark.parametrize("memory", [0.1])
+def test_a_planned_budget_is_kept_and_shown(wide: Path, out: Path, rq_compile: Run, memory: float) -> None:
+    options = ("--target", "cuda", "--policy", "random", "--memory", memory, "-o", out / "plan.json")
+    assert rq_compile("plan", wide / "calibration.json", *options, "-q").exit_code == 0
+    plan = read_document(Plan, out / "plan.json")
+    assert {"int3", "int2"} & {slot.format for layer in plan.layers for slot in layer.slots}
+    (out / "calibration.safetensors").symlink_to(wide / "calibration.safetensors")
+    compiled = rq_compile(wide / "model", "--plan", out / "plan.json", "-o", out / "x.onnx")
+    assert compiled.exit_code == 0, compiled.stderr
+    assert "held as" not in compiled.stderr
+    engine = read_manifest(out / "x.onnx")
+    assert engine.expert_bytes == plan.bytes_after <= memory * plan.bytes_before
+    shown = json.loads(rq_compile("inspect", out / "x.onnx", "--json").stdout)
+    assert shown["expert_bytes"] == plan.bytes_after
 
 
 def test_onnxruntime_takes_the_graph_and_misses_only_cuda(wide: Path, cuda_ops: Path) -> None:

@@ -25,6 +25,7 @@ from rq_compile.export.export import Exported
 from rq_compile.files import read_document, write_document
 from rq_compile.lowerings import Plugins
 from rq_compile.planning.schema import LayerPlan, Plan
+from rq_compile.quantization.formats import FEW_BITS, Format
 from rq_compile.quantization.quantizer import stored
 from rq_compile.rewrite.rewrite import imported
 from rq_compile.runtime.reference import Reference
@@ -49,7 +50,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Callable, stages: Path) -> tuple[Model, Path]:
-    """An OLMoE of sizes that the kernels support, unlike those of the other tests, and its plan: replicas, int8 and int4."""
+    """An OLMoE of sizes that the kernels support, unlike those of the other tests, and its plan: replicas, int8 to int2."""
     folder = tmp_path_factory.mktemp("wide")
     model, calibration, plan = folder / "model", folder / "calibration.json", folder / "plan.json"
     config = OlmoeConfig(**tiny.COMMON | {"hidden_size": 64, "intermediate_size": 64}, num_experts=8)
@@ -63,8 +64,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory, rq_compile: Callable, stages:
         result = rq_compile(*command, "-q")
         assert result.exit_code == 0, result.stderr
     made = read_document(Plan, plan)
-    write_document(made.model_copy(update={"layers": [with_copies(layer, 3) for layer in made.layers]}), plan)
+    write_document(made.model_copy(update={"layers": [with_copies(with_few_bits(layer), 3) for layer in made.layers]}), plan)
     return Model.open(model), plan
+
+
+def with_few_bits(layer: LayerPlan) -> LayerPlan:
+    """The last two slots in int3 and int2."""
+    slots = [*layer.slots[:-2], *(s.model_copy(update={"format": f}) for s, f in zip(layer.slots[-2:], FEW_BITS, strict=True))]
+    return layer.model_copy(update={"slots": slots})
 
 
 def with_copies(layer: LayerPlan, count: int) -> LayerPlan:
@@ -99,7 +106,7 @@ def as_planned(reference: Reference, plan: Plan) -> Reference:
 def test_a_model_gives_the_logits_of_transformers(wide: tuple[Model, Path], network: tuple[onnx.ModelProto, Plan]) -> None:
     model, plan = network
     slots = [slot for layer in plan.layers for slot in layer.slots]
-    assert {"int8", "int4"} <= {slot.format for slot in slots}
+    assert {"int8", "int4", "int3", "int2"} <= {slot.format for slot in slots}
     assert len(slots) == 2 * (8 + 3)
     ids = np.random.default_rng(0).integers(4, 99, (3, 40))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.tile(np.arange(40), (3, 1))}
@@ -199,6 +206,23 @@ def test_without_plugins_it_is_said_and_with_stock_it_is_not(
         assert read_document(TensorRTManifest, out / "m.json").lowering == "batched"
         assert json.loads((out / "m.build.json").read_text())["plugins"] is None
         assert "Plugins" not in (out / "m.build.sh").read_text()
+
+
+@pytest.mark.parametrize("plugins", [False, True])
+@pytest.mark.parametrize(("format", "said"), [("int3", True), ("int2", True), ("int4", False), ("int8", False)])
+def test_slots_that_standard_ops_hold_in_more_bits_are_told(
+    wide: tuple[Model, Path], library: Path, plugins: bool, format: Format, said: bool
+) -> None:
+    checkpoint, plan = wide[0], read_document(Plan, wide[1])
+    layers = []
+    for layer in plan.layers:
+        slots = [slot.model_copy(update={"format": format}) for slot in layer.slots]
+        taken = {"bytes_after": len(slots) * layer.geometry.expert_bytes(format)}
+        layers.append(layer.model_copy(update={"slots": slots, "predicted": layer.predicted.model_copy(update=taken)}))
+    settings = target.Settings("tensorrt", PROFILES, plugins=library if plugins else None)
+    remarks = " ".join(target.remarks_before(checkpoint, plan.model_copy(update={"layers": layers}), settings))
+    assert (f"With --stock, there are 22 {format} slots held as int4: " in remarks) == (said and not plugins)
+    assert (", which --plugins LIBRARY keeps." in remarks) == (said and not plugins)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rq_kernels import launch, reference, tiles
+from rq_kernels.formats import GROUPS
 from rq_kernels.reference import Example
 
 SHARED_EXPERTS = ((0, 1, 2), (3, -1, -1), (4, -1, -1))  # three slots of the first expert
@@ -56,6 +57,17 @@ CASES = [
     Case("fp8 bf16", formats=(4,) * 5, dtype=torch.bfloat16, bias=True),
     Case("fp8, odd sizes, batch tiles", (4, 4), ((0,), (1,)), 75, 53, tokens=70, top_k=1, block=32, size="batch"),
     Case("fp8 beside other formats", formats=(0, 1, 2, 4, 4), dtype=torch.bfloat16),
+    Case("int3", formats=(5,) * 5),
+    Case("int3 bf16, block 64", formats=(5,) * 5, hidden=192, intermediate=64, block=64, dtype=torch.bfloat16, bias=True),
+    Case("int3, odd sizes, batch tiles", (5, 5), ((0,), (1,)), 75, 53, tokens=70, top_k=1, block=16, size="batch"),
+    Case("int2", formats=(6,) * 5),
+    Case("int2 bf16, block 64", formats=(6,) * 5, hidden=192, intermediate=64, block=64, dtype=torch.bfloat16, bias=True),
+    Case("int2, odd sizes, batch tiles", (6, 6), ((0,), (1,)), 75, 53, tokens=70, top_k=1, block=32, size="batch"),
+    Case("few bits beside other formats", formats=(5, 1, 6, 2, 0)),
+    Case("few bits, batch tiles", formats=(6, 0, 5, 1, 2), hidden=128, intermediate=144, tokens=70, size="batch"),
+    Case("few bits, padded", (5, 6, 2), ((2, -1), (0, 1)), 200, 72, tokens=90, top_k=1, size="batch"),
+    replace(SMALL, name="few bits, all on one slot", formats=(2, 1, 6, 5, 6), tokens=40, top_k=1, routing="one"),
+    replace(SMALL, name="few bits, a token of NaN", formats=(6, 5, 0, 5, 6), routing="nan"),
     Case("mixed bf16", dtype=torch.bfloat16),
     Case("batch tiles", size="batch", tokens=70, hidden=128, intermediate=144),
     Case("prefill tiles", (0, 2, 1), ((2, -1), (0, 1)), size="prefill", tokens=90, top_k=1, hidden=144),
@@ -93,9 +105,12 @@ LARGE = [
         Case("OLMoE bf16", (2,) * 64, tuple((e,) for e in range(64)), 2048, 1024, top_k=8, dtype=torch.bfloat16),
         Case("H1024-F2816", (2, 1) * 8, tuple((e,) for e in range(16)), 1024, 2816),
         Case("DeepSeek-V2-Lite", (0, 1, 2, 2) * 16, tuple((e,) for e in range(64)), 2048, 1408, top_k=6),
+        Case("few bits", (5, 6, 2, 6, 1, 5, 6, 6) * 8, tuple((e,) for e in range(64)), 2048, 1024, top_k=8),
+        Case("few bits bf16", (6, 5) * 32, tuple((e,) for e in range(64)), 2048, 1408, top_k=6, dtype=torch.bfloat16),
         Case("GPT-OSS", (2,) * 32, tuple((e,) for e in range(32)), 2880, 2880, "clamped_swiglu", top_k=4, block=64, bias=True),
     )
     for size, tokens in (("decode", 1), ("decode", 16), ("batch", 300), ("prefill", 1000))
+    if size in tiles.FEW_BITS or not any(GROUPS[format].few_bits for format in case.formats)
 ]
 
 

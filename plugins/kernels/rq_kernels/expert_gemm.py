@@ -12,15 +12,22 @@ import triton
 import triton.language as tl
 
 from rq_kernels.activations import gated, plain
+from rq_kernels.formats import GROUPS
 
 FLOAT, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MXFP4, FP8 = tl.constexpr(3), tl.constexpr(4)
+INT3, INT2 = tl.constexpr(5), tl.constexpr(6)
 
 
 @triton.constexpr_function
-def _is_wide(format):
-    """Whether a weight has a byte of its own."""
-    return format in (INT8.value, FP8.value)
+def _bits(format):
+    return GROUPS[format].bits
+
+
+@triton.constexpr_function
+def _bytes_at_once(format, columns):
+    """Bytes of ``columns`` weights that follow each other: all of them, or if weights have 3 bits, those with the upper bits."""
+    return columns // 8 * (1 if GROUPS[format].bits == 3 else GROUPS[format].bits)
 
 
 @triton.jit
@@ -58,7 +65,13 @@ def _scales(at, mask, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _weights(packed, n, mask, start, stride, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
+def _split(codes, BITS: tl.constexpr):
+    """``[OUTPUTS, 2 * n]`` from ``[OUTPUTS, n]``: each number, then its bits from ``BITS`` on."""
+    return tl.join(codes, codes >> BITS).reshape(codes.shape[0], 2 * codes.shape[1])
+
+
+@triton.jit
+def _weights(packed, n, mask, start, block, stride, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
     """Integers ``[OUTPUTS, COLUMNS]`` of the rows ``n``, from column ``start`` on. A row has ``stride`` bytes."""
     if FORMAT == INT8:
         byte = start + tl.arange(0, COLUMNS)
@@ -73,6 +86,19 @@ def _weights(packed, n, mask, start, stride, FORMAT: tl.constexpr, COLUMNS: tl.c
         q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=0)
         low, high = _e2m1_doubled(q & 15, dtype), _e2m1_doubled(q >> 4, dtype)
         return tl.join(low, high).reshape(q.shape[0], COLUMNS)
+    elif FORMAT == INT3:
+        # Eight columns take 24 bits. A block holds the lower 16 bits of all its eights, then the upper 8.
+        EIGHTS: tl.constexpr = COLUMNS // 8
+        eight, row, before = tl.arange(0, EIGHTS)[None, :], packed + n[:, None] * stride, start // block * block
+        lower = tl.multiple_of((2 * start + before) // 16, EIGHTS // 2) + eight
+        upper = tl.multiple_of((start + 2 * before + 2 * block) // 8, EIGHTS) + eight
+        q = tl.load(row.to(tl.pointer_type(tl.uint16)) + lower, mask=mask[:, None], other=0x4924).to(tl.uint32)
+        q |= tl.load(row + upper, mask=mask[:, None], other=0x92).to(tl.uint32) << 16
+        return _whole_numbers(_split(_split(_split(q, 12), 6), 3) & 7, 4, dtype)
+    elif FORMAT == INT2:
+        byte = start // 4 + tl.arange(0, COLUMNS // 4)
+        q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=0xAA)
+        return _whole_numbers(_split(_split(q, 4), 2) & 3, 2, dtype)
     else:
         byte = start // 2 + tl.arange(0, COLUMNS // 2)
         q = tl.load(packed + n[:, None] * stride + byte[None, :], mask=mask[:, None], other=0x88)
@@ -106,8 +132,7 @@ def _quantized_products(
     dtype: tl.constexpr = x.dtype.element_ty
     blocks = (columns + block - 1) // block
     # Steps divide a block, so a step has one scale. Rows begin at addresses that can be read 16 bytes at a time.
-    WIDE: tl.constexpr = _is_wide(FORMAT)
-    stride = tl.multiple_of(blocks * block if WIDE else blocks * block // 2, STEP if WIDE else STEP // 2)
+    stride = tl.multiple_of(blocks * block * _bits(FORMAT) // 8, _bytes_at_once(FORMAT, STEP))
     all_outputs = outputs * (2 if GATED else 1)
     packed += matrix * all_outputs * stride
     scales += matrix * all_outputs * blocks
@@ -117,25 +142,23 @@ def _quantized_products(
         k = start + tl.arange(0, STEP)
         tile = tl.load(x[None, :] + k[:, None], mask=present[None, :] & (k < columns)[:, None], other=0)
         at = scales + n * blocks + start // block
-        sums = tl.dot(_weights(packed, n, mask, start, stride, FORMAT, STEP, dtype), tile)
+        sums = tl.dot(_weights(packed, n, mask, start, block, stride, FORMAT, STEP, dtype), tile)
         first += sums * _scales(at, mask, FORMAT)[:, None]
         if GATED:
-            sums = tl.dot(_weights(packed, outputs + n, mask, start, stride, FORMAT, STEP, dtype), tile)
+            sums = tl.dot(_weights(packed, outputs + n, mask, start, block, stride, FORMAT, STEP, dtype), tile)
             second += sums * _scales(at + outputs * blocks, mask, FORMAT)[:, None]
     return first, second
 
 
 @triton.jit
 def _products(
-    x, present, slot, n, mask, outputs, columns, formats, weights,
-    float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
-    mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, biased, block,
+    x, present, slot, n, mask, outputs, columns, formats, weights, float_weights, packed, scales, bias, biased, block,
     FORMATS: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """fp32 ``[OUTPUTS, ROWS]``, and a second one with the weights' second half if ``GATED``.
 
     x: pointers [ROWS] to the rows, of which those ``present`` are read. ``FORMATS``: a bit for each format that a slot may have.
-    ``block`` columns share a scale; it is a multiple of ``STEP``.
+    ``packed``, ``scales``: those of every format but the first. ``block`` columns share a scale; it is a multiple of ``STEP``.
     """
     format = tl.load(formats + slot)
     matrix = tl.load(weights + slot).to(tl.int64)
@@ -145,26 +168,12 @@ def _products(
     if FORMATS & 1:  # noqa: SIM102
         if format == FLOAT:
             first, second = _float_products(x, present, float_weights, matrix, n, mask, outputs, columns, GATED, COLUMNS)
-    if FORMATS & 2:  # noqa: SIM102
-        if format == INT8:
-            first, second = _quantized_products(
-                x, present, int8_packed, int8_scales, matrix, n, mask, outputs, columns, block, INT8, GATED, STEP
-            )
-    if FORMATS & 4:  # noqa: SIM102
-        if format == INT4:
-            first, second = _quantized_products(
-                x, present, int4_packed, int4_scales, matrix, n, mask, outputs, columns, block, INT4, GATED, STEP
-            )
-    if FORMATS & 8:  # noqa: SIM102
-        if format == MXFP4:
-            first, second = _quantized_products(
-                x, present, mxfp4_packed, mxfp4_scales, matrix, n, mask, outputs, columns, block, MXFP4, GATED, STEP
-            )
-    if FORMATS & 16:  # noqa: SIM102
-        if format == FP8:
-            first, second = _quantized_products(
-                x, present, fp8_packed, fp8_scales, matrix, n, mask, outputs, columns, block, FP8, GATED, STEP
-            )
+    for code in tl.static_range(1, len(packed) + 1):
+        if FORMATS >> code & 1:  # noqa: SIM102
+            if format == code:
+                first, second = _quantized_products(
+                    x, present, packed[code - 1], scales[code - 1], matrix, n, mask, outputs, columns, block, code, GATED, STEP
+                )
     at = bias + slot * outputs * (2 if GATED else 1) + n
     mask = n < outputs * biased  # 1 or 0
     first += tl.load(at, mask=mask, other=0)[:, None]
@@ -176,8 +185,8 @@ def _products(
 @triton.jit
 def expert_up(
     x, rows, tiles, tile_count, formats, weights,
-    float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
-    mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, y,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales,
+    fp8_packed, fp8_scales, int3_packed, int3_scales, int2_packed, int2_scales, bias, y,
     top_k, columns, outputs, biased, block, activation, alpha, limit,
     FORMATS: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -194,8 +203,10 @@ def expert_up(
     mask = n < outputs
     first, second = _products(
         x + token.to(tl.int64) * columns, present, slot, n, mask, outputs, columns, formats, weights,
-        float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
-        mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, biased, block,
+        float_weights,
+        (int8_packed, int4_packed, mxfp4_packed, fp8_packed, int3_packed, int2_packed),
+        (int8_scales, int4_scales, mxfp4_scales, fp8_scales, int3_scales, int2_scales),
+        bias, biased, block,
         FORMATS, GATED, COLUMNS, STEP,
     )  # fmt: skip
     first = gated(first, second, activation, alpha, limit) if GATED else plain(first, activation)
@@ -206,8 +217,8 @@ def expert_up(
 @triton.jit
 def expert_down(
     x, rows, gates, tiles, tile_count, formats, weights,
-    float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
-    mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, y,
+    float_weights, int8_packed, int8_scales, int4_packed, int4_scales, mxfp4_packed, mxfp4_scales,
+    fp8_packed, fp8_scales, int3_packed, int3_scales, int2_packed, int2_scales, bias, y,
     columns, outputs, biased, block,
     FORMATS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -222,8 +233,10 @@ def expert_down(
     mask = n < outputs
     products, _ = _products(
         x + row.to(tl.int64) * columns, present, slot, n, mask, outputs, columns, formats, weights,
-        float_weights, int8_packed, int8_scales, int4_packed, int4_scales,
-        mxfp4_packed, mxfp4_scales, fp8_packed, fp8_scales, bias, biased, block,
+        float_weights,
+        (int8_packed, int4_packed, mxfp4_packed, fp8_packed, int3_packed, int2_packed),
+        (int8_scales, int4_scales, mxfp4_scales, fp8_scales, int3_scales, int2_scales),
+        bias, biased, block,
         FORMATS, False, COLUMNS, STEP,
     )  # fmt: skip
     pair = tl.load(rows + row, mask=present, other=0)

@@ -11,7 +11,7 @@ import torch
 
 from rq_kernels import activations, dispatch, expert_gemm, tiles
 from rq_kernels import combine as combine_kernel
-from rq_kernels.formats import GROUPS, TENSORS
+from rq_kernels.formats import FEW_BITS, GROUPS, TENSORS, formats_of
 from rq_kernels.tiles import Tile
 
 
@@ -66,7 +66,16 @@ class Layer:
     def format_bits(self) -> int:
         """``FORMATS`` of the kernels. An engine knows it when it is built; here it follows from the weights, without the
         device."""
-        return sum(1 << code for code, group in enumerate(GROUPS) if group.tensors[0] in self.up.weights)
+        return formats_of([code for code, group in enumerate(GROUPS) if group.tensors[0] in self.up.weights])
+
+    @property
+    def few_bits(self) -> bool:
+        return self.format_bits == FEW_BITS
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The names of the tiles that an engine has for the layer."""
+        return tiles.FEW_BITS if self.few_bits else tuple(tiles.UP)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def route(ids: torch.Tensor, replicas: torch.Tensor, slots: int, rows_per_tile: 
 def up(x: torch.Tensor, routed: Routed, layer: Layer, tile: Tile) -> torch.Tensor:
     """Activations ``[pairs, intermediate]`` by slot, from ``x [T, hidden]``."""
     pairs = len(routed.rows)
-    y = x.new_empty(pairs, layer.intermediate)
+    y, tile = x.new_empty(pairs, layer.intermediate), tiles.fitted(tile, layer.up.block, few_bits=layer.few_bits)
     gated = layer.activation in activations.GATED
     if pairs:
         expert_gemm.expert_up[_grid(routed, layer.intermediate, tile)](
@@ -118,7 +127,7 @@ def up(x: torch.Tensor, routed: Routed, layer: Layer, tile: Tile) -> torch.Tenso
 
 def down(x: torch.Tensor, routed: Routed, gates: torch.Tensor, layer: Layer, tile: Tile) -> torch.Tensor:
     """Gate-weighted outputs ``[pairs, hidden]`` by pair, from ``x [pairs, intermediate]`` by slot and ``gates`` f32 [T, k]."""
-    y = x.new_empty(len(x), layer.hidden)
+    y, tile = x.new_empty(len(x), layer.hidden), tiles.fitted(tile, layer.down.block, few_bits=layer.few_bits)
     if len(x):
         expert_gemm.expert_down[_grid(routed, layer.hidden, tile)](
             x, routed.rows, gates, routed.tiles, routed.tile_count, layer.formats, layer.down.index, *layer.down.operands(), y,
@@ -156,7 +165,7 @@ def _variant(layer: Layer, projection: Projection, tile: Tile) -> dict[str, Any]
         "ROWS": tile.rows,
         "OUTPUTS": tile.outputs,
         "COLUMNS": tile.columns,
-        "STEP": min(tile.columns, projection.block),
+        "STEP": tile.step(projection.block),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

@@ -75,8 +75,7 @@ def projection(
             scales = (0.5 + torch.rand(N, blocks, generator=random)) / (zero * math.sqrt(K))
             values = scales.double()
         exact[slot] = (numbers * values.repeat_interleave(block, 1))[:, :K]
-        parts = torch.stack([q[:, place :: 8 // bits] << place * bits for place in range(8 // bits)])
-        groups[format].append((parts.sum(0, dtype=torch.uint8), scales))
+        groups[format].append((packed(q, bits, block), scales))
 
     stacked = {
         name: torch.stack(parts).to(device)
@@ -85,8 +84,18 @@ def projection(
     }
     biases = torch.randn(slots, N, generator=random) if bias else None
     places = torch.tensor(index, dtype=torch.int32, device=device)
-    packed = Projection(places, stacked, biases.to(device) if biases is not None else None, block)
-    return packed, torch.stack(exact)
+    held = Projection(places, stacked, biases.to(device) if biases is not None else None, block)
+    return held, torch.stack(exact)
+
+
+def packed(codes: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """uint8 ``[N, K * bits / 8]`` from ``codes [N, K]``, as docs/kernels.md describes it."""
+    if bits != 3:
+        return torch.stack([codes[:, place :: 8 // bits] << place * bits for place in range(8 // bits)]).sum(0, dtype=torch.uint8)
+    eights = codes.int().reshape(len(codes), -1, block // 8, 8)
+    words = torch.stack([eights[..., place] << place * bits for place in range(8)]).sum(0)
+    lower = torch.stack([words & 255, words >> 8 & 255], -1).flatten(2)
+    return torch.cat([lower, words >> 16], -1).reshape(len(codes), -1).to(torch.uint8)
 
 
 def routed_slots(ids: torch.Tensor, replicas: torch.Tensor) -> torch.Tensor:

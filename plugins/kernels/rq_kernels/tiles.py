@@ -14,8 +14,9 @@ The rule needs only the expected rows, not a batch. It is applied when an engine
 choice is an attribute of the layer. Any choice gives the right result.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 CHUNK = 128  # pairs of a program of dispatch_count and dispatch_scatter
 SMALL = 1024  # dispatch_small is used for up to this many pairs
@@ -36,6 +37,10 @@ class Tile:
     warps: int
     stages: int
 
+    def step(self, block: int) -> int:
+        """The number of quantized weights of a row at a time, if ``block`` of them share a scale."""
+        return min(self.columns, block)
+
 
 # The name says what the tiles are for. With a gated activation, ``up`` holds two sums for each output.
 UP = {
@@ -48,6 +53,26 @@ DOWN = {
     "batch": Tile(rows=64, outputs=128, columns=64, warps=4, stages=3),
     "prefill": Tile(rows=128, outputs=128, columns=64, warps=8, stages=3),
 }
+# Those of layers with slots in int3 or int2, so that fewer kernels are built.
+FEW_BITS = ("decode", "batch")
+# The tensor cores of SM 100 take 128 outputs only together with at least 64 columns at a time.
+NARROW = 64
+
+
+def fitted(tile: Tile, block: int, *, few_bits: bool = False) -> Tile:
+    """``tile`` for weights in blocks of ``block`` columns.
+
+    ``few_bits``: for layers with slots in int3 or int2. Their steps of 64 columns divide blocks of 64 and of 128, and they load
+    as many columns ahead as others.
+    """
+    if few_bits:
+        tile = replace(tile, columns=NARROW, stages=1 + (tile.stages - 1) * tile.columns // NARROW)
+    return replace(tile, outputs=min(tile.outputs, NARROW)) if tile.step(block) < NARROW else tile
+
+
+def rule() -> dict[str, Any]:
+    """What a launcher has to know of this module, for kernels.json."""
+    return {"rows": {name: tile.rows for name, tile in UP.items()}, "few_bits": FEW_BITS, "reread": REREAD, "small": SMALL}
 
 
 def tile_count(rows: Sequence[float], rows_per_tile: int) -> int:
@@ -61,9 +86,9 @@ def cost(rows: Sequence[float], rows_per_tile: int) -> float:
     return tile_count(rows, rows_per_tile) * max(rows_per_tile, REREAD)
 
 
-def choose(rows: Sequence[float]) -> str:
+def choose(rows: Sequence[float], sizes: Iterable[str] = tuple(UP)) -> str:
     """The name of the best tiles for slots with ``rows[s]`` expected rows each; the smallest among equally good ones."""
-    return min(UP, key=lambda name: (cost(rows, UP[name].rows), UP[name].rows))
+    return min(sizes, key=lambda name: (cost(rows, UP[name].rows), UP[name].rows))
 
 
 def expected_rows(shares: Sequence[float], pairs: int) -> list[float]:

@@ -1,24 +1,22 @@
 """Every kernel that is built: its dtype, formats, tiles and parameters, and how it is launched."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from rq_kernels import combine, dispatch, expert_gemm
-from rq_kernels.formats import GROUPS, MIXED, TENSORS
-from rq_kernels.tiles import CHUNK, COMBINE_COLUMNS, DOWN, UP, Tile
+from rq_kernels import combine, dispatch, expert_gemm, tiles
+from rq_kernels.formats import FEW_BITS, GROUPS, MIXED, TENSORS
+from rq_kernels.tiles import CHUNK, COMBINE_COLUMNS, DOWN, UP, Tile, fitted
 
 DTYPES = {"fp16": "*fp16", "bf16": "*bf16"}
-# The formats that a layer's slots may have, as the kernels' FORMATS. "mixed" is right for any plan without mxfp4 and fp8; the
-# others need fewer resources.
-FORMATS = {group.name: 1 << code for code, group in enumerate(GROUPS)} | {"mixed": MIXED}
+# The formats that a layer's slots may have, as the kernels' FORMATS. "few" is right for any plan without mxfp4 and fp8, and
+# "mixed" if there are no few bits either; the others need fewer resources.
+FORMATS = {group.name: 1 << code for code, group in enumerate(GROUPS) if not group.few_bits} | {"mixed": MIXED, "few": FEW_BITS}
 
 # Sizes and pointers that are multiples of 16, so that rows of x and of weights can be read 16 bytes at a time.
 ALIGNED = ("columns", "outputs", "hidden")
 # Columns that share a scale, in formats where this is not 64 or 128.
 BLOCKS = {group.name: 32 for group in GROUPS if group.exponents}
-# The tensor cores of SM 100 take 128 outputs only together with at least 64 columns at a time.
-NARROW = 64
 FLOATS = ("alpha", "limit")
 DATA = ("x", "y", "out", "float_weights")  # pointers to the dtype of the variant
 POINTERS = {
@@ -60,10 +58,10 @@ def variants(
         grid = ("tokens", f"ceil(hidden / {COMBINE_COLUMNS})", "1")
         yield _variant(f"combine_{dtype}", combine.combine, {"COLUMNS": COMBINE_COLUMNS}, grid, dtype=dtype)
         for format in formats:
-            for size in sizes:
+            for size in (name for name in sizes if format != "few" or name in tiles.FEW_BITS):
                 yield from _products(f"{dtype}_{format}_{size}", size, dtype, format, BLOCKS.get(format, 128))
                 # Tiles with steps of 128 columns cannot have scales for 64.
-                if format != "float" and format not in BLOCKS and UP[size].columns > 64:
+                if format not in ("float", "few", *BLOCKS) and UP[size].columns > 64:
                     yield from _products(f"{dtype}_{format}_{size}_block64", size, dtype, format, 64)
 
 
@@ -71,15 +69,13 @@ def _products(name: str, size: str, dtype: str, format: str, block: int) -> Iter
     for gated in (True, False):
         kind = "gated" if gated else "plain"
         yield _product(f"up_{kind}_{name}", expert_gemm.expert_up, UP[size], dtype, format, block, GATED=gated)
-    down = DOWN[size]
-    if block < NARROW:
-        down = replace(down, outputs=min(down.outputs, NARROW))
-    yield _product(f"down_{name}", expert_gemm.expert_down, down, dtype, format, block)
+    yield _product(f"down_{name}", expert_gemm.expert_down, DOWN[size], dtype, format, block)
 
 
 def _product(name: str, kernel: Any, tile: Tile, dtype: str, format: str, block: int, **constants: Any) -> Variant:
+    tile = fitted(tile, block, few_bits=format == "few")
     constants |= {"FORMATS": FORMATS[format], "ROWS": tile.rows, "OUTPUTS": tile.outputs}
-    constants |= {"COLUMNS": tile.columns, "STEP": min(tile.columns, block)}
+    constants |= {"COLUMNS": tile.columns, "STEP": tile.step(block)}
     grid = ("row_tiles", f"ceil(outputs / {tile.outputs})", "1")
     return _variant(name, kernel, constants, grid, dtype=dtype, warps=tile.warps, stages=tile.stages)
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from typing import Literal
 from rq_compile import __version__
 from rq_compile.architectures.model import Model
 from rq_compile.architectures.rope import recomputed_beyond
+from rq_compile.architectures.ties import remarks_on_ties
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.engine.appearing import Appearing
 from rq_compile.engine.manifest import EngineFile
@@ -25,7 +26,7 @@ from rq_compile.outputs import check_outputs
 from rq_compile.planning.schema import LayerPlan, Plan
 from rq_compile.quantization.formats import SLOT_FORMATS
 from rq_compile.targets.engine_outputs import tensorrt_outputs
-from rq_compile.targets.preflight import check_plan
+from rq_compile.targets.preflight import check_plan, held_in_more_bits
 from rq_compile.targets.streamed import mean_outputs_for
 from rq_compile.targets.tensorrt import build_engine, plugins
 from rq_compile.targets.tensorrt.ep_context import ep_context
@@ -62,6 +63,13 @@ class Settings:
         if self.plugins is not None:
             return Plugins(half=self.precision)
         return TensorRTLanes(expected=expected_capacity(self.profiles))
+
+
+def remarks_before(model: Model, plan: Plan, settings: Settings) -> Iterator[str]:
+    """What a user should know before a compilation: experts that tie, and slots in more bits than planned."""
+    yield from remarks_on_ties(model)
+    if settings.plugins is None and (wider := held_in_more_bits(plan, settings.lowering, "--stock", "--plugins LIBRARY")):
+        yield wider
 
 
 def compile_tensorrt(

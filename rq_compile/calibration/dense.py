@@ -29,10 +29,10 @@ from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.standalone.limits import default_threads
 
-# Token rows of the batches on which errors are measured; at least one batch is.
-SAMPLED_ROWS = 2048
-# Tokens on which the head runs.
-HEAD_TOKENS = 512
+# Token rows on which errors are measured, but at least one sequence of attention. More rows of the same batches change less than
+# rows of other batches do (docs/calibration.md), so they come from several.
+SAMPLED_ROWS = 512
+SAMPLED_BATCHES = 8
 # Rows of an embedding table that are rounded at a time.
 TABLE_ROWS = 1 << 14
 Moments = dict[str, np.ndarray]
@@ -57,7 +57,9 @@ class DenseMeasurements:
     def __init__(self, model: Model, batches: Sequence[Batch], quantizer: Quantizer) -> None:
         self.model, self.modules = model, dense_modules(model)
         self._batches, self._gptq = batches, quantizer == "gptq"
-        self._sampled = _sampled(batches)
+        longest = max((batch.decoder.ids.shape[1] for batch in batches), default=1)
+        self._sampled = _sampled(batches, SAMPLED_BATCHES)
+        self._sequences = _sampled(batches, min(SAMPLED_BATCHES, max(1, SAMPLED_ROWS // longest)))
         self._pending: dict[str, list[_Found]] = {}
         self._done: list[tuple[DenseCalibration, Moments]] = []
         self._streams: dict[str, Stream] = {}
@@ -75,7 +77,8 @@ class DenseMeasurements:
         if some is None:
             measured = {found.module for layer in layers for found in self._pending.get(layer, [])}
             some = [module for module in self.modules if module.layer in layers and module not in measured]
-        watches = [Watch(net, module, hidden, batch, self._sampled) for module in some]
+        of = {"attention": self._sequences}
+        watches = [Watch(net, module, hidden, batch, of.get(module.kind, self._sampled)) for module in some]
         try:
             yield lambda: self._measure(net, watches)
         finally:
@@ -181,7 +184,7 @@ class DenseMeasurements:
             moment.add(rows)
             if id(batch) in self._sampled:
                 # Of each batch equally many, so that the number of processes changes nothing.
-                quota = max(1, HEAD_TOKENS // len(self._sampled))
+                quota = self._sampled[id(batch)]
                 sample.append(rows[:: max(1, len(rows) // quota)][:quota])
         summed = moment.summed()
         weights = self.model.read(name)
@@ -246,8 +249,7 @@ def _tokens(batches: Iterable[Batch]) -> int:
     return sum(int(batch.decoder.real.sum()) for batch in batches)
 
 
-def _sampled(batches: Sequence[Batch]) -> frozenset[int]:
-    """The identities of evenly spaced batches with about ``SAMPLED_ROWS`` rows."""
-    size = max((batch.decoder.ids.size for batch in batches), default=1)
-    count = min(len(batches), max(1, SAMPLED_ROWS // size))
-    return frozenset(id(batches[number * len(batches) // count]) for number in range(count))
+def _sampled(batches: Sequence[Batch], most: int) -> dict[int, int]:
+    """The identities of evenly spaced batches, at most so many, and how many rows to take of each."""
+    count = min(len(batches), most)
+    return {id(batches[number * len(batches) // count]): max(1, SAMPLED_ROWS // count) for number in range(count)}

@@ -1,19 +1,21 @@
 """Watches one non-expert module while the model runs, and runs it again with other weights."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rq_compile.architectures.dense_modules import DenseModule
 from rq_compile.calibration.text import Batch
 from rq_compile.processes import world
 from rq_compile.quantization.formats import Format
-from rq_compile.quantization.second_moment import SecondMoment, block_products
+from rq_compile.quantization.second_moment import SecondMoment, add_products, block_products, moment_of
 
 # Inputs that are wider than the hidden states have their moments only within blocks, as those of experts' down projections.
 BLOCK = 128
@@ -29,19 +31,35 @@ class InputMoment:
 
     def add(self, rows: torch.Tensor) -> None:
         """``rows`` fp32 ``[n, columns]``"""
-        self._total += (rows.mT @ rows).numpy() if self._whole else block_products(rows.numpy(), BLOCK)
+        if self._whole:
+            add_products(self._total, rows)
+        else:
+            self._total += block_products(rows.numpy(), BLOCK)
 
     def summed(self) -> SecondMoment:
         """Of all processes."""
-        return SecondMoment(world().sum(self._total).astype(np.float32))
+        return moment_of(self._total) if self._whole else SecondMoment(world().sum(self._total).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the module, for some rows of a batch, of which ``real`` are no padding: its arguments, what it ``returned``,
+    what the routed ``experts`` in it gave, and, for attention, what entered the layer."""
+
+    real: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returned: torch.Tensor
+    experts: torch.Tensor | None
+    entered: torch.Tensor | None
 
 
 class Watch:
-    """Hooks on ``module`` and its matrices in ``net``. ``batch()`` is the batch that runs; the arguments of the ``sampled`` ones
-    are kept. ``hidden``: see ``InputMoment``."""
+    """Hooks on ``module`` and its matrices in ``net``. ``batch()`` is the batch that runs; of the ``sampled`` ones, by identity,
+    the arguments are kept for about so many token rows. ``hidden``: see ``InputMoment``."""
 
     def __init__(
-        self, net: nn.Module, module: DenseModule, hidden: int, batch: Callable[[], Batch], sampled: Collection[int]
+        self, net: nn.Module, module: DenseModule, hidden: int, batch: Callable[[], Batch], sampled: Mapping[int, int]
     ) -> None:
         self.module = module
         self._batch, self._sampled, self._hidden = batch, sampled, hidden
@@ -49,13 +67,16 @@ class Watch:
         self._columns: dict[str, int] = {}
         self._moments: dict[str, InputMoment] = {}
         self._given: dict[int, tuple[str, torch.Tensor]] = {}  # by identity, the inputs of the call that runs
-        self._calls: list[tuple[Batch, tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
-        self._entering: list[torch.Tensor] = []  # the hidden states that enter the layer, for each kept call
+        self._calls: list[_Call] = []
+        self._entered: torch.Tensor | None = None  # the hidden states that enter the layer, in the batch that runs
+        self._routed: torch.Tensor | None = None
         run = net.get_submodule(module.run)
         self._handles = [run.register_forward_pre_hook(self._begun), run.register_forward_hook(self._called, with_kwargs=True)]
-        if module.layer is not None:
+        if module.kind == "attention" and module.layer is not None:
             layer = net.get_submodule(module.layer)
-            self._handles.append(layer.register_forward_pre_hook(self._entered, with_kwargs=True))
+            self._handles.append(layer.register_forward_pre_hook(self._entering, with_kwargs=True))
+        if module.experts is not None:
+            self._handles.append(net.get_submodule(module.experts).register_forward_hook(self._chosen))
         for name in module.matrices:
             part: Any = net.get_submodule(name.removesuffix(".weight"))
             self._columns[name] = part.in_features
@@ -65,16 +86,23 @@ class Watch:
         for handle in self._handles:
             handle.remove()
 
-    def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if id(self._batch()) in self._sampled:
-            self._entering.append((args or tuple(kwargs.values()))[0])
+    def _entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._entered = (args or tuple(kwargs.values()))[0]
 
     def _begun(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._given = {}
+        self._given, self._routed = {}, None
+
+    def _chosen(self, module: nn.Module, args: tuple[Any, ...], returned: Any) -> None:
+        self._routed = returned if isinstance(returned, torch.Tensor) else None
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
-        if id(batch := self._batch()) in self._sampled:
-            self._calls.append((batch, args, kwargs, _output(returned)))
+        batch = self._batch()
+        if id(batch) in self._sampled:
+            real = torch.from_numpy(batch.decoder.real)
+            routed = self._routed if self._routed is not None and self._routed.numel() == _output(returned).numel() else None
+            call = _Call(real, args, kwargs, _output(returned), routed, self._entered)
+            most = self._sampled[id(batch)]
+            self._calls.append(_of_sequences(call, most) if self.module.kind == "attention" else _of_rows(call, most))
 
     def _multiplied(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -85,7 +113,7 @@ class Watch:
             self._inputs.setdefault(name, first)
             if self._inputs[name] == name:
                 moment = self._moments.setdefault(name, InputMoment(self._columns[name], self._hidden))
-                moment.add(_real(x, self._batch()).float().cpu())
+                moment.add(_real(x, torch.from_numpy(self._batch().decoder.real)).float().cpu())
 
         return seen
 
@@ -106,32 +134,64 @@ class Watch:
         sums = np.zeros(len(changed) + 2)
         module = net.get_submodule(self.module.run)
         below = len(f"{self.module.run}.")
-        with torch.inference_mode(), _without_experts(net, self.module.experts):
-            for number, (batch, args, kwargs, before) in enumerate(self._calls):
-                if self.module.experts is not None:
-                    before = _output(module(*args, **kwargs))
+        for call in self._calls:
+            with torch.inference_mode(), _experts_give(net, self.module.experts, call.experts):
+                before = call.returned
+                if self.module.experts is not None and call.experts is None:
+                    before = _output(module(*call.args, **call.kwargs))
                 for place, weights in enumerate(changed.values()):
                     other = {name[below:]: weight.to(before.device) for name, weight in weights.items()}
-                    after = _output(functional_call(module, other, args, kwargs))
-                    sums[place] += _squares(_real(after - before, batch))
-                sums[-1] += int(batch.decoder.real.sum())
-                if self.module.kind == "attention" and self._entering and self._entering[number].shape == before.shape:
-                    sums[-2] += _squares(_real(self._entering[number] + before, batch))
+                    after = _output(functional_call(module, other, call.args, call.kwargs))
+                    sums[place] += _squares(_real(after - before, call.real))
+                sums[-1] += int(call.real.sum())
+                if call.entered is not None and call.entered.shape == before.shape:
+                    sums[-2] += _squares(_real(call.entered + before, call.real))
         self._calls.clear()
-        self._entering.clear()
         *errors, square, rows = world().sum(sums).tolist()
         return dict(zip(changed, errors, strict=True)), square or None, int(rows)
+
+
+def _of_sequences(call: _Call, most: int) -> _Call:
+    """The call for the first sequences, of at most ``most`` rows in total, but at least one: a row depends on others of its
+    sequence. All sequences if the arguments have other first dimensions."""
+    sequences, length = call.real.shape
+    count = max(1, most // length)
+    if count >= sequences or any(len(tensor) not in (1, sequences) for tensor in _given(call) if tensor.ndim > 1):
+        return call
+    return _with(
+        call, call.real[:count], lambda tensor: tensor[:count] if tensor.ndim > 1 and len(tensor) == sequences else tensor
+    )
+
+
+def _of_rows(call: _Call, most: int) -> _Call:
+    """The call for at most ``most`` rows, evenly spaced, if a row depends on no other: if the module is given nothing else."""
+    rows = torch.nonzero(call.real.ravel()).ravel()
+    if len(rows) <= most or [tensor.shape for tensor in _given(call)] != [call.returned.shape]:
+        return call
+    kept = rows[torch.arange(most) * len(rows) // most].to(call.returned.device)
+    return _with(
+        call, torch.ones(1, most, dtype=torch.bool), lambda tensor: tensor.reshape(call.real.numel(), -1)[kept].unsqueeze(0)
+    )
+
+
+def _given(call: _Call) -> list[torch.Tensor]:
+    return [value for value in tree_leaves((call.args, call.kwargs)) if isinstance(value, torch.Tensor)]
+
+
+def _with(call: _Call, real: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> _Call:
+    """The call with other tensors."""
+    names = ("args", "kwargs", "returned", "experts", "entered")
+    return replace(call, real=real, **{name: tree_map_only(torch.Tensor, change, getattr(call, name)) for name in names})
 
 
 def _output(returned: Any) -> torch.Tensor:
     return returned[0] if isinstance(returned, tuple) else returned
 
 
-def _real(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _real(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """The rows of ``x [..., columns]`` without those of padding, where they can be told."""
     rows = x.reshape(-1, x.shape[-1])
-    real = torch.from_numpy(batch.decoder.real.ravel())
-    return rows[real.to(x.device)] if len(rows) == len(real) else rows
+    return rows[real.ravel().to(x.device)] if len(rows) == real.numel() else rows
 
 
 def _squares(rows: torch.Tensor) -> float:
@@ -139,20 +199,25 @@ def _squares(rows: torch.Tensor) -> float:
 
 
 @contextmanager
-def _without_experts(net: nn.Module, name: str | None) -> Iterator[None]:
-    """A context in which the routed experts, whose weights may not be loaded, give zeros. What other weights change stays."""
+def _experts_give(net: nn.Module, name: str | None, outputs: torch.Tensor | None) -> Iterator[None]:
+    """A context in which the routed experts, whose weights may not be loaded, give ``outputs``; zeros if these are not known.
+    What other weights change stays."""
     if name is None:
         yield
         return
     parent, _, child = name.rpartition(".")
     block, experts = net.get_submodule(parent), net.get_submodule(name)
-    setattr(block, child, _Zeros())
+    setattr(block, child, _Known(outputs))
     try:
         yield
     finally:
         setattr(block, child, experts)
 
 
-class _Zeros(nn.Module):
+class _Known(nn.Module):
+    def __init__(self, outputs: torch.Tensor | None) -> None:
+        super().__init__()
+        self._outputs = outputs
+
     def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.zeros_like(hidden)
+        return torch.zeros_like(hidden) if self._outputs is None else self._outputs.reshape(hidden.shape)

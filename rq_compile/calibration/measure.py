@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from threading import local
+from functools import partial
+from threading import Condition, local
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 MAX_PAIRS = 128
 # Tokens of an expert that are run at a time.
 ROWS_AT_ONCE = 1024
-# Experts that are rounded and measured at the same time.
+# Experts that are run, rounded and measured at the same time.
 AT_ONCE = 2
 # What rounding an expert takes, in tokens that it could have run instead: for a fair share of a layer's experts.
 ROUNDING_COST = 1500
@@ -146,10 +147,11 @@ def measure_layer(
     """Run every expert over its own tokens, as the checkpoint has it and as each format stores it, rounded by ``quantizer``.
 
     ``hidden [T, hidden]`` fp32, ``ids [T, k]`` in ``0..m-1``, ``gates [T, k]`` fp32. ``weights_of(e)`` gives expert e; it is
-    called once an expert, in order, from a thread of its own, while the expert before is measured. What the experts give
-    together for every token is added to ``output [T, hidden]`` float64, zeros at first. ``hidden`` and ``output`` may be mapped
-    from disk. Held at a time, in fp32: the weights of ``AT_ONCE`` experts twice and of another, and the inputs and outputs of
-    some of its tokens. ``device`` is the torch device of the products; the CPU rounds.
+    called once an expert, in order, from a thread of its own, while experts before are measured. What the experts give
+    together for every token is added to ``output [T, hidden]`` float64, zeros at first, in the order of the experts. ``hidden``
+    and ``output`` may be mapped from disk. Held at a time: the weights of ``AT_ONCE`` experts twice in fp32, and of two others
+    as ``weights_of`` gives them; outputs as large as the weights of ``AT_ONCE + 1`` experts; and the inputs and outputs of some
+    tokens. ``device`` is the torch device of the products; the CPU rounds.
 
     Every process of the world is given all tokens, measures the experts that it owns, and returns the measurements of all.
     ``output`` is in float64 so that its fp32 digits do not depend on the order in which experts are added.
@@ -158,7 +160,7 @@ def measure_layer(
     input_moment = whole_moment(hidden)
     by_expert = np.argsort(ids, axis=None, kind="stable")
     starts = np.searchsorted(ids.ravel()[by_expert], np.arange(geometry.experts + 1))
-    measure = _Measure(geometry, hidden, output, formats, wanda_fraction, device)
+    measure = _Measure(geometry, hidden, _Sum(output), formats, wanda_fraction, device)
     owners = world().owners(ROUNDING_COST + np.diff(starts))
     own = list(world().own(owners, range(geometry.experts)))
     block = block_size(geometry.intermediate)
@@ -166,14 +168,14 @@ def measure_layer(
     # until the end of the layer lay between them.
     products = np.zeros((len(own), -(-geometry.intermediate // block), block, block), np.float32)
 
-    def runs() -> Iterator[_Run]:
-        for expert, weights, into in zip(own, _ahead(weights_of, own), products, strict=True):
+    def jobs() -> Iterator[Callable[[], ExpertMeasurement]]:
+        for number, (expert, weights, into) in enumerate(zip(own, _ahead(weights_of, own), products, strict=True)):
             pairs = by_expert[starts[expert] : starts[expert + 1]]
             if quantizer == "gptq":
                 weights = replace(weights, up_moment=input_moment)
-            yield measure.run(weights, pairs // ids.shape[1], gates.ravel()[pairs], into)
+            yield partial(measure.expert, number, weights, pairs // ids.shape[1], gates.ravel()[pairs], into)
 
-    experts = list(_behind(measure.rounded, runs()))
+    experts = list(_side_by_side(jobs()))  # no process waits for another before it has measured all its experts
     experts = list(world().all(owners, experts))
     return LayerMeasurement.of(experts, input_moment, _square(world().sum(output, device)))
 
@@ -207,24 +209,53 @@ class _Run:
     on_sample: "_OnSample"
 
 
-def _behind(function: Callable[[_Run], ExpertMeasurement], runs: Iterable[_Run]) -> Iterator[ExpertMeasurement]:
-    """``function`` of each, in order, computed while the next ones come. What one thread does alone for one expert is then beside
-    the products of another."""
+def _side_by_side(jobs: Iterable[Callable[[], ExpertMeasurement]]) -> Iterator[ExpertMeasurement]:
+    """The result of each job, in order. ``AT_ONCE`` of them run at the same time, with a share of torch's threads, so that what
+    one thread does alone for one expert is beside the products of another."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(AT_ONCE, initializer=torch.set_num_threads, initargs=(max(1, threads // AT_ONCE),)) as pool:
-        torch.set_num_threads(max(1, threads // AT_ONCE))
         waiting: deque[Future[ExpertMeasurement]] = deque()
         try:
-            for run in runs:
-                waiting.append(pool.submit(function, run))
-                if len(waiting) == AT_ONCE:
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                if len(waiting) > AT_ONCE:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for left in waiting:
                 left.cancel()
-            torch.set_num_threads(threads)
+            torch.set_num_threads(threads)  # also of threads to come
+
+
+class _Sum:
+    """Adds the outputs of experts to ``output [T, hidden]`` in the order of their numbers, from 0, however they come."""
+
+    def __init__(self, output: np.ndarray) -> None:
+        self._output = output
+        self._next = 0
+        self._complete: dict[int, list[tuple[np.ndarray, torch.Tensor]]] = {}
+        self._condition = Condition()
+
+    def add(self, number: int, parts: list[tuple[np.ndarray, torch.Tensor]], *, complete: bool) -> None:
+        """``parts``: tokens, by number, and their outputs, for some tokens of expert ``number``. With the last of them, it is
+        ``complete``. Otherwise, wait until all with lower numbers are."""
+        with self._condition:
+            if not complete:
+                self._condition.wait_for(lambda: self._next == number)
+                self._add(parts)
+                return
+            self._complete[number] = parts
+            while self._next in self._complete:
+                self._add(self._complete.pop(self._next))
+                self._next += 1
+            self._condition.notify_all()
+
+    def _add(self, parts: list[tuple[np.ndarray, torch.Tensor]]) -> None:
+        output = torch.from_numpy(self._output)
+        for tokens, outputs in parts:
+            output.index_add_(0, torch.from_numpy(tokens), outputs.double())
+            release(self._output)
 
 
 @dataclass(frozen=True)
@@ -233,7 +264,7 @@ class _Measure:
 
     geometry: ExpertGeometry
     hidden: np.ndarray
-    output: np.ndarray
+    output: _Sum
     formats: tuple[Format, ...]
     wanda_fraction: float
     device: str
@@ -241,15 +272,34 @@ class _Measure:
     # memory for the system to clear.
     _room: local = field(default_factory=local, init=False, repr=False)
 
-    def run(self, weights: ExpertWeights, tokens: np.ndarray, gate: np.ndarray, products: np.ndarray) -> _Run:
-        """Run an expert on the pairs of ``tokens [n]``, by number, and ``gate [n]``, as the checkpoint has it. ``products``:
-        zeros, see ``expert_outputs``."""
+    def expert(
+        self, number: int, weights: ExpertWeights, tokens: np.ndarray, gate: np.ndarray, products: np.ndarray
+    ) -> ExpertMeasurement:
+        """Measure one of the experts that have numbers 0, 1, ..., in this order, on the pairs of ``tokens [n]``, by number, and
+        ``gate [n]``; from several threads. ``products``: zeros, see ``expert_outputs``."""
+        held: list[tuple[np.ndarray, torch.Tensor]] = []
+        try:
+            run = self._run(number, weights, tokens, gate, products, held)
+        finally:
+            self.output.add(number, held, complete=True)
+        return self._rounded(run)
+
+    def _run(
+        self,
+        number: int,
+        weights: ExpertWeights,
+        tokens: np.ndarray,
+        gate: np.ndarray,
+        products: np.ndarray,
+        held: list[tuple[np.ndarray, torch.Tensor]],
+    ) -> _Run:
+        """Run the expert as the checkpoint has it. Outputs that were not added yet are in ``held``."""
         geometry = self.geometry
         original = in_fp32(weights)
         squares, weighted = np.zeros(geometry.hidden, np.float64), np.zeros(geometry.hidden, np.float64)
         sample, shares = _sample(gate)
         sampled_x, sampled_y = [], []
-        energy, output = 0.0, torch.from_numpy(self.output)
+        energy = 0.0
         for start in range(0, len(tokens), ROWS_AT_ONCE):
             some = tokens[start : start + ROWS_AT_ONCE]
             x = torch.from_numpy(self.hidden[some])
@@ -262,16 +312,18 @@ class _Measure:
             y *= of_some[:, None]
             energy += _square(y.numpy())
             weighted += (of_some @ y).double().numpy()
-            output.index_add_(0, torch.from_numpy(some), y.double())
             release(self.hidden)
-            release(self.output)
+            held.append((some, y))
+            if len(held) * y.numel() > geometry.expert_weights:
+                self.output.add(number, held, complete=False)
+                held.clear()
         on_sample = _OnSample(sampled_x, sampled_y, shares, energy, self.device)
         squared_gates = float(np.square(gate, dtype=np.float64).sum())
         exact = _exact_in(weights)
         return _Run(original, exact, len(tokens), energy, products, squares, squared_gates, weighted, on_sample)
 
-    def rounded(self, run: _Run) -> ExpertMeasurement:
-        """Measure what each format changes; from several threads."""
+    def _rounded(self, run: _Run) -> ExpertMeasurement:
+        """Measure what each format changes."""
         geometry, original = self.geometry, run.original
         changed = original
         if original.up_moment is not None:

@@ -1,10 +1,12 @@
 """Statistics of the inputs of a weight matrix for a quantizer: their second moment on the calibration text, as an additive
 sum."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -16,8 +18,11 @@ from rq_compile.standalone.limits import default_threads
 # Fraction of the mean diagonal that is added to it, so that directions with few calibration tokens do not count as free of error.
 DAMPING = 0.01
 ROWS_AT_ONCE = 1024
-# Columns of a triangular matrix that are inverted at a time.
-INVERTED_AT_ONCE = 256
+# Columns of a moment that are summed at a time.
+SUMMED_AT_ONCE = 512
+# Columns of a triangular matrix that are computed at a time. Each product of such blocks is computed on one thread: BLAS and
+# LAPACK round differently with other numbers of threads, but an engine must not depend on them.
+COLUMNS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +80,9 @@ class SecondMoment:
         moments[:, range(columns), range(columns)] += DAMPING if mean > 0 else 1.0
         # The factor U of the moment's inverse, U^T U, is the inverse of the factor R of the moment, R R^T, both upper
         # triangular; R, in reverse order, is the lower factor of the moment in reverse order.
-        with _one_thread():
-            factor = torch.linalg.cholesky(torch.from_numpy(moments).flip(1, 2)).flip(1, 2)
-            upper = _inverse(factor).numpy()
+        upper = _inverse_factor(torch.from_numpy(moments).flip(1, 2)).flip(1, 2)
         factors = torch.zeros(len(moments), width, width)
-        factors[:, :columns, :columns] = torch.from_numpy(upper / upper.diagonal(axis1=1, axis2=2)[..., None])
+        factors[:, :columns, :columns] = upper / upper.diagonal(dim1=1, dim2=2)[..., None]
         # [parts, blocks, columns, block]
         factors = factors.view(len(moments), width, width // block, block).transpose(1, 2)
         within = torch.cat([factors[:, number, number * block : (number + 1) * block] for number in range(width // block)])
@@ -94,47 +97,74 @@ class SecondMoment:
         )
 
 
-def _inverse(factor: torch.Tensor) -> torch.Tensor:
-    """Of upper triangular ``factor [parts, columns, columns]``, whose inverse is too: nothing is computed of its lower half."""
-    columns, inverse = factor.shape[-1], torch.zeros_like(factor)
+def _inverse_factor(moments: torch.Tensor) -> torch.Tensor:
+    """The inverse of the lower factor L of each of ``moments [parts, columns, columns]``, L L^T. Overwrites the moments."""
+    columns, inverse = moments.shape[-1], torch.zeros_like(moments)
+    blocks = [slice(start, min(start + COLUMNS_AT_ONCE, columns)) for start in range(0, columns, COLUMNS_AT_ONCE)]
 
-    def invert(start: int) -> None:
-        end = min(start + INVERTED_AT_ONCE, columns)
-        unit = torch.eye(end, dtype=factor.dtype)[:, start:]
-        inverse[:, :end, start:end] = torch.linalg.solve_triangular(factor[:, :end, :end], unit, upper=True)
+    def subtract(block: slice, factored: slice) -> None:
+        below = moments[:, block.start :, factored]
+        moments[:, block.start :, block] -= below @ moments[:, block, factored].mT
 
-    # The last columns take longest.
-    starts = range(0, columns, INVERTED_AT_ONCE)[::-1]
-    if len(starts) == 1:
-        invert(0)
-    else:
-        threads = max(1, default_threads() // on_this_host())
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(invert, starts))
+    def invert(block: slice) -> None:
+        for later in blocks[blocks.index(block) + 1 :]:
+            known = slice(block.start, later.start)
+            inverse[:, later, block] = -inverse[:, later, later] @ (moments[:, later, known] @ inverse[:, known, block])
+
+    with _threads_of_their_own(len(blocks)) as on_all:
+        for number, block in enumerate(blocks):
+            factor = torch.linalg.cholesky(moments[:, block, block])
+            unit = torch.eye(factor.shape[-1], dtype=factor.dtype)
+            inverse[:, block, block] = torch.linalg.solve_triangular(factor, unit, upper=False)
+            moments[:, block.stop :, block] = moments[:, block.stop :, block] @ inverse[:, block, block].mT
+            on_all(partial(subtract, factored=block), blocks[number + 1 :])
+        on_all(invert, blocks)
     return inverse
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread: LAPACK rounds differently with other numbers of threads, but an engine must not depend on them."""
-    threads = torch.get_num_threads()
+def _threads_of_their_own(most: int) -> Iterator[Callable[[Callable[[slice], None], Sequence[slice]], None]]:
+    """A context in which torch uses one thread. Yields a function that calls another one on each of some blocks, on several
+    threads (at most ``most``), which also have one of torch each."""
+    before = torch.get_num_threads()
+    threads = min(most, max(1, default_threads() // on_this_host()))
     torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+            def on_all(function: Callable[[slice], None], blocks: Sequence[slice]) -> None:
+                deque(pool.map(function, blocks) if threads > 1 else map(function, blocks), maxlen=0)
+
+            yield on_all
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def whole_moment(inputs: np.ndarray) -> SecondMoment:
     """The moment of fp32 ``inputs [n, columns]`` (which may be mapped from disk); zeros without inputs. The inputs are the same
     on every process of the world, and each process multiplies some of them."""
     # In float64, the order of the sum, and thus the number of processes, does not affect the fp32 result.
-    total = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
+    total = np.zeros((inputs.shape[1], inputs.shape[1]))
     starts = range(0, len(inputs), ROWS_AT_ONCE)
     for start in world().own(world().owners([1] * len(starts)), starts):
-        some = torch.from_numpy(np.array(inputs[start : start + ROWS_AT_ONCE]))
-        total += some.mT @ some
-    return SecondMoment(world().sum(total.numpy()).astype(np.float32))
+        add_products(total, torch.from_numpy(np.array(inputs[start : start + ROWS_AT_ONCE])))
+    return moment_of(total)
+
+
+def add_products(total: np.ndarray, rows: torch.Tensor) -> None:
+    """Add the sum of ``x x^T`` over the fp32 ``rows [n, columns]`` to ``total [columns, columns]``, float64: only to what
+    ``moment_of`` needs, which is a little more than the upper half."""
+    into = torch.from_numpy(total)
+    for start in range(0, rows.shape[1], SUMMED_AT_ONCE):
+        into[start : start + SUMMED_AT_ONCE, start:] += rows[:, start : start + SUMMED_AT_ONCE].mT @ rows[:, start:]
+
+
+def moment_of(total: np.ndarray) -> SecondMoment:
+    """The moment of the rows whose products all processes have added to their ``total``."""
+    values = world().sum(total).astype(np.float32)
+    for end in range(SUMMED_AT_ONCE, len(values), SUMMED_AT_ONCE):
+        values[end:, end - SUMMED_AT_ONCE : end] = values[end - SUMMED_AT_ONCE : end, end:].T
+    return SecondMoment(values)
 
 
 def block_products(inputs: np.ndarray, block: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -282,3 +283,34 @@ def test_a_sample_of_an_expert_s_pairs_is_enough(monkeypatch: pytest.MonkeyPatch
         np.testing.assert_allclose(sampled.error[format].sum(), whole.error[format].sum(), rtol=0.1)
     np.testing.assert_array_equal(sampled.wanda, whole.wanda)
     assert sampled.output_square == whole.output_square
+
+
+@pytest.mark.parametrize("rows", [measure.ROWS_AT_ONCE, 7], ids=["at once", "in parts that are too large to be held"])
+@pytest.mark.parametrize("at_once", [2, 5])
+def test_experts_that_are_measured_side_by_side_add_up_in_order(monkeypatch: pytest.MonkeyPatch, rows: int, at_once: int) -> None:
+    """The first ones come last, and have most tokens: the output is still that of one after another, to the last bit."""
+    experts = random_experts(SWIGLU)
+    hidden, ids, gates = inputs(SWIGLU, 400)
+    ids = np.where(np.arange(400)[:, None] % 2, ids, [0, 1])
+
+    def late(expert: int) -> ExpertWeights:
+        if expert < 2:
+            sleep(0.02)
+        return experts[expert]
+
+    monkeypatch.setattr(measure, "ROWS_AT_ONCE", rows)
+    found = []
+    for count in (1, at_once):
+        monkeypatch.setattr(measure, "AT_ONCE", count)
+        output = np.zeros(hidden.shape)
+        measured = measure_layer(SWIGLU, hidden, ids, gates, late, output=output)
+        found.append((output.tobytes(), measured.sums.model_dump_json(), measured.intermediate_moments.tobytes()))
+    assert found[0] == found[1]
+
+
+def test_an_expert_that_fails_stops_those_beside_it() -> None:
+    experts = random_experts(SWIGLU)
+    hidden, ids, gates = inputs(SWIGLU, 100)
+    experts[1] = ExpertWeights(experts[1].up[:, :-1], experts[1].down)
+    with pytest.raises(RuntimeError, match="shapes"):
+        measure_layer(SWIGLU, hidden, ids, gates, experts.__getitem__)

@@ -18,7 +18,7 @@ from rq_compile.calibration.expert import in_format
 from rq_compile.checkpoint.storage.decoding import Codes, differences
 from rq_compile.checkpoint.storage.packings import INT8
 from rq_compile.errors import UserError
-from rq_compile.quantization import library
+from rq_compile.quantization import library, second_moment
 from rq_compile.quantization.formats import BLOCKS, PACKED_FORMATS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
 from rq_compile.quantization.packing import dequantize
 from rq_compile.quantization.quantizer import carried, quantize, stored
@@ -67,6 +67,32 @@ def test_rounding_to_the_nearest_errs_by_half_a_step(format: Format, levels: int
     bound = largest / levels * (0.5 if format == "int8" else 1.0) * (1 + 1e-5)
     error = np.abs(stored(weights, format) - weights).reshape(20, 2, 128).max(-1)
     assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("columns", [512, 600, 1100])
+def test_a_moment_of_many_columns_is_that_of_float64(columns: int) -> None:
+    inputs = correlated(50, columns)
+    values = whole_moment(inputs).values
+    exact = inputs.T.astype(np.float64) @ inputs
+    np.testing.assert_allclose(values, exact, atol=1e-6 * exact.diagonal().max())
+    np.testing.assert_allclose(values, values.T, rtol=1e-5, atol=1e-6 * exact.diagonal().max())
+
+
+@pytest.mark.parametrize("columns", [256, 384, 640])
+def test_factors_are_those_of_float64_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    moment, found = whole_moment(correlated(900, columns)), []
+    for threads in (1, 3):
+        monkeypatch.setattr(second_moment, "default_threads", lambda threads=threads: threads)
+        found.append(SecondMoment(moment.values).feedback(128))
+    assert all(np.array_equal(getattr(found[0], name), getattr(found[1], name)) for name in ("within", "across", "importance"))
+    values = moment.values.astype(np.float64)
+    values /= values.diagonal().mean()
+    values += second_moment.DAMPING * np.eye(columns)
+    upper = np.linalg.cholesky(np.linalg.inv(values)).T
+    upper /= upper.diagonal()[:, None]
+    for number, within in enumerate(found[0].within.reshape(-1, 128, 128)):
+        block = slice(number * 128, (number + 1) * 128)
+        np.testing.assert_allclose(within, upper[block, block], atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

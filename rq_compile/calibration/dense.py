@@ -119,13 +119,12 @@ class DenseMeasurements:
             if not inputs:
                 continue  # the model uses the matrices without calling their modules
             weights = {name: net.get_parameter(name).detach().cpu().numpy() for name in inputs}
-            changed = {
-                format: {
-                    name: torch.from_numpy(self._rounded(weight, format, moments[inputs[name]]))
-                    for name, weight in weights.items()
-                }
-                for format in DENSE_QUANTIZED
-            }
+            given = [(name, format) for name in weights for format in DENSE_QUANTIZED]
+            owners = world().owners(weights[name].size for name, _ in given)
+            own = [self._rounded(weights[name], format, moments[inputs[name]]) for name, format in world().own(owners, given)]
+            changed: dict[Format, dict[str, torch.Tensor]] = {format: {} for format in DENSE_QUANTIZED}
+            for (name, format), values in zip(given, world().all(owners, own), strict=True):
+                changed[format][name] = torch.from_numpy(values)
             measured, square, rows = watch.errors(net, changed)
             scale = _tokens(self._batches) / max(1, rows)
             error = {format: value * scale for format, value in measured.items()}

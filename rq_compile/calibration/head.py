@@ -18,7 +18,7 @@ def head_divergence(
 ) -> tuple[dict[Format, float], int]:
     """KL divergence in nats of the probabilities with the ``rounded`` head, by format, summed over tokens; and their number.
 
-    ``weights [vocabulary, hidden]``; ``hidden [n, hidden]`` fp32: those of this process.
+    ``weights [vocabulary, hidden]``; ``hidden [n, hidden]`` fp32: those of this process. The processes share the rounding.
     """
     before = _Sum(len(hidden))
     after = {format: _Sum(len(hidden)) for format in DENSE_QUANTIZED}
@@ -26,9 +26,10 @@ def head_divergence(
         some = weights[start : start + ROWS].astype(np.float32)
         logits = _final(hidden @ torch.from_numpy(some).mT, config)
         before.add(logits)
-        for format, sums in after.items():
-            others = _final(hidden @ torch.from_numpy(rounded(some, format)).mT, config)
-            sums.add(others, logits)
+        owners = world().owners([1] * len(after))
+        own = [rounded(some, format) for format in world().own(owners, after)]
+        for sums, values in zip(after.values(), world().all(owners, own), strict=True):
+            sums.add(_final(hidden @ torch.from_numpy(values).mT, config), logits)
     found = [float((sums.mean_difference + sums.log_sum - before.log_sum).sum()) for sums in after.values()]
     *errors, rows = world().sum(np.array([*found, len(hidden)])).tolist()
     return {format: max(0.0, error) for format, error in zip(after, errors, strict=True)}, int(rows)

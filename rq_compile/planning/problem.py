@@ -19,6 +19,8 @@ from rq_compile.quantization.formats import FEW_BITS, FORMATS, SLOT_FORMATS, For
 # No format but the checkpoint's own counts as exact: what cost nothing on the calibration text may cost something elsewhere.
 # Far below any measured error, this only decides between equals, in favour of more bits.
 LEAST_ERROR = 1e-9
+# What a change costs by the choices of each later router, in units of its own cost.
+ROUTED = 2
 
 
 def held_wider(target: Target) -> tuple[Format, ...]:
@@ -152,13 +154,18 @@ def problem_of(
 
 def error_weights(calibration: Calibration, *, in_nats: bool) -> list[float]:
     """What a relative error of each layer's output counts in a plan: its change of the residual stream, either in nats (see
-    ``DenseCalibration``) or divided by that of the median layer. 1 if it was not measured in every layer."""
+    ``DenseCalibration``) or divided by that of the median layer. 1 if it was not measured in every layer.
+
+    The change also disturbs the routers of later layers, and a token that changes its expert there is lost. Each later MoE layer
+    therefore counts twice as much as the change itself."""
     shares = [layer.stream_share if in_nats else layer.sensitivity for layer in calibration.layers]
     known = [share for share in shares if share is not None]
     if len(known) < len(shares):
         return [1.0] * len(shares)
-    unit = 1.0 if in_nats else median(known)
-    return [share / unit for share in known]
+    if in_nats:
+        return known
+    changes = [share * (1 + ROUTED * later) for share, later in zip(known, reversed(range(len(known))), strict=True)]
+    return [change / median(changes) for change in changes]
 
 
 def _layer(layer: LayerCalibration, dtype: Format, smoothing: float, target: Target, weight: float) -> Layer:

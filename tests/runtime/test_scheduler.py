@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -441,7 +442,10 @@ class NoInputs:
     def get_inputs(self) -> list[Any]:
         return []
 
-    get_overridable_initializers = get_inputs
+    get_overridable_initializers = io_binding = get_inputs
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name="logits", shape=["batch", "kept", VOCABULARY])]
 
 
 @pytest.mark.parametrize(

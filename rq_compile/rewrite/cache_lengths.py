@@ -6,7 +6,8 @@ what is new. The shape of such a cache is not its number of tokens.
 Requires: nothing. Ensures: no Shape reads the cache of a CacheAttention, unless other nodes read that cache, too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -17,7 +18,7 @@ from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.report import PassReport
 
 NAME = "cache_lengths"
-TOKENS_AXIS = 2
+RANK, TOKENS_AXIS = 4, 2  # of keys and values
 PAST, PRESENT = slice(3, 5), slice(1, 3)  # inputs and outputs of the op
 
 
@@ -26,7 +27,7 @@ def cache_lengths(graph: gs.Graph) -> PassReport:
     op, report = Ops(graph, NAME), PassReport("lengths of caches", "read off the mask")
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     for past, present in _caches(graph):
-        readers = [node for tensor in (*past, *present) for node in tensor.outputs if node.op != OP]
+        readers = [node for tensor in (*past, *present) for node in tensor.outputs if _reads_tokens(node.op, node.attrs)]
         if others := sorted({node.op for node in readers if not _is_length(node)}):
             report.leave(f"{past[0].name} or its values are read by {', '.join(others)}")
             continue
@@ -39,15 +40,20 @@ def cache_lengths(graph: gs.Graph) -> PassReport:
             report.changed += 1
     graph.cleanup().toposort()
     for past, present in _caches(graph):
-        left = {node.op for tensor in (*past, *present) for node in tensor.outputs} - {OP}
-        ensures(NAME, left != {"Shape"}, "that no length is read off a cache")
+        left = [node for tensor in (*past, *present) for node in tensor.outputs if _reads_tokens(node.op, node.attrs)]
+        ensures(NAME, not left or not all(map(_is_length, left)), "that no length is read off a cache")
     return report
 
 
 def caches_in_place(model: onnx.ModelProto) -> set[str]:
     """The inputs of the graph that are caches which may have room for further tokens: keys and values that only a CacheAttention
     reads, and nothing after it."""
-    others = {name for node in model.graph.node if node.op_type != OP for name in node.input}
+    others = {
+        name
+        for node in model.graph.node
+        if _reads_tokens(node.op_type, {entry.name: entry.i for entry in node.attribute})
+        for name in node.input
+    }
     held = [node for node in model.graph.node if node.op_type == OP]
     alone = [node for node in held if not {*node.input[PAST], *node.output[PRESENT]} & others]
     return {name for node in alone for name in node.input[PAST]}
@@ -58,6 +64,13 @@ def _caches(graph: gs.Graph) -> Iterator[tuple[list[gs.Tensor], list[gs.Tensor]]
     for node in graph.nodes:
         if node.op == OP:
             yield node.inputs[PAST], node.outputs[PRESENT]
+
+
+def _reads_tokens(op: str, attributes: Mapping[str, Any]) -> bool:
+    """Whether a node that reads a cache depends on its number of columns; CacheAttention does not count."""
+    start, end = attributes.get("start", 0), attributes.get("end", RANK)
+    axes = range(RANK)[start:end]
+    return op != OP and not (op == "Shape" and TOKENS_AXIS not in axes)
 
 
 def _is_length(node: gs.Node) -> bool:

@@ -304,6 +304,26 @@ def graph_with_lengths(*others: str) -> gs.Graph:
     return graph
 
 
+def test_the_other_sizes_of_a_cache_are_its_own() -> None:
+    graph = graph_with_lengths()
+    keys, op = graph.inputs[1], Ops(graph, "sizes")
+    graph.outputs += [op("Add", op("Shape", keys, start=0, end=1), [0]), op("Add", op("Shape", keys, start=-1), [0])]
+    for output in graph.outputs[-2:]:
+        output.dtype = np.int64
+    attention(graph)
+    assert counts_of([cache_lengths(graph)]) == {"lengths of caches read off the mask": 2}
+    assert caches_in_place(gs.export_onnx(graph)) == {"keys", "values"}
+
+
+def test_the_shape_of_a_cache_as_a_whole_leaves_it_as_it_is() -> None:
+    graph = graph_with_lengths("Shape")
+    graph.outputs[-1].dtype = np.int64
+    attention(graph)
+    why = "lengths of caches not read off the mask: keys or its values are read by Shape"
+    assert counts_of([cache_lengths(graph)]) == {"lengths of caches read off the mask": 0, why: 1}
+    assert caches_in_place(gs.export_onnx(graph)) == set()
+
+
 @pytest.mark.parametrize("room", [0, 5])
 def test_the_length_of_a_cache_is_read_off_the_mask(rng: np.random.Generator, room: int) -> None:
     """With room for further tokens, which may hold anything, the results are those of a cache without."""

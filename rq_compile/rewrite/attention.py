@@ -29,8 +29,10 @@ SCORES: tuple[Pattern, ...] = (
     ("Add", ("MatMul", ("Mul", "query", "query_scale"), ("Mul", TRANSPOSED, "key_scale")), "mask"),
     ("Add", ("Mul", ("MatMul", "query", ("Transpose", {"perm": [0, 1, 3, 2]}, "keys")), "query_scale"), "mask"),
 )
-# A mask of 0 and the lowest number.
-MASKS: tuple[Pattern, ...] = (("Mul", ("Cast", ("Not", "allowed")), "lowest"), ("Where", "allowed", "zeros", "lowest"))
+# A mask of 0, where a column may be read, and the lowest number.
+MASKS: tuple[Pattern, ...] = (("Mul", ("Cast", ("Not", "allowed")), "lowest"), ("Where", "allowed", "zero", "lowest"))
+# A number up to this one excludes a column, whatever its score is.
+EXCLUDES = -1e30
 # What reads the scores for the softmax alone.
 OF_A_SOFTMAX = {"Softmax", "Sub", "ReduceMax", "Concat", "Shape"}
 # Rows that may read nothing are set to 0.
@@ -60,8 +62,8 @@ def _attention(node: gs.Node, graph: gs.Graph) -> Match | NearMatch | None:
         return None
     if others := {node.op for node in found["scores"].outputs} - OF_A_SOFTMAX:
         return NearMatch(f"its scores are read by {', '.join(sorted(others))}")
-    allowed = next((mask["allowed"] for pattern in MASKS if (mask := match(found["mask"], pattern))), None)
-    if allowed is None or len(allowed.shape or []) != 4:
+    allowed = _allowed(found["mask"])
+    if allowed is None:
         return NearMatch("its mask is not made of booleans")
     if allowed.shape[1] != 1:
         return NearMatch("each head has its own mask")
@@ -73,6 +75,8 @@ def _attention(node: gs.Node, graph: gs.Graph) -> Match | NearMatch | None:
         found |= {name: cache, f"past_{name}": appended["past"], f"new_{name}": appended["new"]}
     if len(numbers(found["query_scale"])) != 1 or len(numbers(found.get("key_scale", found["query_scale"]))) != 1:
         return NearMatch("its scale is not known")
+    if len(found["query"].shape or []) != 4 or not isinstance(found["query"].shape[1], int):
+        return NearMatch(f"its query has the shape {found['query'].shape}")
     return {**found, "allowed": allowed, "result": _guarded(node.outputs[0])}
 
 
@@ -96,6 +100,15 @@ def _scores(weights: gs.Tensor) -> Match | None:
     scores = sinks["x"] if sinks else softmax["x"]
     found = next((found for pattern in SCORES if (found := match(scores, pattern))), None)
     return found and {**found, "scores": scores, **({"sinks": sinks["sinks"]} if sinks else {})}
+
+
+def _allowed(mask: gs.Tensor) -> gs.Tensor | None:
+    """bool ``[batch, heads, sequence, tokens]``: the columns that ``mask`` leaves as they are; it excludes all others."""
+    found = next((found for pattern in MASKS if (found := match(mask, pattern))), None)
+    if found is None or len(found["allowed"].shape or []) != 4:
+        return None
+    lowest, zero = numbers(found["lowest"]), numbers(found["zero"]) if "zero" in found else [0]
+    return found["allowed"] if zero == [0] and len(lowest) == 1 and lowest[0] <= EXCLUDES else None
 
 
 def _guarded(product: gs.Tensor) -> gs.Tensor:

@@ -134,11 +134,15 @@ def test_a_rotation_of_unequal_parts_stays() -> None:
 
 
 def additive(op: Ops, allowed: gs.Variable, form: str = "product") -> gs.Variable:
-    """A mask of 0 and the lowest number, in the two ways in which it is exported."""
+    """A mask of 0 and the lowest number, in the two ways in which it is exported, and masks that look like it."""
     lowest = np.finfo(np.float32).min
     if form == "product":
         return op("Mul", op("Cast", op("Not", allowed), to=1), lowest)
-    return op("Where", allowed, np.float32(0), lowest)
+    if form == "choice":
+        return op("Where", allowed, np.float32(0), lowest)
+    if form == "excluded":  # what another exporter might write: the booleans say what is not read
+        return op("Where", allowed, lowest, np.float32(0))
+    return op("Mul", op("Cast", op("Not", allowed), to=1), np.float32(-1))  # a bias
 
 
 def repeated(op: Ops, held: gs.Variable, heads: int) -> gs.Variable:
@@ -281,6 +285,20 @@ def test_attention_whose_scores_are_read_by_others_stays() -> None:
     graph.outputs.append(op("ReduceLogSumExp", scores, [-1]))
     graph.outputs[-1].dtype = np.float32
     why = "attentions not fused: its scores are read by ReduceLogSumExp"
+    assert counts_of([attention(graph)]) == {"attentions fused": 0, why: 1}
+
+
+@pytest.mark.parametrize("form", ["excluded", "bias"])
+def test_attention_with_another_mask_stays(form: str) -> None:
+    graph = cached_graph(4, 2, 8, form=form)
+    why = "attentions not fused: its mask is not made of booleans"
+    assert counts_of([attention(graph)]) == {"attentions fused": 0, why: 1}
+
+
+def test_attention_of_a_query_without_a_known_shape_stays() -> None:
+    graph = cached_graph(4, 2, 8)
+    graph.inputs[0].shape = None
+    why = "attentions not fused: its query has the shape None"
     assert counts_of([attention(graph)]) == {"attentions fused": 0, why: 1}
 
 

@@ -159,7 +159,7 @@ def config(manifest: Manifest, context_length: int) -> dict[str, Any]:
         "pad_token_id": manifest.end_of_text[0],
         "decoder": decoder,
     }
-    # The graph returns a longer cache. Sharing one buffer would need attention that writes in place.
+    # Not shared: with other lowerings, the graph returns a longer cache. It was not tried with caches that grow in place.
     return {"model": model, "search": {"max_length": context_length, "do_sample": False, "past_present_share_buffer": False}}
 
 

@@ -153,11 +153,11 @@ def problem_of(
 
 
 def error_weights(calibration: Calibration, *, in_nats: bool) -> list[float]:
-    """What a relative error of each layer's output counts in a plan: its change of the residual stream, either in nats (see
-    ``DenseCalibration``) or divided by that of the median layer. 1 if it was not measured in every layer.
+    """What a relative error of each layer's output counts in a plan; 1 if it was not measured in every layer.
 
-    The change also disturbs the routers of later layers, and a token that changes its expert there is lost. Each later MoE layer
-    therefore counts twice as much as the change itself."""
+    ``in_nats``: its relative change of the residual stream, as ``DenseCalibration`` has it. Otherwise its change of an average
+    token's stream, and ``ROUTED`` times that for the router of each later layer, which may choose other experts; divided by what
+    the median layer counts."""
     shares = [layer.stream_share if in_nats else layer.sensitivity for layer in calibration.layers]
     known = [share for share in shares if share is not None]
     if len(known) < len(shares):

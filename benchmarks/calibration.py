@@ -203,10 +203,10 @@ def row(
 
 def profile(run: Callable[[], object]) -> dict[str, float]:
     """Seconds by function, of those that took most."""
-    side_by_side, profiler = measure._side_by_side, cProfile.Profile()
-    measure._side_by_side = lambda jobs: (job() for job in jobs)
+    side_by_side, profiler = measure.side_by_side, cProfile.Profile()
+    measure.side_by_side = lambda jobs: (job() for job in jobs)
     profiler.runcall(run)
-    measure._side_by_side = side_by_side
+    measure.side_by_side = side_by_side
     rows = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
     most = sorted(rows, key=lambda item: -item[1][2])[:12]
     return {

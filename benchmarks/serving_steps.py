@@ -26,10 +26,11 @@ from provenance import processor, provenance
 from servers import LONGEST, THREADS
 from serving import MODELS, SLOTS, requests
 
+from rq_compile.standalone.answer import Answer
 from rq_compile.standalone.batch import Batch
 from rq_compile.standalone.decoding import open_session
 from rq_compile.standalone.sampling import SamplingParams
-from rq_compile.standalone.scheduler import Answer, Scheduler
+from rq_compile.standalone.scheduler import Scheduler
 from rq_compile.standalone.step_model import EngineSteps
 
 RESULTS = Path(__file__).parent / "results" / "serving_steps.json"

@@ -7,8 +7,9 @@ import numpy as np
 from worker import serve
 
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.answer import Answer
 from rq_compile.standalone.sampling import SamplingParams
-from rq_compile.standalone.scheduler import Answer, Scheduler
+from rq_compile.standalone.scheduler import Scheduler
 
 LONGEST = 2048
 MOST = 512  # tokens after a prompt

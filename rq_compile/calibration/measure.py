@@ -4,12 +4,10 @@ This module is independent of the source of inputs and weights, so that a model 
 with the same function.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Condition, local
+from threading import local
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from rq_compile.calibration.constant import constant_error
 from rq_compile.calibration.expert import cast_error, expert_outputs, in_format, in_fp32, weight_squares
 from rq_compile.calibration.schema import LayerSums
 from rq_compile.calibration.scratch import release
+from rq_compile.calibration.side_by_side import OrderedSum, ahead, side_by_side
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
 from rq_compile.processes import world
 from rq_compile.quantization.formats import COMPUTED_FORMATS, FLOAT_FORMATS, SLOT_FORMATS, Format, Quantizer, block_size
@@ -30,8 +29,6 @@ from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 MAX_PAIRS = 128
 # Tokens of an expert that are run at a time.
 ROWS_AT_ONCE = 1024
-# Experts that are run, rounded and measured at the same time.
-AT_ONCE = 2
 # What rounding an expert takes, in tokens that it could have run instead: for a fair share of a layer's experts.
 ROUNDING_COST = 1500
 # The square of fp32's rounding: smaller changes of the weights change the outputs by less than computing them in fp32 does.
@@ -149,9 +146,9 @@ def measure_layer(
     ``hidden [T, hidden]`` fp32, ``ids [T, k]`` in ``0..m-1``, ``gates [T, k]`` fp32. ``weights_of(e)`` gives expert e; it is
     called once an expert, in order, from a thread of its own, while experts before are measured. What the experts give
     together for every token is added to ``output [T, hidden]`` float64, zeros at first, in the order of the experts. ``hidden``
-    and ``output`` may be mapped from disk. Held at a time: the weights of ``AT_ONCE`` experts twice in fp32, and of two others
-    as ``weights_of`` gives them; outputs as large as the weights of ``AT_ONCE + 1`` experts; and the inputs and outputs of some
-    tokens. ``device`` is the torch device of the products; the CPU rounds.
+    and ``output`` may be mapped from disk. Held at a time: the weights of ``AT_ONCE`` experts (``side_by_side``) twice in fp32,
+    and of two others as ``weights_of`` gives them; outputs as large as the weights of ``AT_ONCE + 1`` experts; and the inputs
+    and outputs of some tokens. ``device`` is the torch device of the products; the CPU rounds.
 
     Every process of the world is given all tokens, measures the experts that it owns, and returns the measurements of all.
     ``output`` is in float64 so that its fp32 digits do not depend on the order in which experts are added.
@@ -160,7 +157,7 @@ def measure_layer(
     input_moment = whole_moment(hidden)
     by_expert = np.argsort(ids, axis=None, kind="stable")
     starts = np.searchsorted(ids.ravel()[by_expert], np.arange(geometry.experts + 1))
-    measure = _Measure(geometry, hidden, _Sum(output), formats, wanda_fraction, device)
+    measure = _Measure(geometry, hidden, OrderedSum(output), formats, wanda_fraction, device)
     owners = world().owners(ROUNDING_COST + np.diff(starts))
     own = list(world().own(owners, range(geometry.experts)))
     block = block_size(geometry.intermediate)
@@ -169,27 +166,15 @@ def measure_layer(
     products = np.zeros((len(own), -(-geometry.intermediate // block), block, block), np.float32)
 
     def jobs() -> Iterator[Callable[[], ExpertMeasurement]]:
-        for number, (expert, weights, into) in enumerate(zip(own, _ahead(weights_of, own), products, strict=True)):
+        for number, (expert, weights, into) in enumerate(zip(own, ahead(weights_of, own), products, strict=True)):
             pairs = by_expert[starts[expert] : starts[expert + 1]]
             if quantizer == "gptq":
                 weights = replace(weights, up_moment=input_moment)
             yield partial(measure.expert, number, weights, pairs // ids.shape[1], gates.ravel()[pairs], into)
 
-    experts = list(_side_by_side(jobs()))  # no process waits for another before it has measured all its experts
+    experts = list(side_by_side(jobs()))  # no process waits for another before it has measured all its experts
     experts = list(world().all(owners, experts))
     return LayerMeasurement.of(experts, input_moment, _square(world().sum(output, device)))
-
-
-def _ahead(weights_of: Callable[[int], ExpertWeights], experts: Iterable[int]) -> Iterator[ExpertWeights]:
-    """The weights of ``experts``; the next expert is read ahead."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = None
-        for expert in experts:
-            before, coming = coming, reader.submit(weights_of, expert)
-            if before is not None:
-                yield before.result()
-        if coming is not None:
-            yield coming.result()
 
 
 @dataclass(frozen=True)
@@ -209,62 +194,13 @@ class _Run:
     on_sample: "_OnSample"
 
 
-def _side_by_side(jobs: Iterable[Callable[[], ExpertMeasurement]]) -> Iterator[ExpertMeasurement]:
-    """The result of each job, in order. ``AT_ONCE`` of them run at the same time, with a share of torch's threads, so that what
-    one thread does alone for one expert is beside the products of another."""
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(AT_ONCE, initializer=torch.set_num_threads, initargs=(max(1, threads // AT_ONCE),)) as pool:
-        waiting: deque[Future[ExpertMeasurement]] = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(job))
-                if len(waiting) > AT_ONCE:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for left in waiting:
-                left.cancel()
-            torch.set_num_threads(threads)  # also of threads to come
-
-
-class _Sum:
-    """Adds the outputs of experts to ``output [T, hidden]`` in the order of their numbers, from 0, however they come."""
-
-    def __init__(self, output: np.ndarray) -> None:
-        self._output = output
-        self._next = 0
-        self._complete: dict[int, list[tuple[np.ndarray, torch.Tensor]]] = {}
-        self._condition = Condition()
-
-    def add(self, number: int, parts: list[tuple[np.ndarray, torch.Tensor]], *, complete: bool) -> None:
-        """``parts``: tokens, by number, and their outputs, for some tokens of expert ``number``. With the last of them, it is
-        ``complete``. Otherwise, wait until all with lower numbers are."""
-        with self._condition:
-            if not complete:
-                self._condition.wait_for(lambda: self._next == number)
-                self._add(parts)
-                return
-            self._complete[number] = parts
-            while self._next in self._complete:
-                self._add(self._complete.pop(self._next))
-                self._next += 1
-            self._condition.notify_all()
-
-    def _add(self, parts: list[tuple[np.ndarray, torch.Tensor]]) -> None:
-        output = torch.from_numpy(self._output)
-        for tokens, outputs in parts:
-            output.index_add_(0, torch.from_numpy(tokens), outputs.double())
-            release(self._output)
-
-
 @dataclass(frozen=True)
 class _Measure:
     """Measures the experts of a layer, with the arguments of ``measure_layer``."""
 
     geometry: ExpertGeometry
     hidden: np.ndarray
-    output: _Sum
+    output: OrderedSum
     formats: tuple[Format, ...]
     wanda_fraction: float
     device: str

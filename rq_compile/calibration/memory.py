@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
-from rq_compile.calibration.measure import AT_ONCE, ROWS_AT_ONCE
+from rq_compile.calibration.measure import ROWS_AT_ONCE
+from rq_compile.calibration.side_by_side import AT_ONCE
 from rq_compile.errors import UserError
 from rq_compile.processes import on_this_host, world_size
 from rq_compile.standalone.limits import free_memory

@@ -14,8 +14,8 @@ from rq_compile.errors import UserError, reason
 
 if TYPE_CHECKING:
     from rq_compile.api import Engine
+    from rq_compile.standalone.answer import Answer
     from rq_compile.standalone.sampling import SamplingParams
-    from rq_compile.standalone.scheduler import Answer
     from rq_compile.standalone.text import TextStream
 
 
@@ -107,7 +107,7 @@ def continued(engine: Engine, prompts: list[Prompt], given: Given, max_tokens: i
     Raises:
         UserError: a prompt is empty or too long, a setting is unknown or out of range, or the engine failed.
     """
-    from rq_compile.standalone.scheduler import AnswerFailed, RequestRefused
+    from rq_compile.standalone.answer import AnswerFailed, RequestRefused
     from rq_compile.standalone.text import TextStream
 
     defaults = engine.manifest.sampling.model_dump()

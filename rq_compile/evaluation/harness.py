@@ -25,8 +25,9 @@ from rq_compile.errors import UserError, reason
 from rq_compile.evaluation.divergence import log_softmax
 from rq_compile.evaluation.windows import MAX_LOGITS
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.answer import Answer, RequestRefused
 from rq_compile.standalone.sampling import SamplingParams
-from rq_compile.standalone.scheduler import SLOTS, Answer, RequestRefused, Scheduler
+from rq_compile.standalone.scheduler import SLOTS, Scheduler
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -11,12 +11,12 @@ from rq_compile.engine.library import library_path
 from rq_compile.engine.manifest import Manifest
 from rq_compile.packaging.edge import EXAMPLE, OP_LIBRARY, SHARED
 from rq_compile.packaging.triton_config import TEXT, Tensor, messages, model_config
-from rq_compile.standalone import batch, chat_template, inbox, prefix_cache, request_parameters, scheduler, step_model
+from rq_compile.standalone import answer, batch, chat_template, inbox, prefix_cache, request_parameters, scheduler, step_model
 
 MODEL = Path(__file__).parent / "triton_files" / "model.py"
 README = MODEL.with_name("README.md")
 # Modules that only a server needs.
-SERVED_WITH = (batch, chat_template, inbox, prefix_cache, request_parameters, scheduler, step_model)
+SERVED_WITH = (answer, batch, chat_template, inbox, prefix_cache, request_parameters, scheduler, step_model)
 SERVING = tuple(Path(module.__file__) for module in SERVED_WITH if module.__file__)
 INT64 = np.dtype(np.int64)
 # The names that the generate extension and other text backends of Triton use.

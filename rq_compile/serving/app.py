@@ -23,8 +23,8 @@ from rq_compile.serving.refusals import Refusal
 from rq_compile.serving.reply import Piece, Reply
 from rq_compile.serving.requests import ChatRequest, CompletionRequest, Request, parsed
 from rq_compile.serving.served_model import ServedModel
+from rq_compile.standalone.answer import Answer, AnswerFailed, QueueFull, RequestRefused
 from rq_compile.standalone.sampling import SamplingError
-from rq_compile.standalone.scheduler import Answer, AnswerFailed, QueueFull, RequestRefused
 
 # Bytes of a request.
 LARGEST_BODY = 4 << 20

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rq_compile.standalone.answer import Answer, AnswerFailed
 from rq_compile.standalone.sampling import Choice, SamplingParams
-from rq_compile.standalone.scheduler import Answer, AnswerFailed
 from rq_compile.standalone.text import TextStream
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Any
 from rq_compile.errors import UserError
 from rq_compile.runtime.engine import Engine
 from rq_compile.serving.reply import Reply, Writer
+from rq_compile.standalone.answer import Answer, QueueFull
 from rq_compile.standalone.inbox import Inbox
 from rq_compile.standalone.sampling import SamplingParams
-from rq_compile.standalone.scheduler import Answer, QueueFull
 
 
 class ServedModel:

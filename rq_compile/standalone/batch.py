@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .decoding import axes, grows_in_place, shape_of
+from .decoding import axes, first_columns, grows_in_place, shape_of
 from .step_model import Steps
 
 
@@ -40,7 +40,7 @@ class Batch:
         self.lengths, self.columns, self._longest, self._room = [known], known, longest, longest
         for number, tensor in enumerate(self._tensors):
             array = tensor.spare(1, known, longest)
-            tensor.filled(array, known)[...] = cache[number] if known else 0
+            first_columns(array, tensor.by_token, known)[...] = cache[number] if known else 0
             tensor.take(array)
 
     def step(self, ids: np.ndarray) -> np.ndarray:
@@ -139,12 +139,6 @@ class _Tensor:
         """Make ``array``, which ``spare`` returned, the cache."""
         self.array = array
         self._held, self._free = self._free, self._held
-
-    def filled(self, array: np.ndarray, columns: int) -> np.ndarray:
-        """The part of ``array`` that ``columns`` columns take."""
-        if self.by_token is None:
-            return array
-        return np.moveaxis(np.moveaxis(array, self.by_token, 0)[:columns], 0, self.by_token)
 
     def row(self, array: np.ndarray, row: int) -> np.ndarray:
         """A row of ``array``, by token if it has tokens."""

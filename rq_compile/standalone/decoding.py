@@ -117,10 +117,17 @@ def with_room(cache: Sequence[Mapping[str, Any]], arrays: Sequence[np.ndarray], 
     held = list(arrays)
     for number, tensor in enumerate(cache):
         if grows_in_place(tensor):
-            by_token = axes(tensor)[1] or 0
+            by_token = axes(tensor)[1]
             held[number] = np.empty(shape_of(tensor, 1, room), np.float32)
-            np.moveaxis(held[number], by_token, 0)[:tokens] = np.moveaxis(arrays[number], by_token, 0)[:tokens]
+            first_columns(held[number], by_token, tokens)[...] = first_columns(arrays[number], by_token, tokens)
     return held
+
+
+def first_columns(array: np.ndarray, by_token: int | None, count: int) -> np.ndarray:
+    """The first ``count`` columns of a cache, a view; all of a state, whose ``by_token`` is None."""
+    if by_token is None:
+        return array
+    return np.moveaxis(np.moveaxis(array, by_token, 0)[:count], 0, by_token)
 
 
 def grows_in_place(tensor: Mapping[str, Any]) -> bool:

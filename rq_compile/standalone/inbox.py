@@ -8,8 +8,8 @@ from threading import Event
 from time import monotonic
 from typing import Generic, TypeVar
 
+from .answer import Answer, Listener
 from .sampling import Choice
-from .scheduler import Answer, Listener
 
 Key = TypeVar("Key", bound=Hashable)
 # Seconds between two messages to a client, for each client. A message takes the processor from the steps, for which all answers

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .decoding import axes
+from .decoding import axes, first_columns
 
 
 class PrefixCache:
@@ -44,7 +44,8 @@ class PrefixCache:
             return 0, []
         used = self._kept.pop(found.index(count))
         self._kept.append(used)
-        return count, [_cut(array, axis, count) for axis, array in zip(self._by_token, used[1], strict=True)]
+        some = [first_columns(array, axis, count) for axis, array in zip(self._by_token, used[1], strict=True)]
+        return count, [np.ascontiguousarray(array) for array in some]
 
     def _usable(self, known: np.ndarray, shared: int) -> int:
         """How many of the ``shared`` first tokens of ``known`` can be taken over."""
@@ -60,9 +61,3 @@ def _shared(one: np.ndarray, other: np.ndarray) -> int:
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])
     return int(differ[0]) if differ.size else length
-
-
-def _cut(array: np.ndarray, by_token: int | None, count: int) -> np.ndarray:
-    if by_token is None or array.shape[by_token] == count:
-        return array
-    return np.ascontiguousarray(np.moveaxis(np.moveaxis(array, by_token, 0)[:count], 0, by_token))

@@ -8,20 +8,18 @@ admitted only if the cache has room for its prompt and its longest answer, so th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from threading import Condition
-from typing import Literal
 
 import numpy as np
 
+from .answer import Answer, AnswerFailed, Listener, QueueFull, RequestRefused
 from .batch import Batch
 from .prefix_cache import PrefixCache
-from .sampling import Choice, Sampler, SamplingParams
+from .sampling import Sampler, SamplingParams
 from .step_model import Steps
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
 SLOTS = 8
 # Used if a model does not state its context length.
 MAX_LENGTH = 4096
@@ -32,83 +30,6 @@ PROMPT_PIECE = 128
 # Requests that wait for a slot, for each slot.
 WAITING_PER_SLOT = 16
 CLOSED = "the model was unloaded before the answer was complete; send the request again"
-
-
-class RequestRefused(ValueError):
-    """A request that cannot be answered: one sentence for its sender."""
-
-
-class QueueFull(RuntimeError):
-    """Too many requests wait already; the same request may be accepted later."""
-
-
-class AnswerFailed(RuntimeError):
-    """The engine failed, or the scheduler was closed before the answer was complete."""
-
-
-# Called in the scheduler's thread with each token of an answer, and with None at its end; it must return at once.
-Listener = Callable[["Answer", Choice | None], None]
-
-
-class Answer:
-    """The answer to one request. Iterate over it, in one thread, to get its tokens as they come, unless a listener gets them.
-
-    ``finish_reason``: None until the answer has ended. "stop": the token that ends a text came (it is not part of the answer);
-    "length": the answer has ``max_tokens``; "cancelled"; "error": ``error`` says what failed. ``cached_tokens``: tokens of the
-    prompt that were not read, because their cache was known.
-    """
-
-    def __init__(
-        self, prompt_ids: Sequence[int], params: SamplingParams, max_tokens: int, listener: Listener | None = None
-    ) -> None:
-        self.prompt_ids = list(prompt_ids)
-        self.params = params
-        self.max_tokens = max_tokens
-        self.finish_reason: FinishReason | None = None
-        self.error: str | None = None
-        self.cancelled = False
-        self.cached_tokens = 0
-        self._choices: SimpleQueue[Choice | None] = SimpleQueue()
-        self._listener = listener
-
-    def __iter__(self) -> Iterator[Choice]:
-        """
-        Raises:
-            AnswerFailed: the answer ended with an error.
-        """
-        while (choice := self.next()) is not None:
-            yield choice
-
-    def next(self, timeout: float | None = None) -> Choice | None:
-        """The next token; None at the end of the answer. Waits up to ``timeout`` seconds.
-
-        Raises:
-            TimeoutError: no token came within ``timeout``.
-            AnswerFailed: the answer ended with an error.
-        """
-        try:
-            choice = self._choices.get(timeout=timeout)
-        except Empty:
-            raise TimeoutError from None
-        if choice is None:
-            self._choices.put(None)
-            if self.error is not None:
-                raise AnswerFailed(self.error)
-        return choice
-
-    def cancel(self) -> None:
-        """End the answer before its next token. Its slot becomes free with the scheduler's next step."""
-        self.cancelled = True
-
-    def _end(self, reason: FinishReason, error: str | None = None) -> None:
-        self.error, self.finish_reason = error, reason
-        self._put(None)
-
-    def _put(self, choice: Choice | None) -> None:
-        if self._listener is None:
-            self._choices.put(choice)
-        else:
-            self._listener(self, choice)
 
 
 class _Sequence:
@@ -130,15 +51,15 @@ class _Sequence:
         try:
             choice = self._sampler.choose(logits)
         except ArithmeticError as error:
-            self.answer._end("error", f"the engine failed: {error}")
+            self.answer.end("error", f"the engine failed: {error}")
             return
         if choice.token in self._ends:
-            self.answer._end("stop")
+            self.answer.end("stop")
             return
         self.tokens.append(choice.token)
-        self.answer._put(choice)
+        self.answer.put(choice)
         if len(self.tokens) == self.longest:
-            self.answer._end("length")
+            self.answer.end("length")
 
 
 @dataclass
@@ -273,7 +194,7 @@ class Scheduler:
         with self._changed:
             for sequence in (*self._waiting, *self._in_slots()):
                 if sequence.answer.cancelled:
-                    sequence.answer._end("cancelled")
+                    sequence.answer.end("cancelled")
             self._waiting = deque(sequence for sequence in self._waiting if not sequence.ended)
 
     def _admit(self) -> None:
@@ -320,7 +241,7 @@ class Scheduler:
         try:
             return self._prompt.step(np.array([sequence.tokens[start : start + count]], np.int64))[0]
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            sequence.answer._end("error", f"the engine failed: {error}")
+            sequence.answer.end("error", f"the engine failed: {error}")
             return None
 
     def _reads_again(self, sequence: _Sequence, cached: int) -> bool:
@@ -395,7 +316,7 @@ class Scheduler:
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             for sequence in group.rows:
                 if sequence is not None:
-                    sequence.answer._end("error", f"the engine failed: {error}")
+                    sequence.answer.end("error", f"the engine failed: {error}")
             return
         for row, sequence in enumerate(group.rows):
             if sequence is None:
@@ -406,7 +327,7 @@ class Scheduler:
 
     def _end_all(self) -> None:
         for sequence in (*self._waiting, *self._in_slots()):
-            sequence.answer._end("error", CLOSED)
+            sequence.answer.end("error", CLOSED)
         self._waiting.clear()
         self._reading.clear()
         self._groups.clear()

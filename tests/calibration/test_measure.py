@@ -18,7 +18,7 @@ from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights, MoeLayer
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
-from rq_compile.calibration import measure
+from rq_compile.calibration import measure, side_by_side
 from rq_compile.calibration.estimate import MIN_PAIRS, relative_errors
 from rq_compile.calibration.expert import activate
 from rq_compile.calibration.measure import measure_layer
@@ -301,7 +301,7 @@ def test_experts_that_are_measured_side_by_side_add_up_in_order(monkeypatch: pyt
     monkeypatch.setattr(measure, "ROWS_AT_ONCE", rows)
     found = []
     for count in (1, at_once):
-        monkeypatch.setattr(measure, "AT_ONCE", count)
+        monkeypatch.setattr(side_by_side, "AT_ONCE", count)
         output = np.zeros(hidden.shape)
         measured = measure_layer(SWIGLU, hidden, ids, gates, late, output=output)
         found.append((output.tobytes(), measured.sums.model_dump_json(), measured.intermediate_moments.tobytes()))

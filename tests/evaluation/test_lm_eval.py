@@ -27,8 +27,8 @@ from rq_compile.errors import UserError
 from rq_compile.evaluation.harness import EngineLM
 from rq_compile.evaluation.lm_eval import main
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.answer import Answer
 from rq_compile.standalone.sampling import Choice
-from rq_compile.standalone.scheduler import Answer
 
 DOCUMENTS = 12
 # Float32 logits of two implementations, summed over up to a window of positions.

@@ -8,9 +8,10 @@ import pytest
 from test_scheduler import SumModel, answered
 
 from rq_compile.standalone import inbox as inbox_module
+from rq_compile.standalone.answer import Answer
 from rq_compile.standalone.inbox import Inbox
 from rq_compile.standalone.sampling import GREEDY, Choice, SamplingParams
-from rq_compile.standalone.scheduler import Answer, Scheduler
+from rq_compile.standalone.scheduler import Scheduler
 
 pytestmark = pytest.mark.quick
 

@@ -6,8 +6,9 @@ import numpy as np
 import plans
 
 from rq_compile.runtime.engine import Engine
+from rq_compile.standalone.answer import Answer
 from rq_compile.standalone.sampling import Choice, SamplingParams
-from rq_compile.standalone.scheduler import Answer, Scheduler
+from rq_compile.standalone.scheduler import Scheduler
 from rq_compile.standalone.step_model import reuses_prefixes
 
 # Longer and shorter than the windows and groups of the tiny models.

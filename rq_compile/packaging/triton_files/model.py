@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as backend
 
+from .answer import Answer, AnswerFailed
 from .batch import fitting_tokens
 from .decoding import decode, open_session
 from .inbox import Inbox
@@ -22,7 +23,7 @@ from .limits import free_memory, session_threads
 from .request_parameters import PARAMETERS as SAMPLING
 from .request_parameters import messages_of, request_params
 from .sampling import Choice, SamplingParams
-from .scheduler import Answer, AnswerFailed, Scheduler
+from .scheduler import Scheduler
 from .step_model import EngineSteps
 from .text import TextStream, open_tokenizer
 

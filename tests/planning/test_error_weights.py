@@ -71,3 +71,22 @@ def test_max_error_limits_the_weighted_mean() -> None:
     assert 5e-4 < np.mean(errors(plan)) <= 1e-3
     assert sum(slot.format == "int4" for slot in plan.layers[2].slots) == 4
     assert sum(slot.format == "int4" for slot in plan.layers[0].slots) == 0
+
+
+@pytest.mark.parametrize("policy", ["uniform", "frequency", "random"])
+def test_the_error_that_a_plan_states_can_be_kept_in_its_bytes(policy: str) -> None:
+    """Although the sums of errors round otherwise."""
+    random = np.random.default_rng(3)
+    for _ in range(12):
+        scales = {"int8": 1e-5, "int4": 1e-3}
+        layers = [
+            inputs.layer(
+                [[100] * 13], {format: list(scale * random.uniform(0.5, 2, 13)) for format, scale in scales.items()}, place=place
+            ).model_copy(update={"sensitivity": random.uniform(0.01, 1)})
+            for place in range(5)
+        ]
+        calibration = inputs.calibration(layers)
+        theirs = plan_of(calibration, policy, target="batched", memory=0.6)
+        most = float(np.mean(errors(theirs)))
+        ours = plan_of(calibration, target="batched", memory=theirs.bytes_after / theirs.bytes_before, max_error=most)
+        assert np.mean(errors(ours)) <= most * (1 + 1e-8)

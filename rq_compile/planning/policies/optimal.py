@@ -62,6 +62,8 @@ from rq_compile.quantization.formats import FLOAT_FORMATS, SLOT_FORMATS, Format
 MOST_LOST = 0.01
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
+# Relative rounding of a sum of errors in another order: the error that a plan states can be given as max_error.
+SUMMATION = 1e-9
 
 
 class Options(Document):
@@ -296,11 +298,12 @@ def _objective(options: Options) -> Objective:
 
 def _solution(problem: Problem, options: Options) -> Solution | None:
     """The best solution within ``max_error``; None if there is none."""
+    limit = options.max_error * (1 + SUMMATION)
     if options.objective == "bytes-read":
-        return fewest_reads(problem, options.max_error)
+        return fewest_reads(problem, limit)
     objective = _objective(options)
     solve = solve_on_ranks if problem.ranks > 1 else solve_on_one_rank
     if not options.max_error:
         return solve(problem, objective, problem.budget)
     bounded = fewest_bytes if problem.cost.busiest == "nothing" else least_objective
-    return bounded(solve, problem, objective, options.max_error)
+    return bounded(solve, problem, objective, limit)

@@ -35,6 +35,7 @@ class Ranks:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         rank, size = ctypes.c_int32(), ctypes.c_int32()
+        self.parted = False
         self._call("start", ctypes.byref(rank), ctypes.byref(size))
         self.rank, self.size = rank.value, size.value
 
@@ -58,12 +59,20 @@ class Ranks:
         self._call("gather", sent, ctypes.c_uint64(len(sent)), take)
         return [pickle.loads(part) for part in parts]
 
+    def part(self) -> None:
+        """Leave the others, which go on; all ranks do this at a failure that all of them have."""
+        self._library.rq_ranks_finish()
+        self.parted = True
+
     def abort(self, status: int) -> NoReturn:
         """End all ranks with the exit status ``status``; this rank calls it alone."""
-        self._library.rq_ranks_abort(status)
+        if not self.parted:
+            self._library.rq_ranks_abort(status)
         sys.exit(status)
 
     def _call(self, name: str, *arguments: Any) -> None:
+        if self.parted:
+            raise UserError("the ranks have parted after a failure; start all of them again with mpirun")
         error = ctypes.create_string_buffer(ERROR_BYTES)
         if getattr(self._library, f"rq_ranks_{name}")(*arguments, error):
             raise UserError(
@@ -72,8 +81,8 @@ class Ranks:
 
 
 def in_contact() -> bool:
-    """Whether this process has met the other ranks of an engine."""
-    return bool(ranks.cache_info().currsize) and ranks().size > 1
+    """Whether this process has met the other ranks of an engine, and is still with them."""
+    return bool(ranks.cache_info().currsize) and ranks().size > 1 and not ranks().parted
 
 
 def speaker() -> str | None:

@@ -40,6 +40,7 @@ def met(engine: Path, manifest: Manifest) -> Ranks | None:
             2,
         )
     if all_ranks.size != needed:
+        all_ranks.part()  # mpirun may lose what was written just before a rank ends the others
         raise UserError(
             f"{engine} is for {needed} processes, but {all_ranks.size} were started; start it with mpirun -n {needed}", 2
         )

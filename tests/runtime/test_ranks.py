@@ -157,6 +157,7 @@ def test_without_mpirun_or_with_other_ranks(engine: Path) -> None:
     three = mpirun(3, "-m", "rq_compile", "generate", engine, "--prompt", "a")
     assert three.returncode == 2
     assert three.stderr.count("is for 2 processes, but 3 were started; start it with mpirun -n 2") == 1
+    assert "rank" not in three.stderr.replace(str(engine), "")  # the first speaks for all
 
 
 @needs_mpi

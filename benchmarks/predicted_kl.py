@@ -7,12 +7,13 @@ For every plan of balance.py, made with and without sensitivities, and for rando
 sample model get the weights that an engine would have, in transformers. That is faster than an engine for every plan, and thus
 allows more text: ``--tokens`` of each kind of text of the calibration, and three times as many of another kind. The rank
 correlation (Spearman) of the KL divergence with each predictor is printed, and that of the KL of one random half of the windows
-with the other half, which shows the noise of the measurement. All rows go to benchmarks/results/predicted_kl.json.
+with the other half, which shows the noise of the measurement. Then comes the KL of each policy, divided by that of ``optimal`` in
+its bytes and with its predicted error (see balance.py). All rows go to benchmarks/results/predicted_kl.json.
 """
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from balance import LENGTH, MODELS, OTHER_KIND, PLANS, SAME_KIND, planned
 from provenance import write_rows
 from rich.console import Console
+from rich.table import Table
 from scipy.stats import spearmanr
 
 from rq_compile.architectures.load import load_model
@@ -39,6 +41,7 @@ from rq_compile.standalone.text import open_tokenizer
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "predicted_kl.json"
 BATCH, RANDOM_MIXTURES, HALVES = 8, 12, 200
+RIVALS = ("paper", "uniform", "frequency", "random")
 TEXTS = {"same kind": SAME_KIND, "another kind": OTHER_KIND}
 QUANTIZED: tuple[Format, ...] = ("int8", "int4")
 # Of each layer, the format of each expert.
@@ -90,24 +93,37 @@ def mixture_of(plan: Plan) -> Mixture:
     )
 
 
-def mixtures(calibration: Calibration) -> Iterator[tuple[Mixture, float | None]]:
-    """Different ones, each with its share of the bytes before, or None if it is random."""
+@dataclass
+class Measured:
+    """``share``: of the bytes before, None for a random mixture. ``plans``: the policies on one device that choose it."""
+
+    mixture: Mixture
+    share: float | None
+    plans: list[str] = field(default_factory=list)
+
+
+def mixtures(calibration: Calibration) -> list[Measured]:
+    """Different ones."""
     unweighted = [layer.model_copy(update={"sensitivity": None}) for layer in calibration.layers]
-    found: dict[Mixture, float | None] = {}
+    found: dict[Mixture, Measured] = {}
     for known in (calibration, calibration.model_copy(update={"layers": unweighted})):
         for policy, memory, ranks in PLANS:
             plan = planned(known, policy, memory, ranks)
-            found.setdefault(mixture_of(plan), plan.bytes_after / plan.bytes_before)
+            mixture = mixture_of(plan)
+            measured = found.setdefault(mixture, Measured(mixture, plan.bytes_after / plan.bytes_before))
+            if known is calibration and ranks == 1:
+                measured.plans.append(policy)
     random = np.random.default_rng(5)
     for _ in range(RANDOM_MIXTURES):
         shares = [random.dirichlet([1, 1.5, 1]) for _ in calibration.layers]
         formats = np.array([calibration.dtype, *QUANTIZED])
-        chosen = [
-            random.choice(formats, layer.geometry.experts, p=p) for layer, p in zip(calibration.layers, shares, strict=True)
-        ]
-        found.setdefault(tuple(tuple(layer.tolist()) for layer in chosen), None)
+        mixture = tuple(
+            tuple(random.choice(formats, layer.geometry.experts, p=p).tolist())
+            for layer, p in zip(calibration.layers, shares, strict=True)
+        )
+        found.setdefault(mixture, Measured(mixture, None))
     unchanged = tuple((calibration.dtype,) * layer.geometry.experts for layer in calibration.layers)
-    yield from ((mixture, share) for mixture, share in found.items() if mixture != unchanged)
+    return [measured for measured in found.values() if measured.mixture != unchanged]
 
 
 def predictions(calibration: Calibration, mixture: Mixture) -> dict[str, float]:
@@ -142,13 +158,14 @@ def rows_of(name: str, tokens: int) -> Iterator[dict[str, Any]]:
     batches = [(kind, ids[at : at + BATCH]) for kind, ids in windows.items() for at in range(0, len(ids), BATCH)]
     with torch.inference_mode():
         reference = [experts.log_probabilities(ids) for _, ids in batches]
-        for mixture, share in mixtures(calibration):
-            experts.use(mixture)
+        for measured in mixtures(calibration):
+            experts.use(measured.mixture)
             kl: dict[str, list[float]] = {kind: [] for kind in windows}
             for (kind, ids), before in zip(batches, reference, strict=True):
                 difference = before - experts.log_probabilities(ids)
                 kl[kind] += (before.exp() * difference).double().sum(-1).mean(-1).tolist()
-            yield {"model": name, "bytes": share, **predictions(calibration, mixture), "kl": kl}
+            predicted = predictions(calibration, measured.mixture)
+            yield {"plans": measured.plans, "bytes": measured.share, "predicted": predicted, "kl": kl}
 
 
 def correlations(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -162,12 +179,27 @@ def correlations(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for group, some in groups.items():
             windows = [np.concatenate([row["kl"][kind] for kind in kinds]) for row in some]
             kl = [float(values.mean()) for values in windows]
-            found = {name: spearmanr([row[name] for row in some], kl).statistic for name in list(some[0])[2:-1]}
+            found = {name: spearmanr([row["predicted"][name] for row in some], kl).statistic for name in some[0]["predicted"]}
             halves = []
             for _ in range(HALVES):
                 one, other = np.array_split(random.permutation(len(windows[0])), 2)
                 halves.append(spearmanr([v[one].mean() for v in windows], [v[other].mean() for v in windows]).statistic)
             yield {"text": text, "group": group, "number": len(some), **found, "halves": float(np.mean(halves))}
+
+
+def ratios(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The KL of each rival over that of ``optimal`` as it; 1 if both choose the same formats."""
+    of_plan = {plan: row for row in rows for plan in row["plans"]}
+    for text, kinds in TEXTS.items():
+        kl = {plan: float(np.mean([row["kl"][kind] for kind in kinds])) for plan, row in of_plan.items()}
+        yield {"text": text, **{f"KL of {rival} over optimal": kl[rival] / kl[f"as {rival}"] for rival in RIVALS}}
+
+
+def shown(title: str, rows: list[dict[str, Any]]) -> Table:
+    made = table(title, *rows[0])
+    for row in rows:
+        made.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return made
 
 
 def main() -> None:
@@ -179,13 +211,10 @@ def main() -> None:
     console, done = Console(), list[dict[str, Any]]()
     for name in settings.model:
         rows = list(rows_of(name, settings.tokens))
-        found = [{"model": name, "tokens": settings.tokens, **row} for row in correlations(rows)]
-        made = table(f"{name}: rank correlation with KL", *(key for key in found[0] if key not in ("model", "tokens")))
-        for row in found:
-            values = [value for key, value in row.items() if key not in ("model", "tokens")]
-            made.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
-        console.print(made)
-        done += found
+        for title, found in (("rank correlation with KL", correlations(rows)), ("KL", ratios(rows))):
+            kept = list(found)
+            console.print(shown(f"{name}: {title}", kept))
+            done += [{"model": name, "tokens": settings.tokens, **row} for row in kept]
         write_rows(settings.output, done)
 
 

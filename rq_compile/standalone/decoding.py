@@ -153,41 +153,46 @@ class Step:
         """``cache``: the tensors of the cache, as in an engine's manifest."""
         self._session, self._cache, self._inputs = session, cache, inputs_of(session)
         (self._vocabulary,) = (output.shape[-1] for output in session.get_outputs() if output.name == "logits")
-        self._binding = session.io_binding()
-        self._bound: list[weakref.ref[np.ndarray]] = []  # the arrays of the cache in it
+        # Those of the last two caches, that of a prompt and that of sequences that take their steps together, with their arrays.
+        self._bindings: list[tuple[Sequence[weakref.ref[np.ndarray]], onnxruntime.IOBinding]] = []
 
     def __call__(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
     ) -> np.ndarray:
         """See ``step_model.Steps.step``."""
         # Arrays are bound by their addresses, so copies of what is not contiguous have to last until the end of the step.
-        tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": KEPT}
-        given = {name: np.ascontiguousarray(array) for name, array in tokens.items()}
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        given = {name: np.ascontiguousarray(array) for name, array in given.items()}
         before = [np.ascontiguousarray(array) for array in past]
         logits = np.empty((len(ids), LAST if "logits_to_keep" in self._inputs else ids.shape[1], self._vocabulary), np.float32)
-        self._bind_cache(before, present)
+        binding = self._binding(before, present)
         for name, array in given.items():
-            self._bind_input(name, array)
-        self._bind_output("logits", logits)
-        self._session.run_with_iobinding(self._binding)
+            self._bind_input(binding, name, array)
+        _bind_output(binding, "logits", logits)
+        self._session.run_with_iobinding(binding)
         return logits[:, -1]
 
-    def _bind_cache(self, past: Sequence[np.ndarray], present: Sequence[np.ndarray]) -> None:
-        """A cache that grows in place is bound once for many steps."""
+    def _binding(self, past: Sequence[np.ndarray], present: Sequence[np.ndarray]) -> onnxruntime.IOBinding:
+        """A binding of this cache. A cache that grows in place is bound once for many steps."""
         arrays = [*past, *present]
-        if len(arrays) == len(self._bound) and all(bound() is array for bound, array in zip(self._bound, arrays, strict=True)):
-            return
+        for place, (bound, binding) in enumerate(self._bindings):
+            if all(reference() is array for reference, array in zip(bound, arrays, strict=True)):
+                self._bindings.insert(0, self._bindings.pop(place))
+                return binding
         if not all(array.flags.c_contiguous for array in present):
             raise ValueError("an array for the cache after the step is not contiguous")
-        self._binding = self._session.io_binding()
+        binding = self._session.io_binding()
+        self._bind_input(binding, "logits_to_keep", KEPT)
         for tensor, before, after in zip(self._cache, past, present, strict=True):
-            self._bind_input(tensor["past"], before)
-            self._bind_output(tensor["present"], after)
-        self._bound = [weakref.ref(array) for array in arrays]
+            self._bind_input(binding, tensor["past"], before)
+            _bind_output(binding, tensor["present"], after)
+        self._bindings = [([weakref.ref(array) for array in arrays], binding), *self._bindings[:1]]
+        return binding
 
-    def _bind_input(self, name: str, array: np.ndarray) -> None:
+    def _bind_input(self, binding: onnxruntime.IOBinding, name: str, array: np.ndarray) -> None:
         if name in self._inputs:
-            self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def _bind_output(self, name: str, array: np.ndarray) -> None:
-        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+def _bind_output(binding: onnxruntime.IOBinding, name: str, array: np.ndarray) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -142,7 +142,8 @@ class Sampler:
         self._prompt = np.unique(np.asarray(prompt_ids, np.int64)) if params.penalized else np.empty(0, np.int64)
         self._counts = np.empty(0, np.int64)  # of each token in the answer
         # numpy's seeds are not negative.
-        self._random = np.random.default_rng(None if params.seed is None else params.seed % 2**64)
+        seed = None if params.seed is None else params.seed % 2**64
+        self._random = None if params.greedy else np.random.default_rng(seed)
 
     def choose(self, logits: np.ndarray) -> Choice:
         """The next token, which becomes part of the sequence. ``logits``: fp32 ``[vocabulary]``; they are not changed.
@@ -154,7 +155,7 @@ class Sampler:
         token = int(adjusted.argmax())
         if not math.isfinite(adjusted[token]):
             raise ArithmeticError(f"the logit of token {token} is {adjusted[token]}, which is not finite")
-        if not self.params.greedy:
+        if self._random is not None:
             ids, probabilities = distribution(adjusted, self.params)
             bounds = probabilities.cumsum()
             place = int(bounds.searchsorted(self._random.random() * bounds[-1], side="right"))

@@ -64,7 +64,7 @@ class _Sequence:
 
 @dataclass
 class _Group:
-    """Sequences that share their decoding steps. ``rows``: those of the batch; None for a free one, which is computed in vain."""
+    """Sequences that share their decoding steps. ``rows``: those of the batch; None for one that is read again."""
 
     batch: Batch
     rows: list[_Sequence | None]
@@ -107,6 +107,7 @@ class Scheduler:
         self._waiting: deque[_Sequence] = deque()
         self._reading: deque[_Sequence] = deque()  # in a slot, with a prompt that is not yet in the cache
         self._prompt = Batch(model)  # that of the first of them
+        self._spare: list[Batch] = []  # one whose memory the next prompt can take
         self._groups: dict[Hashable, _Group] = {}
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener | None = None) -> Answer:
@@ -231,7 +232,7 @@ class Scheduler:
                 if logits is not None:
                     sequence.take(logits)
             self._reading.popleft()
-            prompt, self._prompt = self._prompt, Batch(self._model)
+            prompt, self._prompt = self._prompt, self._spare.pop() if self._spare else Batch(self._model)
             if not sequence.ended and not self._reads_again(sequence, prompt.columns):
                 arrived.append((prompt, sequence))
         return arrived
@@ -262,15 +263,14 @@ class Scheduler:
             kept = {row: sequence for row, sequence in enumerate(group.rows) if sequence is not None and not sequence.ended}
             if len(kept) == len(group.rows) and not new:
                 continue
-            if self._replaced(group, list(kept), new):
-                continue
             sequences = [*kept.values(), *(sequence for _, sequence in new)]
             longest = max((sequence.longest for sequence in sequences), default=0)
-            group.batch.arrange(list(kept), [prompt for prompt, _ in new], longest)
-            group.rows = [*sequences]
+            order = group.batch.arrange(list(kept), [prompt for prompt, _ in new], longest)
+            group.rows = [sequences[place] for place in order]
             self._groups[key] = group
             if not sequences:
                 del self._groups[key]
+        self._spare = [prompt for prompt, _ in arrived[:1]] or self._spare
 
     def _keep_prefixes(self, group: _Group) -> None:
         """Keep the caches of sequences that have ended."""
@@ -279,28 +279,6 @@ class Scheduler:
         for row, sequence in enumerate(group.rows):
             if sequence is not None and sequence.ended and sequence.answer.error is None:
                 self._prefixes.keep(sequence.tokens[: group.batch.lengths[row]], group.batch.cache_of(row))
-
-    def _replaced(self, group: _Group, kept: Sequence[int], new: Sequence[tuple[Batch, _Sequence]]) -> bool:
-        """Give the rows of sequences that have left to ``new`` ones, and keep rows for requests that are about to come. The other
-        rows do not move. Returns False, and changes nothing, if the whole group has to be arranged anew.
-        """
-        free = [row for row in range(len(group.rows)) if row not in kept]
-        coming = len(self._reading) + len(self._waiting)
-        one_group = self._model.shares_steps and self._model.recomputed_beyond is None
-        if not one_group or not len(new) <= len(free) <= len(new) + coming:
-            return False
-        live = [*(group.rows[row] for row in kept), *(sequence for _, sequence in new)]
-        longest = max((sequence.longest for sequence in live if sequence is not None), default=0)
-        columns, rows = group.batch.columns, len(group.rows)
-        if columns >= longest or rows * longest > self.cache_tokens or any(prompt.columns > columns for prompt, _ in new):
-            return False
-        for row, (prompt, sequence) in zip(free, new, strict=False):
-            group.batch.replace(row, prompt, longest)
-            group.rows[row] = sequence
-        for row in free[len(new) :]:
-            group.batch.release(row)
-            group.rows[row] = None
-        return True
 
     def _group_of(self, sequence: _Sequence) -> Hashable:
         if not self._model.shares_steps:
@@ -311,7 +289,7 @@ class Scheduler:
     def _decode(self, group: _Group) -> None:
         """One step of a group."""
         try:
-            ids = [[0 if sequence is None else sequence.tokens[-1]] for sequence in group.rows]
+            ids = [[sequence.tokens[-1]] for sequence in group.rows if sequence is not None]
             logits = group.batch.step(np.array(ids, np.int64))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             for sequence in group.rows:

@@ -94,6 +94,8 @@ class StopStrings:
         """What can be returned of the text so far, apart from what was returned before."""
         if self.found is not None:
             return ""
+        if not self._strings:
+            return piece
         text = self._held + piece
         places = [(place + len(string), place, string) for string in self._strings if (place := text.find(string)) >= 0]
         if places:
@@ -101,7 +103,7 @@ class StopStrings:
             self._held = ""
             return text[:place]
         # The longest end of the text that a stop string may begin with.
-        longest = max(map(len, self._strings), default=1) - 1
+        longest = max(map(len, self._strings)) - 1
         starts = range(max(0, len(text) - longest), len(text))
         cut = next((start for start in starts if any(string.startswith(text[start:]) for string in self._strings)), len(text))
         self._held = text[cut:]

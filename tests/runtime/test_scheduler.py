@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sum_model import CACHE, IN_PLACE, VOCABULARY, SumModel, answered
+from sum_model import CACHE, IN_PLACE, ROWS_FIRST, VOCABULARY, SumModel, answered
 
 from rq_compile.standalone.answer import Answer, AnswerFailed, QueueFull, RequestRefused
-from rq_compile.standalone.batch import Batch
+from rq_compile.standalone.batch import _Tensor
 from rq_compile.standalone.sampling import GREEDY, SamplingParams
 from rq_compile.standalone.scheduler import Scheduler
 from rq_compile.standalone.step_model import EngineSteps
@@ -64,7 +64,7 @@ def clients(draw: st.DrawFn) -> list[Client]:
     shares=st.booleans(),
     whole=st.booleans(),
     prefix_bytes=st.sampled_from([0, 1000, 100_000]),
-    cache=st.sampled_from([CACHE, IN_PLACE]),
+    cache=st.sampled_from([CACHE, IN_PLACE, ROWS_FIRST]),
 )
 def test_every_answer_is_the_answer_alone(
     clients: list[Client],
@@ -129,27 +129,33 @@ def test_sequences_in_slots_share_every_step() -> None:
     assert [[choice.token for choice in answer] for answer in answers] == [answered([n] * (n + 1), 8) for n in range(4)]
 
 
-@pytest.mark.parametrize(("prompt", "most", "arranged"), [([9] * 3, 5, 1), ([9] * 30, 5, 2), ([9] * 3, 60, 2)])
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("prompt", "most", "copied"), [([9] * 3, 5, [1]), ([9] * 30, 5, [0, 1]), ([9] * 3, 60, [1, 0])])
 def test_a_sequence_takes_the_row_of_one_that_has_ended(
-    prompt: list[int], most: int, arranged: int, monkeypatch: pytest.MonkeyPatch
+    prompt: list[int], most: int, copied: list[int], later: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cache of the others is not moved, unless the new sequence is longer."""
-    calls: list[int] = []
-    arrange = Batch.arrange
+    """The cache of the other is copied only if the new sequence has more tokens, also if it comes ``later``, or if its row is the
+    last one when the other ends."""
+    rows: list[int] = []
+    copy = _Tensor.copy
 
-    def noted(batch: Batch, keep: Sequence[int], joining: Sequence[Batch], longest: int) -> None:
-        calls.append(len(keep))
-        arrange(batch, keep, joining, longest)
+    def noted(tensor: _Tensor, *arguments: Any) -> None:
+        if tensor.in_place:
+            rows.append(arguments[4])
+        copy(tensor, *arguments)
 
-    monkeypatch.setattr(Batch, "arrange", noted)
-    model = SumModel(end_of_text=())
+    monkeypatch.setattr(_Tensor, "copy", noted)
+    model = SumModel(end_of_text=(), cache=ROWS_FIRST)
     scheduler = Scheduler(model, slots=2, max_length=64)
     (stays,) = submitted(scheduler, [3] * 10, most=54)
     (ends,) = submitted(scheduler, [4] * 10, most=5)
+    while later and ends.finish_reason is None:
+        scheduler.step()
+    scheduler.step()
     (comes,) = submitted(scheduler, prompt, most=most)
     while comes.finish_reason is None:
         scheduler.step()
-    assert len(calls) == arranged
+    assert rows == [0, 1, *copied]
     finish(scheduler)
     assert [[choice.token for choice in answer] for answer in (stays, ends, comes)] == [
         answered([3] * 10, 54, end=None),

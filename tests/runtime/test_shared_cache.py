@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sum_model import CACHE, IN_PLACE, SumModel, answered
+from sum_model import CACHE, IN_PLACE, ROWS_FIRST, SumModel, answered
 
 from rq_compile.standalone.batch import Batch, cache_bytes
 
@@ -46,15 +46,33 @@ def test_a_cache_in_place_stays_where_it_is_until_there_is_no_room() -> None:
     assert batch.lengths == [14, 12]
 
 
-@pytest.mark.parametrize("cache", [CACHE, IN_PLACE])
-def test_a_row_that_is_released_forgets_its_sequence(cache: Sequence[Mapping[str, Any]]) -> None:
-    """It is computed in the steps of the others, as a sequence that begins with them."""
+@pytest.mark.parametrize("cache", [CACHE, IN_PLACE, ROWS_FIRST])
+def test_rows_leave_and_join_in_any_place(cache: Sequence[Mapping[str, Any]]) -> None:
+    """The rows that stay have the same next tokens, and only those whose place another one needs are copied."""
     model = SumModel(cache=cache, end_of_text=())
-    batch, other = Batch(model), Batch(model)
-    for part, token in ((batch, 5), (other, 6)):
-        part.begin(12)
-        part.step(np.full((1, 4), token))
-    batch.arrange([0], [other], 12)
-    batch.release(0)
-    logits = batch.step(np.array([[7], [6]]))
-    assert logits.argmax(1).tolist() == [answered([7], 1, end=None)[0], answered([6] * 5, 1, end=None)[0]]
+    batch = Batch(model)
+
+    def one(token: int, length: int = 4) -> Batch:
+        alone = Batch(model)
+        alone.begin(20)
+        alone.step(np.full((1, length), token))
+        return alone
+
+    def said(*tokens: int) -> list[int]:
+        return batch.step(np.array(tokens)[:, None]).argmax(1).tolist()
+
+    def expected(token: int, length: int) -> int:
+        return answered([token] * length, 1, end=None)[0]
+
+    assert batch.arrange([], [one(token) for token in (5, 6, 7, 8)], 20) == [0, 1, 2, 3]
+    assert said(5, 6, 7, 8) == [expected(token, 5) for token in (5, 6, 7, 8)]
+    arrays = [tensor.array for tensor in batch._tensors]
+    assert batch.arrange([1, 3], [], 20) == [1, 0], "the last row takes the place of the first one"
+    assert said(8, 6) == [expected(8, 6), expected(6, 6)]
+    assert batch.arrange([1], [one(9), one(3)], 20) == [1, 0, 2], "those who join take what is free, and places at the end"
+    assert batch.lengths == [4, 6, 4]
+    assert said(9, 6, 3) == [expected(9, 5), expected(6, 7), expected(3, 5)]
+    in_place = [tensor for tensor in batch._tensors if tensor.in_place]
+    assert all(np.shares_memory(tensor.array, array) for tensor, array in zip(in_place, arrays, strict=False))
+    assert batch.arrange([0, 1, 2], [one(4, 12)], 20) == [0, 1, 2, 3], "it has more tokens than the columns of the others"
+    assert said(9, 6, 3, 4) == [expected(9, 6), expected(6, 8), expected(3, 6), expected(4, 13)]

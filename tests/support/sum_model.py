@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from rq_compile.standalone.decoding import grows_in_place
+
 VOCABULARY, END = 97, 96
 # Keys, a state of a fixed size, and a cache without heads whose rows are not the first axis.
 CACHE: Sequence[Mapping[str, Any]] = (
@@ -14,6 +16,8 @@ CACHE: Sequence[Mapping[str, Any]] = (
     {"past": "indexer", "present": "indexer'", "shape": ["past", "batch"]},
 )
 IN_PLACE: Sequence[Mapping[str, Any]] = ({**CACHE[0], "in_place": True}, *CACHE[1:])
+# As most caches: the rows are the first axis of every tensor.
+ROWS_FIRST: Sequence[Mapping[str, Any]] = (*IN_PLACE[:2], {**CACHE[2], "shape": ["batch", "past"]})
 
 
 @dataclass
@@ -35,7 +39,9 @@ class SumModel:
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
     ) -> np.ndarray:
         (rows, new), before = ids.shape, mask.shape[1] - ids.shape[1]
-        if in_place := self.cache is IN_PLACE:
+        if self.cache[2]["shape"][0] == "batch":
+            past, present = [*past[:2], past[2].T], [*present[:2], present[2].T]
+        if in_place := grows_in_place(self.cache[0]):
             assert past[0] is present[0]
             assert past[0].shape[2] >= before + new, "there is no room"
             past, present = (

@@ -44,11 +44,15 @@ class Batch:
         for number, tensor in enumerate(self._tensors):
             tensor.forget()
             array = tensor.spare(1, known, longest)
-            first_columns(array, tensor.by_token, known)[...] = cache[number] if known else 0
+            if known:
+                first_columns(array, tensor.by_token, known)[...] = cache[number]
+            elif tensor.by_token is None:
+                array[...] = 0
             tensor.take(array)
 
     def step(self, ids: np.ndarray) -> np.ndarray:
-        """Append ``ids`` int64 ``[rows, new]`` to the rows; logits fp32 ``[rows, vocabulary]`` of the last tokens."""
+        """Append ``ids`` int64 ``[rows, new]`` to the rows. Returns the logits fp32 ``[rows, vocabulary]`` of the last tokens; the
+        array lasts until the next step."""
         rows, new = ids.shape
         if self.columns + new > self._room:
             self._longest = max(self._longest, max(self.lengths) + new)

@@ -153,46 +153,64 @@ class Step:
         """``cache``: the tensors of the cache, as in an engine's manifest."""
         self._session, self._cache, self._inputs = session, cache, inputs_of(session)
         (self._vocabulary,) = (output.shape[-1] for output in session.get_outputs() if output.name == "logits")
-        # Those of the last two caches, that of a prompt and that of sequences that take their steps together, with their arrays.
-        self._bindings: list[tuple[Sequence[weakref.ref[np.ndarray]], onnxruntime.IOBinding]] = []
+        # Those of a prompt, and of sequences that take their steps together.
+        self._bindings: list[_Binding] = []
 
     def __call__(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
     ) -> np.ndarray:
         """See ``step_model.Steps.step``."""
         # Arrays are bound by their addresses, so copies of what is not contiguous have to last until the end of the step.
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        given = {name: np.ascontiguousarray(array) for name, array in given.items()}
-        before = [np.ascontiguousarray(array) for array in past]
-        logits = np.empty((len(ids), LAST if "logits_to_keep" in self._inputs else ids.shape[1], self._vocabulary), np.float32)
-        binding = self._binding(before, present)
-        for name, array in given.items():
-            self._bind_input(binding, name, array)
-        _bind_output(binding, "logits", logits)
-        self._session.run_with_iobinding(binding)
-        return logits[:, -1]
+        before, mask = [np.ascontiguousarray(array) for array in past], np.ascontiguousarray(mask)
+        binding = self._binding(ids.shape, before, present)
+        binding.ids[...], binding.positions[...] = ids, positions
+        binding.take("attention_mask", mask)
+        self._session.run_with_iobinding(binding.bound)
+        return binding.logits[:, -1]
 
-    def _binding(self, past: Sequence[np.ndarray], present: Sequence[np.ndarray]) -> onnxruntime.IOBinding:
-        """A binding of this cache. A cache that grows in place is bound once for many steps."""
-        arrays = [*past, *present]
-        for place, (bound, binding) in enumerate(self._bindings):
-            if all(reference() is array for reference, array in zip(bound, arrays, strict=True)):
-                self._bindings.insert(0, self._bindings.pop(place))
-                return binding
-        if not all(array.flags.c_contiguous for array in present):
-            raise ValueError("an array for the cache after the step is not contiguous")
-        binding = self._session.io_binding()
-        self._bind_input(binding, "logits_to_keep", KEPT)
-        for tensor, before, after in zip(self._cache, past, present, strict=True):
-            self._bind_input(binding, tensor["past"], before)
-            _bind_output(binding, tensor["present"], after)
-        self._bindings = [([weakref.ref(array) for array in arrays], binding), *self._bindings[:1]]
+    def _binding(self, shape: tuple[int, ...], past: Sequence[np.ndarray], present: Sequence[np.ndarray]) -> _Binding:
+        """A binding of this cache to steps with ids of this shape. A cache that grows in place is bound once for many of them."""
+        for binding in self._bindings:
+            if binding.fits(shape, [*past, *present]):
+                break
+        else:
+            if not all(array.flags.c_contiguous for array in present):
+                raise ValueError("an array for the cache after the step is not contiguous")
+            kept = LAST if "logits_to_keep" in self._inputs else shape[1]
+            binding = _Binding(self._session.io_binding(), self._inputs, shape, (shape[0], kept, self._vocabulary))
+            binding.take_cache(self._cache, past, present)
+        self._bindings = [binding, *(other for other in self._bindings if other is not binding)][:2]
         return binding
 
-    def _bind_input(self, binding: onnxruntime.IOBinding, name: str, array: np.ndarray) -> None:
+
+class _Binding:
+    """What a step reads and writes. ``ids``, ``positions`` and ``logits`` stay where they are from step to step."""
+
+    def __init__(
+        self, bound: onnxruntime.IOBinding, inputs: Collection[str], shape: tuple[int, ...], logits: tuple[int, ...]
+    ) -> None:
+        """``shape``: that of the ids. ``logits``: that of the logits."""
+        self.bound, self._inputs = bound, inputs
+        self.ids, self.positions, self.logits = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(logits, np.float32)
+        self._arrays: list[weakref.ref[np.ndarray]] = []
+        for name, array in {"input_ids": self.ids, "position_ids": self.positions, "logits_to_keep": KEPT}.items():
+            self.take(name, array)
+        self._give("logits", self.logits)
+
+    def fits(self, shape: tuple[int, ...], arrays: Sequence[np.ndarray]) -> bool:
+        """Whether this is the binding of these arrays, those of the cache before and after a step with ids of this shape."""
+        return self.ids.shape == shape and all(held() is array for held, array in zip(self._arrays, arrays, strict=True))
+
+    def take_cache(self, cache: Sequence[Mapping[str, Any]], past: Sequence[np.ndarray], present: Sequence[np.ndarray]) -> None:
+        for tensor, before, after in zip(cache, past, present, strict=True):
+            self.take(tensor["past"], before)
+            self._give(tensor["present"], after)
+        self._arrays = [weakref.ref(array) for array in (*past, *present)]
+
+    def take(self, name: str, array: np.ndarray) -> None:
+        """Let ``array`` be the input ``name``, if there is one. It must last until the end of the step."""
         if name in self._inputs:
-            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            self.bound.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-
-def _bind_output(binding: onnxruntime.IOBinding, name: str, array: np.ndarray) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    def _give(self, name: str, array: np.ndarray) -> None:
+        self.bound.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

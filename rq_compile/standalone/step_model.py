@@ -32,8 +32,8 @@ class Steps(Protocol):
     def step(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Sequence[np.ndarray], present: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """Logits fp32 ``[batch, vocabulary]`` of each row's last token; the array lasts until the next step. Fills ``present``, the
-        cache after the step.
+        """Logits fp32 ``[batch, vocabulary]`` of each row's last token, valid until the next step. Fills ``present``, the cache
+        after the step.
 
         ``ids`` and ``positions`` int64 ``[batch, new]``; ``mask`` int64 ``[batch, past + new]``, 0 for padding; ``past`` and
         ``present`` fp32, one for each tensor of ``cache``. ``present`` must be contiguous. A tensor that grows in place may be

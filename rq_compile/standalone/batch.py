@@ -51,8 +51,8 @@ class Batch:
             tensor.take(array)
 
     def step(self, ids: np.ndarray) -> np.ndarray:
-        """Append ``ids`` int64 ``[rows, new]`` to the rows; logits fp32 ``[rows, vocabulary]`` of the last tokens, valid until the
-        next step."""
+        """Append ``ids`` int64 ``[rows, new]`` to the rows; logits fp32 ``[rows, vocabulary]`` of the last tokens, valid until
+        the next step."""
         rows, new = ids.shape
         if self.columns + new > self._room:
             self._longest = max(self._longest, max(self.lengths) + new)

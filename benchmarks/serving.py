@@ -11,8 +11,9 @@ llama.cpp         its own server (benchmarks/llama_cpp/build.py --server) with Q
                   load samples/olmoe, which has fewer heads for keys than for queries
 
 Each client sends one request after another, with a random prompt of 16 to 256 tokens and an answer of 16 to 128, and reads it as
-a stream over HTTP. After ``--warm-up`` seconds, all tokens that come within ``--seconds`` are counted. "first_ms" is the time
-from a request to its first token, "between_ms" that between two tokens of an answer; tokens that come in one event count once.
+a stream over HTTP. After ``--warm-up`` seconds, and once every client has had its first answer, all tokens that come within
+``--seconds`` are counted: the first requests of all clients come at once, and wait for each other. "first_ms" is the time from a
+request to its first token, "between_ms" that between two tokens of an answer; tokens that come in one event count once.
 "memory_mb" is the largest proportional set size (PSS) of the server's processes: mapped weights count, too. "server_cpus" and
 "clients_cpus" are the processors that the server and the clients took on average.
 
@@ -134,6 +135,8 @@ def measured(name: str, server: str, clients: int, settings: argparse.Namespace)
         thread = threading.Thread(target=run, args=(asking, stop, failures))
         thread.start()
         time.sleep(settings.warm_up)
+        while not failures and min(client.answered for client in asking) == 0:
+            time.sleep(0.1)
         begun, used = time.perf_counter(), (cpu_seconds(process.pid), time.process_time())
         most = 0
         while (ended := time.perf_counter()) < begun + settings.seconds:

@@ -45,6 +45,7 @@ class Client:
     asking: Asking
     requests: Iterator[tuple[list[int], int]]
     times: Times
+    answered: int = 0  # requests
 
     def ask(self) -> socket.socket:
         prompt, self.left = next(self.requests)
@@ -73,6 +74,7 @@ class Client:
         if ended and self.left:
             raise ValueError(f"{self.left} tokens are missing: {self.held[-300:].decode(errors='replace')}")
         self.held = self.held[end:]
+        self.answered += ended
         return ended
 
     def _note(self, now: float, count: int) -> None:

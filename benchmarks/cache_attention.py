@@ -11,7 +11,7 @@ Concat, MatMul, Softmax and MatMul; they stand for heads whose keys and values d
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -244,8 +244,11 @@ def contenders(shape: Shape) -> dict[str, Maker]:
     return found | {"GroupQueryAttention": group_query}
 
 
-def microseconds(makers: dict[str, Maker], inputs: Inputs, threads: int, seconds: float) -> dict[str, float]:
-    """Median times. A round makes a session of one op after the other: threads of another one would take a core as they wait."""
+def microseconds(
+    makers: Mapping[str, Callable[[Any, int], Contender]], inputs: Any, threads: int, seconds: float
+) -> dict[str, float]:
+    """Median times. ``inputs``: what the makers take, with a ``shape`` and a ``step``. A round makes a session of one op after
+    the other: threads of another one would take a core as they wait."""
     took: dict[str, list[float]] = {name: [] for name in makers}
     expected = None
     for _, (name, make) in itertools.product(range(ROUNDS), makers.items()):

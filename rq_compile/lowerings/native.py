@@ -43,6 +43,7 @@ class Native(Lowering):
         from rq_compile.rewrite.cache_lengths import cache_lengths
         from rq_compile.rewrite.dense_gemms import dense_gemms
         from rq_compile.rewrite.embedding_tables import embedding_tables
+        from rq_compile.rewrite.latent_attention import latent_attention
         from rq_compile.rewrite.quantized_tables import quantized_tables
         from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.rms_norms import rms_norms
@@ -51,15 +52,19 @@ class Native(Lowering):
         graph = imported(model)
         matrices: list[Section] = []
         reports: list[PassReport] = []
+        latent: list[PassReport] = []
+        if dense is not None:
+            matrices, report = latent_attention(graph, self.dense_format, dense)
+            latent = [report] if report.matches else []
         if dense is not None and self.dense_format != "fp32":
             reports.append(embedding_tables(graph, dense.dtype_of, lambda name: dense.rounded(name, table=True) is not None))
             tables, rounded = quantized_tables(graph, dense)
             reports += [rounded] if tables else []
             products, multiplied = dense_gemms(graph, self.dense_format, dense, self.activation_bits)
             reports.append(multiplied)
-            matrices = tables + products
+            matrices += tables + products
         experts, rewritten = self.moe_layers(graph, plan, source)
-        reports += [rewritten, rms_norms(graph), rotary_embeddings(graph), attention(graph), cache_lengths(graph)]
+        reports += [rewritten, rms_norms(graph), rotary_embeddings(graph), *latent, attention(graph), cache_lengths(graph)]
         experts = with_mean_outputs(experts, plan.layers, source)
         return Lowered(exported(graph), experts, matrices, reports, counts(plan))
 

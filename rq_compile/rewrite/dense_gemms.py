@@ -60,6 +60,12 @@ class DenseWeights:
         format = self.planned(name, table)
         return None if format == "stored" else format
 
+    def format_of(self, matrix: Matrix, otherwise: DenseFormat) -> Format | None:
+        """The format of ``matrix`` in the engine; None if there is none for its dtype. ``otherwise``: see ``dense_gemms``."""
+        if otherwise in QUANTIZED_FORMATS and not self.by_plan:
+            return otherwise
+        return self.rounded(matrix.name) or _float_format(self.dtype_of(matrix.name))
+
     def rows(self, matrix: Matrix) -> Iterator[np.ndarray]:
         """The values of ``matrix``, ``[ROWS_AT_ONCE, columns]`` at a time; the last part may have fewer rows."""
         values = self.read(matrix.name)
@@ -86,9 +92,7 @@ def dense_gemms(
     report = PassReport("dense products", f"read {how}")
     sections: list[Section] = []
     for matrix in products(graph, report):
-        kept: Format | None = dense.rounded(matrix.name) or _float_format(dense.dtype_of(matrix.name))
-        if format in QUANTIZED_FORMATS and not dense.by_plan:
-            kept = "int8" if matrix.node is head else format
+        kept = dense.format_of(matrix, "int8" if matrix.node is head and format in QUANTIZED_FORMATS else format)
         if kept in (None, "fp32"):
             report.leave(f"stored in {dense.dtype_of(matrix.name)}")
         else:
@@ -105,7 +109,7 @@ def products(graph: gs.Graph, report: PassReport) -> list[Matrix]:
     requires(NAME, bool(experts), "the Experts nodes")
     routers = {id(router) for node in experts for router in _routers(node)}
     found = []
-    for matrix in [matrix for node in graph.nodes if (matrix := _matrix(node))]:
+    for matrix in [matrix for node in graph.nodes if (matrix := matrix_of(node))]:
         if isinstance(matrix, NearMatch):
             report.leave(matrix.why)
         elif id(matrix.node) in routers:
@@ -128,7 +132,7 @@ def _routers(experts: gs.Node) -> Iterator[gs.Node]:
             if id(node) in seen:
                 continue
             seen.add(id(node))
-            if isinstance(_matrix(node), Matrix):
+            if isinstance(matrix_of(node), Matrix):
                 yield node
             else:
                 pending += node.inputs
@@ -139,13 +143,14 @@ def _head(graph: gs.Graph) -> gs.Node | None:
     tensor = next((output for output in graph.outputs if output.name == "logits"), None)
     while tensor is not None and tensor.inputs:
         (node,) = tensor.inputs
-        if isinstance(_matrix(node), Matrix):
+        if isinstance(matrix_of(node), Matrix):
             return node
         tensor = next((given for given in node.inputs if given.inputs), None)
     return None
 
 
-def _matrix(node: gs.Node) -> Matrix | NearMatch | None:
+def matrix_of(node: gs.Node) -> Matrix | NearMatch | None:
+    """The weight matrix that ``node`` multiplies by, if it does."""
     if node.op not in ("MatMul", "Gemm") or len(node.inputs) < 2 or (proto := external_proto(node.inputs[1])) is None:
         return None
     for name, plain in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)):
@@ -161,7 +166,7 @@ def _float_format(dtype: np.dtype) -> Format | None:
 
 
 def _replace(graph: gs.Graph, matrix: Matrix, format: Format, dense: DenseWeights, activation_bits: int) -> Section:
-    node, section = matrix.node, _section(matrix, format, dense)
+    node, section = matrix.node, matrix_section(matrix, format, dense)
     operands = [constant(weight) for weight in section.weights]
     (result,) = node.outputs
     bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
@@ -175,7 +180,7 @@ def _replace(graph: gs.Graph, matrix: Matrix, format: Format, dense: DenseWeight
     return section
 
 
-def _section(matrix: Matrix, format: Format, dense: DenseWeights) -> Section:
+def matrix_section(matrix: Matrix, format: Format, dense: DenseWeights) -> Section:
     """The one matrix of DenseGemm's format group, laid out as ``panels`` draws it."""
     panels, block = panel_count(matrix.rows, 1), block_size(matrix.columns)
     blocks = -(-matrix.columns // block)

@@ -125,7 +125,7 @@ def test_a_plan_that_changes_nothing_changes_no_logit_and_no_token(
         if engine.manifest.prefill_chunk is not None:
             in_pieces = Engine(engine.path, engine.manifest.model_copy(update={"prefill_chunk": 3}), 1)
             assert list(in_pieces.generate(prompt, 12, stop=False)) == wanted
-    alone_and_together.check(engine)
+        alone_and_together.check(engine)
 
 
 def test_the_passes_change_what_they_changed(

@@ -65,8 +65,9 @@ def test_the_ops(in_qemu: Runs, processor: str) -> None:
 
 def test_attention(in_qemu: Runs) -> None:
     for isa in ("neon", "plain"):
-        result = in_qemu("cortex-a72", ROOT / "tests" / "support" / "cache_attention.py", isa=isa)
-        assert result.returncode == 0, result.stderr
+        for program in ("cache_attention.py", "latent_attention.py"):
+            result = in_qemu("cortex-a72", ROOT / "tests" / "support" / program, isa=isa)
+            assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)

@@ -29,6 +29,33 @@ struct Sizes {
   int64_t sequences, steps, heads, kv_heads, group, past, total, length;  // columns: of the past, read, and of the present
 };
 
+// The sizes of a step, from checked inputs. `name`: that of `past`.
+inline Sizes sizes_of(int64_t heads, int64_t kv_heads, const Tensor& query, const Tensor& past, const char* name,
+                      const Tensor& mask) {
+  Sizes s{query.dim(0), query.dim(1), heads, kv_heads, heads / kv_heads, past.dim(2), mask.dim(3), 0};
+  s.length = std::max(s.past, s.total);
+  require((mask.dim(0) == s.sequences || mask.dim(0) == 1) && mask.dim(1) == 1 && (mask.dim(2) == s.steps || mask.dim(2) == 1),
+          "mask has the shape [", mask.dim(0), ", ", mask.dim(1), ", ", mask.dim(2), ", ", s.total, "], which does not fit ",
+          s.sequences, " sequences of ", s.steps, " tokens");
+  require(s.total >= s.steps, "mask has ", s.total, " columns, fewer than the ", s.steps, " new tokens");
+  require(s.past == s.total - s.steps || s.past >= s.total, name, " has ", s.past, " columns, but mask has ", s.total, " for ",
+          s.steps, " new tokens: it must have ", s.total - s.steps, ", or ", s.total, " and more");
+  return s;
+}
+inline void require_same_tokens(const char* name, const Tensor& tensor, const Sizes& s) {
+  require(tensor.dim(0) == s.sequences && tensor.dim(1) == s.steps, name, " has ", tensor.dim(0), " x ", tensor.dim(1),
+          " tokens, query ", s.sequences, " x ", s.steps);
+}
+inline void require_cache(const char* name, const Tensor& tensor, const Sizes& s, int64_t width) {
+  require(tensor.dim(0) == s.sequences && tensor.dim(1) == s.kv_heads && tensor.dim(2) == s.past && tensor.dim(3) == width, name,
+          " has the shape [", tensor.dim(0), ", ", tensor.dim(1), ", ", tensor.dim(2), ", ", tensor.dim(3), "], not [", s.sequences,
+          ", ", s.kv_heads, ", ", s.past, ", ", width, "]");
+}
+inline void require_sinks(const Tensor& sinks, int64_t heads) {
+  if (!sinks.present) return;
+  require(sinks.type == kFloat && sinks.dim(0) == heads, "sinks is not one fp32 number for each of ", heads, " heads");
+}
+
 // The keys or the values: past [sequences, kv_heads, past, width], fresh [sequences, steps, kv_heads * width] and present.
 struct Cache {
   const float *past, *fresh;
@@ -63,6 +90,46 @@ struct Cache {
   }
 };
 
+// The weighted sum of values `part` of a query becomes its output, for the largest score and the sum of weights. `sink`: a logit that
+// counts in the sum alone, or nullptr.
+inline void finish(float largest, float sum, const float* sink, const float* part, int64_t width, float* out) {
+  float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+  if (sink && sum != 0.0f) {
+    const float most = std::max(largest, *sink), to_most = std::exp(largest - most);
+    factor = to_most / (sum * to_most + std::exp(*sink - most));
+  }
+  for (int64_t i = 0; i < width; ++i) out[i] = part[i] * factor;
+}
+
+// Joins `count` parts of a query, of which each read other columns. Parts are `apart` numbers from each other: `rows` largest scores,
+// as many sums of weights, and the sums of values of each row; the query is row `row`. `memory`: `width` numbers.
+inline void join(const float* parts, int64_t count, int64_t apart, int64_t rows, int64_t row, const float* sink, int64_t width,
+                 float* memory, float* out) {
+  float largest = kNothing, sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, parts[i * apart + row]);
+  std::fill(memory, memory + width, 0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    const float* p = parts + i * apart;
+    const float factor = p[row] == largest ? 1.0f : std::exp(p[row] - largest);
+    sum += factor * p[rows + row];
+    const float* numbers = p + 2 * rows + row * width;
+    for (int64_t c = 0; c < width; ++c) memory[c] += factor * numbers[c];
+  }
+  finish(largest, sum, sink, memory, width, out);
+}
+
+// Writes all columns of `caches` after the step.
+inline void fill_all(const Context& context, const Sizes& size, std::initializer_list<const Cache*> caches) {
+  constexpr int64_t kColumns = 1024;  // of a task
+  const int64_t pieces = (size.total + kColumns - 1) / kColumns;
+  auto filled = [&](size_t index) {
+    const int64_t i = static_cast<int64_t>(index), b = i / pieces / size.kv_heads, h = i / pieces % size.kv_heads;
+    const int64_t begin = i % pieces * kColumns;
+    for (const Cache* cache : caches) cache->fill(size, b, h, {begin, std::min(begin + kColumns, size.total)});
+  };
+  context.parallel(static_cast<size_t>(size.sequences * size.kv_heads * pieces), filled);
+}
+
 struct Attention {
   const Kernels& kernels;
   Sizes size;
@@ -76,16 +143,9 @@ struct Attention {
   const float* query_of(int64_t sequence, int64_t step, int64_t head) const {
     return query + ((sequence * size.steps + step) * size.heads + head) * keys.width;
   }
-
-  // The weighted sum of the values `part`, for the largest score and the sum of weights, becomes the output.
-  void finish(int64_t sequence, int64_t step, int64_t head, float largest, float sum, const float* part) const {
-    float* out = y + ((sequence * size.steps + step) * size.heads + head) * values.width;
-    float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-    if (sinks && sum != 0.0f) {
-      const float most = std::max(largest, sinks[head]), to_most = std::exp(largest - most);
-      factor = to_most / (sum * to_most + std::exp(sinks[head] - most));
-    }
-    for (int64_t i = 0; i < values.width; ++i) out[i] = part[i] * factor;
+  const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
+  float* output(int64_t sequence, int64_t step, int64_t head) const {
+    return y + ((sequence * size.steps + step) * size.heads + head) * values.width;
   }
 };
 

@@ -66,7 +66,8 @@ struct Decode : Attention {
     }
     if (chunk.part < 0) {
       for (int64_t r = 0; r < group; ++r) {
-        finish(chunk.sequence, 0, chunk.head * group + r, largest[r], sums[r], out + r * values.width);
+        const int64_t query_head = chunk.head * group + r;
+        finish(largest[r], sums[r], sink(query_head), out + r * values.width, values.width, output(chunk.sequence, 0, query_head));
       }
     }
   }
@@ -83,25 +84,6 @@ struct Decode : Attention {
     kernels.exponentials(scores, vectors, lanes, totals);
     sum = 0.0f;
     for (float total : totals) sum += total;
-  }
-
-  // Joins `count` parts of one head of one sequence.
-  void join(int64_t sequence, int64_t head, const float* part, int64_t count) const {
-    const int64_t group = size.group;
-    float* sum_of_values = scratch(values.width);
-    for (int64_t r = 0; r < group; ++r) {
-      float largest = kNothing, sum = 0.0f;
-      for (int64_t i = 0; i < count; ++i) largest = std::max(largest, part[i * part_size() + r]);
-      std::fill(sum_of_values, sum_of_values + values.width, 0.0f);
-      for (int64_t i = 0; i < count; ++i) {
-        const float* p = part + i * part_size();
-        const float factor = p[r] == largest ? 1.0f : std::exp(p[r] - largest);
-        sum += factor * p[group + r];
-        const float* numbers = p + 2 * group + r * values.width;
-        for (int64_t c = 0; c < values.width; ++c) sum_of_values[c] += factor * numbers[c];
-      }
-      finish(sequence, 0, head * group + r, largest, sum, sum_of_values);
-    }
   }
 
   void run(const Context& context) const {
@@ -137,7 +119,12 @@ struct Decode : Attention {
     context.parallel(static_cast<size_t>((tasks + of_tile - 1) / of_tile), tile);
     auto joined = [&](size_t index) {
       const Split& split = splits[index];
-      join(split.sequence, split.head, memory.data() + split.first * part_size(), split.count);
+      const float* first = memory.data() + split.first * part_size();
+      for (int64_t r = 0; r < size.group; ++r) {
+        const int64_t head = split.head * size.group + r;
+        join(first, split.count, part_size(), size.group, r, sink(head), values.width, scratch(values.width),
+             output(split.sequence, 0, head));
+      }
     };
     context.parallel(splits.size(), joined);
   }

@@ -36,12 +36,10 @@ struct CacheAttention {
                  sinks = context.input(6, "sinks", 1);
     const int64_t width = width_of("query", query, heads), value_width = width_of("value", value, kv_heads);
     require(width_of("key", key, kv_heads) == width, "query has ", width, " numbers for each head, key ", key.dim(2) / kv_heads);
-    const Sizes size = sizes(query, past_key, mask);
-    same_tokens("key", key, size), same_tokens("value", value, size);
-    same_cache("past_key", past_key, size, width), same_cache("past_value", past_value, size, value_width);
-    if (sinks.present) {
-      require(sinks.type == kFloat && sinks.dim(0) == heads, "sinks is not one fp32 number for each of ", heads, " heads");
-    }
+    const Sizes size = sizes_of(heads, kv_heads, query, past_key, "past_key", mask);
+    require_same_tokens("key", key, size), require_same_tokens("value", value, size);
+    require_cache("past_key", past_key, size, width), require_cache("past_value", past_value, size, value_width);
+    require_sinks(sinks, heads);
     float* y = context.output<float>(0, {size.sequences, size.steps, heads * value_width});
     float* present_key = context.output<float>(1, {size.sequences, kv_heads, size.length, width});
     float* present_value = context.output<float>(2, {size.sequences, kv_heads, size.length, value_width});
@@ -65,27 +63,6 @@ struct CacheAttention {
     require(tensor.dim(2) > 0 && tensor.dim(2) % heads == 0, name, " has ", tensor.dim(2), " columns, which do not divide into ",
             heads, " heads");
     return tensor.dim(2) / heads;
-  }
-
-  Sizes sizes(const Tensor& query, const Tensor& past_key, const Tensor& mask) const {
-    Sizes s{query.dim(0), query.dim(1), heads, kv_heads, heads / kv_heads, past_key.dim(2), mask.dim(3), 0};
-    s.length = std::max(s.past, s.total);
-    require((mask.dim(0) == s.sequences || mask.dim(0) == 1) && mask.dim(1) == 1 && (mask.dim(2) == s.steps || mask.dim(2) == 1),
-            "mask has the shape [", mask.dim(0), ", ", mask.dim(1), ", ", mask.dim(2), ", ", s.total, "], which does not fit ",
-            s.sequences, " sequences of ", s.steps, " tokens");
-    require(s.total >= s.steps, "mask has ", s.total, " columns, fewer than the ", s.steps, " new tokens");
-    require(s.past == s.total - s.steps || s.past >= s.total, "past_key has ", s.past, " columns, but mask has ", s.total,
-            " for ", s.steps, " new tokens: it must have ", s.total - s.steps, ", or ", s.total, " and more");
-    return s;
-  }
-  static void same_tokens(const char* name, const Tensor& tensor, const Sizes& s) {
-    require(tensor.dim(0) == s.sequences && tensor.dim(1) == s.steps, name, " has ", tensor.dim(0), " x ", tensor.dim(1),
-            " tokens, query ", s.sequences, " x ", s.steps);
-  }
-  static void same_cache(const char* name, const Tensor& tensor, const Sizes& s, int64_t width) {
-    require(tensor.dim(0) == s.sequences && tensor.dim(1) == s.kv_heads && tensor.dim(2) == s.past && tensor.dim(3) == width, name,
-            " has the shape [", tensor.dim(0), ", ", tensor.dim(1), ", ", tensor.dim(2), ", ", tensor.dim(3), "], not [",
-            s.sequences, ", ", s.kv_heads, ", ", s.past, ", ", width, "]");
   }
 };
 

@@ -201,3 +201,46 @@ void multiply_floats(const float* const* x, int64_t rows, const Matrix& weights,
     case Storage::int2: return multiply_panels<Storage::int2>(x, rows, weights, first, count, out);
   }
 }
+
+// `count` panels from `first` on as out[column][count * 16], in fp32.
+template <Storage storage>
+void convert_panels(const Matrix& weights, int64_t first, int64_t count, float* out) {
+  const int64_t block = is_quantized(storage) ? weights.block : kChunk, bytes = static_cast<int64_t>(weights.panel_bytes);
+  const int64_t bytes_of_block = is_quantized(storage) ? bytes / weights.blocks : block * bytes_of(storage);
+  const Floats unit = set(unit_of(storage));
+  alignas(64) float converted[kMaxBlock * kPanel];
+  for (int64_t p = 0; p < count; ++p) {
+    const uint8_t* panel = weights.data + (first + p) * bytes;
+    for (int64_t i = 0; i * block < weights.columns; ++i) {
+      const int64_t begin = i * block, left = weights.columns - begin, columns = left < block ? left : block;
+      unpack<storage>(panel + i * bytes_of_block, columns, converted);
+      Floats factors[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) {
+        factors[v] = unit;
+        if constexpr (is_quantized(storage)) {
+          const uint8_t* scales = weights.scales + (((first + p) * weights.blocks + i) * kPanel + v * kLanes) * scale_bytes(storage);
+          if constexpr (scale_bytes(storage) == 1) factors[v] = multiply(load_powers(scales), unit);
+          else factors[v] = multiply(load(reinterpret_cast<const float*>(scales)), unit);
+        }
+      }
+      for (int64_t c = 0; c < columns; ++c) {
+        float* to = out + ((begin + c) * count + p) * kPanel;
+        for (int64_t v = 0; v < kVectors; ++v) store(to + v * kLanes, multiply(load(converted + c * kPanel + v * kLanes), factors[v]));
+      }
+    }
+  }
+}
+
+void convert(const Matrix& weights, int64_t first, int64_t count, float* out) {
+  switch (weights.storage) {
+    case Storage::fp32: return convert_panels<Storage::fp32>(weights, first, count, out);
+    case Storage::fp16: return convert_panels<Storage::fp16>(weights, first, count, out);
+    case Storage::bf16: return convert_panels<Storage::bf16>(weights, first, count, out);
+    case Storage::int8: return convert_panels<Storage::int8>(weights, first, count, out);
+    case Storage::int4: return convert_panels<Storage::int4>(weights, first, count, out);
+    case Storage::mxfp4: return convert_panels<Storage::mxfp4>(weights, first, count, out);
+    case Storage::fp8: return convert_panels<Storage::fp8>(weights, first, count, out);
+    case Storage::int3: return convert_panels<Storage::int3>(weights, first, count, out);
+    case Storage::int2: return convert_panels<Storage::int2>(weights, first, count, out);
+  }
+}

@@ -69,6 +69,8 @@ struct Kernels {
   // The same for quantized weights and rows of x that `quantize` rounded.
   void (*multiply_quantized)(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
                              int64_t first, int64_t panels, float* out);
+  // out[c * panels * kPanel + p * kPanel + j] = row j of panel first + p, column c, for p < panels.
+  void (*convert)(const Matrix& weights, int64_t first, int64_t panels, float* out);
   // Round a row of x. `out` of round_to_bfloat has as many bytes as x, and a content that its instruction set chooses.
   void (*round_to_bfloat)(const float* x, int64_t columns, float* out);
   void (*quantize)(const float* x, int64_t columns, const QuantizedLayout& layout, uint8_t* out);

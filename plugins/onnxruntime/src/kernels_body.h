@@ -37,7 +37,7 @@ alignas(16) constexpr int8_t kE2m1Offset[16] = {12, 13, 14, 15, 16, 18, 20, 24, 
 }  // namespace
 
 extern const Kernels RQ_KERNELS;
-const Kernels RQ_KERNELS = {RQ_KERNELS_NAME, multiply_floats, multiply_bfloats, multiply_quantized,
+const Kernels RQ_KERNELS = {RQ_KERNELS_NAME, multiply_floats, multiply_bfloats, multiply_quantized, convert,
                             round_to_bfloat, quantize,        activate,         combine,
                             dot_keys,        raise,           exponentials,     weigh_values};
 

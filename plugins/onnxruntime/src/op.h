@@ -252,5 +252,6 @@ OrtCustomOp* expert_gemm_op();
 OrtCustomOp* dense_gemm_op();
 OrtCustomOp* combine_op();
 OrtCustomOp* cache_attention_op();
+OrtCustomOp* latent_attention_op();
 
 }  // namespace rq

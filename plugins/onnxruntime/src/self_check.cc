@@ -78,6 +78,10 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
     kPlainKernels.multiply_floats(floats.data(), rows, weights, first, panels, expected.data());
     kernels.multiply_floats(floats.data(), rows, weights, first, panels, out.data());
     if (!close(out, expected)) return false;
+    out.resize(panels * kColumns * kPanel), expected.resize(out.size());
+    kPlainKernels.convert(weights, first, panels, expected.data());
+    kernels.convert(weights, first, panels, out.data());
+    if (!same(out, expected)) return false;
     if (storage == Storage::bf16) {
       kPlainKernels.multiply_bfloats(plain_as_bfloats.data(), rows, weights, first, panels, expected.data());
       kernels.multiply_bfloats(as_bfloats.data(), rows, weights, first, panels, out.data());

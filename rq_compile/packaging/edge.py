@@ -94,6 +94,7 @@ def write_examples(engine: str, manifest: Manifest, folder: Path) -> None:
         end_of_text=", ".join(map(str, manifest.end_of_text)),
         recomputed_beyond=-1 if manifest.recomputed_beyond is None else manifest.recomputed_beyond,
         prefill_chunk=manifest.prefill_chunk or 0,
+        in_place=", ".join(f'"{tensor.past}"' for tensor in manifest.cache if tensor.in_place),
     )
     (folder / "generate.cc").write_text(example, encoding="utf-8")
 

@@ -158,8 +158,11 @@ def test_cpp_example_generates_the_engines_tokens(engine: Path, packaged: Path, 
     program, libraries = tmp_path / "generate", release / "lib"
     links = ["-L", libraries, "-lonnxruntime", f"-Wl,-rpath,{libraries}"]
     run("g++", "-std=c++17", "-Wall", packaged / "generate.cc", "-I", release / "include", *links, "-o", program, cwd=tmp_path)
-    said = run(program, packaged, 6, *PROMPT, cwd=tmp_path)
-    assert [int(token) for token in said] == list(Engine.load(engine, threads=1).generate(PROMPT, 6))
+    in_place = [tensor.past for tensor in Engine.load(engine).manifest.cache if tensor.in_place]
+    assert re.findall(r'"(past_key_values\.\S+?)"', (packaged / "generate.cc").read_text()) == in_place
+    for prompt, tokens in ((PROMPT, 6), ((100 * PROMPT)[:250], 12)):  # there is room for 256 tokens at first
+        said = run(program, packaged, tokens, *prompt, cwd=tmp_path)
+        assert [int(token) for token in said] == list(Engine.load(engine, threads=1).generate(prompt, tokens))
 
 
 def test_two_runs_give_the_same_bytes(rq_compile: Command, engine: Path, packaged: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <iostream>
-#include <iterator>
 #include <numeric>
 #include <set>
 #include <string>
@@ -26,6 +26,9 @@ const std::set<int64_t> kEndOfText = {$end_of_text};
 const int64_t kRecomputedBeyond = $recomputed_beyond;
 const size_t kPrefillChunk = $prefill_chunk;  // tokens of the prompt that run at once; 0: all of them
 const std::string kPast = "past_key_values", kPresent = "present";
+// Tensors of the cache that may have room for further tokens: a step writes the new ones into them.
+const std::set<std::string> kInPlace = {$in_place};
+const size_t kLeastRoom = 256;  // tokens for which these have room at first
 
 Ort::Session load(Ort::Env& environment, const std::string& folder) {
   Ort::SessionOptions options;
@@ -52,6 +55,33 @@ Ort::Value no_past(Ort::Session& session, size_t index) {
   return value;
 }
 
+// A copy of `cache`, which holds `tokens` tokens on its free axis after the first, with room for `room`.
+Ort::Value with_room(Ort::Session& session, size_t index, const Ort::Value& cache, int64_t tokens, int64_t room) {
+  const std::vector<int64_t> free = session.GetInputTypeInfo(index).GetTensorTypeAndShapeInfo().GetShape();
+  std::vector<int64_t> shape = cache.GetTensorTypeAndShapeInfo().GetShape();
+  const auto axis = std::find(free.begin() + 1, free.end(), -1) - free.begin();
+  const auto product = [&](size_t first, size_t last) {
+    return std::accumulate(shape.begin() + first, shape.begin() + last, int64_t{1}, std::multiplies<int64_t>());
+  };
+  const int64_t heads = product(0, axis), token = product(axis + 1, shape.size()), before = shape[axis];
+  shape[axis] = room;
+  Ort::AllocatorWithDefaultOptions allocator;
+  Ort::Value value = Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size());
+  for (int64_t head = 0; head < heads; ++head)
+    std::copy_n(cache.GetTensorData<float>() + head * before * token, tokens * token,
+                value.GetTensorMutableData<float>() + head * room * token);
+  return value;
+}
+
+// Another tensor in the same memory.
+Ort::Value view(Ort::Value& tensor) {
+  const auto about = tensor.GetTensorTypeAndShapeInfo();
+  const std::vector<int64_t> shape = about.GetShape();
+  return Ort::Value::CreateTensor<float>(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault),
+                                         tensor.GetTensorMutableData<float>(), about.GetElementCount(), shape.data(),
+                                         shape.size());
+}
+
 int64_t likeliest(const Ort::Value& logits) {  // of the last position of [1, positions, vocabulary]
   const std::vector<int64_t> shape = logits.GetTensorTypeAndShapeInfo().GetShape();
   const float* last = logits.GetTensorData<float>() + (shape[1] - 1) * shape[2];
@@ -63,12 +93,14 @@ void generate(Ort::Session& session, std::vector<int64_t> prompt, int64_t tokens
   std::vector<std::string> inputs, outputs = {"logits"};
   std::vector<Ort::Value> past;
   std::vector<size_t> past_inputs;
+  std::vector<bool> in_place;
   for (size_t i = 0; i < session.GetInputCount(); ++i) {
     inputs.emplace_back(session.GetInputNameAllocated(i, allocator).get());
     if (inputs.back().rfind(kPast, 0) != 0) continue;
     outputs.push_back(kPresent + inputs.back().substr(kPast.size()));
     past.push_back(no_past(session, i));
     past_inputs.push_back(i);
+    in_place.push_back(kInPlace.count(inputs.back()) != 0);
   }
   std::vector<const char*> input_names, output_names;
   for (const std::string& name : inputs) input_names.push_back(name.c_str());
@@ -76,6 +108,7 @@ void generate(Ort::Session& session, std::vector<int64_t> prompt, int64_t tokens
 
   std::vector<int64_t> sequence = std::move(prompt), ids, mask, positions;
   size_t start = 0;  // tokens of the sequence that are in the cache
+  size_t room = 0;   // tokens for which a tensor that grows in place has room
   while (tokens > 0) {
     const size_t end = kPrefillChunk == 0 ? sequence.size() : std::min(sequence.size(), start + kPrefillChunk);
     ids.assign(sequence.begin() + start, sequence.begin() + end);
@@ -83,17 +116,29 @@ void generate(Ort::Session& session, std::vector<int64_t> prompt, int64_t tokens
     std::iota(positions.begin(), positions.end(), static_cast<int64_t>(start));
     mask.assign(end, 1);
 
-    std::vector<Ort::Value> values;
-    auto cached = past.begin();
+    if (end > room) {
+      room = std::max(2 * end, kLeastRoom);
+      for (size_t i = 0; i < past.size(); ++i)
+        if (in_place[i]) past[i] = with_room(session, past_inputs[i], past[i], start, room);
+    }
+
+    std::vector<Ort::Value> values, results;
+    results.emplace_back(nullptr);  // ONNX Runtime allocates what is not given
+    for (size_t i = 0; i < past.size(); ++i) results.push_back(in_place[i] ? view(past[i]) : Ort::Value(nullptr));
+    size_t cached = 0;
     for (const std::string& name : inputs) {
       if (name == "input_ids") values.push_back(integers(ids));
       else if (name == "attention_mask") values.push_back(integers(mask));
       else if (name == "position_ids") values.push_back(integers(positions));
-      else values.push_back(std::move(*cached++));
+      else {
+        values.push_back(in_place[cached] ? view(past[cached]) : std::move(past[cached]));
+        ++cached;
+      }
     }
-    std::vector<Ort::Value> results = session.Run(Ort::RunOptions{}, input_names.data(), values.data(), values.size(),
-                                                  output_names.data(), output_names.size());
-    past.assign(std::make_move_iterator(results.begin() + 1), std::make_move_iterator(results.end()));
+    session.Run(Ort::RunOptions{}, input_names.data(), values.data(), values.size(), output_names.data(), results.data(),
+                results.size());
+    for (size_t i = 0; i < past.size(); ++i)
+      if (!in_place[i]) past[i] = std::move(results[i + 1]);
     start = end;
     if (start < sequence.size()) continue;  // pieces of the prompt are left
 
@@ -104,7 +149,8 @@ void generate(Ort::Session& session, std::vector<int64_t> prompt, int64_t tokens
     --tokens;
     if (static_cast<int64_t>(start) == kRecomputedBeyond) {
       start = 0;
-      for (size_t i = 0; i < past.size(); ++i) past[i] = no_past(session, past_inputs[i]);
+      for (size_t i = 0; i < past.size(); ++i)
+        if (!in_place[i]) past[i] = no_past(session, past_inputs[i]);
     }
   }
 }

@@ -217,12 +217,16 @@ def profile(run: Callable[[], object]) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    cpus = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    about = [line.partition(":")[::2] for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    cpus = [value.strip() for name, value in about if name.strip() == "model name"]
+    flags = {flag for name, value in about if name.strip() == "flags" for flag in value.split()}
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
     return {
         "commit": commit,
         "threads": torch.get_num_threads(),
         "processor": cpus[0] if cpus else platform.machine(),
+        # Processors of one name may differ in these.
+        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16") if flag in flags],
         "versions": {"python": platform.python_version(), **versions},
     }
 

@@ -12,9 +12,9 @@ from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights, Projection
 from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format
 from rq_compile.quantization.packing import dequantize
-from rq_compile.quantization.quantizer import carried, stored, stored_by_moment
+from rq_compile.quantization.quantizer import carried, stored, stored_by_moment, torch_tensor
 from rq_compile.quantization.second_moment import block_products
-from rq_compile.quantization.weight_sums import squared_difference
+from rq_compile.quantization.weight_sums import squared_difference, squared_half_error
 
 # Outputs of the up projection held at a time: 16 MiB in fp32.
 CHUNK = 2**22
@@ -24,8 +24,13 @@ ROWS_CAST = 128
 Squares = tuple[float, float]
 
 
-def in_fp32(weights: ExpertWeights) -> ExpertWeights:
-    return replace(weights, up=stored(weights.up, "fp32"), down=stored(weights.down, "fp32"))
+def in_fp32(weights: ExpertWeights, into: ExpertWeights | None = None) -> ExpertWeights:
+    """The expert with matrices in fp32. ``into`` has matrices that may be overwritten with them."""
+    if into is None or weights.up.dtype == weights.down.dtype == np.float32:
+        return replace(weights, up=stored(weights.up, "fp32"), down=stored(weights.down, "fp32"))
+    for matrix, values in ((weights.up, into.up), (weights.down, into.down)):
+        torch.from_numpy(values).copy_(torch_tensor(matrix))
+    return replace(weights, up=into.up, down=into.down)
 
 
 def in_format(
@@ -62,10 +67,12 @@ def in_format(
     return replace(original, up=up, down=down), weight_error((changed_up, changed_down), squares)
 
 
-def cast_error(original: ExpertWeights, squares: Squares, format: Format) -> float:
+def cast_error(original: ExpertWeights, squares: Squares, format: Format, threads: int = 1) -> float:
     """The ``weight_error`` of ``in_format`` for a ``format`` that is not quantized, without holding the values."""
 
     def change(matrix: np.ndarray) -> float:
+        if format == "fp16":
+            return squared_half_error(matrix, threads)
         pieces = (matrix[start : start + ROWS_CAST] for start in range(0, len(matrix), ROWS_CAST))
         return sum(squared_difference(stored(piece, format), piece) for piece in pieces)
 

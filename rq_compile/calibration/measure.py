@@ -204,8 +204,8 @@ class _Measure:
     formats: tuple[Format, ...]
     wanda_fraction: float
     device: str
-    # Of each thread: an expert whose matrices are overwritten with those of every format. Arrays of their own would each be new
-    # memory for the system to clear.
+    # Of each thread: two experts whose matrices are overwritten with the original ones and with those of every format. Arrays of
+    # their own would each be new memory for the system to clear.
     _room: local = field(default_factory=local, init=False, repr=False)
 
     def expert(
@@ -231,7 +231,7 @@ class _Measure:
     ) -> _Run:
         """Run the expert as the checkpoint has it. Outputs that were not added yet are in ``held``."""
         geometry = self.geometry
-        original = in_fp32(weights)
+        original = in_fp32(weights, self._of_thread("original", weights))
         squares, weighted = np.zeros(geometry.hidden, np.float64), np.zeros(geometry.hidden, np.float64)
         sample, shares = _sample(gate)
         sampled_x, sampled_y = [], []
@@ -258,6 +258,14 @@ class _Measure:
         exact = _exact_in(weights)
         return _Run(original, exact, len(tokens), energy, products, squares, squared_gates, weighted, on_sample)
 
+    def _of_thread(self, name: str, weights: ExpertWeights) -> ExpertWeights:
+        """An expert with room for ``weights`` in fp32."""
+        if not hasattr(self._room, name):
+            up, down = (np.empty(matrix.shape, np.float32) for matrix in (weights.up, weights.down))
+            setattr(self._room, name, replace(weights, up=up, down=down))
+        room: ExpertWeights = getattr(self._room, name)
+        return room
+
     def _rounded(self, run: _Run) -> ExpertMeasurement:
         """Measure what each format changes."""
         geometry, original = self.geometry, run.original
@@ -267,9 +275,7 @@ class _Measure:
         weight_errors: dict[Format, float] = {}
         errors: dict[Format, float] = {}
         threads = torch.get_num_threads()
-        if changed.up_moment is not None and not hasattr(self._room, "expert"):
-            self._room.expert = replace(original, up=np.empty_like(original.up), down=np.empty_like(original.down))
-        room = getattr(self._room, "expert", None)
+        room = self._of_thread("changed", original) if changed.up_moment is not None else None
         squares = weight_squares(original, threads)
         for format in self.formats:
             if not SLOT_FORMATS[format].computed:
@@ -278,7 +284,7 @@ class _Measure:
             if format in run.exact:
                 weight_errors[format] = errors[format] = 0.0
                 continue
-            if not SLOT_FORMATS[format].quantized and (error := cast_error(original, squares, format)) < ROUNDING:
+            if not SLOT_FORMATS[format].quantized and (error := cast_error(original, squares, format, threads)) < ROUNDING:
                 weight_errors[format], errors[format] = error, error * run.energy
                 continue
             stored, weight_errors[format] = in_format(changed, squares, format, geometry.block, threads=threads, into=room)

@@ -97,13 +97,13 @@ def _layer_json(layer: MoeLayer, texts: int, batch_count: int, formats: int) -> 
 
 def _calibration_seconds(model: Model, work: Work, quantizer: Quantizer, formats: int) -> float:
     """Seconds to run every token through the model, to round every expert, and to run some of each expert's tokens through its
-    rounded weights, in each of so many formats. Layer by layer, everything but the experts runs twice. As a whole, the experts
-    run again to be measured."""
+    rounded weights, in each of so many formats. As a whole, the experts run again to be measured; layer by layer, only norms and
+    routers run twice."""
     experts = [layer.geometry for layer in work.layers]
     held = sum(geometry.expert_weights * geometry.experts for geometry in experts)
     active = sum(geometry.expert_weights * geometry.top_k for geometry in experts)
     dense = model.parameter_count - held
-    products = 2.0 * work.rows * (dense * (1 if work.way.whole else 2) + active)
+    products = 2.0 * work.rows * (dense + active)
     for geometry in experts:
         pairs = work.measured * geometry.top_k
         sampled = min(pairs, MAX_PAIRS * geometry.experts) * formats

@@ -3,7 +3,7 @@
 Columns are rounded one after another. The columns that follow compensate for the rounding error of a column, as far as the second
 moment of the inputs allows. The scale of a block is chosen just before its columns are rounded, by least squared error weighted
 with the moment's diagonal, among fractions of the scale that just holds the block's largest weight. ``plugins/quantizer`` does
-the work. Between blocks, the errors are passed on in bf16.
+the work. Between blocks, the errors are passed on in fixed point.
 """
 
 import ctypes
@@ -15,6 +15,9 @@ from rq_compile.quantization.formats import BLOCK_FORMATS, Format
 from rq_compile.quantization.library import quantizer_function
 from rq_compile.quantization.rounding import NOT_FINITE
 from rq_compile.quantization.second_moment import SecondMoment
+
+# The arrays of ``Feedback``, in the order of ``Matrix``.
+FEEDBACK = ("within", "across", "units", "importance")
 
 
 def gptq(
@@ -67,7 +70,7 @@ def _round(
     fractions = np.linspace(1.0, kept.smallest, kept.fractions, dtype=np.float32)
     matrix = _Matrix(
         *(weights.ctypes.data, rows, columns, parts, feedback.blocks // parts * block, block),
-        *(feedback.within.ctypes.data, feedback.across.ctypes.data, feedback.importance.ctypes.data),
+        *(getattr(feedback, name).ctypes.data for name in FEEDBACK),
         *(fractions.ctypes.data, len(fractions), kept.least, kept.greatest),
         *(None if array is None else array.ctypes.data for array in (q, scales, values, changes)),
     )
@@ -85,7 +88,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p if name == "weights" else ctypes.c_int64) for name in ("weights", "rows", "columns")),
         *((name, ctypes.c_int64) for name in ("parts", "known", "block")),
-        *((name, ctypes.c_void_p) for name in ("within", "across", "importance", "fractions")),
+        *((name, ctypes.c_void_p) for name in (*FEEDBACK, "fractions")),
         ("fraction_count", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("least", "greatest")),
         *((name, ctypes.c_void_p) for name in ("q", "scales", "values", "changes")),

@@ -23,6 +23,8 @@ SUMMED_AT_ONCE = 512
 # Columns of a triangular matrix that are computed at a time. Each product of such blocks is computed on one thread: BLAS and
 # LAPACK round differently with other numbers of threads, but an engine must not depend on them.
 COLUMNS_AT_ONCE = 256
+# The integers that stand for factors go up to ``kGreatest`` of plugins/quantizer/src/gptq.h.
+GREATEST = 4095
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +34,15 @@ class Feedback:
     A part is what columns that are rounded with a look at each other make up: all, or those of one block of the moment; it is
     filled up to whole blocks of ``block`` columns. ``within`` fp32 ``[parts * blocks, block, block]`` has the factors of the
     columns of a block for each other. ``across`` int32 ``[parts, blocks, block / 4, columns / 2, 4]`` has, for the columns of
-    each block, four by four, those of all columns of the part, in bf16: of two neighbours, the first in the lower half.
+    each block, four by four, those of all columns of the part, as int16: of two neighbours, the first in the lower half. They
+    count ``units`` fp32 ``[parts, blocks, blocks, block]``, which each column of a block has for the factors of every block.
     ``importance`` fp32 ``[parts * blocks * block]`` is the diagonal of the moment, damped, in units of its mean; 0 where it is
     filled up.
     """
 
     within: np.ndarray
     across: np.ndarray
+    units: np.ndarray
     importance: np.ndarray
 
     @property
@@ -86,13 +90,18 @@ class SecondMoment:
         # [parts, blocks, columns, block]
         factors = factors.view(len(moments), width, width // block, block).transpose(1, 2)
         within = torch.cat([factors[:, number, number * block : (number + 1) * block] for number in range(width // block)])
+        # [parts, blocks, blocks of the columns that are factors' sources, columns of the block, block]
+        blocks = factors.unflatten(2, (width // block, block))
+        units = blocks.abs().amax(3) / GREATEST
+        numbers = blocks.div_(units.clamp(min=torch.finfo(units.dtype).tiny).unsqueeze(3)).round_().to(torch.int16)
         # [parts, blocks, columns / 2, 2, block / 4, 4]
-        pairs = factors.to(torch.bfloat16).unflatten(2, (width // 2, 2)).unflatten(4, (block // 4, 4))
+        pairs = numbers.flatten(2, 3).unflatten(2, (width // 2, 2)).unflatten(4, (block // 4, 4))
         across = pairs.permute(0, 1, 4, 2, 5, 3).contiguous()
         importance = np.pad(moments.diagonal(axis1=1, axis2=2), ((0, 0), (0, width - columns)))
         return Feedback(
             within=within.unflatten(0, (width // block, len(moments))).transpose(0, 1).contiguous().numpy(),
             across=across.view(torch.int32)[..., 0].numpy(),
+            units=units.numpy(),
             importance=importance.astype(np.float32).ravel(),
         )
 

@@ -22,6 +22,14 @@ def squared_difference(some: np.ndarray, others: np.ndarray | None = None, threa
     return float(squares.sum())
 
 
+def squared_half_error(weights: np.ndarray, threads: int = 1) -> float:
+    """``squared_difference`` of fp32 ``weights [rows, columns]`` and their values in fp16, infinite if one is beyond its range."""
+    weights = np.ascontiguousarray(weights, np.float32)
+    squares = np.empty(len(weights), np.float64)
+    quantizer_function("rq_squared_half_errors")(*(_data(weights), *map(ctypes.c_int64, weights.shape), _data(squares), threads))
+    return float(squares.sum())
+
+
 def lowest_scores(weights: np.ndarray, norms: np.ndarray, low: float, high: float) -> tuple[int, float, np.ndarray]:
     """Of the scores ``|weights[i, j]| * norms[j]``, all fp32: how many are below ``low``, their sum, and those from ``low`` to
     ``high`` as an array."""

@@ -20,6 +20,7 @@ from rq_compile.checkpoint.storage.packings import INT8
 from rq_compile.errors import UserError
 from rq_compile.quantization import library, second_moment
 from rq_compile.quantization.formats import BLOCKS, PACKED_FORMATS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
+from rq_compile.quantization.gptq import FEEDBACK
 from rq_compile.quantization.packing import dequantize
 from rq_compile.quantization.quantizer import carried, quantize, stored
 from rq_compile.quantization.second_moment import SecondMoment, block_moment, whole_moment
@@ -84,7 +85,7 @@ def test_factors_are_those_of_float64_with_any_number_of_threads(monkeypatch: py
     for threads in (1, 3):
         monkeypatch.setattr(second_moment, "default_threads", lambda threads=threads: threads)
         found.append(SecondMoment(moment.values).feedback(128))
-    assert all(np.array_equal(getattr(found[0], name), getattr(found[1], name)) for name in ("within", "across", "importance"))
+    assert all(np.array_equal(getattr(found[0], name), getattr(found[1], name)) for name in FEEDBACK)
     values = moment.values.astype(np.float64)
     values /= values.diagonal().mean()
     values += second_moment.DAMPING * np.eye(columns)
@@ -190,7 +191,7 @@ def test_moments() -> None:
 @pytest.mark.parametrize(("rows", "columns", "block"), [(1, 16, 16), (70, 96, 32), (130, 384, 128)])
 def test_gptq_is_the_paper_s_algorithm(rows: int, columns: int, block: int, format: Format) -> None:
     """In float64: as good, and but for ties every weight of the first block is the same. Between blocks, what was rounded away is
-    handed on in bf16, so that later weights may be rounded the other way."""
+    handed on in fixed point, so that later weights may be rounded the other way."""
     weights, inputs = normal(rows, columns), correlated(700, columns)
     moment = whole_moment(inputs)
     expected = gptq_in_float64(weights, format, moment.values.astype(np.float64), block)
@@ -230,7 +231,7 @@ def test_the_factors_of_a_moment_do_not_depend_on_torch_s_threads(
     assert output.strip() == hashlib.sha256(moment.feedback(16).within.tobytes()).hexdigest(), error
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "plain"])
+@pytest.mark.parametrize("isa", ["avx512_vnni", "avx512", "avx2", "plain"])
 def test_every_instruction_set_rounds_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     """But for rows from the first weight near a tie on. What this processor does not have falls back to ``plain``."""
     weights, inputs = normal(130, 160), correlated(300, 160)
@@ -303,3 +304,19 @@ def test_fp8_takes_what_it_can_hold_and_nothing_else() -> None:
     assert carried(SourceNumbers(whole, scales, 32), "fp8", 32) is None
     assert carried(SourceNumbers(numbers, scales, 32), "int8", 32) is None
     assert carried(SourceNumbers(numbers[:, :64], scales[:, :2], 32), "fp8", 64) is None
+
+
+def test_factors_between_blocks_are_integers_that_a_sum_of_a_block_can_hold() -> None:
+    moment = whole_moment(correlated(900, 384))
+    feedback = moment.feedback(128)
+    pairs = feedback.across.view(np.int16).astype(np.float64).reshape(3, 32, 192, 4, 2)
+    numbers = pairs.transpose(0, 2, 4, 1, 3).reshape(3, 3, 128, 128)  # block, earlier block, its columns, the block's columns
+    assert np.abs(numbers).max() == second_moment.GREATEST
+    assert 128 * second_moment.GREATEST**2 < 2**31
+    values = moment.values.astype(np.float64)
+    values /= values.diagonal().mean()
+    upper = np.linalg.cholesky(np.linalg.inv(values + second_moment.DAMPING * np.eye(384))).T
+    upper /= upper.diagonal()[:, None]
+    expected = upper.reshape(3, 128, 3, 128).transpose(2, 0, 1, 3)
+    units = feedback.units[0][:, :, None]
+    assert (np.abs(numbers * units - expected) <= units * (0.5 + 1e-2) + 1e-6).all()

@@ -6,7 +6,7 @@ import pytest
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, Format
 from rq_compile.quantization.quantizer import stored, stored_by_moment
 from rq_compile.quantization.second_moment import block_moment, whole_moment
-from rq_compile.quantization.weight_sums import lowest_scores, squared_difference
+from rq_compile.quantization.weight_sums import lowest_scores, squared_difference, squared_half_error
 
 pytestmark = pytest.mark.quick
 
@@ -29,11 +29,34 @@ def test_squared_differences(shape: tuple[int, int], magnitude: float, threads: 
     assert squared_difference(some, some.copy()) == 0
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_squared_errors_of_fp16(shape: tuple[int, int], threads: int) -> None:
+    for magnitude in (1.0, 1e-3, 2e-5, 1e-7, 1e-9, 1e3):
+        weights = normal(*shape) * np.float32(magnitude)
+        expected = ((weights.astype(np.float16).astype(np.float32) - weights).astype(np.float64) ** 2).sum()
+        np.testing.assert_allclose(squared_half_error(weights, threads), expected, rtol=1e-12)
+
+
+def test_every_float_is_rounded_to_fp16_as_numpy_does() -> None:
+    """All neighbours and midpoints of the numbers of fp16, and the ends of its range."""
+    numbers = np.arange(1 << 15, dtype=np.uint16).view(np.float16).astype(np.float32)
+    numbers = numbers[np.isfinite(numbers)]
+    middles = (numbers[:-1] + numbers[1:]) / 2
+    some = np.concatenate([numbers, middles, np.nextafter(middles, 0), np.nextafter(middles, np.float32(np.inf)), [65519.996]])
+    for weights in np.array_split(np.sort(some).astype(np.float32), 2000):  # of similar magnitude: one that is off would show
+        expected = ((weights.astype(np.float16).astype(np.float32) - weights).astype(np.float64) ** 2).sum()
+        for sign in (1, -1):
+            np.testing.assert_allclose(squared_half_error(sign * weights[None]), expected, rtol=1e-12)
+    assert squared_half_error(np.full((1, 3), 65520, np.float32)) == np.inf
+
+
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_what_is_not_finite_stays_so(value: float) -> None:
     weights = normal(3, 40)
     weights[1, 37] = value
     assert not np.isfinite(squared_difference(weights, normal(3, 40)))
+    assert not np.isfinite(squared_half_error(weights))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

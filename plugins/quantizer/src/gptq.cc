@@ -12,8 +12,7 @@ extern "C" __attribute__((visibility("default"))) int rq_gptq_round(const Matrix
   std::atomic<int64_t> next{0};
   std::atomic<int> status{0};
   const auto work = [&] {
-    const size_t bytes = sizeof(float) * kTileRows * matrix->parts * matrix->known;
-    float* memory = static_cast<float*>(std::aligned_alloc(64, bytes));
+    float* memory = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * tile_floats(*matrix)));
     if (!memory) status = 2;
     for (int64_t tile; status == 0 && (tile = next++) < tiles;)
       if (!round_tile(*matrix, tile * kTileRows, memory)) status = 1;

@@ -11,9 +11,11 @@ struct Matrix {
   int64_t rows, columns, parts, known, block;
   // The rounding error of column j times a factor is subtracted from each later column k. Factors within a block of columns:
   // [parts * known / block, block, block], indexed by j and k. Factors for later blocks of the part: [parts, known / block,
-  // block / kColumns, known / 2, kColumns]. Each entry holds the factors of columns j and j + 1 in bf16, j in the lower half.
+  // block / kColumns, known / 2, kColumns]. Each entry holds the factors of columns j and j + 1 as int16, j in the lower half, in
+  // the unit of k for the block of j: [parts, known / block, known / block, block], indexed by the block of k, that of j, and k.
   const float* within;
   const uint32_t* across;
+  const float* units;
   const float* importance;  // [parts * known]: the weight of each column's squared error in the choice of scales
   const float* fractions;   // [fraction_count]: the scales to try, as fractions of the scale that just holds the largest weight
   int64_t fraction_count;
@@ -27,16 +29,25 @@ struct Matrix {
 // The number of columns that a product computes at a time. Every block is a multiple of it.
 constexpr int kColumns = 4;
 
+// Integers that stand for errors and factors go up to this one. The sum of the products in a block then fits into int32, and is
+// exact.
+constexpr int64_t kLargestBlock = 128;
+constexpr int32_t kGreatest = 4095;
+static_assert(kGreatest * kGreatest <= INT32_MAX / kLargestBlock, "a sum of products fits");
+
 // The number of rows that are rounded together. Their weights take 256 bytes per column and stay in the cache of a core.
 constexpr int64_t kTileRows = 64;
 
-// Rounds up to kTileRows rows, from `row` on. `tile` has room for kTileRows * parts * known floats, aligned to 64 bytes. Returns
-// false if a weight is not finite.
+// Floats of a tile: its weights, and the units of the errors of each block of a part.
+inline int64_t tile_floats(const Matrix& matrix) { return kTileRows * (matrix.parts * matrix.known + matrix.known / matrix.block); }
+
+// Rounds up to kTileRows rows, from `row` on. `tile` has room for tile_floats, aligned to 64 bytes. Returns false if a weight is
+// not finite.
 using RoundTile = bool (*)(const Matrix& matrix, int64_t row, float* tile);
 
 bool round_tile_plain(const Matrix& matrix, int64_t row, float* tile);
 #ifdef RQ_X86
 bool round_tile_avx2(const Matrix& matrix, int64_t row, float* tile);
 bool round_tile_avx512(const Matrix& matrix, int64_t row, float* tile);
-bool round_tile_avx512_bf16(const Matrix& matrix, int64_t row, float* tile);
+bool round_tile_avx512_vnni(const Matrix& matrix, int64_t row, float* tile);
 #endif

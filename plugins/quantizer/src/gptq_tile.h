@@ -5,7 +5,7 @@
 #include <cstring>
 #include <limits>
 
-#ifdef RQ_BF16_PRODUCTS
+#ifdef RQ_X86
 #include <immintrin.h>
 #endif
 
@@ -15,47 +15,59 @@
 namespace {
 
 typedef float Vector __attribute__((vector_size(RQ_VECTOR_BYTES)));
-// Two neighbouring columns of each lane in bf16, the first in the lower half.
+// Two neighbouring columns of each lane as int16, the first in the lower half.
 typedef uint32_t Pair __attribute__((vector_size(RQ_VECTOR_BYTES)));
 typedef int32_t Whole __attribute__((vector_size(RQ_VECTOR_BYTES)));
 constexpr int kLanes = RQ_VECTOR_BYTES / sizeof(float);
-typedef double Doubles __attribute__((vector_size(2 * RQ_VECTOR_BYTES)));
+typedef float Half __attribute__((vector_size(RQ_VECTOR_BYTES / 2)));
+typedef double Doubles __attribute__((vector_size(RQ_VECTOR_BYTES)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 // The integers of 16 columns; every block is a multiple of 16 columns.
 typedef int8_t Line __attribute__((vector_size(16)));
 constexpr int kLine = sizeof(Line);
 constexpr int kVectors = RQ_VECTORS;
 constexpr int kTileVectors = kTileRows / kLanes;
-// The number of pairs of earlier columns that a product reads at a time. Their errors fit into the L1 cache.
-constexpr int64_t kDepth = 128;
-constexpr int64_t kLargestBlock = 128;
 
 inline Vector splat(float value) { return value - Vector{}; }
 
 inline Vector larger(Vector x, Vector y) { return x > y ? x : y; }
 inline Vector smaller(Vector x, Vector y) { return x < y ? x : y; }
+inline Vector magnitude(Vector x) { return x < 0 ? -x : x; }
 inline Vector clamp(Vector x, Vector low, Vector high) { return smaller(larger(x, low), high); }
 
-// Packs two columns of finite values, rounded to the nearest bf16, ties to even.
-inline Pair pair(Vector first, Vector second) {
-  const auto rounded = [](Vector x) {
-    const Pair bits = reinterpret_cast<Pair>(x);
-    return bits + 0x7fff + (bits >> 16 & 1);
-  };
-  return rounded(first) >> 16 | (rounded(second) & 0xffff0000);
+// sum + the first column of each pair * its factor + the second column * its factor.
+inline Whole add_products(Whole sum, Pair columns, uint32_t factors) {
+#if defined(__AVX512VNNI__) && RQ_VECTOR_BYTES == 64
+  return (Whole)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)columns, _mm512_set1_epi32(factors));
+#elif defined(__AVX512BW__) && RQ_VECTOR_BYTES == 64
+  return sum + (Whole)_mm512_madd_epi16((__m512i)columns, _mm512_set1_epi32(factors));
+#elif defined(__AVX2__) && RQ_VECTOR_BYTES == 32
+  return sum + (Whole)_mm256_madd_epi16((__m256i)columns, _mm256_set1_epi32(factors));
+#elif defined(__SSE2__) && RQ_VECTOR_BYTES == 16
+  return sum + (Whole)_mm_madd_epi16((__m128i)columns, _mm_set1_epi32(factors));
+#else
+  const Whole both = reinterpret_cast<Whole>(columns);
+  return sum + (both << 16 >> 16) * static_cast<int16_t>(factors) + (both >> 16) * static_cast<int16_t>(factors >> 16);
+#endif
 }
 
-// sum + the first column of each pair * its factor + the second column * its factor.
-inline Vector add_products(Vector sum, Pair columns, uint32_t factors) {
-#ifdef RQ_BF16_PRODUCTS
-  return _mm512_dpbf16_ps(sum, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(factors));
+// The lowest byte of each integer, and back. GCC has one instruction for each lane where AVX2 has few for all.
+inline Bytes bytes(Whole whole) {
+#if defined(__AVX2__) && RQ_VECTOR_BYTES == 32
+  const __m256i low = _mm256_set1_epi64x(0x0c080400), four = _mm256_shuffle_epi8((__m256i)whole, low);
+  return (Bytes)(_mm_cvtsi128_si64(_mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1))));
 #else
-  const uint32_t first = factors << 16, second = factors & 0xffff0000;
-  float factor_of_first, factor_of_second;
-  std::memcpy(&factor_of_first, &first, sizeof first);
-  std::memcpy(&factor_of_second, &second, sizeof second);
-  sum += reinterpret_cast<Vector>(columns << 16) * factor_of_first;
-  return sum + reinterpret_cast<Vector>(columns & 0xffff0000) * factor_of_second;
+  return __builtin_convertvector(whole, Bytes);
+#endif
+}
+
+inline Whole whole(const int8_t* bytes) {
+#if defined(__AVX2__) && RQ_VECTOR_BYTES == 32
+  return (Whole)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+#else
+  Bytes some;
+  std::memcpy(&some, bytes, sizeof some);
+  return __builtin_convertvector(some, Whole);
 #endif
 }
 
@@ -70,8 +82,10 @@ struct Tile {
   int64_t rows;   // up to kTileRows
   int64_t width;  // columns, padded to whole parts
   // [width, kTileVectors]: the weights. A rounded column is replaced by its rounding errors. When its block is finished, the
-  // errors are negated and packed into pairs of columns, from the beginning of the part on.
+  // errors are negated and packed into pairs of columns, from the beginning of the part on, in units of their own for every
+  // block and row: `units [known / block, kTileVectors]`.
   Vector* values;
+  Vector* units;
   Vector scales[kTileVectors], inverses[kTileVectors];
   int8_t q[kLargestBlock * kTileRows];
 
@@ -97,20 +111,20 @@ struct Tile {
     return true;
   }
 
-  // Subtracts from kColumns columns the errors of the pairs [from, to) of columns, which are in earlier blocks of the part, times
-  // `factors [pairs, kColumns]`.
-  void subtract_pairs(const Pair* part, int64_t from, int64_t to, Vector* columns, const uint32_t* factors) const {
+  // Subtracts from kColumns columns the errors of an earlier block of the part, whose pairs are at `pairs` and have the units
+  // `of_rows [kTileVectors]`, times `factors [block / 2, kColumns]` in units `of_columns [kColumns]`.
+  void subtract_pairs(const Pair* pairs, const Vector* of_rows, Vector* columns, const uint32_t* factors,
+                      const float* of_columns) const {
     for (int first = 0; first < kTileVectors; first += kVectors) {
-      Vector sums[kColumns][kVectors];
-      for (int c = 0; c < kColumns; ++c)
-        for (int v = 0; v < kVectors; ++v) sums[c][v] = columns[c * kTileVectors + first + v];
-      for (int64_t j = from; j < to; ++j) {
-        const Pair* errors = part + j * kTileVectors + first;
+      Whole sums[kColumns][kVectors] = {};
+      for (int64_t j = 0; j < matrix.block / 2; ++j) {
+        const Pair* errors = pairs + j * kTileVectors + first;
         for (int c = 0; c < kColumns; ++c)
           for (int v = 0; v < kVectors; ++v) sums[c][v] = add_products(sums[c][v], errors[v], factors[j * kColumns + c]);
       }
       for (int c = 0; c < kColumns; ++c)
-        for (int v = 0; v < kVectors; ++v) columns[c * kTileVectors + first + v] = sums[c][v];
+        for (int v = 0; v < kVectors; ++v)
+          columns[c * kTileVectors + first + v] += __builtin_convertvector(sums[c][v], Vector) * (of_rows[first + v] * of_columns[c]);
     }
   }
 
@@ -130,13 +144,24 @@ struct Tile {
     }
   }
 
-  // Packs the errors of the block's columns into pairs, after those of the earlier blocks.
+  // Packs the errors of the block's columns into pairs, after those of the earlier blocks. The largest error of a row is
+  // kGreatest units.
   void pair_up(Vector* part, int64_t start) const {
     Pair* pairs = reinterpret_cast<Pair*>(part) + start / 2 * kTileVectors;
     const Vector* columns = part + start * kTileVectors;
-    for (int64_t c = 0; c < matrix.block / 2; ++c)
-      for (int v = 0; v < kTileVectors; ++v)
-        pairs[c * kTileVectors + v] = pair(-columns[2 * c * kTileVectors + v], -columns[(2 * c + 1) * kTileVectors + v]);
+    for (int v = 0; v < kTileVectors; ++v) {
+      Vector largest = {};
+      for (int64_t c = 0; c < matrix.block; ++c) largest = larger(largest, magnitude(columns[c * kTileVectors + v]));
+      units[start / matrix.block * kTileVectors + v] = largest / static_cast<float>(kGreatest);
+    }
+    for (int v = 0; v < kTileVectors; ++v) {
+      const Vector per_unit = -inverse(units[start / matrix.block * kTileVectors + v]);
+      const auto whole = [&](int64_t c) {
+        return __builtin_convertvector(nearest(columns[c * kTileVectors + v] * per_unit), Whole);
+      };
+      for (int64_t c = 0; c < matrix.block / 2; ++c)
+        pairs[c * kTileVectors + v] = reinterpret_cast<Pair>((whole(2 * c) & 0xffff) | whole(2 * c + 1) << 16);
+    }
   }
 
   // Chooses the scale of every row: the scale that just holds its largest weight, times the fraction with the least squared
@@ -174,8 +199,8 @@ struct Tile {
 
   // 1 / scale; 0 if the scale is 0, or so small that its inverse is infinite.
   static Vector inverse(Vector scale) {
-    const Vector inverse = 1.0f / scale, magnitude = inverse < 0 ? -inverse : inverse;
-    return magnitude <= splat(std::numeric_limits<float>::max()) ? inverse : Vector{};
+    const Vector inverse = 1.0f / scale;
+    return magnitude(inverse) <= splat(std::numeric_limits<float>::max()) ? inverse : Vector{};
   }
 
   // Rounds the column with index `c` in its block, and replaces it by its rounding errors.
@@ -184,18 +209,22 @@ struct Tile {
     for (int v = 0; v < kTileVectors; ++v) {
       const Vector whole = nearest(clamp(column[v] * inverses[v], least, greatest));
       column[v] -= whole * scales[v];
-      const Bytes bytes = __builtin_convertvector(__builtin_convertvector(whole, Whole), Bytes);
-      std::memcpy(q + c * kTileRows + v * kLanes, &bytes, sizeof bytes);
+      const Bytes some = bytes(__builtin_convertvector(whole, Whole));
+      std::memcpy(q + c * kTileRows + v * kLanes, &some, sizeof some);
     }
   }
 
-  // Rounds the block of the part that begins at column `start`. `across` and `within` are the factors for its columns.
-  void round_block(Vector* part, int64_t start, const uint32_t* across, const float* within, const float* importance) {
+  // Rounds the block of the part that begins at column `start`. The other arguments are for its columns.
+  void round_block(Vector* part, int64_t start, const uint32_t* across, const float* units_of_factors, const float* within,
+                   const float* importance) {
     Vector* block = part + start * kTileVectors;
-    for (int64_t depth = 0; depth < start / 2; depth += kDepth)
+    for (int64_t earlier = 0; earlier < start / matrix.block; ++earlier) {
+      const int64_t pair = earlier * matrix.block / 2;
       for (int64_t c = 0; c < matrix.block; c += kColumns)
-        subtract_pairs(reinterpret_cast<const Pair*>(part), depth, std::min(depth + kDepth, start / 2), block + c * kTileVectors,
-                       across + c * matrix.known / 2);
+        subtract_pairs(reinterpret_cast<const Pair*>(part) + pair * kTileVectors, units + earlier * kTileVectors,
+                       block + c * kTileVectors, across + c * matrix.known / 2 + pair * kColumns,
+                       units_of_factors + earlier * matrix.block + c);
+    }
     choose_scales(block, importance);
     for (int64_t c = 0; c < matrix.block; c += kColumns) {
       Vector* columns = block + c * kTileVectors;
@@ -214,20 +243,22 @@ struct Tile {
   void dequantize(int64_t row, int64_t start, int64_t columns, const int8_t* numbers, float scale) const {
     const float* weights = matrix.weights + row * matrix.columns + start;
     float* to = matrix.values + row * matrix.columns + start;
-    Doubles squares = {};
+    Doubles squares[2] = {};
     int64_t c = 0;
     for (; c + kLanes <= columns; c += kLanes) {
-      Bytes bytes;
       Vector before;
-      std::memcpy(&bytes, numbers + c, sizeof bytes);
       std::memcpy(&before, weights + c, sizeof before);
-      const Vector value = __builtin_convertvector(__builtin_convertvector(bytes, Whole), Vector) * scale;
+      const Vector value = __builtin_convertvector(whole(numbers + c), Vector) * scale, change = value - before;
       std::memcpy(to + c, &value, sizeof value);
-      const Doubles change = __builtin_convertvector(value - before, Doubles);
-      squares += change * change;
+      Half halves[2];
+      std::memcpy(halves, &change, sizeof change);
+      for (int i = 0; i < 2; ++i) {
+        const Doubles exact = __builtin_convertvector(halves[i], Doubles);
+        squares[i] += exact * exact;
+      }
     }
     double total = 0;
-    for (int i = 0; i < kLanes; ++i) total += squares[i];
+    for (int i = 0; i < kLanes; ++i) total += squares[2 * i / kLanes][i % (kLanes / 2)];
     for (; c < columns; ++c) {
       to[c] = static_cast<float>(numbers[c]) * scale;
       const double change = to[c] - weights[c];
@@ -259,13 +290,15 @@ struct Tile {
 
 bool RQ_ROUND_TILE(const Matrix& matrix, int64_t row, float* memory) {
   const int64_t rows = std::min(kTileRows, matrix.rows - row);
-  Tile tile{matrix, rows, matrix.parts * matrix.known, reinterpret_cast<Vector*>(memory), {}, {}, {}};
+  const int64_t width = matrix.parts * matrix.known;
+  Vector* values = reinterpret_cast<Vector*>(memory);
+  Tile tile{matrix, rows, width, values, values + width * kTileVectors, {}, {}, {}};
   if (!tile.load(row)) return false;
   for (int64_t part = 0; part < matrix.parts; ++part) {
     for (int64_t start = 0; start < matrix.known; start += matrix.block) {
       const int64_t column = part * matrix.known + start;
       tile.round_block(tile.values + part * matrix.known * kTileVectors, start, matrix.across + column * matrix.known / 2,
-                       matrix.within + column * matrix.block, matrix.importance + column);
+                       matrix.units + column * (matrix.known / matrix.block), matrix.within + column * matrix.block, matrix.importance + column);
       tile.store(row, column);
     }
   }

@@ -16,7 +16,7 @@ bool has_avx512() {
 
 constexpr Code kVectorized[] = {
 #ifdef RQ_X86
-    {"avx512_bf16", round_tile_avx512_bf16, decode_avx512, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {"avx512_vnni", round_tile_avx512_vnni, decode_avx512, [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
     {"avx512", round_tile_avx512, decode_avx512, has_avx512},
     {"avx2", round_tile_avx2, decode_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif

@@ -1,8 +1,11 @@
-// Sums over weights, for the measurements of a calibration. Vectors have one width, so that sums are the same on every processor.
+// Sums over weights, for the measurements of a calibration. Sums have as many lanes on every processor, so that they are the
+// same there.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "threads.h"
 
@@ -14,36 +17,58 @@
 #define RQ_EXPORTED extern "C" __attribute__((visibility("default")))
 
 constexpr int64_t kLanes = 16;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Wholes __attribute__((vector_size(4 * kLanes)));
-typedef double Doubles __attribute__((vector_size(8 * kLanes)));
-
-template <typename Vector>
-inline double sum(const Vector& lanes) {
-  double total = 0;
-  for (int64_t i = 0; i < kLanes; ++i) total += lanes[i];
-  return total;
+// The bits of non-negative floats, read as integers, have the same order as the floats.
+inline uint32_t bits(float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  return bits;
 }
 
-// Loads up to kLanes values; the remaining lanes are `filling`.
-inline Floats load(const float* values, int64_t count, float filling = 0) {
-  Floats lanes;
-  if (count < kLanes) lanes = filling - Floats{};
-  std::memcpy(&lanes, values, 4 * (count < kLanes ? count : kLanes));
-  return lanes;
+// Adds `lanes` squares, in double, because squares of very small and very large weights are outside of the range of float.
+inline void add_squares(const float* some, const float* others, int64_t lanes, double* totals) {
+  for (int64_t i = 0; i < lanes; ++i) {
+    const double exact = others ? some[i] - others[i] : some[i];
+    totals[i] += exact * exact;
+  }
 }
 
-// In double, because squares of very small and very large weights are outside of the range of float.
 RQ_FOR_EVERY_PROCESSOR
 double squared_difference(const float* some, const float* others, int64_t count) {
-  Doubles total = {};
-  for (int64_t c = 0; c < count; c += kLanes) {
-    Floats difference = load(some + c, count - c);
-    if (others) difference -= load(others + c, count - c);
-    const Doubles exact = __builtin_convertvector(difference, Doubles);
-    total += exact * exact;
+  double totals[kLanes] = {};
+  int64_t c = 0;
+  if (others)
+    for (; c + kLanes <= count; c += kLanes) add_squares(some + c, others + c, kLanes, totals);
+  else
+    for (; c + kLanes <= count; c += kLanes) add_squares(some + c, nullptr, kLanes, totals);
+  add_squares(some + c, others ? others + c : nullptr, count - c, totals);
+  return std::accumulate(totals, totals + kLanes, 0.0);
+}
+
+// The float16 nearest to a float, ties to even, as a float; infinite beyond the range.
+inline float nearest_half(float number) {
+  constexpr float kSmallestNormal = 0x1p-14f, kBeyond = 65520.0f;
+  const float magnitude = std::abs(number);
+  const uint32_t whole = bits(magnitude), rounded = (whole + 0xfff + (whole >> 13 & 1)) & ~uint32_t{0x1fff};
+  float normal;
+  std::memcpy(&normal, &rounded, sizeof normal);
+  // Steps of 2**-24, as floats from 0.5 to 1 have.
+  const float subnormal = (magnitude + 0.5f) - 0.5f;
+  const float finite = magnitude < kSmallestNormal ? subnormal : normal;
+  return std::copysign(magnitude < kBeyond ? finite : std::numeric_limits<float>::infinity(), number);
+}
+
+RQ_FOR_EVERY_PROCESSOR
+double squared_half_error(const float* weights, int64_t count) {
+  double totals[kLanes] = {};
+  float halves[kLanes];
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) halves[i] = nearest_half(weights[c + i]);
+    add_squares(halves, weights + c, kLanes, totals);
   }
-  return sum(total);
+  for (int64_t i = 0; i < count - c; ++i) halves[i] = nearest_half(weights[c + i]);
+  add_squares(halves, weights + c, count - c, totals);
+  return std::accumulate(totals, totals + kLanes, 0.0);
 }
 
 // For the scores of a row: the number and the sum of those below `low`, and the number of those from `low` to `high`.
@@ -53,49 +78,54 @@ struct Lowest {
   int64_t between;
 };
 
-// The bits of non-negative floats, read as integers, have the same order as the floats.
-inline uint32_t bits(float number) {
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof bits);
-  return bits;
-}
-
 // `between` has room for all scores.
 RQ_FOR_EVERY_PROCESSOR
 Lowest lowest(const float* weights, const float* norms, int64_t count, float low, float high, float* between) {
   constexpr int64_t kAtOnce = 512;
   const uint32_t from = bits(low), reach = bits(high) - from;
-  Wholes below = {};
-  Floats total = {};
+  int32_t below[kLanes] = {};
+  float totals[kLanes] = {}, scores[kAtOnce];
   int64_t found = 0;
   for (int64_t first = 0; first < count; first += kAtOnce) {
-    const int64_t last = std::min(first + kAtOnce, count);
-    Floats scores[kAtOnce / kLanes];
-    for (int64_t c = first; c < last; c += kLanes) {
-      Floats some = load(weights + c, last - c, std::numeric_limits<float>::infinity()) * load(norms + c, last - c, 1);
-      some = reinterpret_cast<Floats>(reinterpret_cast<Wholes>(some) & std::numeric_limits<int32_t>::max());
-      const Wholes lower = some < low;
-      below -= lower;
-      total += lower ? some : Floats{};
-      scores[(c - first) / kLanes] = some;
-    }
-    const float* each = reinterpret_cast<const float*>(scores);
-    for (int64_t i = 0; i < last - first; ++i) {
-      between[found] = each[i];
-      found += bits(each[i]) - from <= reach;
+    const int64_t some = std::min(kAtOnce, count - first), filled = (some + kLanes - 1) / kLanes * kLanes;
+    for (int64_t i = 0; i < some; ++i) scores[i] = std::abs(weights[first + i] * norms[first + i]);
+    std::fill(scores + some, scores + filled, std::numeric_limits<float>::infinity());
+    for (int64_t c = 0; c < filled; c += kLanes)
+      for (int64_t i = 0; i < kLanes; ++i) {
+        below[i] += scores[c + i] < low;
+        totals[i] += scores[c + i] < low ? scores[c + i] : 0.0f;
+      }
+    for (int64_t i = 0; i < some; ++i) {
+      between[found] = scores[i];
+      found += bits(scores[i]) - from <= reach;
     }
   }
-  return {static_cast<int64_t>(sum(below)), sum(total), found};
+  return {std::accumulate(below, below + kLanes, int64_t{0}), std::accumulate(totals, totals + kLanes, 0.0), found};
 }
+
+namespace {
+
+template <typename OfRow>
+void for_rows(int64_t rows, double* squares, int threads, const OfRow& of_row) {
+  std::atomic<int64_t> next{0};
+  on_threads(threads, rows, [&] {
+    for (int64_t row; (row = next++) < rows;) squares[row] = of_row(row);
+  });
+}
+
+}  // namespace
 
 // `squares [rows]`: the sum of the squares of each row of `some [rows, columns]`, less `others` if that is not null.
 RQ_EXPORTED void rq_squared_differences(const float* some, const float* others, int64_t rows, int64_t columns, double* squares,
                                         int threads) {
-  std::atomic<int64_t> next{0};
-  on_threads(threads, rows, [&] {
-    for (int64_t row; (row = next++) < rows;)
-      squares[row] = squared_difference(some + row * columns, others ? others + row * columns : nullptr, columns);
+  for_rows(rows, squares, threads, [&](int64_t row) {
+    return squared_difference(some + row * columns, others ? others + row * columns : nullptr, columns);
   });
+}
+
+// `squares [rows]`: the sum of the squared changes of each row of `weights [rows, columns]` in float16.
+RQ_EXPORTED void rq_squared_half_errors(const float* weights, int64_t rows, int64_t columns, double* squares, int threads) {
+  for_rows(rows, squares, threads, [&](int64_t row) { return squared_half_error(weights + row * columns, columns); });
 }
 
 // For the scores |weight| * norm of `weights [rows, columns]` and `norms [columns]`: the number and the sum of those below `low`.

@@ -23,7 +23,7 @@ def squared_difference(some: np.ndarray, others: np.ndarray | None = None, threa
 
 
 def squared_half_error(weights: np.ndarray, threads: int = 1) -> float:
-    """``squared_difference`` of fp32 ``weights [rows, columns]`` and their values in fp16; infinite if one is beyond the range."""
+    """``squared_difference`` of fp32 ``weights [rows, columns]`` and their values in fp16, infinite beyond its range."""
     weights = np.ascontiguousarray(weights, np.float32)
     squares = np.empty(len(weights), np.float64)
     quantizer_function("rq_squared_half_errors")(*(_data(weights), *map(ctypes.c_int64, weights.shape), _data(squares), threads))

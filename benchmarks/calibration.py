@@ -10,7 +10,8 @@ every forward pass computes. "ratio" is the seconds of the calibration divided b
 read. Forward passes and calibrations take turns for `--rounds` rounds, because the speed of a shared machine drifts; figures are
 means over the rounds. The profile lists the functions that took most of the main thread's time, in a separate run.
 
-A row is written to benchmarks/results/calibration.json, and replaces a row of the same shape, tokens, way and experts.
+A row is written to benchmarks/results/calibration.json, and replaces a row of the same shape, tokens, way, experts
+and instructions.
 """
 
 import argparse
@@ -251,8 +252,8 @@ def main() -> None:
     shape, tokens, way, experts = arguments.shape, arguments.tokens, arguments.way, arguments.experts
     found = row(shape, tokens, way, experts, arguments.folder, arguments.quantizer, arguments.rounds, arguments.profile)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    key = ("shape", "experts", "way", "quantizer", "tokens")
-    kept = [other for other in known if [other[name] for name in key] != [found[name] for name in key]]
+    key = ("shape", "experts", "way", "quantizer", "tokens", "instructions")
+    kept = [other for other in known if [other.get(name) for name in key] != [found[name] for name in key]]
     RESULTS.write_text(json.dumps([*kept, found], indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

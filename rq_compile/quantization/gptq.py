@@ -74,7 +74,7 @@ def _round(
         *(fractions.ctypes.data, len(fractions), kept.least, kept.greatest),
         *(None if array is None else array.ctypes.data for array in (q, scales, values, changes)),
     )
-    status = quantizer_function("rq_gptq_round")(ctypes.byref(matrix), threads)
+    status = quantizer_function("rq_round_by_gptq")(ctypes.byref(matrix), threads)
     if status == 1:
         raise UserError(NOT_FINITE)
     if status:

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 # Above this, a double (in JSON, in JavaScript, in numpy's means) cannot hold every integer.
 MOST_COUNTED = 2**53
@@ -19,6 +19,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 # Relative to the mean, so 1 is perfect; at most the number of experts.
 Imbalance = Annotated[float, Field(ge=1, le=MOST_EXPERTS)]
 NonNegative = Annotated[float, Field(ge=0, le=1e15)]
+# A product of bounded numbers that may exceed their bounds: beyond 1e15, one is as bad as another.
+Saturated = Annotated[NonNegative, BeforeValidator(lambda value: min(value, 1e15) if isinstance(value, float) else value)]
 Positive = Annotated[float, Field(gt=0, le=1e15)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]

@@ -72,7 +72,7 @@ class Ranks:
 
     def _call(self, name: str, *arguments: Any) -> None:
         if self.parted:
-            raise UserError("the ranks have parted after a failure; start all of them again with mpirun")
+            raise UserError(f"rank {self.rank} has parted from the others after a failure; start all of them again with mpirun")
         error = ctypes.create_string_buffer(ERROR_BYTES)
         if getattr(self._library, f"rq_ranks_{name}")(*arguments, error):
             raise UserError(

@@ -19,6 +19,7 @@ from rq_compile.bounds import (
     LayerNumber,
     NonNegative,
     Positive,
+    Saturated,
     Sha256,
     Share,
 )
@@ -104,15 +105,15 @@ class LayerPrediction(Document):
     token_time_after: Positive | None = None
     bytes_before: Count
     bytes_after: Count
-    error: NonNegative
+    error: Saturated
     over_batches: list[BatchPrediction] = Field(default=[])
 
 
 class Optimality(Document):
     """``objective``: the value that the policy minimised. ``bound``: a lower bound of it for all plans within the budget."""
 
-    objective: NonNegative
-    bound: NonNegative
+    objective: Saturated
+    bound: Saturated
 
     @property
     def gap(self) -> float:

@@ -53,6 +53,11 @@ def selected() -> list[str]:
     return [*POPULAR, *random.Random(datetime.date.today().toordinal()).sample(others, OTHERS)]
 
 
+# Between a sequence alone and together with others if its whole cache grows in place. Most types have the same bits (see
+# tests/runtime); mimo_v2_flash differs by up to 1.1e-6 on AVX2. The op library is not the cause: its plain kernels show it too.
+ROUNDING = 1e-5
+
+
 @pytest.fixture(scope="module", params=selected())
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model.open(model_types.build(request.param, tmp_path_factory.mktemp("types") / request.param))
@@ -125,7 +130,7 @@ def test_a_plan_that_changes_nothing_changes_no_logit_and_no_token(
         if engine.manifest.prefill_chunk is not None:
             in_pieces = Engine(engine.path, engine.manifest.model_copy(update={"prefill_chunk": 3}), 1)
             assert list(in_pieces.generate(prompt, 12, stop=False)) == wanted
-        alone_and_together.check(engine)
+        alone_and_together.check(engine, in_place_tolerance=ROUNDING)
 
 
 def test_the_passes_change_what_they_changed(

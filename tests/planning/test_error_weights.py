@@ -90,3 +90,14 @@ def test_the_error_that_a_plan_states_can_be_kept_in_its_bytes(policy: str) -> N
         most = float(np.mean(errors(theirs)))
         ours = plan_of(calibration, target="batched", memory=theirs.bytes_after / theirs.bytes_before, max_error=most)
         assert np.mean(errors(ours)) <= most * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("policy", ["uniform", "optimal", "random", "frequency"])
+def test_weighted_errors_beyond_all_bounds(policy: str) -> None:
+    """Bounded errors and sensitivities have products that a plan cannot hold."""
+    calibration = calibrated(0.08, 0.08, 1e12)
+    for layer in calibration.layers:
+        layer.error.update({format: [2.0**53] * 4 for format in layer.error})
+    plan = plan_of(calibration, policy, memory=0.6)
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    assert max(errors(plan)) == 1e15

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import GraphProto, TensorProto, helper
 
 from rq_compile.engine import library
 
@@ -104,6 +104,11 @@ def session(heads: int, kv_heads: int, scale: float, sinks: bool = False, thread
         [helper.make_tensor_value_info(name, kinds[name], [None] * ranks[name]) for name in names],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output],
     )
+    return opened(graph, threads)
+
+
+def opened(graph: GraphProto, threads: int) -> onnxruntime.InferenceSession:
+    """A session of a graph of ops of the library; it logs nothing."""
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", library.OP_SET_VERSION)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     options = onnxruntime.SessionOptions()
@@ -122,19 +127,22 @@ def attend(case: Case, threads: int = 1) -> list[np.ndarray]:
 
 
 def attend_in_place(case: Case, threads: int = 1) -> list[np.ndarray]:
+    return run_in_place(session_of(case, threads), case.feeds())
+
+
+def run_in_place(running: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """The outputs of a call whose presents are the buffers of its pasts, of which a copy is used."""
-    running = session_of(case, threads)
     binding = running.io_binding()
-    buffers = {
-        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(getattr(case, f"past_{name}"))) for name in ("key", "value")
-    }
-    for name, array in case.feeds().items():
-        if not name.startswith("past_"):
+    buffers = {}
+    for name, array in feeds.items():
+        if name.startswith("past_"):
+            buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array))
+        else:
             binding.bind_cpu_input(name, array)
     binding.bind_output("y")
     for name, buffer in buffers.items():
-        binding.bind_ortvalue_input(f"past_{name}", buffer)
-        binding.bind_ortvalue_output(f"present_{name}", buffer)
+        binding.bind_ortvalue_input(name, buffer)
+        binding.bind_ortvalue_output(name.replace("past_", "present_"), buffer)
     running.run_with_iobinding(binding)
     # numpy() may be a view of memory that the binding owns.
     return [np.array(value.numpy()) for value in (binding.get_outputs()[0], *buffers.values())]

@@ -96,13 +96,7 @@ def session_of(case: Case, threads: int = 1) -> onnxruntime.InferenceSession:
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output],
         [helper.make_tensor(n, ONNX_TYPES[a.dtype], a.shape, a.tobytes(), raw=True) for n, a in operands.items()],
     )
-    imports = [helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", library.OP_SET_VERSION)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(library.library_path()))
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return cache_attention.opened(graph, threads)
 
 
 def attend(case: Case, threads: int = 1) -> list[np.ndarray]:
@@ -110,19 +104,7 @@ def attend(case: Case, threads: int = 1) -> list[np.ndarray]:
 
 
 def attend_in_place(case: Case, threads: int = 1) -> list[np.ndarray]:
-    """The outputs of a call whose presents are the buffers of its pasts, of which a copy is used."""
-    running = session_of(case, threads)
-    binding = running.io_binding()
-    buffers = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(getattr(case, f"past_{name}"))) for name in CACHES}
-    for name, array in case.feeds().items():
-        if not name.startswith("past_"):
-            binding.bind_cpu_input(name, array)
-    binding.bind_output("y")
-    for name, buffer in buffers.items():
-        binding.bind_ortvalue_input(f"past_{name}", buffer)
-        binding.bind_ortvalue_output(f"present_{name}", buffer)
-    running.run_with_iobinding(binding)
-    return [np.array(value.numpy()) for value in (binding.get_outputs()[0], *buffers.values())]
+    return cache_attention.run_in_place(session_of(case, threads), case.feeds())
 
 
 def expanded(case: Case) -> cache_attention.Case:

@@ -8,7 +8,8 @@ sample model get the weights that an engine would have, in transformers. That is
 allows more text: ``--tokens`` of each kind of text of the calibration, and three times as many of another kind. The rank
 correlation (Spearman) of the KL divergence with each predictor is printed, and that of the KL of one random half of the windows
 with the other half, which shows the noise of the measurement. Then comes the KL of each policy, divided by that of ``optimal`` in
-its bytes and with its predicted error (see balance.py). All rows go to benchmarks/results/predicted_kl.json.
+its bytes and with its predicted error (see balance.py), and the interval of this ratio over windows that are drawn again. All
+rows go to benchmarks/results/predicted_kl.json.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from rq_compile.standalone.text import open_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "predicted_kl.json"
-BATCH, RANDOM_MIXTURES, HALVES = 8, 12, 200
+BATCH, RANDOM_MIXTURES, HALVES, DRAWS = 8, 12, 200, 2000
 RIVALS = ("paper", "uniform", "frequency", "random")
 TEXTS = {"same kind": SAME_KIND, "another kind": OTHER_KIND}
 QUANTIZED: tuple[Format, ...] = ("int8", "int4")
@@ -188,11 +189,24 @@ def correlations(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The KL of each rival over that of ``optimal`` as it; 1 if both choose the same formats."""
+    """The KL of each rival over that of ``optimal`` as it, 1 if both choose the same formats, with the interval in which 90 % of
+    the ratios lie when the windows are drawn again (the bootstrap; Efron 1979)."""
+    random = np.random.default_rng(0)
     of_plan = {plan: row for row in rows for plan in row["plans"]}
     for text, kinds in TEXTS.items():
-        kl = {plan: float(np.mean([row["kl"][kind] for kind in kinds])) for plan, row in of_plan.items()}
-        yield {"text": text, **{f"KL of {rival} over optimal": kl[rival] / kl[f"as {rival}"] for rival in RIVALS}}
+        drawn = [random.integers(len(rows[0]["kl"][kind]), size=(DRAWS, len(rows[0]["kl"][kind]))) for kind in kinds]
+        found: dict[str, Any] = {"text": text}
+        for rival in RIVALS:
+            ours, theirs = ([np.array(of_plan[plan]["kl"][kind]) for kind in kinds] for plan in (f"as {rival}", rival))
+            found[f"KL of {rival} over optimal"] = mean_of(theirs) / mean_of(ours)
+            again = [mean_of([kl[places] for kl, places in zip(side, drawn, strict=True)]) for side in (theirs, ours)]
+            found[f"{rival}, 90 % of draws"] = np.percentile(again[0] / again[1], (5, 95)).round(3).tolist()
+        yield found
+
+
+def mean_of(kinds: list[np.ndarray]) -> np.ndarray:
+    """The mean over windows, the last axis, and then over kinds of text."""
+    return np.mean([kl.mean(-1) for kl in kinds], axis=0)
 
 
 def shown(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -63,8 +63,10 @@ PLANS = (
     ("as paper", 1.0, 1),
     ("eplb", 1.5, 1),
     ("as eplb", 1.5, 1),
+    ("as eplb, worst_text=0", 1.5, 1),
     ("craft", 1.5, 1),
     ("as craft", 1.5, 1),
+    ("as craft, worst_text=0.5", 1.5, 1),
     ("uniform", 0.6, 1),
     ("as uniform", 0.6, 1),
     ("frequency", 0.6, 1),
@@ -186,18 +188,21 @@ def planned(calibration: Calibration, policy: str, memory: float, ranks: int) ->
     """A plan for lanes on one device, or for ``ranks`` devices: the two cases in which the busiest determines the time.
 
     "as POLICY": ``optimal`` in no more bytes than the plan of the policy takes, and with no more predicted error. If that is 0,
-    experts stay in the checkpoint's format. "eased": ``optimal`` that tolerates an imbalance of a tenth.
+    experts stay in the checkpoint's format. "as POLICY, worst_text=W": with this option. "eased": ``optimal`` that tolerates an
+    imbalance of a tenth.
     """
     target = "batched" if ranks == 1 else "cpu"
     options: dict[str, Any] = {}
     if policy.startswith("as "):
-        rival = policy.removeprefix("as ")
+        rival, *weight = policy.removeprefix("as ").split(", worst_text=")
         theirs = planned(calibration, rival, memory, ranks)
         memory = theirs.bytes_after / theirs.bytes_before
         most = ERROR_SHARE.get(rival, 1.0) * mean(layer.predicted.error for layer in theirs.layers)
         options = {"max_error": most} if most else {"formats": calibration.dtype}
         if ranks > 1:
             options["tokens"] = BATCH * LENGTH
+        if weight:
+            options["worst_text"] = float(weight[0])
     elif policy == "eased":
         options["tolerance"] = 0.1
     policy = "optimal" if options else policy

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from balance import LENGTH, MODELS, OTHER_KIND, ROOT, SAME_KIND, Remembered, windows
+from provenance import origin
 from rich.console import Console
 
 from rq_compile.architectures.model import Model
@@ -143,7 +144,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "few_bits_engines.json")
     parser.add_argument("--folder", type=Path, help="a folder for the calibrations; default: a temporary one")
     arguments = parser.parse_args()
-    note = Console(stderr=True)
+    note, here = Console(stderr=True), origin()
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if arguments.output.is_file() else []
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.models:
@@ -152,7 +155,7 @@ def main() -> None:
             rows = [row for row in rows if row["model"] != name or (row["budget"], row["plan"]) in complete]
             folder = arguments.folder or Path(temporary)
             for row in rows_of_model(name, arguments.budgets, arguments.tokens, folder, complete, note):
-                rows.append(row)
+                rows.append({**row, **here})
                 arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
     show(rows, Console(width=200))
 

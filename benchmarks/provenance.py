@@ -32,10 +32,15 @@ def provenance(*packages: str) -> dict[str, str]:
     return {"commit": _commit(), "date": date.today().isoformat()} | versions
 
 
+def origin() -> dict[str, Any]:
+    """The processor, the number of CPUs that this process may use, and ``provenance``."""
+    return {"processor": processor(), "cpus": usable_cpus(), **provenance(*PACKAGES)}
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write ``rows`` as JSON, each with the processor, the number of CPUs that this process may use, and ``provenance``."""
-    origin = {"processor": processor(), "cpus": usable_cpus(), **provenance(*PACKAGES)}
-    path.write_text(json.dumps([{**row, **origin} for row in rows], indent=1) + "\n")
+    """Write ``rows`` as JSON, each with its ``origin``."""
+    here = origin()
+    path.write_text(json.dumps([{**row, **here} for row in rows], indent=1) + "\n")
 
 
 def _commit() -> str:

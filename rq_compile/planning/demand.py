@@ -5,19 +5,25 @@ import numpy as np
 from rq_compile.calibration.schema import LayerCalibration
 
 
-def demand(layer: LayerCalibration, smoothing: float) -> np.ndarray:
+def demand(layer: LayerCalibration, smoothing: float, worst_text: float = 1.0) -> np.ndarray:
     """float64 ``[texts, m]``: the load of every expert in every calibration text, divided by the mean load of that text.
 
     A plan is judged by the text that it serves worst, so that it still works when the traffic drifts from one kind to another.
-    The worst text of one slot is ``demand.max(axis=0)``. ``smoothing`` rows are added to every expert (Laplace), so that an
-    expert that no calibration token reached is still expected to get some. Texts that reached no expert are left out.
+    The worst text of one slot is ``demand.max(axis=0)``. With a ``worst_text`` below 1, every text counts with this weight, and
+    the rest is that of all texts together, in which a text counts by its tokens. ``smoothing`` rows are added to every expert
+    (Laplace), so that an expert that no calibration token reached is still expected to get some. Texts that reached no expert
+    are left out.
     """
     texts = np.asarray(layer.text_loads or [layer.load], np.float64)
     texts = texts[texts.sum(axis=1) > 0]
     if not len(texts):
         return np.ones((1, layer.geometry.experts))
     smoothed = texts + smoothing
-    return smoothed / smoothed.mean(axis=1, keepdims=True)
+    relative = smoothed / smoothed.mean(axis=1, keepdims=True)
+    together = np.asarray(layer.load, np.float64) + smoothing
+    if worst_text == 1 or not together.any():
+        return relative
+    return worst_text * relative + (1 - worst_text) * together / together.mean()
 
 
 # Between texts of different kinds, the load of an expert with 0.25 to 2 times the mean load changed by about one mean load, and

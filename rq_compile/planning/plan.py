@@ -7,7 +7,7 @@ from typing import Any, cast, get_args
 from pydantic import ValidationError
 
 from rq_compile import __version__
-from rq_compile.bounds import MOST_COUNTED, MOST_MEMORY, MOST_RANKS, Count, NonNegative
+from rq_compile.bounds import MOST_COUNTED, MOST_MEMORY, MOST_RANKS, Count, NonNegative, Share
 from rq_compile.calibration.schema import Calibration
 from rq_compile.errors import UserError
 from rq_compile.files import Document
@@ -28,10 +28,12 @@ CHOOSE_FORMATS: tuple[Policy, ...] = ("optimal", "uniform", "frequency", "random
 
 
 class CommonOptions(Document):
-    """Options of every policy. ``tokens``: tokens of the step that the plan is made for, and whose time is predicted; 0 means a
-    calibration batch and, for policy ``optimal`` with several ranks, also one token of each of its sequences."""
+    """Options of every policy. ``smoothing`` and ``worst_text``: see ``demand.demand``. ``tokens``: tokens of the step that the
+    plan is made for, and whose time is predicted; 0 means a calibration batch and, for policy ``optimal`` with several ranks,
+    also one token of each of its sequences."""
 
     smoothing: NonNegative = 1.0
+    worst_text: Share = 1.0
     tokens: Count = 0
 
 
@@ -74,6 +76,7 @@ def make_plan(
         ranks=ranks,
         memory=memory or 1.0,
         smoothing=common.smoothing,
+        worst_text=common.worst_text,
         tokens=common.tokens,
         whole=whole,
     )
@@ -182,7 +185,13 @@ def least_engine_bytes(calibration: Calibration, *, ranks: int, target: str, opt
     common, own = check_arguments(policy="optimal", memory=None, ranks=ranks, target=target, options=options)
     whole = whole_of(calibration, MOST_COUNTED, cast(Target, target))
     problem = problem_of(
-        calibration, target=cast(Target, target), ranks=ranks, memory=1.0, smoothing=common.smoothing, whole=whole
+        calibration,
+        target=cast(Target, target),
+        ranks=ranks,
+        memory=1.0,
+        smoothing=common.smoothing,
+        worst_text=common.worst_text,
+        whole=whole,
     )
     return smallest_engine(problem, cast(OptimalOptions, own))
 

@@ -138,13 +138,14 @@ def problem_of(
     ranks: int,
     memory: float,
     smoothing: float,
+    worst_text: float = 1.0,
     tokens: int = 0,
     whole: Whole | None = None,
 ) -> Problem:
     """``tokens``: those of the only step to plan for. 0 means two steps: a calibration batch, as in prefill, and one token of
-    each of its sequences, as in decoding."""
+    each of its sequences, as in decoding. ``smoothing`` and ``worst_text``: see ``demand.demand``."""
     layers = tuple(
-        _layer(layer, calibration.dtype, smoothing, target, weight)
+        _layer(layer, demand(layer, smoothing, worst_text), calibration.dtype, target, weight)
         for layer, weight in zip(calibration.layers, error_weights(calibration, in_nats=whole is not None), strict=True)
     )
     prefill, decode = calibration.batch_size * calibration.sequence_length, calibration.batch_size
@@ -168,7 +169,7 @@ def error_weights(calibration: Calibration, *, in_nats: bool) -> list[float]:
     return [change / median(changes) for change in changes]
 
 
-def _layer(layer: LayerCalibration, dtype: Format, smoothing: float, target: Target, weight: float) -> Layer:
+def _layer(layer: LayerCalibration, loads: np.ndarray, dtype: Format, target: Target, weight: float) -> Layer:
     experts = layer.geometry.experts
     bits = {name: format.bits for name, format in SLOT_FORMATS.items()}
     stored = [format for format in FORMATS if format in layer.error and format not in held_wider(target)]
@@ -178,4 +179,4 @@ def _layer(layer: LayerCalibration, dtype: Format, smoothing: float, target: Tar
     error = np.array([own, *(layer.error[format] for format in formats[1:])], np.float64).T
     error[:, 1:] = np.maximum(error[:, 1:], [LEAST_ERROR / 2 ** bits[format] for format in formats[1:]])
     size = np.array([layer.geometry.expert_bytes(format) for format in formats], np.int64)
-    return Layer(layer, demand(layer, smoothing), formats, size, error * weight, weight)
+    return Layer(layer, loads, formats, size, error * weight, weight)

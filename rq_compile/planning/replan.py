@@ -86,6 +86,7 @@ def replan(
         ranks=plan.ranks,
         memory=plan.memory,
         smoothing=common.smoothing,
+        worst_text=common.worst_text,
         tokens=common.tokens,
     )
     taken = sum(problem.cost.bytes_taken(layer.geometry, layer.slots) for layer in plan.layers)

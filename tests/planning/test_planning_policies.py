@@ -340,8 +340,9 @@ def test_every_policy_is_deterministic_and_round_trips(policy: str, ranks: int) 
 def test_plans_say_which_options_they_used(policy: str) -> None:
     plan = make_plan(inputs.skewed(layers=1), policy=policy, memory=1.0, ranks=1, target="batched", smoothing=2)
     assert plan.options["smoothing"] == 2
+    assert plan.options["worst_text"] == 1
     assert plan.options["tokens"] == 0
-    with pytest.raises(UserError, match=f"policy {policy} has no option fraction; choose one of smoothing, tokens"):
+    with pytest.raises(UserError, match=f"policy {policy} has no option fraction; choose one of smoothing, worst_text, tokens"):
         make_plan(inputs.skewed(layers=1), policy=policy, memory=1.0, ranks=1, target="batched", fraction=1)
 
 
@@ -353,6 +354,7 @@ def test_plans_say_which_options_they_used(policy: str) -> None:
         ({"ranks": 0}, "0 ranks"),
         ({"memory": float("nan")}, "memory nan"),
         ({"smoothing": -1}, "option smoothing of policy optimal cannot be -1"),
+        ({"worst_text": 1.5}, "option worst_text of policy optimal cannot be 1.5"),
         ({"balance": "much"}, "option balance of policy optimal cannot be 'much'"),
         ({"policy": "paper", "in_place": -1}, "option in_place of policy paper cannot be -1"),
         ({"policy": "paper", "format": "fp16"}, "option format of policy paper cannot be 'fp16'"),

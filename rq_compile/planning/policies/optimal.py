@@ -1,6 +1,6 @@
 """Policy ``optimal``: copies, formats and ranks of all layers together, for the least predicted cost within the budget.
 
-The objective, summed over the layers (weights are options, loads are those of the worst calibration text):
+The objective, summed over the layers (weights are options; loads are those of the worst calibration text, see ``worst_text``):
 
     error  +  balance * max(0, imbalance - 1 - tolerance)  +  hedge * max(0, drift imbalance - 1 - tolerance)
 

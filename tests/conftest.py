@@ -7,12 +7,12 @@ import hypothesis
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_line import SAMPLE_TEXTS, run_command
 from own_engines import chat_engine, engine_of, model_with_chat, own_model  # noqa: F401 - fixtures
 from plugin_builds import built_kernels, cuda_headers, cuda_ops, cuda_parts, described_kernels  # noqa: F401 - fixtures
 
 from rq_compile.architectures.model import Model
-from rq_compile.cli.main import main
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.targets import onnxruntime as target
 
@@ -34,9 +34,6 @@ def _threads_of_torch() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-SAMPLE_TEXTS = Path(__file__).parent.parent / "samples" / "text"
-
-
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny_checkpoint(family)`` is the directory of that family's tiny checkpoint; do not write to it."""
@@ -49,11 +46,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return built[family]
 
     return build
-
-
-def run_command(*arguments: object) -> Result:
-    """``rq-compile`` in this process; ``Result`` has stdout, stderr and exit_code."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="session")

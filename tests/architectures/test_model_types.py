@@ -24,7 +24,7 @@ import tiny
 import tiny_storage
 import torch
 from calibrated import LENGTH, TEXTS, same
-from conftest import run_command
+from command_line import run_command
 from transformers import AutoConfig
 
 from rq_compile.architectures.load import load_model

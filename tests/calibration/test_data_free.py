@@ -8,7 +8,7 @@ import pytest
 from calibrated import TEXTS
 from calibrated import run as calibrated
 from command_line import refused
-from conftest import run_command as run
+from command_line import run_command as run
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.coverage import ENOUGH, few_tokens

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from calibrated import LENGTH, TEXTS, copied, letters
-from conftest import run_command as run
+from command_line import run_command as run
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import work_of

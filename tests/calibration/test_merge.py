@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from calibrated import LENGTH, letters
 from command_line import refused
-from conftest import run_command as run
+from command_line import run_command as run
 from hypothesis import given
 from hypothesis import strategies as st
 

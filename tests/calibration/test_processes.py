@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import PACKAGED_IN
-from conftest import run_command
+from command_line import PACKAGED_IN, run_command
 from safetensors.numpy import load_file
 
 from rq_compile.processes import World, speaker

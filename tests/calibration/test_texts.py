@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from calibrated import TEXTS, letters
 from command_line import refused
-from conftest import run_command as run
+from command_line import run_command as run
 from pyarrow.parquet import write_table
 
 from rq_compile.calibration.schema import Calibration

@@ -13,8 +13,7 @@ import plans
 import pytest
 import tiny
 import torch
-from command_line import Run, names, refused, writing
-from conftest import run_command
+from command_line import Run, names, refused, run_command, writing
 
 from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.safetensors_file import StoredTensor

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import refused
-from conftest import run_command as run
+from command_line import run_command as run
 from plans import tokens
 
 from rq_compile.architectures.load import load_model

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import Result
-from conftest import SAMPLE_TEXTS
+from command_line import SAMPLE_TEXTS
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import planning_inputs as inputs
 import pytest
-from conftest import run_command as run
+from command_line import run_command as run
 
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.skew import Skew, outlook, skew, skew_of, steadiness

@@ -7,12 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 import rq_compile as package
+from rq_compile.cli.main import main
 
 Run = Callable[..., Result]
 PACKAGED_IN = Path(package.__file__).parent.parent
+SAMPLE_TEXTS = Path(__file__).parents[2] / "samples" / "text"
+
+
+def run_command(*arguments: object) -> Result:
+    """``rq-compile`` in this process; ``Result`` has stdout, stderr and exit_code."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def python(*arguments: str, **kwargs: Any) -> subprocess.Popen:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from changed_checkpoints import sharded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,20 +24,6 @@ pytestmark = pytest.mark.quick
 @pytest.fixture
 def copy(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "copy"))
-
-
-def sharded(directory: Path) -> Path:
-    """Split the checkpoint's only file in two shards with an index."""
-    tensors = load_file(directory / "model.safetensors")
-    (directory / "model.safetensors").unlink()
-    names = sorted(tensors)
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate((names[::2], names[1::2]), 1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, directory / file)
-        weight_map |= dict.fromkeys(part, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return directory
 
 
 def refused(directory: Path) -> str:

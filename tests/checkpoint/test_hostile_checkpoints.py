@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from changed_checkpoints import sharded as in_two_shards
 from hostile import INDEX, one_sentence, refused, write
 from safetensors.torch import load_file, save_file
 
@@ -27,15 +28,7 @@ from rq_compile.errors import UserError
 @pytest.fixture
 def sharded(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     """The tiny OLMoE in two shards with an index."""
-    directory = Path(shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "sharded"))
-    tensors = load_file(directory / "model.safetensors")
-    (directory / "model.safetensors").unlink()
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
-        weight_map |= dict.fromkeys(part, f"model-{number:05}-of-00002.safetensors")
-        save_file({name: tensors[name] for name in part}, directory / weight_map[part[0]], metadata={"format": "pt"})
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return directory
+    return in_two_shards(Path(shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "sharded")))
 
 
 FIRST = "model-00001-of-00002.safetensors"

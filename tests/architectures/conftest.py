@@ -1,0 +1,3 @@
+"""Changed copies of checkpoints."""
+
+from changed_checkpoints import copy  # noqa: F401 - a fixture

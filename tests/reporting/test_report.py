@@ -1,123 +1,25 @@
-"""The report: its contents, the files it rejects, and how a browser shows it."""
+"""The report: the figures that it takes from its documents, and the files that it rejects."""
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Page, browser
-from click.testing import Result
 from command_line import names, refused
 from html_page import Read
+from reported import Command, large, whole
 from scipy.stats import spearmanr
-from sweeps import sweep_of
 
-from rq_compile.calibration.schema import Calibration
 from rq_compile.engine.manifest import Manifest
 from rq_compile.evaluation.schema import Bench, Evaluation
-from rq_compile.files import read_document
 from rq_compile.planning.dense import FORMATS
-from rq_compile.planning.plan import make_plan
-from rq_compile.planning.schema import LayerPlan, Slot
-from rq_compile.planning.sweep import Sweep, make_sweep
 from rq_compile.reporting.maps import BOUNDS, legend, maps, tone
 from rq_compile.reporting.page import page, size
 
-Command = Callable[..., Result]
-HOSTILE = "<script>pwned = 1</script>\"'><img src=x onerror=pwned=1>&amp;"
 TIMES = "\N{MULTIPLICATION SIGN}"
-FROZEN = Path(__file__).parents[1] / "frozen"
-
-
-@pytest.fixture(scope="module")
-def measured(
-    rq_compile: Command, stages: Path, tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A folder with the output of `evaluate` and `bench` for the engine of ``stages``."""
-    folder, engine, model = tmp_path_factory.mktemp("measured"), stages / "model.onnx", tiny_checkpoint("olmoe")
-    second = folder / "other.txt"
-    second.write_text("The quick brown fox jumps over the lazy dog. " * 12)
-    evaluate = ("evaluate", engine, "--reference", model, "--text", stages / "text.txt", "--text", second)
-    for name, arguments in (
-        ("evaluation.json", (*evaluate, "--sequence-length", 64)),
-        ("bench.json", ("bench", engine, "--against", model, "--prompt-tokens", 4, "--new-tokens", 2, "--rounds", 1)),
-        ("alone.json", ("bench", engine, "--prompt-tokens", 4, "--new-tokens", 2, "--rounds", 1)),
-    ):
-        result = rq_compile(*arguments, "--json")
-        assert result.exit_code == 0, result.stderr
-        (folder / name).write_text(result.stdout)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def documents(stages: Path, measured: Path) -> tuple[Manifest, Evaluation, Bench]:
-    return (
-        Manifest.model_validate_json((stages / "model.json").read_bytes()),
-        Evaluation.model_validate_json((measured / "evaluation.json").read_bytes()),
-        Bench.model_validate_json((measured / "bench.json").read_bytes()),
-    )
-
-
-@pytest.fixture(scope="module")
-def pages(
-    documents: tuple[Manifest, Evaluation, Bench], stages: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """The full page, one with a sweep, one without measurements, one for a large model, one of a plan for the whole engine, and
-    one with hostile names."""
-    manifest, evaluation, bench = documents
-    folder = tmp_path_factory.mktemp("pages")
-    named = manifest.model_copy(update={"tool": HOSTILE, "plan": manifest.plan.model_copy(update={"model": HOSTILE})})
-    texts = [text.model_copy(update={"name": HOSTILE}) for text in evaluation.texts]
-    contents = {
-        "full": page("model.onnx", manifest, evaluation, bench),
-        "bare": page("model.onnx", manifest, None, None),
-        "swept": page("model.onnx", manifest, evaluation, bench, sweep_of(manifest, stages / "calibration.json")),
-        "large": page("model.onnx", large(manifest), None, bench),
-        "whole": page("model.onnx", *whole(manifest)),
-        "hostile": page(HOSTILE, named, evaluation.model_copy(update={"texts": texts, "reference": HOSTILE}), bench),
-        "hostile bare": page(HOSTILE, named, None, None),
-    }
-    for name, content in contents.items():
-        (folder / f"{name}.html").write_text(content)
-    return {name: folder / f"{name}.html" for name in contents}
-
-
-def whole(manifest: Manifest) -> tuple[Manifest, None, None, Sweep]:
-    """An engine whose plan decides the formats of modules with hostile names, and a sweep over sizes of the engine."""
-    calibration = read_document(Calibration, FROZEN / "calibration.v2.whole.json")
-    how: dict[str, Any] = {"policy": "optimal", "ranks": 1, "target": "cpu"}
-    plan = make_plan(calibration, memory=None, engine_bytes=800_000, **how)
-    named = [module.model_copy(update={"name": f"{HOSTILE} {module.name}"}) for module in plan.dense]
-    sweep = make_sweep(calibration, engine_bytes=2_000_000, **how)
-    return manifest.model_copy(update={"plan": plan.model_copy(update={"dense": named})}), None, None, sweep
-
-
-def large(manifest: Manifest, layers: int = 64, experts: int = 256) -> Manifest:
-    """The engine of a model of this size, with copies of the busiest experts until no slot has more than the mean."""
-    random = np.random.default_rng(1)
-    first = manifest.plan.layers[0]
-    made = []
-    for index in range(layers):
-        load = random.dirichlet(np.full(experts, 0.3))
-        copies = np.maximum(1, np.ceil(load * experts)).astype(int)
-        slots = [
-            Slot(expert=expert, format="int8" if load[expert] * experts > 0.3 else "int4", load=load[expert] / copies[expert])
-            for expert in range(experts)
-            for _ in range(copies[expert])
-        ]
-        geometry = first.geometry.model_copy(update={"experts": experts})
-        bytes_after = sum(geometry.expert_bytes(slot.format) for slot in slots)
-        stored = {"bytes_before": experts * geometry.expert_bytes("bf16"), "bytes_after": bytes_after}
-        predicted = first.predicted.model_copy(update={"lis_before": experts * load.max(), "lis_after": 1.0, **stored})
-        made.append(LayerPlan(name=f"layer.{index}", index=index, geometry=geometry, slots=slots, predicted=predicted))
-    return manifest.model_copy(update={"plan": manifest.plan.model_copy(update={"layers": made})})
-
-
-# Contents
 
 
 def test_the_calibration_adds_whether_texts_agree(rq_compile: Command, stages: Path, out: Path) -> None:
@@ -297,29 +199,6 @@ def test_modules_of_a_plan_for_the_whole_engine(documents: tuple[Manifest, Evalu
     assert "Non-expert weights, whose formats" not in Read(pages["full"].read_text()).text
 
 
-# Structure
-
-
-@pytest.mark.parametrize("name", ["full", "swept", "bare", "large", "whole", "hostile", "hostile bare"])
-def test_it_is_one_file_without_script(pages: dict[str, Path], name: str) -> None:
-    content = pages[name].read_text()
-    read = Read(content)
-    assert not {"script", "img", "iframe", "object"} & read.tags
-    assert not [attribute for attribute, _ in read.attributes if attribute.startswith("on") or attribute == "src"]
-    assert all(value[0] == "#" or value == "data:," for attribute, value in read.attributes if attribute == "href")
-    assert not re.search(r"url\(|@import", content.split("</style>")[0])
-    assert len(content) < 2_500_000
-
-
-def test_hostile_names_are_shown_as_they_are(pages: dict[str, Path]) -> None:
-    shown = " ".join(HOSTILE.split())
-    assert Read(pages["hostile"].read_text()).text.count(shown) > 5
-
-
-def test_the_same_documents_give_the_same_bytes(documents: tuple[Manifest, Evaluation, Bench], pages: dict[str, Path]) -> None:
-    assert page("model.onnx", *documents) == pages["full"].read_text()
-
-
 # Errors
 
 
@@ -371,85 +250,3 @@ def test_files_that_are_missing(rq_compile: Command, stages: Path, out: Path, tm
     shutil.copy(stages / "model.onnx", tmp_path)
     refused(rq_compile("report", tmp_path / "model.onnx", "-o", out / "report.html"), 2, "no manifest")
     assert names(out) == []
-
-
-# In a browser
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
-@pytest.mark.parametrize("name", ["full", "swept", "bare", "large", "whole", "hostile"])
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_loads_without_a_complaint_and_fits(tab: Page, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
-    tab.open(pages[name], width=width, scheme=scheme)
-    assert tab.complaints == []
-    assert tab.requests == [pages[name].as_uri()]
-    assert tab.evaluate("typeof pwned") == "undefined"
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    # Only the contents of scrollable frames, which the keyboard can reach too, extend beyond the edge.
-    outside = "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, .unseen') && "
-    assert tab.evaluate(outside + f"e.getBoundingClientRect().right > {width} + 0.5).map(e => e.outerHTML.slice(0, 80))") == []
-    assert tab.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.tabIndex == 0 && e.ariaLabel)")
-    assert tab.evaluate("[...document.querySelectorAll('svg')].every(e => e.ariaHidden == 'true' || e.ariaLabel)")
-    if width == 390 and name == "large":
-        assert tab.evaluate("(e => e.scrollWidth > e.clientWidth)(document.querySelector('.map .scroll'))")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_is_enough_to_read(tab: Page, pages: dict[str, Path], scheme: str) -> None:
-    tab.open(pages["full"], scheme=scheme)
-    paper = luminance(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert (paper > 0.5) == (scheme == "light")
-    for part in ("body", ".lede", ".figures b", ".figures dd", ".eyebrow", "summary", "thead th", ".facts dt"):
-        assert contrast(luminance(tab.evaluate(f"getComputedStyle(document.querySelector('{part}')).color")), paper) >= 4.5, part
-    pairs = tab.evaluate(
-        "[...document.querySelectorAll('.numbers text')].map(e => [getComputedStyle(e).fill, getComputedStyle("
-        "e.closest('.cells').querySelector('.' + e.classList[0].slice(3))).fill, e.classList[0]])"
-    )
-    assert len(pairs) > 10
-    for text, cell, kind in pairs:
-        assert contrast(luminance(text), luminance(cell)) >= 4.5, kind
-
-
-def test_every_tone_is_stronger_than_the_one_before(tab: Page, pages: dict[str, Path]) -> None:
-    """Colour is not the only cue: in shades of grey, the order is the same."""
-    for scheme, sign in (("light", -1), ("dark", 1)):
-        tab.open(pages["full"], scheme=scheme)
-        tones = tab.evaluate(
-            "[...document.querySelectorAll('.legend')[0].querySelectorAll('rect')].map(e => getComputedStyle(e).fill)"
-        )
-        values = [sign * luminance(fill) for fill in tones]
-        assert len(values) == len(BOUNDS) + 1
-        assert values[1:] == sorted(values[1:])
-
-
-def test_printed_it_hides_nothing(tab: Page, pages: dict[str, Path]) -> None:
-    tab.open(pages["full"])
-    height = "document.querySelector('details table').getBoundingClientRect().height"
-    visible = "document.querySelector('details table').checkVisibility()"
-    assert not tab.evaluate(visible)
-    tab.call("Emulation.setEmulatedMedia", media="print")
-    try:
-        assert tab.evaluate(visible)
-        assert tab.evaluate(height) > 50
-    finally:
-        tab.call("Emulation.setEmulatedMedia", media="")
-
-
-def luminance(colour: str) -> float:
-    """The luminance of ``rgb(...)``, as defined by WCAG 2."""
-    parts = np.asarray(re.findall(r"[\d.]+", colour)[:3], float) / 255
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
-
-
-def contrast(one: float, other: float) -> float:
-    low, high = sorted((one, other))
-    return (high + 0.05) / (low + 0.05)

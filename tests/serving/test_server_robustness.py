@@ -14,6 +14,8 @@ from served import PROMPT, SLOTS, TALK, WAITING, refused, running, slow, until
 import rq_compile as rq
 from rq_compile.serving.served_model import ServedModel
 
+# Clients that leave
+
 
 def endless(client: OpenAI, **more: Any) -> Any:
     """A stream that nearly fills the context. It is not read, apart from its first piece."""
@@ -56,6 +58,9 @@ def test_too_many_requests(client: OpenAI, served: str, model: ServedModel, monk
         stream.close()
     until(lambda: model.running == 0)
     assert client.completions.create(model="tiny", prompt="a", max_tokens=2).choices[0].finish_reason == "length"
+
+
+# The state of the server
 
 
 def test_metrics_and_health(client: OpenAI, served: str) -> None:

@@ -1,17 +1,20 @@
-"""What does a calibration cost beyond the model's own forward pass? One layer in the shape of published models, random weights.
+"""What does a calibration cost beyond the model's own forward pass? Layers in the shape of published models, random weights.
 
     python benchmarks/calibration.py --shape OLMoE-1B-7B --tokens 4096 --way layers --folder /scratch
 
-"forward" is transformers' forward pass, in fp32 with `grouped_mm`, over the batches that the calibration runs; "read" reads every
-tensor of the checkpoint once, as stored. "calibrate" is all of `rq_compile.calibration.calibrate`, with GPTQ, either with the
-whole model in memory ("whole") or layer by layer ("layers"). "expert" is the CPU seconds of the measurements for an expert of 6.3
-million weights, including GPTQ for int8 and int4, without the products of the expert's tokens with its original weights, which
-every forward pass computes. "ratio" is the seconds of the calibration divided by those of its goal, three forward passes and one
-read. Forward passes and calibrations take turns for `--rounds` rounds, because the speed of a shared machine drifts; figures are
-means over the rounds. The profile lists the functions that took most of the main thread's time, in a separate run.
+"forward" is transformers' forward pass, in fp32 with `grouped_mm`, over the batches that the calibration runs, with the head,
+which the calibration measures, too; "forward_body" is the part of it before the head. "read" reads every tensor of the checkpoint
+once, as stored. "calibrate" is all of `rq_compile.calibration.calibrate`, with GPTQ, either with the whole model in memory
+("whole") or layer by layer ("layers"). "expert" is the CPU seconds of the measurements for an expert of 6.3 million weights,
+including GPTQ for int8 and int4, without the products of the expert's tokens with its original weights, which every forward pass
+computes. "ratio" is the seconds of the calibration divided by those of its goal, three forward passes and one read. A model has
+``--layers`` layers and a vocabulary of 4,096 tokens for each. The published models have 3,144 to 3,793 for each of their layers,
+so embedding and head have a little more than their share. Forward passes and calibrations take turns for `--rounds` rounds,
+because the speed of a shared machine drifts; figures are means over the rounds. The profile lists the functions that took most of
+the main thread's time, in a separate run.
 
-A row is written to benchmarks/results/calibration.json, and replaces a row of the same shape, tokens, way, experts
-and instructions.
+A row is written to benchmarks/results/calibration.json (``--output``), and replaces a row of the same shape, layers, tokens, way,
+experts and instructions.
 """
 
 import argparse
@@ -47,9 +50,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "calibration.json"
 TOKENIZER = ROOT / "samples" / "olmoe" / "tokenizer.json"
 WEIGHTS = 6.3e6  # of an expert of OLMoE-1B-7B
 BATCH_SIZE, LENGTH = 2, 1024
+VOCABULARY = 4096  # for each layer
 COMMON: dict[str, Any] = {
     "num_hidden_layers": 1,
-    "vocab_size": 4096,
+    "vocab_size": VOCABULARY,
     "max_position_embeddings": 4096,
     "pad_token_id": 0,
     "dtype": "bfloat16",
@@ -105,11 +109,12 @@ class Clock:
         return {f"{name}_cpu_s": round(self.cpu / rounds, 3), f"{name}_s": round(self.wall / rounds, 3)}
 
 
-def checkpoint(shape: str, experts: int | None, folder: Path) -> Path:
+def checkpoint(shape: str, experts: int | None, folder: Path, layers: int = 1) -> Path:
     """The checkpoint, which is made if it does not exist. With fewer ``experts``, a token chooses proportionally fewer."""
-    path = folder / f"{shape}-{experts or 'all'}"
+    path = folder / (f"{shape}-{experts or 'all'}" + (f"-{layers}-layers" if layers > 1 else ""))
     if not path.exists():
         config = SHAPES[shape]
+        config.num_hidden_layers, config.vocab_size = layers, VOCABULARY * layers
         if experts:
             name = "n_routed_experts" if hasattr(config, "n_routed_experts") else "num_experts"
             config.num_experts_per_tok = max(1, config.num_experts_per_tok * experts // getattr(config, name))
@@ -139,26 +144,27 @@ def timed_in(module: Any, name: str, clock: Clock) -> Callable[[], None]:
     return lambda: setattr(module, name, function)
 
 
-def row(
-    shape: str, tokens: int, way: str, experts: int | None, folder: Path, quantizer: Quantizer, rounds: int, with_profile: bool
-) -> dict[str, Any]:
-    model = Model.open(checkpoint(shape, experts, folder))
+def row(path: Path, shape: str, tokens: int, way: str, quantizer: Quantizer, rounds: int, with_profile: bool) -> dict[str, Any]:
+    model = Model.open(path)
     texts = text(model, tokens)
     geometry = model.layers[0].geometry
     calibration.choose_way = lambda *_, **__: Way(way == "whole", True, way)
     given: dict[str, Any] = {"batch_size": BATCH_SIZE, "sequence_length": LENGTH}
     work = calibration.work_of(model, texts, **given)
 
-    read, forward, calibrate, measuring = (Clock() for _ in range(4))
+    read, forward, body, calibrate, measuring = (Clock() for _ in range(5))
     own_cpu: list[float] = []
     loaded = load_model(model)
 
     def pass_over(batches: Sequence[Batch]) -> None:
         with torch.inference_mode():
             for batch in batches:
-                loaded.base_model(**model_arguments(batch, "cpu"))
+                with body:
+                    hidden = loaded.base_model(**model_arguments(batch, "cpu"))[0]
+                loaded.lm_head(hidden)
 
     pass_over(work.batches[-1:])
+    body = Clock()
     undo = timed_in(calibration, "measure_layer", measuring)
     products = measure.expert_outputs
 
@@ -184,15 +190,17 @@ def row(
     measure.expert_outputs = products
 
     weights = geometry.hidden * (geometry.up_rows + geometry.intermediate)
-    scale = WEIGHTS / weights / geometry.experts
+    scale = WEIGHTS / weights / geometry.experts / len(model.layers)
     return {
         "shape": shape,
+        "layers": len(model.layers),
         "experts": geometry.experts,
         "way": way,
         "quantizer": quantizer,
         "tokens": work.total,
         "rounds": rounds,
         **forward.row("forward", rounds),
+        "forward_body_s": body.row("body", rounds)["body_s"],
         **read.row("read", rounds),
         **calibrate.row("calibrate", rounds),
         "expert_cpu_s": round((measuring.cpu - sum(own_cpu)) * scale / rounds, 3),
@@ -239,22 +247,26 @@ def main() -> None:
     parser.add_argument("--way", choices=("whole", "layers"), default="layers")
     parser.add_argument("--quantizer", choices=("gptq", "nearest"), default="gptq")
     parser.add_argument("--experts", type=int, help="number of experts, if fewer than the model has")
+    parser.add_argument("--layers", type=int, default=1, help="number of layers")
     parser.add_argument("--folder", type=Path, required=True, help="folder where checkpoints are made and kept")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="calibrate once more with a profiler")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="file to which the row is written")
     parser.add_argument("--only-make", action="store_true", help="make the checkpoint and measure nothing")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     return_large_arrays_when_freed()  # as the program does
+    path = checkpoint(arguments.shape, arguments.experts, arguments.folder, arguments.layers)
     if arguments.only_make:
-        checkpoint(arguments.shape, arguments.experts, arguments.folder)
         return
-    shape, tokens, way, experts = arguments.shape, arguments.tokens, arguments.way, arguments.experts
-    found = row(shape, tokens, way, experts, arguments.folder, arguments.quantizer, arguments.rounds, arguments.profile)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    key = ("shape", "experts", "way", "quantizer", "tokens", "instructions")
-    kept = [other for other in known if [other.get(name) for name in key] != [found[name] for name in key]]
-    RESULTS.write_text(json.dumps([*kept, found], indent=1) + "\n")
+    found = row(
+        *(path, arguments.shape, arguments.tokens, arguments.way, arguments.quantizer, arguments.rounds, arguments.profile)
+    )
+    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    key = ("shape", "layers", "experts", "way", "quantizer", "tokens", "instructions")
+    # Rows of earlier versions are of one layer.
+    kept = [other for other in known if [({"layers": 1} | other).get(name) for name in key] != [found[name] for name in key]]
+    arguments.output.write_text(json.dumps([*kept, found], indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 

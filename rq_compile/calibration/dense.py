@@ -119,17 +119,19 @@ class DenseMeasurements:
             if not inputs:
                 continue  # the model uses the matrices without calling their modules
             weights = {name: net.get_parameter(name).detach().cpu().numpy() for name in inputs}
-            given = [(name, format) for name in weights for format in DENSE_QUANTIZED]
-            owners = world().owners(weights[name].size for name, _ in given)
-            own = [self._rounded(weights[name], format, moments[inputs[name]]) for name, format in world().own(owners, given)]
-            changed: dict[Format, dict[str, torch.Tensor]] = {format: {} for format in DENSE_QUANTIZED}
-            for (name, format), values in zip(given, world().all(owners, own), strict=True):
-                changed[format][name] = torch.from_numpy(values)
-            measured, square, rows = watch.errors(net, changed)
+            own = world().own(world().owners([1] * len(DENSE_QUANTIZED)), DENSE_QUANTIZED)
+            measured, square, rows = watch.errors(
+                net, DENSE_QUANTIZED, {format: self._all_rounded(weights, format, inputs, moments) for format in own}
+            )
             scale = _tokens(self._batches) / max(1, rows)
             error = {format: value * scale for format, value in measured.items()}
             found = _Found(watch.module, inputs, error, None if square is None else square * scale, moments)
             self._pending.setdefault(str(watch.module.layer), []).append(found)
+
+    def _all_rounded(
+        self, weights: dict[str, np.ndarray], format: Format, inputs: dict[str, str], moments: dict[str, SecondMoment]
+    ) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(self._rounded(array, format, moments[inputs[name]])) for name, array in weights.items()}
 
     def _rounded(self, weights: np.ndarray, format: Format, moment: SecondMoment | None = None) -> np.ndarray:
         return stored(weights, format, moment if self._gptq else None, threads=default_threads())
@@ -165,8 +167,10 @@ class DenseMeasurements:
         for batch in self._batches:
             counts += np.bincount(batch.decoder.ids[batch.decoder.real], minlength=len(table))
         error, square = dict.fromkeys(DENSE_QUANTIZED, 0.0), 0.0
-        for start in range(0, len(table), TABLE_ROWS):
-            rows, count = table[start : start + TABLE_ROWS], counts[start : start + TABLE_ROWS]
+        used = np.flatnonzero(counts)
+        for start in range(0, len(used), TABLE_ROWS):
+            some = used[start : start + TABLE_ROWS]
+            rows, count = table[some], counts[some]
             square += float(count @ np.square(rows, dtype=np.float64).sum(axis=1))
             for format in DENSE_QUANTIZED:
                 changes = np.square(stored(rows, format) - rows, dtype=np.float64).sum(axis=1)

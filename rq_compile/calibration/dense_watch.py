@@ -1,6 +1,6 @@
 """Watches one non-expert module while the model runs, and runs it again with other weights."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,29 +126,38 @@ class Watch:
         return inputs, moments
 
     def errors(
-        self, net: nn.Module, changed: Mapping[Format, Mapping[str, torch.Tensor]]
+        self, net: nn.Module, formats: Sequence[Format], own: Mapping[Format, Mapping[str, torch.Tensor]]
     ) -> tuple[dict[Format, float], float | None, int]:
-        """Squared changes of the output with the weights ``changed``; the squared norm of the residual stream with the output
-        added to it (None if the output is not added to what enters the layer); both summed over the tokens of kept calls; and
-        their number."""
-        sums = np.zeros(len(changed) + 2)
+        """Squared changes of the output with the weights in each of ``formats``; the squared norm of the residual stream with the
+        output added to it (None if the output is not added to what enters the layer); both summed over the tokens of kept calls;
+        and their number. ``own``: the weights in the formats that this process measures. Every format is one process's."""
+        sums = np.zeros(len(formats))
+        square, rows = 0.0, 0
         module = net.get_submodule(self.module.run)
         below = len(f"{self.module.run}.")
-        for call in self._calls:
+        for call in self._calls_of_all(next(module.parameters()).device):
             with torch.inference_mode(), _experts_give(net, self.module.experts, call.experts):
                 before = call.returned
                 if self.module.experts is not None and call.experts is None:
                     before = _output(module(*call.args, **call.kwargs))
-                for place, weights in enumerate(changed.values()):
+                for format, weights in own.items():
                     other = {name[below:]: weight.to(before.device) for name, weight in weights.items()}
                     after = _output(functional_call(module, other, call.args, call.kwargs))
-                    sums[place] += _squares(_real(after - before, call.real))
-                sums[-1] += int(call.real.sum())
+                    sums[formats.index(format)] += _squares(_real(after - before, call.real))
+                rows += int(call.real.sum())
                 if call.entered is not None and call.entered.shape == before.shape:
-                    sums[-2] += _squares(_real(call.entered + before, call.real))
+                    square += _squares(_real(call.entered + before, call.real))
         self._calls.clear()
-        *errors, square, rows = world().sum(sums).tolist()
-        return dict(zip(changed, errors, strict=True)), square or None, int(rows)
+        return dict(zip(formats, world().sum(sums).tolist(), strict=True)), square or None, rows
+
+    def _calls_of_all(self, device: torch.device) -> Iterator[_Call]:
+        """Those of all processes, on ``device``. There may be fewer calls than processes, so they share the formats."""
+        if world().size == 1:
+            yield from self._calls
+            return
+        own = [_with(call, call.real, torch.Tensor.cpu) for call in self._calls]
+        for calls in world().all(range(world().size), [own]):
+            yield from (_with(call, call.real, lambda tensor: tensor.to(device)) for call in calls)
 
 
 def _of_sequences(call: _Call, most: int) -> _Call:
@@ -159,7 +168,7 @@ def _of_sequences(call: _Call, most: int) -> _Call:
     if count >= sequences or any(len(tensor) not in (1, sequences) for tensor in _given(call) if tensor.ndim > 1):
         return call
     return _with(
-        call, call.real[:count], lambda tensor: tensor[:count] if tensor.ndim > 1 and len(tensor) == sequences else tensor
+        call, call.real[:count], lambda tensor: tensor[:count].clone() if tensor.ndim > 1 and len(tensor) == sequences else tensor
     )
 
 

@@ -80,13 +80,15 @@ class SecondMoment:
         width = columns + -columns % block
         mean = float(moments.diagonal(axis1=1, axis2=2).mean())
         # Without any tokens, all inputs have the same weight.
-        moments = moments / mean if mean > 0 else moments
+        if mean > 0:
+            moments /= mean
         moments[:, range(columns), range(columns)] += DAMPING if mean > 0 else 1.0
         # The factor U of the moment's inverse, U^T U, is the inverse of the factor R of the moment, R R^T, both upper
         # triangular; R, in reverse order, is the lower factor of the moment in reverse order.
-        upper = _inverse_factor(torch.from_numpy(moments).flip(1, 2)).flip(1, 2)
         factors = torch.zeros(len(moments), width, width)
-        factors[:, :columns, :columns] = upper / upper.diagonal(dim1=1, dim2=2)[..., None]
+        upper = factors[:, :columns, :columns]
+        upper.copy_(_inverse_factor(torch.from_numpy(moments).flip(1, 2)).float().flip(1, 2))
+        upper /= upper.diagonal(dim1=1, dim2=2).clone()[..., None]
         # [parts, blocks, columns, block]
         factors = factors.view(len(moments), width, width // block, block).transpose(1, 2)
         within = torch.cat([factors[:, number, number * block : (number + 1) * block] for number in range(width // block)])

@@ -81,7 +81,7 @@ def watched(module: DenseModule, rows: int, *, angles: int = 1, calls: int = 1, 
     changed = net.get_parameter(matrix) * 1.25
     watch.remove()
     before = dict(seen)
-    found = watch.errors(net, {"int8": {matrix: changed}})
+    found = watch.errors(net, ("int8",), {"int8": {matrix: changed}})
     net.get_parameter(matrix).copy_(changed)
     net.layer(*given)
     name = module.run.rpartition(".")[2]
@@ -119,7 +119,7 @@ def test_attention_with_other_arguments_runs_again_on_all() -> None:
     watch = Watch(net, ATTENTION, HIDDEN, lambda: ran, {id(ran): 1})
     net.layer(torch.randn(SEQUENCES, LENGTH, HIDDEN), torch.rand(LENGTH, HIDDEN))
     watch.remove()
-    _, _, count = watch.errors(net, {"int8": {ATTENTION.matrices[0]: net.layer.attn.proj.weight * 2}})
+    _, _, count = watch.errors(net, ("int8",), {"int8": {ATTENTION.matrices[0]: net.layer.attn.proj.weight * 2}})
     assert count == batch().decoder.real.sum()
 
 

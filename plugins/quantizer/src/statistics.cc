@@ -95,9 +95,14 @@ Lowest lowest(const float* weights, const float* norms, int64_t count, float low
         below[i] += scores[c + i] < low;
         totals[i] += scores[c + i] < low ? scores[c + i] : 0.0f;
       }
-    for (int64_t i = 0; i < some; ++i) {
-      between[found] = scores[i];
-      found += bits(scores[i]) - from <= reach;
+    for (int64_t c = 0; c < some; c += kLanes) {
+      uint32_t any = 0;
+      for (int64_t i = 0; i < kLanes; ++i) any |= bits(scores[c + i]) - from <= reach;
+      if (!any) continue;
+      for (int64_t i = c; i < std::min(c + kLanes, some); ++i) {
+        between[found] = scores[i];
+        found += bits(scores[i]) - from <= reach;
+      }
     }
   }
   return {std::accumulate(below, below + kLanes, int64_t{0}), std::accumulate(totals, totals + kLanes, 0.0), found};

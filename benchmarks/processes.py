@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="number of experts, if fewer than the model has")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", type=Path, required=True, help="folder where checkpoints are made and kept")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="file to which the row is written")
     parser.add_argument("--only-make", action="store_true", help="make the input of the measurement, and measure nothing")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def main() -> None:
         **environment(),
         "threads": 1,
     }
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    known = json.loads(given.output.read_text()) if given.output.exists() else []
     key = ("command", "shape", "experts", "tokens", "processes")
     single = [other for other in known if [other[name] for name in key] == [*(found[name] for name in key[:-1]), 1]]
     if single and given.processes > 1:
@@ -114,7 +115,7 @@ def main() -> None:
         if weights:
             found["weights_speedup"] = round(median(single[0]["weights_s"]) / median(weights), 2)
     kept = [other for other in known if [other[name] for name in key] != [found[name] for name in key]]
-    RESULTS.write_text(json.dumps([*kept, found], indent=1) + "\n")
+    given.output.write_text(json.dumps([*kept, found], indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 

@@ -24,9 +24,9 @@ from rq_compile.calibration.head import head_divergence
 from rq_compile.calibration.schema import DenseCalibration, DenseMatrix
 from rq_compile.calibration.text import Batch
 from rq_compile.processes import world
-from rq_compile.quantization.formats import DENSE_QUANTIZED, Format, Quantizer
+from rq_compile.quantization.formats import DENSE_QUANTIZED, Format, Quantizer, block_size
 from rq_compile.quantization.quantizer import stored
-from rq_compile.quantization.second_moment import SecondMoment
+from rq_compile.quantization.second_moment import SecondMoment, share_feedback
 from rq_compile.standalone.limits import default_threads
 
 # Token rows on which errors are measured, but at least one sequence of attention. More rows of the same batches change less than
@@ -119,6 +119,8 @@ class DenseMeasurements:
             if not inputs:
                 continue  # the model uses the matrices without calling their modules
             weights = {name: net.get_parameter(name).detach().cpu().numpy() for name in inputs}
+            if self._gptq:
+                share_feedback([(moment, block_size(weights[name].shape[1])) for name, moment in moments.items()])
             own = world().own(world().owners([1] * len(DENSE_QUANTIZED)), DENSE_QUANTIZED)
             measured, square, rows = watch.errors(
                 net, DENSE_QUANTIZED, {format: self._all_rounded(weights, format, inputs, moments) for format in own}

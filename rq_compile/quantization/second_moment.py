@@ -74,6 +74,11 @@ class SecondMoment:
                 self._by_block[block] = self._feedback(block)
             return self._by_block[block]
 
+    def know(self, block: int, feedback: Feedback) -> None:
+        """Take over the feedback that another process computed of an equal moment."""
+        with self._lock:
+            self._by_block.setdefault(block, feedback)
+
     def _feedback(self, block: int) -> Feedback:
         moments = self.values.astype(np.float64).reshape(-1, *self.values.shape[-2:])
         columns = moments.shape[-1]
@@ -149,6 +154,14 @@ def _threads_of_their_own(most: int) -> Iterator[Callable[[Callable[[slice], Non
             yield on_all
     finally:
         torch.set_num_threads(before)
+
+
+def share_feedback(moments: Sequence[tuple[SecondMoment, int]]) -> None:
+    """Compute the feedback of moments, each with its block. They are the same on every process; one process computes each."""
+    owners = world().owners(moment.values.size for moment, _ in moments)
+    own = [moment.feedback(block) for moment, block in world().own(owners, moments)]
+    for (moment, block), feedback in zip(moments, world().all(owners, own), strict=True):
+        moment.know(block, feedback)
 
 
 def whole_moment(inputs: np.ndarray) -> SecondMoment:

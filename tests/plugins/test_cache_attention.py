@@ -3,9 +3,20 @@
 from dataclasses import replace
 from typing import Any
 
+import cache_attention
 import numpy as np
 import pytest
-from cache_attention import Case, attend, attend_in_place, causal, check, random_case, session_of, without
+from attention_checks import (
+    check_in_place,
+    check_refused,
+    check_rows_that_read_nothing,
+    check_that_only_its_row_reads,
+    mask_with_holes,
+    ones,
+    padded_masks,
+    unpadded,
+)
+from cache_attention import Case, attend, causal, check, random_case, session_of, without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_nodes import python_with
@@ -54,12 +65,8 @@ def test_long_rows_in_chunks(rng: np.random.Generator, total: int, padding: int)
 @pytest.mark.parametrize("steps", [1, 2, 40, 130])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_masks_with_holes_and_rows_that_read_nothing(rng: np.random.Generator, steps: int, sinks: bool) -> None:
-    mask = rng.random((3, 1, steps, steps + 150)) < np.array([0.9, 0.3, 0.02])[:, None, None, None]
-    mask[:, :, ::7] = False
-    mask[2, :, :, 20:120] = False
-    y = attend(case := random_case(rng, mask, 4, 2, 20, sinks=sinks))
-    check(case, y)
-    assert not y[0][:, ::7].any()
+    mask = mask_with_holes(rng, steps, 150, hidden=slice(20, 120))
+    check_rows_that_read_nothing(cache_attention, random_case(rng, mask, 4, 2, 20, sinks=sinks))
 
 
 @pytest.mark.parametrize("window", [1, 5, 64, 100])
@@ -71,15 +78,8 @@ def test_sliding_windows(rng: np.random.Generator, window: int, steps: int) -> N
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("steps", [1, 6, 70])
 def test_numbers_that_other_rows_read_do_not_matter(rng: np.random.Generator, broken: float, steps: int) -> None:
-    """A token whose key and value are not finite makes its own row NaN, but no earlier row and no other sequence."""
     case = random_case(rng, causal(steps, steps + 20), 4, 2, 16, sequences=2)
-    fine = attend(case)[0]
-    key, value = case.key.copy(), case.value.copy()
-    key[0, -1] = value[0, -1] = broken
-    y = attend(replace(case, key=key, value=value))[0]
-    assert not np.isfinite(y[0, -1]).any()
-    np.testing.assert_array_equal(y[0, :-1], fine[0, :-1])
-    np.testing.assert_array_equal(y[1], fine[1])
+    check_that_only_its_row_reads(cache_attention, case, ("key", "value"), broken)
 
 
 def test_a_row_of_nan_is_not_taken_for_one_that_reads_nothing(rng: np.random.Generator) -> None:
@@ -92,16 +92,8 @@ def test_a_row_of_nan_is_not_taken_for_one_that_reads_nothing(rng: np.random.Gen
 @pytest.mark.parametrize("room", [0, 1, 30])
 @pytest.mark.parametrize("past", [0, 1, 50])
 def test_a_cache_with_room(rng: np.random.Generator, steps: int, room: int, past: int) -> None:
-    case = random_case(rng, causal(steps, steps + past, past // 3), 4, 2, 16, 24, sequences=3, length=steps + past + room)
-    copied, in_place, two_threads = attend(case), attend_in_place(case), attend_in_place(case, threads=2)
-    check(case, copied)
-    check(case, in_place)
-    for a, b, c in zip(copied, in_place, two_threads, strict=True):
-        read = slice(None) if a.ndim == 3 else (slice(None), slice(None), slice(0, case.total))
-        np.testing.assert_array_equal(a[read], b[read])
-        np.testing.assert_array_equal(a[read], c[read])
-    if room:  # in place, what is beyond the mask stays
-        np.testing.assert_array_equal(in_place[1][:, :, case.total :], case.past_key[:, :, case.total :])
+    mask = causal(steps, steps + past, past // 3)
+    check_in_place(cache_attention, random_case(rng, mask, 4, 2, 16, 24, sequences=3, length=steps + past + room))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -127,19 +119,11 @@ def test_one_row_of_a_mask_for_all_tokens(rng: np.random.Generator) -> None:
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[Case, int]:
-    """A call for a padded batch whose last sequence reads nothing before `padding`, which may hide it all."""
+    """A call for a padded batch, and the padding of its last sequence."""
+    rng, mask, padding = draw(padded_masks())
     heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 5, 16]))
-    steps, past = draw(st.sampled_from([1, 1, 2, 9, 33, 65])), draw(st.integers(0, 90))
-    past = past + draw(st.sampled_from([0, 500, 1100])) if steps == 1 else past
-    total, padding = past + steps, draw(st.integers(0, past))
-    window = draw(st.sampled_from([None, 3, 64]))
-    rng = np.random.default_rng(draw(st.integers(0, 1000)))
-    others = [causal(steps, total, draw(st.integers(0, total)), window) for _ in range(draw(st.integers(0, 2)))]
-    mask = np.concatenate([*others, causal(steps, total, padding, window)])
-    if draw(st.booleans()):
-        mask[-1, :, :, padding:] &= rng.random(total - padding) < 0.8
     width, value_width = draw(st.sampled_from(WIDTHS[:8])), draw(st.sampled_from(WIDTHS[:8]))
-    length = draw(st.sampled_from([0, total, total + 5]))
+    length = draw(st.sampled_from([0, mask.shape[3], mask.shape[3] + 5]))
     return random_case(rng, mask, heads * group, heads, width, value_width, length=length, sinks=draw(st.booleans())), padding
 
 
@@ -168,8 +152,7 @@ def test_a_prompt_has_the_same_bits_when_it_is_padded(
     """Also if the padding is among the new tokens, as in a batch of prompts of different lengths."""
     steps = length + padding
     padded = random_case(rng, causal(steps, steps, padding, window), 6, 2, 24)
-    names = ("query", "key", "value")
-    alone = replace(padded, mask=padded.mask[:, :, padding:, padding:], **{n: getattr(padded, n)[:, padding:] for n in names})
+    alone = unpadded(padded, padding, ("query", "key", "value"))
     if length > 1:  # one token is read in chunks
         np.testing.assert_array_equal(attend(padded)[0][:, padding:], attend(alone)[0])
     check(padded, attend(padded))
@@ -199,11 +182,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_inputs_that_disagree_end_with_a_sentence(rng: np.random.Generator, wrong: str) -> None:
     shapes, sentence = WRONG[wrong]
-    case = random_case(rng, causal(3, 10), 4, 2, 16, sequences=2, sinks=True)
-    kinds = {name: np.bool_ if name == "mask" else np.float32 for name in shapes}
-    inputs: dict[str, Any] = {name: np.ones(shape, kinds[name]) for name, shape in shapes.items()}
-    with pytest.raises(Exception, match=f"rq.moe CacheAttention: {sentence}"):
-        attend(replace(case, **inputs))
+    check_refused(cache_attention, random_case(rng, causal(3, 10), 4, 2, 16, sequences=2, sinks=True), ones(shapes), sentence)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +195,7 @@ def test_inputs_that_disagree_end_with_a_sentence(rng: np.random.Generator, wron
     ],
 )
 def test_attributes_that_cannot_be(rng: np.random.Generator, change: dict[str, Any], sentence: str) -> None:
-    case = random_case(rng, causal(1, 10), 4, 2, 16)
-    with pytest.raises(Exception, match=f"rq.moe CacheAttention: {sentence}"):
-        attend(replace(case, **change))
+    check_refused(cache_attention, random_case(rng, causal(1, 10), 4, 2, 16), change, sentence)
 
 
 def test_a_buffer_of_both_without_room_is_refused(rng: np.random.Generator) -> None:

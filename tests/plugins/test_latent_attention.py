@@ -3,13 +3,24 @@
 from dataclasses import replace
 from typing import Any
 
+import latent_attention
 import ml_dtypes
 import numpy as np
 import pytest
+from attention_checks import (
+    check_in_place,
+    check_refused,
+    check_rows_that_read_nothing,
+    check_that_only_its_row_reads,
+    mask_with_holes,
+    ones,
+    padded_masks,
+    unpadded,
+)
 from cache_attention import causal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latent_attention import Case, attend, attend_in_place, check, last_alone, random_case
+from latent_attention import Case, attend, check, last_alone, random_case
 from op_nodes import python_with
 from test_op_errors import instruction_sets
 
@@ -73,42 +84,22 @@ def test_long_rows_in_chunks(rng: np.random.Generator, total: int, padding: int)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_masks_with_holes_and_rows_that_read_nothing(rng: np.random.Generator, steps: int, past: int, sinks: bool) -> None:
     """As the indexers of DeepSeek-V3.2 write them."""
-    mask = rng.random((3, 1, steps, steps + past)) < np.array([0.9, 0.3, 0.02])[:, None, None, None]
-    mask[:, :, ::7] = False
-    mask[2, :, :, 2 : past // 2] = False
-    y = attend(case := random_case(rng, mask, 2, sinks=sinks))
-    check(case, y)
-    assert not y[0][:, ::7].any()
+    mask = mask_with_holes(rng, steps, past, hidden=slice(2, past // 2))
+    check_rows_that_read_nothing(latent_attention, random_case(rng, mask, 2, sinks=sinks))
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 @pytest.mark.parametrize(("steps", "total"), STEPS)
 def test_numbers_that_other_rows_read_do_not_matter(rng: np.random.Generator, broken: float, steps: int, total: int) -> None:
-    """A token whose latent is not finite makes its own row NaN, but no earlier row and no other sequence."""
-    case = random_case(rng, causal(steps, total), sequences=2)
-    fine = attend(case)[0]
-    latent = case.latent.copy()
-    latent[0, -1] = broken
-    y = attend(replace(case, latent=latent))[0]
-    assert not np.isfinite(y[0, -1]).any()
-    np.testing.assert_array_equal(y[0, :-1], fine[0, :-1])
-    np.testing.assert_array_equal(y[1], fine[1])
+    check_that_only_its_row_reads(latent_attention, random_case(rng, causal(steps, total), sequences=2), ("latent",), broken)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 66])
 @pytest.mark.parametrize("room", [0, 1, 30])
 @pytest.mark.parametrize("past", [0, 1, 50])
 def test_a_cache_with_room(rng: np.random.Generator, steps: int, room: int, past: int) -> None:
-    case = random_case(rng, causal(steps, steps + past, past // 3), sequences=3, length=steps + past + room)
-    copied, in_place, two_threads = attend(case), attend_in_place(case), attend_in_place(case, threads=2)
-    check(case, copied)
-    check(case, in_place)
-    for a, b, c in zip(copied, in_place, two_threads, strict=True):
-        read = slice(None) if a.ndim == 3 else (slice(None), slice(None), slice(0, case.total))
-        np.testing.assert_array_equal(a[read], b[read])
-        np.testing.assert_array_equal(a[read], c[read])
-    if room:  # in place, what is beyond the mask stays
-        np.testing.assert_array_equal(in_place[1][:, :, case.total :], case.past_latent[:, :, case.total :])
+    mask = causal(steps, steps + past, past // 3)
+    check_in_place(latent_attention, random_case(rng, mask, sequences=3, length=steps + past + room))
 
 
 @pytest.mark.parametrize(("batch", "steps", "total"), [(0, 1, 9), (0, 4, 9), (2, 0, 9), (2, 0, 0), (0, 0, 0)])
@@ -123,18 +114,10 @@ def test_empty_inputs(rng: np.random.Generator, batch: int, steps: int, total: i
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[Case, int]:
-    """A call for a padded batch whose last sequence reads nothing before `padding`, which may hide it all."""
-    steps, past = draw(st.sampled_from([1, 1, 2, 9, 33, 65])), draw(st.integers(0, 90))
-    past = past + draw(st.sampled_from([0, 500, 1100]))
-    total, padding = past + steps, draw(st.integers(0, past))
-    window = draw(st.sampled_from([None, 3, 64]))
-    rng = np.random.default_rng(draw(st.integers(0, 1000)))
-    others = [causal(steps, total, draw(st.integers(0, total)), window) for _ in range(draw(st.integers(0, 2)))]
-    mask = np.concatenate([*others, causal(steps, total, padding, window)])
-    if draw(st.booleans()):
-        mask[-1, :, :, padding:] &= rng.random(total - padding) < 0.8
+    """A call for a padded batch, and the padding of its last sequence."""
+    rng, mask, padding = draw(padded_masks())
     sizes = [draw(st.sampled_from(choices)) for choices in ([1, 3, 16], [8, 16, 21], [0, 3, 8], [8, 16, 21], [16, 24, 80])]
-    format, length = draw(st.sampled_from([0, 1, 2])), draw(st.sampled_from([0, total, total + 5]))
+    format, length = draw(st.sampled_from([0, 1, 2])), draw(st.sampled_from([0, mask.shape[3], mask.shape[3] + 5]))
     return random_case(rng, mask, *sizes, length=length, sinks=draw(st.booleans()), format=format), padding
 
 
@@ -157,9 +140,7 @@ def test_a_prompt_has_the_same_bits_when_it_is_padded(
     """The padding is among the new tokens, as in a batch of prompts of different lengths."""
     steps = length + padding
     padded = random_case(rng, causal(steps, steps, padding, window))
-    names = ("query", "latent", "position")
-    cut: dict[str, Any] = {name: getattr(padded, name)[:, padding:] for name in names}
-    alone = replace(padded, mask=padded.mask[:, :, padding:, padding:], **cut)
+    alone = unpadded(padded, padding, ("query", "latent", "position"))
     np.testing.assert_array_equal(attend(padded)[0][:, padding:], attend(alone)[0])
     check(padded, attend(padded))
 
@@ -180,11 +161,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_inputs_that_disagree_end_with_a_sentence(rng: np.random.Generator, wrong: str) -> None:
     shapes, sentence = WRONG[wrong]
-    case = random_case(rng, causal(3, 10), sequences=2, sinks=True)
-    kinds = {name: np.bool_ if name == "mask" else np.float32 for name in shapes}
-    inputs: dict[str, Any] = {name: np.ones(shape, kinds[name]) for name, shape in shapes.items()}
-    with pytest.raises(Exception, match=f"rq.moe LatentAttention: {sentence}"):
-        attend(replace(case, **inputs))
+    check_refused(latent_attention, random_case(rng, causal(3, 10), sequences=2, sinks=True), ones(shapes), sentence)
 
 
 @pytest.mark.parametrize(
@@ -196,5 +173,4 @@ def test_inputs_that_disagree_end_with_a_sentence(rng: np.random.Generator, wron
     ],
 )
 def test_attributes_that_cannot_be(rng: np.random.Generator, change: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(Exception, match=f"rq.moe LatentAttention: {sentence}"):
-        attend(replace(random_case(rng, causal(1, 10)), **change))
+    check_refused(latent_attention, random_case(rng, causal(1, 10)), change, sentence)

@@ -135,8 +135,7 @@ def predictions(calibration: Calibration, mixture: Mixture) -> dict[str, float]:
     ]
     weights = {
         "errors alone": [1.0] * len(layers),
-        "with sensitivities": [layer.sensitivity or 1.0 for layer in layers],
-        "as plans do": error_weights(calibration, in_nats=False),
+        "with sensitivities": error_weights(calibration, in_nats=False),
     }
     return {name: float(np.dot(factors, errors)) for name, factors in weights.items()}
 

@@ -19,8 +19,6 @@ from rq_compile.quantization.formats import FEW_BITS, FORMATS, SLOT_FORMATS, For
 # No format but the checkpoint's own counts as exact: what cost nothing on the calibration text may cost something elsewhere.
 # Far below any measured error, this only decides between equals, in favour of more bits.
 LEAST_ERROR = 1e-9
-# What a change costs by the choices of each later router, in units of its own cost.
-ROUTED = 2
 
 
 def held_wider(target: Target) -> tuple[Format, ...]:
@@ -157,16 +155,14 @@ def error_weights(calibration: Calibration, *, in_nats: bool) -> list[float]:
     """What a relative error of each layer's output counts in a plan; 1 if it was not measured in every layer.
 
     ``in_nats``: its relative change of the residual stream, as ``DenseCalibration`` has it. Otherwise its change of an average
-    token's stream, and ``ROUTED`` times that for the router of each later layer, which may choose other experts; divided by what
-    the median layer counts."""
+    token's stream, divided by that of the median layer."""
     shares = [layer.stream_share if in_nats else layer.sensitivity for layer in calibration.layers]
     known = [share for share in shares if share is not None]
     if len(known) < len(shares):
         return [1.0] * len(shares)
     if in_nats:
         return known
-    changes = [share * (1 + ROUTED * later) for share, later in zip(known, reversed(range(len(known))), strict=True)]
-    return [change / median(changes) for change in changes]
+    return [share / median(known) for share in known]
 
 
 def _layer(layer: LayerCalibration, loads: np.ndarray, dtype: Format, target: Target, weight: float) -> Layer:

@@ -36,14 +36,14 @@ def errors(plan: Plan) -> list[float]:
 
 @pytest.mark.parametrize("policy", ["uniform", "optimal", "random", "frequency"])
 def test_errors_of_a_plan_are_weighted(policy: str) -> None:
-    calibration = calibrated(0.08, 0.1 / 3, 0.2)
+    calibration = calibrated(0.4, 0.1, 0.2)
     plan = plan_of(calibration, policy)
     for layer, known, weight in zip(plan.layers, calibration.layers, (2, 0.5, 1), strict=True):
         lost = sum(known.error[slot.format][slot.expert] for slot in layer.slots if slot.format != "bf16")
         assert layer.predicted.error == pytest.approx(weight * lost)
 
 
-@pytest.mark.parametrize("sensitivities", [(None, None, None), (0.4, None, 0.2), (0.6, 1.0, 3.0)])
+@pytest.mark.parametrize("sensitivities", [(None, None, None), (0.4, None, 0.2), (0.6, 0.6, 0.6)])
 def test_layers_count_alike_unless_the_sensitivity_of_all_is_known(sensitivities: tuple[float | None, ...]) -> None:
     calibration = calibrated(*sensitivities)
     assert error_weights(calibration, in_nats=False) == [1.0, 1.0, 1.0]
@@ -59,7 +59,7 @@ def test_the_sensitive_layer_gets_the_bits() -> None:
 @pytest.mark.parametrize("target", ["cpu", "batched"])
 def test_one_extreme_layer_leaves_the_others_as_they_are(target: str) -> None:
     """In a layer in which an attention sink arises, outputs are a thousand times as large as the typical stream."""
-    weights = error_weights(calibrated(0.1 / 9, 0.2 / 7, 0.3 / 5, 0.2 / 3, 5000.0), in_nats=False)
+    weights = error_weights(calibrated(0.1, 0.2, 0.3, 0.2, 5000.0), in_nats=False)
     np.testing.assert_allclose(weights, [0.5, 1, 1.5, 1, 25000])
     plan = plan_of(calibrated(0.2, 0.2, 5000.0), target=target, memory=1.0)
     assert {slot.format for slot in plan.layers[2].slots} <= {"bf16", "int8"}

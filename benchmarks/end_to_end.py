@@ -56,8 +56,7 @@ BASE = "transformers, grouped_mm"
 GROUPS = {
     "experts": ("Dispatch", "ExpertGemm", "Combine"),
     "dense part": ("DenseGemm",),
-    "attention": ("MultiHeadAttention", "RotaryEmbedding"),
-    "cache": ("Concat",),
+    "attention": ("CacheAttention", "LatentAttention", "RotaryEmbedding", "CausalMask"),
     "norms": ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
     "router": ("Gemm", "Softmax", "TopK"),
 }

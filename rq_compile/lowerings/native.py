@@ -41,13 +41,16 @@ class Native(Lowering):
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.attention import attention
         from rq_compile.rewrite.cache_lengths import cache_lengths
+        from rq_compile.rewrite.causal_masks import causal_masks
         from rq_compile.rewrite.dense_gemms import dense_gemms
         from rq_compile.rewrite.embedding_tables import embedding_tables
         from rq_compile.rewrite.latent_attention import latent_attention
         from rq_compile.rewrite.quantized_tables import quantized_tables
+        from rq_compile.rewrite.residual_norms import residual_norms
         from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.rms_norms import rms_norms
         from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
+        from rq_compile.rewrite.same_shapes import same_shapes
 
         graph = imported(model)
         matrices: list[Section] = []
@@ -64,7 +67,8 @@ class Native(Lowering):
             reports.append(multiplied)
             matrices += tables + products
         experts, rewritten = self.moe_layers(graph, plan, source)
-        reports += [rewritten, rms_norms(graph), rotary_embeddings(graph), *latent, attention(graph), cache_lengths(graph)]
+        reports += [rewritten, rms_norms(graph), residual_norms(graph), rotary_embeddings(graph), *latent, attention(graph)]
+        reports += [cache_lengths(graph), causal_masks(graph), same_shapes(graph)]
         experts = with_mean_outputs(experts, plan.layers, source)
         return Lowered(exported(graph), experts, matrices, reports, counts(plan))
 

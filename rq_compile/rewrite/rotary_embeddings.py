@@ -82,4 +82,7 @@ def _tables(op: Ops, angle: gs.Tensor, scaling: float) -> list[gs.Tensor]:
     shape = op("Shape", angle, end=2)
     number = op("Reshape", op("Range", 0, op("ReduceProd", shape, keepdims=0), 1), shape)
     by_token = op("Reshape", angle, [-1, angle.shape[2]])
-    return [number, *(op("Mul", op(function, by_token), np.float32(scaling)) for function in ("Cos", "Sin"))]
+    cos_and_sin = [op(function, by_token) for function in ("Cos", "Sin")]
+    if scaling != 1:
+        cos_and_sin = [op("Mul", table, np.float32(scaling)) for table in cos_and_sin]
+    return [number, *cos_and_sin]

@@ -138,6 +138,8 @@ def by_token(op: Ops, by_head: gs.Tensor) -> gs.Tensor:
 def read_by_token(op: Ops, by_head: gs.Tensor, y: gs.Tensor, heads: int, dimension: int) -> None:
     """Let every reader of ``by_head [batch, heads, sequence, dimension]`` read ``y [batch, sequence, heads * dimension]``."""
     split = [0, 0, heads, dimension]
+    if by_head.shape is not None:
+        y.shape, y.dtype = [by_head.shape[0], by_head.shape[2], heads * dimension], by_head.dtype
     for swap in [node for node in by_head.outputs if node.op == "Transpose" and node.attrs["perm"] == SWAP_HEADS]:
         (by_token,) = swap.outputs
         swap.inputs.clear()

@@ -85,7 +85,10 @@ def test_what_was_replaced_is_counted(manifest: Manifest) -> None:
 
 def test_what_every_pass_did_is_counted(manifest: Manifest, graph: onnx.GraphProto) -> None:
     ops = Counter(node.op_type for node in graph.node)
-    assert manifest.replaced["norms fused"] == ops["SimplifiedLayerNormalization"] > 0
+    residual = manifest.replaced["residual sums fused with norms"]
+    assert manifest.replaced["norms fused"] - residual == ops["SimplifiedLayerNormalization"] > 0
+    assert residual == ops["SkipSimplifiedLayerNormalization"] > 0
+    assert manifest.replaced["causal masks fused"] == ops["CausalMask"] == 1
     assert manifest.replaced["rotations fused"] == ops["RotaryEmbedding"] > 0
     assert manifest.replaced["attentions fused"] == ops["CacheAttention"] > 0
     # A pass that found nothing says so, and why.

@@ -253,5 +253,6 @@ OrtCustomOp* dense_gemm_op();
 OrtCustomOp* combine_op();
 OrtCustomOp* cache_attention_op();
 OrtCustomOp* latent_attention_op();
+OrtCustomOp* causal_mask_op();
 
 }  // namespace rq

@@ -5,5 +5,5 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
                                                                                const OrtApiBase* base) {
   return rq::register_ops(options, base, "librq_moe.so", rq::kApiVersion,
                           {rq::dispatch_op(), rq::expert_gemm_op(), rq::combine_op(), rq::dense_gemm_op(),
-                           rq::cache_attention_op(), rq::latent_attention_op()});
+                           rq::cache_attention_op(), rq::latent_attention_op(), rq::causal_mask_op()});
 }

@@ -67,6 +67,7 @@ class Lowering(ABC):
     held_as: ClassVar[Mapping[Format, Format]] = {}
     counts_rows: ClassVar[bool] = True  # whether the graph has each layer's tensor slot_offsets
     rounds_dense: ClassVar[bool] = False  # whether it runs non-expert weights that a plan rounds
+    layer_bytes: ClassVar[int] = 14_000  # approximate bytes of a layer's nodes in the graph's file
     of_ranks: ClassVar[bool] = False  # whether the engine is a folder with a graph for each rank of the plan
     # Bits of the activations of quantized weights, and the format of non-expert matrices; options of some kinds.
     activation_bits: int = 32

@@ -37,6 +37,7 @@ class Native(Lowering):
     formats: ClassVar[tuple[Format, ...]] = OF_THE_OP_SET
     library: ClassVar[OpLibrary] = CPU_LIBRARY
     rounds_dense: ClassVar[bool] = True
+    layer_bytes: ClassVar[int] = 9_000  # its passes fuse nodes
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.attention import attention

@@ -32,7 +32,6 @@ from rq_compile.standalone.limits import usable_cpus
 from rq_compile.targets.licences import licence_texts
 from rq_compile.targets.weights_file import ALIGNMENT
 
-LAYER_BYTES = 14_000  # bytes of a layer's nodes in the graph
 MANIFEST = 3_000  # and the plan
 # Measured: memory of the libraries and of the exported graph of a small model.
 PROGRAM = 600 * 2**20
@@ -151,7 +150,7 @@ def _graph_bytes(layers: Sequence[MoeLayer], plan: Plan | None, lowering: Loweri
     else:
         slots = sum(layer.geometry.experts for layer in layers)
         products = len(COMPUTED_FORMATS) * len(layers)
-    return LAYER_BYTES * len(layers) + lowering.graph_bytes(slots, products)
+    return lowering.layer_bytes * len(layers) + lowering.graph_bytes(slots, products)
 
 
 def _quantizing_seconds(layers: Sequence[MoeLayer], plan: Plan | None) -> float:

@@ -76,7 +76,9 @@ def _of_layers(model: Model, known: set[str]) -> Iterator[DenseModule]:
                 continue
             ffn = routed is not None or FFN.search(child)
             kind: DenseKind = "attention" if not ffn else "shared experts" if moe else "dense ffn"
-            run = routed.rpartition(".")[0] if routed else path
+            block = routed.rpartition(".")[0] if routed else path
+            # Shared experts may lie outside of the block that routes (Ernie 4.5 VL).
+            run = block if all(name.startswith(f"{block}.") for name in matrices) else path
             yield DenseModule(path, kind, matrices, run, layer, int(number), routed)
 
 

@@ -236,7 +236,11 @@ def set_experts_implementation(model: Any, implementation: str) -> None:
 
 def text_body(model: Any) -> Any:
     """The part of a model that reads token ids, without the head. For a multimodal model, this is only its language model."""
-    return model.base_model if model.config.is_encoder_decoder else model.get_decoder()
+    if model.config.is_encoder_decoder:
+        return model.base_model
+    decoder = model.get_decoder()
+    # Llama 4 calls its language model with the head the decoder.
+    return decoder if decoder.get_output_embeddings() is None else decoder.model
 
 
 def _check_placed(traces: Traces, checkpoint: Checkpoint, config: "PretrainedConfig") -> None:

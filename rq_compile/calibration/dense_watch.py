@@ -135,7 +135,9 @@ class Watch:
         square, rows = 0.0, 0
         module = net.get_submodule(self.module.run)
         below = len(f"{self.module.run}.")
-        for call in self._calls_of_all(next(module.parameters()).device):
+        # Routed experts may not be loaded.
+        device = next(weight.device for weight in module.parameters() if not weight.is_meta)
+        for call in self._calls_of_all(device):
             with torch.inference_mode(), _experts_give(net, self.module.experts, call.experts):
                 before = call.returned
                 if self.module.experts is not None and call.experts is None:

@@ -125,6 +125,18 @@ def test_three_processes_calibrate_as_one(model: Path, alone: Path) -> None:
     same(alone / "calibration.json", alone / "three.json")
 
 
+@pytest.mark.parametrize("sample", ["deepseek-v2", "qwen2-moe"])
+def test_two_processes_calibrate_shared_experts_as_one(sample: str, tmp_path: Path) -> None:
+    """Layer by layer, the routed experts beside them have no values while they run again."""
+    model = Path(__file__).parents[2] / "samples" / sample
+    (tmp_path / "text.txt").write_text(TEXT)
+    for size in (1, 2):
+        for status, _, error in ended(start(size, *calibrating(model, tmp_path, f"{size}.json"))):
+            assert status == 0, error
+    assert "shared experts" in {module["kind"] for module in json.loads((tmp_path / "1.json").read_text())["dense"]}
+    same(tmp_path / "1.json", tmp_path / "2.json")
+
+
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_lost_process_ends_all_and_the_run_goes_on_later(model: Path, alone: Path, dying: int) -> None:
     command = calibrating(model, alone, f"resumed{dying}.json")

@@ -128,7 +128,7 @@ installed: ## test the wheel in dist/ in an empty environment, for example with 
 
 # What the quick tests leave out of the oldest ONNX Runtime and transformers: the ops, the fused ops, the names that we use of
 # transformers, and the engines of a family.
-ON_OLDEST := plugins/test_ops.py rewrite/test_fused_ops.py architectures/test_transformers_names.py architectures/test_families.py \
+ON_OLDEST := plugins/test_ops.py rewrite/test_fused_ops.py rewrite/test_fused_norms.py architectures/test_transformers_names.py architectures/test_families.py \
   -k 'not lesser and (olmoe or not families)'
 
 # One wheel serves both: its libraries are not tied to a version of Python.

@@ -239,7 +239,7 @@ def text_body(model: Any) -> Any:
     if model.config.is_encoder_decoder:
         return model.base_model
     decoder = model.get_decoder()
-    # Llama 4 calls its language model with the head the decoder.
+    # Llama 4's decoder is its language model, which includes the head.
     return decoder if decoder.get_output_embeddings() is None else decoder.model
 
 

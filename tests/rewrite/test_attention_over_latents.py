@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
-from test_fused_ops import END, additive, eager_attention, exported_attention, graph_of, ops_of, run_all
+from fused_graphs import END, additive, eager_attention, exported_attention, graph_of, ops_of, run_all
 
 from rq_compile.quantization.dense_layout import quantized_parts
 from rq_compile.rewrite.cache_lengths import caches_in_place

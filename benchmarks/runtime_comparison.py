@@ -13,7 +13,7 @@ their tools choose, we one for 128. Activations are rounded to int8 where a runt
     python benchmarks/runtime_comparison.py measure --folder /scratch --model qwen3 --bits 4 --against llama_cpp ...
 
 ``--python NAME=PATH`` gives the interpreter that has the packages of benchmarks/runtimes/NAME.txt; default: this one. Rows go to
-benchmarks/results/runtime_comparison.json and replace those of the same model, bits, runtime and opponent.
+benchmarks/results/runtime_comparison.json and replace those of the same processor, model, bits, runtime and opponent.
 
 ``correlation`` and ``same_token`` compare the logits after a prompt with those of transformers in fp32, which shows that all
 runtimes run the same model. With random weights, rounding to 4 bits changes logits far more than in a trained model.
@@ -272,7 +272,7 @@ def measure(settings: argparse.Namespace) -> None:
             for row in measured(name, bits, [key for key in settings.against if key != "rq_compile"], settings):
                 print(json.dumps(row), flush=True)
                 known = json.loads(settings.output.read_text()) if settings.output.exists() else []
-                key = ("model", "bits", "runtime", "against")
+                key = ("processor", "model", "bits", "runtime", "against")
                 kept = [other for other in known if [other[part] for part in key] != [row[part] for part in key]]
                 settings.output.write_text(json.dumps([*kept, row], indent=1) + "\n")
 

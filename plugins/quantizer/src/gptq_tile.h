@@ -1,5 +1,6 @@
 // Rounds one tile of rows, with vectors of RQ_VECTOR_BYTES. The including file defines the name of the function (RQ_ROUND_TILE)
-// and how many vectors of rows a product holds in registers (RQ_VECTORS).
+// and how many vectors of rows a product holds in registers (RQ_VECTORS). If the processor has an instruction for products of
+// pairs, it also defines `add_products` (RQ_ADD_PRODUCTS).
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -37,14 +38,8 @@ inline Vector clamp(Vector x, Vector low, Vector high) { return smaller(larger(x
 
 // sum + the first column of each pair * its factor + the second column * its factor.
 inline Whole add_products(Whole sum, Pair columns, uint32_t factors) {
-#if defined(__AVX512VNNI__) && RQ_VECTOR_BYTES == 64
-  return (Whole)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)columns, _mm512_set1_epi32(factors));
-#elif defined(__AVX512BW__) && RQ_VECTOR_BYTES == 64
-  return sum + (Whole)_mm512_madd_epi16((__m512i)columns, _mm512_set1_epi32(factors));
-#elif defined(__AVX2__) && RQ_VECTOR_BYTES == 32
-  return sum + (Whole)_mm256_madd_epi16((__m256i)columns, _mm256_set1_epi32(factors));
-#elif defined(__SSE2__) && RQ_VECTOR_BYTES == 16
-  return sum + (Whole)_mm_madd_epi16((__m128i)columns, _mm_set1_epi32(factors));
+#ifdef RQ_ADD_PRODUCTS
+  return RQ_ADD_PRODUCTS(sum, columns, factors);
 #else
   const Whole both = reinterpret_cast<Whole>(columns);
   return sum + (both << 16 >> 16) * static_cast<int16_t>(factors) + (both >> 16) * static_cast<int16_t>(factors >> 16);

@@ -28,6 +28,8 @@ typedef int8_t Line __attribute__((vector_size(16)));
 constexpr int kLine = sizeof(Line);
 constexpr int kVectors = RQ_VECTORS;
 constexpr int kTileVectors = kTileRows / kLanes;
+// The vectors of rows for which a scale is searched at a time: the sums of one alone would wait for each other.
+constexpr int kSearched = 4;
 
 inline Vector splat(float value) { return value - Vector{}; }
 
@@ -163,32 +165,42 @@ struct Tile {
   // error. Errors are measured in units of that scale, so that they do not overflow.
   void choose_scales(const Vector* block, const float* importance) {
     const Vector least = splat(matrix.least), greatest = splat(matrix.greatest);
-    for (int v = 0; v < kTileVectors; ++v) {
-      Vector low = {}, high = {};
-      for (int64_t c = 0; c < matrix.block; ++c) {
-        const Vector x = block[c * kTileVectors + v];
-        low = smaller(x, low);
-        high = larger(x, high);
-      }
-      // If the range has one more value on the negative side, that value represents the largest weight, whatever its sign.
-      const Vector holding =
-          matrix.least == -matrix.greatest ? (high > -low ? high : -low) / greatest : (high > -low ? high : low) / least;
-      const Vector unit = inverse(holding);
-      Vector best = splat(1.0f), best_error = splat(std::numeric_limits<float>::infinity());
-      for (int64_t f = 0; f < matrix.fraction_count; ++f) {
-        const Vector fraction = splat(matrix.fractions[f]), per_fraction = unit / fraction;
-        Vector error = {};
+    for (int first = 0; first < kTileVectors; first += kSearched) {
+      Vector holding[kSearched], unit[kSearched], best[kSearched], best_error[kSearched];
+      for (int v = 0; v < kSearched; ++v) {
+        Vector low = {}, high = {};
         for (int64_t c = 0; c < matrix.block; ++c) {
-          const Vector x = block[c * kTileVectors + v] * per_fraction;
-          const Vector away = nearest(clamp(x, least, greatest)) - x;
-          error += away * away * importance[c];
+          const Vector x = block[c * kTileVectors + first + v];
+          low = smaller(x, low);
+          high = larger(x, high);
         }
-        error *= fraction * fraction;
-        best = error < best_error ? fraction : best;
-        best_error = smaller(error, best_error);
+        // If the range has one more value on the negative side, that value represents the largest weight, whatever its sign.
+        holding[v] =
+            matrix.least == -matrix.greatest ? (high > -low ? high : -low) / greatest : (high > -low ? high : low) / least;
+        unit[v] = inverse(holding[v]);
+        best[v] = splat(1.0f);
+        best_error[v] = splat(std::numeric_limits<float>::infinity());
       }
-      scales[v] = holding * best;
-      inverses[v] = inverse(scales[v]);
+      for (int64_t f = 0; f < matrix.fraction_count; ++f) {
+        const Vector fraction = splat(matrix.fractions[f]);
+        Vector per_fraction[kSearched], error[kSearched] = {};
+        for (int v = 0; v < kSearched; ++v) per_fraction[v] = unit[v] / fraction;
+        for (int64_t c = 0; c < matrix.block; ++c)
+          for (int v = 0; v < kSearched; ++v) {
+            const Vector x = block[c * kTileVectors + first + v] * per_fraction[v];
+            const Vector away = nearest(clamp(x, least, greatest)) - x;
+            error[v] += away * away * importance[c];
+          }
+        for (int v = 0; v < kSearched; ++v) {
+          error[v] *= fraction * fraction;
+          best[v] = error[v] < best_error[v] ? fraction : best[v];
+          best_error[v] = smaller(error[v], best_error[v]);
+        }
+      }
+      for (int v = 0; v < kSearched; ++v) {
+        scales[first + v] = holding[v] * best[v];
+        inverses[first + v] = inverse(scales[first + v]);
+      }
     }
   }
 
@@ -217,7 +229,7 @@ struct Tile {
       const int64_t pair = earlier * matrix.block / 2;
       for (int64_t c = 0; c < matrix.block; c += kColumns)
         subtract_pairs(reinterpret_cast<const Pair*>(part) + pair * kTileVectors, units + earlier * kTileVectors,
-                       block + c * kTileVectors, across + c * matrix.known / 2 + pair * kColumns,
+                       block + c * kTileVectors, across + (pair * matrix.block) + c * matrix.block / 2,
                        units_of_factors + earlier * matrix.block + c);
     }
     choose_scales(block, importance);

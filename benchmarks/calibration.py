@@ -3,7 +3,8 @@
     python benchmarks/calibration.py --shape OLMoE-1B-7B --tokens 4096 --way layers --folder /scratch
 
 "forward" is transformers' forward pass, in fp32 with `grouped_mm`, over the batches that the calibration runs, with the head,
-which the calibration measures, too; "forward_body" is the part of it before the head. "read" reads every tensor of the checkpoint
+which the calibration measures, too; "forward_body" is the part of it before the head. It runs in a process of its own, because
+the program's settings of the memory allocator are not transformers'. "read" reads every tensor of the checkpoint
 once, as stored. "calibrate" is all of `rq_compile.calibration.calibrate`, with GPTQ, either with the whole model in memory
 ("whole") or layer by layer ("layers"). "expert" is the CPU seconds of the measurements for an expert of 6.3 million weights,
 including GPTQ for int8 and int4, without the products of the expert's tokens with its original weights, which every forward pass
@@ -23,9 +24,11 @@ import json
 import platform
 import pstats
 import subprocess
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, process_time, thread_time
 from typing import Any
@@ -43,13 +46,13 @@ from rq_compile.calibration import measure
 from rq_compile.calibration.memory import Way
 from rq_compile.calibration.recording import model_arguments
 from rq_compile.calibration.scratch import return_large_arrays_when_freed
-from rq_compile.calibration.text import Batch, tokenize
+from rq_compile.calibration.text import tokenize
 from rq_compile.quantization.formats import Quantizer
 
 RESULTS = ROOT / "benchmarks" / "results" / "calibration.json"
 TOKENIZER = ROOT / "samples" / "olmoe" / "tokenizer.json"
 WEIGHTS = 6.3e6  # of an expert of OLMoE-1B-7B
-BATCH_SIZE, LENGTH = 2, 1024
+CUT: dict[str, Any] = {"batch_size": 2, "sequence_length": 1024}
 VOCABULARY = 4096  # for each layer
 COMMON: dict[str, Any] = {
     "num_hidden_layers": 1,
@@ -105,6 +108,10 @@ class Clock:
         self.cpu += process_time() - self._began[0]
         self.wall += perf_counter() - self._began[1]
 
+    def add(self, other: "Clock") -> None:
+        self.cpu += other.cpu
+        self.wall += other.wall
+
     def row(self, name: str, rounds: int) -> dict[str, float]:
         return {f"{name}_cpu_s": round(self.cpu / rounds, 3), f"{name}_s": round(self.wall / rounds, 3)}
 
@@ -144,27 +151,33 @@ def timed_in(module: Any, name: str, clock: Clock) -> Callable[[], None]:
     return lambda: setattr(module, name, function)
 
 
+@cache
+def loaded(path: Path) -> Any:
+    return load_model(Model.open(path))
+
+
+def forward_pass(path: Path, tokens: int, last_batch: bool = False) -> tuple[Clock, Clock]:
+    """The time of the model over the text, or over its last batch, and that of its body alone."""
+    model = Model.open(path)
+    batches = calibration.work_of(model, text(model, tokens), **CUT).batches
+    net, forward, body = loaded(path), Clock(), Clock()
+    with forward, torch.inference_mode():
+        for batch in batches[-1:] if last_batch else batches:
+            with body:
+                hidden = net.base_model(**model_arguments(batch, "cpu"))[0]
+            net.lm_head(hidden)
+    return forward, body
+
+
 def row(path: Path, shape: str, tokens: int, way: str, quantizer: Quantizer, rounds: int, with_profile: bool) -> dict[str, Any]:
     model = Model.open(path)
     texts = text(model, tokens)
     geometry = model.layers[0].geometry
     calibration.choose_way = lambda *_, **__: Way(way == "whole", True, way)
-    given: dict[str, Any] = {"batch_size": BATCH_SIZE, "sequence_length": LENGTH}
-    work = calibration.work_of(model, texts, **given)
+    work = calibration.work_of(model, texts, **CUT)
 
     read, forward, body, calibrate, measuring = (Clock() for _ in range(5))
     own_cpu: list[float] = []
-    loaded = load_model(model)
-
-    def pass_over(batches: Sequence[Batch]) -> None:
-        with torch.inference_mode():
-            for batch in batches:
-                with body:
-                    hidden = loaded.base_model(**model_arguments(batch, "cpu"))[0]
-                loaded.lm_head(hidden)
-
-    pass_over(work.batches[-1:])
-    body = Clock()
     undo = timed_in(calibration, "measure_layer", measuring)
     products = measure.expert_outputs
 
@@ -177,15 +190,18 @@ def row(path: Path, shape: str, tokens: int, way: str, quantizer: Quantizer, rou
         return found
 
     measure.expert_outputs = expert_outputs  # type: ignore[assignment]  # one function for two overloads
-    run = partial(calibration.calibrate, model, texts, **given, quantizer=quantizer, progress=lambda *_: None)
-    for _ in range(rounds):
-        with forward:
-            pass_over(work.batches)
-        with read:
-            for name in model.checkpoint.names:
-                model.checkpoint.read(name)
-        with calibrate:
-            run()
+    run = partial(calibration.calibrate, model, texts, **CUT, quantizer=quantizer, progress=lambda *_: None)
+    with ProcessPoolExecutor(1, get_context("spawn")) as transformers:
+        transformers.submit(forward_pass, path, tokens, last_batch=True).result()
+        return_large_arrays_when_freed()  # as the program does, once the other process has begun with settings of its own
+        for _ in range(rounds):
+            for clock, more in zip((forward, body), transformers.submit(forward_pass, path, tokens).result(), strict=True):
+                clock.add(more)
+            with read:
+                for name in model.checkpoint.names:
+                    model.checkpoint.read(name)
+            with calibrate:
+                run()
     undo()
     measure.expert_outputs = products
 
@@ -255,7 +271,6 @@ def main() -> None:
     parser.add_argument("--only-make", action="store_true", help="make the checkpoint and measure nothing")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    return_large_arrays_when_freed()  # as the program does
     path = checkpoint(arguments.shape, arguments.experts, arguments.folder, arguments.layers)
     if arguments.only_make:
         return

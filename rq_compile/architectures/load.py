@@ -29,6 +29,7 @@ from rq_compile.checkpoint.checkpoint import Checkpoint
 from rq_compile.checkpoint.mapped import mapped
 from rq_compile.errors import UserError, reason
 from rq_compile.processes import on_this_host
+from rq_compile.quantization.quantizer import torch_tensor
 from rq_compile.standalone.limits import default_threads
 
 # One product per expert with tokens: "grouped_mm" in one call, which needs rows of multiples of 16 bytes, or "eager" in a loop.
@@ -166,4 +167,4 @@ def _fill(empty: PreTrainedModel, model: Model) -> None:
 
 
 def _fp32(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.float32, copy=False))
+    return torch_tensor(array).float()

@@ -8,6 +8,7 @@ import torch
 
 from rq_compile.processes import world
 from rq_compile.quantization.formats import DENSE_QUANTIZED, Format
+from rq_compile.quantization.quantizer import torch_tensor
 
 # Rows of the head that run at a time.
 ROWS = 1 << 13
@@ -23,7 +24,7 @@ def head_divergence(
     before = _Sum(len(hidden))
     after = {format: _Sum(len(hidden)) for format in DENSE_QUANTIZED}
     for start in range(0, len(weights), ROWS):
-        some = weights[start : start + ROWS].astype(np.float32)
+        some = torch_tensor(weights[start : start + ROWS]).float().numpy()
         logits = _final(hidden @ torch.from_numpy(some).mT, config)
         before.add(logits)
         owners = world().owners([1] * len(after))

@@ -12,10 +12,12 @@ from rq_compile import spill
 from rq_compile.errors import UserError
 from rq_compile.file_systems import optional
 
-# Of glibc's malloc.h: ``M_MMAP_THRESHOLD``.
-MMAP_THRESHOLD = -3
+# Of glibc's malloc.h: ``M_TRIM_THRESHOLD`` and ``M_MMAP_THRESHOLD``.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 # Bytes. Smaller arrays, such as the outputs of an expert for some tokens, come too often to be handed out by the system.
 LARGE_ARRAY = 8 << 20
+# Bytes of freed smaller arrays that a thread keeps for later ones, until ``return_freed``.
+KEPT = 64 << 20
 
 
 def scratch(shape: tuple[int, ...], in_memory: bool, dtype: type[np.floating] = np.float32) -> np.ndarray:
@@ -56,15 +58,19 @@ def return_freed() -> None:
 
 
 def return_large_arrays_when_freed() -> None:
-    """From now on, let this process return the memory of every large array as soon as the array is freed.
+    """From now on, let this process return the memory of every large array as soon as the array is freed, keep that of smaller
+    ones, and let torch have huge pages.
 
-    By default, glibc does so at first, but after a few large arrays keeps up to 32 MiB of each for later ones, in every thread.
-    This setting is for a process as a whole, so only the program makes it, not the Python API. Does nothing with another C
-    library.
+    By default, glibc returns large arrays at first, but after a few of them keeps up to 32 MiB of each for later ones, in every
+    thread. Of smaller arrays, it returns what ends a heap, which the system then has to clear again and again: without these
+    settings, that is up to a seventh of a calibration. They are for a process as a whole, so only the program makes them, not
+    the Python API. Those of glibc do nothing with another C library.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it first allocates
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None and hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         set_option(MMAP_THRESHOLD, LARGE_ARRAY)
+        set_option(TRIM_THRESHOLD, KEPT)
 
 
 def on_disk(array: np.ndarray) -> np.ndarray:

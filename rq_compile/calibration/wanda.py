@@ -11,6 +11,8 @@ from rq_compile.quantization.weight_sums import lowest_scores
 # Wanda's usual sparsity. The score is then the mean over the weights that would be removed by pruning half of the expert.
 WANDA_FRACTION = 0.5
 SAMPLE = 100_000
+# The place of a score in the sample has a standard deviation of at most half of the square root of the sample's size.
+REACH = 2.5
 
 
 def wanda_score(matrices: list[tuple[np.ndarray, np.ndarray]], fraction: float) -> float:
@@ -24,7 +26,7 @@ def wanda_score(matrices: list[tuple[np.ndarray, np.ndarray]], fraction: float) 
     total = sum(weights.size for weights, _ in factors)
     count = ceil(fraction * total)
     sample = np.concatenate([_sample(*pair, max(1, total // SAMPLE)) for pair in factors])
-    place, reach = count / total * len(sample), 4 * len(sample) ** 0.5
+    place, reach = count / total * len(sample), REACH * len(sample) ** 0.5
     # Beyond the sample's ends there may be others.
     low = float(np.partition(sample, int(place - reach))[int(place - reach)]) if place >= reach else 0.0
     high = float(np.partition(sample, int(place + reach))[int(place + reach)]) if place + reach < len(sample) else np.inf

@@ -34,8 +34,8 @@ class Feedback:
     A part is what columns that are rounded with a look at each other make up: all, or those of one block of the moment; it is
     filled up to whole blocks of ``block`` columns. ``within`` fp32 ``[parts * blocks, block, block]`` has the factors of the
     columns of a block for each other. ``across`` int32 ``[parts, blocks, blocks, block / 4, block / 2, 4]`` has, for the columns
-    of each block, four by four, those of the columns of every block, as int16: of two neighbours, the first in the lower half. They
-    count ``units`` fp32 ``[parts, blocks, blocks, block]``, which each column of a block has for the factors of every block.
+    of each block, four by four, those of the columns of every block, as int16: of two neighbours, the first in the lower half.
+    They count ``units`` fp32 ``[parts, blocks, blocks, block]``, which each column of a block has for the factors of every block.
     ``importance`` fp32 ``[parts * blocks * block]`` is the diagonal of the moment, damped, in units of its mean; 0 where it is
     filled up.
     """
@@ -118,6 +118,9 @@ def _inverse_factor(moments: torch.Tensor) -> torch.Tensor:
     columns, inverse = moments.shape[-1], torch.zeros_like(moments)
     blocks = [slice(start, min(start + COLUMNS_AT_ONCE, columns)) for start in range(0, columns, COLUMNS_AT_ONCE)]
 
+    def divide(block: slice, by: slice) -> None:
+        moments[:, block, by] = moments[:, block, by] @ inverse[:, by, by].mT
+
     def subtract(block: slice, factored: slice) -> None:
         below = moments[:, block.start :, factored]
         moments[:, block.start :, block] -= below @ moments[:, block, factored].mT
@@ -132,7 +135,7 @@ def _inverse_factor(moments: torch.Tensor) -> torch.Tensor:
             factor = torch.linalg.cholesky(moments[:, block, block])
             unit = torch.eye(factor.shape[-1], dtype=factor.dtype)
             inverse[:, block, block] = torch.linalg.solve_triangular(factor, unit, upper=False)
-            moments[:, block.stop :, block] = moments[:, block.stop :, block] @ inverse[:, block, block].mT
+            on_all(partial(divide, by=block), blocks[number + 1 :])
             on_all(partial(subtract, factored=block), blocks[number + 1 :])
         on_all(invert, blocks)
     return inverse

@@ -62,9 +62,9 @@ def return_large_arrays_when_freed() -> None:
     ones, and let torch have huge pages.
 
     By default, glibc returns large arrays at first, but after a few of them keeps up to 32 MiB of each for later ones, in every
-    thread. Of smaller arrays, it returns what ends a heap, which the system then has to clear again and again: without these
-    settings, that is up to a seventh of a calibration. They are for a process as a whole, so only the program makes them, not
-    the Python API. Those of glibc do nothing with another C library.
+    thread. With a fixed limit for large arrays, it returns smaller ones, too, if they end a heap, and the system would clear the
+    same memory again and again. These settings are for a process as a whole, so only the program makes them, not the Python API.
+    Those of glibc do nothing with another C library.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it first allocates
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)

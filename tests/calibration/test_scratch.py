@@ -57,3 +57,23 @@ def test_large_arrays_are_returned_when_they_are_freed(megabytes: int) -> None:
 
     assert returned("return_large_arrays_when_freed()") >= 8 * megabytes - 2
     assert returned("") < 4 * megabytes
+
+
+SMALL_ARRAYS = """
+from resource import RUSAGE_SELF, getrusage
+import numpy as np
+from rq_compile.calibration.scratch import return_large_arrays_when_freed
+
+return_large_arrays_when_freed()
+before = getrusage(RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    np.ones(2 << 20, np.uint8)
+print(getrusage(RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc has the setting")
+def test_the_memory_of_smaller_arrays_is_not_cleared_again() -> None:
+    """Two of fifty arrays may be of new pages. With the limit for large arrays alone, all were."""
+    found = subprocess.run([sys.executable, "-c", SMALL_ARRAYS], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 2 * ((2 << 20) // 4096)

@@ -11,7 +11,7 @@ struct Matrix {
   int64_t rows, columns, parts, known, block;
   // The rounding error of column j times a factor is subtracted from each later column k. Factors within a block of columns:
   // [parts * known / block, block, block], indexed by j and k. Factors for later blocks of the part: [parts, known / block,
-  // known / block, block / kColumns, block / 2, kColumns], first by the block of k, then by that of j. Each entry holds the factors of columns j and j + 1 as int16, j in the lower half, in
+  // block / kColumns, known / 2, kColumns]. Each entry holds the factors of columns j and j + 1 as int16, j in the lower half, in
   // the unit of k for the block of j: [parts, known / block, known / block, block], indexed by the block of k, that of j, and k.
   const float* within;
   const uint32_t* across;

@@ -229,7 +229,7 @@ struct Tile {
       const int64_t pair = earlier * matrix.block / 2;
       for (int64_t c = 0; c < matrix.block; c += kColumns)
         subtract_pairs(reinterpret_cast<const Pair*>(part) + pair * kTileVectors, units + earlier * kTileVectors,
-                       block + c * kTileVectors, across + pair * matrix.block + c * matrix.block / 2,
+                       block + c * kTileVectors, across + c * matrix.known / 2 + pair * kColumns,
                        units_of_factors + earlier * matrix.block + c);
     }
     choose_scales(block, importance);

@@ -4,6 +4,14 @@
 namespace {
 
 constexpr int32_t kInt8Offset = 0;  // left in the weights that dot_int8 multiplies
+constexpr int kQuantizedRows = 4;
+constexpr int quantized_panels(int rows, int instructions) { return rows > 1 ? 1 : instructions == 1 ? 4 : 2; }
+
+// Adds in the order of the source. GCC 12 would multiply for all sums first, and run out of registers.
+inline Ints in_order(Ints sum) {
+  asm("" : "+x"(sum));
+  return sum;
+}
 
 // A pair of products of int4 and int8 is at most 2 * 15 * 127 in magnitude, so 16 bits hold the sum of eight pairs.
 constexpr int kPartialColumns = 32;
@@ -11,7 +19,7 @@ struct Partial {
   __m256i words = _mm256_setzero_si256();
 };
 inline Partial dot_int4(Partial sum, Ints weights, Ints x) {
-  return {_mm256_add_epi16(sum.words, _mm256_maddubs_epi16(weights, x))};
+  return {in_order(_mm256_add_epi16(sum.words, _mm256_maddubs_epi16(weights, x)))};
 }
 inline Ints widen(Ints sum, Partial partial) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(partial.words, _mm256_set1_epi16(1)));
@@ -20,7 +28,7 @@ inline Ints widen(Ints sum, Partial partial) {
 inline Ints dot_int8(Ints sum, Ints weights, Ints x) {
   const Ints w = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
   const Ints words = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+  return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1))));
 }
 
 }  // namespace

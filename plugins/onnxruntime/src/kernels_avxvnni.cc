@@ -4,6 +4,8 @@
 namespace {
 
 constexpr int32_t kInt8Offset = 128;
+constexpr int kQuantizedRows = 2;
+constexpr int quantized_panels(int rows, int) { return rows == 1 ? 4 : 1; }
 
 using Partial = Ints;
 constexpr int kPartialColumns = 1024;  // of any block

@@ -8,14 +8,13 @@ namespace {
 using Floats = __m256;
 using Ints = __m256i;
 constexpr int64_t kLanes = 8, kVectors = 2;
-constexpr int kFloatRows = 6, kUnpackingRows = 4, kQuantizedRows = 2;  // rows of x at a time: as many as fit into the registers
+constexpr int kFloatRows = 6, kUnpackingRows = 4;  // rows of x at a time: as many as fit into the registers
 constexpr int float_panels(int rows, bool converted) { return rows == 1 ? 4 : rows <= (converted ? 2 : 3) ? 2 : 1; }
 constexpr int kDotInstructions = 1;  // does not matter: see prefetch
-constexpr int quantized_panels(int rows, int) { return rows == 1 ? 4 : 1; }
 // In a single panel, the processor's prefetcher stops at every page; in several, it keeps up, and must not be overtaken.
 template <int panels, int>
 inline void prefetch(const uint8_t* line) {
-  __builtin_prefetch(line + (panels == 1 ? 4096 : 512));
+  __builtin_prefetch(line + (panels == 1 ? 4096 : panels == 2 ? 1024 : 512));
 }
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }

@@ -81,20 +81,17 @@ def decode(
     cache, step = manifest["cache"], Step(session, manifest["cache"])
     chunk, beyond = manifest.get("prefill_chunk"), manifest.get("recomputed_beyond")
     start, known = (0, []) if prefix_cache is None else prefix_cache.longest(prompt)
-    sequence, room = list(prompt), max(start, LEAST_ROOM)
-    past = with_room(cache, known or no_past(cache), start, room)
+    sequence, room = list(prompt), 0
+    past, in_place = known or no_past(cache), all(map(grows_in_place, cache))
     try:
         while True:
             end = min(len(sequence), start + chunk) if chunk else len(sequence)
             if end > room:
-                room = 2 * end
+                room = max(2 * end, LEAST_ROOM)
                 past = with_room(cache, past, start, room)
-            present = [
-                array if grows_in_place(tensor) else np.empty(shape_of(tensor, 1, end), np.float32)
-                for tensor, array in zip(cache, past, strict=True)
-            ]
-            ids, positions = np.array([sequence[start:end]], np.int64), np.arange(start, end, dtype=np.int64)[None]
-            logits = step(ids, np.ones((1, end), np.int64), positions, past, present)
+                mask, positions = np.ones((1, room), np.int64), np.arange(room, dtype=np.int64)[None]
+            present = past if in_place else cache_after(cache, past, end)
+            logits = step(np.array([sequence[start:end]], np.int64), mask[:, :end], positions[:, start:end], past, present)
             past, start = present, end
             if start < len(sequence):
                 continue
@@ -121,6 +118,14 @@ def with_room(cache: Sequence[Mapping[str, Any]], arrays: Sequence[np.ndarray], 
             held[number] = np.empty(shape_of(tensor, 1, room), np.float32)
             first_columns(held[number], by_token, tokens)[...] = first_columns(arrays[number], by_token, tokens)
     return held
+
+
+def cache_after(cache: Sequence[Mapping[str, Any]], past: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """Arrays for the cache of one sequence of ``tokens`` tokens: those of ``past`` that grow in place, and new ones."""
+    return [
+        array if grows_in_place(tensor) else np.empty(shape_of(tensor, 1, tokens), np.float32)
+        for tensor, array in zip(cache, past, strict=True)
+    ]
 
 
 def first_columns(array: np.ndarray, by_token: int | None, count: int) -> np.ndarray:
@@ -161,10 +166,10 @@ class Step:
     ) -> np.ndarray:
         """See ``step_model.Steps.step``."""
         # Arrays are bound by their addresses, so copies of what is not contiguous have to last until the end of the step.
-        before, mask = [np.ascontiguousarray(array) for array in past], np.ascontiguousarray(mask)
+        before = past if past is present else [np.ascontiguousarray(array) for array in past]
         binding = self._binding(ids.shape, before, present)
         binding.ids[...], binding.positions[...] = ids, positions
-        binding.take("attention_mask", mask)
+        binding.take_anew("attention_mask", mask)
         self._session.run_with_iobinding(binding.bound)
         return binding.logits[:, -1]
 
@@ -211,6 +216,11 @@ class _Binding:
         """Let ``array`` be the input ``name``, if there is one. It must last until the end of the step."""
         if name in self._inputs:
             self.bound.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def take_anew(self, name: str, array: np.ndarray) -> None:
+        """Let ``array``, or a copy if it is not contiguous, be the input ``name``, if there is one; it is kept until the next."""
+        if name in self._inputs:
+            self.bound.bind_cpu_input(name, np.ascontiguousarray(array))
 
     def _give(self, name: str, array: np.ndarray) -> None:
         self.bound.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

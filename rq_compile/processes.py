@@ -10,7 +10,8 @@ the results of all in the order of the list.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -141,7 +142,7 @@ class World:
             if owner == self.rank == 0:
                 yield next(mine)
             elif owner == self.rank:
-                self._send(next(mine))
+                self._send(next(mine), 0)
             elif self.rank == 0:
                 yield self._receive(owner)
 
@@ -171,19 +172,34 @@ class World:
                 torch.distributed.broadcast_object_list(box, src=owner, device=torch.device("cpu"))
         return box[0]
 
-    def _send(self, item: object) -> None:
+    def ask(self, rank: int, channel: int, question: Any) -> Any:
+        """On the first process: what process ``rank`` answers on ``channel``. None asks for no answer and ends its ``answer``.
+        Several threads may ask at a time, each on a channel of its own."""
+        self._send(question, rank, 1 + channel)
+        return None if question is None else self._receive(rank, 1 + channel)
+
+    def answer(self, channel: int, function: Callable[[Any], Any]) -> None:
+        """On the others: answer the first process's questions on ``channel`` with ``function``, until it asks None."""
+        while (question := self._receive(0, 1 + channel)) is not None:
+            self._send(function(question), 0, 1 + channel)
+
+    def _send(self, item: object, to: int, tag: int = 0) -> None:
         import torch
 
+        content = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         with _or_lost():
-            torch.distributed.send_object_list([item], dst=0, device=torch.device("cpu"))
+            for tensor in (torch.tensor([len(content)]), content):
+                torch.distributed.send(tensor, to, tag=tag)
 
-    def _receive(self, owner: int) -> Any:
+    def _receive(self, owner: int, tag: int = 0) -> Any:
         import torch
 
-        box = [None]
+        size = torch.empty(1, dtype=torch.int64)
         with _or_lost():
-            torch.distributed.recv_object_list(box, src=owner, device=torch.device("cpu"))
-        return box[0]
+            torch.distributed.recv(size, owner, tag=tag)
+            content = torch.empty(int(size), dtype=torch.uint8)
+            torch.distributed.recv(content, owner, tag=tag)
+        return pickle.loads(content.numpy().data)
 
 
 @cache

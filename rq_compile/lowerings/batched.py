@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rq_compile.lowerings.lowering import Lowered, Lowering, unread, with_mean_outputs
+from rq_compile.lowerings.lowering import Lowered, Lowering, with_mean_outputs
 from rq_compile.quantization.formats import SLOT_FORMATS
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rq_compile.rewrite.dense_gemms import DenseWeights
     from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Source
-    from rq_compile.rewrite.weights import ExternalWeight
+    from rq_compile.rewrite.weights import Section
 
 # ONNX Runtime would cast 16-bit weights to fp32 when it loads them. Up to this size, it may fold constants.
 FOLDING_LIMIT = {"optimization.constant_folding_max_output_size_in_bytes": "65536"}
@@ -68,19 +68,10 @@ class Batched(Lowering):
         """Passes that only one target needs; they run after all others."""
         return []
 
-    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
-        from rq_compile.planning.capacity import lane_groups
-        from rq_compile.rewrite.lane_weights import lane_weights
+    def computed_section(self, layer: LayerPlan, source: Source) -> Section:
+        from rq_compile.rewrite.batched_experts import lanes_section
 
-        layer = self.held(layer)
-        groups = lane_groups(layer.slots)
-        lanes = [[s for s, group in zip(layer.slots, groups, strict=True) if group == number] for number in sorted(set(groups))]
-        return [
-            weight
-            for slots in lanes
-            for name in ("up", "down")
-            for weight in lane_weights(layer, slots, "", name, unread, whole_columns=self.whole_columns).all
-        ]
+        return lanes_section(self.held(layer), source, whole_columns=self.whole_columns)
 
     def graph_bytes(self, slots: int, products: int) -> int:
         return PRODUCT_BYTES * products

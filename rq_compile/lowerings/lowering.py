@@ -127,19 +127,25 @@ class Lowering(ABC):
 
     def graphs(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> list[Lowered]:
         """As ``lower``: the graph of every process that runs the engine. All have the same non-expert weights."""
-        return [self.lower(model, plan, source, dense)]
+        return [own.lower(model, plan, source, dense) for own in self.of_processes(plan)]
+
+    def of_processes(self, plan: Plan) -> list[Self]:
+        """The lowering of every process that runs the engine."""
+        return [self]
 
     @abstractmethod
-    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
-        """The weights of a layer whose slots all compute, of which there is at least one."""
+    def computed_section(self, layer: LayerPlan, source: Source) -> Section:
+        """The weights of a layer whose slots all compute, of which there is at least one, unread."""
+
+    def expert_sections(self, layers: Sequence[LayerPlan], source: Source) -> list[Section]:
+        """The weights of the slots of ``layers`` that ``lower`` returns, without a graph: those of each layer that has any,
+        unread."""
+        computed = [layer.without_constants for layer in layers]
+        return with_mean_outputs([self.computed_section(layer, source) for layer in computed if layer.slots], layers, source)
 
     def expert_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
-        """The weights of the layer's slots, as ``lower`` lays them out. No weight is read."""
-        from rq_compile.rewrite.constant_experts import mean_outputs
-
-        computed = layer.without_constants
-        weights = [mean_outputs(layer)] if layer.constant_experts else []
-        return weights + (self.computed_weights(computed) if computed.slots else [])
+        """The weights of the layer's slots in all graphs."""
+        return [weight for section in self.expert_sections([layer], unread) for weight in section.weights]
 
     def graph_bytes(self, slots: int, products: int) -> int:
         """Approximate bytes that ``slots`` slots, in ``products`` joint products, add to the graph's file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unread, with_mean_outputs
+from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, with_mean_outputs
 from rq_compile.quantization.formats import FLOAT_FORMATS
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rq_compile.rewrite.dense_gemms import DenseWeights
     from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Source
-    from rq_compile.rewrite.weights import ExternalWeight, Section
+    from rq_compile.rewrite.weights import Section
 
 Half = Literal["fp16", "bf16"]
 
@@ -70,9 +70,10 @@ class MoeLayerNode(Lowering):
         replaced = counts(plan) | self.held_differently(plan)
         return Lowered(exported(graph), experts, matrices, [*reports, report], replaced)
 
-    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
+    def computed_section(self, layer: LayerPlan, source: Source) -> Section:
         from rq_compile.rewrite.halves import HALVES
         from rq_compile.rewrite.moe_layers import projection
+        from rq_compile.rewrite.slot_weights import section_of
 
-        projections = [projection(self.held(layer), name, unread, HALVES[self.half]) for name in ("up", "down")]
-        return [weight for held in projections for weight in held.inputs]
+        held, half = self.held(layer), HALVES[self.half]
+        return section_of(layer.name, (projection(held, name, source, half) for name in ("up", "down")))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rq_compile.engine.library import CPU_LIBRARY
-from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, unread, with_mean_outputs
+from rq_compile.lowerings.lowering import OF_THE_OP_SET, Lowered, Lowering, with_mean_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rq_compile.rewrite.dense_gemms import DenseWeights
     from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Source
-    from rq_compile.rewrite.weights import ExternalWeight, Section
+    from rq_compile.rewrite.weights import Section
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class Native(Lowering):
 
         return experts_to_slots(graph, plan.layers, source, activation_bits=self.activation_bits)
 
-    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
-        from rq_compile.rewrite.slot_weights import slot_weights
+    def computed_section(self, layer: LayerPlan, source: Source) -> Section:
+        from rq_compile.rewrite.slot_weights import section_of, slot_weights
 
-        projections = [slot_weights(layer, name, unread, panels=True) for name in ("up", "down")]
-        return [weight for held in projections for weight in held.inputs]
+        return section_of(layer.name, (slot_weights(layer, name, source, panels=True) for name in ("up", "down")))

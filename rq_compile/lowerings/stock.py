@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rq_compile.lowerings.lowering import Lowered, Lowering, unread, with_mean_outputs
+from rq_compile.lowerings.lowering import Lowered, Lowering, with_mean_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rq_compile.rewrite.dense_gemms import DenseWeights
     from rq_compile.rewrite.report import PassReport
     from rq_compile.rewrite.slot_weights import Source
-    from rq_compile.rewrite.weights import ExternalWeight, Section
+    from rq_compile.rewrite.weights import Section
 
 SLOT_BYTES = 4_500  # bytes of a slot in the graph
 ROUNDED = 4  # the accuracy_level of MatMulNBits that rounds its inputs to int8
@@ -60,11 +60,11 @@ class Stock(Lowering):
         experts = with_mean_outputs(experts, layers, source)
         return Lowered(exported(graph), experts, matrices, reports, counts(plan) | self.held_differently(plan))
 
-    def computed_weights(self, layer: LayerPlan) -> list[ExternalWeight]:
-        from rq_compile.rewrite.slot_weights import slot_weights
+    def computed_section(self, layer: LayerPlan, source: Source) -> Section:
+        from rq_compile.rewrite.slot_weights import section_of, slot_weights
 
-        projections = [slot_weights(self.held(layer), name, unread, panels=False) for name in ("up", "down")]
-        return [weight for held in projections for weight in held.inputs]
+        held = self.held(layer)
+        return section_of(layer.name, (slot_weights(held, name, source, panels=False) for name in ("up", "down")))
 
     def graph_bytes(self, slots: int, products: int) -> int:
         return SLOT_BYTES * slots

@@ -106,13 +106,22 @@ def batched_experts(
         requires(NAME, up is not None and down is not None, f"both projections of {plan.name}")
         products = _products(plan, source, whole_columns)
         _expand(graph, plan, up, down, products, expected)
-        lanes = [lane for product in products for lane in (product.up, product.down)]
-        weights, pieces = ([held for lane in lanes for held in getattr(lane, what)] for what in ("all", "pieces"))
-        sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
+        sections.append(_section(plan, products))
         report.changed += len(plan.without_constants.slots)
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "ExpertGemm" for node in graph.nodes), "that no ExpertGemm node is left")
     return sections, report
+
+
+def lanes_section(plan: LayerPlan, source: Source, *, whole_columns: bool = False) -> Section:
+    """The weights that ``batched_experts`` gives a layer whose slots all compute."""
+    return _section(plan, _products(plan, source, whole_columns))
+
+
+def _section(plan: LayerPlan, products: list[_Product]) -> Section:
+    lanes = [lane for product in products for lane in (product.up, product.down)]
+    weights, pieces = ([held for lane in lanes for held in getattr(lane, what)] for what in ("all", "pieces"))
+    return Section(plan.name, tuple(weights), tuple(pieces))
 
 
 def _products(plan: LayerPlan, source: Source, whole_columns: bool) -> list[_Product]:

@@ -16,7 +16,7 @@ from rq_compile.rewrite.constant_experts import combine_inputs
 from rq_compile.rewrite.contract import ensures
 from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.report import PassReport
-from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_weights
+from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, section_of, slot_weights
 from rq_compile.rewrite.weights import Section, constant
 
 NAME = "experts_to_slots"
@@ -99,9 +99,7 @@ class SlotNodes:
     @property
     def section(self) -> Section:
         """The weights that the nodes refer to."""
-        held = self._weights.values()
-        weights, pieces = ([part for projection in held for part in getattr(projection, what)] for what in ("inputs", "pieces"))
-        return Section(self.plan.name, tuple(weights), tuple(pieces))
+        return section_of(self.plan.name, self._weights.values())
 
     def tensor(self, name: str, dtype: type, shape: Sequence[int | str] | None = None) -> gs.Variable:
         return gs.Variable(f"{self.plan.name}.{name}", np.dtype(dtype), shape)

@@ -22,7 +22,7 @@ from rq_compile.rewrite.experts_to_slots import DOMAIN, EXPERTS_NODES, experts_n
 from rq_compile.rewrite.halves import in_half
 from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.report import PassReport
-from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, slot_weights
+from rq_compile.rewrite.slot_weights import SlotWeights, Source, group_of, section_of, slot_weights
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, constant
 
 NAME = "moe_layers"
@@ -44,8 +44,7 @@ def moe_layers(graph: gs.Graph, plans: Sequence[LayerPlan], source: Source, half
         computed = plan.without_constants
         projections = [projection(computed, name, source, half) for name in ("up", "down")] if computed.slots else []
         _replace(graph, node, plan, projections, half)
-        weights, pieces = ([held for p in projections for held in getattr(p, what)] for what in ("inputs", "pieces"))
-        sections.append(Section(plan.name, tuple(weights), tuple(pieces)))
+        sections.append(section_of(plan.name, projections))
         report.changed += 1
     graph.cleanup().toposort()
     ensures(NAME, not any(node.op == "Experts" for node in graph.nodes), "that no Experts node is left")

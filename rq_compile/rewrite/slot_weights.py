@@ -25,7 +25,7 @@ from rq_compile.quantization.quantizer import carried, quantize
 from rq_compile.quantization.second_moment import SecondMoment
 from rq_compile.quantization.source_numbers import SourceNumbers
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
-from rq_compile.rewrite.weights import ExternalWeight, Piece
+from rq_compile.rewrite.weights import ExternalWeight, Piece, Section
 
 # Returns an expert by layer name and number; its values are used once and not kept.
 Source = Callable[[str, int], "Expert"]
@@ -124,6 +124,13 @@ class SlotWeights:
     inputs: tuple[ExternalWeight, ...]
     index: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+
+def section_of(layer: str, projections: Iterable[SlotWeights]) -> Section:
+    """The weights of the slots of ``layer``."""
+    held = list(projections)
+    weights, pieces = ([part for projection in held for part in getattr(projection, what)] for what in ("inputs", "pieces"))
+    return Section(layer, tuple(weights), tuple(pieces))
 
 
 def slot_weights(plan: LayerPlan, projection: str, source: Source, *, panels: bool) -> SlotWeights:

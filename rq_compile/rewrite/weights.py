@@ -27,7 +27,7 @@ class ExternalWeight:
         return stored_bytes(self.dtype, self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """The next values of each of ``weights``, which are computed together. ``values()`` returns an array for each, in C order.
 

@@ -13,33 +13,32 @@ from rq_compile.architectures.model import Model
 from rq_compile.architectures.rope import recomputed_beyond
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.chat_template import special_tokens
-from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.engine.appearing import Appearing
 from rq_compile.engine.library import OP_SET_VERSION
-from rq_compile.engine.manifest import CacheTensor, EngineFile, Manifest, RankFiles
-from rq_compile.engine.paths import graph_of_rank, manifest_path, stem_of, weights_of
+from rq_compile.engine.manifest import EngineFile, Manifest, RankFiles
+from rq_compile.engine.paths import manifest_path, stem_of, weights_of
 from rq_compile.errors import UserError
 from rq_compile.estimates import check_space
 from rq_compile.export.export import Exported, export_graph
 from rq_compile.files import folder_made, sha256, write_document, written_beside
 from rq_compile.lowerings import Lowering, lowering_of
-from rq_compile.lowerings.lowering import Lowered
 from rq_compile.outputs import check_outputs
 from rq_compile.planning.schema import Plan
 from rq_compile.processes import world
-from rq_compile.rewrite.cache_lengths import caches_in_place
 from rq_compile.rewrite.experts_to_slots import offsets_name
 from rq_compile.rewrite.report import counts_of
 from rq_compile.rewrite.weights import Section
+from rq_compile.targets.content import Content, Draft, pieces_of
 from rq_compile.targets.engine_estimate import engine_estimate
 from rq_compile.targets.engine_outputs import onnx_outputs
 from rq_compile.targets.licences import declared_licence, licence_texts
 from rq_compile.targets.links import hard_linked, has_hard_links, link_names, linked_sentence
-from rq_compile.targets.partial_file import Job, Say, resumable
+from rq_compile.targets.partial_file import Job, Say, has_begun, resumable
 from rq_compile.targets.preflight import preflight
-from rq_compile.targets.streamed import StreamedExpert, dense_weights, mean_outputs_for, stored_weights
+from rq_compile.targets.streamed import mean_outputs_for
 from rq_compile.targets.vocabulary import has_chat, remarks, vocabulary
-from rq_compile.targets.weights_file import Progress, WeightsFile, compute_weights, layout, locate, write_weights
+from rq_compile.targets.weights_file import Progress, WeightsFile, layout, locate, threads_here, write_weights
+from rq_compile.targets.workers import Workers
 
 TOOL = f"rq-compile {__version__}"
 
@@ -74,8 +73,8 @@ def compile_engine(
     folder: see ``engine.paths``.
 
     Weights are streamed: each thread computes one projection of an expert or one dense tensor at a time, and together they take
-    at most the memory of the largest layer. Several processes (see ``processes``) share the computation, the first one writes,
-    and all return the manifest.
+    at most the memory of the largest layer. All threads but one begin with the experts while the graph is exported. Several
+    processes (see ``processes``) share the computation, the first one exports and writes, and all return the manifest.
 
     ``lowering``: an object of ``lowerings``, or the name of one with its default options. ``statistics``: those of the
     calibration, with which the weights of plans with the quantizer "gptq" are rounded, and which have the outputs of constant
@@ -94,27 +93,34 @@ def compile_engine(
     statistics = _needed(statistics, plan)
     check_space(stem, engine_estimate(model, output, lowering, plan=plan, link_weights=link_weights).output_bytes)
     tokens = vocabulary(model)
-    exported = exported or export_graph(model)
-    content = _content(model, plan, lowering, statistics, outputs, exported, link_weights)
-    job: Job = {
-        "tool": TOOL,
-        "checkpoint": model.fingerprint,
-        # The fingerprint samples only the ends of tensors. A shard that was repaired in its middle must count as another one.
-        "version of the shards": model.version,
-        "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
-        "activation statistics": used.sha256 if (used := statistics or outputs) else None,
-        "lowering": lowering.name,
-        "dense format": lowering.dense_format,
-        "linked weights": len(content.linked),
-    }
-
+    draft = Draft(model, plan, lowering, statistics, outputs, link_weights)
+    threads = threads_here(writing.threads)
     if world().rank > 0:
-        for sections in content.weights_files(stem).values():
-            compute_weights(sections, threads=writing.threads, memory=model.largest_layer_bytes)
+        with draft.pieces.for_first(threads):
+            draft.content(world().from_first(cast("Exported", None)))
         return world().from_first(cast("Manifest", None))
 
     # The contexts end in reverse order, so that the manifest, by which an engine is loaded, appears last.
     with ExitStack() as stack:
+        # What an earlier run has written is known only with the graph.
+        at_once = writing.fresh or not has_begun(weights_of(stem))
+        workers = stack.enter_context(draft.workers(threads, at_once=at_once))
+        exported = world().from_first(exported or export_graph(model))
+        content = draft.content(exported)
+        if at_once:
+            workers.add(pieces_of(content.dense))  # which come first in the file
+        workers.start()
+        job: Job = {
+            "tool": TOOL,
+            "checkpoint": model.fingerprint,
+            # The fingerprint samples only the ends of tensors. A shard that was repaired in its middle must count as another one.
+            "version of the shards": model.version,
+            "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
+            "activation statistics": used.sha256 if (used := statistics or outputs) else None,
+            "lowering": lowering.name,
+            "dense format": lowering.dense_format,
+            "linked weights": len(content.linked),
+        }
         if lowering.of_ranks:
             stack.enter_context(folder_made(output))
         appearing = stack.enter_context(Appearing(stem))
@@ -127,7 +133,7 @@ def compile_engine(
         if link_weights:
             writing.say(linked_sentence(content.linked.values(), content.dense_bytes, model.dtype))
         parts = {path: stack.enter_context(written_beside(path)) for path in content.graphs(stem)}
-        written = _write_weights(stack, model, content.weights_files(stem), job, writing)
+        written = _write_weights(stack, content.weights_files(stem), job, writing, workers)
         shared = written[weights_of(stem)]
         starts = shared.starts | {alias: shared.starts[name] for alias, name in content.aliases.items()}
         elsewhere = {name: (weights_of(stem).name, start) for name, start in starts.items()}
@@ -175,39 +181,6 @@ def compile_engine(
     return world().from_first(manifest)
 
 
-@dataclass(frozen=True)
-class _Content:
-    """The engine before its weights are read. ``lowered``: its graph, or one for each rank if ``of_ranks``. Non-expert weights
-    are in ``dense``, are ``aliases`` of one of these, or ``linked``."""
-
-    lowered: list[Lowered]
-    of_ranks: bool
-    dense: list[Section]
-    aliases: dict[str, str]
-    linked: dict[str, StoredTensor]
-
-    def graphs(self, stem: Path) -> dict[Path, Lowered]:
-        if not self.of_ranks:
-            return {stem: self.lowered[0]}
-        return {graph_of_rank(stem, rank): lowered for rank, lowered in enumerate(self.lowered)}
-
-    def weights_files(self, stem: Path) -> dict[Path, list[Section]]:
-        """What is in each file: the experts of a graph beside it, and the non-expert weights in the first file."""
-        files = {weights_of(stem): list(self.dense)}
-        for path, lowered in self.graphs(stem).items():
-            files.setdefault(weights_of(path), []).extend(lowered.experts)
-        return files
-
-    @property
-    def dense_bytes(self) -> int:
-        return sum(section.bytes for section in self.dense)
-
-    def cache(self, exported: list[CacheTensor]) -> list[CacheTensor]:
-        """The tensors of the cache in the graphs, which are those of the graph that was ``exported``."""
-        in_place = caches_in_place(self.lowered[0].model)
-        return [tensor.model_copy(update={"in_place": tensor.past in in_place}) for tensor in exported]
-
-
 @dataclass
 class _Copies:
     """Files that are copied from the checkpoint to the engine."""
@@ -228,26 +201,6 @@ def _needed(statistics: Statistics | None, plan: Plan) -> Statistics | None:
             2,
         )
     return statistics
-
-
-def _content(
-    model: Model,
-    plan: Plan,
-    lowering: Lowering,
-    statistics: Statistics | None,
-    outputs: Statistics | None,
-    exported: Exported,
-    link_weights: bool,
-) -> _Content:
-    layers = {layer.name: layer for layer in model.layers}
-    lowered = lowering.graphs(
-        exported.model,
-        plan,
-        lambda layer, expert: StreamedExpert(model, layers[layer], expert, statistics, outputs),
-        stored_weights(model, exported.parameters, plan, statistics),
-    )
-    dense, aliases, linked = dense_weights(model, lowered[0].model.graph, exported.parameters, link=link_weights)
-    return _Content(lowered, lowering.of_ranks, dense + lowered[0].matrices, aliases, linked)
 
 
 def _copies(stack: ExitStack, model: Model, stem: Path) -> _Copies:
@@ -272,20 +225,14 @@ def _copies(stack: ExitStack, model: Model, stem: Path) -> _Copies:
 
 
 def _write_weights(
-    stack: ExitStack, model: Model, files: dict[Path, list[Section]], job: Job, writing: Writing
+    stack: ExitStack, files: dict[Path, list[Section]], job: Job, writing: Writing, workers: Workers
 ) -> dict[Path, WeightsFile]:
     began, before, written = monotonic(), 0, {}
     total = sum(layout(sections).bytes for sections in files.values())
     for path, sections in files.items():
         journal = stack.enter_context(resumable(path, job, fresh=writing.fresh, say=writing.say))
-        written[path] = write_weights(
-            sections,
-            journal.file,
-            _shifted(writing.progress, before, total),
-            threads=writing.threads,
-            memory=model.largest_layer_bytes,
-            journal=journal,
-        )
+        progress = _shifted(writing.progress, before, total)
+        written[path] = write_weights(sections, journal.file, progress, journal=journal, workers=workers)
         before += written[path].bytes
     new, seconds = sum(file.bytes - file.resumed for file in written.values()) / 1e9, monotonic() - began
     writing.say(f"wrote {new:.3g} GB of weights in {seconds:.3g} s, {new / seconds:.3g} GB/s")
@@ -297,7 +244,7 @@ def _shifted(progress: Progress | None, before: int, total: int) -> Progress | N
     return progress and (lambda done, _: progress(before + done, total))
 
 
-def _replaced(model: Model, plan: Plan, content: _Content) -> dict[str, int]:
+def _replaced(model: Model, plan: Plan, content: Content) -> dict[str, int]:
     lowered = content.lowered[0]
     counts = lowered.replaced | remarks(model)
     counts["equal tensors written once"] = len(content.aliases)

@@ -68,7 +68,7 @@ def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda te
     Raises:
         UserError: another process writes ``path``, or it cannot be written.
     """
-    partial, lines = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.journal")
+    partial, lines = path.with_name(f".{path.name}.partial"), _journal(path)
     try:
         file = _locked(partial, path)
     except OSError as error:
@@ -100,6 +100,15 @@ def resumable(path: Path, job: Job, *, fresh: bool = False, say: Say = lambda te
     finally:
         # Data that is still buffered after a failure must not be written or fail again.
         file.raw.close()
+
+
+def has_begun(path: Path) -> bool:
+    """Whether an earlier job may have left a part of ``path``."""
+    return _journal(path).exists()
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(f".{path.name}.journal")
 
 
 def _locked(partial: Path, path: Path) -> BufferedRandom:

@@ -5,8 +5,8 @@ After an interruption, the file is therefore a prefix of the complete file, and 
 """
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from rq_compile.engine.manifest import EngineFile
-from rq_compile.processes import on_this_host, world
+from rq_compile.processes import on_this_host
 from rq_compile.rewrite.weights import (
     ExternalWeight,
     Piece,
@@ -27,13 +27,12 @@ from rq_compile.rewrite.weights import (
     stored_bytes,
 )
 from rq_compile.standalone.limits import usable_cpus
-from rq_compile.targets.in_order import Stored, in_order
 from rq_compile.targets.partial_file import Journal, Record
+from rq_compile.targets.workers import Stored, Workers
 
 ALIGNMENT = 4096  # a page, so that each weight can be mapped into memory separately
 MEMORY = 1 << 30
 READ_AT_ONCE = 1 << 24
-AHEAD = 6  # pieces, of a thread of one of several processes
 Progress = Callable[[int, int], None]
 
 
@@ -81,8 +80,10 @@ def write_weights(
     threads: int | None = None,
     memory: int = MEMORY,
     journal: Journal | None = None,
+    workers: Workers | None = None,
 ) -> WeightsFile:
-    """Write ``sections`` in order, computed on ``threads`` threads (by default one for each usable CPU) within ``memory`` bytes.
+    """Write ``sections`` in order, computed by ``workers``, or else on ``threads`` threads (by default see ``threads_here``)
+    within ``memory`` bytes.
 
     Sections that are in ``file`` according to ``journal`` are verified, and computed again from the first that differs.
     ``progress(done, total)`` is called in bytes, after each write.
@@ -94,12 +95,14 @@ def write_weights(
     sections = list(sections)
     places = layout(sections)
     writer = _Writer(file)
-    found = world().from_first(_verified(sections, places, writer, journal) if journal else 0)
+    found = _verified(sections, places, writer, journal) if journal else 0
     resumed = writer.position
     file.seek(resumed)
     file.truncate()
-    # Closed, so that no thread continues to compute after a failed write.
-    with closing(_computed(sections[found:], threads, memory)) as computed:
+    pieces = [piece for section in sections[found:] for piece in section.pieces]
+    with _workers(threads, memory) if workers is None else nullcontext(workers) as workers:
+        workers.add(pieces)
+        computed = ((piece, workers.take(piece)) for piece in pieces)
         for section, end in zip(sections[found:], places.ends[found:], strict=True):
             for weight, data in _by_weight(section, islice(computed, len(section.pieces))):
                 writer.fill_up(places.starts[weight.name])
@@ -112,26 +115,20 @@ def write_weights(
     return WeightsFile(places.starts, places.bytes, writer.whole.hexdigest(), resumed)
 
 
-def compute_weights(sections: Iterable[Section], *, threads: int | None = None, memory: int = MEMORY) -> None:
-    """The work of the other processes while the first runs ``write_weights`` with the same arguments: compute the pieces that
-    they own, and send them.
-
-    Raises:
-        ProcessLost: another process is gone.
-    """
-    found = world().from_first(0)
-    for _ in _computed(list(sections)[found:], threads, memory):
-        pass
+def threads_here(threads: int | None = None) -> int:
+    """``threads``, by default one for each usable CPU, of which each process of this host has its share."""
+    return threads or max(1, usable_cpus() // on_this_host())
 
 
-def _computed(sections: Sequence[Section], threads: int | None, memory: int) -> Generator[tuple[Piece, Stored]]:
-    """Every piece and its bytes, in order, on the first process."""
-    pieces = [piece for section in sections for piece in section.pieces]
-    owners = world().owners(piece.memory for piece in pieces)
-    threads = threads or max(1, usable_cpus() // on_this_host())
-    # Several processes are less often at the same place: each may be ahead of the others by some pieces.
-    with closing(in_order(world().own(owners, pieces), threads, memory, 1 if world().size == 1 else AHEAD)) as own:
-        yield from zip(pieces, world().at_first(owners, (stored for _, stored in own)), strict=world().rank == 0)
+@contextmanager
+def _workers(threads: int | None, memory: int) -> Iterator[Workers]:
+    workers = Workers(memory)
+    for _ in range(threads_here(threads)):
+        workers.start()
+    try:
+        yield workers
+    finally:  # no thread continues to compute after a failed write
+        workers.close()
 
 
 class _Writer:

@@ -19,13 +19,15 @@ from safetensors.numpy import load_file
 
 from rq_compile.processes import World, speaker
 
-# Layer by layer, as several processes run, and dying before the layer number $DIE_AT where it is set.
+# Layer by layer, as several processes run, and dying before the layer number $DIE_AT, or the piece number $DIE_AT_PIECE that the
+# first process asked for, where these are set.
 PROGRAM = """
 import os, signal, sys
 from rq_compile.calibration import calibrate as module
 from rq_compile.cli.main import run
 from datetime import timedelta
 from rq_compile import processes
+from rq_compile.targets import shared_pieces
 measure_layer, choose_way, measured = module.measure_layer, module.choose_way, []
 processes.MEETING = timedelta(seconds=float(os.environ.get("MEETING", 300)))
 def measure(*arguments, **given):
@@ -34,6 +36,13 @@ def measure(*arguments, **given):
     measured.append(1)
     return measure_layer(*arguments, **given)
 module.measure_layer = measure
+compute, computed = shared_pieces.compute, []
+def die(piece):
+    computed.append(1)
+    if os.environ.get("DIE_AT_PIECE") == str(len(computed)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compute(piece)
+shared_pieces.compute = die
 if "RANK" not in os.environ:
     module.choose_way = lambda *_, **__: module.Way(False, True, "layer by layer")
 sys.argv[0] = "rq-compile"
@@ -163,6 +172,16 @@ def test_two_processes_compile_the_same_bytes(model: Path, alone: Path) -> None:
     one, two = (json.loads((alone / f"{name}.json").read_text()) for name in ("alone", "two"))
     assert two["weights"]["sha256"] == one["weights"]["sha256"]
     assert two["plan"] == one["plan"]
+
+
+def test_a_lost_process_ends_a_compilation(model: Path, alone: Path) -> None:
+    """It dies while the first process exports the graph."""
+    (status, output, error), other = ended(start(2, *compiling(model, alone, "lost.onnx"), DIE_AT_PIECE="20"))
+    assert other[0] == -signal.SIGKILL
+    assert (status, output) == (1, "")
+    assert "Traceback" not in error
+    assert error.count("error: one of the 2 processes ended") == 1
+    assert not [path for path in alone.iterdir() if "lost" in path.name]
 
 
 def test_a_mistake_is_told_once(model: Path, alone: Path) -> None:

@@ -18,13 +18,16 @@ from rq_compile.targets import onnxruntime as target
 
 PARTS = [".model.onnx.data.journal", ".model.onnx.data.partial"]
 PROGRAM = """
-import os, pickle, sys, time
+import os, pathlib, pickle, sys, time
 import rq_compile.targets.onnxruntime as target
 from rq_compile.architectures.model import Model
 target.export_graph = lambda _: pickle.load(open(sys.argv[1], "rb"))
+journal = pathlib.Path(sys.argv[-1]).parent / ".model.onnx.data.journal"
 read = Model.matrix
 def stop_in_the_second_layer(model, layer, expert, projection):
     if layer.index == 1 and projection == "down":
+        while not journal.exists() or "layers.0.mlp.experts" not in journal.read_text():
+            time.sleep(0.01)  # the file follows the threads that compute
         os.write(1, b"stopped\\n")  # at once: several threads come here
         time.sleep(600)
     return read(model, layer, expert, projection)

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from rq_compile.errors import UserError
 from rq_compile.rewrite.weights import LOCATION, ExternalWeight, Piece, Section
-from rq_compile.targets.in_order import in_order
 from rq_compile.targets.partial_file import Job, Journal, resumable
 from rq_compile.targets.weights_file import ALIGNMENT, WeightsFile, layout, locate, write_weights
 
@@ -87,58 +86,6 @@ def test_located_tensors_are_read_by_onnx(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     loaded = onnx.load(tmp_path / "m.onnx")
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(loaded.graph.initializer[0]), values)
-
-
-# Several at once
-
-
-def test_pieces_are_computed_at_once_and_come_in_order() -> None:
-    both = threading.Barrier(2, timeout=10)
-
-    def values() -> tuple[np.ndarray, ...]:
-        both.wait()
-        return ()
-
-    pieces = [Piece((), values, 1) for _ in range(6)]
-    assert [piece for piece, _ in in_order(pieces, 2, 100)] == pieces
-
-
-def test_pieces_in_flight_keep_to_the_memory() -> None:
-    in_flight: list[int] = []
-    most = 0
-
-    def piece(memory: int) -> Piece:
-        def values() -> tuple[np.ndarray, ...]:
-            nonlocal most
-            in_flight.append(memory)
-            most = max(most, sum(in_flight))
-            return ()
-
-        return Piece((), values, memory)
-
-    for taken, _ in in_order([piece(30) for _ in range(20)], 8, 100):
-        in_flight.remove(taken.memory)
-    assert most == 90
-    for taken, _ in in_order([piece(memory) for memory in (30, 1000, 30)], 8, 100):
-        assert sum(in_flight) in (30, 1000)
-        in_flight.remove(taken.memory)
-    assert most == 1000
-
-
-def test_an_error_of_a_piece_ends_the_work() -> None:
-    def fail() -> tuple[np.ndarray, ...]:
-        raise UserError("a weight is not a number")
-
-    begun: list[int] = []
-
-    def begin() -> tuple[()]:
-        begun.append(1)
-        return ()
-
-    later = [Piece((), begin, 1) for _ in range(100)]
-    with pytest.raises(UserError, match="not a number"):
-        list(in_order([Piece((), fail, 1), *later], 2, 1000))
-    assert len(begun) <= 4
 
 
 class Full(io.BytesIO):

@@ -1,0 +1,126 @@
+"""Workers compute pieces ahead of their turn, within their memory, and end when one of them fails."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import pytest
+
+from rq_compile.errors import UserError
+from rq_compile.rewrite.weights import ExternalWeight, Piece
+from rq_compile.targets.workers import Workers, compute
+
+BYTE = np.dtype(np.uint8)
+
+
+def piece(number: int, memory: int = 1, before: Callable[[], object] = lambda: None) -> Piece:
+    """Its one value is ``number``."""
+    weight = ExternalWeight(str(number), BYTE, (1,))
+
+    def values() -> tuple[np.ndarray, ...]:
+        before()
+        return (np.array([number], BYTE),)
+
+    return Piece((weight,), values, memory)
+
+
+def taken(workers: Workers, pieces: list[Piece]) -> list[int]:
+    return [int(workers.take(piece)[0][0]) for piece in pieces]
+
+
+@contextmanager
+def working(threads: int, memory: int) -> Iterator[Workers]:
+    """All threads have ended afterwards."""
+    before, workers = set(threading.enumerate()), Workers(memory)
+    for _ in range(threads):
+        workers.start()
+    try:
+        yield workers
+    finally:
+        workers.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_pieces_are_computed_at_once_and_come_in_order() -> None:
+    both = threading.Barrier(2, timeout=10)
+    pieces = [piece(number, before=both.wait) for number in range(6)]
+    with working(2, 100) as workers:
+        workers.add(pieces)
+        assert taken(workers, pieces) == list(range(6))
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_what_is_added_later_is_wanted_first(late: int) -> None:
+    """Experts are begun before the graph is known, whose other weights come before them in the file. ``late``: threads that start
+    after that."""
+    order: list[int] = []
+    pieces = [piece(number, before=partial(order.append, number)) for number in range(20)]
+    later = [piece(number, before=partial(order.append, number)) for number in range(100, 103)]
+    # With the memory of three pieces or results, the rest waits.
+    with working(1 - late, 3) as workers:
+        workers.add(pieces)
+        if not late:
+            while len(order) < 3:
+                threading.Event().wait(0.001)
+        workers.add([*later, *pieces])
+        for _ in range(late):
+            workers.start()
+        assert taken(workers, [*later, *pieces]) == [100, 101, 102, *range(20)]
+    assert order == ([100, 101, 102, *range(20)] if late else [0, 1, 2, 100, 101, 102, *range(3, 20)])
+
+
+def test_pieces_and_results_keep_to_the_memory() -> None:
+    held: list[int] = []
+    most = 0
+
+    def sized(number: int, memory: int) -> Piece:
+        def begun() -> None:
+            nonlocal most
+            held.append(memory)
+            most = max(most, sum(held))
+
+        return piece(number, memory, begun)
+
+    pieces = [sized(number, 30) for number in range(20)]
+    with working(8, 100) as workers:
+        workers.add(pieces)
+        for each in pieces:
+            workers.take(each)
+            held.remove(30)
+    assert most >= 30
+    held.clear()
+    large = [sized(number, memory) for number, memory in enumerate((30, 1000, 30))]
+    with working(8, 100) as workers:
+        workers.add(large)
+        assert taken(workers, large) == [0, 1, 2]
+
+
+def test_an_error_of_a_piece_ends_the_work() -> None:
+    """Also while pieces are waited for that come before it in the file, but were added later."""
+
+    def fail() -> None:
+        raise UserError("a weight is not a number")
+
+    failing, later = piece(0, before=fail), [piece(number) for number in range(1, 9)]
+    with working(2, 1000) as workers:
+        workers.add([failing])
+        workers.add([*later, failing])
+        with pytest.raises(UserError, match="not a number"):
+            taken(workers, [*later, failing])
+
+
+def test_a_thread_may_compute_elsewhere() -> None:
+    elsewhere: list[Piece] = []
+
+    def asked(piece: Piece) -> list[np.ndarray]:
+        elsewhere.append(piece)
+        return compute(piece)
+
+    pieces = [piece(number) for number in range(6)]
+    with working(0, 100) as workers:
+        workers.start(asked)
+        workers.add(pieces)
+        assert taken(workers, pieces) == list(range(6))
+    assert elsewhere == pieces

@@ -7,9 +7,10 @@
 end; "start" is that of the same command with `--dry-run`, which opens the checkpoint and computes nothing. Each process, also a
 single one, is bound to a core of its own, because a process has threads that read, write and hash beside the one that computes.
 "speedup" compares the seconds after the start, in medians, with the row of one process. `calibrate` runs layer
-by layer with GPTQ, also in one process. `compile` rounds every expert to int4 with GPTQ; "weights_s" is the time for its weights,
-without the export of the graph, which every process does. `--only-make` makes the input of the measurement: the checkpoint, the
-text and the plan. A row is written to benchmarks/results/processes.json, and replaces a row of the same kind.
+by layer with GPTQ, also in one process. `compile` rounds every expert to int4 with GPTQ; "weights_s" is the time for its weights
+after the export of the graph, during which other processes round experts already. `--only-make` makes the input of the
+measurement: the checkpoint, the text and the plan. A row is written to benchmarks/results/processes.json, and replaces a row of
+the same kind.
 """
 
 import argparse

@@ -87,7 +87,7 @@ def decode(
         while True:
             end = min(len(sequence), start + chunk) if chunk else len(sequence)
             if end > room:
-                room = max(2 * end, LEAST_ROOM)
+                room = max(2 * len(sequence), LEAST_ROOM)  # of the whole prompt: memory without tokens takes no pages
                 past = with_room(cache, past, start, room)
                 mask, positions = np.ones((1, room), np.int64), np.arange(room, dtype=np.int64)[None]
             present = past if in_place else cache_after(cache, past, end)

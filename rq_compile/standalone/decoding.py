@@ -167,9 +167,10 @@ class Step:
         """See ``step_model.Steps.step``."""
         # Arrays are bound by their addresses, so copies of what is not contiguous have to last until the end of the step.
         before = past if past is present else [np.ascontiguousarray(array) for array in past]
+        mask = np.ascontiguousarray(mask)
         binding = self._binding(ids.shape, before, present)
         binding.ids[...], binding.positions[...] = ids, positions
-        binding.take_anew("attention_mask", mask)
+        binding.take("attention_mask", mask)
         self._session.run_with_iobinding(binding.bound)
         return binding.logits[:, -1]
 
@@ -216,11 +217,6 @@ class _Binding:
         """Let ``array`` be the input ``name``, if there is one. It must last until the end of the step."""
         if name in self._inputs:
             self.bound.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def take_anew(self, name: str, array: np.ndarray) -> None:
-        """Let ``array``, or a copy if it is not contiguous, be the input ``name``, if there is one; it is kept until the next."""
-        if name in self._inputs:
-            self.bound.bind_cpu_input(name, np.ascontiguousarray(array))
 
     def _give(self, name: str, array: np.ndarray) -> None:
         self.bound.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -72,29 +72,41 @@ def test_what_is_added_later_is_wanted_first(late: int) -> None:
 
 
 def test_pieces_and_results_keep_to_the_memory() -> None:
+    """But for the piece that is waited for. A result takes as much as its piece."""
     held: list[int] = []
     most = 0
 
     def sized(number: int, memory: int) -> Piece:
-        def begun() -> None:
+        def values() -> tuple[np.ndarray, ...]:
             nonlocal most
             held.append(memory)
             most = max(most, sum(held))
+            return (np.zeros(memory, BYTE),)
 
-        return piece(number, memory, begun)
+        return Piece((ExternalWeight(str(number), BYTE, (memory,)),), values, memory)
+
+    def take_all(workers: Workers, pieces: list[Piece]) -> None:
+        for each in pieces:
+            workers.take(each)
+            held.remove(each.memory)
 
     pieces = [sized(number, 30) for number in range(20)]
     with working(8, 100) as workers:
         workers.add(pieces)
-        for each in pieces:
-            workers.take(each)
-            held.remove(30)
-    assert most >= 30
-    held.clear()
+        while sum(held) < 90:
+            threading.Event().wait(0.001)
+        threading.Event().wait(0.05)  # in which the other threads could begin more
+        assert (sum(held), most) == (90, 90)
+        take_all(workers, pieces)
+    most = 0
     large = [sized(number, memory) for number, memory in enumerate((30, 1000, 30))]
     with working(8, 100) as workers:
         workers.add(large)
-        assert taken(workers, large) == [0, 1, 2]
+        while not held:
+            threading.Event().wait(0.001)
+        threading.Event().wait(0.05)
+        assert held == [30]  # nobody waits for the large one yet
+        take_all(workers, large)
 
 
 def test_an_error_of_a_piece_ends_the_work() -> None:

@@ -1,11 +1,13 @@
 """How much faster are several processes? One core each, one layer in the shape of a published model, random weights.
 
-    python benchmarks/processes.py --command calibrate --processes 2 --folder /scratch
-    python benchmarks/processes.py --command compile --processes 2 --folder /scratch
+    python benchmarks/processes.py --command calibrate --processes 1 2 --folder /scratch
+    python benchmarks/processes.py --command compile --only-make --folder /scratch
+    python benchmarks/processes.py --command compile --processes 1 2 --rounds 3 --folder /scratch
 
-"seconds" is the wall time of the whole command in every round, from the start of `torchrun` (or of the single process) to its
-end; "start" is that of the same command with `--dry-run`, which opens the checkpoint and computes nothing. Each process, also a
-single one, is bound to a core of its own, because a process has threads that read, write and hash beside the one that computes.
+The numbers of processes take turns. "seconds" is the wall time of the whole command in every round, from the start of `torchrun`
+(or of the single process) to its end; "start" is that of the same command with `--dry-run`, which opens the checkpoint and
+computes nothing. Each process, also a single one, is bound to a core of its own, because a process has threads that read, write
+and hash beside the one that computes.
 "speedup" compares the seconds after the start, in medians, with the row of one process. `calibrate` runs layer
 by layer with GPTQ, also in one process. `compile` rounds every expert to int4 with GPTQ; "weights_s" is the time for its weights
 after the export of the graph, during which other processes round experts already. `--only-make` makes the input of the
@@ -70,7 +72,7 @@ def seconds(processes: int, *arguments: str) -> tuple[float, str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--command", choices=("calibrate", "compile"), default="calibrate")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shape", choices=SHAPES, default="OLMoE-1B-7B")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--experts", type=int, help="number of experts, if fewer than the model has")
@@ -93,31 +95,38 @@ def main() -> None:
         return
     run = calibrating if given.command == "calibrate" else [str(path), "--plan", str(plan), "--threads", "1"]
     run += ["-o", str(output)]
-    rounds = [seconds(given.processes, *run) for _ in range(given.rounds)]
-    start, _ = seconds(given.processes, *run, "--dry-run")
-    weights = [float(match[1]) for _, said in rounds if (match := re.search(r"of weights in (.*) s,", said))]
-    found: dict[str, Any] = {
-        "command": given.command,
-        "shape": given.shape,
-        "experts": given.experts,
-        "tokens": given.tokens,
-        "processes": given.processes,
-        "seconds": [round(taken, 2) for taken, _ in rounds],
-        "start_s": round(start, 2),
-        **({"weights_s": weights} if weights else {}),
-        **environment(),
-        "threads": 1,
-    }
-    known = json.loads(given.output.read_text()) if given.output.exists() else []
+    rounds: dict[int, list[tuple[float, str]]] = {processes: [] for processes in sorted(given.processes)}
+    for _ in range(given.rounds):
+        for processes, taken in rounds.items():
+            taken.append(seconds(processes, *run))
+    for processes, taken in rounds.items():
+        start, _ = seconds(processes, *run, "--dry-run")
+        weights = [float(match[1]) for _, said in taken if (match := re.search(r"of weights in (.*) s,", said))]
+        row: dict[str, Any] = {
+            "command": given.command,
+            "shape": given.shape,
+            "experts": given.experts,
+            "tokens": given.tokens,
+            "processes": processes,
+            "seconds": [round(each, 2) for each, _ in taken],
+            "start_s": round(start, 2),
+            **({"weights_s": weights} if weights else {}),
+            **environment(),
+            "threads": 1,
+        }
+        keep(row, given.output)
+        print(json.dumps(row, indent=1))
+
+
+def keep(row: dict[str, Any], output: Path) -> None:
+    """Write the row in place of one of the same kind, with the speedup over that of one process."""
+    known = json.loads(output.read_text()) if output.exists() else []
     key = ("command", "shape", "experts", "tokens", "processes")
-    single = [other for other in known if [other[name] for name in key] == [*(found[name] for name in key[:-1]), 1]]
-    if single and given.processes > 1:
-        found["speedup"] = round(after_start(single[0]) / after_start(found), 2)
-        if weights:
-            found["weights_speedup"] = round(median(single[0]["weights_s"]) / median(weights), 2)
-    kept = [other for other in known if [other[name] for name in key] != [found[name] for name in key]]
-    given.output.write_text(json.dumps([*kept, found], indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    single = [other for other in known if [other[name] for name in key] == [*(row[name] for name in key[:-1]), 1]]
+    if single and row["processes"] > 1:
+        row["speedup"] = round(after_start(single[0]) / after_start(row), 2)
+    kept = [other for other in known if [other[name] for name in key] != [row[name] for name in key]]
+    output.write_text(json.dumps([*kept, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

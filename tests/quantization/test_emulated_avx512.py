@@ -14,8 +14,6 @@ from rq_compile.quantization.second_moment import whole_moment
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "plugins" / "quantizer" / "src"
 SIMDE = ROOT / "tests" / "plugins" / "emulated" / "simde"
-AVX512 = ("gptq_avx512", "gptq_avx512_vnni")
-OTHERS = {"processor", "statistics", "gptq", "gptq_plain", "gptq_avx2", "decode", "decode_plain", "decode_avx2", "decode_avx512"}
 
 pytestmark = pytest.mark.skipif(
     not Path("/usr/include/simde/x86/avx512.h").is_file(),
@@ -23,21 +21,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compiled(folder: Path, name: str, *arguments: str | Path) -> Path:
-    target = folder / f"{name}.o"
-    options = ("-std=c++17", "-O2", "-fPIC", "-Wno-psabi", "-ffp-contract=fast", "-fno-math-errno", "-DRQ_X86")
-    subprocess.run(["g++", *options, *arguments, "-c", SOURCES / f"{name}.cc", "-o", target], check=True)
-    return target
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quantizer's library on a processor that is said to have every instruction set."""
-    folder = tmp_path_factory.mktemp("emulated")
-    objects = [compiled(folder, name, "-I", SIMDE) for name in AVX512]
-    objects += [compiled(folder, name, "-D__builtin_cpu_supports(name)=1", "-mavx2", "-mfma") for name in sorted(OTHERS)]
-    subprocess.run(["g++", "-shared", *objects, "-o", folder / "library.so", "-pthread"], check=True)
-    return folder / "library.so"
+    library = tmp_path_factory.mktemp("emulated") / "library.so"
+    options = ("-std=c++17", "-O2", "-fPIC", "-Wno-psabi", "-ffp-contract=fast", "-fno-math-errno", "-pthread")
+    processor = ("-DRQ_X86", "-D__builtin_cpu_supports(name)=1", "-I", SIMDE)
+    subprocess.run(["g++", "-shared", *options, *processor, *SOURCES.glob("*.cc"), "-o", library], check=True)
+    return library
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx512_vnni"])

@@ -9,8 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,6 +29,7 @@ from rq_compile.quantization.formats import Format
 from rq_compile.rewrite.slot_weights import operands_of
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference
+from rq_compile.standalone import decoding
 from rq_compile.targets.onnxruntime import compile_engine
 
 ATOL = 2e-5
@@ -121,6 +124,24 @@ def test_text_in_pieces_through_the_cache_gives_the_same_logits(engine: Engine, 
         got.append(logits)
         assert all(value.shape[2] == past_length for value in past.values())
     np.testing.assert_allclose(np.concatenate(got, axis=1), engine.logits(ids), atol=ATOL, rtol=0)
+
+
+def test_the_cache_of_a_prompt_in_pieces_gets_room_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for the first tokens of the answer."""
+    rooms: list[int] = []
+    with_room = decoding.with_room
+
+    def counted(cache: Sequence[Any], arrays: Sequence[np.ndarray], held: int, room: int) -> list[np.ndarray]:
+        rooms.append(room)
+        return with_room(cache, arrays, held, room)
+
+    prompt = tokens(1, 300)[0].tolist()
+    said = engine.manifest.model_dump(include={"cache"})
+    expected = list(islice(decoding.decode(engine._session, said, prompt), 5))
+    monkeypatch.setattr(decoding, "with_room", counted)
+    found = list(islice(decoding.decode(engine._session, {**said, "prefill_chunk": 100}, prompt), 5))
+    assert found == expected
+    assert rooms == [600]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

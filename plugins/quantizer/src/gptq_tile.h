@@ -6,10 +6,6 @@
 #include <cstring>
 #include <limits>
 
-#ifdef RQ_X86
-#include <immintrin.h>
-#endif
-
 #include "gptq.h"
 #include "transpose.h"
 

@@ -1,6 +1,9 @@
 """What rounding the head changes of the probabilities of the next token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -19,44 +22,57 @@ def head_divergence(
 ) -> tuple[dict[Format, float], int]:
     """KL divergence in nats of the probabilities with the ``rounded`` head, by format, summed over tokens; and their number.
 
-    ``weights [vocabulary, hidden]``; ``hidden [n, hidden]`` fp32: those of this process. The processes share the rounding.
+    ``weights [vocabulary, hidden]``; ``hidden [n, hidden]`` fp32: those of this process. The processes share the vocabulary.
     """
-    before = _Sum(len(hidden))
-    after = {format: _Sum(len(hidden)) for format in DENSE_QUANTIZED}
-    for start in range(0, len(weights), ROWS):
-        some = torch_tensor(weights[start : start + ROWS]).float().numpy()
-        logits = _final(hidden @ torch.from_numpy(some).mT, config)
-        before.add(logits)
-        owners = world().owners([1] * len(after))
-        own = [rounded(some, format) for format in world().own(owners, after)]
-        for sums, values in zip(after.values(), world().all(owners, own), strict=True):
-            sums.add(_final(hidden @ torch.from_numpy(values).mT, config), logits)
-    found = [float((sums.mean_difference + sums.log_sum - before.log_sum).sum()) for sums in after.values()]
-    *errors, rows = world().sum(np.array([*found, len(hidden)])).tolist()
-    return {format: max(0.0, error) for format, error in zip(after, errors, strict=True)}, int(rows)
+    size = world().size
+    hidden = torch.cat(list(world().all(range(size), [hidden])))
+
+    def logits(some: np.ndarray) -> torch.Tensor:
+        return _final(hidden @ torch.from_numpy(some).mT, config).double()
+
+    def part(start: int) -> _Logits:
+        some = torch_tensor(weights[start : start + rows]).float().numpy()
+        return _Logits.of(logits(some), (logits(rounded(some, format)) for format in DENSE_QUANTIZED))
+
+    rows = min(ROWS, -(-len(weights) // size))
+    starts = range(0, len(weights), rows)
+    owners = world().owners([1] * len(starts))
+    own = list(map(part, world().own(owners, starts)))  # all of them before any is sent
+    errors = reduce(add, world().all(owners, own)).divergence().sum(1).tolist()
+    return {format: max(0.0, error) for format, error in zip(DENSE_QUANTIZED, errors, strict=True)}, len(hidden)
 
 
-class _Sum:
-    """For each token, the logarithm of the sum of exponentials of logits that come in parts; and the mean difference of other
-    logits to these, weighted with the others' probabilities."""
+@dataclass(frozen=True)
+class _Logits:
+    """What is needed of the logits of some entries of the vocabulary, all float64.
 
-    def __init__(self, tokens: int) -> None:
-        self.log_sum = torch.full((tokens,), -torch.inf, dtype=torch.float64)
-        self._others = self.log_sum.clone()
-        self._difference = torch.zeros(tokens, dtype=torch.float64)
+    ``before [tokens]`` and ``after [formats, tokens]``: logarithms of the sums of their exponentials.
+    ``difference [formats, tokens]``: the mean difference of the logits before to those after, weighted with the probabilities
+    before, as if there were no other entries.
+    """
 
-    def add(self, logits: torch.Tensor, others: torch.Tensor | None = None) -> None:
-        self.log_sum = torch.logaddexp(self.log_sum, logits.double().logsumexp(1))
-        if others is not None:
-            wide = others.double()
-            total = torch.logaddexp(self._others, wide.logsumexp(1))
-            part = ((wide - total[:, None]).exp() * (wide - logits.double())).sum(1)
-            self._difference = self._difference * (self._others - total).exp() + part
-            self._others = total
+    before: torch.Tensor
+    after: torch.Tensor
+    difference: torch.Tensor
 
-    @property
-    def mean_difference(self) -> torch.Tensor:
-        return self._difference
+    @classmethod
+    def of(cls, before: torch.Tensor, after: Iterable[torch.Tensor]) -> "_Logits":
+        """Of logits ``[tokens, entries]``."""
+        log_sum = before.logsumexp(1)
+        probabilities = (before - log_sum[:, None]).exp()
+        pairs = [(other.logsumexp(1), (probabilities * (before - other)).sum(1)) for other in after]
+        return cls(log_sum, *map(torch.stack, zip(*pairs, strict=True)))
+
+    def __add__(self, others: "_Logits") -> "_Logits":
+        """Of the entries of both."""
+        before = torch.logaddexp(self.before, others.before)
+        shares = [(part.before - before).exp() for part in (self, others)]
+        difference = self.difference * shares[0] + others.difference * shares[1]
+        return _Logits(before, torch.logaddexp(self.after, others.after), difference)
+
+    def divergence(self) -> torch.Tensor:
+        """``[formats, tokens]``, in nats."""
+        return self.difference + self.after - self.before
 
 
 def _final(logits: torch.Tensor, config: Any) -> torch.Tensor:

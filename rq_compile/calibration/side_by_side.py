@@ -12,7 +12,7 @@ import torch
 from rq_compile.calibration.scratch import release
 
 Result = TypeVar("Result")
-# Experts that are run, rounded and measured at the same time.
+# Experts that are run, rounded and measured at the same time, if torch has as many threads.
 AT_ONCE = 2
 
 
@@ -30,14 +30,15 @@ def ahead(weights_of: Callable[[int], Result], experts: Iterable[int]) -> Iterat
 
 def side_by_side(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
     """The result of each job, in order. ``AT_ONCE`` of them run at the same time, with a share of torch's threads, so that what
-    one thread does alone for one expert is beside the products of another."""
+    one thread does alone for one expert is beside the products of another. One thread has one expert at a time in its caches."""
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(AT_ONCE, initializer=torch.set_num_threads, initargs=(max(1, threads // AT_ONCE),)) as pool:
+    at_once = min(AT_ONCE, threads)
+    with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads // at_once,)) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for job in jobs:
                 waiting.append(pool.submit(job))
-                if len(waiting) > AT_ONCE:
+                if len(waiting) > at_once:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -58,12 +58,15 @@ def skew_of(layer: LayerCalibration) -> Skew:
 def agreement(several: np.ndarray) -> float | None:
     """Mean rank correlation of pairs of ``several [n, m]`` loads; None if there is no pair in which both vary over the
     experts."""
-    from scipy.stats import spearmanr  # a plain install can show engines, but has no scipy
-
-    told = [
-        float(spearmanr(one, other).statistic) for one, other in combinations(several, 2) if np.ptp(one) > 0 and np.ptp(other) > 0
-    ]
+    varying = [_ranks(loads) for loads in several if np.ptp(loads) > 0]
+    told = [float(np.corrcoef(one, other)[0, 1]) for one, other in combinations(varying, 2)]
     return fmean(told) if told else None
+
+
+def _ranks(loads: np.ndarray) -> np.ndarray:
+    """Their ranks ``[m]``. Equal loads share the mean of their ranks, as in Spearman's correlation."""
+    _, place, counts = np.unique(loads, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def spread(skews: Sequence[Skew]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier, get_ident
 from time import sleep
 from typing import Any
 
@@ -299,13 +300,35 @@ def test_experts_that_are_measured_side_by_side_add_up_in_order(monkeypatch: pyt
         return experts[expert]
 
     monkeypatch.setattr(measure, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(side_by_side, "AT_ONCE", at_once)
     found = []
     for count in (1, at_once):
-        monkeypatch.setattr(side_by_side, "AT_ONCE", count)
+        torch.set_num_threads(count)
         output = np.zeros(hidden.shape)
         measured = measure_layer(SWIGLU, hidden, ids, gates, late, output=output)
         found.append((output.tobytes(), measured.sums.model_dump_json(), measured.intermediate_moments.tobytes()))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [(1, 1), (2, 2), (5, 2)])
+def test_as_many_run_side_by_side_as_torch_has_threads(threads: int, at_once: int) -> None:
+    """They share the threads, of which others have as many as before."""
+    begun = Barrier(at_once, timeout=30)
+    running: set[int] = set()
+    most = []
+
+    def job() -> int:
+        running.add(get_ident())
+        begun.wait()
+        most.append(len(running))
+        begun.wait()
+        running.discard(get_ident())
+        return torch.get_num_threads()
+
+    torch.set_num_threads(threads)
+    assert list(side_by_side.side_by_side([job] * 4)) == [threads // at_once] * 4
+    assert torch.get_num_threads() == threads
+    assert set(most) == {at_once}
 
 
 def test_an_expert_that_fails_stops_those_beside_it() -> None:

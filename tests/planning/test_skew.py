@@ -8,6 +8,7 @@ import numpy as np
 import planning_inputs as inputs
 import pytest
 from command_line import run_command as run
+from scipy.stats import spearmanr
 
 from rq_compile.planning.plan import make_plan
 from rq_compile.planning.skew import Skew, outlook, skew, skew_of, steadiness
@@ -49,6 +50,12 @@ def test_gini_is_half_the_relative_mean_difference() -> None:
 )
 def test_agreement_is_by_rank(texts: list[list[int]], agreement: float | None) -> None:
     assert skew([1, 2, 3], texts).agreement == (None if agreement is None else pytest.approx(agreement))
+
+
+@pytest.mark.parametrize("greatest", [2, 1000], ids=["ties", "hardly any"])
+def test_agreement_is_spearmans_correlation(greatest: int) -> None:
+    loads = np.random.default_rng(greatest).integers(0, greatest, size=(2, 61))
+    assert skew(loads[0], loads).agreement == pytest.approx(spearmanr(*loads).statistic)
 
 
 def test_halves_of_an_only_text_stand_for_two() -> None:

@@ -250,7 +250,7 @@ def soak(folders: Sequence[Path], seconds: float, clients: Sequence[int], scratc
         members = family(server.process.pid)
         server.process.send_signal(signal.SIGKILL)
         server.process.wait(60)
-        if not all_gone(members, within=30):
+        if not all_gone(members, within=90):
             state.faults.append("a process of the server outlives it")
     with Server(repositories, scratch / "again.log") as server:
         state.server = server

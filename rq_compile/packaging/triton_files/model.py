@@ -4,9 +4,11 @@ All requests share one session and, through the scheduler, each of its steps. On
 answer would take the processor from the steps, and more so the more clients there are.
 """
 
+import faulthandler
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import _exit, getppid
 from pathlib import Path
 from threading import BoundedSemaphore, Event, Thread
 from time import monotonic
@@ -37,6 +39,8 @@ SPIN = 100
 PATIENCE = 0.2
 # Seconds between two looks at whether the model is being unloaded.
 WATCH = 1.0
+# Seconds without a run of ``watch`` after which the process ends.
+SILENCE = 60.0
 # The parameters of config.pbtxt and their values where an older one lacks them.
 PARAMETERS = {
     "intra_op_thread_count": 0,
@@ -136,16 +140,26 @@ class TritonPythonModel:
         self.sending.join()
 
     def watch(self, name: str, version: str) -> None:
-        """End all answers when the model is being unloaded: the server waits for them before it calls ``finalize``."""
-        while hasattr(backend, "is_model_ready") and not self.ended.wait(WATCH):
-            # Before the model is ready, no request runs.
+        """End all answers when the model is being unloaded: the server waits for them before it calls ``finalize``.
+
+        Also end the process when its server was killed. Triton's own way out may wait for a lock in memory that it shared with
+        the server. A thread that waits so can keep Python's lock: then this one does not run, and faulthandler ends the process.
+        """
+        server, asking = getppid(), hasattr(backend, "is_model_ready")
+        while not self.ended.wait(WATCH):
+            faulthandler.dump_traceback_later(SILENCE, exit=True)
+            if getppid() != server:
+                _exit(1)
             try:
-                unloaded = self.scheduler.busy and not backend.is_model_ready(name, version)
+                # Before the model is ready, no request runs.
+                unloaded = asking and self.scheduler.busy and not backend.is_model_ready(name, version)
             except Exception:  # the server is being stopped, and waits for the answers itself
-                return
+                asking = False
+                continue
             if unloaded:
                 self.scheduler.close()
-                return
+                asking = False
+        faulthandler.cancel_dump_traceback_later()
 
     def read(self, request: Any) -> Request:
         """The parsed request, or a ValueError with a sentence for the client."""

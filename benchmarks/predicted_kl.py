@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
+from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
-from rq_compile.calibration.expert import in_format, in_fp32, weight_squares
+from rq_compile.calibration.expert import StoredExpert, in_format, in_fp32, values_of, weight_squares
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.cli.tables import table
@@ -68,11 +69,12 @@ class Experts:
                     up_moment=statistics.input_moment(layer.name),
                     down_moment=statistics.intermediate_moment(layer.name, expert),
                 )
-                held = {dtype: original}
+                held: dict[Format, ExpertWeights | StoredExpert] = {dtype: original}
                 for format in QUANTIZED:
                     held[format] = in_format(rounded, weight_squares(original), format, layer.geometry.block)[0]
                 for format, weights in held.items():
-                    self._weights[number, expert, format] = torch.tensor(weights.up), torch.tensor(weights.down)
+                    up, down = (torch.tensor(values_of(matrix)) for matrix in (weights.up, weights.down))
+                    self._weights[number, expert, format] = up, down
 
     def use(self, mixture: Mixture) -> None:
         for number, (places, formats) in enumerate(zip(self._places, mixture, strict=True)):

@@ -15,7 +15,7 @@ import torch
 from rq_compile.architectures.geometry import ExpertGeometry
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.calibration.constant import constant_error
-from rq_compile.calibration.expert import cast_error, expert_outputs, in_format, in_fp32, weight_squares
+from rq_compile.calibration.expert import StoredExpert, cast_error, expert_outputs, in_format, in_fp32, weight_squares
 from rq_compile.calibration.schema import LayerSums
 from rq_compile.calibration.scratch import release
 from rq_compile.calibration.side_by_side import OrderedSum, ahead, side_by_side
@@ -146,9 +146,9 @@ def measure_layer(
     ``hidden [T, hidden]`` fp32, ``ids [T, k]`` in ``0..m-1``, ``gates [T, k]`` fp32. ``weights_of(e)`` gives expert e; it is
     called once an expert, in order, from a thread of its own, while experts before are measured. What the experts give
     together for every token is added to ``output [T, hidden]`` float64, zeros at first, in the order of the experts. ``hidden``
-    and ``output`` may be mapped from disk. Held at a time: the weights of ``AT_ONCE`` experts (``side_by_side``) twice in fp32,
-    and of two others as ``weights_of`` gives them; outputs as large as the weights of ``AT_ONCE + 1`` experts; and the inputs
-    and outputs of some tokens. ``device`` is the torch device of the products; the CPU rounds.
+    and ``output`` may be mapped from disk. Held at a time: the weights of ``AT_ONCE`` experts (``side_by_side``), in fp32 and
+    rounded, and of two others as ``weights_of`` gives them; outputs as large as the weights of ``AT_ONCE + 1`` experts; and the
+    inputs and outputs of some tokens. ``device`` is the torch device of the products; the CPU rounds.
 
     Every process of the world is given all tokens, measures the experts that it owns, and returns the measurements of all.
     ``output`` is in float64 so that its fp32 digits do not depend on the order in which experts are added.
@@ -204,8 +204,8 @@ class _Measure:
     formats: tuple[Format, ...]
     wanda_fraction: float
     device: str
-    # Of each thread: two experts whose matrices are overwritten with the original ones and with those of every format. Arrays of
-    # their own would each be new memory for the system to clear.
+    # Of each thread: an expert whose matrices are overwritten with the original ones. Arrays of their own would each be new
+    # memory for the system to clear.
     _room: local = field(default_factory=local, init=False, repr=False)
 
     def expert(
@@ -231,7 +231,7 @@ class _Measure:
     ) -> _Run:
         """Run the expert as the checkpoint has it. Outputs that were not added yet are in ``held``."""
         geometry = self.geometry
-        original = in_fp32(weights, self._of_thread("original", weights))
+        original = in_fp32(weights, self._of_thread(weights))
         squares, weighted = np.zeros(geometry.hidden, np.float64), np.zeros(geometry.hidden, np.float64)
         sample, shares = _sample(gate)
         sampled_x, sampled_y = [], []
@@ -258,12 +258,12 @@ class _Measure:
         exact = _exact_in(weights)
         return _Run(original, exact, len(tokens), energy, products, squares, squared_gates, weighted, on_sample)
 
-    def _of_thread(self, name: str, weights: ExpertWeights) -> ExpertWeights:
+    def _of_thread(self, weights: ExpertWeights) -> ExpertWeights:
         """An expert with room for ``weights`` in fp32."""
-        if not hasattr(self._room, name):
+        if not hasattr(self._room, "original"):
             up, down = (np.empty(matrix.shape, np.float32) for matrix in (weights.up, weights.down))
-            setattr(self._room, name, replace(weights, up=up, down=down))
-        room: ExpertWeights = getattr(self._room, name)
+            self._room.original = replace(weights, up=up, down=down)
+        room: ExpertWeights = self._room.original
         return room
 
     def _rounded(self, run: _Run) -> ExpertMeasurement:
@@ -275,7 +275,6 @@ class _Measure:
         weight_errors: dict[Format, float] = {}
         errors: dict[Format, float] = {}
         threads = torch.get_num_threads()
-        room = self._of_thread("changed", original) if changed.up_moment is not None else None
         squares = weight_squares(original, threads)
         for format in self.formats:
             if not SLOT_FORMATS[format].computed:
@@ -287,7 +286,7 @@ class _Measure:
             if not SLOT_FORMATS[format].quantized and (error := cast_error(original, squares, format, threads)) < ROUNDING:
                 weight_errors[format], errors[format] = error, error * run.energy
                 continue
-            stored, weight_errors[format] = in_format(changed, squares, format, geometry.block, threads=threads, into=room)
+            stored, weight_errors[format] = in_format(changed, squares, format, geometry.block, threads=threads)
             errors[format] = run.on_sample.error(stored, weight_errors[format], geometry)
         norms = _diagonal(run.products)[: geometry.intermediate]
         matrices = [(original.up, run.squares.astype(np.float32)), (original.down, norms)]
@@ -314,7 +313,7 @@ class _OnSample:
         self._x, self._y = (torch.cat(chunks).to(device) if chunks else None for chunks in (x, y))
         self._shares, self._energy = shares, energy
 
-    def error(self, changed: ExpertWeights, weight_error: float, geometry: ExpertGeometry) -> float:
+    def error(self, changed: StoredExpert, weight_error: float, geometry: ExpertGeometry) -> float:
         """``ExpertMeasurement.error`` of an expert with the weights ``changed``, from its relative error on the sample."""
         if not self._energy or np.isinf(weight_error):
             return weight_error if np.isinf(weight_error) else 0.0

@@ -14,8 +14,8 @@ from rq_compile.file_systems import optional
 
 # Of glibc's malloc.h: ``M_TRIM_THRESHOLD`` and ``M_MMAP_THRESHOLD``.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-# Bytes. Smaller arrays, such as the outputs of an expert for some tokens, come too often to be handed out by the system.
-LARGE_ARRAY = 8 << 20
+# Bytes. Smaller arrays, such as the weights of most experts in 16 bits, come too often to be handed out by the system.
+LARGE_ARRAY = 16 << 20
 # Bytes of freed smaller arrays that a thread keeps for later ones, until ``return_freed``.
 KEPT = 64 << 20
 

@@ -7,6 +7,7 @@ the work. Between blocks, the errors are passed on in fixed point.
 """
 
 import ctypes
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,33 +21,55 @@ from rq_compile.quantization.second_moment import SecondMoment
 FEEDBACK = ("within", "across", "units", "importance")
 
 
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A matrix ``[rows, columns]``: ``q`` int8 ``[rows, blocks, block]`` times ``scales`` fp32 ``[rows, blocks]``, padded beyond
+    ``columns``."""
+
+    q: np.ndarray
+    scales: np.ndarray
+    columns: int
+
+    def values(self) -> np.ndarray:
+        """fp32 ``[rows, columns]``"""
+        return (self.q * self.scales[..., None]).reshape(len(self.q), -1)[:, : self.columns]
+
+    def times(self, inputs: np.ndarray, threads: int = 1) -> np.ndarray:
+        """The matrix times fp32 ``inputs [columns, n]``: fp32 ``[rows, n]``, the same for any number of ``threads``. Inputs are
+        rounded to 16 bits, in a unit for each input and block of columns; the sums within blocks are exact."""
+        inputs = np.ascontiguousarray(inputs, np.float32)
+        tokens = inputs.shape[1]
+        outputs = np.empty((len(self.q), tokens), np.float32)
+        product = _Product(
+            *(inputs.ctypes.data, tokens, self.columns, self.q.ctypes.data, self.scales.ctypes.data),
+            *(*self.q.shape, outputs.ctypes.data),
+        )
+        if quantizer_function("rq_multiply_rounded")(ctypes.byref(product), threads):
+            raise MemoryError
+        return outputs
+
+
 def gptq(
-    weights: np.ndarray, format: Format, moment: SecondMoment, block: int, threads: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+    weights: np.ndarray, format: Format, moment: SecondMoment, block: int, threads: int = 1, changes: np.ndarray | None = None
+) -> Rounded:
     """Round fp32 ``weights [rows, columns]`` in blocks of ``block`` columns. The last block is padded with zeros.
 
-    ``block`` divides the columns of a moment by blocks. Returns integers, int8 ``[rows, blocks, block]``, and fp32 scales
-    ``[rows, blocks]``. Those of a row depend only on the row and the moment, for any number of ``threads``.
+    ``block`` divides the columns of a moment by blocks. The result for a row depends only on the row and the moment, for any
+    number of ``threads``. The sum of the squared changes of each row is added to ``changes``, float64 ``[rows]``.
 
     Raises:
         UserError: a weight is not finite, or the quantizer's library is missing.
     """
-    rows, columns = weights.shape
-    q = np.empty((rows, moment.feedback(block).blocks, block), np.int8)
-    scales = _round(weights, format, moment, block, threads, q=q)
-    needed = -(-columns // block)  # a moment may be padded to more
-    return q[:, :needed], scales[:, :needed]
+    q = np.empty((len(weights), moment.feedback(block).blocks, block), np.int8)
+    scales = _round(weights, format, moment, block, threads, q=q, changes=changes)
+    return Rounded(q, scales, weights.shape[1])
 
 
-def gptq_values(
-    weights: np.ndarray, format: Format, moment: SecondMoment, block: int, threads: int = 1, into: np.ndarray | None = None
-) -> tuple[np.ndarray, float]:
-    """The values, fp32 ``[rows, columns]``, of the weights that ``gptq`` rounds, with the same arguments and errors; and the sum
-    of their squared changes. The values are written to ``into`` if it is given."""
-    values = np.empty(weights.shape, np.float32) if into is None else into
-    changes = np.zeros(len(weights), np.float64)
-    _round(weights, format, moment, block, threads, values=values, changes=changes)
-    return values, float(changes.sum())
+def gptq_values(weights: np.ndarray, format: Format, moment: SecondMoment, block: int, threads: int = 1) -> np.ndarray:
+    """The values, fp32 ``[rows, columns]``, of the weights that ``gptq`` rounds, with the same arguments and errors."""
+    values = np.empty(weights.shape, np.float32)
+    _round(weights, format, moment, block, threads, values=values)
+    return values
 
 
 def _round(
@@ -60,7 +83,7 @@ def _round(
     values: np.ndarray | None = None,
     changes: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Write ``q``, or ``values`` and ``changes [rows]``, and return the scales."""
+    """Write ``q`` or ``values``, add to ``changes [rows]``, and return the scales."""
     rows, columns = weights.shape
     weights = np.ascontiguousarray(weights, np.float32)
     feedback = moment.feedback(block)
@@ -92,4 +115,16 @@ class _Matrix(ctypes.Structure):
         ("fraction_count", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("least", "greatest")),
         *((name, ctypes.c_void_p) for name in ("q", "scales", "values", "changes")),
+    )
+
+
+class _Product(ctypes.Structure):
+    """``Product`` of plugins/quantizer/src/product.h."""
+
+    _fields_ = (
+        ("inputs", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("tokens", "columns")),
+        *((name, ctypes.c_void_p) for name in ("q", "scales")),
+        *((name, ctypes.c_int64) for name in ("rows", "blocks", "block")),
+        ("outputs", ctypes.c_void_p),
     )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rq_compile.quantization.formats import SLOT_FORMATS, Block, Format, block_size
-from rq_compile.quantization.gptq import gptq, gptq_values
+from rq_compile.quantization.gptq import Rounded, gptq, gptq_values
 from rq_compile.quantization.packing import Quantized, columns_of, packed, stored_scales
 from rq_compile.quantization.rounding import holding_scales, nearest
 from rq_compile.quantization.second_moment import SecondMoment
@@ -61,7 +61,7 @@ def stored(
         torch.from_numpy(values).copy_(held)
         return values
     if moment is not None:
-        return stored_by_moment(weights, format, moment, most, threads=threads)[0]
+        return gptq_values(_in_fp32(weights), format, moment, block_size(weights.shape[1], most), threads)
     rows, columns = weights.shape
     block = block_size(columns, most)
     values, start = np.empty((rows, -(-columns // block), block), np.float32), 0
@@ -71,22 +71,22 @@ def stored(
     return columns_of(values, columns)
 
 
-def stored_by_moment(
-    weights: np.ndarray,
-    format: Format,
-    moment: SecondMoment,
-    most: Block = 128,
-    *,
-    threads: int = 1,
-    into: np.ndarray | None = None,
-) -> tuple[np.ndarray, float]:
-    """``stored`` in a quantized format, and the sum of the squared changes, which costs little while weights are rounded. The
-    values are written to ``into`` if it is given.
+def rounded_by_moment(
+    weights: np.ndarray, format: Format, moment: SecondMoment, most: Block = 128, *, threads: int = 1
+) -> tuple[Rounded, float]:
+    """``weights [rows, columns]`` of any float dtype, rounded to the quantized ``format`` by GPTQ, and the sum of the squared
+    changes, which costs little while weights are rounded. For the other arguments, see ``quantize``.
 
     Raises:
         UserError: a weight is not finite.
     """
-    return gptq_values(torch_tensor(weights).float().numpy(), format, moment, block_size(weights.shape[1], most), threads, into)
+    changes = np.zeros(len(weights), np.float64)
+    rounded = gptq(_in_fp32(weights), format, moment, block_size(weights.shape[1], most), threads, changes)
+    return rounded, float(changes.sum())
+
+
+def _in_fp32(weights: np.ndarray) -> np.ndarray:
+    return torch_tensor(weights).float().numpy()
 
 
 def torch_tensor(array: np.ndarray) -> torch.Tensor:
@@ -104,7 +104,9 @@ def _rounded(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Integers ``[rows, blocks, block]`` and scales ``[rows, blocks]``, for some rows at a time."""
     if moment is not None:
-        yield gptq(torch_tensor(weights).float().numpy(), format, moment, block_size(weights.shape[1], most), threads)
+        found = gptq(_in_fp32(weights), format, moment, block_size(weights.shape[1], most), threads)
+        needed = -(-found.columns // found.q.shape[-1])  # a moment may be padded to more
+        yield found.q[:, :needed], found.scales[:, :needed]
         return
     rows = max(1, NEAREST_TILE // weights.shape[1])
     for start in range(0, max(1, len(weights)), rows):

@@ -33,9 +33,9 @@ class Feedback:
 
     A part is what columns that are rounded with a look at each other make up: all, or those of one block of the moment; it is
     filled up to whole blocks of ``block`` columns. ``within`` fp32 ``[parts * blocks, block, block]`` has the factors of the
-    columns of a block for each other. ``across`` int32 ``[parts, blocks, block / 4, columns / 2, 4]`` has, for the columns of
-    each block, four by four, those of all columns of the part, as int16: of two neighbours, the first in the lower half. They
-    count ``units`` fp32 ``[parts, blocks, blocks, block]``, which each column of a block has for the factors of every block.
+    columns of a block for each other. ``across`` int32 ``[parts, blocks, blocks, block / 4, block / 2, 4]`` has, for the columns
+    of each block, four by four, those of the columns of every block, as int16: of two neighbours, the first in the lower half.
+    They count ``units`` fp32 ``[parts, blocks, blocks, block]``, which each column of a block has for the factors of every block.
     ``importance`` fp32 ``[parts * blocks * block]`` is the diagonal of the moment, damped, in units of its mean; 0 where it is
     filled up.
     """
@@ -101,9 +101,9 @@ class SecondMoment:
         blocks = factors.unflatten(2, (width // block, block))
         units = blocks.abs().amax(3) / GREATEST
         numbers = blocks.div_(units.clamp(min=torch.finfo(units.dtype).tiny).unsqueeze(3)).round_().to(torch.int16)
-        # [parts, blocks, columns / 2, 2, block / 4, 4]
-        pairs = numbers.flatten(2, 3).unflatten(2, (width // 2, 2)).unflatten(4, (block // 4, 4))
-        across = pairs.permute(0, 1, 4, 2, 5, 3).contiguous()
+        # [parts, blocks, blocks of the sources, block / 2, 2, block / 4, 4]
+        pairs = numbers.unflatten(3, (block // 2, 2)).unflatten(5, (block // 4, 4))
+        across = pairs.permute(0, 1, 2, 5, 3, 6, 4).contiguous()
         importance = np.pad(moments.diagonal(axis1=1, axis2=2), ((0, 0), (0, width - columns)))
         return Feedback(
             within=within.unflatten(0, (width // block, len(moments))).transpose(0, 1).contiguous().numpy(),

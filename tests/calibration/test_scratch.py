@@ -47,7 +47,7 @@ print(full - used())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc has the setting")
-@pytest.mark.parametrize("megabytes", [8, 17])
+@pytest.mark.parametrize("megabytes", [16, 25])
 def test_large_arrays_are_returned_when_they_are_freed(megabytes: int) -> None:
     """Those that are freed between arrays in use, too. In processes of their own, because the setting stays."""
 

@@ -1,13 +1,17 @@
-"""GPTQ's kernels for AVX-512 round as those of this processor do; without AVX-512 they run in an emulator."""
+"""The quantizer's kernels for AVX-512 round and multiply as those of this processor do; without AVX-512 they run in an
+emulator."""
 
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rq_compile.quantization import library
+from rq_compile.quantization.gptq import Rounded
 from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import whole_moment
 
@@ -31,8 +35,25 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx512_vnni"])
-def test_rounds_alike(emulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+@pytest.fixture(params=["avx512", "avx512_vnni"])
+def of_other_processor(
+    request: pytest.FixtureRequest, emulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], AbstractContextManager[None]]:
+    """Contexts in which the kernels of an instruction set run."""
+
+    @contextmanager
+    def kernels() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setenv("RQ_QUANTIZER_ISA", request.param)
+            patch.setattr(library, "LIBRARY", shutil.copy(emulated, tmp_path))  # a library chooses its kernels once
+            library.quantizer_function.cache_clear()
+            yield
+        library.quantizer_function.cache_clear()
+
+    return kernels
+
+
+def test_rounds_alike(of_other_processor: Callable[[], AbstractContextManager[None]]) -> None:
     """But for rows from the first weight near a tie on."""
     random = np.random.default_rng(0)
     weights = random.standard_normal((130, 160)).astype(np.float32)
@@ -40,13 +61,19 @@ def test_rounds_alike(emulated: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     inputs = (directions + random.standard_normal((300, 160)) / 3).astype(np.float32)
     moment = whole_moment(inputs)
     expected = stored(weights, "int4", moment)
-    monkeypatch.setenv("RQ_QUANTIZER_ISA", isa)
-    monkeypatch.setattr(library, "LIBRARY", shutil.copy(emulated, tmp_path))  # a library chooses its kernels once
-    library.quantizer_function.cache_clear()
-    try:
+    with of_other_processor():
         found = stored(weights, "int4", moment)
-    finally:
-        library.quantizer_function.cache_clear()
     assert np.isclose(found, expected, rtol=1e-4, atol=1e-6).mean() > 0.7
     error, expected_error = (np.square(inputs @ (kept - weights).T.astype(np.float64)).sum() for kept in (found, expected))
     np.testing.assert_allclose(error, expected_error, rtol=0.02)
+
+
+def test_multiplies_alike(of_other_processor: Callable[[], AbstractContextManager[None]]) -> None:
+    """But for inputs between two whole numbers of their units."""
+    random = np.random.default_rng(0)
+    matrix = Rounded(random.integers(-127, 128, (70, 3, 128)).astype(np.int8), np.ones((70, 3), np.float32), 380)
+    inputs = random.standard_normal((380, 67)).astype(np.float32)
+    expected = matrix.times(inputs)
+    with of_other_processor():
+        found = matrix.times(inputs)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -309,8 +309,8 @@ def test_fp8_takes_what_it_can_hold_and_nothing_else() -> None:
 def test_factors_between_blocks_are_integers_that_a_sum_of_a_block_can_hold() -> None:
     moment = whole_moment(correlated(900, 384))
     feedback = moment.feedback(128)
-    pairs = feedback.across.view(np.int16).astype(np.float64).reshape(3, 32, 192, 4, 2)
-    numbers = pairs.transpose(0, 2, 4, 1, 3).reshape(3, 3, 128, 128)  # block, earlier block, its columns, the block's columns
+    pairs = feedback.across.view(np.int16).astype(np.float64).reshape(3, 3, 32, 64, 4, 2)
+    numbers = pairs.transpose(0, 1, 3, 5, 2, 4).reshape(3, 3, 128, 128)  # block, earlier block, its columns, the block's columns
     assert np.abs(numbers).max() == second_moment.GREATEST
     assert 128 * second_moment.GREATEST**2 < 2**31
     values = moment.values.astype(np.float64)

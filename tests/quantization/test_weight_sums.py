@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rq_compile.quantization.formats import QUANTIZED_FORMATS, Format
-from rq_compile.quantization.quantizer import stored, stored_by_moment
+from rq_compile.quantization.quantizer import rounded_by_moment, stored
 from rq_compile.quantization.second_moment import block_moment, whole_moment
 from rq_compile.quantization.weight_sums import lowest_scores, squared_difference, squared_half_error
 
@@ -79,6 +79,7 @@ def test_the_change_that_gptq_tells_is_that_of_its_values(shape: tuple[int, int]
     weights, inputs = normal(*shape), normal(50, shape[1], seed=1)
     for moment in (whole_moment(inputs), block_moment(inputs, 16)):
         for threads in (1, 3):
-            values, change = stored_by_moment(weights, format, moment, 16, threads=threads)
+            rounded, change = rounded_by_moment(weights, format, moment, 16, threads=threads)
+            values = rounded.values()
             np.testing.assert_array_equal(values, stored(weights, format, moment, 16))
             np.testing.assert_allclose(change, ((values - weights).astype(np.float64) ** 2).sum(), rtol=1e-9)

@@ -11,8 +11,9 @@ struct Matrix {
   int64_t rows, columns, parts, known, block;
   // The rounding error of column j times a factor is subtracted from each later column k. Factors within a block of columns:
   // [parts * known / block, block, block], indexed by j and k. Factors for later blocks of the part: [parts, known / block,
-  // block / kColumns, known / 2, kColumns]. Each entry holds the factors of columns j and j + 1 as int16, j in the lower half, in
-  // the unit of k for the block of j: [parts, known / block, known / block, block], indexed by the block of k, that of j, and k.
+  // known / block, block / 4, block / 2, 4], indexed by the block of k, that of j, and the columns in them. Each entry holds the
+  // factors of columns j and j + 1 as int16, j in the lower half, in the unit of k for the block of j: [parts, known / block,
+  // known / block, block], indexed by the block of k, that of j, and k.
   const float* within;
   const uint32_t* across;
   const float* units;
@@ -23,11 +24,8 @@ struct Matrix {
   int8_t* q;                // [rows, parts * known], or null
   float* scales;            // [rows, parts * known / block]
   float* values;            // [rows, columns]: q * scale, or null
-  double* changes;          // [rows]: with `values`, the sum of (value - weight)**2 is added
+  double* changes;          // [rows]: the sum of (value - weight)**2 is added, or null
 };
-
-// The number of columns that a product computes at a time. Every block is a multiple of it.
-constexpr int kColumns = 4;
 
 // Integers that stand for errors and factors go up to this one. The sum of the products in a block then fits into int32, and is
 // exact.

@@ -1,6 +1,9 @@
 #include <immintrin.h>
 #define RQ_ROUND_TILE round_tile_avx512
+#define RQ_PACK_TILE pack_tile_avx512
+#define RQ_MULTIPLY_TILE multiply_tile_avx512
 #define RQ_VECTOR_BYTES 64
 #define RQ_VECTORS 4
 #define RQ_ADD_PRODUCTS(sum, pairs, factors) ((sum) + (Whole)_mm512_madd_epi16((__m512i)(pairs), _mm512_set1_epi32(factors)))
 #include "gptq_tile.h"
+#include "product_tile.h"

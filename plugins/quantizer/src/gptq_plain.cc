@@ -1,4 +1,6 @@
 #define RQ_ROUND_TILE round_tile_plain
+#define RQ_PACK_TILE pack_tile_plain
+#define RQ_MULTIPLY_TILE multiply_tile_plain
 #define RQ_VECTOR_BYTES 16
 #define RQ_VECTORS 2
 #ifdef __SSE2__
@@ -6,3 +8,4 @@
 #define RQ_ADD_PRODUCTS(sum, pairs, factors) ((sum) + (Whole)_mm_madd_epi16((__m128i)(pairs), _mm_set1_epi32(factors)))
 #endif
 #include "gptq_tile.h"
+#include "product_tile.h"

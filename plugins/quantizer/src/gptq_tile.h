@@ -1,48 +1,24 @@
-// Rounds one tile of rows, with vectors of RQ_VECTOR_BYTES. The including file defines the name of the function (RQ_ROUND_TILE)
-// and how many vectors of rows a product holds in registers (RQ_VECTORS). If the processor has an instruction for products of
-// pairs, it also defines `add_products` (RQ_ADD_PRODUCTS).
+// Rounds one tile of rows. The including file defines the name of the function (RQ_ROUND_TILE), and what pairs.h needs.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
 #include "gptq.h"
+#include "pairs.h"
 #include "transpose.h"
 
 namespace {
 
-typedef float Vector __attribute__((vector_size(RQ_VECTOR_BYTES)));
-// Two neighbouring columns of each lane as int16, the first in the lower half.
-typedef uint32_t Pair __attribute__((vector_size(RQ_VECTOR_BYTES)));
-typedef int32_t Whole __attribute__((vector_size(RQ_VECTOR_BYTES)));
-constexpr int kLanes = RQ_VECTOR_BYTES / sizeof(float);
 typedef float Half __attribute__((vector_size(RQ_VECTOR_BYTES / 2)));
 typedef double Doubles __attribute__((vector_size(RQ_VECTOR_BYTES)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 // The integers of 16 columns; every block is a multiple of 16 columns.
 typedef int8_t Line __attribute__((vector_size(16)));
 constexpr int kLine = sizeof(Line);
-constexpr int kVectors = RQ_VECTORS;
 constexpr int kTileVectors = kTileRows / kLanes;
 // The vectors of rows for which a scale is searched at a time: the sums of one alone would wait for each other.
 constexpr int kSearched = 4;
-
-inline Vector splat(float value) { return value - Vector{}; }
-
-inline Vector larger(Vector x, Vector y) { return x > y ? x : y; }
-inline Vector smaller(Vector x, Vector y) { return x < y ? x : y; }
-inline Vector magnitude(Vector x) { return x < 0 ? -x : x; }
-inline Vector clamp(Vector x, Vector low, Vector high) { return smaller(larger(x, low), high); }
-
-// sum + the first column of each pair * its factor + the second column * its factor.
-inline Whole add_products(Whole sum, Pair columns, uint32_t factors) {
-#ifdef RQ_ADD_PRODUCTS
-  return RQ_ADD_PRODUCTS(sum, columns, factors);
-#else
-  const Whole both = reinterpret_cast<Whole>(columns);
-  return sum + (both << 16 >> 16) * static_cast<int16_t>(factors) + (both >> 16) * static_cast<int16_t>(factors >> 16);
-#endif
-}
 
 // The lowest byte of each integer, and back. GCC has one instruction for each lane where AVX2 has few for all.
 inline Bytes bytes(Whole whole) {
@@ -64,10 +40,12 @@ inline Whole whole(const int8_t* bytes) {
 #endif
 }
 
-// Rounds to the nearest integer, ties to even. |x| must be below 2**22.
-inline Vector nearest(Vector x) {
-  const Vector shift = splat(12582912.0f);  // 1.5 * 2**23: the sum has no fraction bits
-  return (x + shift) - shift;
+// Not fused with a difference: that would not be 0 where nothing changed.
+template <typename Number>
+inline Number rounded_product(Number x, float y) {
+  Number product = x * y;
+  asm("" : "+m"(product));
+  return product;
 }
 
 struct Tile {
@@ -110,11 +88,7 @@ struct Tile {
                       const float* of_columns) const {
     for (int first = 0; first < kTileVectors; first += kVectors) {
       Whole sums[kColumns][kVectors] = {};
-      for (int64_t j = 0; j < matrix.block / 2; ++j) {
-        const Pair* errors = pairs + j * kTileVectors + first;
-        for (int c = 0; c < kColumns; ++c)
-          for (int v = 0; v < kVectors; ++v) sums[c][v] = add_products(sums[c][v], errors[v], factors[j * kColumns + c]);
-      }
+      add_pairs<kColumns, 1>(pairs + first, kTileVectors, matrix.block / 2, factors, sums);
       for (int c = 0; c < kColumns; ++c)
         for (int v = 0; v < kVectors; ++v)
           columns[c * kTileVectors + first + v] += __builtin_convertvector(sums[c][v], Vector) * (of_rows[first + v] * of_columns[c]);
@@ -149,11 +123,8 @@ struct Tile {
     }
     for (int v = 0; v < kTileVectors; ++v) {
       const Vector per_unit = -inverse(units[start / matrix.block * kTileVectors + v]);
-      const auto whole = [&](int64_t c) {
-        return __builtin_convertvector(nearest(columns[c * kTileVectors + v] * per_unit), Whole);
-      };
-      for (int64_t c = 0; c < matrix.block / 2; ++c)
-        pairs[c * kTileVectors + v] = reinterpret_cast<Pair>((whole(2 * c) & 0xffff) | whole(2 * c + 1) << 16);
+      const auto whole = [&](int64_t c) { return nearest(columns[c * kTileVectors + v] * per_unit); };
+      for (int64_t c = 0; c < matrix.block / 2; ++c) pairs[c * kTileVectors + v] = paired(whole(2 * c), whole(2 * c + 1));
     }
   }
 
@@ -200,12 +171,6 @@ struct Tile {
     }
   }
 
-  // 1 / scale; 0 if the scale is 0, or so small that its inverse is infinite.
-  static Vector inverse(Vector scale) {
-    const Vector inverse = 1.0f / scale;
-    return magnitude(inverse) <= splat(std::numeric_limits<float>::max()) ? inverse : Vector{};
-  }
-
   // Rounds the column with index `c` in its block, and replaces it by its rounding errors.
   void round(Vector* column, int64_t c) {
     const Vector least = splat(matrix.least), greatest = splat(matrix.greatest);
@@ -225,7 +190,7 @@ struct Tile {
       const int64_t pair = earlier * matrix.block / 2;
       for (int64_t c = 0; c < matrix.block; c += kColumns)
         subtract_pairs(reinterpret_cast<const Pair*>(part) + pair * kTileVectors, units + earlier * kTileVectors,
-                       block + c * kTileVectors, across + c * matrix.known / 2 + pair * kColumns,
+                       block + c * kTileVectors, across + (pair + c / 2) * matrix.block,
                        units_of_factors + earlier * matrix.block + c);
     }
     choose_scales(block, importance);
@@ -243,16 +208,17 @@ struct Tile {
   }
 
   // In double, because squares of very small and very large weights are outside of the range of float.
+  template <bool kValues>
   void dequantize(int64_t row, int64_t start, int64_t columns, const int8_t* numbers, float scale) const {
     const float* weights = matrix.weights + row * matrix.columns + start;
-    float* to = matrix.values + row * matrix.columns + start;
+    float* to = kValues ? matrix.values + row * matrix.columns + start : nullptr;
     Doubles squares[2] = {};
     int64_t c = 0;
     for (; c + kLanes <= columns; c += kLanes) {
       Vector before;
       std::memcpy(&before, weights + c, sizeof before);
-      const Vector value = __builtin_convertvector(whole(numbers + c), Vector) * scale, change = value - before;
-      std::memcpy(to + c, &value, sizeof value);
+      const Vector value = rounded_product(__builtin_convertvector(whole(numbers + c), Vector), scale), change = value - before;
+      if (kValues) std::memcpy(to + c, &value, sizeof value);
       Half halves[2];
       std::memcpy(halves, &change, sizeof change);
       for (int i = 0; i < 2; ++i) {
@@ -263,11 +229,12 @@ struct Tile {
     double total = 0;
     for (int i = 0; i < kLanes; ++i) total += squares[2 * i / kLanes][i % (kLanes / 2)];
     for (; c < columns; ++c) {
-      to[c] = static_cast<float>(numbers[c]) * scale;
-      const double change = to[c] - weights[c];
+      const float value = rounded_product(static_cast<float>(numbers[c]), scale);
+      if (kValues) to[c] = value;
+      const double change = value - weights[c];
       total += change * change;
     }
-    matrix.changes[row] += total;
+    if (matrix.changes) matrix.changes[row] += total;
   }
 
   void store(int64_t row, int64_t start) const {
@@ -284,7 +251,8 @@ struct Tile {
     for (int64_t r = 0; r < rows; ++r) {
       matrix.scales[((row + r) * width + start) / matrix.block] = scale[r];
       if (matrix.q) std::memcpy(matrix.q + (row + r) * width + start, numbers[r], matrix.block);
-      if (matrix.values) dequantize(row + r, start, columns, numbers[r], scale[r]);
+      if (matrix.values) dequantize<true>(row + r, start, columns, numbers[r], scale[r]);
+      else if (matrix.changes) dequantize<false>(row + r, start, columns, numbers[r], scale[r]);
     }
   }
 };

@@ -3,10 +3,13 @@
 
 #include "decode.h"
 #include "gptq.h"
+#include "product.h"
 
 struct Code {
   const char* name;
   RoundTile round_tile;
+  PackTile pack_tile;
+  MultiplyTile multiply_tile;
   Decode decode;
   bool (*supported)();
 };

@@ -7,7 +7,7 @@ import rq_compile
 from rq_compile.errors import UserError
 
 OpLibrary = Literal["librq_moe.so", "librq_moe_cuda.so", "librq_moe_mpi.so"]
-OP_SET_VERSION = 5
+OP_SET_VERSION = 6
 # The format groups of the op set. The index of a group is the format code of its slots. A node has as inputs, in this order,
 # the tensors of the groups that its slots are in. New groups are added at the end, so that existing nodes keep their meaning.
 # The same table is in plugins/format_groups.h and plugins/kernels/rq_kernels/formats.py.

@@ -41,6 +41,7 @@ class Native(Lowering):
 
     def lower(self, model: onnx.ModelProto, plan: Plan, source: Source, dense: DenseWeights | None = None) -> Lowered:
         from rq_compile.rewrite.attention import attention
+        from rq_compile.rewrite.batch_shapes import batch_shapes
         from rq_compile.rewrite.cache_lengths import cache_lengths
         from rq_compile.rewrite.causal_masks import causal_masks
         from rq_compile.rewrite.dense_gemms import dense_gemms
@@ -51,6 +52,7 @@ class Native(Lowering):
         from rq_compile.rewrite.rewrite import counts, exported, imported
         from rq_compile.rewrite.rms_norms import rms_norms
         from rq_compile.rewrite.rotary_embeddings import rotary_embeddings
+        from rq_compile.rewrite.rotated_attention import rotated_attention
         from rq_compile.rewrite.same_shapes import same_shapes
 
         graph = imported(model)
@@ -69,7 +71,7 @@ class Native(Lowering):
             matrices += tables + products
         experts, rewritten = self.moe_layers(graph, plan, source)
         reports += [rewritten, rms_norms(graph), residual_norms(graph), rotary_embeddings(graph), *latent, attention(graph)]
-        reports += [cache_lengths(graph), causal_masks(graph), same_shapes(graph)]
+        reports += [rotated_attention(graph), cache_lengths(graph), causal_masks(graph), same_shapes(graph), batch_shapes(graph)]
         experts = with_mean_outputs(experts, plan.layers, source)
         return Lowered(exported(graph), experts, matrices, reports, counts(plan))
 

@@ -4,12 +4,16 @@ Most of the weights that one token reads are not experts but attention, shared e
 multiplies only in fp32, so that a bf16 matrix would take twice its bytes; DenseGemm widens 16-bit weights in registers without
 loss, and reads int8 and int4 in panels as ExpertGemm does.
 
+Products of one tensor by matrices of one format, such as those for queries, keys and values, are one node with several outputs:
+a node costs about two microseconds, and each would round the tensor again.
+
 Requires: the Experts nodes, by which routers are known: their matrices stay as they are, since rounding them changes routing.
-Ensures: every other product by a weight matrix of 16 rows or more is a DenseGemm, unless the matrix is stored in fp32.
+Ensures: every other product by a weight matrix of 16 rows or more is one of a DenseGemm, unless the matrix is stored in fp32; no
+two of these nodes multiply the same tensor by matrices of one format.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +23,7 @@ from rq_compile.quantization.formats import QUANTIZED_FORMATS, SLOT_FORMATS, Den
 from rq_compile.quantization.packing import Quantized
 from rq_compile.quantization.quantizer import quantize
 from rq_compile.quantization.second_moment import SecondMoment
-from rq_compile.rewrite.contract import requires
+from rq_compile.rewrite.contract import ensures, requires
 from rq_compile.rewrite.experts_to_slots import DOMAIN
 from rq_compile.rewrite.panels import ROWS, float_panels, packed_panels, panel_count, scale_panels
 from rq_compile.rewrite.report import NearMatch, PassReport
@@ -27,6 +31,7 @@ from rq_compile.rewrite.slot_weights import group_of
 from rq_compile.rewrite.weights import ExternalWeight, Piece, Section, constant, external_proto
 
 NAME = "dense_gemms"
+OP = "DenseGemm"
 # Rows of a matrix that are quantized and packed at a time; a head has more than 100 000.
 ROWS_AT_ONCE = 64 * ROWS
 
@@ -90,15 +95,18 @@ def dense_gemms(
     head = _head(graph)
     how = "as planned" if dense.by_plan else f"in {format}" if format in QUANTIZED_FORMATS else "as stored"
     report = PassReport("dense products", f"read {how}")
-    sections: list[Section] = []
+    together: dict[tuple[int, Format], list[Matrix]] = {}
     for matrix in products(graph, report):
         kept = dense.format_of(matrix, "int8" if matrix.node is head and format in QUANTIZED_FORMATS else format)
-        if kept in (None, "fp32"):
+        if kept is None or kept == "fp32":
             report.leave(f"stored in {dense.dtype_of(matrix.name)}")
         else:
-            sections.append(_replace(graph, matrix, kept, dense, activation_bits))
+            together.setdefault((id(matrix.node.inputs[0]), kept), []).append(matrix)
             report.changed += 1
+    sections = [_replace(graph, matrices, kept, dense, activation_bits) for (_, kept), matrices in together.items()]
     graph.cleanup().toposort()
+    read = [(id(node.inputs[0]), *node.attrs["formats"]) for node in graph.nodes if node.op == OP]
+    ensures(NAME, len(read) == len(set(read)), "one product of a tensor for each format")
     return sections, report
 
 
@@ -165,19 +173,42 @@ def _float_format(dtype: np.dtype) -> Format | None:
     return next((name for name, format in SLOT_FORMATS.items() if not format.quantized and format.dtype == dtype), None)
 
 
-def _replace(graph: gs.Graph, matrix: Matrix, format: Format, dense: DenseWeights, activation_bits: int) -> Section:
-    node, section = matrix.node, matrix_section(matrix, format, dense)
-    operands = [constant(weight) for weight in section.weights]
-    (result,) = node.outputs
-    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
-    product = gs.Variable(f"{result.name}.product", result.dtype, result.shape) if bias is not None else result
-    attributes = {"formats": [group_of(format)], "outputs": matrix.rows, "activation_bits": activation_bits}
-    graph.nodes.append(gs.Node("DenseGemm", node.name, attributes, [node.inputs[0], *operands], [product], domain=DOMAIN))
-    if bias is not None:
-        graph.nodes.append(gs.Node("Add", f"{node.name}.bias", {}, [product, bias], [result]))
-    node.inputs.clear()
-    node.outputs.clear()
+def _replace(graph: gs.Graph, matrices: Sequence[Matrix], format: Format, dense: DenseWeights, activation_bits: int) -> Section:
+    """Multiply by ``matrices``, which have one input and one format, in one node."""
+    section = joined_section([matrix_section(matrix, format, dense) for matrix in matrices])
+    x, operands = matrices[0].node.inputs[0], [constant(weight) for weight in section.weights]
+    outputs = [matrix.rows for matrix in matrices]
+    attributes = {"formats": [group_of(format)], "outputs": outputs, "activation_bits": activation_bits}
+    results = [_unbiased(graph, matrix.node) for matrix in matrices]
+    graph.nodes.append(gs.Node(OP, matrices[0].node.name, attributes, [x, *operands], results, domain=DOMAIN))
+    for matrix in matrices:
+        matrix.node.inputs.clear()
     return section
+
+
+def _unbiased(graph: gs.Graph, node: gs.Node) -> gs.Tensor:
+    """The result of ``node``, which becomes that of another node, or what its bias is added to."""
+    (result,) = node.outputs
+    node.outputs.clear()
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return result
+    product = gs.Variable(f"{result.name}.product", result.dtype, result.shape)
+    graph.nodes.append(gs.Node("Add", f"{node.name}.bias", {}, [product, node.inputs[2]], [result]))
+    return product
+
+
+def joined_section(sections: Sequence[Section]) -> Section:
+    """The matrices of ``sections``, which have as many columns and one format, in one, panels after panels."""
+    if len(sections) == 1:
+        return sections[0]
+    name = "+".join(section.name for section in sections)
+    weights = []
+    for parts in zip(*(section.weights for section in sections), strict=True):
+        (slots, _, *of_panel), panels = parts[0].shape, sum(part.shape[1] for part in parts)
+        of_parts = parts[0].name.removeprefix(sections[0].name)
+        weights.append(ExternalWeight(name + of_parts, parts[0].dtype, (slots, panels, *of_panel)))
+    pieces = [replace(piece, weights=tuple(weights)) for section in sections for piece in section.pieces]
+    return Section(name, tuple(weights), tuple(pieces))
 
 
 def matrix_section(matrix: Matrix, format: Format, dense: DenseWeights) -> Section:

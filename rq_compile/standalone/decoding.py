@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from operator import is_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,17 +168,17 @@ class Step:
         """See ``step_model.Steps.step``."""
         # Arrays are bound by their addresses, so copies of what is not contiguous have to last until the end of the step.
         before = past if past is present else [np.ascontiguousarray(array) for array in past]
-        mask = np.ascontiguousarray(mask)
         binding = self._binding(ids.shape, before, present)
         binding.ids[...], binding.positions[...] = ids, positions
-        binding.take("attention_mask", mask)
+        binding.take_anew("attention_mask", mask)
         self._session.run_with_iobinding(binding.bound)
         return binding.logits[:, -1]
 
     def _binding(self, shape: tuple[int, ...], past: Sequence[np.ndarray], present: Sequence[np.ndarray]) -> _Binding:
         """A binding of this cache to steps with ids of this shape. A cache that grows in place is bound once for many of them."""
+        arrays = past if past is present else [*past, *present]
         for binding in self._bindings:
-            if binding.fits(shape, [*past, *present]):
+            if binding.fits(shape, arrays):
                 break
         else:
             if not all(array.flags.c_contiguous for array in present):
@@ -185,7 +186,9 @@ class Step:
             kept = LAST if "logits_to_keep" in self._inputs else shape[1]
             binding = _Binding(self._session.io_binding(), self._inputs, shape, (shape[0], kept, self._vocabulary))
             binding.take_cache(self._cache, past, present)
-        self._bindings = [binding, *(other for other in self._bindings if other is not binding)][:2]
+            binding.hold(arrays)
+        if not self._bindings or self._bindings[0] is not binding:
+            self._bindings = [binding, *(other for other in self._bindings if other is not binding)][:2]
         return binding
 
 
@@ -204,19 +207,31 @@ class _Binding:
         self._give("logits", self.logits)
 
     def fits(self, shape: tuple[int, ...], arrays: Sequence[np.ndarray]) -> bool:
-        """Whether this is the binding of these arrays, those of the cache before and after a step with ids of this shape."""
-        return self.ids.shape == shape and all(held() is array for held, array in zip(self._arrays, arrays, strict=True))
+        """Whether this is the binding of ``arrays`` to steps with ids of this shape, see ``hold``."""
+        return (
+            self.ids.shape == shape
+            and len(self._arrays) == len(arrays)
+            and all(map(is_, [held() for held in self._arrays], arrays))
+        )
+
+    def hold(self, arrays: Sequence[np.ndarray]) -> None:
+        """Remember the arrays of the cache: those before and those after the step, or, if it grows in place, the only ones."""
+        self._arrays = [weakref.ref(array) for array in arrays]
 
     def take_cache(self, cache: Sequence[Mapping[str, Any]], past: Sequence[np.ndarray], present: Sequence[np.ndarray]) -> None:
         for tensor, before, after in zip(cache, past, present, strict=True):
             self.take(tensor["past"], before)
             self._give(tensor["present"], after)
-        self._arrays = [weakref.ref(array) for array in (*past, *present)]
 
     def take(self, name: str, array: np.ndarray) -> None:
         """Let ``array`` be the input ``name``, if there is one. It must last until the end of the step."""
         if name in self._inputs:
             self.bound.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def take_anew(self, name: str, array: np.ndarray) -> None:
+        """Let ``array``, or a copy if it is not contiguous, be the input ``name``, if there is one; it is kept until the next."""
+        if name in self._inputs:
+            self.bound.bind_cpu_input(name, np.ascontiguousarray(array))
 
     def _give(self, name: str, array: np.ndarray) -> None:
         self.bound.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

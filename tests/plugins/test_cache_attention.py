@@ -16,7 +16,7 @@ from attention_checks import (
     padded_masks,
     unpadded,
 )
-from cache_attention import Case, attend, causal, check, random_case, session_of, without
+from cache_attention import Case, attend, attend_in_place, causal, check, random_case, session_of, without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_nodes import python_with
@@ -53,6 +53,22 @@ def test_every_number_of_tokens(rng: np.random.Generator, steps: int) -> None:
 @pytest.mark.parametrize("sinks", [False, True])
 def test_every_group(rng: np.random.Generator, heads: int, kv_heads: int, steps: int, sinks: bool) -> None:
     check(case := random_case(rng, causal(steps, 83), heads, kv_heads, 24, sinks=sinks), attend(case))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(1, 1, 2), (4, 4, 40), (6, 2, 128), (5, 1, 22), (64, 8, 64)])
+@pytest.mark.parametrize("steps", [1, 4, 90])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_queries_and_keys_are_rotated(
+    rng: np.random.Generator, heads: int, kv_heads: int, width: int, steps: int, sinks: bool
+) -> None:
+    """Also in place and with more threads; those of the past are not."""
+    mask = causal(steps, steps + 13, steps % 2)
+    case = random_case(rng, mask, heads, kv_heads, width, 24, sequences=2, length=steps + 20, sinks=sinks, rotated=True)
+    check(case, outputs := attend(case))
+    check(case, attend_in_place(case, threads=2))
+    np.testing.assert_array_equal(attend(case, threads=2)[0], outputs[0])
+    none = random_case(rng, causal(0, 5), heads, kv_heads, width, sequences=2, steps=0, rotated=True)
+    assert attend(none)[0].size == 0
 
 
 @pytest.mark.parametrize("total", [1, 15, 16, 17, 511, 512, 513, 1024, 1025, 2100])
@@ -176,13 +192,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mask's tokens": ({"mask": (2, 1, 2, 10)}, rf"mask has the shape \[2, 1, 2, 10\], {FIT}"),
     "few columns": ({"mask": (2, 1, 3, 2)}, "mask has 2 columns, fewer than the 3 new tokens"),
     "sinks": ({"sinks": (3,)}, "sinks is not one fp32 number for each of 4 heads"),
+    "angles of other tokens": ({"cos": (3, 8)}, r"cos is not fp32 \[6, 16 / 2\], for each token and half of a head"),
+    "angles of other heads": ({"sin": (6, 16)}, r"sin is not fp32 \[6, 16 / 2\], for each token and half of a head"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_inputs_that_disagree_end_with_a_sentence(rng: np.random.Generator, wrong: str) -> None:
     shapes, sentence = WRONG[wrong]
-    check_refused(cache_attention, random_case(rng, causal(3, 10), 4, 2, 16, sequences=2, sinks=True), ones(shapes), sentence)
+    case = random_case(rng, causal(3, 10), 4, 2, 16, sequences=2, sinks=True, rotated=True)
+    check_refused(cache_attention, case, ones(shapes), sentence)
+
+
+def test_angles_without_their_sines_are_refused(rng: np.random.Generator) -> None:
+    case = random_case(rng, causal(3, 10), 4, 2, 16, rotated=True)
+    check_refused(cache_attention, case, {"sin": None}, "input sin is missing")
+    check_refused(cache_attention, random_case(rng, causal(3, 10), 4, 2, 15, rotated=True), {}, "cos is not fp32")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Non-expert weights as stored, in int8 or in int4: the op compared with float64, engines compared with transformers."""
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +63,38 @@ def test_every_row_of_any_rank(rng: np.random.Generator, shape: tuple[int, ...],
         assert_close(y, expected)
 
 
+def side_by_side(matrices: Sequence[Weights]) -> dict[str, np.ndarray]:
+    """The panels of several matrices of one format, those of one after those of another."""
+    given = [name for name, array in matrices[0].inputs.items() if array is not None]
+    return {name: np.concatenate([matrix.inputs[name] for matrix in matrices], axis=1) for name in given}
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("rows", [(16, 48, 7), (35, 1), (160, 160, 160), (5,)])
+@pytest.mark.parametrize("shape", [(1, 1, 40), (3, 130), (2, 70, 300), (0, 48)])
+@pytest.mark.parametrize(("format", "float_type"), [(0, np.float32), (0, ml_dtypes.bfloat16), (1, None), (2, None)])
+def test_several_matrices_give_the_bits_of_each(
+    rng: np.random.Generator, shape: tuple[int, ...], format: int, float_type: Any, rows: tuple[int, ...], bits: int
+) -> None:
+    matrices = [pack(rng, [format], count, shape[-1], float_type or np.float32) for count in rows]
+    x = rng.normal(size=shape).astype(np.float32)
+    results = {f"y{i}": TensorProto.FLOAT for i in range(len(rows))}
+    inputs = {"x": x, **side_by_side(matrices)}
+    found = run_op("DenseGemm", inputs, results, formats=[format], outputs=rows, activation_bits=bits)
+    for y, matrix in zip(found, matrices, strict=True):
+        np.testing.assert_array_equal(y, dense_gemm(x, matrix, activation_bits=bits))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_matrices_are_shared_by_threads(rng: np.random.Generator, threads: int) -> None:
+    matrices = [pack(rng, [1], count, 512) for count in (1000, 300, 17)]
+    x = rng.normal(size=(2, 512)).astype(np.float32)
+    results = dict.fromkeys("abc", TensorProto.FLOAT)
+    found = run_op("DenseGemm", {"x": x, **side_by_side(matrices)}, results, threads, formats=[1], outputs=[1000, 300, 17])
+    for y, matrix in zip(found, matrices, strict=True):
+        assert_close(y, x @ matrix.exact[0].T)
+
+
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_row_is_the_same_alone_and_among_others(rng: np.random.Generator, bits: int) -> None:
     weights = pack(rng, [1], 40, 256)
@@ -76,6 +107,15 @@ def test_what_is_no_dense_matrix_is_refused(rng: np.random.Generator) -> None:
     x = np.zeros((2, 32), np.float32)
     with pytest.raises(Exception, match="formats has 2 entries"):
         dense_gemm(x, pack(rng, [1, 1], 16, 32))
+    for outputs in ([16, 0], [-1]):
+        with pytest.raises(Exception, match=f"attribute outputs is {outputs[-1]}, not a positive number of columns"):
+            dense_gemm(x, pack(rng, [0], 16, 32), outputs=outputs)
+    two: dict[str, Any] = {"x": x, **side_by_side([pack(rng, [0], 16, 32)] * 2)}
+    bias = np.zeros((1, 32), np.float32)
+    with pytest.raises(Exception, match="several matrices take no bias"):
+        run_op("DenseGemm", two | {"bias": bias}, {"a": TensorProto.FLOAT, "b": TensorProto.FLOAT}, formats=[0], outputs=[16, 16])
+    with pytest.raises(Exception, match="DenseGemm"):
+        run_op("DenseGemm", two, {"a": TensorProto.FLOAT}, formats=[0], outputs=[16, 16])
     with pytest.raises(Exception, match="x is a scalar"):
         dense_gemm(np.array(1, np.float32), pack(rng, [0], 16, 32))
     with pytest.raises(Exception, match="x has rank 5, more than 4"):
@@ -106,7 +146,8 @@ def logits(path: Path) -> np.ndarray:
 def matrices(path: Path, ending: str) -> set[str]:
     """Parameters of the transformers model that are in the graph's initializers with this suffix."""
     names = [tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer]
-    return {name.removesuffix(ending).removesuffix(".transposed") for name in names if name.endswith(ending)}
+    joined = [name.removesuffix(ending).split("+") for name in names if name.endswith(ending)]
+    return {part.removesuffix(".transposed") for parts in joined for part in parts}
 
 
 def test_kept_as_stored_nothing_is_lost(engines: tuple[Model, dict[str, Path]]) -> None:
@@ -124,8 +165,9 @@ def test_every_product_is_counted(engines: tuple[Model, dict[str, Path]]) -> Non
     for format, how in (("stored", "as stored"), ("int8", "in int8"), ("int4", "in int4")):
         counts = Manifest.model_validate_json(paths[format].with_suffix(".json").read_bytes()).replaced
         graph = onnx.load(paths[format], load_external_data=False).graph
-        ops = Counter(node.op_type for node in graph.node)
-        assert counts[f"dense products read {how}"] == ops["DenseGemm"] > 0
+        gemms = [node for node in graph.node if node.op_type == "DenseGemm"]
+        assert counts[f"dense products read {how}"] == sum(len(node.output) for node in gemms) > len(gemms)
+        assert len({node.input[0] for node in gemms}) == len(gemms), "products of one tensor are one node"
         left = {name: count for name, count in counts.items() if name.startswith(f"dense products not read {how}")}
         reasons = {"they choose experts": len(checkpoint.layers), "1 rows": shared_experts_gates}
         assert left == {f"dense products not read {how}: {why}": count for why, count in reasons.items() if count}

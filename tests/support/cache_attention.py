@@ -15,7 +15,8 @@ from onnx import GraphProto, TensorProto, helper
 
 from rq_compile.engine import library
 
-INPUTS = ("query", "key", "value", "past_key", "past_value", "mask", "sinks")
+INPUTS = ("query", "key", "value", "past_key", "past_value", "mask", "sinks", "cos", "sin")
+OPTIONAL = INPUTS[6:]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Case:
     past_value: np.ndarray
     mask: np.ndarray
     sinks: np.ndarray | None = None
+    cos: np.ndarray | None = None
+    sin: np.ndarray | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The optional inputs that there are."""
+        return tuple(name for name in OPTIONAL if getattr(self, name) is not None)
 
     @property
     def total(self) -> int:
@@ -69,8 +77,10 @@ def random_case(
     steps: int | None = None,
     length: int = 0,
     sinks: bool = False,
+    rotated: bool = False,
 ) -> Case:
-    """Whatever no row reads, also beyond the mask, is NaN. A `length` of 0 is a cache without room."""
+    """Whatever no row reads, also beyond the mask, is NaN. A `length` of 0 is a cache without room. `rotated`: whether the op
+    rotates queries and keys."""
     batch, steps, total = sequences or mask.shape[0], mask.shape[2] if steps is None else steps, mask.shape[3]
     value_width = value_width or width
 
@@ -86,17 +96,37 @@ def random_case(
             past[b, :, total - steps :] = np.nan
             fresh[b, unread[b, total - steps :]] = np.nan
     query = 2 * normal(batch, steps, heads * width)
-    return Case(heads, kv_heads, width**-0.5, query, key, value, past_key, past_value, mask, normal(heads) if sinks else None)
+    angles = rng.uniform(-9, 9, size=(batch * steps, width // 2))
+    cos, sin = (function(angles).astype(np.float32) if rotated else None for function in (np.cos, np.sin))
+    of_heads = normal(heads) if sinks else None
+    return Case(heads, kv_heads, width**-0.5, query, key, value, past_key, past_value, mask, of_heads, cos, sin)
+
+
+def rotated_in_float64(case: Case) -> Case:
+    """The case whose queries and keys are those that the op rotates."""
+    if case.cos is None or case.sin is None:
+        return case
+    batch, steps, _ = case.query.shape
+    cos, sin = (angles.astype(np.float64).reshape(batch, steps, 1, -1) for angles in (case.cos, case.sin))
+
+    def turned(x: np.ndarray) -> np.ndarray:
+        first, second = np.split(x.astype(np.float64).reshape(batch, steps, -1, 2 * cos.shape[-1]), 2, axis=-1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
+
+    return replace(case, query=turned(case.query), key=turned(case.key), cos=None, sin=None)
 
 
 @lru_cache(maxsize=64)
-def session(heads: int, kv_heads: int, scale: float, sinks: bool = False, threads: int = 1) -> onnxruntime.InferenceSession:
-    names = INPUTS if sinks else INPUTS[:-1]
+def session(
+    heads: int, kv_heads: int, scale: float, given: tuple[str, ...] = (), threads: int = 1
+) -> onnxruntime.InferenceSession:
+    names = [*INPUTS[:6], *given]
+    operands = [name if name in names else "" for name in INPUTS] if "cos" in given else names
     node = helper.make_node(
-        "CacheAttention", names, ["y", "present_key", "present_value"], domain="rq.moe",
+        "CacheAttention", operands, ["y", "present_key", "present_value"], domain="rq.moe",
         num_heads=heads, kv_num_heads=kv_heads, scale=scale,
     )  # fmt: skip
-    ranks = dict.fromkeys(INPUTS[:3], 3) | dict.fromkeys(INPUTS[3:6], 4) | {"sinks": 1}
+    ranks = dict.fromkeys(INPUTS[:3], 3) | dict.fromkeys(INPUTS[3:6], 4) | {"sinks": 1, "cos": 2, "sin": 2}
     kinds = dict.fromkeys(INPUTS, TensorProto.FLOAT) | {"mask": TensorProto.BOOL}
     graph = helper.make_graph(
         [node],
@@ -119,7 +149,7 @@ def opened(graph: GraphProto, threads: int) -> onnxruntime.InferenceSession:
 
 
 def session_of(case: Case, threads: int = 1) -> onnxruntime.InferenceSession:
-    return session(case.heads, case.kv_heads, case.scale, case.sinks is not None, threads)
+    return session(case.heads, case.kv_heads, case.scale, case.given, threads)
 
 
 def attend(case: Case, threads: int = 1) -> list[np.ndarray]:
@@ -212,11 +242,12 @@ def reference(case: Case) -> np.ndarray:
 
 def check(case: Case, outputs: list[np.ndarray]) -> None:
     y, *caches = outputs
-    expected = reference(case)
+    exact = rotated_in_float64(case)
+    expected = reference(exact)
     np.testing.assert_allclose(y, expected, rtol=0, atol=3e-6 * max(1.0, np.abs(expected).max(initial=0)))
-    for cache, present in zip(caches, presents(case), strict=True):
+    for cache, present in zip(caches, presents(exact), strict=True):
         assert cache.shape == (*present.shape[:2], case.length, present.shape[3])
-        np.testing.assert_array_equal(cache[:, :, : case.total], present)
+        np.testing.assert_allclose(cache[:, :, : case.total], present, rtol=0, atol=1e-6 if case.cos is not None else 0)
 
 
 def without(case: Case, padding: int) -> Case:

@@ -1,10 +1,13 @@
 // CacheAttention: attention of new tokens to a cache of keys and values, which it extends by theirs. Here are its inputs and outputs;
-// the computation is in attention_decode.cc and attention_prefill.cc.
+// the computation is in attention_decode.cc and attention_prefill.cc. Queries and keys are first rotated by their positions, if
+// the node has the cosines and sines.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "arena.h"
 #include "attention.h"
+#include "rotation.h"
 
 namespace rq {
 namespace {
@@ -13,7 +16,7 @@ struct CacheAttention {
   static constexpr const char* kName = "CacheAttention";
   static constexpr int kInputs[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kBool};
   static constexpr int kOutputs[] = {kFloat, kFloat, kFloat};
-  static constexpr size_t kOptionalInputs = 1;  // sinks
+  static constexpr size_t kOptionalInputs = 3;  // sinks, cos, sin
 
   int64_t heads, kv_heads;
   float scale;
@@ -30,10 +33,10 @@ struct CacheAttention {
   }
 
   void compute(Context& context) const {
-    const Tensor query = context.required(0, "query", 3), key = context.required(1, "key", 3),
-                 value = context.required(2, "value", 3), past_key = context.required(3, "past_key", 4),
+    Tensor query = context.required(0, "query", 3), key = context.required(1, "key", 3);
+    const Tensor value = context.required(2, "value", 3), past_key = context.required(3, "past_key", 4),
                  past_value = context.required(4, "past_value", 4), mask = context.required(5, "mask", 4),
-                 sinks = context.input(6, "sinks", 1);
+                 sinks = context.input(6, "sinks", 1), cos = context.input(7, "cos", 2), sin = context.input(8, "sin", 2);
     const int64_t width = width_of("query", query, heads), value_width = width_of("value", value, kv_heads);
     require(width_of("key", key, kv_heads) == width, "query has ", width, " numbers for each head, key ", key.dim(2) / kv_heads);
     const Sizes size = sizes_of(heads, kv_heads, query, past_key, "past_key", mask);
@@ -44,6 +47,8 @@ struct CacheAttention {
     float* present_key = context.output<float>(1, {size.sequences, kv_heads, size.length, width});
     float* present_value = context.output<float>(2, {size.sequences, kv_heads, size.length, value_width});
     const Mask rows(mask);
+    Arena arena;
+    if (cos.present || sin.present) rotate(context, size, width, cos, sin, query, key, arena);
     const Attention attention{kernels,
                               size,
                               scale,
@@ -59,6 +64,28 @@ struct CacheAttention {
   }
 
  private:
+  // Lets `query` and `key` be rotated copies in `arena`.
+  void rotate(const Context& context, const Sizes& size, int64_t width, const Tensor& cos, const Tensor& sin, Tensor& query,
+              Tensor& key, Arena& arena) const {
+    constexpr int64_t kWorthATask = 65536;  // numbers
+    const int64_t tokens = size.sequences * size.steps;
+    require_angles("cos", cos, tokens, width), require_angles("sin", sin, tokens, width);
+    const auto queries = arena.reserve<float>(tokens * heads * width), keys = arena.reserve<float>(tokens * kv_heads * width);
+    arena.allocate();
+    const Rotation rotation{cos.as<float>(), sin.as<float>(), width / 2};
+    const int64_t of_task = std::max<int64_t>(1, kWorthATask / ((heads + kv_heads) * width));
+    auto task = [&](size_t index) {
+      const int64_t first = static_cast<int64_t>(index) * of_task;
+      for (int64_t token = first; token < std::min(first + of_task, tokens); ++token) {
+        const int64_t of_query = token * heads * width, of_key = token * kv_heads * width;
+        rotation(token, heads, query.as<float>() + of_query, queries.data() + of_query);
+        rotation(token, kv_heads, key.as<float>() + of_key, keys.data() + of_key);
+      }
+    };
+    context.parallel(static_cast<size_t>((tokens + of_task - 1) / of_task), task);
+    query.data = queries.data(), key.data = keys.data();
+  }
+
   static int64_t width_of(const char* name, const Tensor& tensor, int64_t heads) {
     require(tensor.dim(2) > 0 && tensor.dim(2) % heads == 0, name, " has ", tensor.dim(2), " columns, which do not divide into ",
             heads, " heads");

@@ -1,5 +1,5 @@
 // ExpertGemm multiplies the rows of x of every slot by the slot's weights, and applies bias and activation. DenseGemm multiplies
-// all rows by one matrix.
+// all rows by one matrix, or by several.
 //
 // The work of all slots is cut into tiles. A tile is some panels of one slot times up to kTileRows of its rows. No two tiles
 // write the same outputs. README.md has a drawing.
@@ -15,13 +15,31 @@ namespace {
 
 constexpr int64_t kTileRows = 64;                          // rows of x that share a pass over a panel
 constexpr int64_t kTilesOfAThread = 16, kMostTiles = 256;  // fewer if there are fewer panels
+constexpr int64_t kWorthATile = 1 << 16;                   // multiplications, which take as long as waking a thread
 constexpr int64_t kRoundedAtOnce = 16384;                  // numbers of x that are worth another thread
 constexpr int64_t kApart = 16;  // floats between rounded rows, which would otherwise often start in the same set of a cache
 
 // Enough tiles that no core waits long for the last one, but not more: each tile has a fixed cost of about 0.2 microseconds.
-int64_t tiles_wanted() {
+int64_t tiles_wanted(int64_t multiplications) {
   static const int64_t threads = std::max(1u, std::thread::hardware_concurrency());
-  return std::min(kMostTiles, threads * kTilesOfAThread);
+  return std::clamp(multiplications / kWorthATile, int64_t{1}, std::min(kMostTiles, threads * kTilesOfAThread));
+}
+
+// The columns of y of one matrix: `count` of them, from panel `first_panel` on.
+struct Columns {
+  int64_t first_panel, count;
+};
+
+std::vector<Columns> columns_of(const std::vector<int64_t>& widths) {
+  std::vector<Columns> columns;
+  int64_t panels = 0;
+  for (int64_t width : widths) {
+    require(width > 0, "attribute outputs is ", width, ", not a positive number of columns");
+    columns.push_back({panels, width});
+    panels += (width + kPanel - 1) / kPanel;
+  }
+  require(!columns.empty(), "attribute outputs is empty");
+  return columns;
 }
 
 Activation activation_named(const std::string& name) {
@@ -53,20 +71,24 @@ struct ExpertGemm {
   Activation activation;
   float alpha, limit;
   bool gather, rounds;
+  std::vector<Columns> columns_of_y;
   int64_t outputs, parts, groups;  // columns of y; panels for 16 of them (2 with a gate); sets of 16 columns
   const Kernels& kernels;
 
-  explicit ExpertGemm(const Info& info)
+  explicit ExpertGemm(const Info& info) : ExpertGemm(info, {info.integer("outputs")}) {}
+
+  // `widths`: columns of y of each matrix of a slot. Only a DenseGemm has several.
+  ExpertGemm(const Info& info, const std::vector<int64_t>& widths)
       : weights(info.integers("formats"), info.integers("weights")),
         activation(activation_named(info.text("activation", "none"))),
         alpha(info.real("alpha", 1.702f)),
         limit(info.real("limit", 7.0f)),
         gather(info.integer("gather", 0) != 0),
-        outputs(info.integer("outputs")),
+        columns_of_y(columns_of(widths)),
+        outputs(widths.front()),
         parts(gated(activation) ? 2 : 1),
-        groups((outputs + kPanel - 1) / kPanel),
+        groups(columns_of_y.back().first_panel + (columns_of_y.back().count + kPanel - 1) / kPanel),
         kernels(best_kernels()) {
-    require(outputs > 0, "attribute outputs is ", outputs, ", not a positive number of columns");
     const int64_t bits = info.integer("activation_bits", 32);
     require(bits == 8 || bits == 32, "attribute activation_bits is ", bits, ", not 8 or 32");
     rounds = bits == 8;
@@ -91,7 +113,7 @@ struct ExpertGemm {
     QuantizedLayout layout;
     const int64_t* first_tile;  // of each slot; the last entry is the number of tiles
     int64_t groups_at_once;
-    float* out;
+    float* const* out;  // for each matrix
   };
 
   void compute(Context& context) const {
@@ -101,7 +123,7 @@ struct ExpertGemm {
     check_offsets(offsets, weights.slots(), pairs);
     const int64_t top_k = pairs_of_a_row(x, pairs);
     float* out = context.output<float>(0, {pairs, outputs});
-    multiply(context, {x.as<float>(), x.dim(0), x.dim(1)}, offsets.as<int32_t>(), 3, out, [&](int64_t i) {
+    multiply(context, {x.as<float>(), x.dim(0), x.dim(1)}, offsets.as<int32_t>(), 3, &out, [&](int64_t i) {
       const int32_t pair = rows.as<int32_t>()[i];
       require(pair >= 0 && pair < pairs, "rows[", i, "] is ", pair, ", outside 0..", pairs - 1);
       return gather ? pair / top_k : i;
@@ -115,12 +137,13 @@ struct ExpertGemm {
 
   // Row i in slot order is row `row_of(i)` of x. The input `first_weights` is the first that holds weights.
   template <typename RowOf>
-  void multiply(const Context& context, const Rows& x, const int32_t* offset, size_t first_weights, float* out,
+  void multiply(const Context& context, const Rows& x, const int32_t* offset, size_t first_weights, float* const* out,
                 RowOf row_of) const {
     const int64_t slots = weights.slots(), pairs = offset[slots], columns = x.columns;
     require(columns > 0, "x has no columns");
     const SlotWeights::Bound bound = weights.bind(context, first_weights, groups * parts, columns);
     const Tensor& bias = bound.bias;
+    require(!bias.present || columns_of_y.size() == 1, "several matrices take no bias");
     require(!bias.present || (bias.dim(0) == slots && bias.dim(1) == outputs * parts), "bias must be [", slots, ", ",
             outputs * parts, "]");
 
@@ -147,7 +170,7 @@ struct ExpertGemm {
     }
     if (has_bfloats || layout.blocks) round_rows(context, x, needed.data(), as_bfloats.data(), layout, as_records.data());
 
-    const int64_t groups_at_once = cut(offset, slots, first_tile.data());
+    const int64_t groups_at_once = cut(offset, slots, columns, first_tile.data());
     const Call call{
         bound,          offset, bias.present ? bias.as<float>() : nullptr, rows.data(), records.data(), layout, first_tile.data(),
         groups_at_once, out};
@@ -156,11 +179,11 @@ struct ExpertGemm {
   }
 
   // Sets the first tile of each slot, and returns how many sets of 16 outputs a tile has.
-  int64_t cut(const int32_t* offset, int64_t slots, int64_t* first_tile) const {
+  int64_t cut(const int32_t* offset, int64_t slots, int64_t columns, int64_t* first_tile) const {
     int64_t strips = 0;  // each of up to kTileRows rows
     for (int64_t s = 0; s < slots; ++s) strips += (offset[s + 1] - offset[s] + kTileRows - 1) / kTileRows;
-    const int64_t beside = kSideBySide / parts,
-                  at_once = std::max<int64_t>(1, strips * groups / tiles_wanted() / beside) * beside;
+    const int64_t wanted = tiles_wanted(offset[slots] * groups * parts * kPanel * columns), beside = kSideBySide / parts;
+    const int64_t at_once = wanted == 1 ? groups : std::max<int64_t>(1, strips * groups / wanted / beside) * beside;
     int64_t tiles = 0;
     for (int64_t s = 0; s < slots; ++s) {
       first_tile[s] = tiles;
@@ -190,17 +213,21 @@ struct ExpertGemm {
         multiply_floats(call.rows + begin, rows, matrix, panel, panels, products);
       }
       for (int64_t p = 0; p < panels; p += parts) {
-        finish((panel + p) / parts, bias, rows, products + p * rows * kPanel, call.out + begin * outputs);
+        finish((panel + p) / parts, bias, rows, products + p * rows * kPanel, call.out, begin);
       }
     }
   }
 
-  // Applies bias and activation to 16 outputs. Their products are stored panel by panel.
-  void finish(int64_t group, const float* bias, int64_t rows, float* products, float* out) const {
-    const int64_t count = std::min(kPanel, outputs - group * kPanel), size = rows * kPanel;
+  // Applies bias and activation to 16 outputs of the rows from `begin` on. Their products are stored panel by panel.
+  void finish(int64_t group, const float* bias, int64_t rows, float* products, float* const* out, int64_t begin) const {
+    size_t matrix = 0;
+    while (matrix + 1 < columns_of_y.size() && columns_of_y[matrix + 1].first_panel <= group) ++matrix;
+    const auto [first_panel, width] = columns_of_y[matrix];
+    const int64_t first = (group - first_panel) * kPanel, count = std::min(kPanel, width - first), size = rows * kPanel;
+    float* y = out[matrix] + begin * width + first;
     for (int64_t p = 0; bias && p < parts; ++p) add_bias(bias + p * outputs + group * kPanel, count, rows, products + p * size);
     kernels.activate(activation, alpha, limit, products + size, products, size);
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(products + i * kPanel, count, out + i * outputs + group * kPanel);
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(products + i * kPanel, count, y + i * width);
   }
 
   static void add_bias(const float* bias, int64_t count, int64_t rows, float* products) {
@@ -247,13 +274,16 @@ struct ExpertGemm {
   }
 };
 
-// An ExpertGemm with one slot, to which all rows of x belong. x may have any rank.
+// An ExpertGemm with one slot, to which all rows of x belong. x may have any rank. Of several matrices, one after the other in
+// the panels of the slot, each has an output of its own.
 struct DenseGemm : ExpertGemm {
   static constexpr const char* kName = "DenseGemm";
   static constexpr int kInputs[] = {kFloat};
+  static constexpr bool kMoreOutputs = true;
 
-  explicit DenseGemm(const Info& info) : ExpertGemm(info) {
+  explicit DenseGemm(const Info& info) : ExpertGemm(info, widths_of(info)) {
     require(weights.slots() == 1, "attribute formats has ", weights.slots(), " entries, not the one of a dense matrix");
+    require(columns_of_y.size() == 1 || activation == Activation::none, "several matrices take no activation");
   }
 
   void compute(Context& context) const {
@@ -261,11 +291,21 @@ struct DenseGemm : ExpertGemm {
     require(x.rank > 0, "x is a scalar");
     int64_t shape[Tensor::kMaxRank], rows = 1;
     for (size_t axis = 0; axis + 1 < x.rank; ++axis) rows *= shape[axis] = x.dim(axis);
-    shape[x.rank - 1] = outputs;
     require(rows <= INT32_MAX, "x has ", rows, " rows, more than ", INT32_MAX);
-    float* out = context.output<float>(0, shape, x.rank);
+    std::vector<float*> out;
+    for (size_t matrix = 0; matrix < columns_of_y.size(); ++matrix) {
+      shape[x.rank - 1] = columns_of_y[matrix].count;
+      out.push_back(context.output<float>(matrix, shape, x.rank));
+    }
     const int32_t offsets[] = {0, static_cast<int32_t>(rows)};
-    multiply(context, {x.as<float>(), rows, x.dim(x.rank - 1)}, offsets, 1, out, [](int64_t i) { return i; });
+    multiply(context, {x.as<float>(), rows, x.dim(x.rank - 1)}, offsets, 1, out.data(), [](int64_t i) { return i; });
+  }
+
+ private:
+  // Nodes before version 6 of the op set have one number.
+  static std::vector<int64_t> widths_of(const Info& info) {
+    const std::vector<int64_t> widths = info.integers("outputs");
+    return widths.empty() ? std::vector<int64_t>{info.integer("outputs")} : widths;
   }
 };
 

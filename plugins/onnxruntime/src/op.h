@@ -1,6 +1,7 @@
 // What the ops share: tensors, attributes, tiles over the thread pool, and the barrier no exception passes.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <climits>
 #include <cstdint>
@@ -132,15 +133,18 @@ class Context {
     const OrtValue* value = nullptr;
     if (index < inputs_) check(api_, api_.KernelContext_GetInput(context_, index, &value));
     if (!value) return tensor;
-    OrtTensorTypeAndShapeInfo* raw = nullptr;
-    check(api_, api_.GetTensorTypeAndShape(value, &raw));
-    auto release = [this](OrtTensorTypeAndShapeInfo* info) { api_.ReleaseTensorTypeAndShapeInfo(info); };
-    std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> info(raw, release);
-    check(api_, api_.GetTensorElementType(raw, &tensor.type));
-    check(api_, api_.GetDimensionsCount(raw, &tensor.rank));
-    require(rank == kAnyRank || tensor.rank == rank, name, " has rank ", tensor.rank, ", not ", rank);
-    require(tensor.rank <= Tensor::kMaxRank, name, " has rank ", tensor.rank, ", more than ", Tensor::kMaxRank);
-    check(api_, api_.GetDimensions(raw, static_cast<int64_t*>(tensor.shape), tensor.rank));
+    const auto expect = [&] {
+      require(rank == kAnyRank || tensor.rank == rank, name, " has rank ", tensor.rank, ", not ", rank);
+      require(tensor.rank <= Tensor::kMaxRank, name, " has rank ", tensor.rank, ", more than ", Tensor::kMaxRank);
+    };
+    if (Api::version.load(std::memory_order_relaxed) >= kShapeReferences) {
+      const int64_t* shape = nullptr;
+      check(api_, api_.GetTensorElementTypeAndShapeDataReference(value, &tensor.type, &shape, &tensor.rank));
+      expect();
+      std::copy_n(shape, tensor.rank, tensor.shape);
+    } else {
+      copy_shape(value, tensor, expect);
+    }
     void* data = nullptr;
     check(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
     tensor.data = data;
@@ -197,10 +201,29 @@ class Context {
   }
 
  private:
+  // For ONNX Runtime before 1.24: allocates a description of the tensor.
+  template <typename Expect>
+  void copy_shape(const OrtValue* value, Tensor& tensor, const Expect& expect) const {
+    OrtTensorTypeAndShapeInfo* raw = nullptr;
+    check(api_, api_.GetTensorTypeAndShape(value, &raw));
+    auto release = [this](OrtTensorTypeAndShapeInfo* info) { api_.ReleaseTensorTypeAndShapeInfo(info); };
+    std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> info(raw, release);
+    check(api_, api_.GetTensorElementType(raw, &tensor.type));
+    check(api_, api_.GetDimensionsCount(raw, &tensor.rank));
+    expect();
+    check(api_, api_.GetDimensions(raw, static_cast<int64_t*>(tensor.shape), tensor.rank));
+  }
+
   const Api& api_;
   OrtKernelContext* context_;
   size_t inputs_ = 0;
 };
+
+// Whether a node may have any number of outputs of the last type: a Kernel that declares kMoreOutputs.
+template <typename Kernel, typename = void>
+struct HasMoreOutputs : std::false_type {};
+template <typename Kernel>
+struct HasMoreOutputs<Kernel, std::void_t<decltype(Kernel::kMoreOutputs)>> : std::true_type {};
 
 // The ONNX Runtime callbacks of an op. A Kernel has kName, kInputs (element types), kOptionalInputs (how many more a node may
 // have, of any types), kOutputs, a constructor from Info and compute(Context&).
@@ -224,7 +247,9 @@ OrtCustomOp* custom_op() {
     o.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int {
       return i < std::size(Kernel::kInputs) ? kRequired : kOptional;
     };
-    o.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kRequired; };
+    o.GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) -> int {
+      return HasMoreOutputs<Kernel>::value && i + 1 == std::size(Kernel::kOutputs) ? kVariadic : kRequired;
+    };
     o.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
     o.GetVariadicInputMinArity = o.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
     o.GetVariadicOutputMinArity = o.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };

@@ -1,10 +1,11 @@
 // The part of ONNX Runtime's C interface that our libraries use, at the version they target (17, ONNX Runtime 1.17; the
-// functions that only the CUDA library uses are of version 18).
+// functions that only the CUDA library uses are of version 18; one of version 24 is used where there is one).
 //
 // OrtApi is a table of function pointers that only grows at its end, so an entry is identified by its index. The indices were
 // counted in ONNX Runtime's source, whose static assertions fix the last index of every version.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -57,6 +58,7 @@ struct OrtCustomOp {
 namespace rq {
 
 constexpr uint32_t kApiVersion = 17;
+constexpr uint32_t kShapeReferences = 24;  // the version from which on a shape can be read without a copy
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int {
@@ -76,6 +78,9 @@ enum Characteristic : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
 class Api {
  public:
   explicit Api(const OrtApi* table) : table_(reinterpret_cast<void* const*>(table)) {}
+
+  // The version of the interface that the process's ONNX Runtime has, which may be newer than the one that the libraries target.
+  static inline std::atomic<uint32_t> version{kApiVersion};
 
 #define RQ_ENTRY(index, result, name, ...)                        \
   using name##Function = result (*)(__VA_ARGS__);                 \
@@ -119,6 +124,7 @@ class Api {
            const OrtTensorTypeAndShapeInfo*)
   RQ_ENTRY(274, OrtStatus*, KernelContext_ParallelFor, const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)
   RQ_ENTRY(277, OrtStatus*, KernelContext_GetScratchBuffer, const OrtKernelContext*, const OrtMemoryInfo*, size_t bytes, void**)
+  RQ_ENTRY(414, OrtStatus*, GetTensorElementTypeAndShapeDataReference, const OrtValue*, int*, const int64_t**, size_t*)
 #undef RQ_ENTRY
 
  private:

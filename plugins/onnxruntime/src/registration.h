@@ -20,6 +20,8 @@ inline OrtStatus* register_ops(OrtSessionOptions* options, const OrtApiBase* bas
                   needed, base->GetVersionString());
     return first.CreateStatus(static_cast<int>(kFail), static_cast<const char*>(message));
   }
+  unsigned minor = 0;
+  if (std::sscanf(base->GetVersionString(), "1.%u", &minor) == 1) Api::version = minor;
   const Api api(table);
   return guarded(api, "registration", [&] {
     // The session keeps a reference to the domain, so it lives as long as the process.

@@ -170,6 +170,23 @@ def forward_pass(path: Path, tokens: int, last_batch: bool = False) -> tuple[Clo
 
 
 def row(path: Path, shape: str, tokens: int, way: str, quantizer: Quantizer, rounds: int, with_profile: bool) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as transformers:
+        transformers.submit(forward_pass, path, tokens, last_batch=True).result()
+        # As the program does, once the other process has begun with settings of its own, and before torch first allocates.
+        return_large_arrays_when_freed()
+        return measured(transformers, path, shape, tokens, way, quantizer, rounds, with_profile)
+
+
+def measured(
+    transformers: ProcessPoolExecutor,
+    path: Path,
+    shape: str,
+    tokens: int,
+    way: str,
+    quantizer: Quantizer,
+    rounds: int,
+    with_profile: bool,
+) -> dict[str, Any]:
     model = Model.open(path)
     texts = text(model, tokens)
     geometry = model.layers[0].geometry
@@ -191,17 +208,14 @@ def row(path: Path, shape: str, tokens: int, way: str, quantizer: Quantizer, rou
 
     measure.expert_outputs = expert_outputs  # type: ignore[assignment]  # one function for two overloads
     run = partial(calibration.calibrate, model, texts, **CUT, quantizer=quantizer, progress=lambda *_: None)
-    with ProcessPoolExecutor(1, get_context("spawn")) as transformers:
-        transformers.submit(forward_pass, path, tokens, last_batch=True).result()
-        return_large_arrays_when_freed()  # as the program does, once the other process has begun with settings of its own
-        for _ in range(rounds):
-            for clock, more in zip((forward, body), transformers.submit(forward_pass, path, tokens).result(), strict=True):
-                clock.add(more)
-            with read:
-                for name in model.checkpoint.names:
-                    model.checkpoint.read(name)
-            with calibrate:
-                run()
+    for _ in range(rounds):
+        for clock, more in zip((forward, body), transformers.submit(forward_pass, path, tokens).result(), strict=True):
+            clock.add(more)
+        with read:
+            for name in model.checkpoint.names:
+                model.checkpoint.read(name)
+        with calibrate:
+            run()
     undo()
     measure.expert_outputs = products
 

@@ -24,7 +24,8 @@ from provenance import write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rq_compile.architectures.model import Model
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
+from rq_compile.export.exported import Exported
 from rq_compile.rewrite.dense_gemms import DenseWeights, dense_gemms
 from rq_compile.rewrite.latent_attention import latent_attention
 from rq_compile.rewrite.rewrite import exported, imported

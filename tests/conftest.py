@@ -13,7 +13,8 @@ from own_engines import chat_engine, engine_of, model_with_chat, own_model  # no
 from plugin_builds import built_kernels, cuda_headers, cuda_ops, cuda_parts, described_kernels  # noqa: F401 - fixtures
 
 from rq_compile.architectures.model import Model
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
+from rq_compile.export.exported import Exported
 from rq_compile.targets import onnxruntime as target
 
 pytest_plugins = ["messages"]  # records what users are told

@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +32,8 @@ from rq_compile.architectures.quiet import quiet_transformers
 from rq_compile.engine.manifest import CacheTensor
 from rq_compile.errors import UserError, reason
 from rq_compile.export.experts_op import route_to_experts_nodes
-from rq_compile.export.graph import Parameter, folded, without_weights
+from rq_compile.export.exported import Exported
+from rq_compile.export.graph import folded, without_weights
 from rq_compile.export.logits_to_keep import indices_to_trace, take_a_number
 from rq_compile.export.recurrent_layers import recurrent_layers_as_nodes
 from rq_compile.export.rope import free_the_length
@@ -61,17 +61,6 @@ FREE_AXES: dict[str, dict[int, str]] = {
     "past_key_values": {2: "past"},
     "indexer_keys": {1: "past"},
 }
-
-
-@dataclass(frozen=True)
-class Exported:
-    """``parameters``: the initializers of ``model`` that have no data, by name."""
-
-    model: onnx.ModelProto
-    parameters: dict[str, Parameter]
-    opset: int
-    encoder_decoder: bool
-    cache: list[CacheTensor]
 
 
 def export_graph(model: Model) -> Exported:

@@ -4,34 +4,14 @@ No weight is read here. A tensor that would need one (a transposed copy of a pro
 read in that form when the weights file is written.
 """
 
-from dataclasses import dataclass
-
-import numpy as np
 import onnx_ir
 from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as passes
 from onnxscript.optimizer import fold_constants
 from torch import nn
 
-from rq_compile.architectures.model import Model
+from rq_compile.export.exported import Parameter
 from rq_compile.rewrite.weights import LOCATION
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter or buffer of the transformers model, by name, in the form of an initializer: unchanged or transposed."""
-
-    name: str
-    transposed: bool = False
-
-    def read(self, model: Model) -> np.ndarray:
-        """The values in the checkpoint's dtype.
-
-        Raises:
-            UserError: the checkpoint has no such tensor.
-        """
-        tensor = model.read(self.name)
-        return tensor.T if self.transposed else tensor
 
 
 def without_weights(graph: onnx_ir.Graph, model: nn.Module) -> dict[str, Parameter]:

@@ -254,6 +254,8 @@ def _floats(part: _Projection, slots: list[Slot], layout: _Rows, format: SlotFor
 def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, format: Format) -> Found:
     kept = PACKED_FORMATS[format]
     of_packed, of_scales = kept.tensors
+    # For GPTQ, all matrices that multiply the layer's inputs need the factors of their moment.
+    preparation = part.layer if part.name == "up" else None
     codes = part.weight(of_packed, np.dtype(np.uint8), (len(slots), *layout.packed_shape(format)))
     scales = part.weight(of_scales, np.dtype(np.uint8 if kept.exponents else np.float32), (len(slots), *layout.scales_shape()))
 
@@ -262,7 +264,7 @@ def _quantized(part: _Projection, slots: list[Slot], layout: _Rows, format: Form
             result = layout.quantized(part.quantized(slot), format)
             return result.packed, result.scales
 
-        return Piece((codes, scales), values, layout.memory)
+        return Piece((codes, scales), values, layout.memory, preparation)
 
     return (codes, scales), tuple(map(piece, slots))
 

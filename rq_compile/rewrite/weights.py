@@ -1,7 +1,7 @@
 """Weights that are stored outside the graph: described first, and computed piece by piece while the weights file is written."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -32,12 +32,14 @@ class Piece:
     """The next values of each of ``weights``, which are computed together. ``values()`` returns an array for each, in C order.
 
     A piece of an int4 weight holds an even number of values, because two share a byte. Pieces are independent of each other and
-    may be computed at the same time. ``memory``: approximate bytes that are needed to compute the piece.
+    may be computed at the same time. ``memory``: approximate bytes that are needed to compute the piece. ``preparation`` is equal
+    for pieces for which a process computes the same thing once, in a time that matters; None: there is no such thing.
     """
 
     weights: tuple[ExternalWeight, ...]
     values: Callable[[], tuple[np.ndarray, ...]]
     memory: int
+    preparation: Hashable = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.engine.manifest import CacheTensor
 from rq_compile.engine.paths import graph_of_rank, weights_of
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.lowerings import Lowering
 from rq_compile.lowerings.lowering import Lowered
 from rq_compile.planning.schema import Plan

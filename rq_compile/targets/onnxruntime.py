@@ -19,7 +19,7 @@ from rq_compile.engine.manifest import EngineFile, Manifest, RankFiles
 from rq_compile.engine.paths import manifest_path, stem_of, weights_of
 from rq_compile.errors import UserError
 from rq_compile.estimates import check_space
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.exported import Exported
 from rq_compile.files import folder_made, sha256, write_document, written_beside
 from rq_compile.lowerings import Lowering, lowering_of
 from rq_compile.outputs import check_outputs
@@ -179,6 +179,14 @@ def compile_engine(
         write_document(manifest, document)
         appearing.begin([manifest_path(output).name, *(file.name for file in manifest.files)])
     return world().from_first(manifest)
+
+
+def export_graph(model: Model) -> Exported:
+    """The checkpoint's graph. The exporter is imported only here: that takes a good part of a second, in which other processes
+    compute already."""
+    from rq_compile.export import export
+
+    return export.export_graph(model)
 
 
 @dataclass

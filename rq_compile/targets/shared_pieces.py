@@ -36,7 +36,7 @@ class SharedPieces:
         """On the first process, which has ``threads`` itself: ``workers`` also have pieces computed by the other processes."""
         channels = self._channels(threads)
         for rank, channel in channels:
-            workers.start(self._asking(rank, channel))
+            workers.start(self._asking(rank, channel), rank)
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.checkpoint.safetensors_file import StoredTensor
-from rq_compile.export.graph import Parameter
+from rq_compile.export.exported import Parameter
 from rq_compile.planning.schema import Plan
 from rq_compile.quantization.formats import PlannedDense
 from rq_compile.quantization.second_moment import SecondMoment

@@ -11,7 +11,7 @@ import torch
 from changed_checkpoints import Tensors, opened, refused
 
 from rq_compile.architectures.model import Model
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.files import read_document
 from rq_compile.planning.schema import Plan
 from rq_compile.targets.onnxruntime import compile_engine

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from rq_compile.architectures.config_values import NEUTRAL
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
+from rq_compile.export.exported import Exported
 
 # Types
 

@@ -15,7 +15,8 @@ from plans import format_of, plan_of, replicated_and_quantized, tokens, unchange
 
 from rq_compile.architectures.load import load_model
 from rq_compile.architectures.model import Model
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
+from rq_compile.export.exported import Exported
 from rq_compile.quantization.quantizer import stored
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference

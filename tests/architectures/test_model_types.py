@@ -34,7 +34,8 @@ from rq_compile.architectures.without_engine import WITHOUT_ENGINE
 from rq_compile.calibration import calibrate as calibrate_module
 from rq_compile.calibration.memory import Way
 from rq_compile.errors import UserError
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
+from rq_compile.export.exported import Exported
 from rq_compile.quantization.quantizer import stored
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.reference import Reference

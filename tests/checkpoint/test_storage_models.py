@@ -20,7 +20,8 @@ from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.memory import Way
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
+from rq_compile.export.exported import Exported
 from rq_compile.files import read_document
 from rq_compile.inspection import inspected
 from rq_compile.planning.plan import make_plan

@@ -18,7 +18,8 @@ from command_line import Run, names, refused, run_command, writing
 from rq_compile.architectures.model import Model
 from rq_compile.checkpoint.safetensors_file import StoredTensor
 from rq_compile.errors import UserError
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
+from rq_compile.export.exported import Exported
 from rq_compile.runtime.engine import Engine
 from rq_compile.runtime.files import read_manifest, verify
 from rq_compile.targets.links import hard_linked, link_names

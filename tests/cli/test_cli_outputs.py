@@ -11,7 +11,7 @@ import pytest
 from command_line import Run, names, python, refused, writing
 
 from rq_compile.architectures.model import Model
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 
 
 @pytest.mark.parametrize("command", ["calibrate", "plan", "compile"])

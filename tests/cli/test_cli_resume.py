@@ -13,7 +13,7 @@ from command_line import Run, names, python, refused, writing
 from rq_compile.architectures.layers import MoeLayer
 from rq_compile.architectures.model import Model
 from rq_compile.cli.main import main
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.targets import onnxruntime as target
 
 PARTS = [".model.onnx.data.journal", ".model.onnx.data.partial"]

@@ -16,7 +16,7 @@ from rq_compile.architectures.model import Model
 from rq_compile.calibration.schema import Calibration
 from rq_compile.calibration.statistics import Statistics
 from rq_compile.engine.manifest import Manifest
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.files import read_document
 from rq_compile.planning.schema import Plan
 from rq_compile.quantization.quantizer import stored

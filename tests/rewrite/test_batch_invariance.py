@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from rq_compile.architectures.model import Model
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.files import read_document
 from rq_compile.lowerings import Native
 from rq_compile.planning.schema import Plan, Slot

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from rq_compile.architectures.model import Model
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.rewrite.logits_to_keep import NAME, POSITIONS_AXIS, fixed
 from rq_compile.rewrite.ops import Ops
 from rq_compile.rewrite.report import counts_of

@@ -16,7 +16,8 @@ from rq_compile import estimates
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.calibrate import calibrate
 from rq_compile.calibration.run_estimate import calibration_estimate
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
+from rq_compile.export.exported import Exported
 from rq_compile.files import read_document, write_document
 from rq_compile.lowerings import Native, lowering_of
 from rq_compile.planning.plan import make_plan

@@ -23,7 +23,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 from rq_compile.architectures.model import Model
 from rq_compile.cli.compile import command as compile_command
 from rq_compile.errors import UserError
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.files import read_document
 from rq_compile.schemas import schema
 from rq_compile.targets.tensorrt import build_engine

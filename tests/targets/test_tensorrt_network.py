@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from rq_compile.architectures.model import Model
 from rq_compile.errors import UserError
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.files import read_document
 from rq_compile.lowerings import TensorRTLanes
 from rq_compile.planning.schema import Plan

@@ -21,7 +21,7 @@ from rows import with_all_rows
 from transformers import OlmoeConfig
 
 from rq_compile.architectures.model import Model
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.files import read_document, write_document
 from rq_compile.lowerings import Plugins
 from rq_compile.planning.schema import LayerPlan, Plan

@@ -15,7 +15,7 @@ from rq_compile.targets.workers import Workers, compute
 BYTE = np.dtype(np.uint8)
 
 
-def piece(number: int, memory: int = 1, before: Callable[[], object] = lambda: None) -> Piece:
+def piece(number: int, memory: int = 1, before: Callable[[], object] = lambda: None, preparation: str | None = None) -> Piece:
     """Its one value is ``number``."""
     weight = ExternalWeight(str(number), BYTE, (1,))
 
@@ -23,7 +23,7 @@ def piece(number: int, memory: int = 1, before: Callable[[], object] = lambda: N
         before()
         return (np.array([number], BYTE),)
 
-    return Piece((weight,), values, memory)
+    return Piece((weight,), values, memory, preparation)
 
 
 def taken(workers: Workers, pieces: list[Piece]) -> list[int]:
@@ -69,6 +69,42 @@ def test_what_is_added_later_is_wanted_first(late: int) -> None:
             workers.start()
         assert taken(workers, [*later, *pieces]) == [100, 101, 102, *range(20)]
     assert order == ([100, 101, 102, *range(20)] if late else [0, 1, 2, 100, 101, 102, *range(3, 20)])
+
+
+@pytest.mark.parametrize("memory", [100, 2], ids=["with room for all", "with room for two"])
+def test_a_process_leaves_what_another_has_prepared_for_to_that(memory: int) -> None:
+    """Until nothing else is left, or its room is used up and the file waits."""
+    begun, go = threading.Event(), threading.Event()
+    orders: tuple[list[int], list[int]] = ([], [])
+    pieces = [piece(number, preparation="moment" if number < 4 else None) for number in range(6)]
+
+    def computed(process: int, each: Piece) -> list[np.ndarray]:
+        orders[process].append(pieces.index(each))
+        if process == 1:
+            begun.set()
+            assert go.wait(10)
+        return compute(each)
+
+    with working(0, memory) as workers:
+        workers.add(pieces)
+        workers.start(partial(computed, 1), 1)
+        assert begun.wait(10)
+        workers.start(partial(computed, 0), 0)
+        while len(orders[0]) < min(5, memory - 1):
+            threading.Event().wait(0.001)
+        threading.Event().wait(0.05)  # in which it could begin more
+        assert orders == (([4, 5, 1, 2, 3], [0]) if memory > 2 else ([4], [0]))
+        go.set()
+        assert taken(workers, pieces) == list(range(6))
+    assert sorted(orders[0] + orders[1]) == list(range(6))
+
+
+def test_one_process_prepares_in_the_order_of_the_file() -> None:
+    order: list[int] = []
+    pieces = [piece(number, 1, partial(order.append, number), "ab"[number % 2]) for number in range(6)]
+    with working(1, 100) as workers:
+        workers.add(pieces)
+        assert taken(workers, pieces) == order == list(range(6))
 
 
 def test_pieces_and_results_keep_to_the_memory() -> None:

@@ -18,7 +18,8 @@ from rq_compile.calibration.statistics import Statistics
 from rq_compile.engine.appearing import Appearing
 from rq_compile.engine.manifest import EngineFile
 from rq_compile.errors import UserError
-from rq_compile.export.export import Exported, export_graph
+from rq_compile.export.export import export_graph
+from rq_compile.export.exported import Exported
 from rq_compile.file_systems import PART, publish
 from rq_compile.files import sha256, write_document
 from rq_compile.lowerings import Lowering, Plugins, TensorRTLanes

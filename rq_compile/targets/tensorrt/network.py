@@ -11,7 +11,7 @@ import onnx
 
 from rq_compile.architectures.model import Model
 from rq_compile.calibration.statistics import Statistics
-from rq_compile.export.export import Exported
+from rq_compile.export.exported import Exported
 from rq_compile.lowerings import Lowering
 from rq_compile.planning.schema import Plan
 from rq_compile.rewrite.batched_experts import ExpectedCapacity

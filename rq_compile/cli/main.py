@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from rq_compile import __version__
+from rq_compile.cli.leaving import leave
 from rq_compile.engine import ranks
 from rq_compile.errors import UserError, printable, reason
 from rq_compile.processes import in_contact, lost, on_this_host, rank, speaker
@@ -230,7 +231,12 @@ def run() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 is written as it is
-    main()
+    try:
+        main()
+    except SystemExit as end_of_command:
+        if isinstance(end_of_command.code, int):
+            leave(end_of_command.code)
+        raise
 
 
 if __name__ == "__main__":

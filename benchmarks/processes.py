@@ -1,13 +1,13 @@
-"""How much faster are several processes? One core each, one layer in the shape of a published model, random weights.
+"""How much faster are several processes? One core each, layers in the shape of a published model, random weights.
 
     python benchmarks/processes.py --command calibrate --processes 1 2 --folder /scratch
     python benchmarks/processes.py --command compile --only-make --folder /scratch
     python benchmarks/processes.py --command compile --processes 1 2 --rounds 3 --folder /scratch
 
 The numbers of processes take turns. "seconds" is the wall time of the whole command in every round, from the start of `torchrun`
-(or of the single process) to its end; "start" is that of the same command with `--dry-run`, which opens the checkpoint and
-computes nothing. Each process, also a single one, is bound to a core of its own, because a process has threads that read, write
-and hash beside the one that computes.
+(or of the single process) to its end; "start_s" is the median of that of the same command with `--dry-run`, which opens the
+checkpoint and computes nothing, in the same rounds. Each process, also a single one, is bound to a core of its own, because a
+process has threads that read, write and hash beside the one that computes.
 "speedup" compares the seconds after the start, in medians, with the row of one process. `calibrate` runs layer
 by layer with GPTQ, also in one process. `compile` rounds every expert to int4 with GPTQ; "weights_s" is the time for its weights
 after the export of the graph, during which other processes round experts already. `--only-make` makes the input of the
@@ -76,13 +76,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="OLMoE-1B-7B")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--experts", type=int, help="number of experts, if fewer than the model has")
+    parser.add_argument("--layers", type=int, default=1, help="number of layers")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", type=Path, required=True, help="folder where checkpoints are made and kept")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="file to which the row is written")
     parser.add_argument("--only-make", action="store_true", help="make the input of the measurement, and measure nothing")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    path = checkpoint(given.shape, given.experts, given.folder)
+    path = checkpoint(given.shape, given.experts, given.folder, given.layers)
     texts = given.folder / f"{given.tokens}.txt"
     calibration, plan = (given.folder / f"{path.name}.{name}.json" for name in ("calibration", "plan"))
     output = given.folder / ("measured.json" if given.command == "calibrate" else "engine.onnx")
@@ -96,20 +97,22 @@ def main() -> None:
     run = calibrating if given.command == "calibrate" else [str(path), "--plan", str(plan), "--threads", "1"]
     run += ["-o", str(output)]
     rounds: dict[int, list[tuple[float, str]]] = {processes: [] for processes in sorted(given.processes)}
+    starts: dict[int, list[float]] = {processes: [] for processes in rounds}
     for _ in range(given.rounds):
         for processes, taken in rounds.items():
             taken.append(seconds(processes, *run))
+            starts[processes].append(seconds(processes, *run, "--dry-run")[0])
     for processes, taken in rounds.items():
-        start, _ = seconds(processes, *run, "--dry-run")
         weights = [float(match[1]) for _, said in taken if (match := re.search(r"of weights in (.*) s,", said))]
         row: dict[str, Any] = {
             "command": given.command,
             "shape": given.shape,
+            "layers": given.layers,
             "experts": given.experts,
             "tokens": given.tokens,
             "processes": processes,
             "seconds": [round(each, 2) for each, _ in taken],
-            "start_s": round(start, 2),
+            "start_s": round(median(starts[processes]), 2),
             **({"weights_s": weights} if weights else {}),
             **environment(),
             "threads": 1,
@@ -121,7 +124,7 @@ def main() -> None:
 def keep(row: dict[str, Any], output: Path) -> None:
     """Write the row in place of one of the same kind, with the speedup over that of one process."""
     known = json.loads(output.read_text()) if output.exists() else []
-    key = ("command", "shape", "experts", "tokens", "processes")
+    key = ("command", "shape", "layers", "experts", "tokens", "processes")
     single = [other for other in known if [other[name] for name in key] == [*(row[name] for name in key[:-1]), 1]]
     if single and row["processes"] > 1:
         row["speedup"] = round(after_start(single[0]) / after_start(row), 2)

@@ -162,6 +162,7 @@ def command(
     from rq_compile.calibration.scratch import return_large_arrays_when_freed
     from rq_compile.cli.tables import calibration_tables
 
+    return_large_arrays_when_freed()  # before torch first allocates, which opening a model does
     model = rq.open(folder)
     if dry_run:
         from rq_compile.calibration.run_estimate import calibration_estimate
@@ -181,7 +182,6 @@ def command(
         )
         screen.result(estimate, *estimate_tables(estimate))
         return
-    return_large_arrays_when_freed()
     under_way = [""]
     with screen.progress("calibrating", "tokens") as progress:
         calibration = rq.calibrate(

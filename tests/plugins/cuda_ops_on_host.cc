@@ -14,7 +14,8 @@
 
 namespace {
 
-constexpr size_t kEntries = 279;  // of version 18
+// Of version 24, the newest of which the library uses an entry where there is one, and of version 18.
+constexpr size_t kEntries = 415, kEntriesOf18 = 279;
 constexpr size_t kGuard = 4096;
 constexpr char kUnused = 0x5A;
 
@@ -102,7 +103,9 @@ size_t scratch_held() { return held.size(); }
 OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   real_base = base;
   real = base->GetApi(18);
-  std::memcpy(table, reinterpret_cast<const void*>(real), sizeof table);
+  int minor = 0;
+  std::sscanf(base->GetVersionString(), "1.%d", &minor);
+  std::memcpy(table, reinterpret_cast<const void*>(real), (minor >= 24 ? kEntries : kEntriesOf18) * sizeof *table);
   replace(27, add);
   replace(76, give_back);
   replace(193, stream);

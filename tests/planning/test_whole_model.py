@@ -83,15 +83,16 @@ def between(measured: tuple[Calibration, Any], part: float) -> int:
 def test_an_engine_takes_what_its_plan_says(
     checkpoint: Model, measured: tuple[Calibration, dict[str, np.ndarray]], out: Path, export_once: Any, part: float
 ) -> None:
-    """Except for the end of the last page; and no more than it may."""
+    """No more, and less by at most a page for each part of a non-expert matrix: some are written together."""
     budget = between(measured, part)
     plan = planned(measured, budget)
     estimate = engine_estimate(checkpoint, out / "x.onnx", Native(), plan=plan).outputs["x.onnx.data"]
     compile_engine(checkpoint, plan, out / "x.onnx", Native(), Statistics.of(measured[1]), exported=export_once(checkpoint))
     written = (out / "x.onnx.data").stat().st_size
+    pages = 4096 * sum(2 * len(module.matrices) for module in plan.dense)
     assert plan.predicted_engine_bytes
-    assert 0 <= plan.predicted_engine_bytes - written < 4096
-    assert 0 <= estimate - written < 4096
+    assert 0 <= plan.predicted_engine_bytes - written < pages
+    assert 0 <= estimate - written < pages
     assert written <= budget
     assert (part < 0.5) <= any(module.format != "stored" for module in plan.dense)
     assert (part == 1) <= all(module.format == "stored" for module in plan.dense)

@@ -64,8 +64,8 @@ def test_tied_embeddings_in_16_bit(tmp_path: Path, out: Path) -> None:
     for dense_format in get_args(DenseFormat):
         estimate = engine_estimate(checkpoint, out / "x.onnx", Native(dense_format=dense_format), plan=plan)
         compile_engine(checkpoint, plan, out / "x.onnx", Native(dense_format=dense_format), exported=exported)
-        # Routers stay in fp32; every weight of these tiny ones begins a page.
-        assert estimate.outputs["x.onnx.data"] == pytest.approx((out / "x.onnx.data").stat().st_size, rel=0.02, abs=16384)
+        # Routers stay in fp32; every weight of these tiny ones begins a page, but for those that multiply one tensor.
+        assert estimate.outputs["x.onnx.data"] == pytest.approx((out / "x.onnx.data").stat().st_size, rel=0.02, abs=36864)
 
 
 @pytest.mark.parametrize("quantizer", ["gptq", "nearest"])

@@ -114,7 +114,7 @@ def _least_bytes(model: Model, layer: MoeLayer) -> int:
 
 def _dense_sizes(model: Model, dense_format: DenseFormat, link_weights: bool, plan: Plan | None) -> list[int]:
     """Bytes of each non-expert weight, in the layout of ``dense_gemms``. A tied embedding counts twice, because a product needs
-    another layout than a table. Matrices that multiply one tensor are written as one, which takes up to a page less for each."""
+    another layout than a table. Those that multiply one tensor are written together, which saves the ends of pages."""
     planned = {matrix.name: module.format for module in plan.dense for matrix in module.matrices} if plan else {}
     empty = model.without_weights
     matrices, tables = (

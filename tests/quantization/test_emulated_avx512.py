@@ -1,16 +1,15 @@
 """The quantizer's kernels for AVX-512 round and multiply as those of this processor do; without AVX-512 they run in an
 emulator."""
 
-import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from instruction_sets import kernels_of
 
-from rq_compile.quantization import library
 from rq_compile.quantization.gptq import Rounded
 from rq_compile.quantization.quantizer import stored
 from rq_compile.quantization.second_moment import whole_moment
@@ -36,21 +35,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["avx512", "avx512_vnni"])
-def of_other_processor(
-    request: pytest.FixtureRequest, emulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[], AbstractContextManager[None]]:
+def of_other_processor(request: pytest.FixtureRequest, emulated: Path) -> Callable[[], AbstractContextManager[None]]:
     """Contexts in which the kernels of an instruction set run."""
-
-    @contextmanager
-    def kernels() -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            patch.setenv("RQ_QUANTIZER_ISA", request.param)
-            patch.setattr(library, "LIBRARY", shutil.copy(emulated, tmp_path))  # a library chooses its kernels once
-            library.quantizer_function.cache_clear()
-            yield
-        library.quantizer_function.cache_clear()
-
-    return kernels
+    return lambda: kernels_of(request.param, emulated)
 
 
 def test_rounds_alike(of_other_processor: Callable[[], AbstractContextManager[None]]) -> None:

@@ -12,6 +12,7 @@ from gptq_in_float64 import gptq_in_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from instruction_sets import kernels_of
 
 from rq_compile.architectures.layers import ExpertWeights
 from rq_compile.calibration.expert import in_format
@@ -232,20 +233,12 @@ def test_the_factors_of_a_moment_do_not_depend_on_torch_s_threads(
 
 
 @pytest.mark.parametrize("isa", ["avx512_vnni", "avx512", "avx2", "plain"])
-def test_every_instruction_set_rounds_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+def test_every_instruction_set_rounds_alike(isa: str) -> None:
     """But for rows from the first weight near a tie on. What this processor does not have falls back to ``plain``."""
     weights, inputs = normal(130, 160), correlated(300, 160)
-    np.savez(tmp_path / "given.npz", weights=weights, moment=whole_moment(inputs).values)
-    code = (
-        "import sys, numpy as np; from rq_compile.quantization.quantizer import stored;"
-        "from rq_compile.quantization.second_moment import SecondMoment; given = np.load(sys.argv[1]);"
-        "np.save(sys.argv[2], stored(given['weights'], 'int4', SecondMoment(given['moment'])))"
-    )
-    monkeypatch.setenv("RQ_QUANTIZER_ISA", isa)
-    process = python("-c", code, *map(str, (tmp_path / "given.npz", tmp_path / "found.npy")))
-    _, error = process.communicate()
-    assert process.returncode == 0, error
-    found, expected = np.load(tmp_path / "found.npy"), stored(weights, "int4", whole_moment(inputs))
+    expected = stored(weights, "int4", whole_moment(inputs))
+    with kernels_of(isa):
+        found = stored(weights, "int4", whole_moment(inputs))
     assert np.isclose(found, expected, rtol=1e-4, atol=1e-6).mean() > 0.7
     np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.02)
 

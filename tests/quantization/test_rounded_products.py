@@ -1,10 +1,8 @@
 """Products with rounded weights as integers, against float64."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from command_line import python
+from instruction_sets import kernels_of
 
 from rq_compile.quantization.gptq import Rounded
 
@@ -60,16 +58,8 @@ def test_products_do_not_depend_on_threads_or_other_inputs(threads: int) -> None
 
 
 @pytest.mark.parametrize("isa", ["avx512_vnni", "avx512", "avx2", "plain"])
-def test_every_instruction_set_multiplies_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+def test_every_instruction_set_multiplies_alike(isa: str) -> None:
     """What this processor does not have falls back to ``plain``."""
     matrix, inputs = rounded(70, 3, 16, 40), inputs_of(40, 67)
-    np.savez(tmp_path / "given.npz", q=matrix.q, scales=matrix.scales, inputs=inputs)
-    code = (
-        "import sys, numpy as np; from rq_compile.quantization.gptq import Rounded; given = np.load(sys.argv[1]);"
-        "np.save(sys.argv[2], Rounded(given['q'], given['scales'], 40).times(given['inputs']))"
-    )
-    monkeypatch.setenv("RQ_QUANTIZER_ISA", isa)
-    process = python("-c", code, *map(str, (tmp_path / "given.npz", tmp_path / "found.npy")))
-    _, error = process.communicate()
-    assert process.returncode == 0, error
-    assert_close(np.load(tmp_path / "found.npy"), matrix, inputs)
+    with kernels_of(isa):
+        assert_close(matrix.times(inputs), matrix, inputs)

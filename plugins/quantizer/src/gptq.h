@@ -37,7 +37,9 @@ static_assert(kGreatest * kGreatest <= INT32_MAX / kLargestBlock, "a sum of prod
 constexpr int64_t kTileRows = 64;
 
 // Floats of a tile: its weights, and the units of the errors of each block of a part.
-inline int64_t tile_floats(const Matrix& matrix) { return kTileRows * (matrix.parts * matrix.known + matrix.known / matrix.block); }
+inline int64_t tile_floats(const Matrix& matrix) {
+  return kTileRows * (matrix.parts * matrix.known + matrix.known / matrix.block);
+}
 
 // Rounds up to kTileRows rows, from `row` on. `tile` has room for tile_floats, aligned to 64 bytes. Returns false if a weight is
 // not finite.

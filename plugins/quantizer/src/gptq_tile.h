@@ -91,7 +91,8 @@ struct Tile {
       add_pairs<kColumns, 1>(pairs + first, kTileVectors, matrix.block / 2, factors, sums);
       for (int c = 0; c < kColumns; ++c)
         for (int v = 0; v < kVectors; ++v)
-          columns[c * kTileVectors + first + v] += __builtin_convertvector(sums[c][v], Vector) * (of_rows[first + v] * of_columns[c]);
+          columns[c * kTileVectors + first + v] +=
+              __builtin_convertvector(sums[c][v], Vector) * (of_rows[first + v] * of_columns[c]);
     }
   }
 
@@ -269,7 +270,8 @@ bool RQ_ROUND_TILE(const Matrix& matrix, int64_t row, float* memory) {
     for (int64_t start = 0; start < matrix.known; start += matrix.block) {
       const int64_t column = part * matrix.known + start;
       tile.round_block(tile.values + part * matrix.known * kTileVectors, start, matrix.across + column * matrix.known / 2,
-                       matrix.units + column * (matrix.known / matrix.block), matrix.within + column * matrix.block, matrix.importance + column);
+                       matrix.units + column * (matrix.known / matrix.block), matrix.within + column * matrix.block,
+                       matrix.importance + column);
       tile.store(row, column);
     }
   }

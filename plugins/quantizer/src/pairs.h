@@ -54,7 +54,8 @@ inline Whole add_products(Whole sum, Pair columns, uint32_t factors) {
 // The factors of a pair are `kNext` behind those of the pair before, and those of a column `kColumn` behind those of the column
 // before.
 template <int64_t kNext, int64_t kColumn>
-inline void add_pairs(const Pair* pairs, int64_t apart, int64_t count, const uint32_t* factors, Whole (&sums)[kColumns][kVectors]) {
+inline void add_pairs(const Pair* pairs, int64_t apart, int64_t count, const uint32_t* factors,
+                      Whole (&sums)[kColumns][kVectors]) {
   for (int64_t j = 0; j < count; ++j)
     for (int c = 0; c < kColumns; ++c)
       for (int v = 0; v < kVectors; ++v)

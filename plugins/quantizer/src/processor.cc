@@ -16,9 +16,11 @@ bool has_avx512() {
 
 constexpr Code kVectorized[] = {
 #ifdef RQ_X86
-    {"avx512_vnni", round_tile_avx512_vnni, pack_tile_avx512_vnni, multiply_tile_avx512_vnni, decode_avx512, [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
+    {"avx512_vnni", round_tile_avx512_vnni, pack_tile_avx512_vnni, multiply_tile_avx512_vnni, decode_avx512,
+     [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
     {"avx512", round_tile_avx512, pack_tile_avx512, multiply_tile_avx512, decode_avx512, has_avx512},
-    {"avx2", round_tile_avx2, pack_tile_avx2, multiply_tile_avx2, decode_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", round_tile_avx2, pack_tile_avx2, multiply_tile_avx2, decode_avx2,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
 };
 

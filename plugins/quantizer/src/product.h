@@ -31,7 +31,7 @@ using PackTile = void (*)(const Product& product, int64_t token, Tile16 tile);
 // Computes the outputs of up to kProductRows rows, from `row` on, for the tile with `tokens` from `token` on.
 using MultiplyTile = void (*)(const Product& product, int64_t row, int64_t token, Tile16 tile);
 
-#define RQ_DECLARE_PRODUCT(isa)                                         \
+#define RQ_DECLARE_PRODUCT(isa)                                             \
   void pack_tile_##isa(const Product& product, int64_t token, Tile16 tile); \
   void multiply_tile_##isa(const Product& product, int64_t row, int64_t token, Tile16 tile);
 RQ_DECLARE_PRODUCT(plain)

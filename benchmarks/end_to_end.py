@@ -1,13 +1,16 @@
 """Whole models on the CPU: tokens per second of our engines, of the lowering ``stock`` and of transformers; and the time by op.
 
-Two models: the sample (samples/olmoe, trained), and three layers of OLMoE-1B-7B's widths with half its experts (1.6 GB, random
+``sample`` is samples/olmoe (trained); ``layers`` are three layers of OLMoE-1B-7B's widths with half its experts (1.6 GB, random
 weights). All engines of a model are compiled with one plan, at memory 0.6. transformers runs in fp32, with its default
 ``grouped_mm`` and with ``eager``. All variants of a model take turns in one process, so that changes of the machine's speed
 affect all alike. Before each run there is a pause, so that the threads of the previous variant sleep. A round is the prefill of a
 random prompt, then greedy decoding, at batch 1. Speeds are medians; ``ratio`` is relative to transformers' default.
 
-    python benchmarks/end_to_end.py --scale small
-    python benchmarks/end_to_end.py -o benchmarks/results/end_to_end.json
+    python benchmarks/end_to_end.py prepare --folder /scratch
+    python benchmarks/end_to_end.py measure --folder /scratch -o benchmarks/results/end_to_end.json
+
+``prepare`` compiles the engines; ``measure`` needs an idle machine. Its rows replace those of the same models in the output.
+``--model small`` is a quick trial with 0.2 GB of random weights.
 
 Other runtimes are compared by runtime_comparison.py.
 
@@ -17,9 +20,6 @@ The times by op come from ONNX Runtime's profile of our engines, summed by the g
 
 import argparse
 import os
-import sys
-import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +28,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from generated_checkpoint import OLMOE_1B_7B, SMALL, Model, generate
+from generated_checkpoint import OLMOE_1B_7B, SMALL, generate
 from op_profile import op_times
-from provenance import write_rows
+from provenance import add_rows
 from rich.console import Console
 
 from rq_compile.architectures.load import load_model
@@ -51,7 +51,8 @@ Row = dict[str, str | int | float]
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "samples" / "text" / "hacker.calibration.txt"
 CHARACTERS = 4000  # of the text, to calibrate with
-THREE_LAYERS = replace(OLMOE_1B_7B, layers=3, experts=32)
+RANDOM = {"layers": replace(OLMOE_1B_7B, layers=3, experts=32), "small": SMALL}
+MODELS = {"sample": "samples/olmoe", "layers": "3 OLMoE layers", "small": "small OLMoE"}
 BASE = "transformers, grouped_mm"
 GROUPS = {
     "experts": ("Dispatch", "ExpertGemm", "Combine"),
@@ -92,36 +93,46 @@ class TransformersModel(Reference):
         return super().generate(prompt_ids, max_tokens, stop=stop)
 
 
-def measured(name: str, folder: Path, scratch: Path, settings: Settings) -> Iterator[Row]:
-    """The rows of the checkpoint in ``folder``; its engines are written to ``scratch``."""
-    checkpoint = Opened.open(folder)
-    engines = compiled(checkpoint, scratch)
-    models: dict[str, LanguageModel] = {variant: Engine.load(path, settings.threads) for variant, path in engines.items()}
-    shared = load_model(checkpoint)
-    for implementation in ("grouped_mm", "eager"):
-        models[f"transformers, {implementation}"] = TransformersModel(shared, implementation, settings.threads)
-    yield from speeds(name, models, checkpoint.config.vocab_size, settings)
-    del models, shared
-    for variant, path in engines.items():
-        if VARIANTS[variant].name == "native":
-            yield from profile(name, variant, path, settings)
-
-
-def compiled(checkpoint: Opened, scratch: Path) -> dict[str, Path]:
-    """An engine of each variant, all compiled with one plan, which is made here."""
-    text, calibration, document = (scratch / name for name in ("text.txt", "calibration.json", "plan.json"))
+def prepare(name: str, folder: Path) -> None:
+    """Write an engine of each variant to ``folder``, all compiled with one plan, which is made here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (path := checkpoint_of(name, folder)).exists():
+        generate(RANDOM[name], path)
+    checkpoint = Opened.open(path)
+    text, calibration, document = (folder / name for name in ("text.txt", "calibration.json", "plan.json"))
     text.write_text(TEXT.read_text()[:CHARACTERS])
     for arguments in (
-        ["calibrate", checkpoint.path, "--text", text, "--quantizer", "nearest", "-q", "-o", calibration],
+        ["calibrate", path, "--text", text, "--quantizer", "nearest", "-q", "-o", calibration],
         ["plan", calibration, "--memory", 0.6, "-q", "-o", document],
     ):
         rq_compile([str(argument) for argument in arguments], standalone_mode=False)
     plan, exported = read_document(Plan, document), export_graph(checkpoint)
-    paths = {}
-    for number, (name, variant) in enumerate(VARIANTS.items()):
-        paths[name] = scratch / f"{number}.onnx"
-        compile_engine(checkpoint, plan, paths[name], variant, exported=exported)
-    return paths
+    for variant, engine in engines(folder).items():
+        compile_engine(checkpoint, plan, engine, VARIANTS[variant], exported=exported)
+
+
+def checkpoint_of(name: str, folder: Path) -> Path:
+    return folder / "checkpoint" if name in RANDOM else ROOT / "samples" / "olmoe"
+
+
+def engines(folder: Path) -> dict[str, Path]:
+    return {variant: folder / f"{number}.onnx" for number, variant in enumerate(VARIANTS)}
+
+
+def measured(name: str, folder: Path, settings: Settings) -> Iterator[Row]:
+    """The rows of what ``prepare`` wrote to ``folder``."""
+    checkpoint = Opened.open(checkpoint_of(name, folder))
+    models: dict[str, LanguageModel] = {
+        variant: Engine.load(engine, settings.threads) for variant, engine in engines(folder).items()
+    }
+    shared = load_model(checkpoint)
+    for implementation in ("grouped_mm", "eager"):
+        models[f"transformers, {implementation}"] = TransformersModel(shared, implementation, settings.threads)
+    yield from speeds(MODELS[name], models, checkpoint.config.vocab_size, settings)
+    del models, shared
+    for variant, engine in engines(folder).items():
+        if VARIANTS[variant].name == "native":
+            yield from profile(MODELS[name], variant, engine, settings)
 
 
 def speeds(name: str, models: dict[str, LanguageModel], vocabulary: int, settings: Settings) -> Iterator[Row]:
@@ -196,29 +207,24 @@ def _by_run(rows: list[Row]) -> dict[tuple[str, str], list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--scale", choices=("full", "small"), default="full", help="small: a quick trial with 0.2 GB of random weights"
-    )
+    parser.add_argument("stage", choices=("prepare", "measure"))
+    parser.add_argument("--folder", type=Path, required=True, help="a folder for the engines, with 10 GB of free space")
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=["sample", "layers"])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="a folder with 10 GB of free space")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.stage == "prepare":
+        for name in arguments.model:
+            prepare(name, arguments.folder / name)
+        return
     settings = Settings(arguments.prompt_tokens, arguments.new_tokens, arguments.rounds, arguments.threads)
-    random_weights: tuple[str, Model] = ("small OLMoE", SMALL) if arguments.scale == "small" else ("3 OLMoE layers", THREE_LAYERS)
-    rows: list[Row] = []
-    for name, shapes in (("samples/olmoe", None), random_weights):
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            scratch = Path(folder)
-            checkpoint = generate(shapes, scratch / "model") if shapes else ROOT / "samples" / "olmoe"
-            began = time.perf_counter()
-            rows += measured(name, checkpoint, scratch, settings)
-            print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    rows = [row for name in arguments.model for row in measured(name, arguments.folder / name, settings)]
     show(rows, Console(width=150))
     if arguments.output:
-        write_rows(arguments.output, rows)
+        add_rows(arguments.output, rows, "model")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,15 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.write_text(json.dumps([{**row, **here} for row in rows], indent=1) + "\n")
 
 
+def add_rows(path: Path, rows: Iterable[Mapping[str, Any]], key: str) -> None:
+    """Write ``rows``, each with its ``origin``, into ``path``, in place of the rows there that have the same ``key``."""
+    here = origin()
+    added = [{**row, **here} for row in rows]
+    known = json.loads(path.read_text()) if path.exists() else []
+    replaced = {row[key] for row in added}
+    path.write_text(json.dumps([*(row for row in known if row[key] not in replaced), *added], indent=1) + "\n")
+
+
 def _commit() -> str:
     folder = Path(__file__).parent
 

@@ -112,3 +112,12 @@ def test_every_row_says_where_it_comes_from(tmp_path: Path) -> None:
     assert [row["model"] for row in rows] == ["a", "b"]
     assert all(row["processor"] == provenance.processor() and row["cpus"] >= 1 for row in rows)
     assert all(row[key] for row in rows for key in ("commit", "date", "onnxruntime", "numpy"))
+
+
+def test_added_rows_take_the_place_of_those_of_the_same_model(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    for speed, models in enumerate(("ab", "bc")):
+        provenance.add_rows(output, [{"model": model, "speed": speed} for model in models], "model")
+    rows = json.loads(output.read_text())
+    assert [(row["model"], row["speed"]) for row in rows] == [("a", 0), ("b", 1), ("c", 1)]
+    assert all(row["commit"] and row["processor"] for row in rows)

@@ -3,8 +3,8 @@
 They are started by ``torchrun``, or by any program that sets ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``. A
 process that was started alone is a world of one: it owns all work and exchanges nothing.
 
-Work is a list of items, each owned by one process. Every process computes the same owners, works on its own items, and sees
-the results of all in the order of the list.
+Work is a list of items, each owned by one process. Either every process computes the same owners, or each takes the next item
+when it has time. It works on its own items, and sees the results of all in the order of the list.
 """
 
 from __future__ import annotations
@@ -97,15 +97,18 @@ class World:
 
     def __init__(self) -> None:
         self.rank, self.size = rank(), world_size()
+        self._lists = 0  # of which items were taken
         if self.size > 1:
             import torch
 
             devices = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             try:
-                place, _, _ = next(torch.distributed.rendezvous("env://", timeout=MEETING))
-                place.set(f"rq-compile/{self.rank}", "here")
-                place.wait([f"rq-compile/{rank}" for rank in range(self.size)], MEETING)
-                torch.distributed.init_process_group(devices, store=place, rank=self.rank, world_size=self.size, timeout=PATIENCE)
+                self._place, _, _ = next(torch.distributed.rendezvous("env://", timeout=MEETING))
+                self._place.set(f"rq-compile/{self.rank}", "here")
+                self._place.wait([f"rq-compile/{rank}" for rank in range(self.size)], MEETING)
+                torch.distributed.init_process_group(
+                    devices, store=self._place, rank=self.rank, world_size=self.size, timeout=PATIENCE
+                )
             except (RuntimeError, ValueError) as error:
                 raise UserError(
                     f"the {self.size} processes of WORLD_SIZE did not meet within {MEETING.total_seconds():.0f} s: "
@@ -113,13 +116,33 @@ class World:
                 ) from error
 
     def owners(self, costs: Iterable[float]) -> list[int]:
-        """The rank that owns each item. Each item goes to the process with the least work so far."""
+        """The rank that owns each item. Each item goes to the process with the least work so far, and of several to the last,
+        because the first also writes."""
         work = [0.0] * self.size
         owners = []
         for cost in costs:
-            owners.append(work.index(min(work)))
+            owners.append(min(range(self.size), key=lambda rank: (work[rank], -rank)))
             work[owners[-1]] += float(cost)
         return owners
+
+    def taken(self, count: int) -> Iterator[int]:
+        """Numbers from 0 to ``count - 1``, in order. Each goes to the process that first asks for the next. All processes take
+        from the same lists, in the same order."""
+        if self.size == 1:
+            yield from range(count)
+            return
+        self._lists += 1
+        while True:
+            with _or_lost():
+                number = self._place.add(f"rq-compile/list {self._lists}", 1) - 1
+            if number >= count:
+                return
+            yield number
+
+    def takers(self, own: Sequence[int]) -> list[int]:
+        """The rank of the process that has each number, where this process has its ``own``."""
+        every = self.all(range(self.size), [own])
+        return [rank for _, rank in sorted((number, rank) for rank, numbers in enumerate(every) for number in numbers)]
 
     def own(self, owners: Sequence[int], items: Iterable[T]) -> Iterator[T]:
         """Those of ``items`` that this process owns."""

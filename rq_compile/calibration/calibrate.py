@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from time import monotonic
 from typing import Any
 
@@ -219,12 +220,11 @@ def calibrate(
             dense=dense,
         )
     report.begin(kept.layers)
-    for own, read_expert, own_output in recorded:
-        recording = split.all_of(own)
-        with split.all_outputs(recording, own_output, in_memory=work.way.states_in_memory) as output:
-            measurement = _measure(
-                recording, report.layer(read_expert), output, measured_formats, quantizer, wanda_fraction, device
-            )
+    for own in recorded:
+        recording = split.all_of(own.layer)
+        read = report.layer(own.read, recording.layer.geometry.experts)
+        with split.all_outputs(recording, own.output, in_memory=work.way.states_in_memory) as output:
+            measurement = _measure(recording, read, output, measured_formats, quantizer, wanda_fraction, device, own.first)
         return_freed()
         report.measured()
         kept_tensors = {}
@@ -301,7 +301,7 @@ class _Report:
     ) -> None:
         self._progress, self._detail = progress, detail
         self._tokens, self._layers, self._experts = tokens, layers, experts
-        self._ran, self._measured, self._number, self._known = 0.0, 0, 0, 0
+        self._ran, self._measured, self._end, self._number, self._known = 0.0, 0, 0, 0, 0
         self._began = monotonic()
 
     def begin(self, done: Sequence[LayerCalibration]) -> None:
@@ -313,13 +313,14 @@ class _Report:
         self._ran = part
         self._tell()
 
-    def layer(self, read_expert: Callable[[int], ExpertWeights]) -> Callable[[int], ExpertWeights]:
-        """Start the next layer. Returns ``read_expert``, wrapped to report progress; experts must be read in order."""
+    def layer(self, read_expert: Callable[[int], ExpertWeights], experts: int) -> Callable[[int], ExpertWeights]:
+        """Start the next layer, of so many ``experts``. Returns ``read_expert``, wrapped to report progress; other processes are
+        taken to read as many."""
         self._number += 1
-        before = self._measured
+        before, self._end, read_here = self._measured, self._measured + experts, count()
 
         def read(expert: int) -> ExpertWeights:
-            self._measured = before + expert
+            self._measured = min(before + next(read_here) * world().size, self._end - 1)
             rate = (self._measured - self._known) / max(1e-3, monotonic() - self._began)
             self._detail(f"layer {self._number} of {self._layers}, {rate:.3g} experts/s")
             self._tell()
@@ -328,7 +329,8 @@ class _Report:
         return read
 
     def measured(self) -> None:
-        self._measured += 1  # the last expert
+        """The layer is done."""
+        self._measured = self._end
         self._tell()
 
     def _tell(self) -> None:
@@ -343,6 +345,7 @@ def _measure(
     quantizer: Quantizer,
     wanda_fraction: float,
     device: str,
+    first: Callable[[], None],
 ) -> LayerMeasurement:
     """The layer's calibration; its sums are scaled up to all tokens if only a sample was recorded."""
     layer = recording.layer
@@ -355,6 +358,7 @@ def _measure(
         quantizer=quantizer,
         wanda_fraction=wanda_fraction,
         device=device,
+        first=first,
     )
     if not 0 < measurement.output_square < np.inf:
         raise UserError(

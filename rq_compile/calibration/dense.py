@@ -6,7 +6,8 @@ nats: on samples/, a module that changes the stream by a share of its energy cha
 whatever kind of module it is (docs/planning.md).
 
 While a layer runs, hooks sum the second moments of the inputs of its matrices, and keep the arguments of a few batches. The
-modules then run on these again, with the values that a format stores.
+modules then run on these again, with the values that a format stores. Of several processes, one measures a layer's attention
+while the others measure its experts; the formats of other modules are shared.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import nn
 
 from rq_compile.architectures.dense_modules import DenseModule, decoder_layer, dense_modules
 from rq_compile.architectures.model import Model
-from rq_compile.calibration.dense_watch import InputMoment, Watch
+from rq_compile.calibration.dense_watch import InputMoment, Seen, Watch
 from rq_compile.calibration.head import head_divergence
 from rq_compile.calibration.schema import DenseCalibration, DenseMatrix
 from rq_compile.calibration.text import Batch
@@ -41,7 +42,7 @@ Moments = dict[str, np.ndarray]
 @dataclass
 class _Found:
     """The measurement of a module. ``inputs``: the matrix whose input each matrix shares. ``square`` is None until the residual
-    stream behind its layer is known."""
+    stream behind its layer is known; until then, each process has 0 as the error of formats that others measured."""
 
     module: DenseModule
     inputs: dict[str, str]
@@ -70,9 +71,9 @@ class DenseMeasurements:
     @contextmanager
     def watching(
         self, net: nn.Module, layers: Sequence[str], batch: Callable[[], Batch], some: Sequence[DenseModule] | None = None
-    ) -> Iterator[Callable[[], None]]:
+    ) -> Iterator[Callable[[], list[Seen]]]:
         """Hooks on ``some`` modules of decoder ``layers``, by default all that were not measured yet, while ``net`` runs
-        ``batch()``. Yields a function that measures what was seen, for which ``net`` needs the modules' weights."""
+        ``batch()``. Yields a function that gives what was seen, to be measured."""
         hidden = self.model.text_config.hidden_size
         if some is None:
             measured = {found.module for layer in layers for found in self._pending.get(layer, [])}
@@ -80,7 +81,7 @@ class DenseMeasurements:
         of = {"attention": self._sequences}
         watches = [Watch(net, module, hidden, batch, of.get(module.kind, self._sampled)) for module in some]
         try:
-            yield lambda: self._measure(net, watches)
+            yield lambda: [watch.seen() for watch in watches]
         finally:
             for watch in watches:
                 watch.remove()
@@ -100,11 +101,11 @@ class DenseMeasurements:
             return seen
 
         handles = [net.get_submodule(layer).register_forward_hook(behind(layer)) for layer in layers]
-        with self.watching(net, layers, lambda: running[-1]) as measure:
+        with self.watching(net, layers, lambda: running[-1]) as seen:
             for batch in batches:
                 running.append(batch)
                 outputs.append((batch, run(batch)))
-            measure()
+        self.measure(net, seen())
         for handle in handles:
             handle.remove()
         for layer, stream in streams.items():
@@ -112,23 +113,22 @@ class DenseMeasurements:
         self.embedding(net)
         self.head(outputs)
 
-    def _measure(self, net: nn.Module, watches: list[Watch]) -> None:
-        for watch in watches:
-            watch.remove()
-            inputs, moments = watch.seen()
+    def measure(self, net: nn.Module, several: Sequence[Seen], *, by_one: bool = False) -> None:
+        """Measure the modules, whose weights ``net`` has. If ``by_one`` process, the last, no process waits for another."""
+        owners = [world().size - 1] * len(DENSE_QUANTIZED) if by_one else world().owners([1] * len(DENSE_QUANTIZED))
+        for seen in several:
+            inputs, moments = seen.inputs, seen.moments
             if not inputs:
                 continue  # the model uses the matrices without calling their modules
             weights = {name: net.get_parameter(name).detach().cpu().numpy() for name in inputs}
-            if self._gptq:
+            if self._gptq and not by_one:
                 share_feedback([(moment, block_size(weights[name].shape[1])) for name, moment in moments.items()])
-            own = world().own(world().owners([1] * len(DENSE_QUANTIZED)), DENSE_QUANTIZED)
-            measured, square, rows = watch.errors(
-                net, DENSE_QUANTIZED, {format: self._all_rounded(weights, format, inputs, moments) for format in own}
-            )
+            own = {format: self._all_rounded(weights, format, inputs, moments) for format in world().own(owners, DENSE_QUANTIZED)}
+            measured, square, rows = seen.watch.errors(net, DENSE_QUANTIZED, own)
             scale = _tokens(self._batches) / max(1, rows)
             error = {format: value * scale for format, value in measured.items()}
-            found = _Found(watch.module, inputs, error, None if square is None else square * scale, moments)
-            self._pending.setdefault(str(watch.module.layer), []).append(found)
+            found = _Found(seen.watch.module, inputs, error, None if square is None else square * scale, moments)
+            self._pending.setdefault(str(seen.watch.module.layer), []).append(found)
 
     def _all_rounded(
         self, weights: dict[str, np.ndarray], format: Format, inputs: dict[str, str], moments: dict[str, SecondMoment]
@@ -143,6 +143,8 @@ class DenseMeasurements:
         if self.modules:
             self._streams[layer] = stream
         for found in sorted(self._pending.pop(layer, []), key=lambda found: self.modules.index(found.module)):
+            errors = world().sum(np.array(list(found.error.values())))
+            found.error = dict(zip(found.error, errors.tolist(), strict=True))
             self._add(found, stream.square if found.square is None else found.square)
 
     def stream(self, experts: str) -> "Stream | None":

@@ -42,6 +42,16 @@ class InputMoment:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What all processes saw of the module of ``watch``: for every matrix that was used, the one whose input it shares, and the
+    moments of these."""
+
+    watch: "Watch"
+    inputs: dict[str, str]
+    moments: dict[str, SecondMoment]
+
+
+@dataclass(frozen=True)
 class _Call:
     """One call of the module, for some rows of a batch, of which ``real`` are no padding: its arguments, what it ``returned``,
     what the routed ``experts`` in it gave, and, for attention, what entered the layer."""
@@ -117,27 +127,31 @@ class Watch:
 
         return seen
 
-    def seen(self) -> tuple[dict[str, str], dict[str, SecondMoment]]:
-        """For every matrix that was used, the one whose input it shares; and the moments of these. The same in all processes."""
+    def seen(self) -> Seen:
+        """The same in all processes, which also get the kept calls of all."""
         inputs: dict[str, str] = world().from_first(self._inputs)
         moments = {}
         for name in dict.fromkeys(inputs.values()):
             moments[name] = self._moments.get(name, InputMoment(self._columns[name], self._hidden)).summed()
-        return inputs, moments
+        if world().size > 1:
+            own = [_with(call, call.real, torch.Tensor.cpu) for call in self._calls]
+            self._calls = [call for calls in world().all(range(world().size), [own]) for call in calls]
+        return Seen(self, inputs, moments)
 
     def errors(
         self, net: nn.Module, formats: Sequence[Format], own: Mapping[Format, Mapping[str, torch.Tensor]]
     ) -> tuple[dict[Format, float], float | None, int]:
         """Squared changes of the output with the weights in each of ``formats``; the squared norm of the residual stream with the
         output added to it (None if the output is not added to what enters the layer); both summed over the tokens of kept calls;
-        and their number. ``own``: the weights in the formats that this process measures. Every format is one process's."""
+        and their number. ``own``: the weights in the formats that this process measures; those of others are 0 here. There may be
+        fewer calls than processes, so these share the formats."""
         sums = np.zeros(len(formats))
         square, rows = 0.0, 0
         module = net.get_submodule(self.module.run)
         below = len(f"{self.module.run}.")
         # Routed experts may not be loaded.
         device = next(weight.device for weight in module.parameters() if not weight.is_meta)
-        for call in self._calls_of_all(device):
+        for call in (_with(call, call.real, lambda tensor: tensor.to(device)) for call in self._calls):
             with torch.inference_mode(), _experts_give(net, self.module.experts, call.experts):
                 before = call.returned
                 if self.module.experts is not None and call.experts is None:
@@ -150,16 +164,7 @@ class Watch:
                 if call.entered is not None and call.entered.shape == before.shape:
                     square += _squares(_real(call.entered + before, call.real))
         self._calls.clear()
-        return dict(zip(formats, world().sum(sums).tolist(), strict=True)), square or None, rows
-
-    def _calls_of_all(self, device: torch.device) -> Iterator[_Call]:
-        """Those of all processes, on ``device``. There may be fewer calls than processes, so they share the formats."""
-        if world().size == 1:
-            yield from self._calls
-            return
-        own = [_with(call, call.real, torch.Tensor.cpu) for call in self._calls]
-        for calls in world().all(range(world().size), [own]):
-            yield from (_with(call, call.real, lambda tensor: tensor.to(device)) for call in calls)
+        return dict(zip(formats, sums.tolist(), strict=True)), square or None, rows
 
 
 def _of_sequences(call: _Call, most: int) -> _Call:

@@ -18,7 +18,7 @@ from rq_compile.calibration.constant import constant_error
 from rq_compile.calibration.expert import StoredExpert, cast_error, expert_outputs, in_format, in_fp32, weight_squares
 from rq_compile.calibration.schema import LayerSums
 from rq_compile.calibration.scratch import release
-from rq_compile.calibration.side_by_side import OrderedSum, ahead, side_by_side
+from rq_compile.calibration.side_by_side import OrderedSum, side_by_side
 from rq_compile.calibration.wanda import WANDA_FRACTION, wanda_score
 from rq_compile.processes import world
 from rq_compile.quantization.formats import COMPUTED_FORMATS, FLOAT_FORMATS, SLOT_FORMATS, Format, Quantizer, block_size
@@ -29,8 +29,6 @@ from rq_compile.quantization.second_moment import SecondMoment, whole_moment
 MAX_PAIRS = 128
 # Tokens of an expert that are run at a time.
 ROWS_AT_ONCE = 1024
-# What rounding an expert takes, in tokens that it could have run instead: for a fair share of a layer's experts.
-ROUNDING_COST = 1500
 # The square of fp32's rounding: smaller changes of the weights change the outputs by less than computing them in fp32 does.
 ROUNDING = 2.0**-48
 
@@ -140,40 +138,48 @@ def measure_layer(
     quantizer: Quantizer = "gptq",
     wanda_fraction: float = WANDA_FRACTION,
     device: str = "cpu",
+    first: Callable[[], None] = lambda: None,
 ) -> LayerMeasurement:
     """Run every expert over its own tokens, as the checkpoint has it and as each format stores it, rounded by ``quantizer``.
 
     ``hidden [T, hidden]`` fp32, ``ids [T, k]`` in ``0..m-1``, ``gates [T, k]`` fp32. ``weights_of(e)`` gives expert e; it is
-    called once an expert, in order, from a thread of its own, while experts before are measured. What the experts give
-    together for every token is added to ``output [T, hidden]`` float64, zeros at first, in the order of the experts. ``hidden``
-    and ``output`` may be mapped from disk. Held at a time: the weights of ``AT_ONCE`` experts (``side_by_side``), in fp32 and
-    rounded, and of two others as ``weights_of`` gives them; outputs as large as the weights of ``AT_ONCE + 1`` experts; and the
-    inputs and outputs of some tokens. ``device`` is the torch device of the products; the CPU rounds.
+    called once an expert, in the order in which they are taken, while experts before are measured. What the experts give
+    together for every token is added to ``output [T, hidden]`` float64, zeros at first, in that order. ``hidden`` and ``output``
+    may be mapped from disk. Held at a time: the weights of ``AT_ONCE`` experts (``side_by_side``), in fp32 and rounded, and of
+    one other as ``weights_of`` gives it; outputs as large as the weights of ``AT_ONCE + 1`` experts; and the inputs and
+    outputs of some tokens. ``device`` is the torch device of the products; the CPU rounds.
 
-    Every process of the world is given all tokens, measures the experts that it owns, and returns the measurements of all.
-    ``output`` is in float64 so that its fp32 digits do not depend on the order in which experts are added.
+    One process takes the experts by number. Every process of a larger world is given all tokens, and returns the measurements of
+    all experts; whoever has time takes the next, from the one with the most tokens on. ``first`` is called before a process
+    takes experts, and exchanges nothing: a process that has other work to do there takes fewer. ``output`` is in float64 so that
+    its fp32 digits do not depend on the order in which experts are added.
     """
     output = np.zeros(hidden.shape, np.float64) if output is None else output
     input_moment = whole_moment(hidden)
     by_expert = np.argsort(ids, axis=None, kind="stable")
     starts = np.searchsorted(ids.ravel()[by_expert], np.arange(geometry.experts + 1))
     measure = _Measure(geometry, hidden, OrderedSum(output), formats, wanda_fraction, device)
-    owners = world().owners(ROUNDING_COST + np.diff(starts))
-    own = list(world().own(owners, range(geometry.experts)))
+    in_turn = np.argsort(-np.diff(starts), kind="stable") if world().size > 1 else np.arange(geometry.experts)
+    own: list[int] = []
     block = block_size(geometry.intermediate)
     # One array for all experts. The allocator could not use again the room of large temporary arrays if small ones that stay
     # until the end of the layer lay between them.
-    products = np.zeros((len(own), -(-geometry.intermediate // block), block, block), np.float32)
+    products = np.zeros((geometry.experts, -(-geometry.intermediate // block), block, block), np.float32)
 
     def jobs() -> Iterator[Callable[[], ExpertMeasurement]]:
-        for number, (expert, weights, into) in enumerate(zip(own, ahead(weights_of, own), products, strict=True)):
+        for number, place in enumerate(world().taken(geometry.experts)):
+            expert = int(in_turn[place])
+            own.append(expert)
             pairs = by_expert[starts[expert] : starts[expert + 1]]
+            weights = weights_of(expert)
             if quantizer == "gptq":
                 weights = replace(weights, up_moment=input_moment)
-            yield partial(measure.expert, number, weights, pairs // ids.shape[1], gates.ravel()[pairs], into)
+            yield partial(measure.expert, number, weights, pairs // ids.shape[1], gates.ravel()[pairs], products[expert])
 
-    experts = list(side_by_side(jobs()))  # no process waits for another before it has measured all its experts
-    experts = list(world().all(owners, experts))
+    first()
+    results = list(side_by_side(jobs()))  # no process waits for another before it has measured all its experts
+    measured = dict(zip(own, results, strict=True))
+    experts = list(world().all(world().takers(own), (measured[expert] for expert in sorted(own))))
     return LayerMeasurement.of(experts, input_moment, _square(world().sum(output, device)))
 
 

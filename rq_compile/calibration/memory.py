@@ -85,7 +85,7 @@ def _measuring(layers: Sequence[MoeLayer], rows: int) -> int:
     """Approximate peak memory of ``measure_layer``: experts as stored and rounded, the input moment and its factors, and some of
     the tokens."""
     return max(
-        (8 + 20 * AT_ONCE) * geometry.hidden * (geometry.up_rows + geometry.intermediate)
+        (4 + 20 * AT_ONCE) * geometry.hidden * (geometry.up_rows + geometry.intermediate)
         + 60 * geometry.hidden**2
         + 24 * min(rows, ROWS_AT_ONCE) * (geometry.hidden + geometry.up_rows)
         for geometry in (layer.geometry for layer in layers)

@@ -153,9 +153,15 @@ class LayerRecording:
         return hidden, ids, np.concatenate([seen.gates for seen in self.batches])
 
 
-# A layer's recording, a function that reads one of its experts, and the array to which the experts' outputs are added, if any:
-# see ``measure_layer``.
-Recorded = tuple[LayerRecording, Callable[[int], ExpertWeights], np.ndarray | None]
+@dataclass(frozen=True)
+class Recorded:
+    """A ``layer`` to be measured. See ``measure_layer``: ``read`` reads one of its experts; to ``output``, if any, the experts'
+    outputs are added; ``first`` is what is measured beside the experts."""
+
+    layer: LayerRecording
+    read: Callable[[int], ExpertWeights]
+    output: np.ndarray | None = None
+    first: Callable[[], None] = lambda: None
 
 
 def record_whole_model(
@@ -177,7 +183,7 @@ def record_whole_model(
     total = sum(batch.tokens for batch in batches)
     recordings = record(model, layers, texts, batches, lambda done: progress(done / total), device, dense)
     for recording in recordings:
-        yield recording, partial(model.expert, recording.layer), None
+        yield Recorded(recording, partial(model.expert, recording.layer))
 
 
 def record(

@@ -1,4 +1,4 @@
-"""Experts of a layer that are read ahead and run side by side, with the same sums as one after the other."""
+"""Experts of a layer that run side by side, with the same sums as one after the other."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,21 +16,10 @@ Result = TypeVar("Result")
 AT_ONCE = 2
 
 
-def ahead(weights_of: Callable[[int], Result], experts: Iterable[int]) -> Iterator[Result]:
-    """The weights of ``experts``; the next expert is read ahead."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = None
-        for expert in experts:
-            before, coming = coming, reader.submit(weights_of, expert)
-            if before is not None:
-                yield before.result()
-        if coming is not None:
-            yield coming.result()
-
-
 def side_by_side(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
     """The result of each job, in order. ``AT_ONCE`` of them run at the same time, with a share of torch's threads, so that what
-    one thread does alone for one expert is beside the products of another. One thread has one expert at a time in its caches."""
+    one thread does alone for one expert is beside the products of another. One thread has one expert at a time in its caches.
+    The next job is made ready while they run."""
     threads = torch.get_num_threads()
     at_once = min(AT_ONCE, threads)
     with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads // at_once,)) as pool:

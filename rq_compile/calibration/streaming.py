@@ -48,8 +48,8 @@ def record_layer_by_layer(
     finished: Callable[[Any], None] = lambda states: None,
     dense: DenseMeasurements,
 ) -> Iterator[Recorded]:
-    """Run the model and yield one layer after another, with the array for its experts' outputs. Each layer must be measured
-    before the next one. ``progress`` gets the fraction that is done.
+    """Run the model and yield one layer after another. Each layer must be measured before the next one. ``progress`` gets the
+    fraction that is done.
 
     ``finished`` is called when a yielded layer is done, with the states with which the next one begins. ``begin``: the states of
     an earlier run for the layer after the one with experts ``after``. ``dense`` measures the other modules of these layers.
@@ -85,30 +85,30 @@ def record_layer_by_layer(
                     recording = LayerRecording(layer, texts)
                     attention = dense.attention(name)
                     with (
-                        dense.watching(run.net, [name], run.running, attention) as measure,
+                        dense.watching(run.net, [name], run.running, attention) as seen,
                         run.keeping(stack, attention) as kept,
                     ):
                         run.record(recording)
-                    measure()
                     stack.outputs[:] = 0
-                    yield recording, partial(model.expert, layer), stack.outputs
+                    first = partial(dense.measure, run.net, seen(), by_one=True)
+                    yield Recorded(recording, partial(model.expert, layer), stack.outputs, first)
                     if layer is layers[-1] and not dense.modules:
                         finished(None)
                         progress(1)
                         return
-                    with dense.watching(run.net, [name], run.running) as measure:
+                    with dense.watching(run.net, [name], run.running) as seen:
                         given = {layer.name: stack.given, **kept()}
                         with ExitStack() as replaced:
                             for module, of in given.items():
                                 replaced.enter_context(run.instead(module, lambda *_, of=of, **__: of(run.batch)))
                             run.visit(stack, name)
-                        measure()
+                    dense.measure(run.net, seen())
                     dense.close(name, run.stream(stack))
                     finished([visited.states() for visited in stacks[: number + 1]])
                 else:
-                    with dense.watching(run.net, [name], run.running) as measure:
+                    with dense.watching(run.net, [name], run.running) as seen:
                         run.visit(stack, name)
-                        measure()
+                    dense.measure(run.net, seen())
                     dense.close(name, run.stream(stack))
     dense.head(run.outputs())
     progress(1)

@@ -256,12 +256,28 @@ def test_torchrun_starts_them_and_ends_them(model: Path, alone: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "costs", "owners"),
-    [(1, [1, 2], [0, 0]), (2, [1, 1, 1], [0, 1, 0]), (2, [5, 1, 1, 1], [0, 1, 1, 1]), (3, [2, 1], [0, 1]), (3, [], [])],
+    [(1, [1, 2], [0, 0]), (2, [1, 1, 1], [1, 0, 1]), (2, [5, 1, 1, 1], [1, 0, 0, 0]), (3, [2, 1], [2, 1]), (3, [], [])],
 )
 def test_each_item_goes_to_who_has_least_to_do(size: int, costs: list[float], owners: list[int]) -> None:
     world = World.__new__(World)
     world.size = size
     assert world.owners(costs) == owners
+
+
+def test_who_has_time_takes_the_next_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    worlds = [World.__new__(World) for _ in range(2)]
+    for rank, world in enumerate(worlds):
+        world.rank, world.size, world._lists, world._place = rank, 2, 0, store
+    busy, idle = (world.taken(5) for world in worlds)
+    assert next(busy) == 0
+    others = [next(idle), next(idle), next(idle)]
+    assert others == [1, 2, 3]
+    assert list(busy) == [4]
+    assert list(idle) == []
+    monkeypatch.setattr(World, "all", lambda *_: iter([[4, 0], others]))
+    assert worlds[0].takers([4, 0]) == [0, 1, 1, 1, 0]
+    assert [list(world.taken(2)) for world in worlds] == [[0, 1], []]  # of the next list
 
 
 def test_one_process_owns_all_and_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,5 +291,7 @@ def test_one_process_owns_all_and_exchanges_nothing(monkeypatch: pytest.MonkeyPa
     owners = world.owners([1, 1])
     seen: list[Callable[..., Any]] = [world.own, world.all, world.at_first]
     assert [list(each(owners, items)) for each in seen] == [items] * 3
+    assert list(world.taken(2)) == [0, 1]
+    assert world.takers([1, 0]) == [0, 0]
     assert world.from_first(3) == 3
     assert world.sum(np.ones(2)).tolist() == [1, 1]

@@ -97,7 +97,7 @@ docs: $(INSTALLED) ## build the documentation as a site in build/site and check 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 CPU_SOURCES = $(filter-out plugins/onnxruntime/src/kernels_neon%,$(wildcard plugins/onnxruntime/src/*.cc)) $(wildcard plugins/quantizer/src/*.cc)
-X86 := -DRQ_X86 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c -mavxvnni
+X86 := -DRQ_X86 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16 -mavx2 -mfma -mf16c -mavxvnni
 
 tidy: $(INSTALLED) ## run clang-tidy on the C++ of the CPU ops, the quantizer and the launcher
 	$(BIN)/clang-tidy --quiet $(CPU_SOURCES) -- -std=c++17 $(X86)

@@ -29,7 +29,8 @@ def test_avx_vnni(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SIMDE.is_file(), reason="AVX-512 is emulated by SIMDe, which is not installed (Debian: libsimde-dev)")
-def test_avx512(tmp_path: Path) -> None:
-    kernels = [SOURCES / f"kernels_{name}.cc" for name in ("avx512", "avx512vnni", "avx512bf16")]
-    program = built(tmp_path / "avx512", "-I", EMULATED / "simde", *kernels, EMULATED / "avx512.cc")
+def test_avx512_and_amx(tmp_path: Path) -> None:
+    kernels = [SOURCES / f"kernels_{name}.cc" for name in ("avx512", "avx512vnni", "avx512bf16", "amx")]
+    program = built(tmp_path / "avx512", "-I", EMULATED / "simde", *kernels, EMULATED / "avx512.cc", EMULATED / "tiles.cc")
     assert subprocess.run([program]).returncode == 0
+    assert subprocess.run([program, "wrong"]).returncode == 1

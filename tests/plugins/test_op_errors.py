@@ -48,6 +48,7 @@ def instruction_sets() -> list[str]:
     path = Path("/proc/cpuinfo")
     flags = set(path.read_text().split()) if path.is_file() else set()
     needs = {
+        "amx": {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
         "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
         "avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
         "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
@@ -58,7 +59,7 @@ def instruction_sets() -> list[str]:
 
 
 def unknown_sets() -> list[str]:
-    known = ["avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2"]
+    known = ["amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2"]
     return ["avx2x", "AVX2", "avx", " plain", *(name for name in known if name not in instruction_sets())]
 
 

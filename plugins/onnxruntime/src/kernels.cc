@@ -3,6 +3,10 @@
 
 #ifdef RQ_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 #if defined(RQ_ARM64) && defined(__linux__)
 #include <sys/auxv.h>
@@ -36,6 +40,19 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+// The processor has tiles and products of bf16 and int8, and Linux lets this process use them: it must be asked, once.
+bool has_amx() {
+#ifdef __linux__
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;
+  constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmx) == kAmx &&
+         syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 #ifdef RQ_ARM64
@@ -53,7 +70,8 @@ bool has_i8mm() { return has_dotprod() && has_capability(26, 13); }  // AT_HWCAP
 
 const Candidate kCandidates[] = {
 #ifdef RQ_X86
-    {&kAvx512Bf16Kernels, [] { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }},
+    {&kAmxKernels, has_amx},
+    {&kAvx512Bf16Kernels, has_avx512_bf16},
     {&kAvx512VnniKernels, has_avx512_vnni},
     {&kAvx512Kernels, has_avx512},
     {&kAvxVnniKernels, has_avx_vnni},
@@ -87,6 +105,17 @@ const Kernels& choose() {
 }
 
 }  // namespace
+
+#ifdef RQ_X86
+// Made here, because a file that is compiled for AMX must not run anything on processors without it.
+const Kernels kAmxKernels = [] {
+  Kernels set = kAvx512Bf16Kernels;
+  set.name = "amx";
+  set.multiply_bfloats = multiply_bfloats_in_tiles;
+  set.multiply_quantized = multiply_quantized_in_tiles;
+  return set;
+}();
+#endif
 
 QuantizedLayout quantized_layout(int64_t block, int64_t blocks) {
   const int64_t block_bytes = static_cast<int64_t>(sizeof(QuantizedBlock)) + block;

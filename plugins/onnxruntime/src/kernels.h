@@ -95,7 +95,14 @@ struct Kernels {
 
 extern const Kernels kPlainKernels;
 extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels, kAvx512Bf16Kernels;
+extern const Kernels kAmxKernels;
 extern const Kernels kNeonKernels, kNeonDotprodKernels, kNeonI8mmKernels;
+
+// The products of kAmxKernels, which otherwise is kAvx512Bf16Kernels.
+void multiply_bfloats_in_tiles(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t panels,
+                               float* out);
+void multiply_quantized_in_tiles(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
+                                 int64_t first, int64_t panels, float* out);
 
 // The fastest set that this processor supports and that passes its self-check, or the set that RQ_MOE_ISA names. Throws
 // std::runtime_error, which lists the supported sets, if that set is not supported or fails its self-check.

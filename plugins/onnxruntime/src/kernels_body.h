@@ -11,19 +11,11 @@
 namespace rq {
 namespace {
 
-// The same byte four times in every word.
-inline Ints set_bytes(uint32_t byte) { return set(static_cast<int32_t>(byte * 0x01010101u)); }
-
-// Twice the 16 numbers of float4_e2m1 (mxfp4), which are whole numbers, and the same plus the largest, which are not negative.
-constexpr float kE2m1Unit = 0.5f;
-constexpr int32_t kE2m1Largest = 12;
-alignas(16) constexpr int8_t kE2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-alignas(16) constexpr int8_t kE2m1Offset[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-
 #include "activation_kernel.h"
 #include "combine_kernel.h"
 #include "loops.h"
 #include "panel_groups.h"
+#include "quantized_numbers.h"
 #include "float_kernel.h"
 #include "attention_kernel.h"
 #include "round.h"

@@ -1,6 +1,9 @@
 // How panels store quantized weights: a group of columns, of each four columns one in every byte of a word, in some lines of 64
 // bytes (a word for each of the panel's rows). Included by kernels_body.h.
 
+// The same byte four times in every word.
+inline Ints set_bytes(uint32_t byte) { return set(static_cast<int32_t>(byte * 0x01010101u)); }
+
 constexpr bool is_quantized(Storage storage) { return storage >= Storage::int8; }
 // Of a group: how often it has four columns, and its lines.
 constexpr int fours_of(Storage storage) {

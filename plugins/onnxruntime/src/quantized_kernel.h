@@ -9,25 +9,6 @@ struct PanelBlock {
   int64_t scales_stride;
 };
 
-// What a dot product multiplies for the k-th four columns of a group: not negative, and more than the numbers by offset_of. The
-// sign of int8 is left to dot_int8.
-template <Storage storage, int k>
-inline Ints numbers_at(const Ints* lines) {
-  const Ints codes = codes_at<storage, k>(lines);
-  if constexpr (storage == Storage::mxfp4) return look_up(kE2m1Offset, codes);
-  else return codes;
-}
-constexpr int32_t offset_of(Storage storage) {
-  return storage == Storage::int8 ? kInt8Offset : storage == Storage::mxfp4 ? kE2m1Largest : 1 << (bits_of(storage) - 1);
-}
-
-// The scales of kLanes rows, times that of a row of x.
-template <Storage storage>
-inline Floats scales_with(const uint8_t* scales, int64_t lane, float scale) {
-  if constexpr (scale_bytes(storage) == 1) return multiply(load_powers(scales + lane), set(scale * kE2m1Unit));
-  else return multiply(load(reinterpret_cast<const float*>(scales) + lane), set(scale));
-}
-
 // Instructions per row and panel for a line, 64 bytes of the panel: products and, of few bits, some that unpack.
 constexpr int instructions_of(Storage storage) {
   const int unpacking = bits_of(storage) < 4 ? 2 : 0;

@@ -9,7 +9,8 @@
 namespace rq {
 namespace {
 
-constexpr int64_t kColumns = 91, kBlock = 48, kBlocks = 2, kRows = 15, kPanels = 2 * kSideBySide + 1;  // nothing divides evenly
+constexpr int64_t kColumns = 91, kBlock = 48, kBlocks = 2, kFewRows = 15, kRows = 17,
+                  kPanels = 2 * kSideBySide + 1;  // nothing divides evenly
 
 // A linear congruential generator (its upper bits): the check must be the same on every run.
 struct Random {
@@ -70,10 +71,12 @@ bool storage_agrees(const Kernels& kernels, Storage storage, Random& random) {
     kPlainKernels.quantize(floats[i], kColumns, layout, plain_records.data() + i * layout.row_bytes);
   }
   if (records != plain_records) return false;
-  // All numbers of rows that a kernel may process at once, and more; single panels, stretches of one and two, and a rest.
+  // All numbers of rows that a kernel may process at once, and more; single panels, stretches of one and two, and a rest. The
+  // last number is more than a tile of AMX has.
   constexpr int64_t kCounts[] = {1, 2, 4, kPanels};
-  for (int64_t i = 0; i < kRows * 4; ++i) {
-    const int64_t rows = i / 4 + 1, panels = kCounts[i % 4], first = kPanels - panels;
+  for (int64_t i = 0; i <= kFewRows * 4; ++i) {
+    const int64_t rows = i < kFewRows * 4 ? i / 4 + 1 : kRows, panels = kCounts[i < kFewRows * 4 ? i % 4 : 3];
+    const int64_t first = kPanels - panels;
     std::vector<float> out(panels * rows * kPanel), expected = out;
     kPlainKernels.multiply_floats(floats.data(), rows, weights, first, panels, expected.data());
     kernels.multiply_floats(floats.data(), rows, weights, first, panels, out.data());

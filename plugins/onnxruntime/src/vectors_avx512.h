@@ -48,6 +48,7 @@ inline Floats load_bfloat(const uint16_t* p) {
 }
 
 inline Ints load_ints(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void store(uint8_t* p, Ints v) { _mm512_storeu_si512(p, v); }
 inline Ints set(int32_t x) { return _mm512_set1_epi32(x); }
 inline Ints spread(const uint8_t* four) {
   int32_t word;
@@ -77,7 +78,9 @@ inline Floats from_e4m3(Ints top) {
 // Every byte n bits lower; its upper bits may be those of the next byte.
 constexpr bool kShiftsBytes = false;
 template <int n>
-inline Ints shift_right(Ints v) { return _mm512_srli_epi16(v, n); }
+inline Ints shift_right(Ints v) {
+  return _mm512_srli_epi16(v, n);
+}
 // The numbers whose codes are `bits` bits (2 or 3) of each word, from bit `first` on: the codes less half of their range.
 template <int bits>
 inline Floats numbers_in(Ints words, int first) {
@@ -85,6 +88,13 @@ inline Floats numbers_in(Ints words, int first) {
   const Floats numbers = bits == 2 ? _mm512_setr_ps(-2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1)
                                    : _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
   return _mm512_permutexvar_ps(codes, numbers);  // by the lowest 4 bits
+}
+
+// Two columns of 16-bit numbers, one after the other, as pairs: the numbers of a row stand together.
+inline Ints paired(Ints columns) {
+  alignas(64) static constexpr uint16_t kPlaces[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kPlaces), columns);
 }
 
 }  // namespace

@@ -57,3 +57,4 @@ inline simde__m512i multiplied_pairs(simde__m512i a, simde__m512i b) {
 #define _mm512_cvtepu8_epi32 emulated::words_of_bytes
 #define _mm512_srai_epi32 emulated::words_shifted_right
 #define _mm512_cvtph_ps emulated::floats_of_halves
+#include "amx.h"

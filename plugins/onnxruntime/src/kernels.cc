@@ -108,7 +108,7 @@ const Kernels& choose() {
 
 #ifdef RQ_X86
 // Made here, because a file that is compiled for AMX must not run anything on processors without it.
-const Kernels kAmxKernels = [] {
+const Kernels kAmxKernels = []() noexcept {
   Kernels set = kAvx512Bf16Kernels;
   set.name = "amx";
   set.multiply_bfloats = multiply_bfloats_in_tiles;

@@ -91,8 +91,10 @@ inline void unpack_fours(const Ints* packed, uint8_t* lines) {
 }
 template <Storage storage, int fours>
 inline void unpack_group(const uint8_t* group, uint8_t* lines) {
-  Ints packed[lines_of(storage)];
-  for (int64_t i = 0; i < words_of(4 * fours, bits_of(storage)); ++i) packed[i] = load_ints(group + i * kLine);
+  constexpr int count = static_cast<int>(words_of(4 * fours, bits_of(storage)));
+  Ints packed[count];
+  // clang-tidy counts the numbers of a vector as elements.
+  for (int i = 0; i < count; ++i) packed[i] = load_ints(group + i * kLine);  // NOLINT(clang-analyzer-security.ArrayBound)
   unpack_fours<storage, fours>(packed, lines);
 }
 template <Storage storage>

@@ -23,8 +23,10 @@ SUMMED_AT_ONCE = 512
 # Columns of a triangular matrix that are computed at a time. Each product of such blocks is computed on one thread: BLAS and
 # LAPACK round differently with other numbers of threads, but an engine must not depend on them.
 COLUMNS_AT_ONCE = 256
-# The integers that stand for factors go up to ``kGreatest`` of plugins/quantizer/src/gptq.h.
-GREATEST = 4095
+# The integers that stand for factors go up to ``kGreatestFactor`` of plugins/quantizer/src/gptq.h, and are stored with
+# ``kFactorOffset`` added.
+GREATEST = 31
+OFFSET = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +35,9 @@ class Feedback:
 
     A part is what columns that are rounded with a look at each other make up: all, or those of one block of the moment; it is
     filled up to whole blocks of ``block`` columns. ``within`` fp32 ``[parts * blocks, block, block]`` has the factors of the
-    columns of a block for each other. ``across`` int32 ``[parts, blocks, blocks, block / 4, block / 2, 4]`` has, for the columns
-    of each block, four by four, those of the columns of every block, as int16: of two neighbours, the first in the lower half.
-    They count ``units`` fp32 ``[parts, blocks, blocks, block]``, which each column of a block has for the factors of every block.
+    columns of a block for each other. ``across`` uint8 ``[parts, blocks, blocks, block / 4, block / 4, 4, 4]`` has, for the
+    columns of each block, four by four, those of the columns of every earlier block, also four by four, plus ``OFFSET``. They
+    count ``units`` fp32 ``[parts, blocks, blocks, block]``, which each column of a block has for the factors of every block.
     ``importance`` fp32 ``[parts * blocks * block]`` is the diagonal of the moment, damped, in units of its mean; 0 where it is
     filled up.
     """
@@ -94,23 +96,49 @@ class SecondMoment:
         upper = factors[:, :columns, :columns]
         upper.copy_(_inverse_factor(torch.from_numpy(moments).flip(1, 2)).float().flip(1, 2))
         upper /= upper.diagonal(dim1=1, dim2=2).clone()[..., None]
-        # [parts, blocks, columns, block]
-        factors = factors.view(len(moments), width, width // block, block).transpose(1, 2)
-        within = torch.cat([factors[:, number, number * block : (number + 1) * block] for number in range(width // block)])
-        # [parts, blocks, blocks of the columns that are factors' sources, columns of the block, block]
-        blocks = factors.unflatten(2, (width // block, block))
-        units = blocks.abs().amax(3) / GREATEST
-        numbers = blocks.div_(units.clamp(min=torch.finfo(units.dtype).tiny).unsqueeze(3)).round_().to(torch.int16)
-        # [parts, blocks, blocks of the sources, block / 2, 2, block / 4, 4]
-        pairs = numbers.unflatten(3, (block // 2, 2)).unflatten(5, (block // 4, 4))
-        across = pairs.permute(0, 1, 2, 5, 3, 6, 4).contiguous()
+        within = torch.stack([factors[:, start : start + block, start : start + block] for start in range(0, width, block)], 1)
+        numbers, units = _rounded_factors(factors, block)
+        # [parts, blocks, block / 4, 4, blocks of the columns that are factors' sources, block / 4, 4]
+        quads = (numbers + OFFSET).view(torch.uint8).view(-1, width // block, block // 4, 4, width // block, block // 4, 4)
         importance = np.pad(moments.diagonal(axis1=1, axis2=2), ((0, 0), (0, width - columns)))
         return Feedback(
-            within=within.unflatten(0, (width // block, len(moments))).transpose(0, 1).contiguous().numpy(),
-            across=across.view(torch.int32)[..., 0].numpy(),
-            units=units.numpy(),
+            within=within.numpy(),
+            across=quads.permute(0, 1, 4, 2, 5, 3, 6).contiguous().numpy(),
+            units=units.transpose(2, 3).contiguous().numpy(),
             importance=importance.astype(np.float32).ravel(),
         )
+
+
+def _rounded_factors(factors: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``factors [parts, width, width]`` of columns for those of later blocks as integers up to ``GREATEST``: int8 ``[parts,
+    width, width]``, indexed by the later column and the earlier one, and their units ``[parts, blocks, block, blocks]``, indexed
+    by the later column and the earlier block.
+
+    Factors are rounded as weights are by GPTQ: what the rounding for one column changes is made up for by the columns after it.
+    So few bits suffice.
+    """
+    parts, width, _ = factors.shape
+    left, numbers = factors.mT.contiguous(), torch.zeros(parts, width, width, dtype=torch.int8)
+    units = torch.zeros(parts, width // block, block, width // block)
+    blocks = [slice(start, start + block) for start in range(0, width, block)]
+
+    def compensate(later: slice, errors: torch.Tensor, own: slice) -> None:
+        left[:, later, : own.start] -= factors[:, own, later].mT @ errors
+
+    with _threads_of_their_own(len(blocks)) as on_all:
+        for number, own in enumerate(blocks[1:], 1):
+            errors = left[:, own, : own.start]
+            unit = errors.unflatten(2, (number, block)).abs().amax(3) / GREATEST
+            units[:, number, :, :number] = unit
+            unit = unit.clamp(min=torch.finfo(unit.dtype).tiny).repeat_interleave(block, 2)
+            for c in range(block):
+                column = errors[:, c]
+                whole = (column / unit[:, c]).round_().clamp_(-GREATEST, GREATEST)
+                numbers[:, own.start + c, : own.start] = whole
+                column -= whole * unit[:, c]
+                errors[:, c + 1 :] -= factors[:, own.start + c, own.start + c + 1 : own.stop, None] * column[:, None]
+            on_all(partial(compensate, errors=errors, own=own), blocks[number + 1 :])
+    return numbers, units
 
 
 def _inverse_factor(moments: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ struct Matrix {
   int64_t rows, columns, parts, known, block;
   // The rounding error of column j times a factor is subtracted from each later column k. Factors within a block of columns:
   // [parts * known / block, block, block], indexed by j and k. Factors for later blocks of the part: [parts, known / block,
-  // known / block, block / 4, block / 2, 4], indexed by the block of k, that of j, and the columns in them. Each entry holds the
-  // factors of columns j and j + 1 as int16, j in the lower half, in the unit of k for the block of j: [parts, known / block,
-  // known / block, block], indexed by the block of k, that of j, and k.
+  // known / block, block / 4, block / 4, 4], indexed by the block of k, that of j, and the columns in them. Each entry holds the
+  // factors of columns j to j + 3 plus kFactorOffset as uint8, j in the lowest, in the unit of k for the block of j: [parts,
+  // known / block, known / block, block], indexed by the block of k, that of j, and k.
   const float* within;
   const uint32_t* across;
   const float* units;
@@ -27,18 +27,20 @@ struct Matrix {
   double* changes;          // [rows]: the sum of (value - weight)**2 is added, or null
 };
 
-// Integers that stand for errors and factors go up to this one. The sum of the products in a block then fits into int32, and is
-// exact.
 constexpr int64_t kLargestBlock = 128;
-constexpr int32_t kGreatest = 4095;
-static_assert(kGreatest * kGreatest <= INT32_MAX / kLargestBlock, "a sum of products fits");
+// Integers that stand for errors and factors go up to these. The sum of four products of factors plus kFactorOffset fits into int16,
+// and is exact.
+constexpr int32_t kGreatestError = 127;
+constexpr int32_t kGreatestFactor = 31;
+constexpr int32_t kFactorOffset = 32;
+static_assert(4 * (kGreatestFactor + kFactorOffset) * kGreatestError <= INT16_MAX, "a sum of products fits");
 
 // The number of rows that are rounded together. Their weights take 256 bytes per column and stay in the cache of a core.
 constexpr int64_t kTileRows = 64;
 
-// Floats of a tile: its weights, and the units of the errors of each block of a part.
+// Floats of a tile: its weights, and the units and sums of the errors of each block of a part.
 inline int64_t tile_floats(const Matrix& matrix) {
-  return kTileRows * (matrix.parts * matrix.known + matrix.known / matrix.block);
+  return kTileRows * (matrix.parts * matrix.known + 2 * (matrix.known / matrix.block));
 }
 
 // Rounds up to kTileRows rows, from `row` on. `tile` has room for tile_floats, aligned to 64 bytes. Returns false if a weight is

@@ -1,11 +1,11 @@
-// Rounds one tile of rows. The including file defines the name of the function (RQ_ROUND_TILE), and what pairs.h needs.
+// Rounds one tile of rows. The including file defines the name of the function (RQ_ROUND_TILE), and what quads.h needs.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
 #include "gptq.h"
-#include "pairs.h"
+#include "quads.h"
 #include "transpose.h"
 
 namespace {
@@ -53,10 +53,12 @@ struct Tile {
   int64_t rows;   // up to kTileRows
   int64_t width;  // columns, padded to whole parts
   // [width, kTileVectors]: the weights. A rounded column is replaced by its rounding errors. When its block is finished, the
-  // errors are negated and packed into pairs of columns, from the beginning of the part on, in units of their own for every
-  // block and row: `units [known / block, kTileVectors]`.
+  // errors are negated and packed into quads of columns, from the beginning of the part on, in units of their own for every
+  // block and row: `units [known / block, kTileVectors]`. `offsets`, of the same shape, is what a sum of products with these
+  // errors exceeds by kFactorOffset, negated.
   Vector* values;
   Vector* units;
+  Whole* offsets;
   Vector scales[kTileVectors], inverses[kTileVectors];
   int8_t q[kLargestBlock * kTileRows];
 
@@ -82,21 +84,35 @@ struct Tile {
     return true;
   }
 
-  // Subtracts from kColumns columns the errors of an earlier block of the part, whose pairs are at `pairs` and have the units
-  // `of_rows [kTileVectors]`, times `factors [block / 2, kColumns]` in units `of_columns [kColumns]`.
-  void subtract_pairs(const Pair* pairs, const Vector* of_rows, Vector* columns, const uint32_t* factors,
-                      const float* of_columns) const {
-    for (int first = 0; first < kTileVectors; first += kVectors) {
-      Whole sums[kColumns][kVectors] = {};
-      add_pairs<kColumns, 1>(pairs + first, kTileVectors, matrix.block / 2, factors, sums);
-      for (int c = 0; c < kColumns; ++c)
-        for (int v = 0; v < kVectors; ++v)
-          columns[c * kTileVectors + first + v] +=
-              __builtin_convertvector(sums[c][v], Vector) * (of_rows[first + v] * of_columns[c]);
-    }
+  // Subtracts from a block of columns the errors of an `earlier` block of the part, times `factors [block / 4, block / 4, 4]` in
+  // units `of_columns [block]`.
+  void subtract_earlier(const Vector* part, int64_t earlier, Vector* block, const uint32_t* factors,
+                        const float* of_columns) const {
+    const int64_t quads = matrix.block / 4;
+    const Quad* errors = reinterpret_cast<const Quad*>(part) + earlier * quads * kTileVectors;
+    for (int64_t column = 0; column < matrix.block; column += kQuadColumns)
+      for (int first = 0; first < kTileVectors; first += kQuadVectors)
+        subtract_quads(errors + first, earlier * kTileVectors + first, block + column * kTileVectors + first,
+                       factors + column / 4 * quads * 4 + column % 4, of_columns + column);
   }
 
-  // The same for the `count` earlier columns of the block that the columns belong to. Rows of `factors` are a block apart.
+  // The same for kQuadColumns columns and kQuadVectors vectors of rows, whose units are at `place`.
+  void subtract_quads(const Quad* errors, int64_t place, Vector* columns, const uint32_t* factors, const float* of_columns) const {
+    Whole sums[kQuadColumns][kQuadVectors];
+    for (int c = 0; c < kQuadColumns; ++c)
+      for (int v = 0; v < kQuadVectors; ++v) sums[c][v] = offsets[place + v];
+    for (int64_t j = 0; j < matrix.block / 4; j += 2)
+      for (int c = 0; c < kQuadColumns; ++c)
+        for (int v = 0; v < kQuadVectors; ++v)
+          sums[c][v] = add_quads(sums[c][v], errors[j * kTileVectors + v], factors[j * 4 + c],
+                                 errors[(j + 1) * kTileVectors + v], factors[(j + 1) * 4 + c]);
+    for (int c = 0; c < kQuadColumns; ++c)
+      for (int v = 0; v < kQuadVectors; ++v)
+        columns[c * kTileVectors + v] += __builtin_convertvector(sums[c][v], Vector) * (units[place + v] * of_columns[c]);
+  }
+
+  // Subtracts from kColumns columns the errors of the `count` columns before them in their block. Rows of `factors` are a block
+  // apart.
   void subtract(const Vector* block, int64_t count, Vector* columns, const float* factors) const {
     for (int first = 0; first < kTileVectors; first += kVectors) {
       Vector sums[kColumns][kVectors];
@@ -112,20 +128,27 @@ struct Tile {
     }
   }
 
-  // Packs the errors of the block's columns into pairs, after those of the earlier blocks. The largest error of a row is
-  // kGreatest units.
-  void pair_up(Vector* part, int64_t start) const {
-    Pair* pairs = reinterpret_cast<Pair*>(part) + start / 2 * kTileVectors;
+  // Packs the errors of the block's columns into quads, after those of the earlier blocks. The largest error of a row is
+  // kGreatestError units.
+  void pack(Vector* part, int64_t start) const {
+    Quad* quads = reinterpret_cast<Quad*>(part) + start / 4 * kTileVectors;
     const Vector* columns = part + start * kTileVectors;
     for (int v = 0; v < kTileVectors; ++v) {
+      const int64_t place = start / matrix.block * kTileVectors + v;
       Vector largest = {};
       for (int64_t c = 0; c < matrix.block; ++c) largest = larger(largest, magnitude(columns[c * kTileVectors + v]));
-      units[start / matrix.block * kTileVectors + v] = largest / static_cast<float>(kGreatest);
-    }
-    for (int v = 0; v < kTileVectors; ++v) {
-      const Vector per_unit = -inverse(units[start / matrix.block * kTileVectors + v]);
-      const auto whole = [&](int64_t c) { return nearest(columns[c * kTileVectors + v] * per_unit); };
-      for (int64_t c = 0; c < matrix.block / 2; ++c) pairs[c * kTileVectors + v] = paired(whole(2 * c), whole(2 * c + 1));
+      units[place] = largest / static_cast<float>(kGreatestError);
+      const Vector per_unit = -inverse(units[place]);
+      Whole total = {};
+      for (int64_t c = 0; c < matrix.block / 4; ++c) {
+        Whole errors[4];
+        for (int i = 0; i < 4; ++i) {
+          errors[i] = __builtin_convertvector(nearest(columns[(4 * c + i) * kTileVectors + v] * per_unit), Whole);
+          total += errors[i];
+        }
+        quads[c * kTileVectors + v] = quad(errors);
+      }
+      offsets[place] = total * -kFactorOffset;
     }
   }
 
@@ -187,13 +210,9 @@ struct Tile {
   void round_block(Vector* part, int64_t start, const uint32_t* across, const float* units_of_factors, const float* within,
                    const float* importance) {
     Vector* block = part + start * kTileVectors;
-    for (int64_t earlier = 0; earlier < start / matrix.block; ++earlier) {
-      const int64_t pair = earlier * matrix.block / 2;
-      for (int64_t c = 0; c < matrix.block; c += kColumns)
-        subtract_pairs(reinterpret_cast<const Pair*>(part) + pair * kTileVectors, units + earlier * kTileVectors,
-                       block + c * kTileVectors, across + (pair + c / 2) * matrix.block,
-                       units_of_factors + earlier * matrix.block + c);
-    }
+    for (int64_t earlier = 0; earlier < start / matrix.block; ++earlier)
+      subtract_earlier(part, earlier, block, across + earlier * matrix.block * matrix.block / 4,
+                       units_of_factors + earlier * matrix.block);
     choose_scales(block, importance);
     for (int64_t c = 0; c < matrix.block; c += kColumns) {
       Vector* columns = block + c * kTileVectors;
@@ -205,7 +224,7 @@ struct Tile {
           for (int v = 0; v < kTileVectors; ++v) columns[k * kTileVectors + v] -= columns[i * kTileVectors + v] * factors[k];
       }
     }
-    if (start + matrix.block < matrix.known) pair_up(part, start);
+    if (start + matrix.block < matrix.known) pack(part, start);
   }
 
   // In double, because squares of very small and very large weights are outside of the range of float.
@@ -264,12 +283,14 @@ bool RQ_ROUND_TILE(const Matrix& matrix, int64_t row, float* memory) {
   const int64_t rows = std::min(kTileRows, matrix.rows - row);
   const int64_t width = matrix.parts * matrix.known;
   Vector* values = reinterpret_cast<Vector*>(memory);
-  Tile tile{matrix, rows, width, values, values + width * kTileVectors, {}, {}, {}};
+  Vector* units = values + width * kTileVectors;
+  Whole* offsets = reinterpret_cast<Whole*>(units + matrix.known / matrix.block * kTileVectors);
+  Tile tile{matrix, rows, width, values, units, offsets, {}, {}, {}};
   if (!tile.load(row)) return false;
   for (int64_t part = 0; part < matrix.parts; ++part) {
     for (int64_t start = 0; start < matrix.known; start += matrix.block) {
       const int64_t column = part * matrix.known + start;
-      tile.round_block(tile.values + part * matrix.known * kTileVectors, start, matrix.across + column * matrix.known / 2,
+      tile.round_block(tile.values + part * matrix.known * kTileVectors, start, matrix.across + column * matrix.known / 4,
                        matrix.units + column * (matrix.known / matrix.block), matrix.within + column * matrix.block,
                        matrix.importance + column);
       tile.store(row, column);

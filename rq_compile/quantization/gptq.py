@@ -3,7 +3,7 @@
 Columns are rounded one after another. The columns that follow compensate for the rounding error of a column, as far as the second
 moment of the inputs allows. The scale of a block is chosen just before its columns are rounded, by least squared error weighted
 with the moment's diagonal, among fractions of the scale that just holds the block's largest weight. ``plugins/quantizer`` does
-the work. Between blocks, the errors are passed on in fixed point.
+the work. Between blocks, the errors are passed on as small integers.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from rq_compile.quantization.rounding import NOT_FINITE
 from rq_compile.quantization.second_moment import SecondMoment
 
 # The arrays of ``Feedback``, in the order of ``Matrix``.
-FEEDBACK = ("within", "across", "units", "importance")
+FEEDBACK = ("within", "across", "units", "balance", "importance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def _round(
         *(fractions.ctypes.data, len(fractions), kept.least, kept.greatest),
         *(None if array is None else array.ctypes.data for array in (q, scales, values, changes)),
     )
-    status = quantizer_function("rq_round_by_gptq")(ctypes.byref(matrix), threads)
+    status = quantizer_function("rq_gptq")(ctypes.byref(matrix), threads)
     if status == 1:
         raise UserError(NOT_FINITE)
     if status:

@@ -34,17 +34,19 @@ class Feedback:
     """What GPTQ adds of a column's rounding error to the columns after it, that have ``block`` columns a scale.
 
     A part is what columns that are rounded with a look at each other make up: all, or those of one block of the moment; it is
-    filled up to whole blocks of ``block`` columns. ``within`` fp32 ``[parts * blocks, block, block]`` has the factors of the
+    filled up to whole blocks of ``block`` columns. ``within`` fp32 ``[parts, blocks, block, block]`` has the factors of the
     columns of a block for each other. ``across`` uint8 ``[parts, blocks, blocks, block / 4, block / 4, 4, 4]`` has, for the
     columns of each block, four by four, those of the columns of every earlier block, also four by four, plus ``OFFSET``. They
     count ``units`` fp32 ``[parts, blocks, blocks, block]``, which each column of a block has for the factors of every block.
-    ``importance`` fp32 ``[parts * blocks * block]`` is the diagonal of the moment, damped, in units of its mean; 0 where it is
-    filled up.
+    These are divided by ``balance`` fp32 ``[parts, blocks * block]``, with which the errors of the earlier columns are
+    multiplied. ``importance`` fp32 ``[parts * blocks * block]`` is the diagonal of the moment, damped, in units of its mean; 0
+    where it is filled up.
     """
 
     within: np.ndarray
     across: np.ndarray
     units: np.ndarray
+    balance: np.ndarray
     importance: np.ndarray
 
     @property
@@ -95,9 +97,16 @@ class SecondMoment:
         factors = torch.zeros(len(moments), width, width)
         upper = factors[:, :columns, :columns]
         upper.copy_(_inverse_factor(torch.from_numpy(moments).flip(1, 2)).float().flip(1, 2))
-        upper /= upper.diagonal(dim1=1, dim2=2).clone()[..., None]
+        diagonal = upper.diagonal(dim1=1, dim2=2).clone()
+        upper /= diagonal[..., None]
+        # An input much larger than the others has much larger factors. Errors and factors each take half of the difference, so
+        # that few bits of either suffice.
+        balance = torch.ones(len(moments), width)
+        balance[:, :columns] = diagonal.rsqrt()
+        balance = balance.unflatten(1, (-1, block))
+        balance = (balance / balance.amax(2, keepdim=True)).flatten(1)
         within = torch.stack([factors[:, start : start + block, start : start + block] for start in range(0, width, block)], 1)
-        numbers, units = _rounded_factors(factors, block)
+        numbers, units = _rounded_factors(factors, balance, block)
         # [parts, blocks, block / 4, 4, blocks of the columns that are factors' sources, block / 4, 4]
         quads = (numbers + OFFSET).view(torch.uint8).view(-1, width // block, block // 4, 4, width // block, block // 4, 4)
         importance = np.pad(moments.diagonal(axis1=1, axis2=2), ((0, 0), (0, width - columns)))
@@ -105,20 +114,20 @@ class SecondMoment:
             within=within.numpy(),
             across=quads.permute(0, 1, 4, 2, 5, 3, 6).contiguous().numpy(),
             units=units.transpose(2, 3).contiguous().numpy(),
+            balance=balance.numpy(),
             importance=importance.astype(np.float32).ravel(),
         )
 
 
-def _rounded_factors(factors: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``factors [parts, width, width]`` of columns for those of later blocks as integers up to ``GREATEST``: int8 ``[parts,
-    width, width]``, indexed by the later column and the earlier one, and their units ``[parts, blocks, block, blocks]``, indexed
-    by the later column and the earlier block.
+def _rounded_factors(factors: torch.Tensor, balance: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``factors [parts, width, width]`` of columns for those of later blocks, divided by ``balance [parts, width]``, as
+    integers up to ``GREATEST``: int8 ``[parts, width, width]``, indexed by the later column and the earlier one. Their units are
+    fp32 ``[parts, blocks, block, blocks]``, indexed by the later column and the block of the earlier one.
 
-    Factors are rounded as weights are by GPTQ: what the rounding for one column changes is made up for by the columns after it.
-    So few bits suffice.
+    Factors are rounded as GPTQ rounds weights: the columns that follow compensate for what the rounding for a column changes.
     """
     parts, width, _ = factors.shape
-    left, numbers = factors.mT.contiguous(), torch.zeros(parts, width, width, dtype=torch.int8)
+    left, numbers = factors.mT / balance[:, None], torch.zeros(parts, width, width, dtype=torch.int8)
     units = torch.zeros(parts, width // block, block, width // block)
     blocks = [slice(start, start + block) for start in range(0, width, block)]
 

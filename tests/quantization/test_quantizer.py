@@ -189,18 +189,18 @@ def test_moments() -> None:
 
 
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)
-@pytest.mark.parametrize(("rows", "columns", "block"), [(1, 16, 16), (70, 96, 32), (130, 384, 128)])
+@pytest.mark.parametrize(("rows", "columns", "block"), [(1, 16, 16), (470, 96, 32), (530, 384, 128)])
 def test_gptq_is_the_paper_s_algorithm(rows: int, columns: int, block: int, format: Format) -> None:
     """In float64: as good, and but for ties every weight of the first block is the same. Between blocks, what was rounded away is
-    handed on in fixed point, so that later weights may be rounded the other way."""
+    handed on with few bits, so that many later weights are rounded the other way. Errors of rows then differ at random."""
     weights, inputs = normal(rows, columns), correlated(700, columns)
     moment = whole_moment(inputs)
     expected = gptq_in_float64(weights, format, moment.values.astype(np.float64), block)
     found = stored(weights, format, moment, 128 if block == 128 else 32)
-    np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.02)
+    np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.04)
     alike = np.isclose(found, expected, rtol=1e-4, atol=1e-6)
     assert alike[:, :block].all(1).mean() > 0.9
-    assert alike.mean() > 0.6
+    assert alike.mean() > 0.5
 
 
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)
@@ -299,17 +299,45 @@ def test_fp8_takes_what_it_can_hold_and_nothing_else() -> None:
     assert carried(SourceNumbers(numbers[:, :64], scales[:, :2], 32), "fp8", 64) is None
 
 
-def test_factors_between_blocks_are_integers_that_a_sum_of_a_block_can_hold() -> None:
+@pytest.mark.parametrize("block", [32, 128])
+def test_factors_between_blocks_are_few_bits_and_err_less_than_the_nearest_ones(block: int) -> None:
     moment = whole_moment(correlated(900, 384))
-    feedback = moment.feedback(128)
-    pairs = feedback.across.view(np.int16).astype(np.float64).reshape(3, 3, 32, 64, 4, 2)
-    numbers = pairs.transpose(0, 1, 3, 5, 2, 4).reshape(3, 3, 128, 128)  # block, earlier block, its columns, the block's columns
+    feedback, blocks = moment.feedback(block), 384 // block
+    numbers = feedback.across.astype(np.int64)[0] - second_moment.OFFSET
+    # [block, earlier block, four columns, earlier four, earlier column, column] to [earlier columns, columns]
+    numbers = numbers.transpose(1, 3, 5, 0, 2, 4).reshape(384, 384)
+    units = feedback.units[0].transpose(1, 0, 2).reshape(blocks, 384).repeat(block, 0)
+    later = np.arange(384) // block > np.arange(384)[:, None] // block
     assert np.abs(numbers).max() == second_moment.GREATEST
-    assert 128 * second_moment.GREATEST**2 < 2**31
+    assert not numbers[~later].any()
     values = moment.values.astype(np.float64)
     values /= values.diagonal().mean()
-    upper = np.linalg.cholesky(np.linalg.inv(values + second_moment.DAMPING * np.eye(384))).T
+    values += second_moment.DAMPING * np.eye(384)
+    upper = np.linalg.cholesky(np.linalg.inv(values)).T
     upper /= upper.diagonal()[:, None]
-    expected = upper.reshape(3, 128, 3, 128).transpose(2, 0, 1, 3)
-    units = feedback.units[0][:, :, None]
-    assert (np.abs(numbers * units - expected) <= units * (0.5 + 1e-2) + 1e-6).all()
+    upper /= feedback.balance[0][:, None]
+    away = (numbers * units - upper) * later
+    assert np.abs(away).max() < 0.1 * np.abs(upper * later).max()
+    nearest = (np.rint(upper / np.maximum(units, 1e-30)) * units - upper) * later
+    # What rounding changes of outputs, were it not compensated: the change times the moment of the columns it reaches.
+    assert ((away @ values) * away).sum() < 0.5 * ((nearest @ values) * nearest).sum()
+
+
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_few_bits_between_blocks_do_not_change_errors_of_inputs_with_outliers(format: Format) -> None:
+    """Eight blocks, a steep spectrum, and channels that are 50 times as large as the others."""
+    random = np.random.default_rng(0)
+    weights = random.standard_t(4, (256, 256)).astype(np.float32)
+    inputs = random.standard_normal((1500, 256)) / np.sqrt(np.arange(1, 257)) @ random.standard_normal((256, 256))
+    inputs[:, [3, 100, 180]] *= 50
+    inputs = inputs.astype(np.float32)
+    moment = whole_moment(inputs)
+    found = stored(weights, format, moment, 32)
+    expected = gptq_in_float64(weights, format, moment.values.astype(np.float64), 32)
+    np.testing.assert_allclose(output_error(weights, found, inputs), output_error(weights, expected, inputs), rtol=0.02)
+
+
+def test_weights_near_the_largest_float_stay_finite() -> None:
+    weights = np.float32(1e37) * normal(5, 96).clip(-3, 3)
+    kept = stored(weights, "int4", whole_moment(correlated(300, 96)), 32)
+    assert np.isfinite(kept).all()

@@ -6,7 +6,7 @@
 #include "threads.h"
 
 // Returns 0 on success, 1 if a weight is not finite, and 2 if there is not enough memory for the tiles.
-extern "C" __attribute__((visibility("default"))) int rq_round_by_gptq(const Matrix* matrix, int threads) {
+extern "C" __attribute__((visibility("default"))) int rq_gptq(const Matrix* matrix, int threads) {
   const RoundTile round_tile = code_for_this_processor().round_tile;
   const int64_t tiles = (matrix->rows + kTileRows - 1) / kTileRows;
   std::atomic<int64_t> next{0};

@@ -17,6 +17,9 @@ struct Matrix {
   const float* within;
   const uint32_t* across;
   const float* units;
+  // [parts * known]: what the errors of each column are multiplied with before they become integers. The factors across blocks are
+  // divided by it.
+  const float* balance;
   const float* importance;  // [parts * known]: the weight of each column's squared error in the choice of scales
   const float* fractions;   // [fraction_count]: the scales to try, as fractions of the scale that just holds the largest weight
   int64_t fraction_count;

@@ -7,8 +7,8 @@
 #define RQ_QUAD_COLUMNS 2
 #define RQ_ADD_PRODUCTS(sum, pairs, factors) ((sum) + (Whole)_mm256_madd_epi16((__m256i)(pairs), _mm256_set1_epi32(factors)))
 #define RQ_MULTIPLY_QUAD(quad, factors) _mm256_maddubs_epi16(_mm256_set1_epi32(factors), (__m256i)(quad))
-#define RQ_ADD_QUADS(sum, first, of_first, second, of_second)                                                                   \
+#define RQ_ADD_QUADS(sum, first, of_first, second, of_second)                                                                 \
   ((sum) + (Whole)_mm256_madd_epi16(_mm256_add_epi16(RQ_MULTIPLY_QUAD(first, of_first), RQ_MULTIPLY_QUAD(second, of_second)), \
-                                 _mm256_set1_epi16(1)))
+                                    _mm256_set1_epi16(1)))
 #include "gptq_tile.h"
 #include "product_tile.h"

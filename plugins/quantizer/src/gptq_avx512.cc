@@ -7,8 +7,8 @@
 #define RQ_QUAD_COLUMNS 4
 #define RQ_ADD_PRODUCTS(sum, pairs, factors) ((sum) + (Whole)_mm512_madd_epi16((__m512i)(pairs), _mm512_set1_epi32(factors)))
 #define RQ_MULTIPLY_QUAD(quad, factors) _mm512_maddubs_epi16(_mm512_set1_epi32(factors), (__m512i)(quad))
-#define RQ_ADD_QUADS(sum, first, of_first, second, of_second)                                                                   \
+#define RQ_ADD_QUADS(sum, first, of_first, second, of_second)                                                                 \
   ((sum) + (Whole)_mm512_madd_epi16(_mm512_add_epi16(RQ_MULTIPLY_QUAD(first, of_first), RQ_MULTIPLY_QUAD(second, of_second)), \
-                                 _mm512_set1_epi16(1)))
+                                    _mm512_set1_epi16(1)))
 #include "gptq_tile.h"
 #include "product_tile.h"

@@ -97,15 +97,16 @@ struct Tile {
   }
 
   // The same for kQuadColumns columns and kQuadVectors vectors of rows, whose units are at `place`.
-  void subtract_quads(const Quad* errors, int64_t place, Vector* columns, const uint32_t* factors, const float* of_columns) const {
+  void subtract_quads(const Quad* errors, int64_t place, Vector* columns, const uint32_t* factors,
+                      const float* of_columns) const {
     Whole sums[kQuadColumns][kQuadVectors];
     for (int c = 0; c < kQuadColumns; ++c)
       for (int v = 0; v < kQuadVectors; ++v) sums[c][v] = offsets[place + v];
     for (int64_t j = 0; j < matrix.block / 4; j += 2)
       for (int c = 0; c < kQuadColumns; ++c)
         for (int v = 0; v < kQuadVectors; ++v)
-          sums[c][v] = add_quads(sums[c][v], errors[j * kTileVectors + v], factors[j * 4 + c],
-                                 errors[(j + 1) * kTileVectors + v], factors[(j + 1) * 4 + c]);
+          sums[c][v] = add_quads(sums[c][v], errors[j * kTileVectors + v], factors[j * 4 + c], errors[(j + 1) * kTileVectors + v],
+                                 factors[(j + 1) * 4 + c]);
     for (int c = 0; c < kQuadColumns; ++c)
       for (int v = 0; v < kQuadVectors; ++v)
         columns[c * kTileVectors + v] += __builtin_convertvector(sums[c][v], Vector) * (units[place + v] * of_columns[c]);
@@ -130,22 +131,20 @@ struct Tile {
 
   // Packs the errors of the block's columns into quads, after those of the earlier blocks. The largest error of a row is
   // kGreatestError units.
-  void pack(Vector* part, int64_t start) const {
+  void pack(Vector* part, int64_t start, const float* balance) const {
     Quad* quads = reinterpret_cast<Quad*>(part) + start / 4 * kTileVectors;
     const Vector* columns = part + start * kTileVectors;
     for (int v = 0; v < kTileVectors; ++v) {
       const int64_t place = start / matrix.block * kTileVectors + v;
+      const auto error = [&](int64_t c) { return columns[c * kTileVectors + v] * balance[c]; };
       Vector largest = {};
-      for (int64_t c = 0; c < matrix.block; ++c) largest = larger(largest, magnitude(columns[c * kTileVectors + v]));
+      for (int64_t c = 0; c < matrix.block; ++c) largest = larger(largest, magnitude(error(c)));
       units[place] = largest / static_cast<float>(kGreatestError);
       const Vector per_unit = -inverse(units[place]);
       Whole total = {};
       for (int64_t c = 0; c < matrix.block / 4; ++c) {
         Whole errors[4];
-        for (int i = 0; i < 4; ++i) {
-          errors[i] = __builtin_convertvector(nearest(columns[(4 * c + i) * kTileVectors + v] * per_unit), Whole);
-          total += errors[i];
-        }
+        for (int i = 0; i < 4; ++i) total += errors[i] = __builtin_convertvector(nearest(error(4 * c + i) * per_unit), Whole);
         quads[c * kTileVectors + v] = quad(errors);
       }
       offsets[place] = total * -kFactorOffset;
@@ -208,7 +207,7 @@ struct Tile {
 
   // Rounds the block of the part that begins at column `start`. The other arguments are for its columns.
   void round_block(Vector* part, int64_t start, const uint32_t* across, const float* units_of_factors, const float* within,
-                   const float* importance) {
+                   const float* balance, const float* importance) {
     Vector* block = part + start * kTileVectors;
     for (int64_t earlier = 0; earlier < start / matrix.block; ++earlier)
       subtract_earlier(part, earlier, block, across + earlier * matrix.block * matrix.block / 4,
@@ -224,7 +223,7 @@ struct Tile {
           for (int v = 0; v < kTileVectors; ++v) columns[k * kTileVectors + v] -= columns[i * kTileVectors + v] * factors[k];
       }
     }
-    if (start + matrix.block < matrix.known) pack(part, start);
+    if (start + matrix.block < matrix.known) pack(part, start, balance);
   }
 
   // In double, because squares of very small and very large weights are outside of the range of float.
@@ -292,7 +291,7 @@ bool RQ_ROUND_TILE(const Matrix& matrix, int64_t row, float* memory) {
       const int64_t column = part * matrix.known + start;
       tile.round_block(tile.values + part * matrix.known * kTileVectors, start, matrix.across + column * matrix.known / 4,
                        matrix.units + column * (matrix.known / matrix.block), matrix.within + column * matrix.block,
-                       matrix.importance + column);
+                       matrix.balance + column, matrix.importance + column);
       tile.store(row, column);
     }
   }

@@ -28,4 +28,5 @@ loaded=$("$python" -P -c "from rq_compile.engine.library import library_path; pr
 [[ $loaded == "$folder"/* ]] || { echo "$loaded would be tested" >&2; exit 1; }
 # Reports go to file descriptor 2, which pytest would keep to itself while the process ends.
 "$python" -P -m pytest --capture=sys tests/plugins/test_ops.py tests/plugins/test_ops_fuzz.py tests/plugins/test_activation_bits.py \
-  tests/plugins/test_cache_attention.py tests/plugins/test_causal_mask.py "$@"
+  tests/plugins/test_cache_attention.py tests/plugins/test_latent_attention.py tests/plugins/test_causal_mask.py \
+  tests/rewrite/test_dense_gemms.py "$@"

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -81,11 +80,11 @@ struct Cache {
     const int64_t old_end = std::min(columns.end, kept);
     if (!in_place && columns.begin < old_end) {
       const float* from = past + (place * s.past + columns.begin) * width;
-      std::memcpy(out + columns.begin * width, from, static_cast<size_t>((old_end - columns.begin) * width) * sizeof(float));
+      std::copy_n(from, (old_end - columns.begin) * width, out + columns.begin * width);  // a width of 0 may come without memory
     }
     for (int64_t c = std::max(columns.begin, kept); c < columns.end; ++c) {
       const float* from = fresh + ((sequence * s.steps + c - kept) * s.kv_heads + head) * width;
-      std::memcpy(out + c * width, from, static_cast<size_t>(width) * sizeof(float));
+      std::copy_n(from, width, out + c * width);
     }
   }
 };

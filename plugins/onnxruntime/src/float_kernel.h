@@ -41,10 +41,11 @@ inline Floats weights_at(const uint8_t* group, int64_t v, int j) {
   }
   if constexpr (storage == Storage::int2) return numbers_in<2>(load_ints(p), 8 * (j % 4) + j / 4 * 2);
   if constexpr (storage == Storage::int3) {
+    const int four = j / 4, byte = 8 * (j % 4);
+    // Only the line that is needed, because half a group has no third one.
+    if (four < 6) return numbers_in<3>(load_ints(p + four / 2 * 4 * kPanel), byte + four % 2 * 3);
     Ints lines[lines_of(storage)];
     load_lines<storage>(group, v, lines);
-    const int four = j / 4, byte = 8 * (j % 4);
-    if (four < 6) return numbers_in<3>(lines[four / 2], byte + four % 2 * 3);
     return numbers_in<3>(four == 6 ? codes_at<storage, 6>(lines) : codes_at<storage, 7>(lines), byte);
   }
 }

@@ -127,7 +127,9 @@ def _rounded_factors(factors: torch.Tensor, balance: torch.Tensor, block: int) -
     Factors are rounded as GPTQ rounds weights: the columns that follow compensate for what the rounding for a column changes.
     """
     parts, width, _ = factors.shape
-    left, numbers = factors.mT / balance[:, None], torch.zeros(parts, width, width, dtype=torch.int8)
+    # Contiguous, because a column's factors are rounded together.
+    left = (factors / balance[..., None]).mT.contiguous()
+    numbers = torch.zeros(parts, width, width, dtype=torch.int8)
     units = torch.zeros(parts, width // block, block, width // block)
     blocks = [slice(start, start + block) for start in range(0, width, block)]
 

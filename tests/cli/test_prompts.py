@@ -1,5 +1,7 @@
 """Logits of only the last tokens, and prompts that run in pieces."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from click.testing import Result
 
 from rq_compile.runtime.engine import Engine
@@ -46,3 +49,29 @@ def test_rotations_that_follow_the_length_take_prompts_whole() -> None:
     ):
         model: Any = SimpleNamespace(text_config=SimpleNamespace(rope_parameters=parameters))
         assert _rotates_by_length(model) == by_length
+
+
+LONG_PROMPT = """
+import re, sys
+from pathlib import Path
+from rq_compile.runtime.engine import Engine
+
+engine = Engine.load(Path(sys.argv[1]), threads=1)
+(token,) = engine.generate([4 + place % 90 for place in range(32_768)], 1, stop=False)
+print(token, re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not say how much memory a process had")
+def test_a_prompt_of_32k_tokens_takes_little_memory_with_a_large_vocabulary(tmp_path: Path, rq_compile: Command) -> None:
+    """Logits of all tokens would take 20 GB, and the attention scores of a layer 17 GB. In one piece, it takes 1.3 GB."""
+    vocabulary = 151_936
+    model = tiny.build("olmoe", tmp_path / "model", vocab_size=vocabulary, max_position_embeddings=32_768 + 1)
+    plan, path = tmp_path / "plan.json", tmp_path / "model.onnx"
+    for arguments in (["plan", str(model), "--data-free", "-o", str(plan)], [str(model), "--plan", str(plan), "-o", str(path)]):
+        result = rq_compile(*arguments)
+        assert result.exit_code == 0, result.output
+    found = subprocess.run([sys.executable, "-c", LONG_PROMPT, path], capture_output=True, text=True, check=True)
+    token, kilobytes = map(int, found.stdout.split())
+    assert 0 <= token < vocabulary
+    assert kilobytes < 400_000  # 150,000 on x86-64

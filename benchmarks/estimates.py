@@ -6,7 +6,6 @@ CPU time on one thread is measured, so that other load on the machine has as lit
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 import numpy as np
 import torch
+from provenance import write_rows
 
 from rq_compile.architectures.model import Model
 from rq_compile.estimates import RATES
@@ -58,7 +58,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['rate']:10}{row['measured']:12.3g}{row['assumed']:12.3g}")
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(arguments.output, rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from provenance import origin
 from rank_processes import bind, mpirun
 
 RANKS = 2
@@ -73,6 +74,7 @@ def exchange_rank(repeats: int = 1000) -> None:
                         "tokens": tokens,
                         "bytes_sent_each_way": sent,
                         "microseconds": round(1e6 * median(took), 2),
+                        **origin(),
                     }
                 )
             )

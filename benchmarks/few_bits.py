@@ -15,7 +15,6 @@ The rows are written to benchmarks/results/few_bits.json.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 from balance import LENGTH, MODELS, OTHER_KIND, SAME_KIND
 from candidates import BY_NAME, CANDIDATES, Candidate, learned, rounded
+from provenance import write_rows
 
 from rq_compile.architectures.activation import activate
 from rq_compile.architectures.geometry import ExpertGeometry
@@ -327,7 +327,7 @@ def main() -> None:
     args = parser.parse_args()
     note = Console(stderr=True)
     found = [row for name in args.models for row in rows(name, args.tokens, note)]
-    args.output.write_text(json.dumps(found, indent=1) + "\n")
+    write_rows(args.output, found)
     show(found, Console(width=200))
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_every_row_says_where_it_comes_from(tmp_path: Path) -> None:
     assert [row["model"] for row in rows] == ["a", "b"]
     assert all(row["processor"] == provenance.processor() and row["cpus"] >= 1 for row in rows)
     assert all(row[key] for row in rows for key in ("commit", "date", "onnxruntime", "numpy"))
+
+
+def test_every_benchmark_that_writes_rows_says_where_they_come_from() -> None:
+    found = {path.name: path.read_text() for path in sorted((ROOT / "benchmarks").glob("*.py"))}
+    writing = [name for name, text in found.items() if '"--output"' in text or "RESULTS = " in text]
+    assert len(writing) > 20
+    stating = r"provenance(_of)?\(|origin\(|environment\(|write_rows\(|add_rows\("
+    assert [name for name in writing if not re.search(stating, found[name])] == []
 
 
 def test_added_rows_take_the_place_of_those_of_the_same_model(tmp_path: Path) -> None:

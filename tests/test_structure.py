@@ -148,3 +148,9 @@ def test_the_documentation_has_the_table_of_targets() -> None:
         assert f"| `{target}` | {builders.get(target, 'ONNX Runtime')} | {', '.join(served[target])} | {waits[target]} |" in page
     for name in LOWERINGS:
         assert f"\n| `{name}`" in page
+
+
+def test_python_processes_of_tests_do_not_import_from_the_working_folder() -> None:
+    """In a fresh clone that is a source tree without libraries; ``-P`` leaves it out. ``command_line.python`` does so, too."""
+    started = re.compile(r"sys\.executable, (?=[\"']-[cm])")
+    assert [path.name for path in (ROOT / "tests").rglob("*.py") if started.search(path.read_text())] == []

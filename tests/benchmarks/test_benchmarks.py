@@ -53,7 +53,7 @@ def _imported(path: Path) -> set[str]:
 
 def test_they_take_the_installed_package(tmp_path: Path) -> None:
     (tmp_path / "rq_compile").symlink_to(Path(rq_compile.__file__).parent)
-    command = [sys.executable, "-c", HELP, str(ROOT), *scripts()]
+    command = [sys.executable, "-P", "-c", HELP, str(ROOT), *scripts()]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command, cwd=ROOT / "docs", env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -116,7 +116,7 @@ def test_long_texts_are_not_held(tiny_checkpoint: Tiny, tmp_path: Path, name: st
     with (tmp_path / name).open("w") as file:
         file.writelines([row + "\n"] * 60_000)  # 60 MB
     result = subprocess.run(
-        [sys.executable, "-c", LONG, tiny_checkpoint("olmoe"), tmp_path / name], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", LONG, tiny_checkpoint("olmoe"), tmp_path / name], capture_output=True, text=True, check=True
     )
     tokens, kilobytes = map(int, result.stdout.split())
     assert tokens == 1000

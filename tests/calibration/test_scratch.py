@@ -53,7 +53,7 @@ def test_large_arrays_are_returned_when_they_are_freed(megabytes: int) -> None:
 
     def returned(setting: str) -> int:
         program = LARGE_ARRAYS.format(setting=setting, megabytes=megabytes)
-        return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+        return int(subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True).stdout)
 
     assert returned("return_large_arrays_when_freed()") >= 8 * megabytes - 2
     assert returned("") < 4 * megabytes
@@ -75,5 +75,5 @@ print(getrusage(RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc has the setting")
 def test_the_memory_of_smaller_arrays_is_not_cleared_again() -> None:
     """Two of fifty arrays may be of new pages. With the limit for large arrays alone, all were."""
-    found = subprocess.run([sys.executable, "-c", SMALL_ARRAYS], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-P", "-c", SMALL_ARRAYS], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 2 * ((2 << 20) // 4096)

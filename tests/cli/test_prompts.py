@@ -1,7 +1,5 @@
 """Logits of only the last tokens, and prompts that run in pieces."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import Result
+from command_line import python
 
 from rq_compile.runtime.engine import Engine
 from rq_compile.targets.vocabulary import _rotates_by_length
@@ -71,8 +70,9 @@ def test_a_prompt_of_32k_tokens_takes_little_memory_with_a_large_vocabulary(tmp_
     for arguments in (["plan", str(model), "--data-free", "-o", str(plan)], [str(model), "--plan", str(plan), "-o", str(path)]):
         result = rq_compile(*arguments)
         assert result.exit_code == 0, result.output
-    found = subprocess.run([sys.executable, "-c", LONG_PROMPT, path], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    token, kilobytes = map(int, found.stdout.split())
+    process = python("-c", LONG_PROMPT, str(path))
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    token, kilobytes = map(int, output.split())
     assert 0 <= token < vocabulary
     assert kilobytes < 400_000  # 150,000 on x86-64

@@ -38,7 +38,7 @@ def test_python_example_generates_the_engines_tokens_without_rq_compile(engine: 
         "import runpy, sys; sys.modules['rq_compile'] = None; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__'); assert not {'torch', 'onnx', 'tokenizers'} & set(sys.modules)"
     )
-    said = run(sys.executable, "-c", blocked, packaged / "generate.py", "--ids", *PROMPT, "--tokens", 6, cwd=tmp_path)
+    said = run(sys.executable, "-P", "-c", blocked, packaged / "generate.py", "--ids", *PROMPT, "--tokens", 6, cwd=tmp_path)
     assert [int(token) for token in said] == list(Engine.load(engine, threads=1).generate(PROMPT, 6))
     assert contents(packaged) == before
 

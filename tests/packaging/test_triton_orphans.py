@@ -49,7 +49,7 @@ KEEPS_THE_LOCK = "ctypes.PyDLL(None).sleep(60)"  # Python's lock
     ids=["free", "no answer", "watch waits", "watch keeps the lock", "main keeps the lock"],
 )
 def test_a_process_ends_without_its_server(is_model_ready: str, main: str, blocked: bool) -> None:
-    words = [sys.executable, "-c", PROGRAM, is_model_ready, main, str(MODEL)]
+    words = [sys.executable, "-P", "-c", PROGRAM, is_model_ready, main, str(MODEL)]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert server.stdout

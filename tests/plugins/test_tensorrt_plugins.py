@@ -150,7 +150,7 @@ def parsed(plugin: Path, model: Path) -> str:
     creating one that it would add to the network, it ends the process."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("no ONNX parser of TensorRT: pip install tensorrt-rtx")
-    command: list[Any] = [sys.executable, "-c", PARSE, plugin, model]
+    command: list[Any] = [sys.executable, "-P", "-c", PARSE, plugin, model]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
@@ -208,7 +208,7 @@ assert registry.load_library(sys.argv[1])
 creator = registry.get_creator("MoeLayer", "1", "rq.moe")
 print(type(creator).__name__, creator.name, [field.name for field in creator.field_names])
 """
-    listed = checked(sys.executable, "-c", script, plugin)
+    listed = checked(sys.executable, "-P", "-c", script, plugin)
     assert "IPluginCreatorV3One MoeLayer ['formats', 'activation', 'alpha', 'limit', 'shares']" in listed
 
 

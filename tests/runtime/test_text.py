@@ -165,7 +165,7 @@ def test_arguments_are_utf8_whatever_the_locale() -> None:
     code += "sys.stdout.buffer.write(argument_text(sys.argv[1]).encode())"
     environment = {**os.environ, "PYTHONPATH": str(root), "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     for text in ("Äpfel", "plain", "日本語 🤗"):
-        said = subprocess.run([sys.executable, "-c", code, text.encode()], env=environment, capture_output=True, check=True)
+        said = subprocess.run([sys.executable, "-P", "-c", code, text.encode()], env=environment, capture_output=True, check=True)
         assert said.stdout.decode() == text
     with pytest.raises(UnicodeDecodeError):
         argument_text(b"\xff".decode(errors="surrogateescape"))

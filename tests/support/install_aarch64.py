@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     for package in sorted((downloads / "packages").glob("*.deb")):
         subprocess.run(["dpkg", "-x", package, folder / "root"], check=True)
     wheels = [option for platform in PLATFORMS for option in ("--platform", platform)]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / "site"), "--python-version", "3.11"]
+    pip = [sys.executable, "-P", "-m", "pip", "install", "--quiet", "--target", str(folder / "site"), "--python-version", "3.11"]
     subprocess.run([*pip, "--only-binary=:all:", *wheels, *PYTHON], check=True)
     shutil.rmtree(downloads)
     launcher = folder / "bin" / "python"

@@ -60,7 +60,7 @@ assert register(None, ctypes.byref(base)) == 1
 
 def registered_with_an_old_runtime(library: Path) -> str:
     """The message of RegisterCustomOps to a runtime that knows only version 1, from a child process, which may crash."""
-    command = [sys.executable, "-c", OLD_RUNTIME, str(library)]
+    command = [sys.executable, "-P", "-c", OLD_RUNTIME, str(library)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -83,7 +83,7 @@ print(json.dumps({"version": 1, "tiles": tiles.rule(), "kernels": kernels}))
 """
     image = {"file": "image", "sha256": hashlib.sha256(b"none").hexdigest()}
     build = {"sm": 80, "shared": 0, "portable_ptx": True, "cubin": image, "ptx": image}
-    described = checked(sys.executable, "-c", script, ROOT / "plugins" / "kernels", json.dumps(build))
+    described = checked(sys.executable, "-P", "-c", script, ROOT / "plugins" / "kernels", json.dumps(build))
     (folder / "kernels.json").write_text(described)
     return folder
 

@@ -19,7 +19,8 @@ from rq_compile.calibration.expert import in_format
 from rq_compile.checkpoint.storage.decoding import Codes, differences
 from rq_compile.checkpoint.storage.packings import INT8
 from rq_compile.errors import UserError
-from rq_compile.quantization import library, second_moment
+from rq_compile.quantization import feedback as feedback_module
+from rq_compile.quantization import library
 from rq_compile.quantization.formats import BLOCKS, PACKED_FORMATS, QUANTIZED_FORMATS, Format, block_size, matrix_bytes
 from rq_compile.quantization.gptq import FEEDBACK
 from rq_compile.quantization.packing import dequantize
@@ -84,12 +85,12 @@ def test_a_moment_of_many_columns_is_that_of_float64(columns: int) -> None:
 def test_factors_are_those_of_float64_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     moment, found = whole_moment(correlated(900, columns)), []
     for threads in (1, 3):
-        monkeypatch.setattr(second_moment, "default_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(feedback_module, "default_threads", lambda threads=threads: threads)
         found.append(SecondMoment(moment.values).feedback(128))
     assert all(np.array_equal(getattr(found[0], name), getattr(found[1], name)) for name in FEEDBACK)
     values = moment.values.astype(np.float64)
     values /= values.diagonal().mean()
-    values += second_moment.DAMPING * np.eye(columns)
+    values += feedback_module.DAMPING * np.eye(columns)
     upper = np.linalg.cholesky(np.linalg.inv(values)).T
     upper /= upper.diagonal()[:, None]
     for number, within in enumerate(found[0].within.reshape(-1, 128, 128)):
@@ -303,16 +304,16 @@ def test_fp8_takes_what_it_can_hold_and_nothing_else() -> None:
 def test_factors_between_blocks_are_few_bits_and_err_less_than_the_nearest_ones(block: int) -> None:
     moment = whole_moment(correlated(900, 384))
     feedback, blocks = moment.feedback(block), 384 // block
-    numbers = feedback.across.astype(np.int64)[0] - second_moment.OFFSET
+    numbers = feedback.across.astype(np.int64)[0] - feedback_module.OFFSET
     # [block, earlier block, four columns, earlier four, earlier column, column] to [earlier columns, columns]
     numbers = numbers.transpose(1, 3, 5, 0, 2, 4).reshape(384, 384)
     units = feedback.units[0].transpose(1, 0, 2).reshape(blocks, 384).repeat(block, 0)
     later = np.arange(384) // block > np.arange(384)[:, None] // block
-    assert np.abs(numbers).max() == second_moment.GREATEST
+    assert np.abs(numbers).max() == feedback_module.GREATEST
     assert not numbers[~later].any()
     values = moment.values.astype(np.float64)
     values /= values.diagonal().mean()
-    values += second_moment.DAMPING * np.eye(384)
+    values += feedback_module.DAMPING * np.eye(384)
     upper = np.linalg.cholesky(np.linalg.inv(values)).T
     upper /= upper.diagonal()[:, None]
     upper /= feedback.balance[0][:, None]

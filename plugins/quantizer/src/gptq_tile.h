@@ -112,23 +112,6 @@ struct Tile {
         columns[c * kTileVectors + v] += __builtin_convertvector(sums[c][v], Vector) * (units[place + v] * of_columns[c]);
   }
 
-  // Subtracts from kColumns columns the errors of the `count` columns before them in their block. Rows of `factors` are a block
-  // apart.
-  void subtract(const Vector* block, int64_t count, Vector* columns, const float* factors) const {
-    for (int first = 0; first < kTileVectors; first += kVectors) {
-      Vector sums[kColumns][kVectors];
-      for (int c = 0; c < kColumns; ++c)
-        for (int v = 0; v < kVectors; ++v) sums[c][v] = columns[c * kTileVectors + first + v];
-      for (int64_t j = 0; j < count; ++j) {
-        const Vector* errors = block + j * kTileVectors + first;
-        for (int c = 0; c < kColumns; ++c)
-          for (int v = 0; v < kVectors; ++v) sums[c][v] -= errors[v] * factors[j * matrix.block + c];
-      }
-      for (int c = 0; c < kColumns; ++c)
-        for (int v = 0; v < kVectors; ++v) columns[c * kTileVectors + first + v] = sums[c][v];
-    }
-  }
-
   // Packs the errors of the block's columns into quads, after those of the earlier blocks. The largest error of a row is
   // kGreatestError units.
   void pack(Vector* part, int64_t start, const float* balance) const {
@@ -215,7 +198,7 @@ struct Tile {
     choose_scales(block, importance);
     for (int64_t c = 0; c < matrix.block; c += kColumns) {
       Vector* columns = block + c * kTileVectors;
-      subtract(block, c, columns, within + c);
+      subtract_products(block, c, kTileVectors, columns, within + c, matrix.block);
       for (int64_t i = 0; i < kColumns; ++i) {
         round(columns + i * kTileVectors, c + i);
         const float* factors = within + (c + i) * matrix.block + c;

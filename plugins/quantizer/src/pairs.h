@@ -1,4 +1,4 @@
-// Vectors of RQ_VECTOR_BYTES, and products of pairs of int16. The including file also defines how many vectors a product holds in
+// Vectors of RQ_VECTOR_BYTES, their products with factors in fp32, and products of pairs of int16. The including file also defines how many vectors a product holds in
 // registers (RQ_VECTORS) and, if the processor has an instruction for products of pairs, `add_products` (RQ_ADD_PRODUCTS).
 #pragma once
 
@@ -33,6 +33,22 @@ inline Vector nearest(Vector x) {
 inline Vector inverse(Vector scale) {
   const Vector inverse = 1.0f / scale;
   return magnitude(inverse) <= splat(std::numeric_limits<float>::max()) ? inverse : Vector{};
+}
+
+// Subtracts from kColumns columns the products of `count` columns of `errors` with factors. A column has `vectors` vectors, a
+// multiple of kVectors. The factors of each of `errors` are `apart` behind those of the one before.
+inline void subtract_products(const Vector* errors, int64_t count, int64_t vectors, Vector* columns, const float* factors,
+                              int64_t apart) {
+  for (int64_t first = 0; first < vectors; first += kVectors) {
+    Vector sums[kColumns][kVectors];
+    for (int c = 0; c < kColumns; ++c)
+      for (int v = 0; v < kVectors; ++v) sums[c][v] = columns[c * vectors + first + v];
+    for (int64_t j = 0; j < count; ++j)
+      for (int c = 0; c < kColumns; ++c)
+        for (int v = 0; v < kVectors; ++v) sums[c][v] -= errors[j * vectors + first + v] * factors[j * apart + c];
+    for (int c = 0; c < kColumns; ++c)
+      for (int v = 0; v < kVectors; ++v) columns[c * vectors + first + v] = sums[c][v];
+  }
 }
 
 // Two columns of whole numbers in the range of int16.

@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr Code kPlain = {"plain", round_tile_plain, pack_tile_plain, multiply_tile_plain, decode_plain, [] { return true; }};
+constexpr Code kPlain = {"plain",      round_tile_plain,   round_factors_plain, pack_tile_plain, multiply_tile_plain,
+                         decode_plain, [] { return true; }};
 
 #ifdef RQ_X86
 bool has_avx512() {
@@ -16,10 +17,10 @@ bool has_avx512() {
 
 constexpr Code kVectorized[] = {
 #ifdef RQ_X86
-    {"avx512_vnni", round_tile_avx512_vnni, pack_tile_avx512_vnni, multiply_tile_avx512_vnni, decode_avx512,
-     [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
-    {"avx512", round_tile_avx512, pack_tile_avx512, multiply_tile_avx512, decode_avx512, has_avx512},
-    {"avx2", round_tile_avx2, pack_tile_avx2, multiply_tile_avx2, decode_avx2,
+    {"avx512_vnni", round_tile_avx512_vnni, round_factors_avx512_vnni, pack_tile_avx512_vnni, multiply_tile_avx512_vnni,
+     decode_avx512, [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
+    {"avx512", round_tile_avx512, round_factors_avx512, pack_tile_avx512, multiply_tile_avx512, decode_avx512, has_avx512},
+    {"avx2", round_tile_avx2, round_factors_avx2, pack_tile_avx2, multiply_tile_avx2, decode_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
 };

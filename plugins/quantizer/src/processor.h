@@ -2,12 +2,14 @@
 #pragma once
 
 #include "decode.h"
+#include "factors.h"
 #include "gptq.h"
 #include "product.h"
 
 struct Code {
   const char* name;
   RoundTile round_tile;
+  RoundFactors round_factors;
   PackTile pack_tile;
   MultiplyTile multiply_tile;
   Decode decode;

@@ -78,34 +78,37 @@ struct Lowest {
   int64_t between;
 };
 
+inline void add_lanes(const float* some, float* totals) {
+  for (int64_t i = 0; i < kLanes; ++i) totals[i] += some[i];
+}
+
 // `between` has room for all scores.
 RQ_FOR_EVERY_PROCESSOR
 Lowest lowest(const float* weights, const float* norms, int64_t count, float low, float high, float* between) {
   constexpr int64_t kAtOnce = 512;
   const uint32_t from = bits(low), reach = bits(high) - from;
-  int32_t below[kLanes] = {};
-  float totals[kLanes] = {}, scores[kAtOnce];
-  int64_t found = 0;
+  int64_t below = 0, found = 0;
+  // Loops with one result for each score, or for each lane: the compiler writes others with shuffles.
+  float totals[kLanes] = {}, scores[kAtOnce], summed[kAtOnce];
+  uint8_t near[kAtOnce];
   for (int64_t first = 0; first < count; first += kAtOnce) {
-    const int64_t some = std::min(kAtOnce, count - first), filled = (some + kLanes - 1) / kLanes * kLanes;
+    const int64_t some = std::min(kAtOnce, count - first);
     for (int64_t i = 0; i < some; ++i) scores[i] = std::abs(weights[first + i] * norms[first + i]);
-    std::fill(scores + some, scores + filled, std::numeric_limits<float>::infinity());
-    for (int64_t c = 0; c < filled; c += kLanes)
-      for (int64_t i = 0; i < kLanes; ++i) {
-        below[i] += scores[c + i] < low;
-        totals[i] += scores[c + i] < low ? scores[c + i] : 0.0f;
-      }
-    for (int64_t c = 0; c < some; c += kLanes) {
-      uint32_t any = 0;
-      for (int64_t i = 0; i < kLanes; ++i) any |= bits(scores[c + i]) - from <= reach;
-      if (!any) continue;
-      for (int64_t i = c; i < std::min(c + kLanes, some); ++i) {
-        between[found] = scores[i];
-        found += bits(scores[i]) - from <= reach;
-      }
+    std::fill(scores + some, scores + kAtOnce, std::numeric_limits<float>::infinity());
+    int32_t lower = 0;
+    for (int64_t i = 0; i < kAtOnce; ++i) lower += scores[i] < low;
+    below += lower;
+    for (int64_t i = 0; i < kAtOnce; ++i) summed[i] = scores[i] < low ? scores[i] : 0.0f;
+    for (int64_t c = 0; c < kAtOnce; c += kLanes) add_lanes(summed + c, totals);
+    for (int64_t i = 0; i < kAtOnce; ++i) near[i] = bits(scores[i]) - from <= reach;
+    std::fill(near + some, near + kAtOnce, uint8_t{0});
+    for (int64_t c = 0; c < some; c += sizeof(uint64_t)) {
+      uint64_t flags;
+      for (std::memcpy(&flags, near + c, sizeof flags); flags; flags &= flags - 1)
+        between[found++] = scores[c + __builtin_ctzll(flags) / 8];
     }
   }
-  return {std::accumulate(below, below + kLanes, int64_t{0}), std::accumulate(totals, totals + kLanes, 0.0), found};
+  return {below, std::accumulate(totals, totals + kLanes, 0.0), found};
 }
 
 namespace {

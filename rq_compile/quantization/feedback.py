@@ -90,6 +90,8 @@ def _rounded_factors(factors: np.ndarray, balance: np.ndarray, block: int) -> tu
     blocks = width // block
     across = np.full((parts, blocks, blocks, block // 4, block // 4, 4, 4), OFFSET, np.uint8)
     units = np.zeros((parts, blocks, blocks, block), np.float32)
+    if blocks == 1:
+        return across, units
     arrays = (array.ctypes.data for array in (factors, balance, across, units))
     arguments = _Factors(next(arrays), next(arrays), parts, width, block, *arrays)
     if quantizer_function("rq_round_factors")(ctypes.byref(arguments), _threads()):
@@ -140,7 +142,7 @@ def _threads_of_their_own(most: int) -> Iterator[Callable[[Callable[[slice], Non
     """A context in which torch uses one thread. Yields a function that calls another one on each of some blocks, on several
     threads (at most ``most``), which also have one of torch each."""
     before = torch.get_num_threads()
-    threads = min(most, _threads())
+    threads = min(most, _threads()) if most > 1 else 1
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -300,10 +300,12 @@ def test_fp8_takes_what_it_can_hold_and_nothing_else() -> None:
     assert carried(SourceNumbers(numbers[:, :64], scales[:, :2], 32), "fp8", 64) is None
 
 
-@pytest.mark.parametrize("block", [32, 128])
-def test_factors_between_blocks_are_few_bits_and_err_less_than_the_nearest_ones(block: int) -> None:
+@pytest.mark.parametrize("isa", ["plain", "avx2"])
+@pytest.mark.parametrize("block", [16, 32, 96, 128])
+def test_factors_between_blocks_are_few_bits_and_err_less_than_the_nearest_ones(block: int, isa: str) -> None:
     moment = whole_moment(correlated(900, 384))
-    feedback, blocks = moment.feedback(block), 384 // block
+    with kernels_of(isa):
+        feedback, blocks = moment.feedback(block), 384 // block
     numbers = feedback.across.astype(np.int64)[0] - feedback_module.OFFSET
     # [block, earlier block, four columns, earlier four, earlier column, column] to [earlier columns, columns]
     numbers = numbers.transpose(1, 3, 5, 0, 2, 4).reshape(384, 384)
@@ -322,6 +324,14 @@ def test_factors_between_blocks_are_few_bits_and_err_less_than_the_nearest_ones(
     nearest = (np.rint(upper / np.maximum(units, 1e-30)) * units - upper) * later
     # What rounding changes of outputs, were it not compensated: the change times the moment of the columns it reaches.
     assert ((away @ values) * away).sum() < 0.5 * ((nearest @ values) * nearest).sum()
+
+
+def test_the_feedback_of_parts_is_that_of_each() -> None:
+    values = whole_moment(correlated(900, 96)).values
+    alone, several = (feedback_module.feedback_of(moment, 32) for moment in (values, np.stack([values] * 3)))
+    for name in FEEDBACK:
+        parts = getattr(several, name).reshape(3, *getattr(alone, name).shape)
+        np.testing.assert_array_equal(parts, np.stack([getattr(alone, name)] * 3), err_msg=name)
 
 
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)

@@ -3,13 +3,13 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels.h"
+#include "kernel_sets.h"
 
 int main(int, char** arguments) {
   const int64_t storage_number = std::atoi(arguments[2]), rows = std::atoi(arguments[3]), columns = std::atoi(arguments[4]);
-  const rq::Kernels* kernels = nullptr;
-  for (const rq::Kernels* set : {&rq::kPlainKernels, &rq::kNeonKernels, &rq::kNeonDotprodKernels, &rq::kNeonI8mmKernels}) {
-    if (std::strcmp(set->name, arguments[1]) == 0) kernels = set;
+  rq::Kernels kernels{};
+  for (const rq::Kernels& set : {rq::kPlainKernels, rq::kNeonKernels, rq::neon_dotprod_kernels(), rq::neon_i8mm_kernels()}) {
+    if (std::strcmp(set.name, arguments[1]) == 0) kernels = set;
   }
   constexpr int64_t kPanels = 4, kBlock = 128;
   const rq::Storage storage = static_cast<rq::Storage>(storage_number);
@@ -25,10 +25,10 @@ int main(int, char** arguments) {
     const rq::QuantizedLayout layout = rq::quantized_layout(kBlock, blocks);
     const std::vector<uint8_t> record(static_cast<size_t>(layout.row_bytes));
     const std::vector<const uint8_t*> several(static_cast<size_t>(rows), record.data());
-    kernels->multiply_quantized(several.data(), rows, layout, matrix, 0, kPanels, out.data());
+    kernels.multiply_quantized(several.data(), rows, layout, matrix, 0, kPanels, out.data());
   } else {
     const std::vector<const float*> several(static_cast<size_t>(rows), x.data());
-    kernels->multiply_floats(several.data(), rows, matrix, 0, kPanels, out.data());
+    kernels.multiply_floats(several.data(), rows, matrix, 0, kPanels, out.data());
   }
   return 0;
 }

@@ -1,10 +1,13 @@
 """The op library for 64-bit ARM in qemu: the tests of the ops, the same bits as on this machine, and a packaged engine."""
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from op_nodes import python_with
@@ -15,6 +18,7 @@ from rq_compile.engine.library import library_path
 from rq_compile.runtime.engine import Engine
 
 ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 PYTHON = ROOT / ".venv-aarch64" / "bin" / "python"
 LIBRARY = Path(rq_compile.__file__).parent / "lib" / "aarch64" / "librq_moe.so"
 pytestmark = pytest.mark.skipif(
@@ -35,6 +39,10 @@ OPS = {
 Runs = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def environment_of(processor: str, isa: str, *python_path: Path) -> dict[str, str]:
+    return os.environ | {"QEMU_CPU": processor, "RQ_MOE_ISA": isa, "PYTHONPATH": os.pathsep.join(map(str, python_path))}
+
+
 @pytest.fixture(scope="module")
 def in_qemu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Runs Python for ARM on a processor of qemu, with this package and its op library for ARM."""
@@ -43,10 +51,9 @@ def in_qemu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     shutil.copytree(Path(rq_compile.__file__).parent, package, ignore=shutil.ignore_patterns("lib", "__pycache__"))
     (package / "lib").mkdir()
     shutil.copy(LIBRARY, package / "lib")
-    support = ROOT / "tests" / "support"
 
     def run(processor: str, *arguments: object, isa: str = "") -> "subprocess.CompletedProcess[str]":
-        environment = os.environ | {"QEMU_CPU": processor, "RQ_MOE_ISA": isa, "PYTHONPATH": f"{folder}:{support}"}
+        environment = environment_of(processor, isa, folder, SUPPORT)
         command = [str(part) for part in (PYTHON, *arguments)]
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -54,33 +61,43 @@ def in_qemu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     shutil.rmtree(folder)
 
 
+def nodes_in_qemu(processor: str, isa: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Runs Python of this machine, with only the nodes of ``run_op`` on a processor of qemu, as qemu takes long for the rest."""
+    runner = shlex.join(map(str, (PYTHON, SUPPORT / "node_runner.py", LIBRARY)))
+    environment = environment_of(processor, isa, Path(rq_compile.__file__).parent.parent, SUPPORT)
+    command = [sys.executable, *map(str, arguments)]
+    options: Any = {"cwd": SUPPORT, "capture_output": True, "text": True, "check": False}
+    return subprocess.run(command, env=environment | {"RQ_NODE_RUNNER": runner}, **options)
+
+
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_the_ops(in_qemu: Runs, processor: str) -> None:
+def test_the_ops(processor: str) -> None:
     files = [ROOT / "tests" / "plugins" / f"{name}.py" for name in ("test_ops", "test_activation_bits")]
     options = ["-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts=", "-k", OPS[processor]]
-    result = in_qemu(processor, "-m", "pytest", *options, *files, isa=PROCESSORS[processor][0])
+    result = nodes_in_qemu(processor, PROCESSORS[processor][0], "-m", "pytest", *options, *files)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout
 
 
 def test_attention(in_qemu: Runs) -> None:
+    """In one process, because its imports take seconds in qemu."""
+    both = "import cache_attention, latent_attention; cache_attention.main(); latent_attention.main()"
     for isa in ("neon", "plain"):
-        for program in ("cache_attention.py", "latent_attention.py"):
-            result = in_qemu("cortex-a72", ROOT / "tests" / "support" / program, isa=isa)
-            assert result.returncode == 0, result.stderr
+        result = in_qemu("cortex-a72", "-c", both, isa=isa)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_a_processor_gets_its_best_set(in_qemu: Runs, processor: str) -> None:
-    result = in_qemu(processor, "-c", PRINT_DIGEST, isa="none")
+def test_a_processor_gets_its_best_set(processor: str) -> None:
+    result = nodes_in_qemu(processor, "none", "-c", PRINT_DIGEST)
     assert f"the instruction sets that run here: {', '.join(PROCESSORS[processor])};" in result.stderr
 
 
-def test_the_same_bits_as_on_this_machine(in_qemu: Runs) -> None:
+def test_the_same_bits_as_on_this_machine() -> None:
     here = python_with(None, "-c", PRINT_DIGEST)
     assert here.returncode == 0, here.stderr
     for isa in PROCESSORS["max"]:
-        result = in_qemu("max", "-c", PRINT_DIGEST, isa=isa)
+        result = nodes_in_qemu("max", isa, "-c", PRINT_DIGEST)
         assert (result.returncode, result.stdout) == (0, here.stdout), result.stderr
 
 

@@ -23,7 +23,8 @@ def built(program: Path, *arguments: str | Path) -> Path:
 
 @pytest.mark.skipif(not has_avx2(), reason="the processor has no AVX2, in which AVX-VNNI is emulated")
 def test_avx_vnni(tmp_path: Path) -> None:
-    program = built(tmp_path / "avxvnni", "-Wall", "-Wextra", "-Werror", "-mavx2", "-mfma", "-mf16c", EMULATED / "avxvnni.cc")
+    options = ("-Wall", "-Wextra", "-Werror", "-mavx2", "-mfma", "-mf16c")
+    program = built(tmp_path / "avxvnni", *options, SOURCES / "kernels_avx2.cc", EMULATED / "avxvnni.cc")
     assert subprocess.run([program]).returncode == 0
     assert subprocess.run([program, "wrong"]).returncode == 1
 

@@ -1,6 +1,7 @@
 """The ops of rq.moe in ONNX Runtime, compared with a float64 reference in numpy."""
 
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -320,6 +321,23 @@ def test_missing_library_is_a_user_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(library.rq_compile, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(UserError, match=r"librq_moe\.so is missing"):
         library.library_path()
+
+
+AFTER_A_SESSION = """
+import ctypes, os
+import numpy as np
+from op_nodes import combine
+from rq_compile.engine.library import library_path
+combine(np.ones((1, 4), np.float32), np.zeros(1, np.int32), np.ones((1, 1), np.float32))
+ctypes.CDLL(str(library_path()), mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a library that stays is a choice of Linux's linker")
+def test_the_library_stays_loaded_when_its_session_ends() -> None:
+    """The next session would check the kernels again."""
+    result = python_with(None, "-c", AFTER_A_SESSION)
+    assert result.returncode == 0, result.stderr
 
 
 def test_old_runtime_is_refused_politely() -> None:

@@ -1,7 +1,9 @@
 """Nodes of rq.moe to run in ONNX Runtime, random weights for them, and their expected results in float64."""
 
+import functools
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import node_runner
 import numpy as np
-import onnxruntime
 from onnx import TensorProto, helper
 
 import rq_compile
@@ -64,6 +66,13 @@ def registered_with_an_old_runtime(library: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@functools.cache
+def other_runner() -> node_runner.Runner | None:
+    """What the command in RQ_NODE_RUNNER starts, for as long as this process runs."""
+    command = os.environ.get("RQ_NODE_RUNNER")
+    return node_runner.Runner(shlex.split(command)) if command else None
+
+
 def run_op(
     op: str,
     inputs: Mapping[str, np.ndarray | None],
@@ -93,12 +102,9 @@ def run_op(
     )
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("rq.moe", version)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(library.library_path()))
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)
+    if other := other_runner():
+        return other.run(model.SerializeToString(), feeds, threads)
+    return node_runner.run(model.SerializeToString(), feeds, threads, str(library.library_path()))
 
 
 def dispatch(ids: np.ndarray, replicas: Any, slots: int, **options: Any) -> list[np.ndarray]:

@@ -18,15 +18,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernel_sets.h"
 #include "self_check.h"
 
 namespace rq {
 namespace {
-
-struct Candidate {
-  const Kernels* kernels;
-  bool (*supported)();
-};
 
 #ifdef RQ_X86
 // Every processor with AVX2 has F16C; Clang 14 has a name for neither F16C nor AVX-VNNI.
@@ -68,32 +64,36 @@ bool has_dotprod() { return has_capability(16, 20); }                // AT_HWCAP
 bool has_i8mm() { return has_dotprod() && has_capability(26, 13); }  // AT_HWCAP2, I8MM
 #endif
 
-const Candidate kCandidates[] = {
-#ifdef RQ_X86
-    {&kAmxKernels, has_amx},
-    {&kAvx512Bf16Kernels, has_avx512_bf16},
-    {&kAvx512VnniKernels, has_avx512_vnni},
-    {&kAvx512Kernels, has_avx512},
-    {&kAvxVnniKernels, has_avx_vnni},
-    {&kAvx2Kernels, has_avx2},
-#endif
-#ifdef RQ_ARM64
-    {&kNeonI8mmKernels, has_i8mm},
-    {&kNeonDotprodKernels, has_dotprod},
-    {&kNeonKernels, [] { return true; }},
-#endif
-    {&kPlainKernels, [] { return true; }},
+struct Candidate {
+  Kernels kernels;
+  bool (*supported)();
 };
 
-const Kernels& choose() {
+Kernels choose() {
+  const Candidate candidates[] = {
+#ifdef RQ_X86
+      {amx_kernels(), has_amx},
+      {avx512bf16_kernels(), has_avx512_bf16},
+      {avx512vnni_kernels(), has_avx512_vnni},
+      {kAvx512Kernels, has_avx512},
+      {avxvnni_kernels(), has_avx_vnni},
+      {kAvx2Kernels, has_avx2},
+#endif
+#ifdef RQ_ARM64
+      {neon_i8mm_kernels(), has_i8mm},
+      {neon_dotprod_kernels(), has_dotprod},
+      {kNeonKernels, [] { return true; }},
+#endif
+      {kPlainKernels, [] { return true; }},
+  };
   const char* asked = std::getenv("RQ_MOE_ISA");
   const bool any = !asked || !*asked;
   std::string found;
-  for (const Candidate& candidate : kCandidates) {
+  for (const Candidate& candidate : candidates) {
     if (!candidate.supported()) continue;
-    const char* name = candidate.kernels->name;
+    const char* name = candidate.kernels.name;
     if (any || std::strcmp(asked, name) == 0) {
-      if (agrees_with_plain(*candidate.kernels)) return *candidate.kernels;
+      if (agrees_with_plain(candidate.kernels)) return candidate.kernels;
       std::fprintf(stderr, "librq_moe.so: the %s kernels fail their self-check on this processor and are not used\n", name);
     } else {
       found += found.empty() ? name : std::string(", ") + name;
@@ -106,24 +106,13 @@ const Kernels& choose() {
 
 }  // namespace
 
-#ifdef RQ_X86
-// Made here, because a file that is compiled for AMX must not run anything on processors without it.
-const Kernels kAmxKernels = []() noexcept {
-  Kernels set = kAvx512Bf16Kernels;
-  set.name = "amx";
-  set.multiply_bfloats = multiply_bfloats_in_tiles;
-  set.multiply_quantized = multiply_quantized_in_tiles;
-  return set;
-}();
-#endif
-
 QuantizedLayout quantized_layout(int64_t block, int64_t blocks) {
   const int64_t block_bytes = static_cast<int64_t>(sizeof(QuantizedBlock)) + block;
   return {block, blocks, block_bytes, blocks * block_bytes};
 }
 
 const Kernels& best_kernels() {
-  static const Kernels& chosen = choose();
+  static const Kernels chosen = choose();
   return chosen;
 }
 

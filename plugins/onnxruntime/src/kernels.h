@@ -93,16 +93,15 @@ struct Kernels {
                        int64_t count, int64_t columns, const float* factors, float* out);
 };
 
-extern const Kernels kPlainKernels;
-extern const Kernels kAvx2Kernels, kAvxVnniKernels, kAvx512Kernels, kAvx512VnniKernels, kAvx512Bf16Kernels;
-extern const Kernels kAmxKernels;
-extern const Kernels kNeonKernels, kNeonDotprodKernels, kNeonI8mmKernels;
+extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels, kNeonKernels;
 
-// The products of kAmxKernels, which otherwise is kAvx512Bf16Kernels.
-void multiply_bfloats_in_tiles(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t panels,
-                               float* out);
-void multiply_quantized_in_tiles(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
-                                 int64_t first, int64_t panels, float* out);
+// What the other sets have of their own; kernel_sets.h puts them together.
+using QuantizedProducts = decltype(Kernels::multiply_quantized);
+using BfloatProducts = decltype(Kernels::multiply_bfloats);
+using RoundToBfloat = decltype(Kernels::round_to_bfloat);
+extern const QuantizedProducts kAvxVnniQuantized, kAvx512VnniQuantized, kAmxQuantized, kNeonDotprodQuantized, kNeonI8mmQuantized;
+extern const BfloatProducts kAvx512Bf16Bfloats, kAmxBfloats;
+extern const RoundToBfloat kAvx512Bf16Round;
 
 // The fastest set that this processor supports and that passes its self-check, or the set that RQ_MOE_ISA names. Throws
 // std::runtime_error, which lists the supported sets, if that set is not supported or fails its self-check.

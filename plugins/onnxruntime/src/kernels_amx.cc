@@ -1,5 +1,5 @@
 // AMX: one instruction multiplies 16 rows of x by the 16 rows of a panel, 64 bytes of each. A tile of weights is 16 lines of a
-// panel of int8, to which other weights are unpacked first. The other kernels of the set are those of avx512bf16.
+// panel of int8, to which other weights are unpacked first. The set's other kernels are those of avx512bf16.
 #include "vnni_avx512.h"
 
 #include "kernels.h"
@@ -193,19 +193,16 @@ void in_parts(int64_t rows, int64_t panels, float* out, Multiply multiply) {
   }
 }
 
-}  // namespace
-
-void multiply_bfloats_in_tiles(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t panels,
-                               float* out) {
+void multiply_bfloats(const float* const* x, int64_t rows, const Matrix& weights, int64_t first, int64_t panels, float* out) {
   const Tiles tiles;
   in_parts(rows, panels, out, [&](int64_t row, int64_t these, int64_t panel, int64_t some, float* into) {
     multiply_pairs(x + row, these, weights, first + panel, some, rows * kPanel, into);
   });
 }
 
-void multiply_quantized_in_tiles(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
-                                 int64_t first, int64_t panels, float* out) {
-  if (rows <= kFewRows) return kAvx512Bf16Kernels.multiply_quantized(x, rows, layout, weights, first, panels, out);
+void multiply_quantized(const uint8_t* const* x, int64_t rows, const QuantizedLayout& layout, const Matrix& weights,
+                        int64_t first, int64_t panels, float* out) {
+  if (rows <= kFewRows) return kAvx512VnniQuantized(x, rows, layout, weights, first, panels, out);
   const Tiles tiles;
   in_parts(rows, panels, out, [&](int64_t row, int64_t these, int64_t panel, int64_t some, float* into) {
     const auto multiply = [&](auto blocks) { blocks(x + row, these, layout, weights, first + panel, some, rows * kPanel, into); };
@@ -218,5 +215,10 @@ void multiply_quantized_in_tiles(const uint8_t* const* x, int64_t rows, const Qu
     }
   });
 }
+
+}  // namespace
+
+const QuantizedProducts kAmxQuantized = multiply_quantized;
+const BfloatProducts kAmxBfloats = multiply_bfloats;
 
 }  // namespace rq

@@ -1,5 +1,5 @@
-// AVX-512 with VNNI and BF16: one more instruction sums two products of bf16 in fp32.
-#include "vnni_avx512.h"
+// AVX-512 with BF16: one more instruction sums two products of bf16 in fp32.
+#include "vectors_avx512.h"
 
 namespace {
 
@@ -10,7 +10,18 @@ inline Floats dot_pair(Floats sum, Ints weights, Ints x) {
 
 }  // namespace
 
-#define RQ_BFLOAT_PRODUCTS
-#define RQ_KERNELS kAvx512Bf16Kernels
-#define RQ_KERNELS_NAME "avx512bf16"
-#include "kernels_body.h"
+#include "kernels.h"
+
+namespace rq {
+namespace {
+
+#include "loops.h"
+#include "bfloat_bits.h"
+#include "bfloat_kernel.h"
+
+}  // namespace
+
+const BfloatProducts kAvx512Bf16Bfloats = multiply_bfloats;
+const RoundToBfloat kAvx512Bf16Round = round_to_bfloat;
+
+}  // namespace rq

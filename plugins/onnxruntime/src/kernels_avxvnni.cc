@@ -14,6 +14,6 @@ inline Ints dot_int4(Ints sum, Ints weights, Ints x) { return dot_int8(sum, weig
 
 }  // namespace
 
-#define RQ_KERNELS kAvxVnniKernels
-#define RQ_KERNELS_NAME "avxvnni"
-#include "kernels_body.h"
+#include "quantized_body.h"
+
+const rq::QuantizedProducts rq::kAvxVnniQuantized = multiply_quantized;

@@ -4,8 +4,7 @@
 // kQuantizedRows; kUnpackingRows: with how many of them quantized weights are converted to fp32 in registers), how many panels
 // such a block of rows reads side by side (float_panels, bfloat_panels, quantized_panels; at most kSideBySide),
 // what is prefetched per 64 bytes of a panel, depending on the number of panels and of instructions per 64 bytes (prefetch,
-// kDotInstructions), and for how many columns a Partial can hold the products (kPartialColumns). RQ_BFLOAT_PRODUCTS says that it
-// has an instruction for products of bf16 (dot_pair).
+// kDotInstructions), and for how many columns a Partial can hold the products (kPartialColumns).
 #include "kernels.h"
 
 namespace rq {
@@ -19,11 +18,8 @@ namespace {
 #include "float_kernel.h"
 #include "attention_kernel.h"
 #include "round.h"
-#ifdef RQ_BFLOAT_PRODUCTS
-#include "bfloat_kernel.h"
-#else
+#include "bfloat_bits.h"
 #include "bfloat_as_float.h"
-#endif
 #include "quantized_kernel.h"
 
 }  // namespace

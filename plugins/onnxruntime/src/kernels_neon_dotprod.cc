@@ -20,6 +20,6 @@ inline Ints dot_int4(Ints sum, Ints weights, Ints x) {
 
 }  // namespace
 
-#define RQ_KERNELS kNeonDotprodKernels
-#define RQ_KERNELS_NAME "neon_dotprod"
-#include "kernels_body.h"
+#include "quantized_body.h"
+
+const rq::QuantizedProducts rq::kNeonDotprodQuantized = multiply_quantized;

@@ -29,6 +29,6 @@ inline Ints odd_words(Ints a, Ints b) { return vuzp2q_s32(a, b); }
 
 }  // namespace
 
-#define RQ_KERNELS kNeonI8mmKernels
-#define RQ_KERNELS_NAME "neon_i8mm"
-#include "kernels_body.h"
+#include "quantized_body.h"
+
+const rq::QuantizedProducts rq::kNeonI8mmQuantized = multiply_quantized;

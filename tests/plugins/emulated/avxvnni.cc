@@ -14,9 +14,10 @@ inline __m256i dot_product(__m256i sum, __m256i a, __m256i b) {
 #define _mm256_dpbusd_avx_epi32 dot_product
 
 #include "kernels_avxvnni.cc"
+#include "kernel_sets.h"
 #include "self_check.h"
 
 int main(int count, char**) {
   wrong = count > 1;
-  return rq::agrees_with_plain(rq::kAvxVnniKernels) ? 0 : 1;
+  return rq::agrees_with_plain(rq::avxvnni_kernels()) ? 0 : 1;
 }

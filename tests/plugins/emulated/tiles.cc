@@ -46,7 +46,7 @@ bool quantized_agree(Storage storage, int64_t rows, int64_t columns, int64_t blo
   }
   std::vector<float> out(kPanels * rows * kPanel, NAN), expected(out);
   const std::vector<const uint8_t*> of_rows = starts(records, rows);
-  rq::multiply_quantized_in_tiles(of_rows.data(), rows, layout, weights, kFirst, kPanels, out.data());
+  rq::kAmxQuantized(of_rows.data(), rows, layout, weights, kFirst, kPanels, out.data());
   rq::kPlainKernels.multiply_quantized(of_rows.data(), rows, layout, weights, kFirst, kPanels, expected.data());
   return std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)) == 0;
 }
@@ -59,11 +59,11 @@ bool bfloats_agree(int64_t rows, int64_t columns) {
   std::vector<float> x(rows * columns), plain(x), rounded(x);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t c = 0; c < columns; ++c) x[i * columns + c] = real();
-    rq::kAvx512Bf16Kernels.round_to_bfloat(x.data() + i * columns, columns, rounded.data() + i * columns);
+    rq::kAvx512Bf16Round(x.data() + i * columns, columns, rounded.data() + i * columns);
     rq::kPlainKernels.round_to_bfloat(x.data() + i * columns, columns, plain.data() + i * columns);
   }
   std::vector<float> out(kPanels * rows * kPanel, NAN), expected(out);
-  rq::multiply_bfloats_in_tiles(starts(rounded, rows).data(), rows, weights, kFirst, kPanels, out.data());
+  rq::kAmxBfloats(starts(rounded, rows).data(), rows, weights, kFirst, kPanels, out.data());
   rq::kPlainKernels.multiply_bfloats(starts(plain, rows).data(), rows, weights, kFirst, kPanels, expected.data());
   float largest = 0, difference = 0;
   for (size_t i = 0; i < out.size(); ++i) {

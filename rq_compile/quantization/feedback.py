@@ -92,8 +92,8 @@ def _rounded_factors(factors: np.ndarray, balance: np.ndarray, block: int) -> tu
     units = np.zeros((parts, blocks, blocks, block), np.float32)
     if blocks == 1:
         return across, units
-    arrays = (array.ctypes.data for array in (factors, balance, across, units))
-    arguments = _Factors(next(arrays), next(arrays), parts, width, block, *arrays)
+    given, results = ([array.ctypes.data for array in arrays] for arrays in ((factors, balance), (across, units)))
+    arguments = _Factors(*given, parts, width, block, *results)
     if quantizer_function("rq_round_factors")(ctypes.byref(arguments), _threads()):
         raise MemoryError
     return across, units

@@ -63,7 +63,8 @@ def in_qemu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 def nodes_in_qemu(processor: str, isa: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """Runs Python of this machine, with only the nodes of ``run_op`` on a processor of qemu, as qemu takes long for the rest."""
-    runner = shlex.join(map(str, (PYTHON, SUPPORT / "node_runner.py", LIBRARY)))
+    # The path of this machine's Python may lead to its numpy, which ARM's cannot load.
+    runner = shlex.join(map(str, ("env", "-u", "PYTHONPATH", PYTHON, SUPPORT / "node_runner.py", LIBRARY)))
     environment = environment_of(processor, isa, Path(rq_compile.__file__).parent.parent, SUPPORT)
     command = [sys.executable, *map(str, arguments)]
     options: Any = {"cwd": SUPPORT, "capture_output": True, "text": True, "check": False}

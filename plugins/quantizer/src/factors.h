@@ -12,8 +12,8 @@ struct Factors {
   float* units;     // as in gptq.h, likewise
 };
 
-// Rounds the factors of the columns of one block. As GPTQ rounds weights, so later columns compensate for the rounding of the factors
-// for a column. `memory` has room for factor_floats, aligned to 64 bytes.
+// Rounds the factors of the columns of one block as GPTQ rounds weights: the factors for later columns compensate for what
+// rounding changes. `memory` has room for factor_floats, aligned to 64 bytes.
 using RoundFactors = void (*)(const Factors& factors, int64_t part, int64_t block, float* memory);
 
 // The vectors of a tile may be wider than a block.

@@ -1,5 +1,6 @@
-// Vectors of RQ_VECTOR_BYTES, their products with factors in fp32, and products of pairs of int16. The including file also defines how many vectors a product holds in
-// registers (RQ_VECTORS) and, if the processor has an instruction for products of pairs, `add_products` (RQ_ADD_PRODUCTS).
+// Vectors of RQ_VECTOR_BYTES, their products with factors in fp32, and products of pairs of int16. The including file also
+// defines how many vectors a product holds in registers (RQ_VECTORS) and, if the processor has an instruction for products of pairs,
+// `add_products` (RQ_ADD_PRODUCTS).
 #pragma once
 
 #include <cstdint>

@@ -88,7 +88,7 @@ Lowest lowest(const float* weights, const float* norms, int64_t count, float low
   constexpr int64_t kAtOnce = 512;
   const uint32_t from = bits(low), reach = bits(high) - from;
   int64_t below = 0, found = 0;
-  // Loops with one result for each score, or for each lane: the compiler writes others with shuffles.
+  // Several simple loops, because GCC vectorizes one loop for all sums with slow shuffles.
   float totals[kLanes] = {}, scores[kAtOnce], summed[kAtOnce];
   uint8_t near[kAtOnce];
   for (int64_t first = 0; first < count; first += kAtOnce) {

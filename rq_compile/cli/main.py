@@ -45,7 +45,6 @@ OWN_OPTIONS = ("-h", "--help", "--version")
 INTERRUPTED = 130
 TERMINATED = 143
 FIRST_SPEAKS = 0.5  # seconds
-FORWARDED = 0.1  # seconds in which mpirun forwards what a rank wrote, before it learns that the rank ends all
 
 
 def fail(message: str, exit_status: int = 1) -> NoReturn:
@@ -63,9 +62,6 @@ def fail(message: str, exit_status: int = 1) -> NoReturn:
 def end_ranks(exit_status: int) -> None:
     """End the other ranks of an engine, which would wait for this one."""
     if ranks.in_contact():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        sleep(FORWARDED)
         ranks.ranks().abort(exit_status)
 
 

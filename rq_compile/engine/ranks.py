@@ -13,6 +13,7 @@ import pickle
 import sys
 from functools import cache
 from pathlib import Path
+from time import sleep
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -26,6 +27,7 @@ IDLE = "idle"
 LOCAL_RANK = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
 ERROR_BYTES = 512
 VERSION_BYTES = 8192  # MPI_MAX_LIBRARY_VERSION_STRING of MPICH; that of Open MPI is smaller
+FORWARDED = 0.1  # seconds in which mpirun forwards what a rank wrote, before it learns that the rank ends all
 _TAKE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64))
 
 
@@ -65,8 +67,11 @@ class Ranks:
         self.parted = True
 
     def abort(self, status: int) -> NoReturn:
-        """End all ranks with the exit status ``status``; this rank calls it alone."""
+        """End all ranks with the exit status ``status``; this rank calls it alone. What it wrote before is shown."""
         if not self.parted:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sleep(FORWARDED)
             self._library.rq_ranks_abort(status)
         sys.exit(status)
 
@@ -137,7 +142,6 @@ def _end_all_on_failure(met: Ranks) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         shown(kind, error, trace)
-        sys.stderr.flush()
         met.abort(1)
 
     sys.excepthook = hook

@@ -9,6 +9,7 @@ when it has time. It works on its own items, and sees the results of all in the 
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -209,7 +210,9 @@ class World:
     def _send(self, item: object, to: int, tag: int = 0) -> None:
         import torch
 
-        content = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
+        written = io.BytesIO()
+        pickle.dump(item, written, pickle.HIGHEST_PROTOCOL)  # which copies arrays once
+        content = torch.frombuffer(written.getbuffer(), dtype=torch.uint8)
         with _or_lost():
             for tensor in (torch.tensor([len(content)]), content):
                 torch.distributed.send(tensor, to, tag=tag)

@@ -27,7 +27,7 @@ def packed(q: np.ndarray, format: Format) -> np.ndarray:
     if isinstance(kept, Fp8Format):
         codes = q.view(np.uint8)
     elif isinstance(kept, BlockFormat):
-        codes = (q.astype(np.int16) + kept.zero_point).astype(np.uint8)
+        codes = q.astype(np.int8, copy=False).view(np.uint8) + np.uint8(kept.zero_point)
     else:
         codes = _codes(format)[q.astype(np.int8).view(np.uint8)]
     return packed_codes(codes.reshape(len(q), -1), kept.bits)
@@ -35,12 +35,15 @@ def packed(q: np.ndarray, format: Format) -> np.ndarray:
 
 def packed_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """uint8 ``[rows, columns * bits / 8]`` from ``codes [rows, columns]``; ``unpacked`` is the inverse."""
+    if bits == 8:
+        return codes
     if 8 % bits:  # eight codes in every `bits` bytes
         eights = reduce(np.bitwise_or, [codes[:, i::8].astype(np.uint64) << np.uint64(i * bits) for i in range(8)])
         parts = [(eights >> np.uint64(8 * i)).astype(np.uint8) for i in range(bits)]
         return np.stack(parts, axis=-1).reshape(len(codes), -1)
-    of_a_byte = 8 // bits
-    return reduce(np.bitwise_or, [codes[:, place::of_a_byte] << place * bits for place in range(of_a_byte)])
+    # Shifts of neighbours together take a fraction of the time of shifts of every second byte.
+    together = np.ascontiguousarray(codes).view(f"<u{8 // bits}")
+    return reduce(np.bitwise_or, [together >> place for place in range(0, 8 // bits * (8 - bits), 8 - bits)]).astype(np.uint8)
 
 
 def in_planes(packed: np.ndarray, bits: int, blocks: int) -> np.ndarray:
@@ -97,9 +100,10 @@ def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     if 8 % bits:
         eights = reduce(np.bitwise_or, [packed[:, i::bits].astype(np.uint64) << np.uint64(8 * i) for i in range(bits)])
         parts = [(eights >> np.uint64(bits * i)).astype(np.uint8) & (1 << bits) - 1 for i in range(8)]
-    else:
-        parts = [packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)]
-    return np.stack(parts, axis=-1).reshape(len(packed), -1)
+        return np.stack(parts, axis=-1).reshape(len(packed), -1)
+    wide = packed.astype(f"<u{8 // bits}")
+    apart = reduce(np.bitwise_or, [wide << place for place in range(0, 8 // bits * (8 - bits), 8 - bits)])
+    return apart.view(np.uint8) & np.uint8((1 << bits) - 1)
 
 
 def whole_numbers(quantized: Quantized, format: Format) -> np.ndarray:

@@ -5,6 +5,8 @@ panel 0 holds the gate's rows 0-15, panel 1 those of the up projection, panel 2 
 padded with zeros to a multiple of 16 rows.
 """
 
+from functools import reduce
+
 import numpy as np
 
 from rq_compile.quantization.formats import PACKED_FORMATS, Format
@@ -20,7 +22,7 @@ def panel_count(rows: int, halves: int) -> int:
 
 def float_panels(weights: np.ndarray, halves: int) -> np.ndarray:
     """``[panels, columns, 16]`` from ``weights [rows, columns]``, with the same dtype."""
-    return np.ascontiguousarray(_panels(weights, halves).transpose(0, 2, 1))
+    return np.ascontiguousarray(_panels(weights, halves))
 
 
 def packed_panels(quantized: Quantized, format: Format, halves: int) -> np.ndarray:
@@ -34,12 +36,9 @@ def packed_panels(quantized: Quantized, format: Format, halves: int) -> np.ndarr
         columns = _words_of_3_bits(unpacked(columns, bits).reshape(*quantized.scales.shape, -1))
     elif bits < 8:
         # As packed, int4 has a byte for two neighbours: eight columns a b c d e f g h are wanted as ea fb gc hd.
-        parts = unpacked(columns, bits).reshape(len(columns), -1, 8 // bits, 4)
-        columns = np.bitwise_or.reduce([parts[:, :, place] << place * bits for place in range(8 // bits)])
-        columns = columns.reshape(len(columns), -1)
-    panels = _panels(columns, halves)
-    groups = panels.reshape(len(panels), ROWS, -1, 4).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(groups).reshape(len(panels), -1, 4 * ROWS)
+        fours = unpacked(columns, bits).view("<u4").reshape(len(columns), -1, 8 // bits)
+        columns = reduce(np.bitwise_or, [fours[..., place] << place * bits for place in range(8 // bits)])
+    return np.ascontiguousarray(_panels(np.ascontiguousarray(columns).view("<u4"), halves)).view(np.uint8)
 
 
 def _words_of_3_bits(codes: np.ndarray) -> np.ndarray:
@@ -66,7 +65,9 @@ def scale_panels(quantized: Quantized, halves: int) -> np.ndarray:
 
 
 def _panels(rows: np.ndarray, halves: int) -> np.ndarray:
-    """The rows by panel, ``[panels, 16, columns]``."""
+    """``[panels, columns, 16]`` from ``rows [rows, columns]``."""
     count, columns = len(rows) // halves, rows.shape[1]
-    filled = np.pad(rows.reshape(halves, count, columns), ((0, 0), (0, -count % ROWS), (0, 0)))
-    return filled.reshape(halves, -1, ROWS, columns).swapaxes(0, 1).reshape(-1, ROWS, columns)
+    filled = rows.reshape(halves, count, columns)
+    if count % ROWS:
+        filled = np.pad(filled, ((0, 0), (0, -count % ROWS), (0, 0)))
+    return filled.reshape(halves, -1, ROWS, columns).transpose(1, 0, 3, 2).reshape(-1, columns, ROWS)

@@ -10,6 +10,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from rq_compile.quantization.packing import packed_codes
+
 LOCATION = "weights"
 INT4 = np.dtype(ml_dtypes.int4)
 
@@ -68,8 +70,7 @@ def stored(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """uint8 ``[bytes]``: ``values`` as in the weights file, in C order. Of two int4 values, the first is in the low bits."""
     if dtype != INT4:
         return np.ascontiguousarray(values, dtype).reshape(-1).view(np.uint8)
-    nibbles = np.ascontiguousarray(values, np.int8).reshape(-1).view(np.uint8) & 15
-    return nibbles[0::2] | nibbles[1::2] << 4
+    return packed_codes(np.ascontiguousarray(values, np.int8).reshape(1, -1).view(np.uint8) & 15, 4)[0]
 
 
 def constant(weight: ExternalWeight) -> gs.Constant:

@@ -6,7 +6,7 @@ them while the first exports the graph.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from threading import Condition, Thread
+from threading import Condition, Semaphore, Thread
 from typing import Any
 
 from rq_compile.processes import ProcessLost, world
@@ -49,6 +49,7 @@ class SharedPieces:
     def for_first(self, threads: int) -> Iterator[None]:
         """On the others: compute on ``threads`` threads what the first process asks for, until it needs no more pieces."""
         own = [channel for rank, channel in self._channels(threads) if rank == world().rank]
+        self._computing = Semaphore(threads)
         answering = [Thread(target=self._answer, args=(channel,), daemon=True) for channel in own]
         for thread in answering:
             thread.start()
@@ -57,7 +58,8 @@ class SharedPieces:
             thread.join()
 
     def _channels(self, threads: int) -> list[tuple[int, int]]:
-        """The rank and channel of every thread that answers: one more than compute at a time, because sending takes time, too."""
+        """The rank and channel of every thread that answers: one more than compute at a time, because a
+        result is sent, and the next piece asked for, meanwhile."""
         by_rank = world().all(range(world().size), [threads])
         return [(rank, channel) for rank, count in enumerate(by_rank) if rank for channel in range(count + 1)]
 
@@ -79,6 +81,7 @@ class SharedPieces:
         with self._more:
             self._more.wait_for(lambda: number < len(self._pieces))
         try:
-            return compute(self._pieces[number])
+            with self._computing:
+                return compute(self._pieces[number])
         except Exception as error:
             return error

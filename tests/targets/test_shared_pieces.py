@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -106,8 +107,10 @@ def test_others_compute_before_the_first_does(worlds: Worlds) -> None:
     shared.know(own[:-1])
     workers.add(own[:-1])
     with shared.on_others(workers, worlds.threads[0]):
-        while len(on_others) < 20:
+        until = monotonic() + 10
+        while len(on_others) < 20 and monotonic() < until:
             threading.Event().wait(0.001)
+        assert len(on_others) == 20
         shared.know(own[-1:])
         workers.add([own[-1], *own[:-1]])
         for other in others:
@@ -118,6 +121,34 @@ def test_others_compute_before_the_first_does(worlds: Worlds) -> None:
         assert not other.is_alive()
     assert sorted(on_others) == [*range(20), DENSE]
     assert on_first == []
+
+
+def test_a_process_computes_no_more_at_a_time_than_it_has_threads(worlds: Worlds) -> None:
+    """Though it answers on one channel more."""
+    computing, most, changing = [0] * worlds.size, [0] * worlds.size, threading.Lock()
+
+    def piece(rank: int, number: int) -> Piece:
+        def values() -> tuple[np.ndarray, ...]:
+            with changing:
+                computing[rank] += 1
+                most[rank] = max(most[rank], computing[rank])
+            threading.Event().wait(0.01)
+            with changing:
+                computing[rank] -= 1
+            return (np.array([number], BYTE),)
+
+        return Piece((ExternalWeight(str(number), BYTE, (1,)),), values, 1)
+
+    of_rank = [[piece(rank, number) for number in range(40)] for rank in range(worlds.size)]
+    others = [Process(worlds, rank, of_rank[rank]) for rank in range(1, worlds.size)]
+    shared, workers = SharedPieces(), Workers(100)
+    shared.know(of_rank[0])
+    workers.add(of_rank[0])
+    for other in others:
+        other.exported.set()
+    with shared.on_others(workers, worlds.threads[0]):
+        assert [int(workers.take(piece)[0][0]) for piece in of_rank[0]] == [*range(40)]
+    assert all(0 < found <= threads for found, threads in zip(most[1:], worlds.threads[1:], strict=True))
 
 
 def test_the_first_tells_what_was_wrong_elsewhere(worlds: Worlds) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import os
 import pickle
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from time import sleep
@@ -69,8 +70,9 @@ class Ranks:
     def abort(self, status: int) -> NoReturn:
         """End all ranks with the exit status ``status``; this rank calls it alone. What it wrote before is shown."""
         if not self.parted:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # the others must be ended, even if nobody reads the output any more
+                    stream.flush()
             sleep(FORWARDED)
             self._library.rq_ranks_abort(status)
         sys.exit(status)

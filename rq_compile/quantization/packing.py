@@ -41,9 +41,10 @@ def packed_codes(codes: np.ndarray, bits: int) -> np.ndarray:
         eights = reduce(np.bitwise_or, [codes[:, i::8].astype(np.uint64) << np.uint64(i * bits) for i in range(8)])
         parts = [(eights >> np.uint64(8 * i)).astype(np.uint8) for i in range(bits)]
         return np.stack(parts, axis=-1).reshape(len(codes), -1)
-    # Shifts of neighbours together take a fraction of the time of shifts of every second byte.
-    together = np.ascontiguousarray(codes).view(f"<u{8 // bits}")
-    return reduce(np.bitwise_or, [together >> place for place in range(0, 8 // bits * (8 - bits), 8 - bits)]).astype(np.uint8)
+    # The codes of a byte are shifted together, as one number, until each is in its place in the lowest byte.
+    of_a_byte = 8 // bits
+    together = np.ascontiguousarray(codes).view(f"<u{of_a_byte}")
+    return reduce(np.bitwise_or, [together >> place * (8 - bits) for place in range(of_a_byte)]).astype(np.uint8)
 
 
 def in_planes(packed: np.ndarray, bits: int, blocks: int) -> np.ndarray:
@@ -101,8 +102,9 @@ def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
         eights = reduce(np.bitwise_or, [packed[:, i::bits].astype(np.uint64) << np.uint64(8 * i) for i in range(bits)])
         parts = [(eights >> np.uint64(bits * i)).astype(np.uint8) & (1 << bits) - 1 for i in range(8)]
         return np.stack(parts, axis=-1).reshape(len(packed), -1)
-    wide = packed.astype(f"<u{8 // bits}")
-    apart = reduce(np.bitwise_or, [wide << place for place in range(0, 8 // bits * (8 - bits), 8 - bits)])
+    of_a_byte = 8 // bits
+    together = packed.astype(f"<u{of_a_byte}", order="C")
+    apart = reduce(np.bitwise_or, [together << place * (8 - bits) for place in range(of_a_byte)])
     return apart.view(np.uint8) & np.uint8((1 << bits) - 1)
 
 

@@ -6,6 +6,7 @@ them while the first exports the graph.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from threading import Condition, Semaphore, Thread
 from typing import Any
 
@@ -49,8 +50,8 @@ class SharedPieces:
     def for_first(self, threads: int) -> Iterator[None]:
         """On the others: compute on ``threads`` threads what the first process asks for, until it needs no more pieces."""
         own = [channel for rank, channel in self._channels(threads) if rank == world().rank]
-        self._computing = Semaphore(threads)
-        answering = [Thread(target=self._answer, args=(channel,), daemon=True) for channel in own]
+        computing = Semaphore(threads)
+        answering = [Thread(target=self._answer, args=(channel, computing), daemon=True) for channel in own]
         for thread in answering:
             thread.start()
         yield
@@ -58,8 +59,8 @@ class SharedPieces:
             thread.join()
 
     def _channels(self, threads: int) -> list[tuple[int, int]]:
-        """The rank and channel of every thread that answers: one more than compute at a time, because a
-        result is sent, and the next piece asked for, meanwhile."""
+        """The rank and channel of every thread that answers. A process has one more than compute at a time: while the others
+        compute, it sends a result and is asked for the next piece."""
         by_rank = world().all(range(world().size), [threads])
         return [(rank, channel) for rank, count in enumerate(by_rank) if rank for channel in range(count + 1)]
 
@@ -72,16 +73,16 @@ class SharedPieces:
 
         return asked
 
-    def _answer(self, channel: int) -> None:
+    def _answer(self, channel: int, computing: Semaphore) -> None:
         with suppress(ProcessLost):  # which the main thread learns, too
-            world().answer(channel, self._result)
+            world().answer(channel, partial(self._result, computing))
 
-    def _result(self, number: int) -> Any:
+    def _result(self, computing: Semaphore, number: int) -> Any:
         """The result of a piece, or its error, which the first process tells."""
         with self._more:
             self._more.wait_for(lambda: number < len(self._pieces))
         try:
-            with self._computing:
+            with computing:
                 return compute(self._pieces[number])
         except Exception as error:
             return error

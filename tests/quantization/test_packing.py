@@ -33,6 +33,7 @@ def test_codes_follow_each_other_bit_by_bit(bits: int, rows: int, columns: int) 
     spread = np.repeat(np.repeat(codes, 2, axis=0), 2, axis=1)
     assert np.array_equal(packed_codes(spread[::2, ::2], bits), found)
     assert np.array_equal(unpacked(np.repeat(found, 2, axis=0)[::2], bits), codes)
+    assert np.array_equal(unpacked(np.asfortranarray(found), bits), codes)
 
 
 @pytest.mark.parametrize("format", BLOCK_FORMATS)

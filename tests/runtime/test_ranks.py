@@ -66,8 +66,10 @@ def test_every_row_takes_its_copy_and_comes_back(ranks: int) -> None:
 
 
 @needs_mpi
-def test_a_rank_that_fails_ends_all() -> None:
-    ran = mpirun(3, SUPPORT / "rank_layers.py", "fail")
+@pytest.mark.parametrize("how", ["fail", "unread"])
+def test_a_rank_that_fails_ends_all(how: str) -> None:
+    """It is heard before that, and also ends them if its own output is not read any more."""
+    ran = mpirun(3, SUPPORT / "rank_layers.py", how)
     assert ran.returncode != 0
     assert "ValueError: the second rank gives up" in ran.stderr
 

@@ -2,9 +2,10 @@
 
 A simulation of all ranks in NumPy says what is expected. The slots, the rows of each rank and the loads of the experts vary.
 
-With an argument, rank 1 fails after some steps.
+With the argument "fail", rank 1 fails after some steps; with "unread", while nobody reads its output any more.
 """
 
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -96,6 +97,11 @@ def peak_after(steps: int, step: Step, feeds: dict[str, np.ndarray]) -> int:
 
 for number in range(CASES):
     last = case(number)
+if "unread" in sys.argv and ME == 1:
+    reading, writing = os.pipe()
+    os.close(reading)
+    sys.stdout = os.fdopen(writing, "w")
+    print("this is still buffered when the rank fails")
 if len(sys.argv) > 1 and ME == 1:
     raise ValueError("the second rank gives up")
 assert peak_after(200, *last) == peak_after(2000, *last)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 from time import monotonic
 from typing import Any
@@ -71,8 +72,8 @@ class OfRank(SharedPieces):
         super().__init__()
         self.worlds, self.rank = worlds, rank
 
-    def _answer(self, channel: int) -> None:
-        self.worlds.answer(self.rank, channel, self._result)
+    def _answer(self, channel: int, computing: threading.Semaphore) -> None:
+        self.worlds.answer(self.rank, channel, partial(self._result, computing))
 
 
 def pieces(computed: list[int], failing: int | None = None) -> list[Piece]:
